@@ -1,0 +1,77 @@
+# `make demo` and `make test` need only Python >= 3.11, git and make: each sets up $(VENV) first, once.
+#   PYTHON=python3.12   an interpreter of your choice; otherwise the first of CANDIDATES that works
+#   VENV=.venv          where the virtual environment lies
+VENV ?= .venv
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST_FLAGS ?=
+NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake notebooks)
+
+# One marker a choice of interpreter: another choice makes the environment anew.
+MADE := $(VENV)/.made-by-$(or $(subst /,_,$(PYTHON)),choice)
+INSTALLED := $(VENV)/.installed
+INSTALLED_GPU := $(VENV)/.installed-gpu
+
+# Pinned versions of the Python in use; of the newest older one where there are none.
+CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor)'); \
+  while ! test -f constraints/py3$$n.txt; do n=$$((n - 1)); test $$n -gt 10 || exit 1; done; echo constraints/py3$$n.txt)
+
+.PHONY: help demo test test-gpu lint format constraints clean
+help:
+	@echo 'make demo         the rungs of the ladder side by side on a tiny model'
+	@echo 'make test         ruff, pyright and every test that needs no GPU'
+	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
+	@echo 'make format       lays out the code as `make test` wants it'
+	@echo 'make constraints  renews the pinned versions: PYTHON=python3.12 [JAX=0.11.2]'
+	@echo 'make clean        removes the virtual environment and caches'
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m experiments.demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
+
+test-gpu: $(INSTALLED_GPU)
+	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(MADE):
+	@clear=; for made in $(VENV)/.made-by-*; do if test -e "$$made"; then clear=--clear; fi; done; \
+	for python in $(CANDIDATES); do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  $$python -m venv $$clear $(VENV) >/dev/null 2>&1 && $(BIN)/python -m pip --version >/dev/null 2>&1 || continue; \
+	  echo "$(VENV): $$python, $$($(BIN)/python --version)"; touch $@; exit 0; \
+	done; \
+	echo 'No Python >= 3.11 that can make a virtual environment with pip among: $(CANDIDATES)' >&2; exit 1
+
+$(INSTALLED): $(MADE) pyproject.toml $(wildcard constraints/*.txt)
+	@echo "Installing the packages of $(CONSTRAINTS)"
+	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev,eval]'
+	@touch $@
+
+$(INSTALLED_GPU): $(INSTALLED)
+	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[gpu]'
+	@touch $@
+
+# Everything that `.[dev,eval]` brings, at its newest, as names and versions. Run `make test` afterwards.
+constraints:
+	@rm -rf build/constraints
+	@$(or $(PYTHON),python3) -m venv build/constraints
+	@build/constraints/bin/python -m pip --disable-pip-version-check --quiet install '.[dev,eval]' $(JAX:%=jax==%)
+	@file=constraints/py3$$(build/constraints/bin/python -c 'import sys; print(sys.version_info.minor)').txt; \
+	build/constraints/bin/python -m pip freeze --exclude sparse-serve-jax 2>/dev/null | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > $$file; \
+	echo "$$file: $$(grep -c == $$file) packages, $$(grep ^jax== $$file)"
+
+clean:
+	@for made in $(VENV)/.made-by-*; do if test -e "$$made"; then rm -rf $(VENV); fi; done
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

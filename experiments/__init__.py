@@ -1,0 +1,1 @@
+"""Command lines: flags, a library call, rows, a table."""

@@ -1,0 +1,38 @@
+"""Partial softmax results as values, and the one function that merges them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Partial(NamedTuple):
+  """Attention over part of the keys, not yet normalised.
+
+  `o` [..., D] = sum_j exp(s_j - m) v_j, `m` [...] = max_j s_j, `l` [...] = sum_j exp(s_j - m), all float32.
+  Over no keys at all: o = 0, m = -inf, l = 0.
+  """
+
+  o: jax.Array
+  m: jax.Array
+  l: jax.Array
+
+  @property
+  def lse(self) -> jax.Array:
+    """log of the summed mass sum_j exp(s_j); -inf where there were no keys."""
+    return self.m + jnp.log(self.l)
+
+  @property
+  def output(self) -> jax.Array:
+    """The attention output [..., D]; 0 where there were no keys."""
+    return self.o / jnp.where(self.l == 0, 1.0, self.l)[..., None]
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+  """The partial result over the union of two disjoint sets of keys."""
+  m = jnp.maximum(a.m, b.m)
+  reference = jnp.where(m == -jnp.inf, 0.0, m)  # -inf - -inf would be NaN
+  wa, wb = jnp.exp(a.m - reference), jnp.exp(b.m - reference)
+  return Partial(a.o * wa[..., None] + b.o * wb[..., None], m, a.l * wa + b.l * wb)

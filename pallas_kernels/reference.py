@@ -1,0 +1,170 @@
+"""XLA implementations of the ops that have kernels: the oracles of their tests and the path of every run on a CPU.
+
+They read the pool by XLA's gather, so they need it in the memory of the device that computes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.partial import Partial, merge
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def partial_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, scale: float) -> Partial:
+  """Attention of q [..., G, D] over k, v [..., T, D] where `valid` [..., T]; what is masked may hold NaN."""
+  # bf16 products are exact in float32, so this is what a tensor core accumulates.
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  s = jnp.einsum("...gd,...td->...gt", q, k, precision=_HIGHEST) * scale
+  s = jnp.where(valid[..., None, :], s, -jnp.inf)
+  m = s.max(-1)
+  p = jnp.exp(s - jnp.where(m == -jnp.inf, 0.0, m)[..., None])
+  v = jnp.where(valid[..., None], v, 0.0)  # 0 * NaN is NaN
+  return Partial(jnp.einsum("...gt,...td->...gd", p, v, precision=_HIGHEST), m, p.sum(-1))
+
+
+def _read(pool, slots, layer, blocks, slot):
+  """Blocks [B, K, n, 2, S, D] from their slots, or from the pool where `slot` is -1."""
+  head = jnp.arange(pool.shape[0])[None, :, None]
+  from_pool = pool[head, layer, jnp.maximum(blocks, 0)]
+  if slots.shape[0] == 0:
+    return from_pool
+  return jnp.where((slot >= 0)[..., None, None, None], slots[jnp.maximum(slot, 0)], from_pool)
+
+
+def attend(
+  q, tail, rows, tail_tokens, pool, slots, layer, blocks, proposal, count, *, always, group, threshold, scale
+) -> tuple[Partial, jax.Array, jax.Array]:
+  """See `pallas_kernels.attend.attend`."""
+  n_rows, n_heads, n = blocks.shape
+  n_slots = slots.shape[0]
+  log_threshold = math.inf if threshold is None else math.log(threshold)
+
+  head = jnp.arange(n_heads)[None]
+  last = tail[head, layer, jnp.clip(rows, 0, tail.shape[2] - 1)[:, None]]  # [B, K, 2, S, D]
+  in_tail = jnp.arange(tail.shape[4])[None] < tail_tokens[:, None]
+  in_tail = jnp.broadcast_to(in_tail[:, None], (n_rows, n_heads, tail.shape[4]))
+  acc = partial_attention(q, last[:, :, 0], last[:, :, 1], in_tail, scale)
+
+  def step(start, size: int, state):
+    """Attends to ranks [start, start + size) of every (row, head) that has not stopped."""
+    acc, lse_min, used, stopped, slots = state
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 2)  # noqa: E731
+    rank = start + jnp.arange(size)[None, None]
+    live = (rank < count[..., None]) & ~stopped[..., None]  # [B, K, size]
+    slot, hit = cut(proposal.slot), cut(proposal.hit)
+    kv = _read(pool, slots, layer, cut(blocks), jnp.where(hit, slot, -1))
+    valid = jnp.broadcast_to(live[..., None], kv.shape[:3] + kv.shape[4:5])
+    by_block = partial_attention(
+      q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :], valid, scale
+    )  # o [B, K, size, G, D]
+    acc = merge(acc, _sum_blocks(by_block))
+    # Masses are kept as logarithms, so that one reference holds for all groups and nothing is rescaled.
+    ranked = (live & (rank >= always))[..., None]
+    lse_min = jnp.minimum(lse_min, jnp.where(ranked, by_block.lse, jnp.inf).min(2))
+    used = used + live.sum(-1, dtype=jnp.int32)
+    left = (count - used)[..., None]
+    seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
+    stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
+    if n_slots:
+      enters = live & ~hit & (slot >= 0)
+      slots = slots.at[jnp.where(enters, slot, n_slots)].set(kv, mode="drop")
+    return acc, lse_min, used, stopped, slots
+
+  lse_min = jnp.full(q.shape[:3], jnp.inf)
+  zero = jnp.zeros(q.shape[:2], jnp.int32)
+  state = (acc, lse_min, zero, count <= 0, slots)
+  first = min(always, n)
+  if first:
+    # No stop test before the first ranked block: lse_min is infinite until then, so log P_acc is -inf.
+    state = step(0, first, state)
+  group = max(1, min(group, n - first))
+  pad = -(n - first) % group
+  blocks, slot, hit = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (blocks, *proposal))
+  proposal = type(proposal)(slot, hit)
+
+  def more(carry):
+    start, state = carry
+    return ((start < count) & ~state[3]).any()
+
+  def body(carry):
+    start, state = carry
+    return start + group, step(start, group, state)
+
+  _, (acc, _, used, _, slots) = jax.lax.while_loop(more, body, (jnp.int32(first), state))
+  return acc, used, slots
+
+
+def _sum_blocks(by_block: Partial) -> Partial:
+  """Merges partial results along axis 2 (blocks)."""
+  m = by_block.m.max(2)
+  weight = jnp.exp(by_block.m - jnp.where(m == -jnp.inf, 0.0, m)[:, :, None])  # [B, K, n, G]
+  return Partial((by_block.o * weight[..., None]).sum(2), m, (by_block.l * weight).sum(2))
+
+
+def load_blocks(pool, slots, layer, blocks, slot) -> jax.Array:
+  """See `pallas_kernels.copy.load_blocks`."""
+  head = jnp.arange(pool.shape[0])[None, :, None]
+  kv = pool[head, layer, jnp.maximum(blocks, 0)]
+  return slots.at[jnp.where((blocks >= 0) & (slot >= 0), slot, slots.shape[0])].set(kv, mode="drop")
+
+
+def gather_blocks(pool, slots, layer, blocks, slot) -> jax.Array:
+  """See `pallas_kernels.copy.gather_blocks`."""
+  return _read(pool, slots, layer, blocks[None], slot[None])[0]
+
+
+def store_blocks(pool, source, layer, source_ids, blocks) -> jax.Array:
+  """See `pallas_kernels.copy.store_blocks`. A loop, since it must not hold a gathered copy of the source."""
+
+  def store_one(i, pool):
+    kv = jax.lax.dynamic_slice_in_dim(source, source_ids[i], 1, 2)  # [K, Ls, 1, 2, S, D]
+    write = lambda: jax.lax.dynamic_update_slice(pool, kv, (0, layer, blocks[i], 0, 0, 0))  # noqa: E731
+    return jax.lax.cond(blocks[i] >= 0, write, lambda: pool)
+
+  return jax.lax.fori_loop(0, blocks.shape[0], store_one, pool)
+
+
+def place_blocks(slots, source, source_ids, slot) -> jax.Array:
+  """See `pallas_kernels.copy.place_blocks`."""
+
+  def place_one(i, slots):
+    kv = jax.lax.dynamic_index_in_dim(source, source_ids[i], 2, keepdims=False)  # [K, Ls, 2, S, D]
+    to = slot[:, :, i]
+    return slots.at[jnp.where(to >= 0, to, slots.shape[0])].set(kv, mode="drop")
+
+  return jax.lax.fori_loop(0, source_ids.shape[0], place_one, slots)
+
+
+def prefill_attention(q, kv, prefix, prefix_tokens, *, scale, q_tile: int = 256) -> jax.Array:
+  """See `pallas_kernels.prefill.prefill_attention`."""
+  tokens, n_heads, n_group, depth = q.shape
+  flat = lambda x, i: x[:, :, i].reshape(n_heads, -1, depth)  # noqa: E731  [K, n, 2, S, D] -> [K, n * S, D]
+  k, v = flat(kv, 0), flat(kv, 1)
+  before = 0
+  if prefix is not None:
+    k, v = jnp.concatenate([flat(prefix, 0), k], 1), jnp.concatenate([flat(prefix, 1), v], 1)
+    before = prefix.shape[1] * prefix.shape[3]
+  tile = math.gcd(tokens, q_tile)
+  place = jnp.arange(k.shape[1])
+
+  def one(start):
+    queries = jax.lax.dynamic_slice_in_dim(q, start, tile, 0)  # [tile, K, G, D]
+    at = start + jnp.arange(tile)
+    seen = (place[None] < prefix_tokens) | (
+      (place[None] >= before) & (place[None] - before <= at[:, None])
+    )  # [tile, T]
+    by_head = jnp.moveaxis(queries, 0, 2).reshape(n_heads, n_group * tile, depth)  # rows of one head: G x tile
+    s = jnp.einsum("kgd,ktd->kgt", *(x.astype(jnp.float32) for x in (by_head, k)), precision=_HIGHEST) * scale
+    s = jnp.where(jnp.tile(seen, (n_group, 1))[None], s, -jnp.inf)
+    values = jnp.where((place < prefix_tokens) | (place >= before), 1.0, 0.0)[:, None]
+    p = jax.nn.softmax(s, axis=-1)
+    o = jnp.einsum("kgt,ktd->kgd", p, jnp.where(values > 0, v.astype(jnp.float32), 0.0), precision=_HIGHEST)
+    return jnp.moveaxis(o.reshape(n_heads, n_group, tile, depth), 2, 0)
+
+  out = jax.lax.map(one, jnp.arange(0, tokens, tile))
+  return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,48 @@
+"""LLM serving in JAX with dynamic sparse attention over a DRAM-HBM KV cache.
+
+Importing this package is quick and touches no device. The names below load their module at first use; those that need
+JAX configure it first (`runtime.configure`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from sparse_serve_jax import runtime
+from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
+
+if TYPE_CHECKING:
+  from sparse_serve_jax.llm import LLM
+  from sparse_serve_jax.models import Model, load_model
+  from sparse_serve_jax.serving.engine import Engine
+  from sparse_serve_jax.serving.plan import Sampling
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "LLM",
+  "Engine",
+  "EngineConfig",
+  "Model",
+  "ModelConfig",
+  "Sampling",
+  "load_config",
+  "load_model",
+  "override",
+]
+
+_HOMES = {
+  "LLM": "sparse_serve_jax.llm",
+  "Engine": "sparse_serve_jax.serving.engine",
+  "Model": "sparse_serve_jax.models",
+  "Sampling": "sparse_serve_jax.serving.plan",
+  "load_model": "sparse_serve_jax.models",
+}
+
+
+def __getattr__(name: str):
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  runtime.configure()
+  return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,62 @@
+"""Selection methods: how a block is summarised, how a summary is scored, how many of the ranked blocks are attended.
+
+A method is three pure functions in jnp; it runs on any backend, and the common ones have kernels. To add one:
+
+  METHODS["top_channel"] = Method(
+    vectors=1,
+    summarize=lambda keys: jnp.abs(keys).max(-2, keepdims=True),
+    score=lambda q, digests: jnp.einsum("...gd,...nd->...gn", jnp.abs(q), digests[..., 0, :]),
+  )
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels import digest, score
+
+
+def whole_budget(scores: jax.Array, count: jax.Array) -> jax.Array:
+  """Attends to every block the token budget has room for."""
+  del scores
+  return count
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """One selection method.
+
+  Attributes:
+    vectors: E, vectors of D channels in a digest.
+    summarize: keys [..., S, D] of full blocks -> digests [..., E, D] of the same dtype.
+    score: q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]; higher is read first.
+    budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and count [B, K], the blocks
+    that
+      exist and fit the token budget -> how many of the ranked blocks to attend to, [B, K] int32, at most count.
+  """
+
+  vectors: int
+  summarize: Callable[[jax.Array], jax.Array]
+  score: Callable[[jax.Array, jax.Array], jax.Array]
+  budget: Callable[[jax.Array, jax.Array], jax.Array] = whole_budget
+
+
+METHODS: dict[str, Method] = {
+  "cuboid_mean": Method(2, digest.cuboid_mean, score.box),  # ArkVale; SparseServe's and PSA's default
+  "min_max": Method(2, digest.min_max, score.box),  # Quest
+  "mean": Method(1, digest.mean, score.dot),
+}
+
+
+def get_method(name: str) -> Method:
+  """The method of that name.
+
+  Raises:
+    ValueError: there is none; the message lists those there are.
+  """
+  if name not in METHODS:
+    raise ValueError(f"unknown selection method {name!r}; known: {', '.join(sorted(METHODS))}")
+  return METHODS[name]

@@ -1,0 +1,89 @@
+"""Text in, text out."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sparse_serve_jax.config import EngineConfig, load_config, override
+from sparse_serve_jax.models import load_model
+from sparse_serve_jax.models.tokenizer import Message
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.metrics import request_metrics
+from sparse_serve_jax.serving.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What became of one prompt."""
+
+  text: str
+  token_ids: list[int]  # without the stop token
+  finish_reason: str  # "stop" or "length"
+  metrics: dict[str, float | None]  # serving.metrics.request_metrics
+
+
+class LLM:
+  """A model behind an engine, for scripts and notebooks.
+
+  `LLM("path/to/model", config="psa").generate(["Once upon a time"])`
+  """
+
+  def __init__(
+    self,
+    path_or_name: str | pathlib.Path,
+    config: str | pathlib.Path | EngineConfig = "sparse_serve",
+    overrides: Iterable[str] = (),
+    dtype: str | None = None,
+  ):
+    """Loads model and configuration.
+
+    Args:
+      path_or_name: a directory, or "random:<shape>"; see `load_model`.
+      config: a name in configs/serving, a JSON file, or the configuration itself.
+      overrides: assignments such as "cache.hbm_bytes=8GiB".
+      dtype: "float32" or "bfloat16"; None keeps the model's own.
+    """
+    self.config = override(config if isinstance(config, EngineConfig) else load_config(config), overrides)
+    self.model = load_model(path_or_name, dtype=dtype)
+    self.engine = Engine(self.config, self.model)
+
+  def generate(self, texts: str | Sequence[str], **options: Any) -> list[Output]:
+    """Continues texts, all in one batch as far as memory allows. `options` go to `Engine.add_request`:
+    max_new_tokens (128), temperature (0.0), top_p (1.0), seed (0), stop_token_ids, ignore_eos, on_token.
+
+    Returns one output for each text, in order; a single text is a list of one.
+
+    Raises:
+      ValueError: one of the texts could never run; none is run then.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    return self._run([self.model.tokenizer.encode(text) for text in texts], options)
+
+  def chat(self, messages: Sequence[Message], **options: Any) -> Output:
+    """Answers a conversation of {"role": ..., "content": ...}, written out by the model's chat template."""
+    tokenizer = self.model.tokenizer
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+    return self._run([prompt], options)[0]
+
+  def _run(self, prompts: list[list[int]], options: dict[str, Any]) -> list[Output]:
+    requests: list[Request] = []
+    try:
+      for prompt in prompts:
+        requests.append(self.engine.add_request(prompt, **options, request_id=f"text-{len(requests)}"))
+      self.engine.run()
+    except BaseException:
+      for request in requests:
+        self.engine.cancel(request.id)
+      raise
+    for request in requests:
+      if request.error is not None:
+        raise request.error
+    return [self._output(request) for request in requests]
+
+  def _output(self, request: Request) -> Output:
+    assert request.finish_reason is not None
+    text = self.model.tokenizer.decode(request.output_tokens)
+    return Output(text, request.output_tokens, request.finish_reason, request_metrics(request))

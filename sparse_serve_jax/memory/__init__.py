@@ -1,0 +1,1 @@
+"""The two-tier KV cache and the allocator of its DRAM blocks."""

@@ -1,0 +1,41 @@
+"""Llama-family models: weights, forward functions, tokenizers, sampling."""
+
+from __future__ import annotations
+
+from sparse_serve_jax.models.llama import (
+  Params,
+  attention_out,
+  embed,
+  forward,
+  init_params,
+  layer_params,
+  logits,
+  mlp,
+  param_shapes,
+  param_specs,
+  qkv,
+)
+from sparse_serve_jax.models.sampling import sample
+from sparse_serve_jax.models.tokenizer import ByteTokenizer, Tokenizer
+from sparse_serve_jax.models.weights import Model, load_model, save_hf, save_model
+
+__all__ = [
+  "ByteTokenizer",
+  "Model",
+  "Params",
+  "Tokenizer",
+  "attention_out",
+  "embed",
+  "forward",
+  "init_params",
+  "layer_params",
+  "load_model",
+  "logits",
+  "mlp",
+  "param_shapes",
+  "param_specs",
+  "qkv",
+  "sample",
+  "save_hf",
+  "save_model",
+]

@@ -1,0 +1,253 @@
+"""A llama-family decoder as pure functions: Llama 2 and 3.x, Mistral, Qwen2, Qwen3.
+
+Every function is per-device code: inside `shard_map` the arrays are one device's shard and `axis` names the mesh axis
+to reduce over; with `axis` None there is one device and no collective. Attention itself is the caller's: a layer is
+
+  q, k, v = qkv(cfg, lp, x, positions)
+  x = attention_out(cfg, lp, x, <attention of q over k and v, scaled by D ** -0.5>, axis)
+  x = mlp(cfg, lp, x, axis)
+
+`forward` does that with plain causal attention and no cache: it is what everything else is compared with.
+
+Arithmetic: norms, rope, softmax and SiLU in float32, products in the model's dtype, those of float32 at HIGHEST
+precision.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from sparse_serve_jax.config import ModelConfig, RopeConfig
+
+Params = dict[str, Any]  # leaves are arrays; see param_shapes
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def dtype_of(cfg: ModelConfig) -> np.dtype:
+  return _DTYPES[cfg.dtype]
+
+
+def param_shapes(cfg: ModelConfig) -> Params:
+  """The tree of parameter shapes. Layers are stacked; `wqkv` holds, per KV head, its G query heads, then k, then v."""
+  d, n_layers, vocab, ff = cfg.d_model, cfg.n_layers, cfg.vocab_size, cfg.d_ff
+  kv, group, dim = cfg.n_kv_heads, cfg.group, cfg.head_dim
+  layers = {
+    "attn_norm": (n_layers, d),
+    "wqkv": (n_layers, d, kv, group + 2, dim),
+    "wo": (n_layers, kv, group, dim, d),
+    "mlp_norm": (n_layers, d),
+    "w_gate_up": (n_layers, d, 2, ff),
+    "w_down": (n_layers, ff, d),
+  }
+  if cfg.qkv_bias:
+    layers["bqkv"] = (n_layers, kv, group + 2, dim)
+  if cfg.qk_norm:
+    layers |= {"q_norm": (n_layers, dim), "k_norm": (n_layers, dim)}
+  shapes = {"embed": (vocab, d), "final_norm": (d,), "layers": layers}
+  if not cfg.tie_embeddings:
+    shapes["lm_head"] = (d, vocab)
+  return shapes
+
+
+def param_specs(cfg: ModelConfig, tp: int) -> Params:
+  """The tree of PartitionSpecs on the mesh axis "tp": KV heads and d_ff are split, and the vocabulary where it divides.
+
+  Raises:
+    ValueError: `tp` does not divide the KV heads or d_ff.
+  """
+  if cfg.n_kv_heads % tp or cfg.d_ff % tp:
+    raise ValueError(f"tp={tp} must divide n_kv_heads={cfg.n_kv_heads} and d_ff={cfg.d_ff}")
+  split = {"wqkv": 2, "bqkv": 1, "wo": 1, "w_gate_up": 3, "w_down": 1}  # leaf -> the dimension on "tp"
+  if cfg.vocab_size % tp == 0:
+    split["lm_head"] = 1
+
+  def spec(path, _shape):
+    dim = split.get(path[-1].key)
+    return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "tp")
+
+  return jax.tree_util.tree_map_with_path(spec, param_shapes(cfg), is_leaf=lambda s: isinstance(s, tuple))
+
+
+def empty_params(cfg: ModelConfig) -> Params:
+  """Host arrays to be filled in; their pages are not touched."""
+  shapes = param_shapes(cfg)
+  return jax.tree.map(lambda s: np.empty(s, dtype_of(cfg)), shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def layer_params(params: Params, layer: jax.Array | int) -> Params:
+  """One layer's parameters; `layer` may be traced."""
+  return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), params["layers"])
+
+
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+  """tokens [...] -> the residual stream [..., d]."""
+  return jnp.take(params["embed"], tokens, axis=0, mode="clip")
+
+
+def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """x [..., d], positions int32 [...] -> q [..., K, G, D], k [..., K, D], v [..., K, D], q and k rotated."""
+  h = _einsum("...d,dkgh->...kgh", _norm(cfg, x, lp["attn_norm"]), lp["wqkv"])
+  if cfg.qkv_bias:
+    h += _trailing(lp["bqkv"], h.ndim)
+  q, k, v = h[..., :-2, :], h[..., -2, :], h[..., -1, :]
+  if cfg.qk_norm:
+    q, k = _norm(cfg, q, lp["q_norm"]), _norm(cfg, k, lp["k_norm"])
+  angles = positions[..., None].astype(jnp.float32) * _trailing(rope_frequencies(cfg), positions.ndim + 1)
+  cos, sin = (f(angles)[..., None, :] * rope_amplitude(cfg.rope) for f in (jnp.cos, jnp.sin))
+  return _rotate(q, cos[..., None, :], sin[..., None, :]), _rotate(k, cos, sin), v
+
+
+def attention_out(cfg: ModelConfig, lp: Params, x: jax.Array, o: jax.Array, axis: str | None) -> jax.Array:
+  """x [..., d] plus the output projection of o [..., K, G, D]."""
+  del cfg
+  return x + _psum(_einsum("...kgh,kghd->...d", o.astype(x.dtype), lp["wo"]), axis)
+
+
+def mlp(cfg: ModelConfig, lp: Params, x: jax.Array, axis: str | None) -> jax.Array:
+  """x [..., d] plus the gated MLP of its norm."""
+  h = _einsum("...d,dcf->...cf", _norm(cfg, x, lp["mlp_norm"]), lp["w_gate_up"]).astype(jnp.float32)
+  h = (jax.nn.silu(h[..., 0, :]) * h[..., 1, :]).astype(x.dtype)
+  return x + _psum(_einsum("...f,fd->...d", h, lp["w_down"]), axis)
+
+
+def logits(cfg: ModelConfig, params: Params, x: jax.Array, axis: str | None) -> jax.Array:
+  """x [..., d] before the final norm -> float32 [..., V], whole on every device."""
+  x = _norm(cfg, x, params["final_norm"])
+  if cfg.tie_embeddings:
+    return _einsum("...d,vd->...v", x, params["embed"], jnp.float32)
+  y = _einsum("...d,dv->...v", x, params["lm_head"], jnp.float32)
+  if axis is not None and y.shape[-1] != cfg.vocab_size:
+    y = lax.all_gather(y, axis, axis=y.ndim - 1, tiled=True)
+  return y
+
+
+def forward(
+  cfg: ModelConfig, params: Params, tokens: jax.Array, *, axis: str | None = None, hidden: bool = False
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """tokens [T] -> logits float32 [T, V], by dense causal attention without a cache.
+
+  With `hidden` also the residual stream [L + 1, T, d]: the embeddings, then the output of every layer.
+  """
+  n = tokens.shape[0]
+  positions = jnp.arange(n, dtype=jnp.int32)
+  causal = positions[:, None] >= positions[None, :]
+
+  def layer(x, lp):
+    q, k, v = qkv(cfg, lp, x, positions)
+    s = _einsum("tkgh,skh->kgts", q, k, jnp.float32) * cfg.head_dim**-0.5
+    p = jax.nn.softmax(jnp.where(causal[None, None], s, -jnp.inf), axis=-1)
+    o = _einsum("kgts,skh->tkgh", p, v.astype(jnp.float32))
+    x = mlp(cfg, lp, attention_out(cfg, lp, x, o, axis), axis)
+    return x, (x if hidden else ())
+
+  first = embed(params, tokens)
+  x, states = lax.scan(layer, first, params["layers"])
+  y = logits(cfg, params, x, axis)
+  return (y, jnp.concatenate([first[None], jnp.asarray(states)])) if hidden else y
+
+
+def init_params(cfg: ModelConfig, seed: int) -> Params:
+  """Random host parameters, a function of the shape and `seed` alone.
+
+  They keep the residual stream near unit size, give attention scores a spread of about 2 (so that it matters which
+  tokens are attended) and logits a spread of about 4 (so that greedy ties are rare).
+  """
+  params = empty_params(cfg)
+  # One random stream per leaf and layer: the same numbers on any count of threads.
+  jobs = [(name, 0, leaf) for name, leaf in params.items() if name != "layers"]
+  jobs += [(name, i, part) for name, leaf in params["layers"].items() for i, part in enumerate(leaf)]
+
+  def fill(job):
+    name, layer, out = job
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode()), layer]))
+    w = rng.standard_normal(out.shape, dtype=np.float32)
+    if name.endswith("norm"):
+      w = (1 + 0.1 * w) * (2 if name == "q_norm" else 1)
+    elif name == "bqkv":
+      w *= 0.3
+    elif name == "embed":
+      w *= 4 * cfg.d_model**-0.5 if cfg.tie_embeddings else 1
+    else:
+      fan_in = {"wo": cfg.n_heads * cfg.head_dim, "w_down": cfg.d_ff}.get(name, cfg.d_model)
+      w *= fan_in**-0.5 * (4 if name == "lm_head" else 1)
+    if name == "wqkv":
+      w[..., :-2, :] *= 2
+    out[...] = w
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(fill, jobs))
+  return params
+
+
+def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
+  """Radians per token of each rotated pair, float32 [D / 2], computed in float32 as checkpoints were trained with."""
+  rope, f32 = cfg.rope, np.float32
+  freq = f32(1) / f32(rope.theta) ** (np.arange(0, cfg.head_dim, 2, dtype=f32) / f32(cfg.head_dim))
+  if rope.kind == "linear":
+    return freq / f32(rope.factor)
+  if rope.kind == "llama3":
+    # Turns within the original context decide: many stay, few are slowed, between them a blend.
+    turns = f32(rope.original_context) * freq / f32(2 * np.pi)
+    keep = (turns - f32(rope.low_freq_factor)) / f32(rope.high_freq_factor - rope.low_freq_factor)
+  elif rope.kind == "yarn":
+    low, high = (_yarn_dimension(cfg, beta) for beta in (rope.beta_fast, rope.beta_slow))
+    if rope.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, cfg.head_dim - 1)
+    high += 0.001 * (low == high)
+    keep = 1 - (np.arange(cfg.head_dim // 2, dtype=f32) - f32(low)) / f32(high - low)
+  else:
+    return freq
+  keep = np.clip(keep, f32(0), f32(1))
+  return (freq * keep + freq / f32(rope.factor) * (1 - keep)).astype(f32)
+
+
+def rope_amplitude(rope: RopeConfig) -> float:
+  """YaRN's attention factor: it scales q and k alike, through cos and sin."""
+  if rope.kind != "yarn":
+    return 1.0
+  return rope.attention_factor or (0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0)
+
+
+def _yarn_dimension(cfg: ModelConfig, turns: float) -> float:
+  """The (fractional) pair that makes `turns` turns in the original context (arXiv 2309.00071, section 3.2)."""
+  rope = cfg.rope
+  return cfg.head_dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the pairs (i, i + D / 2) of x [..., D]."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _norm(cfg: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Root-mean-square norm over the last dimension; the weight is applied in the model's dtype, as in training."""
+  h = x.astype(jnp.float32)
+  h *= lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + cfg.norm_eps)
+  return h.astype(x.dtype) * _trailing(weight, x.ndim)
+
+
+def _trailing(a: jax.Array | np.ndarray, ndim: int) -> jax.Array:
+  """`a` with leading ones up to `ndim` dimensions."""
+  return jnp.reshape(a, (1,) * (ndim - a.ndim) + a.shape)
+
+
+def _einsum(spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
+  precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=out)
+
+
+def _psum(y: jax.Array, axis: str | None) -> jax.Array:
+  return y if axis is None else lax.psum(y, axis)

@@ -1,0 +1,47 @@
+"""Choosing tokens. A draw depends on its row's logits, settings, seed and position alone, never on the batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def sample(
+  logits: jax.Array, positions: jax.Array, temperature: jax.Array, top_p: jax.Array, seeds: jax.Array
+) -> jax.Array:
+  """Draws a token for each row.
+
+  Args:
+    logits: float32 [B, V].
+    positions: int32 [B], of the token that is drawn from: what makes the draws of a request differ.
+    temperature: float32 [B]; 0 is greedy, ties to the lowest id.
+    top_p: float32 [B]; the most likely tokens whose mass before them is below it are kept, ties to the lowest id, and
+      never fewer than one.
+    seeds: uint32 [B].
+
+  Returns:
+    int32 [B].
+  """
+  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  def draw():
+    drawn = jax.vmap(_draw)(logits, positions, jnp.where(temperature > 0, temperature, 1.0), top_p, seeds)
+    return jnp.where(temperature > 0, drawn, greedy)
+
+  return lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+
+
+def _draw(
+  logits: jax.Array, position: jax.Array, temperature: jax.Array, top_p: jax.Array, seed: jax.Array
+) -> jax.Array:
+  """One row. The Gumbel noise belongs to token ids, so that logits that differ in rounding rarely change the draw."""
+  noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position), logits.shape)
+  scaled = logits / temperature
+  order = jnp.argsort(scaled, descending=True, stable=True)
+  ranked = scaled[order]
+  mass = jax.nn.softmax(ranked)
+  before = jnp.cumsum(mass) - mass
+  keep = (before < top_p) | (top_p >= 1)
+  keep = keep.at[0].set(True)
+  return order[jnp.argmax(jnp.where(keep, ranked + noise[order], -jnp.inf))].astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""Requests, scheduling, execution: everything above a step."""

@@ -1,0 +1,197 @@
+"""Continuous batching: token ids in, token ids out. The engine knows no text.
+
+Life of a request: `add_request` checks and queues it; the scheduler admits it, plans pieces of its prefill, then one
+decode row an iteration unless it pauses; the executor runs the plans; the engine reads each result one iteration late,
+hands the token to the request and to its callback, and closes the request at a stop token or its length.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.serving.metrics import Usage
+from sparse_serve_jax.serving.plan import Executor, PendingStep, Plan, Sampling
+from sparse_serve_jax.serving.request import Request, State
+from sparse_serve_jax.serving.scheduler import Received, Scheduler
+
+if TYPE_CHECKING:
+  from sparse_serve_jax.models import Model  # brings jax
+
+_LOG = logging.getLogger(__name__)
+
+
+class Engine:
+  """Serves requests with one iteration in flight: the next one is planned and dispatched before a result is read.
+
+  Not thread-safe. Callbacks may add and cancel requests.
+  """
+
+  def __init__(
+    self,
+    config: EngineConfig,
+    model: Model,
+    executor: Executor | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Makes an engine for one model.
+
+    Args:
+      config: the executor's too.
+      model: the engine itself reads its vocabulary size and EOS tokens.
+      executor: by default one that runs the model on this process's devices. One that an idle engine has used may be
+        handed on to the next, compiled programs and all.
+      clock: gives seconds.
+    """
+    if executor is None:
+      from sparse_serve_jax.serving.executor import JaxExecutor
+
+      executor = JaxExecutor(config, model)
+    self.usage = Usage(executor.capacity, config.cache.offload)
+    self._model, self._executor, self._clock = model, executor, clock
+    self._scheduler = Scheduler(config, executor.capacity)
+    self._live: dict[str, Request] = {}
+    self._ended: list[Request] = []  # since the last step returned
+    self._pending: PendingStep | None = None
+    self._n_added = 0
+
+  @property
+  def has_work(self) -> bool:
+    return self._scheduler.has_work or bool(self._ended)
+
+  @property
+  def max_request_tokens(self) -> int:
+    """Prompt and output tokens that one request can have."""
+    return self._scheduler.max_request_tokens
+
+  def add_request(
+    self,
+    prompt: Sequence[int] | np.ndarray,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    request_id: str | None = None,
+    on_token: Callable[[Request, int], None] | None = None,
+    arrival_time: float | None = None,
+  ) -> Request:
+    """Queues a prompt.
+
+    Args:
+      prompt: token ids.
+      max_new_tokens: the request ends after so many, unless a stop token comes first. The stop token is not output.
+      temperature: 0 is greedy.
+      top_p: share of the probability mass that tokens are drawn from.
+      seed: draws depend on it and the position alone, not on other requests.
+      stop_token_ids: end the request, besides the model's EOS tokens.
+      ignore_eos: the model's EOS tokens are output like others.
+      request_id: by default a number of its own.
+      on_token: called with the request and each output token. If it raises, the request is cancelled and keeps the
+        exception in `error`; other requests, and its own tokens so far, are untouched.
+      arrival_time: seconds of the engine's clock, now by default.
+
+    Raises:
+      ValueError: the request could never run; nothing has changed then.
+    """
+    if request_id is None:
+      request_id = f"request-{self._n_added}"
+    stops = frozenset(stop_token_ids) | (frozenset() if ignore_eos else frozenset(self._model.eos_token_ids))
+    request = Request(
+      id=request_id,
+      prompt=self._checked_prompt(request_id, prompt),
+      max_new_tokens=max_new_tokens,
+      arrival_time=self._clock() if arrival_time is None else arrival_time,
+      sampling=_checked_sampling(request_id, temperature, top_p, seed),
+      stop_token_ids=stops,
+      on_token=on_token,
+    )
+    if request_id in self._live:
+      raise ValueError(f"request {request_id!r}: a request of this name has not ended yet")
+    self._scheduler.add(request)
+    self._live[request_id] = request
+    self._n_added += 1
+    return request
+
+  def cancel(self, request_id: str) -> bool:
+    """Ends a request, which the next step returns. False if there is none of this name, so also if it has ended."""
+    request = self._live.pop(request_id, None)
+    if request is None:
+      return False
+    if request.state is State.PREFILLING:
+      self._executor.forget(request_id)
+    self._scheduler.cancel(request, self._clock())
+    self._ended.append(request)
+    return True
+
+  def step(self) -> list[Request]:
+    """Plans and dispatches one iteration, then reads the one before. Returns the requests that ended."""
+    plan = self._scheduler.schedule(self._clock())
+    previous, self._pending = self._pending, self._submit(plan)
+    return self._process(previous)
+
+  def run(self) -> list[Request]:
+    """Steps until there is nothing left to do. Returns the requests that ended, in that order."""
+    ended = []
+    while self.has_work:
+      ended += self.step()
+    return ended
+
+  def _submit(self, plan: Plan) -> PendingStep | None:
+    self.usage.count_pool(self._scheduler.pool_blocks_in_use)
+    return None if plan.empty else self._executor.submit(plan)
+
+  def _process(self, pending: PendingStep | None) -> list[Request]:
+    if pending is not None:
+      result = pending.result()
+      self.usage.count_step(result.stats)
+      self._deliver(self._scheduler.update(result, self._clock()))
+    ended, self._ended = self._ended, []
+    return ended
+
+  def _deliver(self, received: Received) -> None:
+    """Calls back, after all requests have their tokens."""
+    for request in received.ended:
+      del self._live[request.id]
+    self._ended += received.ended
+    for request, token in received.tokens:
+      if request.on_token is None or request.state is State.CANCELLED:  # by a callback before this one
+        continue
+      try:
+        request.on_token(request, token)
+      except Exception as error:
+        _LOG.exception("request %r: on_token raised, the request is cancelled", request.id)
+        request.error = error
+        if not request.ended:
+          self.cancel(request.id)
+
+  def _checked_prompt(self, request_id: str, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+      raise ValueError(f"request {request_id!r}: a prompt is a list of token ids, got {ids.dtype} of shape {ids.shape}")
+    vocab = self._model.config.vocab_size
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab))
+    if outside.size:
+      at = int(outside[0])
+      raise ValueError(
+        f"request {request_id!r}: {outside.size} token ids are outside the vocabulary of {vocab}, the first is "
+        f"{int(ids[at])} at position {at}"
+      )
+    return ids.astype(np.int32)
+
+
+def _checked_sampling(request_id: str, temperature: float, top_p: float, seed: int) -> Sampling:
+  if not (temperature >= 0 and math.isfinite(temperature)):
+    raise ValueError(f"request {request_id!r}: temperature must be finite and at least 0, got {temperature}")
+  if not 0 < top_p <= 1:
+    raise ValueError(f"request {request_id!r}: top_p must be above 0 and at most 1, got {top_p}")
+  if not 0 <= seed < 2**31:
+    raise ValueError(f"request {request_id!r}: seed must be at least 0 and below 2**31, got {seed}")
+  return Sampling(temperature=float(temperature), top_p=float(top_p), seed=int(seed))

@@ -1,0 +1,170 @@
+"""What a run is measured by. Every formula stands in a docstring, and rests on event times and counted blocks alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sparse_serve_jax.serving.plan import Capacity, StepStats
+from sparse_serve_jax.serving.request import Request, State
+
+
+class Usage:
+  """Sums and peaks over the iterations of an engine."""
+
+  def __init__(self, capacity: Capacity, offload: bool):
+    self._capacity, self._offload = capacity, offload
+    self.iterations = 0
+    self.blocks_attended = 0
+    self.blocks_loaded = 0
+    self.blocks_saved = 0
+    self._peak_slots = 0
+    self._peak_pool = 0
+
+  def count_step(self, stats: StepStats) -> None:
+    self.iterations += 1
+    self.blocks_attended += stats.attended
+    self.blocks_loaded += stats.loaded
+    self.blocks_saved += stats.saved
+    self._peak_slots = max(self._peak_slots, stats.slots_used)
+
+  def count_pool(self, blocks_in_use: int) -> None:
+    """Takes the pool blocks that requests own at the moment."""
+    self._peak_pool = max(self._peak_pool, blocks_in_use)
+
+  @property
+  def hbm_hit_rate(self) -> float:
+    """1 - blocks loaded from DRAM / blocks attended to; 1 if decode attended to none."""
+    return 1 - self.blocks_loaded / self.blocks_attended if self.blocks_attended else 1.0
+
+  @property
+  def peak_hbm_kv_bytes(self) -> int:
+    """Bytes over all devices: the fixed part (digests, maps, tails, prefill slab) + most KV blocks held at a time.
+
+    With offload the blocks are those in slots: peak slots used x block bytes. Without, they are the pool's: peak pool
+    blocks owned by requests x layers x KV heads x block bytes.
+    """
+    kv = self._peak_slots * self._capacity.block_bytes if self._offload else self._pool_bytes
+    return self._capacity.fixed_hbm_bytes + kv
+
+  @property
+  def dram_kv_bytes(self) -> int:
+    """Peak pool blocks owned by requests x layers x KV heads x block bytes; 0 without offload."""
+    return self._pool_bytes if self._offload else 0
+
+  @property
+  def _pool_bytes(self) -> int:
+    capacity = self._capacity
+    return self._peak_pool * capacity.n_layers * capacity.n_kv_heads * capacity.block_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """A run in numbers; times in seconds, None where there is nothing to average. `summarize` says how each is made."""
+
+  requests: int
+  prompt_tokens: int
+  output_tokens: int
+  ttft_mean_s: float | None
+  tbt_mean_s: float | None
+  tbt_p99_s: float | None
+  throughput_tok_s: float | None
+  scheduling_delay_mean_s: float | None
+  hbm_hit_rate: float
+  blocks_attended: int
+  blocks_loaded: int
+  blocks_saved: int
+  peak_hbm_kv_bytes: int
+  dram_kv_bytes: int
+
+  def to_dict(self) -> dict[str, int | float | None]:
+    return dataclasses.asdict(self)
+
+
+def time_to_first_token(request: Request) -> float:
+  """TTFT: time its first token was read - arrival time. In seconds, of a request that has a token."""
+  assert request.first_token_time is not None
+  return request.first_token_time - request.arrival_time
+
+
+def times_between_tokens(request: Request) -> np.ndarray:
+  """TBT: the gaps between the times of consecutive output tokens, float64 [output tokens - 1], in seconds."""
+  return np.diff(np.asarray(request.token_times, np.float64))
+
+
+def scheduling_delay(request: Request) -> float:
+  """Time its first work was planned - arrival time. In seconds, of a request that was admitted."""
+  assert request.scheduled_time is not None
+  return request.scheduled_time - request.arrival_time
+
+
+def request_metrics(request: Request) -> dict[str, float | None]:
+  """Times of one finished request, in seconds: TTFT, mean TBT, scheduling delay, and total from arrival to finish."""
+  assert request.finish_time is not None
+  return {
+    "ttft_s": time_to_first_token(request),
+    "tbt_mean_s": _mean(times_between_tokens(request)),
+    "scheduling_delay_s": scheduling_delay(request),
+    "total_s": request.finish_time - request.arrival_time,
+  }
+
+
+def throughput(requests: Sequence[Request]) -> float | None:
+  """Output tokens of all requests / (last finish time - first arrival time); None for no requests or no time."""
+  if not requests:
+    return None
+  span = max(request.finish_time or 0.0 for request in requests) - min(request.arrival_time for request in requests)
+  return sum(len(request.output_tokens) for request in requests) / span if span > 0 else None
+
+
+def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
+  """Sums up the finished ones of `requests`; the cancelled count only in `usage`.
+
+  ttft_mean_s and scheduling_delay_mean_s: mean over requests. tbt_mean_s and tbt_p99_s: mean and 99th percentile
+  (linear between ranks) over all gaps of all requests, so a long request weighs more.
+  """
+  finished = [request for request in requests if request.state is State.FINISHED]
+  gaps = np.concatenate([np.zeros(0), *(times_between_tokens(request) for request in finished)])
+  return Summary(
+    requests=len(finished),
+    prompt_tokens=sum(len(request.prompt) for request in finished),
+    output_tokens=sum(len(request.output_tokens) for request in finished),
+    ttft_mean_s=_mean([time_to_first_token(request) for request in finished]),
+    tbt_mean_s=_mean(gaps),
+    tbt_p99_s=float(np.percentile(gaps, 99)) if gaps.size else None,
+    throughput_tok_s=throughput(finished),
+    scheduling_delay_mean_s=_mean([scheduling_delay(request) for request in finished]),
+    hbm_hit_rate=usage.hbm_hit_rate,
+    blocks_attended=usage.blocks_attended,
+    blocks_loaded=usage.blocks_loaded,
+    blocks_saved=usage.blocks_saved,
+    peak_hbm_kv_bytes=usage.peak_hbm_kv_bytes,
+    dram_kv_bytes=usage.dram_kv_bytes,
+  )
+
+
+def table(columns: Mapping[str, Mapping[str, int | float | str | None]]) -> str:
+  """Renders one column of values under each name, rows in order of the first column's keys."""
+  names = list(columns)
+  keys = list(columns[names[0]]) if names else []
+  rows = [["", *names]] + [[key, *(_shown(columns[name].get(key)) for name in names)] for key in keys]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
+  lines = [
+    "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+    for row in rows
+  ]
+  return "\n".join(line.rstrip() for line in lines)
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float | None:
+  return float(np.mean(values)) if len(values) else None
+
+
+def _shown(value: int | float | str | None) -> str:
+  if value is None:
+    return "-"
+  if isinstance(value, float):
+    return f"{value:.4g}"
+  return f"{value:,}" if isinstance(value, int) else value

@@ -1,0 +1,110 @@
+"""What the scheduler tells an executor, and what comes back. Plain Python and numpy: a simulator can execute a plan
+too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a request's tokens are drawn. `temperature` 0 is greedy. A draw depends on (seed, position) alone."""
+
+  temperature: float = 0.0
+  top_p: float = 1.0
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillWork:
+  """Layers [first_layer, first_layer + n_layers) of the prompt tokens [start, start + len(tokens))."""
+
+  request_id: str
+  row: int  # where the request's tail lives
+  tokens: np.ndarray  # int32, this chunk's tokens
+  start: int  # a multiple of block_tokens
+  first_layer: int
+  n_layers: int
+  table: np.ndarray  # int32, the request's whole block table
+  last: bool  # ends the prompt: its result holds the first output token
+  sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRow:
+  """One request's next token."""
+
+  request_id: str
+  row: int
+  position: int  # tokens whose KV is in the cache; the token decoded now stands there
+  step: int  # decode steps this request has made before
+  table: np.ndarray
+  sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One iteration: release, then prefill, then measure, then decode."""
+
+  iteration: int
+  release: np.ndarray  # int32, DRAM blocks freed since the last plan: their residency is cleared
+  prefill: tuple[PrefillWork, ...]
+  decode: tuple[DecodeRow, ...]
+  measure: tuple[DecodeRow, ...]  # requests whose working set is wanted, as it is before this iteration's decode
+
+  @property
+  def empty(self) -> bool:
+    return not (self.release.size or self.prefill or self.decode or self.measure)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepStats:
+  """Blocks, summed over layers and KV heads of all devices, in one iteration."""
+
+  attended: int = 0  # full blocks that decode attended to
+  loaded: int = 0  # of these, read from DRAM (0 without offload)
+  saved: int = 0  # written to the pool
+  slots_used: int = 0  # slots that hold a block after the iteration; 0 if it neither prefilled nor decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+  """What an iteration produced. Reading it waits for the device; iterations are read in order."""
+
+  tokens: dict[str, int]  # request_id -> new token, of decode rows and of prompts that ended
+  working_sets: dict[str, int]  # request_id -> blocks over all layers and heads
+  stats: StepStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+  """Sizes the scheduler works with, over all devices."""
+
+  pool_blocks: int  # M: a request of n tokens takes ceil(n / S) of them
+  slots: int  # P; 0 without offload
+  rows: int  # R
+  max_context: int  # prompt + output tokens that one request can ever have (model, configuration, pool)
+  n_layers: int
+  n_kv_heads: int
+  block_bytes: int  # of one block: 2 * S * D * itemsize
+  fixed_hbm_bytes: int  # digests, maps, tails, prefill slab
+
+
+class PendingStep(Protocol):
+  def result(self) -> StepResult: ...
+
+
+class Executor(Protocol):
+  capacity: Capacity
+
+  def submit(self, plan: Plan) -> PendingStep:
+    """Dispatches the plan and returns at once."""
+    ...
+
+  def forget(self, request_id: str) -> None:
+    """Drops what is kept between segments of a prompt that was cancelled."""
+    ...

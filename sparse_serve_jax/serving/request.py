@@ -1,0 +1,68 @@
+"""A request: what was asked, how far it is, when what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+
+import numpy as np
+
+from sparse_serve_jax.serving.plan import Sampling
+
+
+class State(enum.Enum):
+  """Life of a request, as planned: the device may be one iteration behind."""
+
+  WAITING = "waiting"  # for a row and pool blocks
+  PREFILLING = "prefilling"
+  DECODING = "decoding"  # running or paused
+  FINISHED = "finished"
+  CANCELLED = "cancelled"
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+  """One prompt and what became of it. Times are seconds of the engine's clock.
+
+  The stop token that ends a request is not part of `output_tokens`.
+  """
+
+  id: str
+  prompt: np.ndarray  # int32 [T]
+  max_new_tokens: int
+  arrival_time: float
+  sampling: Sampling = dataclasses.field(default_factory=Sampling)
+  stop_token_ids: frozenset[int] = frozenset()  # the model's EOS tokens included, unless they are to be ignored
+  on_token: Callable[[Request, int], None] | None = None  # called with every output token, as it is read
+
+  state: State = State.WAITING
+  output_tokens: list[int] = dataclasses.field(default_factory=list)
+  finish_reason: str | None = None  # "stop", "length" or "cancelled"
+  error: Exception | None = None  # what on_token raised; the request was cancelled for it
+  scheduled_time: float | None = None  # its first work was planned
+  first_token_time: float | None = None  # its first token was read, even if that was a stop token
+  token_times: list[float] = dataclasses.field(default_factory=list)  # one for each output token
+  finish_time: float | None = None
+
+  @property
+  def ended(self) -> bool:
+    return self.state in (State.FINISHED, State.CANCELLED)
+
+  def receive(self, token: int, now: float) -> bool:
+    """Takes the next token. Returns whether it is an output token, so not a stop token."""
+    if self.first_token_time is None:
+      self.first_token_time = now
+    if token in self.stop_token_ids:
+      self.end("stop", now)
+      return False
+    self.output_tokens.append(token)
+    self.token_times.append(now)
+    if len(self.output_tokens) == self.max_new_tokens:
+      self.end("length", now)
+    return True
+
+  def end(self, reason: str, now: float) -> None:
+    """Closes the request for `reason`: "stop", "length" or "cancelled"."""
+    self.state = State.CANCELLED if reason == "cancelled" else State.FINISHED
+    self.finish_reason, self.finish_time = reason, now

@@ -1,0 +1,315 @@
+"""Who runs in an iteration: decode first, chosen by working set, then prefill within an allowance.
+
+No device in here. `schedule` makes the plan of the next iteration, `update` takes the result of the oldest one that is
+still out. A plan is made before the result of the previous one is known, so progress is counted when it is planned:
+lengths are known ahead, and a stop token found late costs one planned token that is thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.memory.allocator import BlockAllocator
+from sparse_serve_jax.serving.plan import Capacity, DecodeRow, Plan, PrefillWork, StepResult
+from sparse_serve_jax.serving.request import Request, State
+
+
+@dataclasses.dataclass(eq=False)
+class _Resident:
+  """A request that holds a row and pool blocks, and how far it is planned."""
+
+  request: Request
+  row: int
+  table: np.ndarray  # int32 [N], the same for life
+  start: int = 0  # prompt tokens before the next piece, in layer `layer`
+  layer: int = 0
+  steps: int = 0  # decode steps
+  measured_at: int = 0  # the step at which the working set was last asked for
+  working_set: int | None = None  # blocks over all layers and heads; None until measured
+
+  @property
+  def position(self) -> int:
+    return len(self.request.prompt) + self.steps
+
+  @property
+  def steps_left(self) -> int:
+    """Decode steps still to be planned: the prefill gives the first token, each step one more."""
+    return self.request.max_new_tokens - 1 - self.steps
+
+
+class _Flight(NamedTuple):
+  """What the result of a dispatched plan is for."""
+
+  iteration: int
+  sampled: list[_Resident]
+  measured: list[_Resident]
+
+
+class Received(NamedTuple):
+  """What a result brought to the requests."""
+
+  tokens: list[tuple[Request, int]]  # output tokens, oldest request first
+  ended: list[Request]
+
+
+class Scheduler:
+  """First come, first served, in admission, prefill and decode alike.
+
+  A request is admitted when the first piece of its prefill is planned. It then takes a row and the pool blocks of its
+  prompt and all its output, and keeps them until it ends; the head of the queue waits for them and is never passed.
+  At most one prompt is partly prefilled at any time.
+  """
+
+  def __init__(self, config: EngineConfig, capacity: Capacity):
+    self._sparse, self._config, self._budget_blocks = config.sparse, config.scheduler, config.budget_blocks
+    self._allowance = config.prefill_allowance(capacity.n_layers)
+    self._capacity = capacity
+    self._block_tokens = config.cache.block_tokens
+    self._allocator = BlockAllocator(capacity.pool_blocks)
+    self._rows = list(range(capacity.rows - 1, -1, -1))  # free ones; the last one is taken first
+    self._waiting: deque[Request] = deque()
+    self._prefilling: _Resident | None = None
+    self._decoding: list[_Resident] = []  # oldest first
+    self._in_flight: deque[_Flight] = deque()
+    self._iteration = 0  # the last one planned
+
+  @property
+  def has_work(self) -> bool:
+    """Whether a request has not ended, a result is out, or freed blocks have still to be released."""
+    live = self._waiting or self._prefilling or self._decoding
+    return bool(live or self._in_flight or self._allocator.release_due)
+
+  @property
+  def pool_blocks_in_use(self) -> int:
+    return self._allocator.in_use
+
+  @property
+  def max_request_tokens(self) -> int:
+    """Prompt and output tokens that one request can have."""
+    return min(self._capacity.max_context, self._capacity.pool_blocks * self._block_tokens)
+
+  def check(self, request: Request) -> None:
+    """Raises ValueError if the request could never run."""
+    n_prompt, n_output = len(request.prompt), request.max_new_tokens
+    if not n_prompt:
+      raise ValueError(f"request {request.id!r}: the prompt is empty, at least one token is needed")
+    if n_output < 1:
+      raise ValueError(f"request {request.id!r}: max_new_tokens must be at least 1, got {n_output}")
+    limit = self.max_request_tokens
+    if n_prompt + n_output > limit:
+      raise ValueError(
+        f"request {request.id!r}: {n_prompt} prompt + {n_output} output tokens = {n_prompt + n_output}, but only "
+        f"{limit} tokens would fit (context {self._capacity.max_context}, pool {self._capacity.pool_blocks} blocks of "
+        f"{self._block_tokens})"
+      )
+
+  def add(self, request: Request) -> None:
+    """Queues a request that `check` accepts."""
+    self.check(request)
+    self._waiting.append(request)
+
+  def schedule(self, now: float) -> Plan:
+    """Plans the next iteration. An empty plan is not to be dispatched and takes no iteration number."""
+    running = self._choose_decode()
+    measured = [resident for resident in running if self._measure_due(resident)]
+    for resident in measured:
+      resident.measured_at = resident.steps
+    asked = {resident.request.id for resident in measured}
+    decode = tuple(self._step(resident) for resident in running)
+    prefill, prefilled = self._plan_prefill(now)
+    plan = Plan(
+      iteration=self._iteration + 1,
+      release=self._allocator.take_release(),
+      prefill=prefill,
+      decode=decode,
+      measure=tuple(row for row in decode if row.request_id in asked),
+    )
+    if not plan.empty:
+      self._iteration = plan.iteration
+      self._in_flight.append(_Flight(plan.iteration, running + prefilled, measured))
+    return plan
+
+  def update(self, result: StepResult, now: float) -> Received:
+    """Takes the result of the oldest plan that is out. Tokens of requests that have ended since are dropped."""
+    flight = self._in_flight.popleft()
+    self._allocator.complete(flight.iteration)
+    received = Received([], [])
+    for resident in flight.measured:
+      resident.working_set = result.working_sets[resident.request.id]
+    for resident in flight.sampled:
+      request = resident.request
+      if request.ended:
+        continue
+      token = result.tokens[request.id]
+      if request.receive(token, now):
+        received.tokens.append((request, token))
+      if request.ended:
+        received.ended.append(request)
+        self._decoding.remove(resident)
+        self._free(resident)
+    return received
+
+  def cancel(self, request: Request, now: float) -> None:
+    """Ends a request that has not ended. Tokens of it that are still on the device are dropped."""
+    if request.state is State.WAITING:
+      self._waiting.remove(request)
+    elif self._prefilling and self._prefilling.request is request:
+      self._free(self._prefilling)
+      self._prefilling = None
+    else:
+      resident = next(r for r in self._decoding if r.request is request)
+      self._decoding.remove(resident)
+      self._free(resident)
+    request.end("cancelled", now)
+
+  def _free(self, resident: _Resident) -> None:
+    """Gives back the row, at once since device programs run in order, and the blocks, by the allocator's rule."""
+    self._rows.append(resident.row)
+    self._allocator.free(resident.table, after=self._iteration)
+
+  # ---------------------------------------------------------------------------------------------------------- decode
+
+  def _choose_decode(self) -> list[_Resident]:
+    """Algorithm 1 of SparseServe (arXiv 2509.24626): the first max_batch requests, less those whose working set does
+    not fit any more into the slots. There is no break, so a later one may pass; who is left out pauses and keeps
+    everything.
+
+    The oldest is always chosen, whatever its size. So every iteration with a candidate lowers the steps left to the
+    oldest, and a request pauses for at most as many iterations as older requests had steps left when it could first
+    run.
+    """
+    candidates = [resident for resident in self._decoding if resident.steps_left][: self._config.max_batch]
+    if not self._controlled:
+      return candidates
+    chosen, used = [], 0
+    for resident in candidates:
+      need = self._working_set(resident)
+      if not chosen or used + need <= self._capacity.slots:
+        chosen.append(resident)
+        used += need
+    return chosen
+
+  @property
+  def _controlled(self) -> bool:
+    return self._config.batch_control == "working_set" and self._capacity.slots > 0
+
+  def _working_set(self, resident: _Resident) -> int:
+    """Blocks over all layers and heads: as measured last, or without history what one step can select (the paper
+    leaves this case open). A paused request's stays as it was."""
+    if resident.working_set is not None:
+      return resident.working_set
+    full = resident.position // self._block_tokens
+    selected = min(full, self._budget_blocks) if self._sparse.policy == "topk" else full
+    dense_layers = min(self._sparse.dense_layers, self._capacity.n_layers)
+    per_head = dense_layers * full + (self._capacity.n_layers - dense_layers) * selected
+    return per_head * self._capacity.n_kv_heads
+
+  def _step(self, resident: _Resident) -> DecodeRow:
+    row = DecodeRow(
+      request_id=resident.request.id,
+      row=resident.row,
+      position=resident.position,
+      step=resident.steps,
+      table=resident.table,
+      sampling=resident.request.sampling,
+    )
+    resident.steps += 1
+    return row
+
+  def _measure_due(self, resident: _Resident) -> bool:
+    """Once in w steps, seen before the step about to be planned, unless that is the last one."""
+    due = resident.steps - resident.measured_at >= self._config.working_set_steps
+    return self._controlled and due and resident.steps_left > 1
+
+  # --------------------------------------------------------------------------------------------------------- prefill
+
+  def _plan_prefill(self, now: float) -> tuple[tuple[PrefillWork, ...], list[_Resident]]:
+    """Returns pieces of prompts, oldest first, while the allowance lasts, and the requests whose prompts end.
+
+    The allowance counts token x layers when layer-segmented and tokens when chunked. Only a single piece of one block
+    in one layer may exceed it.
+    """
+    left = self._allowance
+    works: list[PrefillWork] = []
+    ended = []
+    while left > 0:
+      resident = self._prefilling
+      request = resident.request if resident else self._waiting[0] if self._waiting else None
+      if request is None:
+        break
+      start, layer = (resident.start, resident.layer) if resident else (0, 0)
+      n_tokens, n_layers, cost = self._piece(len(request.prompt), start, layer, left, first=not works)
+      if not n_tokens or not n_layers:
+        break
+      resident = resident or self._admit(request, now)
+      if resident is None:
+        break
+      work = self._advance(resident, n_tokens, n_layers)
+      works.append(work)
+      left -= cost
+      self._prefilling = None if work.last else resident
+      if work.last:
+        ended.append(resident)
+        self._decoding.append(resident)
+        request.state = State.DECODING
+    return tuple(works), ended
+
+  def _piece(self, n_prompt: int, start: int, layer: int, left: int, first: bool) -> tuple[int, int, int]:
+    """Returns tokens, layers and cost of the next piece of a prompt; zeros if the rest of the allowance is too small.
+
+    Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
+    token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
+    Pieces but the last of a prompt are whole blocks, so that every piece starts at one; chunks also whole eighths of a
+    full one, the sizes that programs are compiled for.
+    """
+    size, rest = self._block_tokens, n_prompt - start
+    if self._config.prefill == "chunked":
+      unit = max(1, self._allowance // 8 // size) * size
+      n_tokens = rest if rest <= left else left // unit * unit
+      return n_tokens, self._capacity.n_layers, n_tokens
+    if n_prompt <= self._allowance:
+      n_layers = min(left // n_prompt, self._capacity.n_layers - layer)
+      return n_prompt, n_layers, n_prompt * n_layers
+    n_tokens = min(rest, self._hybrid_chunk)
+    return (n_tokens, 1, n_tokens) if first or n_tokens <= left else (0, 0, 0)
+
+  @property
+  def _hybrid_chunk(self) -> int:
+    """Tokens: the most whole blocks within the allowance, a multiple of 8 blocks if possible, at least one."""
+    blocks = max(1, self._allowance // self._block_tokens)
+    return (blocks // 8 * 8 if blocks >= 8 else blocks) * self._block_tokens
+
+  def _admit(self, request: Request, now: float) -> _Resident | None:
+    """Gives the head of the queue a row and its blocks, or None while they are taken."""
+    if not self._rows:
+      return None
+    n_tokens = len(request.prompt) + request.max_new_tokens
+    table = self._allocator.allocate(-(-n_tokens // self._block_tokens))
+    if table is None:
+      return None
+    self._waiting.popleft()
+    request.state, request.scheduled_time = State.PREFILLING, now
+    return _Resident(request, self._rows.pop(), table)
+
+  def _advance(self, resident: _Resident, n_tokens: int, n_layers: int) -> PrefillWork:
+    """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
+    request, start, layer = resident.request, resident.start, resident.layer
+    resident.start += n_tokens
+    if resident.start == len(request.prompt):
+      resident.start, resident.layer = 0, layer + n_layers
+    return PrefillWork(
+      request_id=request.id,
+      row=resident.row,
+      tokens=request.prompt[start : start + n_tokens],
+      start=start,
+      first_layer=layer,
+      n_layers=n_layers,
+      table=resident.table,
+      last=resident.layer == self._capacity.n_layers,
+      sampling=request.sampling,
+    )

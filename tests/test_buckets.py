@@ -1,0 +1,260 @@
+"""Which programs there are: how far prompts are padded, how many programs that takes, and that no other is ever compiled."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, SparseConfig
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
+from sparse_serve_jax.serving.plan import Capacity, Plan, StepResult, StepStats
+from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.serving.scheduler import Scheduler
+from tests.tiny import config, prompt_of, tiny_model, with_slots
+
+LONGEST = 131072
+MOST_PADDING = 0.125
+MODES = {  # prefill, max_inject_tokens, chunk_tokens
+  "whole": ("layer_segmented", 0, 2048),  # 2048 x layers: SparseServe's setting
+  "whole or hybrid": ("layer_segmented", 16384, 2048),
+  "hybrid": ("layer_segmented", 2048, 2048),
+  "odd hybrid": ("layer_segmented", 3000, 2048),
+  "chunked": ("chunked", 0, 2048),
+  "short chunks": ("chunked", 0, 512),
+  "long chunks": ("chunked", 0, 12288),
+}
+
+
+def engine_config(mode: str, S: int = 32, max_batch: int = 64) -> EngineConfig:
+  prefill, inject, chunk = MODES[mode]
+  scheduler = SchedulerConfig(prefill=prefill, max_inject_tokens=inject, chunk_tokens=chunk, max_batch=max_batch)  # type: ignore[arg-type]
+  return EngineConfig(CacheConfig(block_tokens=S), SparseConfig(token_budget=4096), scheduler)
+
+
+def capacity(n_layers: int, max_context: int, S: int, rows: int = 8) -> Capacity:
+  return Capacity(
+    pool_blocks=rows * -(-max_context // S),
+    slots=0,
+    rows=rows,
+    max_context=max_context,
+    n_layers=n_layers,
+    n_kv_heads=8,
+    block_bytes=1,
+    fixed_hbm_bytes=0,
+  )
+
+
+def planned(conf: EngineConfig, sizes: Capacity, prompts: list[int], n_output: int = 1) -> list[Plan]:
+  """Every plan of the scheduler for prompts of these lengths that are all there from the start."""
+  scheduler = Scheduler(conf, sizes)
+  for i, n in enumerate(prompts):
+    scheduler.add(Request(str(i), np.zeros(n, np.int32), n_output, arrival_time=0.0))
+  plans = []
+  while scheduler.has_work:
+    plan = scheduler.schedule(0.0)
+    names = [row.request_id for row in plan.decode] + [work.request_id for work in plan.prefill if work.last]
+    sets = {row.request_id: 0 for row in plan.measure}
+    if not plan.empty:
+      plans.append(plan)
+      scheduler.update(StepResult(dict.fromkeys(names, 1), sets, StepStats()), 0.0)
+  return plans
+
+
+def first_layer(plans: list[Plan]) -> list[tuple[int, int]]:
+  """Tokens and start of the pieces that a prompt's first layer comes in."""
+  return [(len(work.tokens), work.start) for plan in plans for work in plan.prefill if work.first_layer == 0]
+
+
+def limit_and_piece(conf: EngineConfig, n_layers: int) -> tuple[int, int]:
+  """Tokens of the longest prompt that comes whole, and of a full piece of a longer one."""
+  if conf.scheduler.prefill == "chunked":
+    return conf.scheduler.chunk_tokens, conf.scheduler.chunk_tokens
+  limit, eight_blocks = conf.scheduler.max_inject_tokens or 2048 * n_layers, 8 * conf.cache.block_tokens
+  return limit, limit // eight_blocks * eight_blocks
+
+
+def pieces_alone(conf: EngineConfig, n_layers: int, n: int) -> list[tuple[int, int]]:
+  """What `first_layer` gives for one prompt by itself: full pieces and a remainder."""
+  limit, piece = limit_and_piece(conf, n_layers)
+  return [(n, 0)] if n <= limit else [(min(piece, n - start), start) for start in range(0, n, piece)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_above_2k_are_padded_by_an_eighth_at_most(mode: str):
+  """Every length up to 128k, all pieces of the prompt together."""
+  conf, n_layers = engine_config(mode), 16
+  buckets = Buckets.of(conf, n_layers, LONGEST)
+  limit, piece = limit_and_piece(conf, n_layers)
+  worst = 0.0
+  for n in range(2049, LONGEST + 1):
+    n_full, rest = divmod(n, piece) if n > limit else (0, n)
+    padded = buckets.piece(piece, 0) + (n_full - 1) * buckets.piece(piece, piece) if n_full else 0
+    padded += buckets.piece(rest, n_full * piece) if rest else 0
+    worst = max(worst, padded / n - 1)
+  assert 0 < worst <= MOST_PADDING
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pieces_are_the_schedulers(mode: str):
+  conf, n_layers = engine_config(mode), 16
+  sizes = capacity(n_layers, LONGEST, 32)
+  for n in (1, 31, 2048, 2049, 2816, 2817, 3000, 3001, 12289, 16384, 16385, 32768, 32769, 50001, LONGEST - 1):
+    assert first_layer(planned(conf, sizes, [n])) == pieces_alone(conf, n_layers, n)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("S", [8, 32, 128])
+def test_no_more_than_48_programs(mode: str, S: int):
+  """For models of 16 to 80 layers and any context up to 128k; sizes ascend and are whole blocks."""
+  for n_layers in (16, 22, 28, 32, 36, 40, 48, 60, 64, 80):
+    for max_context in (2048, 4096, 8192, 20000, 32768, 65536, 100_000, LONGEST):
+      for max_batch in (1, 8, 64):
+        buckets = Buckets.of(engine_config(mode, S, max_batch), n_layers, max_context)
+        programs = buckets.programs()
+        assert len(set(programs)) == len(programs) <= 48
+        for sizes in (buckets.whole, buckets.chunks, buckets.tables, buckets.batches):
+          assert list(sizes) == sorted(set(sizes)) and all(size > 0 for size in sizes)
+        assert not any(size % S for size in buckets.whole + buckets.chunks)
+
+
+def programs_of(buckets: Buckets, plan: Plan) -> set[tuple]:
+  """The programs that a plan runs, named as `Buckets.programs` does."""
+  S = buckets.block_tokens
+  used = {
+    ("prefill", buckets.piece(len(w.tokens), w.start), buckets.table(w.start // S) if w.start else 0)
+    for w in plan.prefill
+  }
+  if plan.decode:
+    longest = max(row.position // S + 1 for row in plan.decode)
+    used.add(("decode", buckets.batch(len(plan.decode)), buckets.table(longest)))
+  return used
+
+
+@given(
+  prefill=st.sampled_from(["layer_segmented", "chunked"]),
+  inject=st.integers(0, 6000),
+  chunk_blocks=st.integers(1, 64),
+  S=st.sampled_from([8, 32, 128]),
+  n_layers=st.integers(1, 4),
+  max_context=st.integers(8, 6000),
+  data=st.data(),
+)
+def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers, max_context, data):
+  """Prompts that share an iteration make pieces of any size: each fits a bucket, and only listed programs run.
+
+  A piece is padded by an eighth of itself or of a full piece, give or take a block; or it begins a prompt and is small.
+  """
+  scheduler = SchedulerConfig(prefill=prefill, max_inject_tokens=inject, chunk_tokens=chunk_blocks * S, max_batch=3)
+  conf = EngineConfig(CacheConfig(block_tokens=S), SparseConfig(token_budget=4096), scheduler)
+  prompts = data.draw(st.lists(st.integers(1, max_context - 2), min_size=1, max_size=5))
+  buckets = Buckets.of(conf, n_layers, max_context)
+  listed = set(buckets.programs())
+  full = chunk_blocks * S if prefill == "chunked" else inject or 2048 * n_layers
+  for plan in planned(conf, capacity(n_layers, max_context, S), prompts, n_output=2):
+    assert programs_of(buckets, plan) <= listed
+    for work in plan.prefill:
+      n = len(work.tokens)
+      padded = buckets.piece(n, work.start)
+      small = padded <= 2048 and not work.start
+      assert small or padded - n < max(n / 8, full / 8 + 2 * S)
+
+
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def test_nothing_is_compiled_in_steady_state():
+  """The first pass compiles one program for each bucket it meets and no other; the second none of any kind."""
+  conf = config(
+    "scheduler.max_context=1024", "scheduler.max_batch=9", "cache.rows=10", "cache.dram_bytes=4MiB",
+    "cache.hbm_bytes=4MiB", "scheduler.max_inject_tokens=512", "scheduler.working_set_steps=4",
+  )  # fmt: skip
+  model = tiny_model()
+  model = dataclasses.replace(model, config=dataclasses.replace(model.config, max_context=1024))
+  executor = JaxExecutor(conf, model)
+  submit, used = executor.submit, collections.Counter()
+
+  def recorded(plan: Plan):
+    used.update(programs_of(executor.buckets, plan))
+    return submit(plan)
+
+  executor.submit = recorded
+  compiled = []
+
+  def listener(event: str, duration: float, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(duration)
+
+  def serve_all(lengths: list[int], seed: int):
+    engine = Engine(conf, model, executor)
+    requests = [engine.add_request(prompt_of(n, seed + n), 6, temperature=seed) for n in lengths]
+    cancelled = engine.add_request(prompt_of(700), 6)
+    for _ in range(4):
+      engine.step()
+    engine.cancel(cancelled.id)
+    engine.run()
+    assert all(len(request.output_tokens) == 6 for request in requests)
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    serve_all([900, 600, 100, *range(20, 27)], seed=0)
+    assert compiled
+    count = {name: getattr(executor.programs, name)._cache_size() for name in ("decode", "prefill", "release")}
+    programs = set(used)
+    assert programs <= set(executor.buckets.programs())
+    assert count == {
+      "decode": sum(kind == "decode" for kind, *_ in programs),
+      "prefill": sum(kind == "prefill" for kind, *_ in programs),
+      "release": 1,
+    }
+    assert count["decode"] >= 2 and count["prefill"] >= 3
+    compiled.clear()
+    serve_all([899, 610, 130, *range(30, 37)], seed=1)
+    assert set(used) == programs
+    assert not compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.mark.parametrize("policy", ["topk", "psa"])
+def test_programs_hold_no_second_cache(policy: str, monkeypatch):
+  """Pool, slots, digests and tails are updated in place: they alias, and no temporary is as large as any of them."""
+  model = tiny_model()
+  conf = config(
+    f"sparse.policy={policy}", "sparse.token_budget=64", "scheduler.max_batch=1", "scheduler.max_context=128",
+    "cache.rows=512", "cache.dram_bytes=32MiB",
+  )  # fmt: skip
+  conf = with_slots(conf, 4096, model)
+  memory = {}
+
+  def spied(program, name: str):
+    def run(*args):
+      compiled = memory_of(program.lower(*args), name)
+      return compiled(*args)
+
+    return run
+
+  def memory_of(lowered, name: str):
+    compiled = lowered.compile()
+    memory[name] = compiled.memory_analysis()
+    return compiled
+
+  executor = JaxExecutor(conf, model)
+  for name in ("decode", "prefill"):
+    monkeypatch.setattr(executor.programs, name, spied(getattr(executor.programs, name), name))
+  engine = Engine(conf, model, executor)
+  engine.add_request(prompt_of(100), 3)
+  engine.run()
+
+  arrays = {name: getattr(executor.cache, name).nbytes for name in ("pool", "slots", "digest", "tail")}
+  cache_bytes = sum(x.nbytes for x in jax.tree.leaves(executor.cache))
+  for name in ("decode", "prefill"):
+    assert memory[name].temp_size_in_bytes < min(arrays.values()) / 2
+    assert memory[name].alias_size_in_bytes >= cache_bytes

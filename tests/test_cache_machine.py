@@ -1,0 +1,199 @@
+"""Allocator, residency maps and block contents together, driven at random against dictionaries.
+
+The device side is the real one: pool and slots hold a tag in every block, and only the ops of a step move them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import pallas_kernels as kernels
+from pallas_kernels import residency
+from pallas_kernels.residency import NEVER, Maps
+from sparse_serve_jax.memory.allocator import BlockAllocator
+
+K, L, M, P = 2, 2, 7, 5
+B, N = 2, 3  # rows of a decode step, blocks that one selects
+LARGEST = 4  # blocks of a request
+
+propose, commit, release = jax.jit(residency.propose), jax.jit(residency.commit), jax.jit(residency.release)
+store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
+
+
+@functools.cache
+def unwritten(*dims: int) -> np.ndarray:
+  return np.full((*dims, 2, 1, 1), np.nan, np.float32)
+
+
+class CacheMachine(RuleBasedStateMachine):
+  """Every rule but `free` is one iteration of the engine, in its order: release, then store or decode, then completion."""
+
+  def __init__(self):
+    super().__init__()
+    self.allocator = BlockAllocator(M)
+    self.pool, self.slots = unwritten(K, L, M), unwritten(P)
+    self.maps = Maps(
+      np.full((K, L, M), -1, np.int32),
+      np.full(P, -1, np.int32),
+      np.full(P, -1, np.int32),
+      np.full((K, L, M), NEVER, np.int32),
+    )
+    self.iteration = 0
+    self.completed = 0
+    self.tags = itertools.count(1)
+    # The model.
+    self.requests: dict[int, list[int]] = {}  # id -> blocks
+    self.steps: dict[int, int] = {}
+    self.content: dict[tuple[int, int, int], float] = {}  # (head, layer, block) -> tag
+    self.held: dict[int, tuple[int, int, int]] = {}  # slot -> (head, layer, block)
+    self.stamp = dict.fromkeys(range(P), -1)
+    self.selected: dict[tuple[int, int, int], int] = {}
+
+  def begin(self) -> None:
+    freed = self.allocator.take_release()
+    self.iteration += 1
+    padded = np.full(M, -1, np.int32)
+    padded[: len(freed)] = freed
+    self.maps = release(self.maps, padded)
+    for block in freed.tolist():
+      for slot in [slot for slot, key in self.held.items() if key[2] == block]:
+        del self.held[slot]
+        self.stamp[slot] = -1
+      self.selected = {key: step for key, step in self.selected.items() if key[2] != block}
+
+  def end(self, lag: int) -> None:
+    """Results arrive up to one iteration late, as in the engine."""
+    while self.completed < self.iteration - lag:
+      self.completed += 1
+      self.allocator.complete(self.completed)
+
+  @rule(n=st.integers(1, LARGEST), lag=st.integers(0, 1))
+  def start(self, n, lag):
+    """A request comes and its blocks are stored."""
+    blocks = self.allocator.allocate(n)
+    self.begin()
+    if blocks is not None:
+      owned = set(itertools.chain(*self.requests.values()))
+      assert not owned & set(blocks.tolist())
+      source = unwritten(K, L, LARGEST).copy()
+      to = np.full(LARGEST, -1, np.int32)
+      to[:n] = blocks
+      for k, layer, i in np.ndindex(K, L, n):
+        tag = next(self.tags)
+        source[k, layer, i] = tag
+        self.content[k, layer, int(blocks[i])] = tag
+      self.pool = store(self.pool, source, np.int32(0), np.arange(LARGEST, dtype=np.int32), to)
+      self.requests[self.iteration] = blocks.tolist()
+      self.steps[self.iteration] = 0
+    self.end(lag)
+
+  @precondition(lambda self: self.requests)
+  @rule(data=st.data(), layer=st.integers(0, L - 1), seed=st.integers(0, 2**32 - 1), lag=st.integers(0, 1))
+  def decode(self, data, layer, seed, lag):
+    """One layer of a step: select, look up, read, take note. Attention stops anywhere in the list."""
+    chosen = data.draw(st.lists(st.sampled_from(sorted(self.requests)), min_size=1, max_size=B, unique=True))
+    self.begin()
+    rng = np.random.default_rng(seed)
+    blocks, used, steps = np.full((B, K, N), -1, np.int32), np.zeros((B, K), np.int32), np.zeros(B, np.int32)
+    for b, request in enumerate(chosen):
+      steps[b] = self.steps[request]
+      self.steps[request] += 1
+      for k in range(K):
+        of_head = rng.permutation(self.requests[request])[:N]
+        blocks[b, k, : len(of_head)] = of_head
+        used[b, k] = rng.integers(0, len(of_head) + 1)
+    proposal = propose(self.maps, np.int32(layer), blocks)
+    slot, hit = (np.asarray(x) for x in proposal)
+    self.check_proposal(layer, blocks, slot, hit)
+    reached = np.arange(N) < used[..., None]
+    for b, k, i in zip(*np.nonzero(reached & hit), strict=True):  # what attention reads
+      assert (np.asarray(self.slots)[slot[b, k, i]] == self.content[k, layer, blocks[b, k, i]]).all()
+    self.slots = load(self.pool, self.slots, np.int32(layer), np.where(reached & ~hit, blocks, -1), slot)
+    stamp = self.iteration * L + layer
+    self.maps = commit(self.maps, np.int32(layer), blocks, proposal, used, np.int32(stamp), steps)
+    for b, k, i in zip(*np.nonzero(reached), strict=True):
+      key = (int(k), layer, int(blocks[b, k, i]))
+      self.selected[key] = int(steps[b])
+      if slot[b, k, i] >= 0:
+        self.held[int(slot[b, k, i])] = key
+        self.stamp[int(slot[b, k, i])] = stamp
+    self.end(lag)
+
+  def check_proposal(self, layer, blocks, slot, hit):
+    """Hits where the dictionary has them; misses to the least recently used of the other slots, ranks in order."""
+    where = {key: p for p, key in self.held.items()}
+    wanted = {(b, k, i): where.get((k, layer, blocks[b, k, i]), -1) for b, k, i in np.argwhere(blocks >= 0)}
+    for index in np.ndindex(B, K, N):
+      assert hit[index] == (wanted.get(index, -1) >= 0)
+      assert slot[index] == wanted[index] if hit[index] else True
+    victims = sorted(set(range(P)) - set(wanted.values()), key=lambda p: (self.stamp[p], p))
+    misses = sorted((i, b, k) for b, k, i in wanted if wanted[b, k, i] < 0)
+    given = [int(slot[b, k, i]) for i, b, k in misses]
+    assert given == (victims + [-1] * len(misses))[: len(misses)]
+
+  @precondition(lambda self: self.requests)
+  @rule(data=st.data())
+  def finish(self, data):
+    """A request ends. Its blocks may still be in slots until the next iteration releases them."""
+    request = data.draw(st.sampled_from(sorted(self.requests)))
+    self.allocator.free(self.requests.pop(request), after=self.iteration)
+    del self.steps[request]
+
+  @invariant()
+  def residency_is_the_dictionaries(self):
+    slot_of, block_of = np.full((K, L, M), -1), np.full(P, -1)
+    for slot, (k, layer, block) in self.held.items():
+      slot_of[k, layer, block], block_of[slot] = slot, (k * L + layer) * M + block
+    np.testing.assert_array_equal(self.maps.slot_of, slot_of)
+    np.testing.assert_array_equal(self.maps.block_of, block_of)
+    np.testing.assert_array_equal(self.maps.last_used, [self.stamp[p] for p in range(P)])
+    selected = np.full((K, L, M), NEVER)
+    for key, step in self.selected.items():
+      selected[key] = step
+    np.testing.assert_array_equal(self.maps.last_selected, selected)
+
+  @invariant()
+  def maps_are_inverse(self):
+    slot_of, block_of = np.asarray(self.maps.slot_of), np.asarray(self.maps.block_of)
+    resident = np.argwhere(slot_of >= 0)
+    assert len(resident) == (block_of >= 0).sum()
+    for k, layer, block in resident:
+      assert block_of[slot_of[k, layer, block]] == (k * L + layer) * M + block
+
+  @invariant()
+  def nothing_stale_is_resident(self):
+    """A slot holds what the pool has at its block, which is what its owner stored; blocks free to be given out are nowhere."""
+    pool, slots = np.asarray(self.pool), np.asarray(self.slots)
+    waiting = {int(b) for blocks, _ in self.allocator._unreleased for b in blocks}
+    for slot, (k, layer, block) in self.held.items():
+      assert (slots[slot] == pool[k, layer, block]).all()
+      assert (slots[slot] == self.content[k, layer, block]).all()
+      assert block in waiting or any(block in blocks for blocks in self.requests.values())
+
+  @invariant()
+  def no_block_has_two_owners(self):
+    owned = list(itertools.chain(*self.requests.values()))
+    assert len(owned) == len(set(owned)) == self.allocator.in_use
+
+  def teardown(self):
+    """When all requests have ended nothing is left."""
+    for blocks in self.requests.values():
+      self.allocator.free(blocks, after=self.iteration)
+    self.begin()
+    self.end(lag=0)
+    assert self.allocator.available == M and self.allocator.in_use == 0 and not self.allocator.release_due
+    assert (np.asarray(self.maps.block_of) == -1).all() and (np.asarray(self.maps.slot_of) == -1).all()
+    assert (np.asarray(self.maps.last_used) == -1).all() and (np.asarray(self.maps.last_selected) == NEVER).all()
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(
+  max_examples=max(1, settings().max_examples // 2), stateful_step_count=40, deadline=None
+)

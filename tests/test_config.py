@@ -1,0 +1,335 @@
+"""Configuration: what is read, what is refused and with which words, and that nothing in it is idle."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_serve_jax import config as config_lib
+from sparse_serve_jax.config import (
+  CacheConfig,
+  EngineConfig,
+  ModelConfig,
+  RopeConfig,
+  SchedulerConfig,
+  SparseConfig,
+  find_config,
+  from_dict,
+  load_config,
+  override,
+  parse_bytes,
+  read_config,
+  to_json,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {"serving": EngineConfig, "models": ModelConfig}
+LADDER = ("dense", "sparse", "sparse_offload", "sparse_serve", "psa")
+SHAPE = dict(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_context=512)
+
+
+def write(folder: Path, name: str, data: object) -> Path:
+  path = folder / f"{name}.json"
+  path.write_text(data if isinstance(data, str) else json.dumps(data))
+  return path
+
+
+# What is shipped.
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.*")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_file_in_configs_loads(path: Path):
+  assert path.suffix == ".json" and path.parent.name in KINDS
+  kind = path.parent.name
+  loaded = read_config(KINDS[kind], path)
+  assert isinstance(loaded, KINDS[kind])
+  assert find_config(kind, path.stem) == path
+
+
+def test_ladder_changes_what_each_rung_is_named_for():
+  def rung(name: str) -> dict[str, object]:
+    loaded = load_config(name)
+    return {
+      "policy": loaded.sparse.policy,
+      "offload": loaded.cache.offload,
+      "prefill": loaded.scheduler.prefill,
+      "batch_control": loaded.scheduler.batch_control,
+    }
+
+  rungs = [rung(name) for name in LADDER]
+  assert rungs[0] == {"policy": "dense", "offload": False, "prefill": "chunked", "batch_control": "none"}
+  changes = [{key: b[key] for key in b if a[key] != b[key]} for a, b in itertools.pairwise(rungs)]
+  assert changes == [
+    {"policy": "topk"},
+    {"offload": True},
+    {"prefill": "layer_segmented", "batch_control": "working_set"},
+    {"policy": "psa"},
+  ]
+  assert len({load_config(name).cache.hbm_bytes for name in LADDER}) == 1
+
+
+def test_ladder_extends_rung_by_rung():
+  bases = [json.loads((ROOT / f"configs/serving/{name}.json").read_text()).get("extends") for name in LADDER]
+  assert bases == [None, *LADDER[:-1]]
+
+
+def test_configs_are_found_in_an_installed_package(tmp_path: Path):
+  shutil.copytree(
+    ROOT / "sparse_serve_jax", tmp_path / "sparse_serve_jax", ignore=shutil.ignore_patterns("__pycache__")
+  )
+  shutil.copytree(ROOT / "configs", tmp_path / "sparse_serve_jax/configs")
+  (tmp_path / "configs/serving").mkdir(parents=True)  # another package's, beside ours
+  code = "from sparse_serve_jax import config; print(config.__file__, config.load_config('psa').sparse.policy)"
+  out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+  assert out.split() == [str(tmp_path / "sparse_serve_jax/config.py"), "psa"]
+
+
+def test_every_field_is_read():
+  """Counts attribute reads by name, checks in `__post_init__` aside."""
+  read = set()
+  for path in [*ROOT.glob("sparse_serve_jax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")]:
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+      node = waiting.pop()
+      if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+        continue
+      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        read.add(node.attr)
+      waiting.extend(ast.iter_child_nodes(node))
+  classes = [RopeConfig, ModelConfig, CacheConfig, SparseConfig, SchedulerConfig, EngineConfig]
+  idle = [f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in read]
+  assert not idle
+
+
+# Reading.
+
+
+@pytest.mark.parametrize(
+  ("text", "size"),
+  [
+    ("8GiB", 8 << 30),
+    ("512MiB", 512 << 20),
+    ("1.5GB", 1_500_000_000),
+    ("4096B", 4096),
+    ("3 KiB", 3072),
+    ("7KB", 7000),
+    ("2TiB", 2 << 40),
+    ("0.3KiB", 307),
+  ],
+)
+def test_parse_bytes(text: str, size: int):
+  assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GiB", "8Gb", "8 gib", "-1GiB", "1e3KB", "1,5GB", ""])
+def test_parse_bytes_refuses(text: str):
+  with pytest.raises(ValueError, match="GiB"):
+    parse_bytes(text)
+
+
+def test_read_config_merges_a_chain(tmp_path: Path):
+  write(tmp_path, "a", {"cache": {"rows": 3, "hbm_bytes": "1MiB"}, "tp": 2})
+  write(tmp_path, "b", {"extends": "a", "cache": {"rows": 4}, "sparse": {"policy": "psa"}})
+  path = write(tmp_path, "c", {"extends": "b", "sparse": {"threshold": 1}})
+  assert load_config(path) == EngineConfig(
+    cache=CacheConfig(rows=4, hbm_bytes=1 << 20), sparse=SparseConfig(policy="psa", threshold=1.0), tp=2
+  )
+
+
+@pytest.mark.parametrize(
+  ("data", "words"),
+  [
+    ({"sparse": {"token_budgt": 4096}}, ["'token_budgt'", "section 'sparse'", "'token_budget'"]),
+    ({"schedular": {}}, ["'schedular'", "'scheduler'"]),
+    ({"sparse": 4096}, ["'sparse'", "expected an object", "4096"]),
+    ([], ["expected an object"]),
+    ({"sparse": {"token_budget": "many"}}, ["sparse.token_budget", "expected int", "'many'", "str"]),
+    ({"sparse": {"token_budget": 2048.0}}, ["sparse.token_budget", "expected int", "2048.0", "float"]),
+    ({"tp": True}, ["tp", "expected int", "True", "bool"]),
+    ({"cache": {"offload": 1}}, ["cache.offload", "expected bool", "int"]),
+    ({"cache": {"hbm_bytes": "8Gb"}}, ["cache.hbm_bytes", "'8Gb'", "GiB"]),
+    ({"cache": {"hbm_bytes": None}}, ["cache.hbm_bytes", "expected int", "NoneType"]),
+    ({"cache": {"rows": "8GiB"}}, ["cache.rows", "expected int"]),
+    ({"sparse": {"policy": "pas"}}, ["sparse.policy", "dense, topk, psa", "'pas'"]),
+    ('{"tp": 1, "tp": 2}', ["given twice", "tp"]),
+    ('{"tp": 1,}', ["line 1"]),
+    ({"extends": "nowhere"}, ["extends", "'nowhere'", "bad"]),
+    ({"extends": ["bad"]}, ["extends", "bad"]),
+    ({"extends": "bad"}, ["circle", "bad -> bad"]),
+  ],
+)
+def test_read_config_refuses(tmp_path: Path, data: object, words: list[str]):
+  path = write(tmp_path, "bad", data)
+  with pytest.raises(ValueError) as error:
+    load_config(path)
+  for word in ["bad.json", *words]:
+    assert word in str(error.value)
+
+
+def test_extends_names_the_file_at_fault(tmp_path: Path):
+  write(tmp_path, "base", {"tpp": 2})
+  with pytest.raises(ValueError, match=r"base\.json.*'tpp'.*'tp'"):
+    load_config(write(tmp_path, "top", {"extends": "base"}))
+
+
+def test_extends_in_a_long_circle(tmp_path: Path):
+  write(tmp_path, "a", {"extends": "c"})
+  write(tmp_path, "b", {"extends": "a"})
+  with pytest.raises(ValueError, match="c -> b -> a -> c"):
+    load_config(write(tmp_path, "c", {"extends": "b"}))
+
+
+def test_unknown_name_lists_what_there_is():
+  with pytest.raises(ValueError, match="'pso'.*dense, psa, sparse, sparse_offload, sparse_serve"):
+    load_config("pso")
+  with pytest.raises(ValueError, match="no such file: elsewhere/psa.json"):
+    load_config("elsewhere/psa.json")
+
+
+def test_from_dict_names_every_missing_key():
+  with pytest.raises(ValueError, match="lacks vocab_size, d_ff"):
+    from_dict(ModelConfig, {key: value for key, value in SHAPE.items() if key not in ("vocab_size", "d_ff")})
+
+
+def test_from_dict_reads_sections_and_integers_for_floats():
+  shape = from_dict(ModelConfig, SHAPE | {"rope": {"theta": 500000}})
+  assert shape == ModelConfig(**SHAPE, rope=RopeConfig(theta=500000.0))
+  assert type(shape.rope.theta) is float
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    EngineConfig(),
+    EngineConfig(CacheConfig(hbm_bytes=123, offload=False), SparseConfig("psa", threshold=0.3), tp=4),
+    ModelConfig(**SHAPE, rope=RopeConfig(kind="yarn", original_context=64), tie_embeddings=True),
+  ],
+  ids=lambda c: type(c).__name__,
+)
+def test_to_json_round_trips(config: EngineConfig | ModelConfig):
+  assert from_dict(type(config), json.loads(to_json(config))) == config
+
+
+# Overriding.
+
+
+def test_override_reads_text_by_the_field_s_type():
+  changed = override(
+    EngineConfig(),
+    [
+      "cache.hbm_bytes=1.5GB",
+      "cache.dram_bytes=123456",
+      "cache.offload=false",
+      "sparse.policy=psa",
+      "sparse.threshold=1",
+      "sparse.method = 4",
+      "tp=2",
+    ],
+  )
+  assert changed == EngineConfig(
+    CacheConfig(hbm_bytes=1_500_000_000, dram_bytes=123456, offload=False),
+    SparseConfig(policy="psa", threshold=1.0, method="4"),
+    tp=2,
+  )
+
+
+def test_override_applies_assignments_together():
+  """Neither alone would hold sinks and window in its budget."""
+  changed = override(EngineConfig(), ["sparse.sink_tokens=2048", "sparse.token_budget=4096"])
+  assert changed.sink_blocks == 64 and changed.budget_blocks == 128
+
+
+def test_override_of_a_model_leaves_the_original():
+  shape = ModelConfig(**SHAPE)
+  assert override(shape, ["rope.factor=2", "n_layers=3"]) == ModelConfig(
+    **SHAPE | {"n_layers": 3}, rope=RopeConfig(factor=2.0)
+  )
+  assert shape == ModelConfig(**SHAPE)
+
+
+@pytest.mark.parametrize(
+  ("assignment", "words"),
+  [
+    ("sparse.token_budgt=1", ["'sparse.token_budgt'", "'sparse.token_budget'"]),
+    ("token_budget=4096", ["'token_budget'", "'sparse.token_budget'"]),
+    ("sparse=1", ["'sparse'"]),
+    ("sparse.token_budget", ["key=value"]),
+    ("sparse.token_budget=", ["expected int", "''"]),
+    ("sparse.token_budget=1e3", ["expected int", "1000.0"]),
+    ("cache.offload=False", ["expected bool", "'False'"]),
+    ("cache.hbm_bytes=8gb", ["cache.hbm_bytes", "'8gb'"]),
+    ("scheduler.prefill=chunk", ["layer_segmented, chunked", "'chunk'"]),
+    ("sparse.threshold=NaN", ["nan", "(0, 1]"]),
+  ],
+)
+def test_override_refuses(assignment: str, words: list[str]):
+  with pytest.raises(ValueError) as error:
+    override(EngineConfig(), [assignment])
+  for word in words:
+    assert word in str(error.value)
+
+
+# What the dataclasses themselves refuse.
+
+
+@pytest.mark.parametrize(
+  ("make", "words"),
+  [
+    (lambda: ModelConfig(**SHAPE | {"n_heads": 6, "n_kv_heads": 4}), ["n_heads=6", "n_kv_heads=4"]),
+    (lambda: ModelConfig(**SHAPE | {"head_dim": 15}), ["head_dim=15"]),
+    (lambda: ModelConfig(**SHAPE | {"n_layers": 0}), ["n_layers=0"]),
+    (lambda: ModelConfig(**SHAPE, norm_eps=float("inf")), ["norm_eps=inf"]),
+    (lambda: RopeConfig(kind="llama3"), ["original_context"]),
+    (lambda: RopeConfig(kind="llama3", original_context=8, low_freq_factor=4.0), ["4.0"]),
+    (lambda: RopeConfig(kind="yarn", original_context=8, beta_fast=0.5), ["0.5"]),
+    (lambda: RopeConfig(theta=0.0), ["theta=0.0"]),
+    (lambda: CacheConfig(block_tokens=48), ["block_tokens=48", "32"]),
+    (lambda: CacheConfig(hbm_bytes=0), ["hbm_bytes=0"]),
+    (lambda: CacheConfig(rows=-1), ["rows=-1"]),
+    (lambda: SparseConfig(threshold=0.0), ["threshold=0.0"]),
+    (lambda: SparseConfig(threshold=1.01), ["threshold=1.01"]),
+    (lambda: SparseConfig(sink_tokens=-1), ["sink_tokens=-1"]),
+    (lambda: SparseConfig(group_blocks=0), ["group_blocks=0"]),
+    (lambda: SchedulerConfig(max_batch=0), ["max_batch=0"]),
+    (lambda: SchedulerConfig(max_context=-1), ["max_context=-1"]),
+    (lambda: EngineConfig(tp=0), ["tp=0"]),
+    (lambda: EngineConfig(SparseConfig()), ["EngineConfig.cache", "CacheConfig"]),
+    (lambda: EngineConfig(scheduler=SchedulerConfig(prefill="chunked", chunk_tokens=1000)), ["1000", "32"]),
+  ],
+)
+def test_dataclasses_refuse(make, words: list[str]):
+  with pytest.raises(ValueError) as error:
+    make()
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_blocks_round_up_for_sinks_and_down_for_the_budget():
+  config = EngineConfig(
+    CacheConfig(block_tokens=16), SparseConfig(token_budget=95, sink_tokens=17, window_tokens=48, policy="topk")
+  )
+  assert (config.budget_blocks, config.sink_blocks, config.window_blocks) == (5, 2, 3)
+
+
+def test_budget_holds_sinks_and_window():
+  blocks_of_32 = CacheConfig(block_tokens=32)
+  sparse = SparseConfig(token_budget=159, sink_tokens=64, window_tokens=65)  # 4 blocks for 2 + 3
+  with pytest.raises(ValueError, match=r"token_budget=159 is 4 blocks.*2 blocks.*3 blocks.*need 5.*at least 160"):
+    EngineConfig(blocks_of_32, sparse)
+  EngineConfig(blocks_of_32, dataclasses.replace(sparse, token_budget=160))
+  EngineConfig(blocks_of_32, dataclasses.replace(sparse, policy="psa"))  # has no budget
+  with pytest.raises(ValueError, match="token_budget=31 is 0 blocks"):
+    EngineConfig(blocks_of_32, SparseConfig(token_budget=31, sink_tokens=0, window_tokens=0))
+
+
+def test_block_sizes_are_powers_of_two():
+  assert all(size & (size - 1) == 0 for size in config_lib.BLOCK_TOKENS)
+  assert CacheConfig().block_tokens in config_lib.BLOCK_TOKENS

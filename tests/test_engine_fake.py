@@ -1,0 +1,361 @@
+"""The engine over a device whose tokens can be computed by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_serve_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SparseConfig
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.plan import Capacity, Plan, Sampling, StepResult, StepStats
+from sparse_serve_jax.serving.request import Request, State
+
+S = 8
+VOCAB = 97
+EOS = 96
+
+
+MODEL_CONFIG = ModelConfig(
+  vocab_size=VOCAB, d_model=8, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=8, max_context=64
+)
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeModel:
+  config: ModelConfig = MODEL_CONFIG
+  eos_token_ids: tuple[int, ...] = (EOS,)
+
+
+def next_token(context: list[int], sampling: Sampling = GREEDY) -> int:
+  """Depends on every token and its place, and never is EOS."""
+  seed = sampling.seed if sampling.temperature else 0
+  return (sum((i + 1) * token for i, token in enumerate(context)) + seed) % EOS
+
+
+def continuation(prompt: list[int], n: int, sampling: Sampling = GREEDY) -> list[int]:
+  context = list(prompt)
+  for _ in range(n):
+    context.append(next_token(context, sampling))
+  return context[len(prompt) :]
+
+
+class FakeExecutor:
+  """Keeps token ids where a device keeps KV: per layer in the pool's blocks and in each row's tail.
+
+  A token is computed from what is read back through the block table. So a block with two owners, one reused while an
+  earlier plan still reads it, a layer left out or a wrong row or position changes the tokens. Plans run when results
+  are read, in order, as on a device.
+  """
+
+  def __init__(self, capacity: Capacity):
+    self.capacity = capacity
+    self.pool = np.full((capacity.n_layers, capacity.pool_blocks, S), -1)
+    self.tail = np.full((capacity.n_layers, capacity.rows, S), -1)
+    self.last = np.full(capacity.rows, -1)
+    self.kept: dict[tuple[str, int], int] = {}  # (request, start) -> layers done
+    self.forgotten: list[str] = []
+    self.plans: list[Plan] = []
+    self.outstanding: list[int] = []
+    self.most_outstanding = 0
+
+  def submit(self, plan: Plan) -> _Pending:
+    assert not plan.empty
+    self.plans.append(plan)
+    self.outstanding.append(plan.iteration)
+    self.most_outstanding = max(self.most_outstanding, len(self.outstanding))
+    return _Pending(self, plan)
+
+  def forget(self, request_id: str) -> None:
+    self.forgotten.append(request_id)
+
+  def execute(self, plan: Plan) -> StepResult:
+    assert self.outstanding.pop(0) == plan.iteration
+    self.pool[:, plan.release] = -1
+    tokens = {}
+    for work in plan.prefill:
+      layers = slice(work.first_layer, work.first_layer + work.n_layers)
+      assert self.kept.pop((work.request_id, work.start), 0) == work.first_layer
+      if work.first_layer + work.n_layers < self.capacity.n_layers:
+        self.kept[work.request_id, work.start] = work.first_layer + work.n_layers
+      for i, token in enumerate(work.tokens, work.start):
+        self._write(layers, work.table, work.row, i, token)
+      if work.last:
+        context = self._read(work.table, work.row, work.start + len(work.tokens))
+        tokens[work.request_id] = self.last[work.row] = next_token(context, work.sampling)
+    for row in plan.decode:
+      self._write(slice(None), row.table, row.row, row.position, self.last[row.row])
+      context = self._read(row.table, row.row, row.position + 1)
+      tokens[row.request_id] = self.last[row.row] = next_token(context, row.sampling)
+    stats = StepStats(attended=4 * len(plan.decode), loaded=len(plan.decode), saved=1, slots_used=len(plan.decode))
+    return StepResult(tokens, {row.request_id: 3 for row in plan.measure}, stats)
+
+  def _write(self, layers: slice, table: np.ndarray, row: int, i: int, token: int) -> None:
+    self.tail[layers, row, i % S] = token
+    if i % S == S - 1:
+      self.pool[layers, table[i // S]] = self.tail[layers, row]
+
+  def _read(self, table: np.ndarray, row: int, n: int) -> list[int]:
+    full = [self.pool[:, block] for block in table[: n // S]]
+    context = np.concatenate([*full, self.tail[:, row, : n % S]], axis=1)
+    assert context.min() >= 0, "read what was never written, or released"
+    assert (context == context[0]).all(), "layers disagree"
+    return context[0].tolist()
+
+
+@dataclasses.dataclass
+class _Pending:
+  executor: FakeExecutor
+  plan: Plan
+
+  def result(self) -> StepResult:
+    return self.executor.execute(self.plan)
+
+
+def fake_engine(scheduler: SchedulerConfig | None = None, **changes) -> tuple[Engine, FakeExecutor]:
+  capacity = Capacity(
+    pool_blocks=32, slots=40, rows=6, max_context=64, n_layers=2, n_kv_heads=2, block_bytes=64, fixed_hbm_bytes=100
+  )
+  config = EngineConfig(
+    cache=CacheConfig(block_tokens=S),
+    sparse=SparseConfig(token_budget=8 * S, sink_tokens=S, window_tokens=S),
+    scheduler=scheduler or SchedulerConfig(),
+  )
+  executor = FakeExecutor(dataclasses.replace(capacity, **changes))
+  return Engine(config, FakeModel(), executor, clock=itertools.count().__next__), executor
+
+
+def test_tokens_are_those_of_the_model():
+  engine, executor = fake_engine()
+  prompts = [[5, 1, 2], [9] * 8, list(range(30))]
+  added = [engine.add_request(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (7, 1, 12), strict=True)]
+  ended = engine.run()
+  assert [request.id for request in ended] == [added[i].id for i in (1, 0, 2)]
+  for request, prompt in zip(added, prompts, strict=True):
+    assert request.output_tokens == continuation(prompt, request.max_new_tokens)
+    assert (request.state, request.finish_reason) == (State.FINISHED, "length")
+  assert not engine.has_work and engine.run() == []
+  assert executor.most_outstanding == 2  # the one just dispatched and the one whose result is read next
+  assert not executor.kept
+
+
+def test_sampling_is_passed_on():
+  engine, _ = fake_engine()
+  request = engine.add_request([1, 2, 3], 5, temperature=0.5, top_p=0.9, seed=11)
+  engine.run()
+  assert request.sampling == Sampling(0.5, 0.9, 11)
+  assert request.output_tokens == continuation([1, 2, 3], 5, request.sampling) != continuation([1, 2, 3], 5)
+
+
+def test_a_stop_token_ends_and_is_not_output():
+  prompt = [3, 4, 5]
+  full = continuation(prompt, 9)
+  assert full[4] not in full[:4]
+  engine, executor = fake_engine()
+  request = engine.add_request(prompt, 9, stop_token_ids=[full[4]])
+  engine.run()
+  assert (request.output_tokens, request.finish_reason) == (full[:4], "stop")
+  decoded = sum(row.request_id == request.id for plan in executor.plans for row in plan.decode)
+  assert decoded == 4 + 1  # one was planned before the stop token was read
+
+
+def test_eos_stops_unless_ignored():
+  prompt = next([a, b] for a in range(EOS) for b in range(EOS) if continuation([a, b], 3)[1] == 44)
+  tokens = continuation(prompt, 3)
+  for ignore, expected, reason in [(False, tokens[:1], "stop"), (True, tokens, "length")]:
+    engine, _ = fake_engine()
+    engine._model = FakeModel(eos_token_ids=(44,))
+    request = engine.add_request(prompt, 3, ignore_eos=ignore)
+    engine.run()
+    assert (request.output_tokens, request.finish_reason) == (expected, reason)
+
+
+def test_a_first_token_that_stops():
+  engine, _ = fake_engine()
+  request = engine.add_request([3, 4], 9, stop_token_ids=[next_token([3, 4])])
+  assert engine.run() == [request]
+  assert (request.output_tokens, request.finish_reason, request.token_times) == ([], "stop", [])
+  assert request.first_token_time is not None
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"prompt": []}, "prompt is empty"),
+    (
+      {"prompt": [1, VOCAB, -1]},
+      f"2 token ids are outside the vocabulary of {VOCAB}, the first is {VOCAB} at position 1",
+    ),
+    ({"prompt": [-1]}, "the first is -1 at position 0"),
+    ({"prompt": [1.5]}, "a list of token ids, got float64"),
+    ({"prompt": [[1]]}, r"shape \(1, 1\)"),
+    ({"prompt": [1] * 60, "max_new_tokens": 5}, "65, but only 64 tokens would fit"),
+    ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ({"prompt": [1], "temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
+    ({"prompt": [1], "temperature": float("nan")}, "got nan"),
+    ({"prompt": [1], "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+    ({"prompt": [1], "seed": -1}, "seed must be at least 0"),
+    ({"prompt": [1], "request_id": "a"}, "'a': a request of this name has not ended yet"),
+  ],
+)
+def test_bad_input_leaves_others_untouched(arguments, message):
+  engine, _ = fake_engine()
+  good = engine.add_request([1, 2], 3, request_id="a")
+  with pytest.raises(ValueError, match=message):
+    engine.add_request(**{"max_new_tokens": 3, **arguments})
+  assert engine.run() == [good] and good.output_tokens == continuation([1, 2], 3)
+
+
+def test_a_name_may_be_used_again_while_the_old_ones_last_token_is_out():
+  engine, _ = fake_engine()
+  prompt = [3, 4, 5]
+  stop = continuation(prompt, 3)[2]
+  engine.add_request(prompt, 9, stop_token_ids=[stop], request_id="a")
+  while not (ended := engine.step()):
+    pass
+  again = engine.add_request([8, 8], 4, request_id="a")  # one decode row of the old one still runs
+  assert engine.run() == [again]
+  assert ended[0].output_tokens == continuation(prompt, 2) and again.output_tokens == continuation([8, 8], 4)
+
+
+def test_streaming_and_event_times():
+  engine, _ = fake_engine()
+  seen: list[tuple[str, int]] = []
+  a, b = (
+    engine.add_request([i], 4, on_token=lambda r, t: seen.append((r.id, t)), request_id=n)
+    for i, n in [(1, "a"), (2, "b")]
+  )
+  engine.run()
+  assert seen == [
+    *itertools.chain.from_iterable(
+      zip([("a", t) for t in a.output_tokens], [("b", t) for t in b.output_tokens], strict=True)
+    )
+  ]
+  assert a.scheduled_time is not None and a.finish_time is not None
+  times = [a.arrival_time, a.scheduled_time, *a.token_times]
+  assert times == sorted(set(times)) and a.first_token_time == a.token_times[0] and a.finish_time == a.token_times[-1]
+
+
+def test_a_callback_that_raises_costs_its_own_request_only():
+  engine, _ = fake_engine()
+  seen = []
+
+  def broken(request: Request, token: int) -> None:
+    if len(request.output_tokens) == 2:
+      raise RuntimeError("gone")
+
+  a = engine.add_request([1], 5, on_token=broken)
+  b = engine.add_request([2], 5, on_token=lambda request, token: seen.append(token))
+  assert engine.run() == [a, b]
+  assert (a.state, a.output_tokens) == (State.CANCELLED, continuation([1], 2)) and isinstance(a.error, RuntimeError)
+  assert b.output_tokens == seen == continuation([2], 5) and b.error is None
+
+
+def test_a_callback_that_raises_on_the_last_token_leaves_it_finished():
+  engine, _ = fake_engine()
+
+  def broken(request: Request, token: int) -> None:
+    raise RuntimeError("gone")
+
+  a = engine.add_request([1], 1, on_token=broken)
+  assert engine.run() == [a]
+  assert (a.finish_reason, a.output_tokens) == ("length", continuation([1], 1)) and isinstance(a.error, RuntimeError)
+
+
+def test_callbacks_may_cancel_and_add():
+  engine, _ = fake_engine()
+  later = []
+
+  def first(request: Request, token: int) -> None:
+    engine.cancel("b")
+    if not later:
+      later.append(engine.add_request([7, 7], 2))
+
+  called = []
+  a = engine.add_request([1], 3, on_token=first)
+  b = engine.add_request([2], 3, request_id="b", on_token=lambda request, token: called.append(token))
+  assert engine.run() == [b, a, *later]
+  assert b.state is State.CANCELLED and called == []  # it was cancelled before its callback's turn
+  assert a.output_tokens == continuation([1], 3) and later[0].output_tokens == continuation([7, 7], 2)
+
+
+def test_cancel_tells_the_executor_only_in_the_middle_of_a_prompt():
+  engine, executor = fake_engine(SchedulerConfig(max_inject_tokens=12))
+  engine.add_request([1, 2], 9, request_id="running")
+  engine.add_request([1] * 12, 9, request_id="partly")
+  engine.add_request([1, 2], 9, request_id="waiting")
+  engine.step(), engine.step()
+  ids = ["running", "partly", "waiting"]
+  assert [engine.cancel(name) for name in [*ids, "running", "never"]] == [True, True, True, False, False]
+  assert executor.forgotten == ["partly"]
+  assert [request.id for request in engine.run()] == ids
+  assert not engine.has_work
+
+
+def test_usage_is_counted():
+  engine, executor = fake_engine(SchedulerConfig(max_batch=2))
+  for _ in range(3):
+    engine.add_request([1] * 8, 4)
+  engine.run()
+  usage = engine.usage
+  assert usage.blocks_attended == 4 * 3 * 3 and usage.blocks_loaded == 3 * 3 and usage.hbm_hit_rate == 0.75
+  assert usage.blocks_saved == usage.iterations == len(executor.plans)
+  assert usage.peak_hbm_kv_bytes == 100 + 2 * 64  # at most two rows decode
+  assert usage.dram_kv_bytes == 3 * 2 * 2 * 2 * 64  # requests, their blocks, layers, heads, bytes
+
+
+@st.composite
+def situations(draw):
+  scheduler = SchedulerConfig(
+    max_batch=draw(st.integers(1, 4)),
+    prefill=draw(st.sampled_from(["layer_segmented", "chunked"])),
+    chunk_tokens=S * draw(st.integers(1, 4)),
+    max_inject_tokens=draw(st.integers(1, 80)),
+    working_set_steps=draw(st.integers(1, 4)),
+  )
+  changes = {
+    "pool_blocks": draw(st.integers(5, 12)),
+    "slots": draw(st.sampled_from([0, 1, 12, 40])),
+    "rows": draw(st.integers(1, 4)),
+    "n_layers": draw(st.integers(1, 3)),
+  }
+  prompt = st.lists(st.integers(0, EOS), min_size=1, max_size=28)
+  wanted = st.tuples(prompt, st.integers(1, 12), st.integers(0, 12), st.none() | st.integers(0, 12))
+  return (
+    scheduler,
+    changes,
+    draw(st.lists(wanted, min_size=1, max_size=7)),
+    draw(st.sets(st.integers(0, EOS), max_size=20)),
+  )
+
+
+@given(situations())
+def test_neighbours_never_change_a_requests_tokens(situation):
+  scheduler, changes, wanted, stops = situation
+  engine, executor = fake_engine(scheduler, **changes)
+  ended: list[Request] = []
+  requests: dict[int, Request] = {}
+  for now in range(2000):
+    for i, (prompt, n, arrival, cancel) in enumerate(wanted):
+      if arrival == now:
+        requests[i] = engine.add_request(prompt, n, stop_token_ids=sorted(stops), request_id=str(i))
+      if i in requests and cancel is not None and cancel + arrival == now:
+        engine.cancel(str(i))
+    ended += engine.step()
+    if len(requests) == len(wanted) and not engine.has_work:
+      break
+  assert sorted(request.id for request in ended) == sorted(map(str, requests))
+  for i, (prompt, n, _, cancel) in enumerate(wanted):
+    expected = list(itertools.takewhile(lambda token: token not in stops, continuation(prompt, n)))
+    if requests[i].state is State.CANCELLED:
+      assert cancel is not None and requests[i].output_tokens == expected[: len(requests[i].output_tokens)]
+    else:
+      assert requests[i].output_tokens == expected
+  assert sorted(name for name, _ in executor.kept) == [] or set(executor.forgotten) >= {
+    name for name, _ in executor.kept
+  }

@@ -1,0 +1,97 @@
+"""Metrics of runs small enough to do by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from sparse_serve_jax.serving import metrics
+from sparse_serve_jax.serving.plan import Capacity, StepStats
+from sparse_serve_jax.serving.request import Request
+
+CAPACITY = Capacity(
+  pool_blocks=100, slots=50, rows=4, max_context=99, n_layers=3, n_kv_heads=2, block_bytes=10, fixed_hbm_bytes=7
+)
+
+
+def request(arrival: float, scheduled: float, times: list[float], n_prompt: int = 5) -> Request:
+  made = Request("r", np.zeros(n_prompt, np.int32), len(times), arrival_time=arrival)
+  made.scheduled_time = scheduled
+  for time in times:
+    made.receive(1, time)
+  return made
+
+
+def usage(offload: bool = True) -> metrics.Usage:
+  made = metrics.Usage(CAPACITY, offload)
+  for attended, loaded, saved, slots, pool in [(10, 1, 6, 20, 4), (30, 4, 0, 30, 9), (0, 0, 0, 25, 5)]:
+    made.count_pool(pool)
+    made.count_step(StepStats(attended, loaded, saved, slots if offload else 0))
+  return made
+
+
+def test_summary_by_hand():
+  a = request(1.0, 1.5, [3.0, 4.0, 8.0])
+  b = request(2.0, 4.0, [6.0, 6.5], n_prompt=7)
+  cancelled = request(0.0, 0.0, [1.0, 50.0])
+  cancelled.end("cancelled", 99.0)
+  assert metrics.summarize([a, cancelled, b], usage()) == metrics.Summary(
+    requests=2,
+    prompt_tokens=12,
+    output_tokens=5,
+    ttft_mean_s=3.0,  # (2 + 4) / 2
+    tbt_mean_s=pytest.approx((1 + 4 + 0.5) / 3),
+    tbt_p99_s=pytest.approx(1 + (4 - 1) * 0.98),  # rank 0.99 x 2 of 0.5, 1, 4
+    throughput_tok_s=pytest.approx(5 / 7),  # from 1 to 8
+    scheduling_delay_mean_s=1.25,
+    hbm_hit_rate=1 - 5 / 40,
+    blocks_attended=40,
+    blocks_loaded=5,
+    blocks_saved=6,
+    peak_hbm_kv_bytes=7 + 30 * 10,
+    dram_kv_bytes=9 * 3 * 2 * 10,
+  )
+
+
+def test_without_offload_the_pool_lies_in_hbm():
+  assert (usage(False).peak_hbm_kv_bytes, usage(False).dram_kv_bytes) == (7 + 9 * 3 * 2 * 10, 0)
+
+
+def test_nothing_to_average():
+  summary = metrics.summarize([], metrics.Usage(CAPACITY, True))
+  assert (summary.requests, summary.ttft_mean_s, summary.tbt_p99_s, summary.throughput_tok_s) == (0, None, None, None)
+  assert summary.hbm_hit_rate == 1.0
+  one = metrics.summarize([request(0.0, 0.5, [2.0])], metrics.Usage(CAPACITY, True))
+  assert (one.tbt_mean_s, one.ttft_mean_s, one.throughput_tok_s) == (None, 2.0, 0.5)
+  assert json.loads(json.dumps(one.to_dict()))["tbt_mean_s"] is None
+
+
+def test_a_first_token_that_stops_counts_for_ttft_only():
+  stopped = Request("r", np.zeros(3, np.int32), 4, arrival_time=1.0, stop_token_ids=frozenset({9}))
+  stopped.scheduled_time = 1.0
+  assert not stopped.receive(9, 3.0)
+  summary = metrics.summarize([stopped], usage())
+  assert (summary.requests, summary.output_tokens, summary.ttft_mean_s, summary.throughput_tok_s) == (1, 0, 2.0, 0.0)
+
+
+def test_one_request():
+  assert metrics.request_metrics(request(1.0, 1.5, [3.0, 4.0, 8.0])) == {
+    "ttft_s": 2.0,
+    "tbt_mean_s": 2.5,
+    "scheduling_delay_s": 0.5,
+    "total_s": 7.0,
+  }
+
+
+def test_table():
+  shown = metrics.table(
+    {"a": {"count": 12345, "rate": 0.123456, "x": None}, "long": {"count": 1, "rate": 2.0, "x": "y"}}
+  )
+  assert shown.split("\n") == [
+    "            a  long",
+    "count  12,345     1",
+    "rate   0.1235     2",
+    "x           -     y",
+  ]

@@ -1,0 +1,256 @@
+"""The decoder against transformers' numbers, its parts against the whole, two devices against one, and sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sparse_serve_jax import models
+from sparse_serve_jax.config import ModelConfig, RopeConfig, find_config, read_config
+from sparse_serve_jax.models import llama
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+FAMILIES = sorted(path.parent.name for path in GOLDENS.glob("*/expected.npz"))
+SCALED = [name for name in FAMILIES if name.endswith(("llama3", "linear", "yarn"))]
+SHAPES = ["tiny", "tiny-mha", "tiny-qwen2", "tiny-qwen3"]
+
+
+@functools.cache
+def golden(name: str) -> tuple[models.Model, dict[str, np.ndarray]]:
+  return models.load_model(GOLDENS / name, dtype="float32"), dict(np.load(GOLDENS / name / "expected.npz"))
+
+
+@functools.cache
+def random_model(name: str) -> models.Model:
+  return models.load_model(f"random:{name}")
+
+
+run = jax.jit(models.forward, static_argnums=0, static_argnames="hidden")
+sample = jax.jit(models.sample)
+
+
+def test_every_family_has_a_golden():
+  assert {"llama2", "llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "qwen3_yarn"} <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_and_logits_match_transformers(name):
+  model, expected = golden(name)
+  logits, hidden = run(model.config, model.params, expected["tokens"], hidden=True)
+  assert hidden.shape == expected["hidden"].shape
+  for layer, (ours, theirs) in enumerate(zip(hidden, expected["hidden"], strict=True)):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0, err_msg=f"state {layer}")
+  np.testing.assert_allclose(logits, expected["logits"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_goldens_notice_rope_scaling(name):
+  model, expected = golden(name)
+  plain = dataclasses.replace(model.config, rope=RopeConfig(theta=model.config.rope.theta))
+  error = np.abs(run(plain, model.params, expected["tokens"]) - expected["logits"])
+  assert error.max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_bfloat16_stays_near_float32(name):
+  _, expected = golden(name)
+  model = models.load_model(GOLDENS / name)
+  assert model.config.dtype == "bfloat16" and model.params["embed"].dtype == jnp.bfloat16
+  logits, hidden = run(model.config, model.params, expected["tokens"], hidden=True)
+  assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+  assert np.abs(logits - expected["logits"]).mean() < 0.02
+
+
+@pytest.mark.parametrize("name", ["llama2", "qwen2", "qwen3_yarn"])
+def test_parts_compose_to_the_golden(name):
+  """A batch of sequences, layers by traced index, attention written out here."""
+  model, expected = golden(name)
+  cfg, tokens = model.config, np.stack([expected["tokens"], expected["tokens"][::-1]])
+  positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+  causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+
+  @jax.jit
+  def logits(params):
+    def layer(i, x):
+      lp = models.layer_params(params, i)
+      q, k, v = models.qkv(cfg, lp, x, positions)
+      scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") / np.sqrt(cfg.head_dim).astype(np.float32)
+      p = jax.nn.softmax(jnp.where(causal[None, None, None], scores, -jnp.inf), axis=-1)
+      o = jnp.einsum("bkgts,bskd->btkgd", p, v, precision="highest")
+      return models.mlp(cfg, lp, models.attention_out(cfg, lp, x, o, None), None)
+
+    x = jax.lax.fori_loop(0, cfg.n_layers, layer, models.embed(params, tokens))
+    return models.logits(cfg, params, x, None)
+
+  np.testing.assert_allclose(logits(model.params)[0], expected["logits"], atol=2e-5, rtol=0)
+
+
+def test_one_token_at_a_time_equals_a_sequence():
+  cfg, params = random_model("tiny-qwen3").config, random_model("tiny-qwen3").params
+  x = np.random.default_rng(0).standard_normal((5, cfg.d_model), dtype=np.float32)
+  positions = np.asarray([0, 9, 3, 31_999, 7], np.int32)
+  lp = models.layer_params(params, 2)
+  project = jax.jit(functools.partial(models.qkv, cfg, lp))
+  rows = [project(x[i], positions[i]) for i in range(len(x))]
+  for whole, parts in zip(project(x, positions), zip(*rows, strict=True), strict=True):
+    np.testing.assert_allclose(whole, np.stack(parts), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_scores_depend_on_distance_alone(name):
+  """What rope is for; with absolute positions the two would differ in the first digit."""
+  cfg, params = random_model(name).config, random_model(name).params
+  x = np.random.default_rng(1).standard_normal((2, cfg.d_model), dtype=np.float32)
+  project = jax.jit(functools.partial(models.qkv, cfg, models.layer_params(params, 0), x))
+
+  def score(first: int, distance: int):
+    q, k, _ = project(np.asarray([first, first + distance], np.int32))
+    return np.einsum("kgd,kd->kg", q[1], k[0])
+
+  np.testing.assert_allclose(score(0, 5), score(1000, 5), atol=2e-3)
+  assert np.abs(score(0, 5) - score(0, 50)).max() > 0.1
+
+
+def test_a_token_changes_nothing_before_it():
+  cfg, params = random_model("tiny").config, random_model("tiny").params
+  tokens = np.arange(60, dtype=np.int32)
+  a, b = run(cfg, params, tokens), run(cfg, params, np.where(tokens == 40, 99, tokens))
+  np.testing.assert_array_equal(a[:40], b[:40])
+  assert np.abs(a[41:] - b[41:]).max() > 0.1
+
+
+def test_llama3_frequencies_by_wavelength():
+  """Llama 3.2: pairs that turn less than once in 8192 tokens are slowed 32-fold, those of 4 turns and more are kept."""
+  cfg = read_config(ModelConfig, find_config("models", "llama-3.2-1b"))
+  plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
+  turns, ratio = 8192 * plain / (2 * np.pi), llama.rope_frequencies(cfg) / plain
+  np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-5)
+  np.testing.assert_allclose(ratio[turns < 1], 1 / 32, rtol=1e-5)
+  between = ratio[(turns >= 1) & (turns <= 4)]
+  assert between.size and np.all(np.diff(ratio) <= 1e-6) and np.all((between > 1 / 32) & (between < 1))
+
+
+@pytest.mark.parametrize(("name", "vocab"), [("tiny", 264), ("tiny-qwen2", 264), ("tiny-qwen3", 263)])
+def test_two_devices_equal_one(name, vocab):
+  assert len(jax.devices()) >= 2, "run with XLA_FLAGS=--xla_force_host_platform_device_count=2"
+  cfg = dataclasses.replace(random_model(name).config, vocab_size=vocab)
+  params = models.init_params(cfg, 0)
+  tokens = np.arange(40, dtype=np.int32) * 7 % vocab
+  mesh, specs = Mesh(np.asarray(jax.devices()[:2]), "tp"), models.param_specs(cfg, 2)
+  sharded = jax.device_put(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
+  local = sharded["layers"]["wqkv"].addressable_shards[0].data
+  assert local.shape[2] == cfg.n_kv_heads // 2
+  # The gathered vocabulary is the same on both devices, which the check of varying axes cannot know.
+  two = jax.shard_map(
+    functools.partial(models.forward, cfg, axis="tp"),
+    mesh=mesh,
+    in_specs=(specs, PartitionSpec()),
+    out_specs=PartitionSpec(),
+    check_vma=False,
+  )
+  np.testing.assert_allclose(jax.jit(two)(sharded, tokens), run(cfg, params, tokens), atol=1e-4)
+
+
+def test_specs_refuse_what_does_not_divide():
+  with pytest.raises(ValueError, match=r"tp=3 must divide n_kv_heads=2 and d_ff=128"):
+    models.param_specs(random_model("tiny").config, 3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_random_parameters(name):
+  cfg, params = random_model(name).config, random_model(name).params
+  shapes = jax.tree.map(lambda a: a.shape, params)
+  assert shapes == models.param_shapes(cfg)
+  assert ("lm_head" in params) != cfg.tie_embeddings
+  same, other = models.init_params(cfg, 0), models.init_params(cfg, 1)
+  assert jax.tree.all(jax.tree.map(np.array_equal, params, same))
+  assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, params, other)))
+  assert not np.array_equal(params["layers"]["wo"][0], params["layers"]["wo"][1])
+  y = np.sort(run(cfg, params, np.arange(200, dtype=np.int32)), axis=-1)
+  assert 3 < y.std() < 5
+  assert (y[:, -1] - y[:, -2]).min() > 1e-4  # float32 reordering moves logits by 1e-5
+
+
+# Sampling
+
+
+def settings(rows: int, temperature=1.0, top_p=1.0, seed=0, first_position=0):
+  return (
+    np.arange(first_position, first_position + rows, dtype=np.int32),
+    np.full(rows, temperature, np.float32),
+    np.full(rows, top_p, np.float32),
+    np.full(rows, seed, np.uint32),
+  )
+
+
+def draws(logits: np.ndarray, rows: int = 8000, **kwargs) -> np.ndarray:
+  """Counts of each token over `rows` positions."""
+  tokens = sample(np.tile(np.asarray(logits, np.float32), (rows, 1)), *settings(rows, **kwargs))
+  assert tokens.shape == (rows,) and tokens.dtype == jnp.int32
+  return np.bincount(tokens, minlength=len(logits))
+
+
+def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
+  expected = counts.sum() * p
+  return float((((counts - expected) ** 2) / expected).sum())
+
+
+def test_greedy_takes_the_lowest_of_equals():
+  logits = np.asarray([[0, 3, 3, 1], [5, 1, 5, 5], [-1, -1, -1, -1]], np.float32)
+  tokens = sample(logits, *settings(3, temperature=0.0, top_p=0.5))
+  assert tokens.tolist() == [1, 0, 0]
+
+
+def test_greedy_batches_do_not_sort():
+  jaxpr = jax.make_jaxpr(models.sample)(np.zeros((2, 16), np.float32), *settings(2))
+  outside = [eqn.primitive.name for eqn in jaxpr.eqns]
+  assert "cond" in outside and "sort" not in str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "cond"])
+  assert "sort" in str(jaxpr)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_follows_the_softmax(temperature):
+  logits = np.asarray([0.0, 1.0, -1.0, 2.0, 0.5, 1.5, -0.5, 0.25])
+  p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+  assert chi_square(draws(logits, temperature=temperature), p) < 24.3  # 7 degrees of freedom, p = 0.001
+  assert chi_square(draws(logits, temperature=temperature * 1.3), p) > 24.3
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+  p = np.asarray([0.05, 0.4, 0.1, 0.3, 0.15])
+  counts = draws(np.log(p), top_p=0.8)  # 0.4 + 0.3 < 0.8 <= 0.4 + 0.3 + 0.15
+  assert counts[[0, 2]].tolist() == [0, 0]
+  assert chi_square(counts[[1, 3, 4]], p[[1, 3, 4]] / 0.85) < 13.8  # 2 degrees of freedom, p = 0.001
+  assert np.flatnonzero(draws(np.log(p), top_p=0.69)).tolist() == [1, 3]
+  assert np.flatnonzero(draws(np.log(p), top_p=1e-6)).tolist() == [1]
+  assert np.flatnonzero(draws(np.log(p), top_p=1.0)).tolist() == [0, 1, 2, 3, 4]
+  assert np.flatnonzero(draws(np.zeros(8), top_p=0.5)).tolist() == [0, 1, 2, 3]  # ties to the lowest ids
+
+
+def test_a_draw_ignores_its_neighbours():
+  rng = np.random.default_rng(0)
+  n, vocab = 24, 264
+  logits = rng.standard_normal((n, vocab), dtype=np.float32) * 2
+  positions = rng.integers(0, 1000, n).astype(np.int32)
+  temperature = np.where(np.arange(n) % 3 == 0, 0.0, 0.8).astype(np.float32)
+  top_p = np.where(np.arange(n) % 2 == 0, 0.9, 1.0).astype(np.float32)
+  seeds = rng.integers(0, 2**32, n, dtype=np.uint32)
+  args = (logits, positions, temperature, top_p, seeds)
+  together = np.asarray(sample(*args))
+  alone = np.concatenate([sample(*(a[i : i + 1] for a in args)) for i in range(n)])
+  order = rng.permutation(n)
+  assert alone.tolist() == together.tolist()
+  assert np.asarray(sample(*(a[order] for a in args))).tolist() == together[order].tolist()
+
+
+def test_draws_differ_by_seed_and_position():
+  logits = np.zeros(4096)
+  a, b = (sample(np.tile(logits, (50, 1)).astype(np.float32), *settings(50, seed=s)) for s in (0, 1))
+  assert len(set(a.tolist())) > 45 and (np.asarray(a) == np.asarray(b)).sum() < 3

@@ -1,0 +1,505 @@
+"""The scheduler: plans by hand, and properties of whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, SparseConfig
+from sparse_serve_jax.serving.plan import Capacity, Plan, StepResult, StepStats
+from sparse_serve_jax.serving.request import Request, State
+from sparse_serve_jax.serving.scheduler import Scheduler
+
+S = 8
+STOP = 7
+
+
+def config(scheduler: SchedulerConfig | None = None, **sparse) -> EngineConfig:
+  defaults = {"token_budget": 8 * S, "sink_tokens": S, "window_tokens": S}
+  return EngineConfig(
+    cache=CacheConfig(block_tokens=S),
+    sparse=SparseConfig(**{**defaults, **sparse}),
+    scheduler=scheduler or SchedulerConfig(),
+  )
+
+
+def capacity(**changes) -> Capacity:
+  default = Capacity(
+    pool_blocks=64, slots=1000, rows=8, max_context=256, n_layers=3, n_kv_heads=2, block_bytes=64, fixed_hbm_bytes=0
+  )
+  return dataclasses.replace(default, **changes)
+
+
+def request(name: str, n_prompt: int, n_output: int = 4) -> Request:
+  return Request(
+    name, np.arange(n_prompt, dtype=np.int32), n_output, arrival_time=0.0, stop_token_ids=frozenset({STOP})
+  )
+
+
+def result(plan: Plan, token: int = 1, working_sets: dict[str, int] | None = None) -> StepResult:
+  names = [row.request_id for row in plan.decode] + [work.request_id for work in plan.prefill if work.last]
+  return StepResult(
+    dict.fromkeys(names, token), working_sets or {row.request_id: 0 for row in plan.measure}, StepStats()
+  )
+
+
+def pieces(plan: Plan) -> list[tuple[str, int, int, int, int, bool]]:
+  return [(w.request_id, w.start, len(w.tokens), w.first_layer, w.n_layers, w.last) for w in plan.prefill]
+
+
+def advance(scheduler: Scheduler, token: int = 1) -> Plan:
+  """Plans an iteration and takes its result at once."""
+  plan = scheduler.schedule(0.0)
+  scheduler.update(result(plan, token), 0.0)
+  return plan
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+  ("n_prompt", "n_output", "message"),
+  [
+    (0, 4, "prompt is empty"),
+    (4, 0, "max_new_tokens must be at least 1, got 0"),
+    (250, 7, r"250 prompt \+ 7 output tokens = 257, but only 256 tokens would fit"),
+  ],
+)
+def test_check_refuses_with_numbers(n_prompt, n_output, message):
+  with pytest.raises(ValueError, match=message):
+    Scheduler(config(), capacity()).add(request("a", n_prompt, n_output))
+
+
+def test_the_pool_bounds_a_request_too_and_the_bound_itself_fits():
+  scheduler = Scheduler(config(), capacity(pool_blocks=5))
+  with pytest.raises(ValueError, match="only 40 tokens would fit"):
+    scheduler.add(request("a", 38, 3))
+  scheduler.add(request("b", 38, 2))
+  assert len(scheduler.schedule(0.0).prefill[0].table) == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- prefill
+
+
+def test_segments_of_layers_and_short_prompts_share_an_iteration():
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), capacity())
+  for name, n_prompt in [("a", 20), ("b", 10), ("c", 6), ("d", 7)]:
+    scheduler.add(request(name, n_prompt))
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 20, 0, 2, False)]  # one layer more would be 60
+  # a's last layer leaves 30, which is b whole
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 20, 2, 1, True), ("b", 0, 10, 0, 3, True)]
+  assert pieces(scheduler.schedule(0.0)) == [("c", 0, 6, 0, 3, True), ("d", 0, 7, 0, 3, True)]
+
+
+def test_a_prompt_that_does_not_fit_the_rest_is_not_admitted_early():
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), capacity())
+  scheduler.add(request("a", 15))
+  scheduler.add(late := request("b", 20))
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 15, 0, 3, True)]
+  assert late.state is State.WAITING
+  assert pieces(scheduler.schedule(0.0)) == [("b", 0, 20, 0, 2, False)]
+
+
+def test_hybrid_chunks_within_a_layer():
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=2 * S + 3)), capacity(n_layers=2))
+  scheduler.add(request("a", 5 * S + 1))
+  plans = [pieces(scheduler.schedule(0.0)) for _ in range(6)]
+  assert plans == [
+    [("a", 0, 16, 0, 1, False)],
+    [("a", 16, 16, 0, 1, False)],
+    [("a", 32, 9, 0, 1, False)],
+    [("a", 0, 16, 1, 1, False)],
+    [("a", 16, 16, 1, 1, False)],
+    [("a", 32, 9, 1, 1, True)],
+  ]
+
+
+def test_hybrid_chunks_are_multiples_of_eight_blocks_and_fill_the_allowance():
+  # 19 blocks an iteration: chunks of 16, and the last block of a layer fits beside one
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=19 * S)), capacity(n_layers=2, max_context=512))
+  scheduler.add(request("a", 33 * S))
+  sizes = [[work[2] for work in pieces(scheduler.schedule(0.0))] for _ in range(5)]
+  assert sizes == [[16 * S], [16 * S, S], [16 * S], [16 * S, S], []]
+
+
+def test_one_block_is_the_smallest_piece():
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=1)), capacity(n_layers=1))
+  scheduler.add(request("a", S + 2))
+  assert [pieces(scheduler.schedule(0.0)) for _ in range(2)] == [[("a", 0, S, 0, 1, False)], [("a", S, 2, 0, 1, True)]]
+
+
+def test_allowance_by_default_is_2048_tokens_through_all_layers():
+  scheduler = Scheduler(config(), capacity(max_context=8192, pool_blocks=2048))
+  scheduler.add(request("a", 2049))
+  scheduler.add(request("b", 2047))
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 2049, 0, 2, False)]
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 2049, 2, 1, True), ("b", 0, 2047, 0, 2, False)]
+
+
+def test_chunked_goes_through_all_layers_and_shares_the_rest():
+  scheduler = Scheduler(config(SchedulerConfig(prefill="chunked", chunk_tokens=4 * S)), capacity())
+  scheduler.add(request("a", 5 * S + 1))
+  scheduler.add(request("b", 9 * S))
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 32, 0, 3, False)]
+  assert pieces(scheduler.schedule(0.0)) == [("a", 32, 9, 0, 3, True), ("b", 0, 16, 0, 3, False)]
+  assert pieces(scheduler.schedule(0.0)) == [("b", 16, 32, 0, 3, False)]
+  assert pieces(scheduler.schedule(0.0)) == [("b", 48, 24, 0, 3, True)]
+
+
+# ----------------------------------------------------------------------------------------------------------- admission
+
+
+def test_nobody_passes_the_head_that_waits_for_blocks():
+  scheduler = Scheduler(config(), capacity(pool_blocks=6))
+  first, head, small = request("a", 29, 3), request("b", 28, 4), request("c", 2, 2)
+  for each in (first, head, small):
+    scheduler.add(each)
+  assert [work.request_id for work in advance(scheduler).prefill] == ["a"]
+  assert (head.state, small.state) == (State.WAITING, State.WAITING)  # 4 + 4 > 6 though 4 + 1 would fit
+  advance(scheduler), advance(scheduler)
+  assert first.state is State.FINISHED
+  released = advance(scheduler)  # a's blocks come free with this plan, so are given out by the next one
+  assert released.release.size == 4 and not released.prefill
+  assert [work.request_id for work in advance(scheduler).prefill] == ["b", "c"]  # 4 + 1 blocks
+
+
+def test_blocks_wait_for_the_last_plan_that_held_them_but_rows_do_not():
+  scheduler = Scheduler(config(), capacity(pool_blocks=2, rows=1))
+  scheduler.add(request("a", 8, 8))
+  scheduler.add(request("b", 8, 8))
+  first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+  scheduler.update(result(first, STOP), 0.0)  # a ends while the second plan still holds its table
+  third = scheduler.schedule(0.0)
+  assert third.release.tolist() == second.decode[0].table.tolist() and not third.prefill
+  scheduler.update(result(second), 0.0)
+  assert [work.request_id for work in scheduler.schedule(0.0).prefill] == ["b"]
+
+
+def test_a_row_is_waited_for():
+  scheduler = Scheduler(config(), capacity(rows=1))
+  scheduler.add(request("a", 4, 1))
+  scheduler.add(request("b", 4, 1))
+  assert len(advance(scheduler).prefill) == 1
+  assert [work.request_id for work in advance(scheduler).prefill] == ["b"]
+
+
+# -------------------------------------------------------------------------------------------------------------- decode
+
+
+def test_positions_and_steps_are_counted_ahead_of_results():
+  scheduler = Scheduler(config(), capacity())
+  scheduler.add(request("a", 6, 3))
+  plans = [scheduler.schedule(0.0) for _ in range(4)]
+  assert [[(row.position, row.step) for row in plan.decode] for plan in plans] == [[], [(6, 0)], [(7, 1)], []]
+  assert plans[3].empty
+  assert [plan.iteration for plan in plans[:3]] == [1, 2, 3]
+  tables = {tuple(plan.decode[0].table) for plan in plans[1:3]} | {tuple(plans[0].prefill[0].table)}
+  assert len(tables) == 1 and len(tables.pop()) == 2
+
+
+def test_an_empty_plan_takes_no_number():
+  scheduler = Scheduler(config(), capacity())
+  assert scheduler.schedule(0.0).empty
+  assert not scheduler.has_work
+  scheduler.add(request("a", 6, 3))
+  assert scheduler.schedule(0.0).iteration == 1
+
+
+def test_a_late_stop_token_drops_the_token_planned_since():
+  scheduler = Scheduler(config(), capacity())
+  scheduler.add(a := request("a", 6, 9))
+  first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+  scheduler.update(result(first, 3), 1.0)
+  third = scheduler.schedule(0.0)
+  received = scheduler.update(result(second, STOP), 2.0)
+  assert (received.tokens, received.ended) == ([], [a])
+  assert (a.output_tokens, a.finish_reason, a.finish_time) == ([3], "stop", 2.0)
+  fourth = scheduler.schedule(0.0)
+  assert fourth.release.size == 2 and not fourth.decode
+  assert scheduler.update(result(third, 5), 3.0) == ([], [])
+  assert a.output_tokens == [3] and a.token_times == [1.0]
+
+
+def decoding(scheduler: Scheduler, sizes: dict[str, int], n_output: int = 40) -> None:
+  """Brings requests of these prompt lengths to where they decode."""
+  for name, n_prompt in sizes.items():
+    scheduler.add(request(name, n_prompt, n_output))
+  plan = advance(scheduler)
+  assert len(plan.prefill) == len(sizes)
+
+
+def names(plan: Plan) -> list[str]:
+  return [row.request_id for row in plan.decode]
+
+
+def test_algorithm_1_has_no_break():
+  # without history: full blocks x 3 layers x 2 heads = 24, 48, 12, 12; the budget is 8 blocks
+  scheduler = Scheduler(config(), capacity(slots=48))
+  decoding(scheduler, {"a": 32, "b": 64, "c": 16, "d": 16})
+  assert names(scheduler.schedule(0.0)) == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize(
+  ("sparse", "fits"),
+  [
+    ({}, 96),  # two with 10 full blocks, of which 8 fit the budget; 3 layers, 2 heads
+    ({"policy": "psa"}, 120),
+    ({"policy": "dense"}, 120),
+    ({"dense_layers": 1}, 104),  # (10 + 8 + 8) x 2 heads each
+  ],
+)
+def test_working_set_without_history(sparse, fits):
+  for slots, expected in [(fits, ["a", "b"]), (fits - 1, ["a"])]:
+    scheduler = Scheduler(config(**sparse), capacity(slots=slots))
+    decoding(scheduler, {"a": 81, "b": 81})
+    assert names(scheduler.schedule(0.0)) == expected
+
+
+def test_the_oldest_runs_whatever_its_working_set():
+  scheduler = Scheduler(config(), capacity(slots=1))
+  decoding(scheduler, {"a": 64, "b": 64})
+  assert names(scheduler.schedule(0.0)) == ["a"]
+
+
+@pytest.mark.parametrize(("control", "slots"), [("none", 1), ("working_set", 0)])
+def test_without_control_or_offload_all_run(control, slots):
+  scheduler = Scheduler(config(SchedulerConfig(batch_control=control, working_set_steps=1)), capacity(slots=slots))
+  decoding(scheduler, {"a": 64, "b": 64})
+  plan = scheduler.schedule(0.0)
+  assert names(plan) == ["a", "b"] and not plan.measure
+
+
+def test_max_batch_takes_the_oldest():
+  scheduler = Scheduler(config(SchedulerConfig(max_batch=2)), capacity(slots=48))
+  decoding(scheduler, {"a": 32, "b": 64, "c": 16})
+  assert names(scheduler.schedule(0.0)) == ["a"]  # b does not fit; c stands behind the first two
+
+
+def test_working_sets_are_asked_for_every_w_steps_and_used_when_they_come():
+  scheduler = Scheduler(config(SchedulerConfig(working_set_steps=3)), capacity(slots=50))
+  decoding(scheduler, {"a": 32, "b": 64})  # 24 and 48: b pauses
+  asked = []
+  for _ in range(8):
+    plan = scheduler.schedule(0.0)
+    asked.append([(row.request_id, row.step) for row in plan.measure])
+    scheduler.update(result(plan, working_sets={row.request_id: 2 for row in plan.measure}), 0.0)
+    if plan.iteration > 5:
+      assert names(plan) == ["a", "b"]  # 2 + 48
+    else:
+      assert names(plan) == ["a"]
+  assert asked == [[], [], [], [("a", 3)], [], [], [("a", 6)], [("b", 3)]]
+
+
+def test_the_last_step_is_not_measured():
+  scheduler = Scheduler(config(SchedulerConfig(working_set_steps=3)), capacity())
+  decoding(scheduler, {"a": 16, "b": 16}, n_output=5)
+  scheduler.add(request("c", 16, 6))
+  asked = [[row.request_id for row in scheduler.schedule(0.0).measure] for _ in range(6)]
+  assert asked == [[], [], [], [], ["c"], []]  # four steps are too few: the fourth would be measured and is the last
+
+
+# -------------------------------------------------------------------------------------------------------- cancellation
+
+
+def test_cancel_in_every_state_gives_everything_back():
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=20)), capacity(pool_blocks=6, rows=2))
+  running, partly, waiting = request("a", 6, 9), request("b", 20, 4), request("c", 4, 4)
+  for each in (running, partly, waiting):
+    scheduler.add(each)
+  plan = scheduler.schedule(0.0)
+  second = scheduler.schedule(0.0)
+  assert [r.state for r in (running, partly, waiting)] == [State.DECODING, State.PREFILLING, State.WAITING]
+  for each in (waiting, partly, running):
+    scheduler.cancel(each, 5.0)
+    assert (each.state, each.finish_reason, each.finish_time) == (State.CANCELLED, "cancelled", 5.0)
+  assert scheduler.update(result(plan), 6.0) == ([], []) and running.output_tokens == []
+  third = scheduler.schedule(0.0)
+  assert third.release.size == 2 + 3 and not third.decode and not third.prefill
+  scheduler.update(result(second), 0.0)
+  scheduler.add(request("d", 40, 8))  # all 6 blocks
+  assert len(scheduler.schedule(0.0).prefill) == 1
+  scheduler.update(result(third), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+class Watch:
+  """Follows the plans of a run as a device would meet them, and fails on the first that breaks a rule."""
+
+  def __init__(self, engine_config: EngineConfig, limits: Capacity):
+    self.config, self.capacity = engine_config, limits
+    self.requests: dict[str, Request] = {}
+    self.admitted: list[str] = []
+    self.done: dict[str, dict[tuple[int, int], bool]] = {}  # per request: (layer, block of tokens) prefilled
+    self.steps: dict[str, int] = {}
+    self.prefilled: set[str] = set()
+    self.tables: dict[str, tuple[int, ...]] = {}  # of requests that have not ended
+    self.dirty: set[int] = set()  # blocks of ended requests whose release has not been seen
+    self.in_flight: deque[set[int]] = deque()  # blocks in tables of plans that have not completed
+    self.pauses: dict[str, tuple[int, int]] = {}  # plans that left it out, and the most there may be
+    self.iteration = 0
+
+  def plan(self, plan: Plan) -> None:
+    self.iteration += 1
+    assert plan.iteration == self.iteration
+    live = {block for table in self.tables.values() for block in table}
+    released = plan.release.tolist()
+    assert len(set(released)) == len(released) and set(released) <= self.dirty and not set(released) & live
+    self.dirty -= set(released)
+    self._decode(plan)  # before prefill: what ends its prompt now decodes from the next plan on
+    self._prefill(plan)
+    held = [row.table.tolist() for row in plan.decode] + [work.table.tolist() for work in plan.prefill]
+    self.in_flight.append({block for table in held for block in table})
+
+  def _decode(self, plan: Plan) -> None:
+    names = [row.request_id for row in plan.decode]
+    assert len(set(names)) == len(names) <= self.config.scheduler.max_batch
+    assert names == sorted(names, key=self.admitted.index)
+    assert set(names) <= self.prefilled
+    able = [name for name in self.admitted if name in self.prefilled and name in self.tables and self.left(name)]
+    if able:
+      assert names[0] == able[0]
+    for name in able:
+      older = sum(self.left(other) for other in able[: able.index(name)])
+      pauses, bound = self.pauses.setdefault(name, (0, older))
+      self.pauses[name] = (pauses + (name not in names), bound)
+      assert self.pauses[name][0] <= bound
+    for row in plan.decode:
+      request = self.requests[row.request_id]
+      assert row.step == self.steps[row.request_id] and row.position == len(request.prompt) + row.step
+      assert row.step < request.max_new_tokens - 1
+      assert tuple(row.table) == self.tables[row.request_id]
+      self.steps[row.request_id] += 1
+    assert {row.request_id for row in plan.measure} <= set(names)
+
+  def left(self, name: str) -> int:
+    return self.requests[name].max_new_tokens - 1 - self.steps[name]
+
+  def _prefill(self, plan: Plan) -> None:
+    cost = 0
+    for work in plan.prefill:
+      name, prompt = work.request_id, self.requests[work.request_id].prompt
+      if name not in self.tables:
+        self._admit(name, tuple(work.table.tolist()))
+      assert tuple(work.table) == self.tables[name]
+      assert work.start % S == 0 and len(work.tokens)
+      assert work.tokens.tolist() == prompt[work.start : work.start + len(work.tokens)].tolist()
+      end = work.start + len(work.tokens)
+      assert end == len(prompt) or end % S == 0
+      for layer in range(work.first_layer, work.first_layer + work.n_layers):
+        for block in range(work.start // S, -(-end // S)):
+          done = self.done[name]
+          assert (layer, block) not in done
+          assert layer == 0 or (layer - 1, block) in done
+          assert block == 0 or (layer, block - 1) in done
+          done[layer, block] = True
+      whole = len(self.done[name]) == self.capacity.n_layers * -(-len(prompt) // S)
+      assert work.last == whole
+      if whole:
+        self.prefilled.add(name)
+      cost += len(work.tokens) * (1 if self.config.scheduler.prefill == "chunked" else work.n_layers)
+    unfinished = {name for name in self.tables if name not in self.prefilled}
+    assert len(unfinished) <= 1
+    settings_ = self.config.scheduler
+    allowance = settings_.max_inject_tokens if settings_.prefill == "layer_segmented" else settings_.chunk_tokens
+    smallest = all(len(work.tokens) <= S and work.n_layers == 1 for work in plan.prefill)
+    assert cost <= allowance or (len(plan.prefill) == 1 and smallest)
+
+  def _admit(self, name: str, table: tuple[int, ...]) -> None:
+    request = self.requests[name]
+    assert len(set(table)) == len(table) == -(-(len(request.prompt) + request.max_new_tokens) // S)
+    taken = {block for other in self.tables.values() for block in other} | self.dirty
+    for held in self.in_flight:
+      taken |= held - {block for other in self.tables.values() for block in other}
+    assert not set(table) & taken
+    assert all(0 <= block < self.capacity.pool_blocks for block in table)
+    self.admitted.append(name)
+    self.tables[name], self.done[name], self.steps[name] = table, {}, 0
+    assert len(self.tables) <= self.capacity.rows
+
+  def ended(self, name: str) -> None:
+    self.dirty |= set(self.tables.pop(name, ()))
+
+
+@st.composite
+def runs(draw):
+  n_layers = draw(st.integers(1, 4))
+  prefill = draw(st.sampled_from(["layer_segmented", "chunked"]))
+  scheduler = SchedulerConfig(
+    max_batch=draw(st.integers(1, 4)),
+    prefill=prefill,
+    chunk_tokens=S * draw(st.integers(1, 6)),
+    max_inject_tokens=draw(st.integers(1, 160)),
+    batch_control=draw(st.sampled_from(["working_set", "working_set", "none"])),
+    working_set_steps=draw(st.integers(1, 4)),
+  )
+  limits = capacity(
+    pool_blocks=draw(st.integers(4, 24)),
+    slots=draw(st.sampled_from([0, 1, 30, 60, 200])),
+    rows=draw(st.integers(1, 5)),
+    max_context=draw(st.integers(30, 110)),
+    n_layers=n_layers,
+  )
+  shape = st.tuples(st.integers(1, 80), st.integers(1, 20), st.integers(0, 15))
+  wanted = draw(st.lists(shape, min_size=1, max_size=8))  # prompt and output tokens, iteration of arrival
+  cancels = draw(st.dictionaries(st.integers(0, 7), st.integers(0, 30), max_size=2))
+  return config(scheduler), limits, wanted, cancels, draw(st.integers(0, 2**16)), draw(st.integers(0, 2))
+
+
+@given(runs())
+def test_whole_runs(run):
+  engine_config, limits, wanted, cancels, seed, depth = run
+  rng = np.random.default_rng(seed)
+  scheduler, watch = Scheduler(engine_config, limits), Watch(engine_config, limits)
+  outcome: dict[str, str] = {}
+  out: deque[Plan] = deque()
+  arrivals = sorted(enumerate(wanted), key=lambda each: (each[1][2], each[0]))
+  queued: list[str] = []
+  for now in range(3000):
+    while arrivals and arrivals[0][1][2] <= now:
+      i, (n_prompt, n_output, _) = arrivals.pop(0)
+      each = request(str(i), n_prompt, n_output)
+      try:
+        scheduler.add(each)
+      except ValueError:
+        assert n_prompt + n_output > min(limits.max_context, limits.pool_blocks * S)
+        outcome[each.id] = "refused"
+        continue
+      watch.requests[each.id] = each
+      queued.append(each.id)
+    for i, when in cancels.items():
+      each = watch.requests.get(str(i))
+      if when == now and each and not each.ended:
+        scheduler.cancel(each, now)
+        watch.ended(each.id)
+        outcome[each.id] = "cancelled"
+    plan = scheduler.schedule(now)
+    if not plan.empty:
+      watch.plan(plan)
+      out.append(plan)
+    if out and (len(out) > depth or plan.empty):
+      oldest = out.popleft()
+      watch.in_flight.popleft()
+      sets = {row.request_id: int(rng.integers(0, 80)) for row in oldest.measure}
+      step = result(oldest, working_sets=sets)
+      tokens = {name: int(rng.integers(0, 30)) for name in step.tokens}
+      for each in scheduler.update(dataclasses.replace(step, tokens=tokens), now).ended:
+        assert each.id not in outcome
+        outcome[each.id] = "finished"
+        watch.ended(each.id)
+        assert each.finish_reason == ("length" if len(each.output_tokens) == each.max_new_tokens else "stop")
+    if not arrivals and not scheduler.has_work:
+      break
+  assert not out and len(outcome) == len(wanted), "a request never ended"
+  assert watch.admitted == [name for name in queued if name in watch.admitted]
+  assert not watch.tables and not watch.dirty and scheduler.pool_blocks_in_use == 0
+  # what was freed can be had again: a request as large as the pool allows is admitted in the first plan
+  n_tokens = scheduler.max_request_tokens
+  scheduler.add(request("all", n_tokens - 1, 1))
+  assert len(scheduler.schedule(0.0).prefill) >= 1

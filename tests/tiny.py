@@ -1,0 +1,108 @@
+"""Random tiny models, small configurations and the oracle that the tests of the whole engine share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_serve_jax.config import EngineConfig, ModelConfig, override
+from sparse_serve_jax.memory.kv_cache import CacheShape
+from sparse_serve_jax.models import Model, forward, init_params
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
+
+_BASE = ModelConfig(
+  vocab_size=96,
+  d_model=32,
+  n_layers=2,
+  n_heads=4,
+  n_kv_heads=2,
+  head_dim=16,
+  d_ff=48,
+  max_context=512,
+  dtype="float32",
+)
+SHAPES = {
+  "gqa2": _BASE,
+  "gqa4-bias": dataclasses.replace(_BASE, n_heads=8, qkv_bias=True),
+  "gqa3-tied": dataclasses.replace(_BASE, n_heads=6, tie_embeddings=True),
+  "mha-qknorm": dataclasses.replace(_BASE, n_kv_heads=4, qk_norm=True),
+}
+
+
+@functools.cache
+def tiny_model(shape: str = "gqa2", seed: int = 0) -> Model:
+  cfg = SHAPES[shape]
+  return Model(config=cfg, params=init_params(cfg, seed), tokenizer=None, eos_token_ids=(), name=shape)
+
+
+def prompt_of(n: int, seed: int = 0) -> list[int]:
+  return np.random.default_rng(seed).integers(0, _BASE.vocab_size, n).tolist()
+
+
+@functools.cache
+def greedy(shape: str, prompt: tuple[int, ...], n: int) -> list[int]:
+  """The oracle: n greedy tokens by forward passes over the whole sequence, without any cache, on the CPU."""
+  model = tiny_model(shape)
+  ids = list(prompt)
+  with jax.default_device(jax.devices("cpu")[0]):
+    step = _forward(shape)
+    for _ in range(n):
+      padded = np.zeros(256, np.int32)  # causal: what follows changes nothing
+      padded[: len(ids)] = ids
+      ids.append(int(step(model.params, padded)[len(ids) - 1].argmax()))
+  return ids[len(prompt) :]
+
+
+@functools.cache
+def _forward(shape: str):
+  return jax.jit(lambda params, tokens: forward(SHAPES[shape], params, tokens))
+
+
+def config(*assignments: str, block_tokens: int = 8, base: EngineConfig | None = None) -> EngineConfig:
+  """A small configuration whose budget is the whole context; `assignments` override it."""
+  small = [
+    f"cache.block_tokens={block_tokens}",
+    "cache.dram_bytes=1MiB",
+    "cache.hbm_bytes=2MiB",
+    "cache.rows=6",
+    "sparse.token_budget=512",
+    f"sparse.sink_tokens={block_tokens}",
+    f"sparse.window_tokens={2 * block_tokens}",
+    "scheduler.max_batch=4",
+    "scheduler.max_context=256",
+  ]
+  return override(base or EngineConfig(), [*([] if base else small), *assignments])
+
+
+def with_slots(conf: EngineConfig, slots: int, model: Model) -> EngineConfig:
+  """The same configuration with an HBM budget of exactly `slots` slots over all devices."""
+  probe = CacheShape.of(model.config, override(conf, ["cache.hbm_bytes=1GiB"]), 2)
+  conf = override(conf, [f"cache.hbm_bytes={probe.fixed_bytes + slots * (probe.block_bytes + 8)}"])
+  made = CacheShape.of(model.config, conf, 2)
+  assert slots == made.P
+  return conf
+
+
+def poisoned(executor: JaxExecutor) -> JaxExecutor:
+  """Every array of an empty cache that holds KV or digests, filled with NaN: nothing of it may be read."""
+  nan = lambda a: jax.device_put(jnp.full(a.shape, jnp.nan, a.dtype), a.sharding)  # noqa: E731
+  cache = executor.cache
+  executor.cache = cache.replace(
+    pool=nan(cache.pool), slots=nan(cache.slots), digest=nan(cache.digest), tail=nan(cache.tail)
+  )
+  return executor
+
+
+def serve(conf: EngineConfig, model: Model, prompts: Sequence[Sequence[int]], n: int, **options):
+  """Greedy tokens of all prompts served at once, and the engine."""
+  executor = JaxExecutor(conf, model)
+  engine = Engine(conf, model, poisoned(executor))
+  requests = [engine.add_request(p, n, **options) for p in prompts]
+  engine.run()
+  return [r.output_tokens for r in requests], engine
