@@ -34,7 +34,7 @@ def attend(
   count: jax.Array,
   *,
   always: int,
-  group: int,
+  group_blocks: int,
   threshold: float | None,
   scale: float,
   implementation: str = "xla",
@@ -53,7 +53,7 @@ def attend(
     proposal: slot and hit of each block, from `residency.propose`.
     count: [B, K] int32, at most n.
     always: the first blocks of a list that are read without a stop test (sinks and window).
-    group: blocks between two stop tests.
+    group_blocks: blocks between two stop tests, if there are any.
     threshold: epsilon of PSA in (0, 1], or None to read all `count` blocks.
     scale: multiplies the dot products.
     implementation: "xla", "triton" or "interpret".
@@ -62,7 +62,7 @@ def attend(
     Partial of [B, K, G, D]; blocks used [B, K] int32; `slots` with the used misses in their slots, in place when
     donated.
   """
-  options = dict(always=always, group=group, threshold=threshold, scale=scale)
+  options = dict(always=always, group_blocks=group_blocks, threshold=threshold, scale=scale)
   if implementation == "xla":
     return reference.attend(q, tail, rows, tail_tokens, pool, slots, layer, blocks, proposal, count, **options)
   return _attend_kernel(
@@ -82,7 +82,22 @@ def attend(
 
 
 def _attend_kernel(
-  q, tail, rows, tail_tokens, pool, slots, layer, blocks, proposal, count, *, always, group, threshold, scale, interpret
+  q,
+  tail,
+  rows,
+  tail_tokens,
+  pool,
+  slots,
+  layer,
+  blocks,
+  proposal,
+  count,
+  *,
+  always,
+  group_blocks,
+  threshold,
+  scale,
+  interpret,
 ):
   n_rows, n_heads, n_group, depth = q.shape
   padded = pl.next_power_of_2(n_group)  # Triton's blocks are powers of two
@@ -149,7 +164,7 @@ def _attend_kernel(
       high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
       log_p = seen - (high + jnp.log(1.0 + jnp.exp(low - high)))
       enough = jnp.min(jnp.where((log_p > log_threshold) | padding, 1, 0)) == 1
-      at_test = (i >= always) & ((i - always + 1) % group == 0)
+      at_test = (i >= always) & ((i - always + 1) % group_blocks == 0)
       return i + 1, at_test & enough, lse_min, acc
 
     state = (jnp.int32(0), jnp.bool_(False), jnp.full((padded,), jnp.inf), acc)

@@ -13,7 +13,7 @@ from pallas_kernels import reference, triton
 
 
 def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-  """An uninitialised array, made by a kernel that writes nothing: one in pinned host memory never passes through HBM."""
+  """An uninitialised array, made by a kernel that writes nothing: pinned host memory never passes through HBM."""
   return triton.call(lambda _: None, out_shape=jax.ShapeDtypeStruct(shape, dtype), interpret=False, name="empty")()
 
 

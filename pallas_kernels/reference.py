@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.partial import Partial, merge
 
+WITHOUT_TESTS = 16  # blocks gathered at a time where no stop test limits it
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -37,7 +38,7 @@ def _read(pool, slots, layer, blocks, slot):
 
 
 def attend(
-  q, tail, rows, tail_tokens, pool, slots, layer, blocks, proposal, count, *, always, group, threshold, scale
+  q, tail, rows, tail_tokens, pool, slots, layer, blocks, proposal, count, *, always, group_blocks, threshold, scale
 ) -> tuple[Partial, jax.Array, jax.Array]:
   """See `pallas_kernels.attend.attend`."""
   n_rows, n_heads, n = blocks.shape
@@ -82,6 +83,7 @@ def attend(
   if first:
     # No stop test before the first ranked block: lse_min is infinite until then, so log P_acc is -inf.
     state = step(0, first, state)
+  group = group_blocks if threshold is not None else WITHOUT_TESTS
   group = max(1, min(group, n - first))
   pad = -(n - first) % group
   blocks, slot, hit = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (blocks, *proposal))
@@ -140,30 +142,27 @@ def place_blocks(slots, source, source_ids, slot) -> jax.Array:
   return jax.lax.fori_loop(0, source_ids.shape[0], place_one, slots)
 
 
-def prefill_attention(q, kv, prefix, prefix_tokens, *, scale, q_tile: int = 256) -> jax.Array:
-  """See `pallas_kernels.prefill.prefill_attention`."""
+def prefill_attention(q, k, v, prefix, prefix_tokens, *, scale, q_tile: int = 256) -> jax.Array:
+  """See `pallas_kernels.prefill.prefill_attention`; the prefix is gathered, [K, N, 2, S, D] or None."""
   tokens, n_heads, n_group, depth = q.shape
-  flat = lambda x, i: x[:, :, i].reshape(n_heads, -1, depth)  # noqa: E731  [K, n, 2, S, D] -> [K, n * S, D]
-  k, v = flat(kv, 0), flat(kv, 1)
+  k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))  # [K, T, D]
   before = 0
   if prefix is not None:
-    k, v = jnp.concatenate([flat(prefix, 0), k], 1), jnp.concatenate([flat(prefix, 1), v], 1)
     before = prefix.shape[1] * prefix.shape[3]
-  tile = math.gcd(tokens, q_tile)
+    k, v = (jnp.concatenate([prefix[:, :, i].reshape(n_heads, before, depth), x], 1) for i, x in ((0, k), (1, v)))
   place = jnp.arange(k.shape[1])
+  v = jnp.where(((place < prefix_tokens) | (place >= before))[None, :, None], v, 0.0)  # 0 * NaN is NaN
+  k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+  tile = math.gcd(tokens, q_tile)
 
   def one(start):
     queries = jax.lax.dynamic_slice_in_dim(q, start, tile, 0)  # [tile, K, G, D]
-    at = start + jnp.arange(tile)
-    seen = (place[None] < prefix_tokens) | (
-      (place[None] >= before) & (place[None] - before <= at[:, None])
-    )  # [tile, T]
+    at = (start + jnp.arange(tile))[:, None]
+    seen = (place[None] < prefix_tokens) | ((place[None] >= before) & (place[None] - before <= at))  # [tile, T]
     by_head = jnp.moveaxis(queries, 0, 2).reshape(n_heads, n_group * tile, depth)  # rows of one head: G x tile
-    s = jnp.einsum("kgd,ktd->kgt", *(x.astype(jnp.float32) for x in (by_head, k)), precision=_HIGHEST) * scale
-    s = jnp.where(jnp.tile(seen, (n_group, 1))[None], s, -jnp.inf)
-    values = jnp.where((place < prefix_tokens) | (place >= before), 1.0, 0.0)[:, None]
-    p = jax.nn.softmax(s, axis=-1)
-    o = jnp.einsum("kgt,ktd->kgd", p, jnp.where(values > 0, v.astype(jnp.float32), 0.0), precision=_HIGHEST)
+    s = jnp.einsum("kgd,ktd->kgt", by_head.astype(jnp.float32), k, precision=_HIGHEST) * scale
+    p = jax.nn.softmax(jnp.where(jnp.tile(seen, (n_group, 1))[None], s, -jnp.inf), axis=-1)
+    o = jnp.einsum("kgt,ktd->kgd", p, v, precision=_HIGHEST)
     return jnp.moveaxis(o.reshape(n_heads, n_group, tile, depth), 2, 0)
 
   out = jax.lax.map(one, jnp.arange(0, tokens, tile))

@@ -66,6 +66,7 @@ def score(
   return jnp.where((n < last)[:, None], scores, -jnp.inf)
 
 
-def select(scores: jax.Array, k: int) -> jax.Array:
-  """Logical ids [B, K, k] int32 of the k highest scores [B, K, N], descending; ties to the lowest id."""
-  return jax.lax.top_k(scores, k)[1].astype(jnp.int32)
+def select(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The k highest of scores [B, K, N], descending, and their logical ids int32 [B, K, k]; ties to the lowest id."""
+  ranked, ids = jax.lax.top_k(scores, k)
+  return ranked, ids.astype(jnp.int32)

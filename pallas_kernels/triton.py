@@ -6,7 +6,6 @@ parameters below are what has to change, and the XLA implementations in `referen
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +24,4 @@ def call(kernel: Callable[..., None], *, interpret: bool, num_warps: int = 4, nu
   if plgpu is None:
     raise NotImplementedError("this jax has no Pallas Triton backend; use implementation='xla'")
   params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-
-  def run(*args):
-    with warnings.catch_warnings():
-      warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
-      return pl.pallas_call(kernel, compiler_params=params, **kwargs)(*args)
-
-  return run
+  return pl.pallas_call(kernel, compiler_params=params, **kwargs)

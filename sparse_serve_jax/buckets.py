@@ -1,8 +1,9 @@
-"""Shape buckets: the one place that decides which program shapes exist.
+"""Shape buckets: the one place that decides which program shapes exist, and so how a prompt is cut.
 
-A prompt piece is padded to one of `pieces`; a decode batch to one of `batches` rows and one of `tables` block-table
-widths. Above 2k tokens a piece is at most 12.5 % longer than what it holds; few rows and narrow tables cost a decode
-step little, so those buckets are coarse. Programs are compiled on first use.
+A decode batch is padded to one of `batches` rows and one of `tables` block-table widths; padding there costs little, so
+these are coarse. A piece of a prompt is padded to one of `whole` tokens if it begins its prompt, to one of `chunks` if
+it continues one. Above 2k tokens a prompt is at most 12.5 % longer than what it holds. Programs are compiled on first
+use.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ _SMALL = (512, 1024)  # tokens; below 2k padding is cheap and programs are not
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-  """Ascending sizes. `whole` pieces begin their prompt; `chunks` continue one and also take a prefix table width."""
+  """Sizes ascend. Tokens, unless said otherwise."""
 
   block_tokens: int
-  whole: tuple[int, ...]  # tokens
-  chunks: tuple[int, ...]  # tokens
+  full: int  # the largest piece of a prompt that is cut
+  unit: int  # an eighth of it: pieces other than a prompt's last are multiples
+  least_prefix: int  # what the shortest first piece of a prompt that is cut holds
+  whole: tuple[int, ...]
+  chunks: tuple[int, ...]
   tables: tuple[int, ...]  # blocks
   batches: tuple[int, ...]  # rows
 
@@ -30,16 +34,27 @@ class Buckets:
   def of(cls, config: EngineConfig, n_layers: int, max_context: int) -> Buckets:
     """Buckets for requests of up to `max_context` tokens."""
     size, scheduler = config.cache.block_tokens, config.scheduler
-    context = _round_up(max_context, size)
-    piece = min(_round_up(config.prefill_allowance(n_layers), size), context)
-    # A longer prompt comes in full pieces and a remainder. Eighths of a piece pad it by an eighth at most.
-    eighths = sorted({_round_up(piece * i // 8, size) for i in range(1, 9)})
-    rest = context - piece  # the most that can follow a full piece
-    chunks = [c for i, c in enumerate(eighths) if i == 0 or eighths[i - 1] < rest] if rest else []
+    chunked = scheduler.prefill == "chunked"
+    allowance, context = config.prefill_allowance(n_layers), _round_up(max_context, size)
+    eighth = max(1, allowance // size // 8)  # blocks
+    unit = eighth * size
+    full = 8 * unit if allowance >= 8 * unit else max(1, allowance // size) * size
+
+    eighths = list(range(unit, full + 1, unit))
+    # Layer-segmented, only a prompt beyond the allowance is cut, all its pieces full but the last. Chunked, any prompt
+    # may begin in what others left of an iteration.
+    least_prefix = unit if chunked else full
+    whole = _geometric(size, min(full if chunked else _round_up(allowance, size), context))
+    chunks = [c for c in eighths if c - unit < max_context - least_prefix] if chunked or max_context > allowance else []
+    if chunks:
+      whole = sorted({*whole, *(c for c in (eighths if chunked else [full]) if c <= context)})
     blocks = context // size
     return cls(
       block_tokens=size,
-      whole=tuple(eighths if chunks and scheduler.prefill == "chunked" else _geometric(size, piece)),
+      full=full,
+      unit=unit,
+      least_prefix=least_prefix,
+      whole=tuple(whole),
       chunks=tuple(chunks),
       tables=tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks})),
       batches=tuple(sorted({min(8, scheduler.max_batch), scheduler.max_batch})),
@@ -55,12 +70,11 @@ class Buckets:
   def batch(self, n_rows: int) -> int:
     return _fit(self.batches, n_rows, "batch of rows")
 
-  def programs(self) -> list[tuple]:
-    """Every decode and prefill program there can be."""
+  def programs(self) -> list[tuple[str, int, int]]:
+    """Every decode and prefill program there can be: name, rows or tokens, table width."""
     decode = [("decode", b, n) for b, n in itertools.product(self.batches, self.tables)]
     begin = [("prefill", c, 0) for c in self.whole]
-    # A prefix holds at least one full piece, which the scheduler may have rounded down by an eighth.
-    prefixes = [n for n in self.tables if self.chunks and n * self.block_tokens * 8 >= self.chunks[-1] * 7]
+    prefixes = [n for n in self.tables if n * self.block_tokens >= self.least_prefix]
     resume = [("prefill", c, n) for c, n in itertools.product(self.chunks, prefixes)]
     return decode + begin + resume
 

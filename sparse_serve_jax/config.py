@@ -171,6 +171,8 @@ class EngineConfig:
       )
     if self.scheduler.prefill == "chunked" and chunk % size:
       raise ValueError(f"chunk_tokens={chunk} is not a multiple of block_tokens={size}: chunks start at a block")
+    if self.scheduler.prefill == "chunked" and chunk > 8 * size and chunk % (8 * size):
+      raise ValueError(f"chunk_tokens={chunk} is not a multiple of 8 blocks of {size}: chunks are cut in eighths")
 
   def prefill_allowance(self, n_layers: int) -> int:
     """What one iteration may prefill: token x layers when layer-segmented, tokens (through all layers) when chunked.

@@ -50,9 +50,9 @@ class LLM:
     self.model = load_model(path_or_name, dtype=dtype)
     self.engine = Engine(self.config, self.model)
 
-  def generate(self, texts: str | Sequence[str], **options: Any) -> list[Output]:
-    """Continues texts, all in one batch as far as memory allows. `options` go to `Engine.add_request`:
-    max_new_tokens (128), temperature (0.0), top_p (1.0), seed (0), stop_token_ids, ignore_eos, on_token.
+  def generate(self, texts: str | Sequence[str], *, seed: int = 0, **options: Any) -> list[Output]:
+    """Continues texts, all in one batch as far as memory allows. Text i draws with seed + i. `options` go to
+    `Engine.add_request`: max_new_tokens (128), temperature (0.0), top_p (1.0), stop_token_ids, ignore_eos, on_token.
 
     Returns one output for each text, in order; a single text is a list of one.
 
@@ -60,19 +60,19 @@ class LLM:
       ValueError: one of the texts could never run; none is run then.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    return self._run([self.model.tokenizer.encode(text) for text in texts], options)
+    return self._run([self.model.tokenizer.encode(text) for text in texts], seed, options)
 
-  def chat(self, messages: Sequence[Message], **options: Any) -> Output:
+  def chat(self, messages: Sequence[Message], *, seed: int = 0, **options: Any) -> Output:
     """Answers a conversation of {"role": ..., "content": ...}, written out by the model's chat template."""
     tokenizer = self.model.tokenizer
     prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
-    return self._run([prompt], options)[0]
+    return self._run([prompt], seed, options)[0]
 
-  def _run(self, prompts: list[list[int]], options: dict[str, Any]) -> list[Output]:
+  def _run(self, prompts: list[list[int]], seed: int, options: dict[str, Any]) -> list[Output]:
     requests: list[Request] = []
     try:
-      for prompt in prompts:
-        requests.append(self.engine.add_request(prompt, **options, request_id=f"text-{len(requests)}"))
+      for i, prompt in enumerate(prompts):
+        requests.append(self.engine.add_request(prompt, seed=seed + i, request_id=f"text-{i}", **options))
       self.engine.run()
     except BaseException:
       for request in requests:

@@ -20,9 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
-from pallas_kernels import residency
-from sparse_serve_jax.attention.decode import DecodeRows, Selector, decode_attention
-from sparse_serve_jax.attention.methods import get_method
+from sparse_serve_jax.attention.decode import LayerRows, Selector, decode_attention
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import KVCache
@@ -31,18 +29,38 @@ from sparse_serve_jax.models.sampling import sample
 
 Array = Any  # of a batch: jax.Array in a program, numpy before
 
+AXIS = "tp"  # of the mesh
 MLP_TILE = 8192  # tokens; bounds the d_ff activations of a long prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What is fixed when a program is compiled."""
+  """What is fixed when a program is compiled. Engines of equal setups share their programs."""
 
   model: ModelConfig
-  config: EngineConfig
+  selector: Selector
+  dense_layers: int
+  newest_blocks: int  # of a prompt, that enter slots: as many as one step reads
+  working_set_steps: int
+  offload: bool
   implementation: str  # of the kernels: "xla", "triton" or "interpret"
-  host_pool: bool  # the pool lies in host memory, apart from the device's
-  axis: str = "tp"
+
+  @classmethod
+  def of(cls, model: ModelConfig, config: EngineConfig, implementation: str) -> Setup:
+    return cls(
+      model=model,
+      selector=Selector.of(config),
+      dense_layers=min(config.sparse.dense_layers, model.n_layers),
+      newest_blocks=config.budget_blocks,
+      working_set_steps=config.scheduler.working_set_steps,
+      offload=config.cache.offload,
+      implementation=implementation,
+    )
+
+  @property
+  def host_pool(self) -> bool:
+    """Whether the pool lies in memory that is not the device's own."""
+    return self.offload and kv_cache.host_memory_kind() is not None
 
 
 class SamplingRows(flax.struct.PyTreeNode):
@@ -79,19 +97,18 @@ def decode_step(
   setup: Setup, params: llama.Params, cache: KVCache, batch: DecodeBatch
 ) -> tuple[KVCache, jax.Array, jax.Array]:
   """One token for every row: the cache, tokens [B] int32, and int32 [3]: blocks attended, missed, slots in use."""
-  cfg, size = setup.model, setup.config.cache.block_tokens
-  n_resident = cache.tail.shape[2]
+  cfg = setup.model
+  n_resident, size = cache.tail.shape[2], cache.tail.shape[4]
   real = batch.rows < n_resident
-  at = DecodeRows(
+  at = LayerRows(
     rows=batch.rows,
     tables=batch.tables,
     n_blocks=jnp.where(real, batch.positions // size, 0),
     tail_tokens=jnp.where(real, batch.positions % size + 1, 0),
     steps=batch.steps,
   )
-  filled = real & (at.tail_tokens == size)
   new_block = jnp.take_along_axis(batch.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
-  new_block = jnp.where(filled, new_block, -1)
+  new_block = jnp.where(at.tail_tokens == size, new_block, -1)  # of the tails that this token fills
 
   def layer(selector, i, carry):
     x, cache, counts = carry
@@ -99,25 +116,27 @@ def decode_step(
     q, k, v = llama.qkv(cfg, lp, x, batch.positions)
     cache = _append(setup, cache, i, batch, k, v, new_block)
     o, cache, attended = decode_attention(selector, q, cache, i, at, pool, setup.implementation)
-    x = llama.attention_out(cfg, lp, x, o, setup.axis)
-    return llama.mlp(cfg, lp, x, setup.axis), cache, counts + attended
+    x = llama.attention_out(lp, x, o, AXIS)
+    return llama.mlp(cfg, lp, x, AXIS), cache, counts + attended
 
-  # No layer writes the pool, so it stays out of the loop's carry.
+  # No layer writes the pool, so it stays out of the loops' carry.
   pool, cache = cache.pool, cache.replace(pool=None)
   x = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip"))
   carry = x, cache, jnp.zeros(2, jnp.int32)
-  dense_until = min(setup.config.sparse.dense_layers, cfg.n_layers)
-  for first, end, dense in ((0, dense_until, True), (dense_until, cfg.n_layers, False)):
+  for first, end, selector in (
+    (0, setup.dense_layers, setup.selector.dense),
+    (setup.dense_layers, cfg.n_layers, setup.selector),
+  ):
     if first < end:
-      body = functools.partial(layer, Selector.of(setup.config, dense=dense))
-      carry = jax.lax.fori_loop(first, end, body, carry)
+      carry = jax.lax.fori_loop(first, end, functools.partial(layer, selector), carry)
   x, cache, counts = carry
 
   cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block)
-  logits = llama.logits(cfg, params, x, setup.axis)
+  logits = llama.logits(cfg, params, x, AXIS)
   tokens = _sample(logits, batch.positions + 1, batch.sampling)
-  cache = cache.replace(last_token=cache.last_token.at[batch.rows].set(tokens, mode="drop"), clock=cache.clock + 1)
-  return cache, tokens, jax.lax.psum(jnp.append(counts, _slots_in_use(cache)), setup.axis)
+  last_token = cache.last_token.at[batch.rows].set(tokens, mode="drop")
+  counts = jax.lax.psum(jnp.append(counts, _slots_in_use(cache)), AXIS)
+  return cache.replace(last_token=last_token, clock=cache.clock + 1), tokens, counts
 
 
 def _append(setup: Setup, cache: KVCache, layer, batch: DecodeBatch, k, v, new_block) -> KVCache:
@@ -127,24 +146,31 @@ def _append(setup: Setup, cache: KVCache, layer, batch: DecodeBatch, k, v, new_b
   kv = jnp.stack([k, v], 2).swapaxes(0, 1)  # [K, B, 2, D]
   tail = cache.tail.at[head, layer, batch.rows, :, offset].set(kv, mode="drop")
   keys = tail.at[head, layer, batch.rows, 0].get(mode="clip")  # [K, B, S, D]
-  to = jnp.where(new_block >= 0, new_block, cache.digest.shape[2])
-  summary = get_method(setup.config.sparse.method).summarize(keys)
-  return cache.replace(tail=tail, digest=cache.digest.at[head, layer, to].set(summary, mode="drop"))
+  return cache.replace(tail=tail, digest=_digest(setup, cache.digest, layer, new_block, keys))
+
+
+def _digest(setup: Setup, digest: jax.Array, layer, blocks: jax.Array, keys: jax.Array) -> jax.Array:
+  """Makes the digests of blocks [n] (-1: none) with keys [K, n, S, D]."""
+  if digest.shape[3] == 0:  # dense: nothing selects
+    return digest
+  to = jnp.where(blocks >= 0, blocks, digest.shape[2])
+  return digest.at[:, layer, to].set(setup.selector.method.summarize(keys), mode="drop")
 
 
 def _save_tails(setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array) -> KVCache:
-  """Moves the tails that filled into the pool and into slots, in all layers at once."""
-  n_heads, n_layers = cache.tail.shape[:2]
+  """Copies the tails that filled to the pool and to slots, in all layers at once."""
+  n_heads, n_layers, n_resident = cache.tail.shape[:3]
   layers = jnp.arange(n_layers)[None, None]  # the ranks of this proposal
   blocks = jnp.broadcast_to(new_block[:, None, None], (new_block.shape[0], n_heads, n_layers))
-  proposal = residency.propose(cache.maps, layers, blocks)
-  rows = jnp.minimum(batch.rows, cache.tail.shape[2] - 1)
+  proposal = kernels.propose(cache.maps, layers, blocks)
+  used = jnp.full(blocks.shape[:2], n_layers)
+  maps = kernels.commit(cache.maps, layers, blocks, proposal, used, cache.stamp(layers), batch.steps)
+
+  rows = jnp.minimum(batch.rows, n_resident - 1)
   slot = jnp.moveaxis(proposal.slot, 0, 2)  # [K, L, B]
   pool = kernels.store_blocks(cache.pool, cache.tail, 0, rows, new_block, implementation=setup.implementation)
   slots = kernels.place_blocks(cache.slots, cache.tail, rows, slot, implementation=setup.implementation)
-  used = jnp.full(blocks.shape[:2], n_layers)
-  maps = residency.commit(cache.maps, layers, blocks, proposal, used, cache.stamp(layers), batch.steps)
-  return cache.replace(pool=pool, slots=slots, **maps._asdict())
+  return cache.replace(pool=pool, slots=slots, maps=maps)
 
 
 def prefill_segment(
@@ -155,85 +181,87 @@ def prefill_segment(
   `x` [C, d] are the activations the piece's previous segment returned; layer 0 ignores them and embeds the tokens.
 
   Returns:
-    The cache; x for the next segment; int32 [2]: the token that follows the piece if its last layer was run, slots in
-    use.
+    The cache; x for the next segment; int32 [3]: the token that follows the piece if its last layer was run, earlier
+    blocks read from DRAM, slots in use.
   """
   cfg = setup.model
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
 
   def layer(i, carry):
-    x, cache = carry
+    x, cache, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, positions)
-    kv = _to_blocks(k, v, setup.config.cache.block_tokens)
     prefix = None
     if batch.prefix is not None:
-      slot = jnp.where(batch.prefix >= 0, cache.slot_of[:, i, batch.prefix], -1)
-      prefix = jnp.broadcast_to(batch.prefix, slot.shape)
-      prefix = kernels.gather_blocks(cache.pool, cache.slots, i, prefix, slot, implementation=setup.implementation)
-    o = kernels.prefill_attention(q, kv, prefix, batch.start, scale=cfg.head_dim**-0.5)
-    cache = _save_piece(setup, cache, i, batch, kv)
-    x = llama.attention_out(cfg, lp, x, o, setup.axis)
-    return _in_tiles(lambda x: llama.mlp(cfg, lp, x, setup.axis), x), cache
+      slot = jnp.where(batch.prefix >= 0, cache.maps.slot_of[:, i, batch.prefix], -1)  # [K, N]
+      prefix = jnp.broadcast_to(batch.prefix, slot.shape), slot
+      loaded += ((prefix[0] >= 0) & (slot < 0)).sum(dtype=jnp.int32) if setup.offload else 0
+    o = kernels.prefill_attention(
+      q,
+      k,
+      v,
+      cache.pool,
+      cache.slots,
+      i,
+      prefix,
+      batch.start,
+      scale=cfg.head_dim**-0.5,
+      implementation=setup.implementation,
+    )
+    cache = _save_piece(setup, cache, i, batch, k, v)
+    x = llama.attention_out(lp, x, o, AXIS)
+    return _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x), cache, loaded
 
   end = batch.first_layer + batch.n_layers
-  x, cache = jax.lax.fori_loop(batch.first_layer, end, layer, (x, cache))
+  x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, (x, cache, jnp.int32(0)))
 
   def next_token():
     last = jax.lax.dynamic_slice_in_dim(x, batch.n_tokens - 1, 1)
-    logits = llama.logits(cfg, params, last, setup.axis)
+    logits = llama.logits(cfg, params, last, AXIS)
     return _sample(logits, (batch.start + batch.n_tokens)[None], batch.sampling)[0]
 
   token = jax.lax.cond(end == cfg.n_layers, next_token, lambda: cache.last_token[batch.row])
   cache = cache.replace(last_token=cache.last_token.at[batch.row].set(token), clock=cache.clock + 1)
-  return cache, x, jnp.stack([token, jax.lax.psum(_slots_in_use(cache), setup.axis)])
+  counts = jax.lax.psum(jnp.stack([loaded, _slots_in_use(cache)]), AXIS)
+  return cache, x, jnp.concatenate([token[None], counts])
 
 
-def _to_blocks(k: jax.Array, v: jax.Array, size: int) -> jax.Array:
-  """k, v [C, K, D] -> [K, C / S, 2, S, D]."""
-  kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:])  # [2, n, S, K, D]
-  return kv.transpose(3, 1, 0, 2, 4)
-
-
-def _save_piece(setup: Setup, cache: KVCache, layer, batch: PrefillBatch, kv: jax.Array) -> KVCache:
-  """One layer of a piece, kv [K, n, 2, S, D]: full blocks to the pool, the newest also to slots, the rest a tail."""
-  n_heads, n = kv.shape[:2]
-  n_full = batch.n_tokens // kv.shape[3]
+def _save_piece(setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array) -> KVCache:
+  """One layer of a piece, k, v [C, K, D]: full blocks to the pool, the newest also to slots, the rest to the tail."""
+  n_heads, size = k.shape[1], cache.tail.shape[4]
+  kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
+  n, n_full = kv.shape[1], batch.n_tokens // size
   ids = jnp.arange(n)
-  newest = (ids >= n_full - setup.config.budget_blocks) & (batch.blocks >= 0)  # as many as one step reads
+  newest = (ids >= n_full - setup.newest_blocks) & (batch.blocks >= 0)
   blocks = jnp.broadcast_to(jnp.where(newest, batch.blocks, -1)[::-1], (1, n_heads, n))  # the newest first
-  proposal = residency.propose(cache.maps, layer, blocks)
-  used, never = jnp.full((1, n_heads), n), jnp.full(1, residency.NEVER)
-  maps = residency.commit(cache.maps, layer, blocks, proposal, used, cache.stamp(layer), never)
+  proposal = kernels.propose(cache.maps, layer, blocks)
+  used, never = jnp.full((1, n_heads), n), jnp.full(1, kernels.NEVER)
+  maps = kernels.commit(cache.maps, layer, blocks, proposal, used, cache.stamp(layer), never)
 
-  slot = proposal.slot[0, :, ::-1][:, None]  # [K, 1, n]
-  source = kv[:, None]
+  source, slot = kv[:, None], proposal.slot[0, :, ::-1][:, None]  # [K, 1, n, ...]
   pool = kernels.store_blocks(cache.pool, source, layer, ids, batch.blocks, implementation=setup.implementation)
   slots = kernels.place_blocks(cache.slots, source, ids, slot, implementation=setup.implementation)
   if setup.host_pool:  # a kernel's result is typed as device memory; the loop's carry is not
     pool = jax.device_put(pool, jax.memory.Space.Host)
-  summary = get_method(setup.config.sparse.method).summarize(kv[:, :, 0])  # [K, n, E, D]
-  to = jnp.where(batch.blocks >= 0, batch.blocks, cache.digest.shape[2])
+  digest = _digest(setup, cache.digest, layer, batch.blocks, kv[:, :, 0])
   unfinished = jax.lax.dynamic_index_in_dim(kv, jnp.minimum(n_full, n - 1), 1, keepdims=False)
-  return cache.replace(
-    pool=pool,
-    slots=slots,
-    digest=cache.digest.at[:, layer, to].set(summary, mode="drop"),
-    tail=cache.tail.at[:, layer, batch.row].set(unfinished),
-    **maps._asdict(),
-  )
+  tail = cache.tail.at[:, layer, batch.row].set(unfinished)
+  return cache.replace(pool=pool, slots=slots, digest=digest, maps=maps, tail=tail)
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:
-  """f over x [C, d] in equal tiles of at most MLP_TILE tokens."""
+  """f over x [C, d] in equal tiles of at most MLP_TILE tokens, padded as needed."""
   n = x.shape[0]
-  tiles = next(t for t in range(-(-n // MLP_TILE), n + 1) if n % t == 0)
-  return f(x) if tiles == 1 else jax.lax.map(f, x.reshape(tiles, n // tiles, -1)).reshape(x.shape)
+  tiles = -(-n // MLP_TILE)
+  if tiles == 1:
+    return f(x)
+  padded = jnp.pad(x, ((0, -n % tiles), (0, 0)))
+  return jax.lax.map(f, padded.reshape(tiles, -1, x.shape[1])).reshape(padded.shape)[:n]
 
 
 def _slots_in_use(cache: KVCache) -> jax.Array:
-  return (cache.block_of >= 0).sum(dtype=jnp.int32)
+  return (cache.maps.block_of >= 0).sum(dtype=jnp.int32)
 
 
 def _sample(logits, positions, rows: SamplingRows) -> jax.Array:
@@ -250,30 +278,25 @@ class Programs:
   """The jitted programs of one setup. Calling one donates the cache it is given."""
 
   def __init__(self, setup: Setup, mesh: Mesh):
-    cache, whole = kv_cache.cache_specs(), P()
+    specs, whole = kv_cache.cache_specs(), P()
     params = llama.param_specs(setup.model, mesh.size)
-    placed = {
-      id(cache): kv_cache.cache_shardings(mesh, setup.config.cache.offload),
-      id(whole): NamedSharding(mesh, whole),
-    }
+    cache, everywhere = kv_cache.cache_shardings(mesh, setup.offload), NamedSharding(mesh, whole)
 
-    def program(f, in_specs, out_specs, donate):
+    def program(f, in_specs, out_specs, out_shardings, donate=()):
       mapped = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-      placement = jax.tree.map(lambda s: placed[id(s)], out_specs, is_leaf=lambda s: id(s) in placed)
-      return jax.jit(mapped, donate_argnums=donate, out_shardings=placement)
-
-    self.decode = program(functools.partial(decode_step, setup), (params, cache, whole), (cache, whole, whole), 1)
-    self.prefill = program(
-      functools.partial(prefill_segment, setup), (params, cache, whole, whole), (cache, whole, whole), (1, 2)
-    )
+      # A pool in host memory stays there only if the result says so.
+      return jax.jit(mapped, donate_argnums=donate, out_shardings=out_shardings)
 
     def release(cache, freed):
-      return cache.replace(**residency.release(cache.maps, freed)._asdict())
+      return cache.replace(maps=kernels.release(cache.maps, freed))
 
-    self.release = program(release, (cache, whole), cache, 0)
+    def working_sets(cache, tables, n_blocks, steps):
+      counts = kv_cache.working_sets(cache, tables, n_blocks, steps, setup.working_set_steps)
+      return jax.lax.psum(counts, AXIS)
 
-    def measure(cache, tables, n_blocks, steps):
-      w = setup.config.scheduler.working_set_steps
-      return jax.lax.psum(kv_cache.working_sets(cache, tables, n_blocks, steps, w), setup.axis)
-
-    self.working_sets = program(measure, (cache, whole, whole, whole), whole, ())
+    out, placed = (specs, whole, whole), (cache, everywhere, everywhere)
+    decode, prefill = functools.partial(decode_step, setup), functools.partial(prefill_segment, setup)
+    self.decode = program(decode, (params, specs, whole), out, placed, (1,))
+    self.prefill = program(prefill, (params, specs, whole, whole), out, placed, (1, 2))
+    self.release = program(release, (specs, whole), specs, cache, (0,))
+    self.working_sets = program(working_sets, (specs, whole, whole, whole), whole, everywhere)

@@ -23,8 +23,8 @@ MUTATIONS = [
   Mutation(
     "attend swaps K and V",
     "pallas_kernels/reference.py",
-    "partial_attention(q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :],",
-    "partial_attention(q[:, :, None], kv[..., 1, :, :], kv[..., 0, :, :],",
+    "kv[..., 0, :, :], kv[..., 1, :, :]",
+    "kv[..., 1, :, :], kv[..., 0, :, :]",
     (ATTEND_XLA,),
   ),
   Mutation(
@@ -44,16 +44,16 @@ MUTATIONS = [
   Mutation(
     "prefill sees the next token",
     "pallas_kernels/reference.py",
-    "(place[None] - before <= at[:, None])",
-    "(place[None] - before <= at[:, None] + 1)",
-    (f"{KERNELS}::test_prefill_attention[None-float32]",),
+    "(place[None] - before <= at)",
+    "(place[None] - before <= at + 1)",
+    (f"{KERNELS}::test_prefill_attention[None-float32-xla]",),
   ),
   Mutation(
     "prefill does not see its own token",
     "pallas_kernels/reference.py",
-    "(place[None] - before <= at[:, None])",
-    "(place[None] - before < at[:, None])",
-    (f"{KERNELS}::test_prefill_attention[2-float32]",),
+    "(place[None] - before <= at)",
+    "(place[None] - before < at)",
+    (f"{KERNELS}::test_prefill_attention[2-float32-xla]",),
   ),
   Mutation(
     "the kernel's keys are values",
@@ -79,29 +79,36 @@ MUTATIONS = [
   Mutation(
     "release leaves a freed block in its slot",
     RESIDENCY,
-    "maps.slot_of.at[:, :, freed].set(-1, mode=\"drop\")",
+    'maps.slot_of.at[:, :, freed].set(-1, mode="drop")',
     "maps.slot_of",
     (f"{KERNELS}::test_release_forgets_all_layers_and_heads",),
   ),
   Mutation(
     "release leaves the slot taken",
     RESIDENCY,
-    "maps.block_of.at[slots].set(-1, mode=\"drop\")",
+    'maps.block_of.at[slots].set(-1, mode="drop")',
     "maps.block_of",
     (f"{KERNELS}::test_release_forgets_all_layers_and_heads",),
   ),
   Mutation(
     "a hit is taken as a victim",
     RESIDENCY,
-    "age = maps.last_used.at[jnp.where(hit, slot, n_slots)].set(_PROTECTED, mode=\"drop\")",
+    'age = maps.last_used.at[jnp.where(hit, slot, n_slots)].set(_PROTECTED, mode="drop")',
     "age = maps.last_used",
     (f"{KERNELS}::test_hits_are_never_victims",),
   ),
   Mutation(
     "an evicted block keeps its entry",
     RESIDENCY,
-    "slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode=\"drop\")",
+    'slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode="drop")',
     "slot_of = maps.slot_of",
+    (f"{KERNELS}::test_victims_are_the_least_recently_used",),
+  ),
+  Mutation(
+    "a block that attention never reached is taken for resident",
+    RESIDENCY,
+    "enters = reached & ~proposal.hit & (proposal.slot >= 0)",
+    "enters = ~proposal.hit & (proposal.slot >= 0)",
     (f"{KERNELS}::test_blocks_never_reached_are_not_taken_for_resident",),
   ),
   Mutation(
@@ -121,8 +128,8 @@ MUTATIONS = [
   Mutation(
     "a filled tail's digest goes to the next block",
     "sparse_serve_jax/step.py",
-    "to = jnp.where(new_block >= 0, new_block, cache.digest.shape[2])",
-    "to = jnp.where(new_block >= 0, new_block + 1, cache.digest.shape[2])",
+    "to = jnp.where(blocks >= 0, blocks, digest.shape[2])",
+    "to = jnp.where(blocks >= 0, blocks + 1, digest.shape[2])",
     ("tests/test_selection.py::test_digests_are_those_of_their_blocks[mean]",),
   ),
 ]

@@ -1,4 +1,4 @@
-"""Which programs there are: how far prompts are padded, how many programs that takes, and that no other is ever compiled."""
+"""How far prompts are padded, how many programs that takes, and that no other is ever compiled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODES = {  # prefill, max_inject_tokens, chunk_tokens
 
 def engine_config(mode: str, S: int = 32, max_batch: int = 64) -> EngineConfig:
   prefill, inject, chunk = MODES[mode]
-  scheduler = SchedulerConfig(prefill=prefill, max_inject_tokens=inject, chunk_tokens=chunk, max_batch=max_batch)  # type: ignore[arg-type]
+  scheduler = SchedulerConfig(prefill=prefill, max_inject_tokens=inject, chunk_tokens=chunk, max_batch=max_batch)
   return EngineConfig(CacheConfig(block_tokens=S), SparseConfig(token_budget=4096), scheduler)
 
 

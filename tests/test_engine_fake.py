@@ -92,7 +92,8 @@ class FakeExecutor:
       self._write(slice(None), row.table, row.row, row.position, self.last[row.row])
       context = self._read(row.table, row.row, row.position + 1)
       tokens[row.request_id] = self.last[row.row] = next_token(context, row.sampling)
-    stats = StepStats(attended=4 * len(plan.decode), loaded=len(plan.decode), saved=1, slots_used=len(plan.decode))
+    n = len(plan.decode)
+    stats = StepStats(attended=4 * n, missed=n, loaded=n, saved=1, slots_used=n)
     return StepResult(tokens, {row.request_id: 3 for row in plan.measure}, stats)
 
   def _write(self, layers: slice, table: np.ndarray, row: int, i: int, token: int) -> None:

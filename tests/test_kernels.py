@@ -1,4 +1,4 @@
-"""Every op against an oracle in plain numpy, written here. Whatever an op must not read is NaN in its inputs, always."""
+"""Every op against an oracle in plain numpy, written here. What an op must not read is NaN in its inputs, always."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
-from pallas_kernels import digest, residency, score
+from pallas_kernels import digest, residency
 from pallas_kernels.residency import NEVER, Maps, Proposal
+from pallas_kernels.score import box, dot
+from pallas_kernels.score import dot
 
 IMPLEMENTATIONS = ["xla", "interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of the norm of a row
@@ -51,7 +53,7 @@ def assert_same_bits(actual, expected: np.ndarray):
   assert actual.tobytes() == expected.tobytes()
 
 
-# ------------------------------------------------------------------------------------------------------------- digests
+# -------------------------------------------------------------------------------------------------------------- digests
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,7 +73,7 @@ def test_digests(dtype: str):
     assert_rows_close(actual.astype(jnp.float32), value, {"float32": 1e-6, "bfloat16": 2**-8}[dtype])
 
 
-# -------------------------------------------------------------------------------------------------- scores and choices
+# --------------------------------------------------------------------------------------------------- scores and choices
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,8 +107,8 @@ def test_score(rule: str, n_vectors: int, reduce: str, dtype: str):
       if i < sinks or i >= n_blocks[b] - window:
         expected[b, k, i] = np.inf
 
-  options = dict(rule=getattr(score, rule), reduce=reduce, sinks=sinks, window=window)
-  actual = jax.jit(functools.partial(score.score, **options))(q, digests, np.int32(layer), tables, n_blocks)
+  options = dict(rule={"box": box, "dot": dot}[rule], reduce=reduce, sinks=sinks, window=window)
+  actual = jax.jit(functools.partial(kernels.score, **options))(q, digests, np.int32(layer), tables, n_blocks)
   assert actual.dtype == jnp.float32
   assert np.isfinite(expected).any()
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)  # inputs are exact, products are of float32
@@ -114,7 +116,7 @@ def test_score(rule: str, n_vectors: int, reduce: str, dtype: str):
 
 def test_score_without_sinks_and_window():
   q, digests = np.ones((1, 1, 1, 2), np.float32), np.arange(8, dtype=np.float32).reshape(1, 1, 4, 1, 2)
-  actual = score.score(q, digests, 0, np.array([[3, 0, 2]], np.int32), np.array([2], np.int32), rule=score.dot)
+  actual = kernels.score(q, digests, 0, np.array([[3, 0, 2]], np.int32), np.array([2], np.int32), rule=dot)
   assert actual.tolist() == [[[13.0, 1.0, -math.inf]]]
 
 
@@ -124,13 +126,14 @@ def test_select_breaks_ties_by_the_lowest_id(k: int):
   scores = rng.integers(-1, 3, size=(3, 2, 12)).astype(np.float32)
   scores[0, :, 7:] = -np.inf
   scores[1, :, [0, 3, 10]] = np.inf
-  actual = np.asarray(score.select(scores, k))
+  ranked, actual = (np.asarray(x) for x in kernels.select(scores, k))
+  np.testing.assert_array_equal(ranked, np.take_along_axis(np.asarray(scores), actual, -1))
   assert actual.dtype == np.int32
   for b, h in np.ndindex(3, 2):
     assert actual[b, h].tolist() == sorted(range(12), key=lambda i: (-scores[b, h, i], i))[:k]
 
 
-# ----------------------------------------------------------------------------------------------------------- residency
+# ------------------------------------------------------------------------------------------------------------ residency
 
 
 class Residency:
@@ -219,6 +222,9 @@ def test_victims_are_the_least_recently_used():
   assert maps.last_used.tolist() == [3, 1, 2]  # a hit is a use
   proposal = propose(maps, 0, ids([1, 2]))
   assert proposal.slot.tolist() == [[[1, 2]]] and not proposal.hit.any()
+  maps = fill(maps, ids([1, 2]), stamp=4)
+  assert maps.slot_of[0, 0].tolist() == [-1, 1, 2, -1, -1, 0, -1, -1, -1]  # 6 and 7 are evicted
+  assert maps.block_of.tolist() == [5, 1, 2]
 
 
 def test_ties_and_empty_slots_go_by_the_lowest_slot():
@@ -319,7 +325,7 @@ def test_residency_against_a_dictionary(P: int):
   assert seen["unreached"] and (seen["homeless"] or P > 5) and (seen["hits"] or P == 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- attend
+# --------------------------------------------------------------------------------------------------------------- attend
 
 
 @dataclasses.dataclass
@@ -448,7 +454,7 @@ def lay_out(case: Case, used: np.ndarray, seed: int = 0, n_slots: int | None = N
 
 @functools.cache
 def attend_program(implementation: str, scale: float, always: int, group: int, threshold: float | None):
-  options = dict(always=always, group=group, threshold=threshold, scale=scale, implementation=implementation)
+  options = dict(always=always, group_blocks=group, threshold=threshold, scale=scale, implementation=implementation)
   return jax.jit(functools.partial(kernels.attend, **options))
 
 
@@ -598,7 +604,7 @@ def test_psa_estimate(implementation: str):
       assert log_mass[stop - 1] < log_mass[always : stop - 1].min()  # it is the smallest so far
       log_masses.append(log_mass)
       stops.append(then)
-  # A wrong `left`, a smallest mass that knows the tail or the first two blocks, or a mean would each move P by over 1e-3.
+  # A wrong `left`, or a smallest mass that knows the tail or the first two blocks, would move P by over 1e-3.
   assert stops_at(scored_case(log_masses, 3), implementation, always, group, threshold, len(stops)) == stops
 
 
@@ -609,7 +615,7 @@ def test_psa_counts_the_tail_as_mass_but_not_as_a_block(implementation: str):
   assert stops_at(case, implementation, 2, 2, 0.92, 4) == [4, 4, 10, 10]
 
 
-# -------------------------------------------------------------------------------------------------------------- copies
+# --------------------------------------------------------------------------------------------------------------- copies
 
 
 def tagged(*dims: int, seed: int = 0) -> np.ndarray:
@@ -689,7 +695,7 @@ def test_place_blocks(implementation: str):
   assert program(slots[:0], source, source_ids, np.full_like(slot, -1)).shape == (0, 2, S, D)
 
 
-# ----------------------------------------------------------------------------------------------------- merge, prefill
+# ------------------------------------------------------------------------------------------------------- merge, prefill
 
 
 def test_merge():
@@ -717,25 +723,39 @@ def test_merge():
   assert (np.asarray(nothing.output) == 0).all() and (np.asarray(nothing.lse) == -np.inf).all()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix_blocks", [None, 0, 2, 4])
-def test_prefill_attention(prefix_blocks: int | None, dtype: str):
-  """24 tokens are three tiles of queries. The prefix has room for 4 blocks; what lies beyond its tokens is NaN."""
+def test_prefill_attention(prefix_blocks: int | None, dtype: str, implementation: str):
+  """24 tokens are three tiles of queries. The prefix has room for 4 blocks; every second lies in a slot, not in the
+  pool.
+  """
   rng = np.random.default_rng(7)
-  T, K, G, S, D = 24, 2, 3, 8, 16
+  T, K, G, S, D, L, M, P = 24, 2, 3, 8, 16, 2, 9, 6
   make = lambda *dims: rng.normal(size=dims).astype(DTYPES[dtype])  # noqa: E731
-  q, kv = make(T, K, G, D), make(K, T // S, 2, S, D)
+  q, k, v = make(T, K, G, D), make(T, K, D), make(T, K, D)
+  pool, slots = (np.full(dims, np.nan, DTYPES[dtype]) for dims in ((K, L, M, 2, S, D), (P, 2, S, D)))
   n_before = S * (prefix_blocks or 0)
+  earlier = make(K, prefix_blocks or 0, 2, S, D)
   prefix = None
   if prefix_blocks is not None:
-    prefix = make(K, 4, 2, S, D)
-    prefix[:, prefix_blocks:] = np.nan
+    blocks, slot = np.full((2, K, 4), -1, np.int32)
+    prefix = blocks, slot
+    free = iter(rng.permutation(P).tolist())
+    for head, i in np.ndindex(K, prefix_blocks):
+      blocks[head, i] = (3 + 2 * i) % M
+      if (head + i) % 2:
+        slot[head, i] = next(free)
+        slots[slot[head, i]] = earlier[head, i]
+      else:
+        pool[head, 1, blocks[head, i]] = earlier[head, i]
   expected = np.zeros((T, K, G, D))
-  for t, k, g in np.ndindex(T, K, G):
-    blocks = ([] if prefix is None else [*prefix[k, :prefix_blocks]]) + [*kv[k]]
-    keys, values = (np.concatenate([block[i] for block in blocks])[: n_before + t + 1].astype(float) for i in (0, 1))
-    p = np.exp(keys @ q[t, k, g].astype(float) * 0.3)
-    expected[t, k, g] = p @ values / p.sum()
-  actual = jax.jit(functools.partial(kernels.prefill_attention, scale=0.3))(q, kv, prefix, np.int32(n_before))
+  for t, head, g in np.ndindex(T, K, G):
+    before = earlier[head].transpose(1, 0, 2, 3).reshape(2, n_before, D)
+    keys, values = (np.concatenate([before[i], x[: t + 1, head]]).astype(float) for i, x in enumerate((k, v)))
+    p = np.exp(keys @ q[t, head, g].astype(float) * 0.3)
+    expected[t, head, g] = p @ values / p.sum()
+  attention = jax.jit(functools.partial(kernels.prefill_attention, scale=0.3, implementation=implementation))
+  actual = attention(q, k, v, pool, slots, np.int32(1), prefix, np.int32(n_before))
   assert actual.dtype == q.dtype
   assert_rows_close(actual.astype(jnp.float32), expected, TOLERANCE[dtype])

@@ -28,7 +28,8 @@ def usage(offload: bool = True) -> metrics.Usage:
   made = metrics.Usage(CAPACITY, offload)
   for attended, loaded, saved, slots, pool in [(10, 1, 6, 20, 4), (30, 4, 0, 30, 9), (0, 0, 0, 25, 5)]:
     made.count_pool(pool)
-    made.count_step(StepStats(attended, loaded, saved, slots if offload else 0))
+    missed = loaded - 1 if loaded else 0  # one block was read for a prefill
+    made.count_step(StepStats(attended, missed, loaded, saved, slots if offload else 0))
   return made
 
 
@@ -46,7 +47,7 @@ def test_summary_by_hand():
     tbt_p99_s=pytest.approx(1 + (4 - 1) * 0.98),  # rank 0.99 x 2 of 0.5, 1, 4
     throughput_tok_s=pytest.approx(5 / 7),  # from 1 to 8
     scheduling_delay_mean_s=1.25,
-    hbm_hit_rate=1 - 5 / 40,
+    hbm_hit_rate=1 - 3 / 40,
     blocks_attended=40,
     blocks_loaded=5,
     blocks_saved=6,

@@ -84,7 +84,7 @@ def test_parts_compose_to_the_golden(name):
       scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") / np.sqrt(cfg.head_dim).astype(np.float32)
       p = jax.nn.softmax(jnp.where(causal[None, None, None], scores, -jnp.inf), axis=-1)
       o = jnp.einsum("bkgts,bskd->btkgd", p, v, precision="highest")
-      return models.mlp(cfg, lp, models.attention_out(cfg, lp, x, o, None), None)
+      return models.mlp(cfg, lp, models.attention_out(lp, x, o, None), None)
 
     x = jax.lax.fori_loop(0, cfg.n_layers, layer, models.embed(params, tokens))
     return models.logits(cfg, params, x, None)

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import digest, score
-from sparse_serve_jax.attention import METHODS, Method, Selector, get_method
-from sparse_serve_jax.attention.decode import DecodeRows, select
+from pallas_kernels import digest
+from pallas_kernels.score import box, dot
+from sparse_serve_jax.attention import METHODS, LayerRows, Method, Selector, get_method
 from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.tiny import config, greedy, poisoned, prompt_of, serve, tiny_model
 
-# ------------------------------------------------------------------------------------------------------- the formulas
+# --------------------------------------------------------------------------------------------------------- the formulas
 
 
 def test_cuboid_mean_by_hand():
@@ -66,10 +66,10 @@ def test_an_unknown_method_names_those_there_are():
     get_method("cuboid")
 
 
-# ---------------------------------------------------------------------------------------------------- what is selected
+# ----------------------------------------------------------------------------------------------------- what is selected
 
 # Digests are the key's one vector, [block number, 0] and [0, block number]: a query reads its scores off.
-BY_NUMBER = Method(1, digest.mean, score.dot)
+BY_NUMBER = Method(1, digest.mean, dot)
 TABLE = np.array([[7, 2, 9, 0, 5, 3, 8, 1]], np.int32)
 
 
@@ -81,16 +81,16 @@ def selected(selector: Selector, scores: np.ndarray, n_blocks: int) -> tuple[lis
   nothing = dict.fromkeys((field.name for field in dataclasses.fields(KVCache)), None)
   cache = KVCache(**(nothing | {"digest": jnp.asarray(digests)}))
   column = lambda x: jnp.array([x], jnp.int32)  # noqa: E731
-  rows = DecodeRows(column(0), jnp.asarray(TABLE[:, :n]), column(n_blocks), column(1), column(0))
+  at = LayerRows(column(0), jnp.asarray(TABLE[:, :n]), column(n_blocks), column(1), column(0))
   q = jnp.eye(G, dtype=jnp.float32)[None, None]
-  blocks, count = select(selector, q, cache, jnp.int32(1), rows)
+  blocks, count = selector.select(q, cache, jnp.int32(1), at)
   used = int(count[0, 0])
   assert (np.asarray(blocks)[0, 0, used:] == -1).all()
   return [TABLE[0].tolist().index(b) for b in blocks[0, 0, :used].tolist()], used
 
 
 def topk(limit: int, **changes) -> Selector:
-  selector = Selector(BY_NUMBER, limit, sinks=1, window=2, reduce="mean", threshold=None, group=4)
+  selector = Selector(BY_NUMBER, limit, sinks=1, window=2, reduce="mean", threshold=None, group_blocks=4)
   return dataclasses.replace(selector, **changes)
 
 
@@ -106,13 +106,13 @@ def test_topk_takes_sinks_and_window_then_the_best():
 
 def test_dense_takes_every_block_in_order():
   config_ = config("sparse.token_budget=40", "sparse.dense_layers=1")
-  dense = Selector.of(config_, dense=True)
+  dense = Selector.of(config_).dense
   assert selected(dataclasses.replace(dense, method=BY_NUMBER), ONE_HEAD, 7)[0] == list(range(7))
-  assert Selector.of(config_, dense=False).limit == 5
+  assert Selector.of(config_).limit == 5
 
 
 def test_psa_ranks_every_block():
-  psa = dataclasses.replace(Selector.of(config("sparse.policy=psa"), dense=False), method=BY_NUMBER)
+  psa = dataclasses.replace(Selector.of(config("sparse.policy=psa")), method=BY_NUMBER)
   assert selected(psa, ONE_HEAD, 8)[0] == [0, 6, 7, 3, 5, 1, 4, 2]
   assert psa.threshold == 0.95
 
@@ -124,11 +124,11 @@ def test_group_reduce():
   assert selected(topk(1, sinks=0, window=0, reduce="max"), scores, 6)[0] == [3]
 
 
-# -------------------------------------------------------------------------------- a new method, from outside the package
+# ------------------------------------------------------------------------------- a new method, from outside the package
 
 
 def top_p(budget: float):
-  """As many ranked blocks as hold `budget` of the softmax over block scores, in the spirit of Twilight (arXiv 2502.02770)."""
+  """As many ranked blocks as hold `budget` of the softmax over block scores, like Twilight (arXiv 2502.02770)."""
 
   def blocks(scores: jax.Array, count: jax.Array) -> jax.Array:
     always = scores == jnp.inf  # sinks and window
@@ -141,7 +141,7 @@ def top_p(budget: float):
 
 
 def scaled_box(q: jax.Array, digests: jax.Array) -> jax.Array:
-  return score.box(q, digests) * q.shape[-1] ** -0.5
+  return box(q, digests) * q.shape[-1] ** -0.5
 
 
 def twilight(budget: float) -> Method:
@@ -176,11 +176,11 @@ def test_a_new_method_decodes(monkeypatch):
   assert always < attended["top_p"] < full
 
 
-# --------------------------------------------------------------------------------------------------- steps of the engine
+# -------------------------------------------------------------------------------------------------- steps of the engine
 
 
 def run_recorded(conf, prompt: list[int], n: int):
-  """Serves one prompt. Returns the executor, the request's block table and the blocks attended to in each decode step."""
+  """Serves one prompt. Returns the executor, the block table, and the blocks attended to in each decode step."""
   model = tiny_model()
   executor = poisoned(JaxExecutor(conf, model))
   engine = Engine(conf, model, executor)

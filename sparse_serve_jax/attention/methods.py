@@ -1,6 +1,6 @@
 """Selection methods: how a block is summarised, how a summary is scored, how many of the ranked blocks are attended.
 
-A method is three pure functions in jnp; it runs on any backend, and the common ones have kernels. To add one:
+A method is three pure functions in jnp, so it runs on any backend. To add one:
 
   METHODS["top_channel"] = Method(
     vectors=1,
@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels import digest, score
+from pallas_kernels import digest
+from pallas_kernels.score import box, dot
 
 
 def whole_budget(scores: jax.Array, count: jax.Array) -> jax.Array:
@@ -45,9 +46,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-  "cuboid_mean": Method(2, digest.cuboid_mean, score.box),  # ArkVale; SparseServe's and PSA's default
-  "min_max": Method(2, digest.min_max, score.box),  # Quest
-  "mean": Method(1, digest.mean, score.dot),
+  "cuboid_mean": Method(2, digest.cuboid_mean, box),  # ArkVale; SparseServe's and PSA's default
+  "min_max": Method(2, digest.min_max, box),  # Quest
+  "mean": Method(1, digest.mean, dot),
 }
 
 

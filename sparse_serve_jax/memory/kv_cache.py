@@ -7,6 +7,7 @@ from there.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from typing import Any
 
@@ -30,21 +31,16 @@ class KVCache(flax.struct.PyTreeNode):
   pool: jax.Array  # [K, L, M, 2, S, D], every finished block; pinned host memory when offloading on a GPU
   slots: jax.Array  # [P, 2, S, D], shared by all layers, heads and requests; P = 0 without offload
   digest: jax.Array  # [K, L, M, E, D], what selection reads
-  slot_of: jax.Array  # these four: see pallas_kernels.residency
-  block_of: jax.Array
-  last_used: jax.Array
-  last_selected: jax.Array
+  maps: residency.Maps  # which block is in which slot
   tail: jax.Array  # [K, L, R, 2, S, D], the unfinished block of every resident request
   last_token: jax.Array  # [R] int32, input of each resident request's next step
-  clock: jax.Array  # int32, programs run so far
-
-  @property
-  def maps(self) -> residency.Maps:
-    return residency.Maps(self.slot_of, self.block_of, self.last_used, self.last_selected)
+  clock: (
+    jax.Array
+  )  # int32, programs run so far; stamps wrap after 2^31 / L, then LRU is wrong for a while, tokens never
 
   def stamp(self, layer: jax.Array) -> jax.Array:
     """Time of use, ascending through layers and programs."""
-    return self.clock * self.slot_of.shape[1] + layer
+    return self.clock * self.tail.shape[1] + layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,7 @@ class CacheShape:
   dtype: str
   offload: bool
   max_context: int  # tokens of the longest request that model, configuration and pool allow
-  slab_tokens: int  # the largest piece of a prompt that is prefilled at once
+  slab_tokens: int  # most tokens of one layer that prefill holds at once: a piece, and what came before it
 
   @property
   def block_bytes(self) -> int:
@@ -75,14 +71,14 @@ class CacheShape:
 
   @property
   def fixed_bytes(self) -> int:
-    """HBM apart from slots and pool: tails, prefill slab (one layer's KV of a piece), digests and maps."""
+    """HBM apart from slots and pool: tails, prefill slab (one layer's KV), digests and maps."""
     tails = self.K * self.L * self.R * self.block_bytes
     slab = self.K * -(-self.slab_tokens // self.S) * self.block_bytes
     return tails + slab + self.M * self.per_pool_block_bytes
 
   @classmethod
   def of(cls, model: ModelConfig, config: EngineConfig, vectors: int) -> CacheShape:
-    """Divides the byte budgets of `config.cache`; `vectors` is E, the vectors of a digest.
+    """Divides the byte budgets of `config.cache`; `vectors` is E of the selection method, unused when dense.
 
     Raises:
       ValueError: a budget is below what one slot a device, or one block of a request, needs.
@@ -90,6 +86,7 @@ class CacheShape:
     cache = config.cache
     limit = min(model.max_context, config.scheduler.max_context or model.max_context)
     piece = config.prefill_allowance(model.n_layers)
+    slab = lambda limit: limit if piece >= limit else limit + piece  # noqa: E731
     shape = cls(
       K=model.n_kv_heads,
       L=model.n_layers,
@@ -98,28 +95,33 @@ class CacheShape:
       R=cache.rows,
       S=cache.block_tokens,
       D=model.head_dim,
-      E=vectors,
+      E=0 if config.sparse.policy == "dense" else vectors,
       dtype=model.dtype,
       offload=cache.offload,
       max_context=limit,
-      slab_tokens=min(limit, piece),
+      slab_tokens=slab(limit),
     )
     in_all_layers = shape.K * shape.L * shape.block_bytes
-    if not cache.offload:
-      per_block = in_all_layers + shape.per_pool_block_bytes
-      blocks = (cache.hbm_bytes - shape.fixed_bytes) // per_block
-      if blocks < 1:
+
+    def with_pool(blocks: int) -> CacheShape:
+      context = min(limit, blocks * shape.S)
+      return dataclasses.replace(shape, M=blocks, max_context=context, slab_tokens=slab(context))
+
+    if not cache.offload:  # the pool is what HBM has left, and the slab depends on it
+      in_hbm = lambda blocks: blocks * in_all_layers + with_pool(blocks).fixed_bytes  # noqa: E731
+      if in_hbm(1) > cache.hbm_bytes:
         raise ValueError(
-          f"cache.hbm_bytes={cache.hbm_bytes} is below the minimum of {shape.fixed_bytes + per_block} bytes without "
-          f"offload: {shape.fixed_bytes} for tails and prefill slab, {per_block} for one block of a request"
+          f"cache.hbm_bytes={cache.hbm_bytes} is below the minimum of {in_hbm(1)} bytes without offload: "
+          f"{in_all_layers} for one block of a request in all layers, the rest for {shape.R} tails and the prefill slab"
         )
-      return dataclasses.replace(shape, M=blocks, max_context=min(limit, blocks * shape.S))
+      return with_pool(
+        bisect.bisect_right(range(cache.hbm_bytes // in_all_layers + 1), cache.hbm_bytes, key=in_hbm) - 1
+      )
 
     blocks = cache.dram_bytes // in_all_layers
     if blocks < 1:
       raise ValueError(f"cache.dram_bytes={cache.dram_bytes} is below the {in_all_layers} bytes of one request's block")
-    limit = min(limit, blocks * shape.S)
-    shape = dataclasses.replace(shape, M=blocks, max_context=limit, slab_tokens=min(limit, piece))
+    shape = with_pool(blocks)
     slot_bytes = (shape.block_bytes + 8) * config.tp  # a slot and its two map entries, on every device
     slots = (cache.hbm_bytes - shape.fixed_bytes) // slot_bytes * config.tp
     if slots < config.tp:
@@ -138,9 +140,9 @@ def host_memory_kind() -> str | None:
 
 def cache_specs() -> KVCache:
   """The PartitionSpec of every array of the cache: all by KV head or by slot, but for two."""
-  whole = ("last_token", "clock")
-  specs: dict[str, Any] = {f.name: P() if f.name in whole else P("tp") for f in dataclasses.fields(KVCache)}
-  return KVCache(**specs)
+  split: Any = P("tp")
+  whole: Any = P()
+  return KVCache(split, split, split, residency.Maps(*[split] * 4), split, last_token=whole, clock=whole)
 
 
 def cache_shardings(mesh: Mesh, offload: bool) -> KVCache:
@@ -159,10 +161,12 @@ def create(shape: CacheShape, mesh: Mesh) -> KVCache:
       pool=None,  # pyright: ignore[reportArgumentType]  made apart: it may not fit the device
       slots=kv(shape.P),
       digest=jnp.zeros((*heads, shape.E, shape.D), shape.dtype),
-      slot_of=jnp.full(heads, -1, jnp.int32),
-      block_of=jnp.full(shape.P, -1, jnp.int32),
-      last_used=jnp.full(shape.P, -1, jnp.int32),
-      last_selected=jnp.full(heads, residency.NEVER, jnp.int32),
+      maps=residency.Maps(
+        slot_of=jnp.full(heads, -1, jnp.int32),
+        block_of=jnp.full(shape.P, -1, jnp.int32),
+        last_used=jnp.full(shape.P, -1, jnp.int32),
+        last_selected=jnp.full(heads, residency.NEVER, jnp.int32),
+      ),
       tail=kv(shape.K, shape.L, shape.R),
       last_token=jnp.zeros(shape.R, jnp.int32),
       clock=jnp.zeros((), jnp.int32),
@@ -178,7 +182,7 @@ def _create_pool(shape: CacheShape, mesh: Mesh, sharding: Any) -> jax.Array:
   if sharding.memory_kind != "pinned_host":
     return jax.jit(lambda: jnp.zeros(dims, shape.dtype), out_shardings=sharding)()
   local = (shape.K // mesh.size, *dims[1:])
-  make = lambda: kernels.copy.empty(local, shape.dtype)  # noqa: E731
+  make = lambda: kernels.empty(local, shape.dtype)  # noqa: E731
   make = jax.shard_map(make, mesh=mesh, in_specs=(), out_specs=sharding.spec, check_vma=False)
   return jax.jit(make, out_shardings=sharding)()
 
@@ -196,7 +200,7 @@ def working_sets(cache: KVCache, tables: jax.Array, n_blocks: jax.Array, steps: 
   """
 
   def one(table, n, step):
-    selected = cache.last_selected[:, :, table] >= step - w  # [K, L, N]
+    selected = cache.maps.last_selected[:, :, table] >= step - w  # [K, L, N]
     return (selected & (jnp.arange(table.shape[0]) < n)[None, None]).sum(dtype=jnp.int32)
 
   return jax.lax.map(lambda row: one(*row), (tables, n_blocks, steps))

@@ -4,7 +4,7 @@ Every function is per-device code: inside `shard_map` the arrays are one device'
 to reduce over; with `axis` None there is one device and no collective. Attention itself is the caller's: a layer is
 
   q, k, v = qkv(cfg, lp, x, positions)
-  x = attention_out(cfg, lp, x, <attention of q over k and v, scaled by D ** -0.5>, axis)
+  x = attention_out(lp, x, <attention of q over k and v, scaled by D ** -0.5>, axis)
   x = mlp(cfg, lp, x, axis)
 
 `forward` does that with plain causal attention and no cache: it is what everything else is compared with.
@@ -108,9 +108,8 @@ def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, positions: jax.Array) -> tup
   return _rotate(q, cos[..., None, :], sin[..., None, :]), _rotate(k, cos, sin), v
 
 
-def attention_out(cfg: ModelConfig, lp: Params, x: jax.Array, o: jax.Array, axis: str | None) -> jax.Array:
+def attention_out(lp: Params, x: jax.Array, o: jax.Array, axis: str | None) -> jax.Array:
   """x [..., d] plus the output projection of o [..., K, G, D]."""
-  del cfg
   return x + _psum(_einsum("...kgh,kghd->...d", o.astype(x.dtype), lp["wo"]), axis)
 
 
@@ -148,7 +147,7 @@ def forward(
     s = _einsum("tkgh,skh->kgts", q, k, jnp.float32) * cfg.head_dim**-0.5
     p = jax.nn.softmax(jnp.where(causal[None, None], s, -jnp.inf), axis=-1)
     o = _einsum("kgts,skh->tkgh", p, v.astype(jnp.float32))
-    x = mlp(cfg, lp, attention_out(cfg, lp, x, o, axis), axis)
+    x = mlp(cfg, lp, attention_out(lp, x, o, axis), axis)
     return x, (x if hidden else ())
 
   first = embed(params, tokens)

@@ -37,7 +37,7 @@ def _draw(
 ) -> jax.Array:
   """One row. The Gumbel noise belongs to token ids, so that logits that differ in rounding rarely change the draw."""
   noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position), logits.shape)
-  scaled = logits / temperature
+  scaled = (logits - logits.max()) / temperature  # at most 0: a tiny temperature cannot overflow
   order = jnp.argsort(scaled, descending=True, stable=True)
   ranked = scaled[order]
   mass = jax.nn.softmax(ranked)

@@ -7,9 +7,11 @@ hands the token to the request and to its callback, and closes the request at a 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.serving.metrics import Usage
-from sparse_serve_jax.serving.plan import Executor, PendingStep, Plan, Sampling
+from sparse_serve_jax.serving.plan import Executor, PendingStep, Plan, Sampling, StepResult
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.scheduler import Received, Scheduler
 
@@ -39,6 +41,7 @@ class Engine:
     model: Model,
     executor: Executor | None = None,
     clock: Callable[[], float] = time.monotonic,
+    observer: Callable[[Plan, StepResult], None] | None = None,
   ):
     """Makes an engine for one model.
 
@@ -48,18 +51,20 @@ class Engine:
       executor: by default one that runs the model on this process's devices. One that an idle engine has used may be
         handed on to the next, compiled programs and all.
       clock: gives seconds.
+      observer: called with every iteration's plan and result, after its tokens are delivered.
     """
     if executor is None:
       from sparse_serve_jax.serving.executor import JaxExecutor
 
       executor = JaxExecutor(config, model)
     self.usage = Usage(executor.capacity, config.cache.offload)
-    self._model, self._executor, self._clock = model, executor, clock
+    self._model, self._executor, self._clock, self._observer = model, executor, clock, observer
     self._scheduler = Scheduler(config, executor.capacity)
     self._live: dict[str, Request] = {}
     self._ended: list[Request] = []  # since the last step returned
-    self._pending: PendingStep | None = None
-    self._n_added = 0
+    self._in_flight: deque[tuple[Plan, PendingStep]] = deque()
+    self._names = (f"request-{i}" for i in itertools.count())
+    self._failure: BaseException | None = None  # of a dispatch, after which the executor's state is unknown
 
   @property
   def has_work(self) -> bool:
@@ -100,14 +105,18 @@ class Engine:
 
     Raises:
       ValueError: the request could never run; nothing has changed then.
+      RuntimeError: a dispatch failed before.
     """
+    self._check_running()
     if request_id is None:
-      request_id = f"request-{self._n_added}"
+      request_id = next(name for name in self._names if name not in self._live)
+    if not isinstance(max_new_tokens, int | np.integer):
+      raise ValueError(f"request {request_id!r}: max_new_tokens must be an integer, got {max_new_tokens!r}")
     stops = frozenset(stop_token_ids) | (frozenset() if ignore_eos else frozenset(self._model.eos_token_ids))
     request = Request(
       id=request_id,
       prompt=self._checked_prompt(request_id, prompt),
-      max_new_tokens=max_new_tokens,
+      max_new_tokens=int(max_new_tokens),
       arrival_time=self._clock() if arrival_time is None else arrival_time,
       sampling=_checked_sampling(request_id, temperature, top_p, seed),
       stop_token_ids=stops,
@@ -117,7 +126,6 @@ class Engine:
       raise ValueError(f"request {request_id!r}: a request of this name has not ended yet")
     self._scheduler.add(request)
     self._live[request_id] = request
-    self._n_added += 1
     return request
 
   def cancel(self, request_id: str) -> bool:
@@ -134,8 +142,8 @@ class Engine:
   def step(self) -> list[Request]:
     """Plans and dispatches one iteration, then reads the one before. Returns the requests that ended."""
     plan = self._scheduler.schedule(self._clock())
-    previous, self._pending = self._pending, self._submit(plan)
-    return self._process(previous)
+    self._submit(plan)
+    return self._process(keep=0 if plan.empty else 1)
 
   def run(self) -> list[Request]:
     """Steps until there is nothing left to do. Returns the requests that ended, in that order."""
@@ -144,15 +152,31 @@ class Engine:
       ended += self.step()
     return ended
 
-  def _submit(self, plan: Plan) -> PendingStep | None:
+  def _submit(self, plan: Plan) -> None:
+    self._check_running()
     self.usage.count_pool(self._scheduler.pool_blocks_in_use)
-    return None if plan.empty else self._executor.submit(plan)
+    if plan.empty:
+      return
+    try:
+      self._in_flight.append((plan, self._executor.submit(plan)))
+    except BaseException as error:
+      self._failure = error
+      raise
 
-  def _process(self, pending: PendingStep | None) -> list[Request]:
-    if pending is not None:
+  def _check_running(self) -> None:
+    if self._failure is not None:
+      raise RuntimeError(f"this engine stopped when it dispatched an iteration: {self._failure!r}; make a new one")
+
+  def _process(self, keep: int) -> list[Request]:
+    """Reads the iterations in flight but the newest `keep`. One whose reading is interrupted stays in flight."""
+    while len(self._in_flight) > keep:
+      plan, pending = self._in_flight[0]
       result = pending.result()
+      self._in_flight.popleft()
       self.usage.count_step(result.stats)
       self._deliver(self._scheduler.update(result, self._clock()))
+      if self._observer is not None:
+        self._observer(plan, result)
     ended, self._ended = self._ended, []
     return ended
 

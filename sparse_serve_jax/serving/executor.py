@@ -28,24 +28,25 @@ class Pending:
 
   decode: tuple[DecodeRow, ...] = ()
   decoded: tuple[jax.Array, jax.Array] | None = None  # tokens [B]; attended, missed, slots in use
-  prefilled: list[tuple[PrefillWork, jax.Array]] = dataclasses.field(default_factory=list)  # token, slots in use
+  prefilled: list[tuple[PrefillWork, jax.Array]] = dataclasses.field(default_factory=list)  # token, loaded, in use
   measured: tuple[tuple[DecodeRow, ...], jax.Array] | None = None
   saved: int = 0
 
   def result(self) -> StepResult:
-    tokens, attended, loaded, in_use = {}, 0, 0, 0
+    tokens, attended, missed, loaded, in_use = {}, 0, 0, 0, 0
     for work, out in self.prefilled:
-      token, in_use = (int(x) for x in np.asarray(out))
+      token, read, in_use = (int(x) for x in np.asarray(out))
+      loaded += read
       if work.last:
         tokens[work.request_id] = token
     if self.decoded is not None:
       tokens |= {row.request_id: int(t) for row, t in zip(self.decode, np.asarray(self.decoded[0]), strict=False)}
-      attended, loaded, in_use = (int(x) for x in np.asarray(self.decoded[1]))
+      attended, missed, in_use = (int(x) for x in np.asarray(self.decoded[1]))
     working_sets = {}
     if self.measured is not None:
       rows, counts = self.measured
       working_sets = {row.request_id: int(c) for row, c in zip(rows, np.asarray(counts), strict=False)}
-    return StepResult(tokens, working_sets, StepStats(attended, loaded, self.saved, in_use))
+    return StepResult(tokens, working_sets, StepStats(attended, missed, missed + loaded, self.saved, in_use))
 
 
 class JaxExecutor:
@@ -68,12 +69,12 @@ class JaxExecutor:
     implementation = config.implementation
     if implementation == "auto":
       implementation = "triton" if on_gpu else "xla"
-    host_pool = self.shape.offload and kv_cache.host_memory_kind() is not None
-    if host_pool and implementation == "xla":
+    setup = Setup.of(cfg, config, implementation)
+    if setup.host_pool and implementation == "xla":
       raise NotImplementedError(
         "implementation='xla' cannot read a pool in host memory; use 'triton', or cache.offload=false"
       )
-    self.programs = programs(Setup(cfg, config, implementation, host_pool), self.mesh)
+    self.programs = programs(setup, self.mesh)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
     specs = llama.param_specs(cfg, config.tp)
     self.params = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(self.mesh, s)), model.params, specs)
@@ -82,7 +83,7 @@ class JaxExecutor:
       pool_blocks=self.shape.M,
       slots=self.shape.P,
       rows=self.shape.R,
-      max_context=self.shape.max_context,
+      max_context=min(cfg.max_context, config.scheduler.max_context or cfg.max_context),
       n_layers=cfg.n_layers,
       n_kv_heads=cfg.n_kv_heads,
       block_bytes=self.shape.block_bytes,

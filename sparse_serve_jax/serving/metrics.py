@@ -18,6 +18,7 @@ class Usage:
     self._capacity, self._offload = capacity, offload
     self.iterations = 0
     self.blocks_attended = 0
+    self.blocks_missed = 0
     self.blocks_loaded = 0
     self.blocks_saved = 0
     self._peak_slots = 0
@@ -26,6 +27,7 @@ class Usage:
   def count_step(self, stats: StepStats) -> None:
     self.iterations += 1
     self.blocks_attended += stats.attended
+    self.blocks_missed += stats.missed
     self.blocks_loaded += stats.loaded
     self.blocks_saved += stats.saved
     self._peak_slots = max(self._peak_slots, stats.slots_used)
@@ -36,8 +38,8 @@ class Usage:
 
   @property
   def hbm_hit_rate(self) -> float:
-    """1 - blocks loaded from DRAM / blocks attended to; 1 if decode attended to none."""
-    return 1 - self.blocks_loaded / self.blocks_attended if self.blocks_attended else 1.0
+    """1 - blocks that decode read from DRAM / blocks it attended to; 1 if it attended to none."""
+    return 1 - self.blocks_missed / self.blocks_attended if self.blocks_attended else 1.0
 
   @property
   def peak_hbm_kv_bytes(self) -> int:
@@ -101,12 +103,15 @@ def scheduling_delay(request: Request) -> float:
 
 
 def request_metrics(request: Request) -> dict[str, float | None]:
-  """Times of one finished request, in seconds: TTFT, mean TBT, scheduling delay, and total from arrival to finish."""
+  """Times of one request that ended, in seconds: TTFT, mean TBT, scheduling delay, and total from arrival to finish.
+
+  None for what a cancelled request did not live to see.
+  """
   assert request.finish_time is not None
   return {
-    "ttft_s": time_to_first_token(request),
+    "ttft_s": None if request.first_token_time is None else time_to_first_token(request),
     "tbt_mean_s": _mean(times_between_tokens(request)),
-    "scheduling_delay_s": scheduling_delay(request),
+    "scheduling_delay_s": None if request.scheduled_time is None else scheduling_delay(request),
     "total_s": request.finish_time - request.arrival_time,
   }
 

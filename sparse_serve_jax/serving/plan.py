@@ -66,7 +66,8 @@ class StepStats:
   """Blocks, summed over layers and KV heads of all devices, in one iteration."""
 
   attended: int = 0  # full blocks that decode attended to
-  loaded: int = 0  # of these, read from DRAM (0 without offload)
+  missed: int = 0  # of these, read from DRAM (0 without offload)
+  loaded: int = 0  # all blocks read from DRAM: those, and what came before a piece of a prompt
   saved: int = 0  # written to the pool
   slots_used: int = 0  # slots that hold a block after the iteration; 0 if it neither prefilled nor decoded
 
@@ -87,7 +88,7 @@ class Capacity:
   pool_blocks: int  # M: a request of n tokens takes ceil(n / S) of them
   slots: int  # P; 0 without offload
   rows: int  # R
-  max_context: int  # prompt + output tokens that one request can ever have (model, configuration, pool)
+  max_context: int  # prompt + output tokens of one request that model and configuration allow
   n_layers: int
   n_kv_heads: int
   block_bytes: int  # of one block: 2 * S * D * itemsize

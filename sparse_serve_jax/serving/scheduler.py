@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.serving.plan import Capacity, DecodeRow, Plan, PrefillWork, StepResult
@@ -67,7 +68,9 @@ class Scheduler:
 
   def __init__(self, config: EngineConfig, capacity: Capacity):
     self._sparse, self._config, self._budget_blocks = config.sparse, config.scheduler, config.budget_blocks
-    self._allowance = config.prefill_allowance(capacity.n_layers)
+    self._buckets = Buckets.of(config, capacity.n_layers, capacity.max_context)
+    chunked = config.scheduler.prefill == "chunked"
+    self._allowance = self._buckets.full if chunked else config.prefill_allowance(capacity.n_layers)
     self._capacity = capacity
     self._block_tokens = config.cache.block_tokens
     self._allocator = BlockAllocator(capacity.pool_blocks)
@@ -264,25 +267,18 @@ class Scheduler:
 
     Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
     token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
-    Pieces but the last of a prompt are whole blocks, so that every piece starts at one; chunks also whole eighths of a
-    full one, the sizes that programs are compiled for.
+    A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration; see
+    Buckets.
     """
-    size, rest = self._block_tokens, n_prompt - start
+    rest = n_prompt - start
     if self._config.prefill == "chunked":
-      unit = max(1, self._allowance // 8 // size) * size
-      n_tokens = rest if rest <= left else left // unit * unit
+      n_tokens = rest if rest <= left else left // self._buckets.unit * self._buckets.unit
       return n_tokens, self._capacity.n_layers, n_tokens
     if n_prompt <= self._allowance:
       n_layers = min(left // n_prompt, self._capacity.n_layers - layer)
       return n_prompt, n_layers, n_prompt * n_layers
-    n_tokens = min(rest, self._hybrid_chunk)
+    n_tokens = min(rest, self._buckets.full)
     return (n_tokens, 1, n_tokens) if first or n_tokens <= left else (0, 0, 0)
-
-  @property
-  def _hybrid_chunk(self) -> int:
-    """Tokens: the most whole blocks within the allowance, a multiple of 8 blocks if possible, at least one."""
-    blocks = max(1, self._allowance // self._block_tokens)
-    return (blocks // 8 * 8 if blocks >= 8 else blocks) * self._block_tokens
 
   def _admit(self, request: Request, now: float) -> _Resident | None:
     """Gives the head of the queue a row and its blocks, or None while they are taken."""
