@@ -51,6 +51,10 @@ def main(argv: list[str]) -> None:
     rows[name]["tokens as dense"] = _share_equal(outputs[name], outputs["dense"])
   print(f"{N_PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new tokens each, model {model.name}")
   print(metrics.table(rows))
+  print(
+    "dense and sparse serve one request after another, as HBM holds the KV of one. The others serve all from DRAM, so\n"
+    "a token of theirs waits for other prompts too. Random weights on a CPU: neither a model's speed nor its accuracy."
+  )
   print(json.dumps(rows), flush=True)
 
 

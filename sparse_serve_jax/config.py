@@ -169,10 +169,8 @@ class EngineConfig:
         f"({sparse.sink_tokens} tokens: {self.sink_blocks} blocks) and window ({sparse.window_tokens} tokens: "
         f"{self.window_blocks} blocks) need {least}: token_budget must be at least {least * size}"
       )
-    if self.scheduler.prefill == "chunked" and chunk % size:
-      raise ValueError(f"chunk_tokens={chunk} is not a multiple of block_tokens={size}: chunks start at a block")
-    if self.scheduler.prefill == "chunked" and chunk > 8 * size and chunk % (8 * size):
-      raise ValueError(f"chunk_tokens={chunk} is not a multiple of 8 blocks of {size}: chunks are cut in eighths")
+    if self.scheduler.prefill == "chunked" and chunk % (8 * size if chunk > 8 * size else size):
+      raise ValueError(f"chunk_tokens={chunk} is not whole blocks of {size}, or beyond 8 not a multiple of 8 blocks")
 
   def prefill_allowance(self, n_layers: int) -> int:
     """What one iteration may prefill: token x layers when layer-segmented, tokens (through all layers) when chunked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -48,7 +49,11 @@ class LLM:
     """
     self.config = override(config if isinstance(config, EngineConfig) else load_config(config), overrides)
     self.model = load_model(path_or_name, dtype=dtype)
-    self.engine = Engine(self.config, self.model)
+    _ = self.engine  # what does not fit is refused now
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    return Engine(self.config, self.model)
 
   def generate(self, texts: str | Sequence[str], *, seed: int = 0, **options: Any) -> list[Output]:
     """Continues texts, all in one batch as far as memory allows. Text i draws with seed + i. `options` go to
@@ -69,14 +74,16 @@ class LLM:
     return self._run([prompt], seed, options)[0]
 
   def _run(self, prompts: list[list[int]], seed: int, options: dict[str, Any]) -> list[Output]:
+    if self.engine.failed:
+      del self.engine  # with its cache, before a new one is made
     requests: list[Request] = []
     try:
       for i, prompt in enumerate(prompts):
         requests.append(self.engine.add_request(prompt, seed=seed + i, request_id=f"text-{i}", **options))
       self.engine.run()
     except BaseException:
-      for request in requests:
-        self.engine.cancel(request.id)
+      if not self.engine.failed:
+        self.engine.cancel_all()
       raise
     for request in requests:
       if request.error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from sparse_serve_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SparseConfig
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.metrics import request_metrics
 from sparse_serve_jax.serving.plan import Capacity, Plan, Sampling, StepResult, StepStats
 from sparse_serve_jax.serving.request import Request, State
 
@@ -118,7 +120,7 @@ class _Pending:
     return self.executor.execute(self.plan)
 
 
-def fake_engine(scheduler: SchedulerConfig | None = None, **changes) -> tuple[Engine, FakeExecutor]:
+def fake_engine(scheduler: SchedulerConfig | None = None, observer=None, **changes) -> tuple[Engine, FakeExecutor]:
   capacity = Capacity(
     pool_blocks=32, slots=40, rows=6, max_context=64, n_layers=2, n_kv_heads=2, block_bytes=64, fixed_hbm_bytes=100
   )
@@ -128,7 +130,7 @@ def fake_engine(scheduler: SchedulerConfig | None = None, **changes) -> tuple[En
     scheduler=scheduler or SchedulerConfig(),
   )
   executor = FakeExecutor(dataclasses.replace(capacity, **changes))
-  return Engine(config, FakeModel(), executor, clock=itertools.count().__next__), executor
+  return Engine(config, FakeModel(), executor, clock=itertools.count().__next__, observer=observer), executor
 
 
 def test_tokens_are_those_of_the_model():
@@ -196,11 +198,12 @@ def test_a_first_token_that_stops():
     ({"prompt": [1.5]}, "a list of token ids, got float64"),
     ({"prompt": [[1]]}, r"shape \(1, 1\)"),
     ({"prompt": [1] * 60, "max_new_tokens": 5}, "65, but only 64 tokens would fit"),
+    ({"prompt": [1], "max_new_tokens": 3.0}, "max_new_tokens must be an integer, got 3.0"),
     ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     ({"prompt": [1], "temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
     ({"prompt": [1], "temperature": float("nan")}, "got nan"),
     ({"prompt": [1], "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
-    ({"prompt": [1], "seed": -1}, "seed must be at least 0"),
+    ({"prompt": [1], "seed": -1}, "seed must be an integer of at least 0"),
     ({"prompt": [1], "request_id": "a"}, "'a': a request of this name has not ended yet"),
   ],
 )
@@ -222,6 +225,17 @@ def test_a_name_may_be_used_again_while_the_old_ones_last_token_is_out():
   again = engine.add_request([8, 8], 4, request_id="a")  # one decode row of the old one still runs
   assert engine.run() == [again]
   assert ended[0].output_tokens == continuation(prompt, 2) and again.output_tokens == continuation([8, 8], 4)
+
+
+def test_automatic_names_avoid_those_in_use():
+  engine, _ = fake_engine()
+  named = [engine.add_request([i], 3, request_id=f"request-{i}") for i in (1, 0, 3)]
+  others = [engine.add_request([10 + i], 3) for i in range(3)]
+  assert len({request.id for request in named + others}) == 6
+  engine.run()
+  assert engine.add_request([7], 3).id not in {request.id for request in others}
+  for request in named + others:
+    assert request.output_tokens == continuation(request.prompt.tolist(), 3)
 
 
 def test_streaming_and_event_times():
@@ -308,6 +322,94 @@ def test_usage_is_counted():
   assert usage.blocks_saved == usage.iterations == len(executor.plans)
   assert usage.peak_hbm_kv_bytes == 100 + 2 * 64  # at most two rows decode
   assert usage.dram_kv_bytes == 3 * 2 * 2 * 2 * 64  # requests, their blocks, layers, heads, bytes
+
+
+def test_the_observer_sees_every_plan_with_its_result_in_order():
+  seen: list[tuple[Plan, StepResult]] = []
+  delivered = []  # output tokens that requests had when their plan was observed
+
+  def observer(plan: Plan, result: StepResult) -> None:
+    seen.append((plan, result))
+    delivered.extend(requests[name].output_tokens[-1] == token for name, token in result.tokens.items())
+
+  engine, executor = fake_engine(SchedulerConfig(max_inject_tokens=24, working_set_steps=2), observer=observer)
+  requests = {r.id: r for r in [engine.add_request([3] * n, 6) for n in (4, 20, 9)]}
+  engine.run()
+  assert [id(plan) for plan, _ in seen] == [id(plan) for plan in executor.plans]
+  assert [plan.iteration for plan, _ in seen] == list(range(1, len(seen) + 1))
+  for plan, result in seen:
+    ends = [work.request_id for work in plan.prefill if work.last]
+    assert sorted(result.tokens) == sorted([*ends, *(row.request_id for row in plan.decode)])
+    assert set(result.working_sets) == {row.request_id for row in plan.measure}
+    assert result.stats.attended == 4 * len(plan.decode)
+  assert delivered == [True] * 3 * 6
+
+
+@pytest.mark.parametrize("error", [OSError("device gone"), KeyboardInterrupt()])
+def test_after_a_failed_dispatch_only_a_new_engine_goes_on(error):
+  engine, executor = fake_engine()
+  request = engine.add_request([1, 2], 9, request_id="a")
+  engine.step(), engine.step()
+  assert not engine.failed
+  submit = executor.submit
+
+  def failing(plan: Plan):
+    executor.submit = submit
+    raise error
+
+  executor.submit = failing
+  with pytest.raises(type(error)):
+    engine.step()
+  assert engine.failed
+  n_plans = len(executor.plans)
+  for go_on in (lambda: engine.add_request([1], 3), engine.step, engine.run):
+    with pytest.raises(RuntimeError, match=f"within an iteration: {re.escape(repr(error))}; make a new one"):
+      go_on()
+  assert len(executor.plans) == n_plans and request.output_tokens == continuation([1, 2], len(request.output_tokens))
+
+
+@pytest.mark.parametrize("error", [OSError("late"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_a_read_that_fails_once_is_made_again(error, at):
+  """By the next step; every request gets all its tokens, once."""
+  seen: dict[str, list[int]] = {"a": [], "b": []}
+  engine, executor = fake_engine(SchedulerConfig(max_inject_tokens=24))
+  prompts = {"a": [4] * 5, "b": [6] * 20}
+  for name, prompt in prompts.items():
+    engine.add_request(prompt, 6, request_id=name, on_token=lambda r, token: seen[r.id].append(token))
+  execute, reads = executor.execute, itertools.count(1)
+
+  def failing(plan: Plan) -> StepResult:
+    if next(reads) == at:
+      raise error
+    return execute(plan)
+
+  executor.execute = failing
+  with pytest.raises(type(error)):
+    engine.run()
+  assert not engine.failed
+  ended = engine.run()
+  assert sorted(request.id for request in ended) == ["a", "b"]
+  for request in ended:
+    assert request.output_tokens == seen[request.id] == continuation(prompts[request.id], 6)
+  assert engine.usage.iterations == len(executor.plans) and not engine.has_work
+
+
+def test_metrics_of_a_request_cancelled_before_admission():
+  engine, _ = fake_engine(rows=1)
+  engine.add_request([1, 2], 9)
+  waiting = engine.add_request([3], 9, request_id="waiting")
+  engine.step(), engine.step()
+  engine.cancel("waiting")
+  assert waiting in engine.step() and waiting.finish_time is not None
+  total = waiting.finish_time - waiting.arrival_time
+  assert total > 0
+  assert request_metrics(waiting) == {
+    "ttft_s": None,
+    "tbt_mean_s": None,
+    "scheduling_delay_s": None,
+    "total_s": total,
+  }
 
 
 @st.composite

@@ -17,7 +17,6 @@ import pallas_kernels as kernels
 from pallas_kernels import digest, residency
 from pallas_kernels.residency import NEVER, Maps, Proposal
 from pallas_kernels.score import box, dot
-from pallas_kernels.score import dot
 
 IMPLEMENTATIONS = ["xla", "interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of the norm of a row

@@ -35,6 +35,22 @@ SHAPES = {
 }
 
 
+# Overrides of a configuration of configs/serving, for random:tiny: requests of up to 384 tokens, all of them read, and
+# slots for an eighth of what the pool's rows can hold.
+SMALL_SERVING = [
+  "cache.block_tokens=8",
+  "cache.rows=4",
+  "cache.dram_bytes=2MiB",
+  "cache.hbm_bytes=560KB",
+  "sparse.token_budget=384",
+  "sparse.sink_tokens=8",
+  "sparse.window_tokens=16",
+  "scheduler.max_batch=4",
+  "scheduler.max_context=384",
+  "scheduler.batch_control=none",
+]
+
+
 @functools.cache
 def tiny_model(shape: str = "gqa2", seed: int = 0) -> Model:
   cfg = SHAPES[shape]
@@ -99,10 +115,16 @@ def poisoned(executor: JaxExecutor) -> JaxExecutor:
   return executor
 
 
+def new_engine(conf: EngineConfig, model: Model, **options) -> Engine:
+  """An engine over a poisoned cache. Its pool's blocks are given out in a random order, so no block table ascends."""
+  engine = Engine(conf, model, poisoned(JaxExecutor(conf, model)), **options)
+  np.random.default_rng(0).shuffle(engine._scheduler._allocator._free)
+  return engine
+
+
 def serve(conf: EngineConfig, model: Model, prompts: Sequence[Sequence[int]], n: int, **options):
   """Greedy tokens of all prompts served at once, and the engine."""
-  executor = JaxExecutor(conf, model)
-  engine = Engine(conf, model, poisoned(executor))
+  engine = new_engine(conf, model)
   requests = [engine.add_request(p, n, **options) for p in prompts]
   engine.run()
   return [r.output_tokens for r in requests], engine

@@ -7,6 +7,7 @@ hands the token to the request and to its callback, and closes the request at a 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -64,11 +65,16 @@ class Engine:
     self._ended: list[Request] = []  # since the last step returned
     self._in_flight: deque[tuple[Plan, PendingStep]] = deque()
     self._names = (f"request-{i}" for i in itertools.count())
-    self._failure: BaseException | None = None  # of a dispatch, after which the executor's state is unknown
+    self._failure: BaseException | None = None  # within an iteration, after which its state is unknown
 
   @property
   def has_work(self) -> bool:
     return self._scheduler.has_work or bool(self._ended)
+
+  @property
+  def failed(self) -> bool:
+    """Whether an iteration was interrupted. Its state is unknown then, and only a new engine can go on."""
+    return self._failure is not None
 
   @property
   def max_request_tokens(self) -> int:
@@ -105,7 +111,7 @@ class Engine:
 
     Raises:
       ValueError: the request could never run; nothing has changed then.
-      RuntimeError: a dispatch failed before.
+      RuntimeError: the engine has `failed`.
     """
     self._check_running()
     if request_id is None:
@@ -124,25 +130,34 @@ class Engine:
     )
     if request_id in self._live:
       raise ValueError(f"request {request_id!r}: a request of this name has not ended yet")
-    self._scheduler.add(request)
-    self._live[request_id] = request
+    with self._whole(expected=ValueError):
+      self._scheduler.add(request)
+      self._live[request_id] = request
     return request
 
   def cancel(self, request_id: str) -> bool:
     """Ends a request, which the next step returns. False if there is none of this name, so also if it has ended."""
-    request = self._live.pop(request_id, None)
+    request = self._live.get(request_id)
     if request is None:
       return False
-    if request.state is State.PREFILLING:
-      self._executor.forget(request_id)
-    self._scheduler.cancel(request, self._clock())
-    self._ended.append(request)
+    with self._whole():
+      del self._live[request_id]
+      if request.state is State.PREFILLING:
+        self._executor.forget(request_id)
+      self._scheduler.cancel(request, self._clock())
+      self._ended.append(request)
     return True
+
+  def cancel_all(self) -> None:
+    """Ends all requests."""
+    for name in list(self._live):
+      self.cancel(name)
 
   def step(self) -> list[Request]:
     """Plans and dispatches one iteration, then reads the one before. Returns the requests that ended."""
-    plan = self._scheduler.schedule(self._clock())
-    self._submit(plan)
+    with self._whole():
+      plan = self._scheduler.schedule(self._clock())
+      self._submit(plan)
     return self._process(keep=0 if plan.empty else 1)
 
   def run(self) -> list[Request]:
@@ -153,28 +168,39 @@ class Engine:
     return ended
 
   def _submit(self, plan: Plan) -> None:
-    self._check_running()
     self.usage.count_pool(self._scheduler.pool_blocks_in_use)
-    if plan.empty:
-      return
-    try:
+    if not plan.empty:
       self._in_flight.append((plan, self._executor.submit(plan)))
+
+  @contextlib.contextmanager
+  def _whole(self, expected: type[Exception] | tuple[()] = ()):
+    """Around what must not be interrupted: afterwards scheduler and devices may disagree."""
+    self._check_running()
+    try:
+      yield
+    except expected:
+      raise
     except BaseException as error:
       self._failure = error
       raise
 
   def _check_running(self) -> None:
     if self._failure is not None:
-      raise RuntimeError(f"this engine stopped when it dispatched an iteration: {self._failure!r}; make a new one")
+      raise RuntimeError(f"this engine was interrupted within an iteration: {self._failure!r}; make a new one")
 
   def _process(self, keep: int) -> list[Request]:
     """Reads the iterations in flight but the newest `keep`. One whose reading is interrupted stays in flight."""
     while len(self._in_flight) > keep:
       plan, pending = self._in_flight[0]
       result = pending.result()
-      self._in_flight.popleft()
-      self.usage.count_step(result.stats)
-      self._deliver(self._scheduler.update(result, self._clock()))
+      with self._whole():
+        self._in_flight.popleft()
+        self.usage.count_step(result.stats)
+        received = self._scheduler.update(result, self._clock())
+        for request in received.ended:
+          del self._live[request.id]
+        self._ended += received.ended
+      self._deliver(received)
       if self._observer is not None:
         self._observer(plan, result)
     ended, self._ended = self._ended, []
@@ -182,9 +208,6 @@ class Engine:
 
   def _deliver(self, received: Received) -> None:
     """Calls back, after all requests have their tokens."""
-    for request in received.ended:
-      del self._live[request.id]
-    self._ended += received.ended
     for request, token in received.tokens:
       if request.on_token is None or request.state is State.CANCELLED:  # by a callback before this one
         continue
@@ -216,6 +239,6 @@ def _checked_sampling(request_id: str, temperature: float, top_p: float, seed: i
     raise ValueError(f"request {request_id!r}: temperature must be finite and at least 0, got {temperature}")
   if not 0 < top_p <= 1:
     raise ValueError(f"request {request_id!r}: top_p must be above 0 and at most 1, got {top_p}")
-  if not 0 <= seed < 2**31:
-    raise ValueError(f"request {request_id!r}: seed must be at least 0 and below 2**31, got {seed}")
+  if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
+    raise ValueError(f"request {request_id!r}: seed must be an integer of at least 0 and below 2**31, got {seed!r}")
   return Sampling(temperature=float(temperature), top_p=float(top_p), seed=int(seed))
