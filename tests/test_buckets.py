@@ -141,7 +141,7 @@ def programs_of(buckets: Buckets, plan: Plan) -> set[tuple]:
 @given(
   prefill=st.sampled_from(["layer_segmented", "chunked"]),
   inject=st.integers(0, 6000),
-  chunk_blocks=st.integers(1, 64),
+  chunk_blocks=st.integers(1, 8) | st.integers(1, 8).map(lambda i: 8 * i),
   S=st.sampled_from([8, 32, 128]),
   n_layers=st.integers(1, 4),
   max_context=st.integers(8, 6000),
