@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 import sparse_serve_jax
@@ -73,10 +73,13 @@ def main(argv: list[str]) -> None:
 
 def _main() -> None:
   runtime.configure()
+  logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   config = override(load_config(_CONFIG.value), _SET.value)
   model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
   engine = Engine(config, model)
   items = _items(model, engine.max_request_tokens)
+  if not items:
+    raise ValueError(f"--workload={_WORKLOAD.value} holds no prompt")
   arrivals = workload.arrival_times(len(items), _RATE.value, _SEED.value)
   with contextlib.ExitStack() as stack:
     on_row = _no_row
@@ -86,8 +89,12 @@ def _main() -> None:
       (out / "config.json").write_text(json.dumps(_setting(config, model), indent=2) + "\n")
       file = stack.enter_context((out / "requests.jsonl").open("w", encoding="utf-8"))
       on_row = functools.partial(_write_row, file)
-    summary = serve(engine, items, arrivals, _IGNORE_EOS.value, on_row)
-  print(metrics.table({"": summary}))
+    try:
+      summary = serve(engine, items, arrivals, _IGNORE_EOS.value, on_row)
+    except KeyboardInterrupt:
+      engine.wait()
+      raise
+  print(metrics.table({pathlib.Path(_CONFIG.value).stem: summary}))
   print(json.dumps(summary), flush=True)
 
 

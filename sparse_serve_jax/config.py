@@ -111,7 +111,8 @@ class SparseConfig:
 
   policy: Literal["dense", "topk", "psa"] = "topk"
   method: str = "cuboid_mean"  # a name in attention.methods.METHODS
-  token_budget: int = 2048  # topk: attended tokens a step, sinks and window included
+  # topk: attended tokens a step, sinks and window included. Every policy: how much of a prompt's end enters slots.
+  token_budget: int = 2048
   sink_tokens: int = 64  # always attended, as in ArkVale (two blocks of 32)
   window_tokens: int = 64  # the newest full blocks, always attended
   dense_layers: int = 0  # the first layers that attend to everything (2 in ArkVale and Quest)

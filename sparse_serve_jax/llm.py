@@ -47,6 +47,7 @@ class LLM:
       overrides: assignments such as "cache.hbm_bytes=8GiB".
       dtype: "float32" or "bfloat16"; None keeps the model's own.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     self.config = override(config if isinstance(config, EngineConfig) else load_config(config), overrides)
     self.model = load_model(path_or_name, dtype=dtype)
     _ = self.engine  # what does not fit is refused now

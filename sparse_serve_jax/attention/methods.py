@@ -35,8 +35,8 @@ class Method:
     summarize: keys [..., S, D] of full blocks -> digests [..., E, D] of the same dtype.
     score: q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]; higher is read first.
     budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and count [B, K], the blocks
-    that
-      exist and fit the token budget -> how many of the ranked blocks to attend to, [B, K] int32, at most count.
+      that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
+      count.
   """
 
   vectors: int

@@ -139,7 +139,7 @@ def read_params(directory: pathlib.Path, cfg: ModelConfig) -> llama.Params:
   params = llama.empty_params(cfg)
   views = {name: view for name, _, view in _views(cfg, params)}
   with contextlib.ExitStack() as stack:
-    files = [stack.enter_context(safetensors.safe_open(path, "numpy")) for path in _files(directory)]
+    files = [stack.enter_context(_open(path)) for path in _files(directory)]
     where = {name: file for file in files for name in file.offset_keys()}
     found = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
     _check(directory, cfg, {name: shape for name, shape, _ in _views(cfg, params)}, found)
@@ -198,11 +198,26 @@ def _copy(to: np.ndarray, source: np.ndarray) -> None:
     to[i : i + 32] = source[i : i + 32]
 
 
+def read_json(path: pathlib.Path) -> Any:
+  """Reads a JSON file; ValueError names it."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _open(path: pathlib.Path):
+  try:
+    return safetensors.safe_open(path, "numpy")
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a checkpoint. (A directory may hold others, in another layout.)"""
   index = directory / "model.safetensors.index.json"
   if index.exists():
-    paths = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    paths = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
   else:
     paths = [directory / "model.safetensors"]
   if absent := [path.name for path in paths if not path.exists()]:

@@ -13,6 +13,8 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from sparse_serve_jax.models.hf import read_json
+
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 
@@ -113,7 +115,7 @@ class NoTokenizer:
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
   """The tokenizer of a model directory; without its files, one that refuses when text is needed."""
   settings_file = directory / "tokenizer_config.json"
-  settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+  settings = read_json(settings_file) if settings_file.exists() else {}
   if settings.get("tokenizer_class") == "ByteTokenizer":
     return ByteTokenizer()
   if not (directory / "tokenizer.json").exists():
@@ -129,7 +131,12 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     for key, value in settings.items()
     if key.endswith("_token") and isinstance(value, str | dict)
   }
-  return FileTokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), template, special)
+  file = directory / "tokenizer.json"
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+  except Exception as error:  # the library raises nothing narrower
+    raise ValueError(f"{file} is no tokenizer: {error}") from error
+  return FileTokenizer(tokenizer, template, special)
 
 
 def _render(template: str, messages: Sequence[Message], generate: bool, special: Mapping[str, str]) -> str:

@@ -50,7 +50,7 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
     return _restore(path, dtype)
   if not (path / "config.json").exists():
     raise ValueError(f"{name!r} is no model: no config.json or {_CARD} there, and it does not begin with 'random:'")
-  raw = json.loads((path / "config.json").read_text())
+  raw = hf.read_json(path / "config.json")
   cfg = _cast(hf.config_from_hf(raw), dtype)
   return Model(
     cfg, hf.read_params(path, cfg), tokenizer_lib.load_tokenizer(path), _eos_token_ids(path, raw), path.resolve().name
@@ -117,6 +117,6 @@ def _cast(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
 def _eos_token_ids(path: pathlib.Path, raw: dict[str, Any]) -> tuple[int, ...]:
   """Every EOS of generation_config.json, else of config.json."""
   file = path / "generation_config.json"
-  eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+  eos = hf.read_json(file).get("eos_token_id") if file.exists() else None
   eos = raw.get("eos_token_id") if eos is None else eos
   return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)

@@ -160,6 +160,10 @@ class Engine:
       self._submit(plan)
     return self._process(keep=0 if plan.empty else 1)
 
+  def wait(self) -> None:
+    """Blocks until the devices are idle, so that a process may end; reads nothing."""
+    self._executor.wait()
+
   def run(self) -> list[Request]:
     """Steps until there is nothing left to do. Returns the requests that ended, in that order."""
     ended = []

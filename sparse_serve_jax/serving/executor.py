@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -54,7 +55,7 @@ class JaxExecutor:
 
   Raises:
     ValueError: a byte budget is too small, or `tp` does not divide the model or exceeds the devices there are.
-    NotImplementedError: the XLA implementation was asked for a pool it cannot read.
+    NotImplementedError: the implementation does not run here, or cannot read where the pool lies.
   """
 
   def __init__(self, config: EngineConfig, model: Model):
@@ -69,6 +70,8 @@ class JaxExecutor:
     implementation = config.implementation
     if implementation == "auto":
       implementation = "triton" if on_gpu else "xla"
+    if implementation == "triton" and not on_gpu:
+      raise NotImplementedError(f"implementation='triton' needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
     setup = Setup.of(cfg, config, implementation)
     if setup.host_pool and implementation == "xla":
       raise NotImplementedError(
@@ -109,6 +112,11 @@ class JaxExecutor:
     for array in jax.tree.leaves(outputs):
       array.copy_to_host_async()
     return pending
+
+  def wait(self) -> None:
+    """Blocks until nothing runs any more; a process that ends before that aborts."""
+    with contextlib.suppress(RuntimeError):  # arrays of an interrupted dispatch are gone
+      jax.block_until_ready(self.cache)
 
   def forget(self, request_id: str) -> None:
     """Drops what is kept between segments of a prompt that was cancelled."""

@@ -106,6 +106,10 @@ class Executor(Protocol):
     """Dispatches the plan and returns at once."""
     ...
 
+  def wait(self) -> None:
+    """Blocks until nothing runs any more."""
+    ...
+
   def forget(self, request_id: str) -> None:
     """Drops what is kept between segments of a prompt that was cancelled."""
     ...
