@@ -15,9 +15,12 @@ class Mutation(NamedTuple):
   tests: tuple[str, ...]
 
 
-KERNELS, RESIDENCY = "tests/test_kernels.py", "pallas_kernels/residency.py"
-ATTEND_XLA = f"{KERNELS}::test_attend[group-1-xla]"
-ATTEND_INTERPRET = f"{KERNELS}::test_attend[group-1-interpret]"
+ATTEND, RESIDENCY, COPIES, SELECTION = (
+  f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
+)
+MAPS = "pallas_kernels/residency.py"
+ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
+ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
 
 MUTATIONS = [
   Mutation(
@@ -39,21 +42,21 @@ MUTATIONS = [
     "pallas_kernels/reference.py",
     "(seen > log_threshold)",
     "(seen >= log_threshold)",
-    (f"{KERNELS}::test_threshold_one_never_stops[xla]",),
+    (f"{ATTEND}::test_threshold_one_never_stops[xla]",),
   ),
   Mutation(
     "prefill sees the next token",
     "pallas_kernels/reference.py",
     "(place[None] - before <= at)",
     "(place[None] - before <= at + 1)",
-    (f"{KERNELS}::test_prefill_attention[None-float32-xla]",),
+    (f"{COPIES}::test_prefill_attention[None-float32-xla]",),
   ),
   Mutation(
     "prefill does not see its own token",
     "pallas_kernels/reference.py",
     "(place[None] - before <= at)",
     "(place[None] - before < at)",
-    (f"{KERNELS}::test_prefill_attention[2-float32-xla]",),
+    (f"{COPIES}::test_prefill_attention[2-float32-xla]",),
   ),
   Mutation(
     "the kernel's keys are values",
@@ -74,56 +77,56 @@ MUTATIONS = [
     "pallas_kernels/attend.py",
     "(log_p > log_threshold)",
     "(log_p >= log_threshold)",
-    (f"{KERNELS}::test_threshold_one_never_stops[interpret]",),
+    (f"{ATTEND}::test_threshold_one_never_stops[interpret]",),
   ),
   Mutation(
     "release leaves a freed block in its slot",
-    RESIDENCY,
+    MAPS,
     'maps.slot_of.at[:, :, freed].set(-1, mode="drop")',
     "maps.slot_of",
-    (f"{KERNELS}::test_release_forgets_all_layers_and_heads",),
+    (f"{RESIDENCY}::test_release_forgets_all_layers_and_heads",),
   ),
   Mutation(
     "release leaves the slot taken",
-    RESIDENCY,
+    MAPS,
     'maps.block_of.at[slots].set(-1, mode="drop")',
     "maps.block_of",
-    (f"{KERNELS}::test_release_forgets_all_layers_and_heads",),
+    (f"{RESIDENCY}::test_release_forgets_all_layers_and_heads",),
   ),
   Mutation(
     "a hit is taken as a victim",
-    RESIDENCY,
+    MAPS,
     'age = maps.last_used.at[jnp.where(hit, slot, n_slots)].set(_PROTECTED, mode="drop")',
     "age = maps.last_used",
-    (f"{KERNELS}::test_hits_are_never_victims",),
+    (f"{RESIDENCY}::test_hits_are_never_victims",),
   ),
   Mutation(
     "an evicted block keeps its entry",
-    RESIDENCY,
+    MAPS,
     'slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode="drop")',
     "slot_of = maps.slot_of",
-    (f"{KERNELS}::test_victims_are_the_least_recently_used",),
+    (f"{RESIDENCY}::test_victims_are_the_least_recently_used",),
   ),
   Mutation(
     "a block that attention never reached is taken for resident",
-    RESIDENCY,
+    MAPS,
     "enters = reached & ~proposal.hit & (proposal.slot >= 0)",
     "enters = ~proposal.hit & (proposal.slot >= 0)",
-    (f"{KERNELS}::test_blocks_never_reached_are_not_taken_for_resident",),
+    (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident",),
   ),
   Mutation(
     "a hit is no use",
-    RESIDENCY,
+    MAPS,
     "touched = out_of_range(reached & (proposal.slot >= 0), proposal.slot, n_slots)",
     "touched = slot",
-    (f"{KERNELS}::test_victims_are_the_least_recently_used",),
+    (f"{RESIDENCY}::test_victims_are_the_least_recently_used",),
   ),
   Mutation(
     "scores are read from another block's digest",
     "pallas_kernels/score.py",
     "digest[k, layer, tables[:, None, :]]",
     "digest[k, layer, tables[:, None, :] - 1]",
-    (f"{KERNELS}::test_score_without_sinks_and_window",),
+    (f"{SELECTION}::test_score_without_sinks_and_window",),
   ),
   Mutation(
     "a filled tail's digest goes to the next block",

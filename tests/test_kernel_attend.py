@@ -1,0 +1,304 @@
+"""Attention of a decode step against loops in float64. What it must not read is NaN in its inputs, always."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as kernels
+from pallas_kernels.residency import Proposal
+from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, Shape, assert_rows_close, assert_same_bits
+
+
+@dataclasses.dataclass
+class Row:
+  """One row of a case, with its truth: K and V of every block of its list, before any of it is hidden."""
+
+  count: int
+  tail_tokens: int
+  where: str = "mixed"  # of its blocks: hit, miss, mixed, or homeless (misses that get no slot)
+  padding: bool = False
+
+
+@dataclasses.dataclass
+class Case:
+  """Inputs of `attend` as everything in it that may be read, apart from where it lies."""
+
+  q: np.ndarray  # [B, K, G, D]
+  rows: list[Row]
+  kv: np.ndarray  # [B, K, n, 2, S, D], by rank
+  tail: np.ndarray  # [B, K, 2, S, D]
+
+  @property
+  def scale(self) -> float:
+    return self.q.shape[-1] ** -0.5
+
+
+class Expected(NamedTuple):
+  output: np.ndarray  # [B, K, G, D] float64
+  lse: np.ndarray  # [B, K, G]
+  largest: np.ndarray  # [B, K, G], the largest product
+  used: np.ndarray  # [B, K]
+  margin: float  # of the closest stop test
+
+
+def random_case(seed: int, shape: Shape, rows: list[Row], n: int, dtype: str = "float32", K: int = 2) -> Case:
+  rng = np.random.default_rng(seed)
+  make = lambda *dims, spread=1.0: (spread * rng.normal(size=dims)).astype(DTYPES[dtype])  # noqa: E731
+  B, (G, S, D) = len(rows), shape
+  # A spread above 1 makes a few tokens carry most of the mass, so that progressive attention does stop.
+  return Case(make(B, K, G, D, spread=1.5), rows, make(B, K, n, 2, S, D), make(B, K, 2, S, D))
+
+
+def expect(case: Case, always: int, group: int, threshold: float | None, swap: bool = False) -> Expected:
+  """Attention by loops over float64, and PSA's stop rule by its formula (arXiv 2503.00392, section 2.2)."""
+  B, K, G, D = case.q.shape
+  k_at, v_at = (1, 0) if swap else (0, 1)
+  output, lse = np.zeros((B, K, G, D)), np.full((B, K, G), -np.inf)
+  largest, used = np.full((B, K, G), -np.inf), np.zeros((B, K), np.int32)
+  margin = np.inf
+  for b, k in np.ndindex(B, K):
+    row, q = case.rows[b], case.q[b, k].astype(np.float64)
+    mass, weighted, smallest = np.zeros(G), np.zeros((G, D)), np.full(G, np.inf)
+
+    def attend_to(keys, values, q=q, mass=mass, weighted=weighted, top=largest[b, k]):
+      """Adds to the sums; returns the mass of these keys alone."""
+      of_keys = np.zeros(G)
+      for g in range(G):
+        for key, value in zip(keys, values, strict=True):
+          s = case.scale * float(q[g] @ key.astype(np.float64))
+          of_keys[g] += math.exp(s)
+          weighted[g] += math.exp(s) * value.astype(np.float64)
+          top[g] = max(top[g], s)
+      mass += of_keys
+      return of_keys
+
+    attend_to(case.tail[b, k, k_at, : row.tail_tokens], case.tail[b, k, v_at, : row.tail_tokens])
+    for i in range(row.count):
+      of_block = attend_to(case.kv[b, k, i, k_at], case.kv[b, k, i, v_at])
+      used[b, k] += 1
+      if i < always:
+        continue
+      smallest = np.minimum(smallest, of_block)
+      if threshold is not None and (i + 1 - always) % group == 0 and i + 1 < row.count:
+        accumulated = mass / (mass + smallest * (row.count - i - 1))
+        margin = min(margin, abs(accumulated.min() - threshold))
+        if (accumulated > threshold).all():
+          break
+    if mass.any():
+      output[b, k], lse[b, k] = weighted / mass[:, None], np.log(mass)
+  return Expected(output, lse, largest, used, margin)
+
+
+class Laid(NamedTuple):
+  """A case in the memories it is read from; all else is NaN."""
+
+  arguments: tuple
+  slots_after: np.ndarray
+
+
+def lay_out(case: Case, used: np.ndarray, seed: int = 0, n_slots: int | None = None) -> Laid:
+  """Puts the tokens that may be read into tail, pool and slots at random places, in one layer of two."""
+  rng = np.random.default_rng(seed)
+  B, K, n, _, S, D = case.kv.shape
+  L, layer, R, M = 2, 1, B + 2, B * n + 3
+  P = K * B * n + 2 if n_slots is None else n_slots
+  nan = functools.partial(np.full, fill_value=np.nan, dtype=case.kv.dtype)
+  tail, pool, slots, after = nan((K, L, R, 2, S, D)), nan((K, L, M, 2, S, D)), nan((P, 2, S, D)), nan((P, 2, S, D))
+  blocks, slot, hit = (np.zeros((B, K, n), t) for t in (np.int32, np.int32, bool))
+  rows = rng.permutation(R)[:B].astype(np.int32)
+  rows[[row.padding for row in case.rows]] = R
+  free = rng.permutation(P).tolist()
+  for k in range(K):
+    blocks[:, k] = rng.permutation(M)[: B * n].reshape(B, n)
+  for b, k, i in np.ndindex(B, K, n):
+    where = case.rows[b].where
+    hit[b, k, i] = where == "hit" or (where == "mixed" and rng.random() < 0.5)
+    homeless = where == "homeless" or (where == "mixed" and rng.random() < 0.3)
+    slot[b, k, i] = free.pop() if P and (hit[b, k, i] or not homeless) else -1
+    hit[b, k, i] &= P > 0
+    if i < used[b, k]:
+      if hit[b, k, i]:
+        slots[slot[b, k, i]] = case.kv[b, k, i]
+      else:
+        pool[k, layer, blocks[b, k, i]] = case.kv[b, k, i]
+      if slot[b, k, i] >= 0:
+        after[slot[b, k, i]] = case.kv[b, k, i]
+  for b, row in enumerate(case.rows):
+    if not row.padding:
+      tail[:, layer, rows[b], :, : row.tail_tokens] = case.tail[b, :, :, : row.tail_tokens]
+  column = lambda name: np.array([getattr(row, name) for row in case.rows], np.int32)  # noqa: E731
+  count = np.repeat(column("count")[:, None], K, 1)
+  proposal = Proposal(slot, hit)
+  arguments = (case.q, tail, rows, column("tail_tokens"), pool, slots, np.int32(layer), blocks, proposal, count)
+  return Laid(arguments, after)
+
+
+@functools.cache
+def attend_program(implementation: str, scale: float, always: int, group: int, threshold: float | None):
+  options = dict(always=always, group_blocks=group, threshold=threshold, scale=scale, implementation=implementation)
+  return jax.jit(functools.partial(kernels.attend, **options))
+
+
+def check_attend(
+  case: Case, implementation: str, always: int, group: int, threshold: float | None, n_slots: int | None = None
+) -> Expected:
+  expected = expect(case, always, group, threshold)
+  assert expected.margin > 2e-6 or threshold == 1, "a stop test of this case is decided by rounding"
+  laid = lay_out(case, expected.used, n_slots=n_slots)
+  program = attend_program(implementation, case.scale, always, group, threshold)
+  partial, used, slots = program(*laid.arguments)
+  np.testing.assert_array_equal(used, expected.used)
+  assert_same_bits(slots, laid.slots_after)
+  assert all(x.dtype == jnp.float32 for x in partial) and used.dtype == jnp.int32
+  assert_rows_close(partial.output, expected.output, TOLERANCE[str(case.q.dtype)])
+  np.testing.assert_allclose(partial.lse, expected.lse, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(partial.m, expected.largest, rtol=1e-5, atol=1e-5)
+  return expected
+
+
+N = 7
+RAGGED = [
+  Row(N, 1, "hit"),
+  Row(N - 1, 5, "miss"),
+  Row(N, 8, "mixed"),
+  Row(4, 2, "homeless"),
+  Row(3, 0),  # an empty tail: never so in decoding, but part of the op
+  Row(2, 7),
+  Row(1, 3, "miss"),
+  Row(0, 4),
+  Row(0, 0, padding=True),
+]
+ATTEND = {
+  "group-1": (Shape(1, 8, 64), "float32", None),
+  "group-3": (Shape(3, 16, 32), "float32", 0.7),
+  "group-8": (Shape(8, 64, 16), "bfloat16", None),
+  "llama3-8b": (REAL["llama3-8b"], "bfloat16", 0.7),
+  "llama-3.2-1b": (REAL["llama-3.2-1b"], "float32", 0.7),
+  "lwm-7b": (REAL["lwm-7b"], "bfloat16", None),
+  "qwen2.5-7b": (REAL["qwen2.5-7b"], "bfloat16", None),
+}
+ON_CPU = list(ATTEND)[:5]  # the others compile to the same program but for sizes
+ATTEND_CASES = [(name, kind) for name in ON_CPU for kind in ("xla", "interpret")] + [
+  pytest.param(name, "triton", marks=pytest.mark.gpu) for name in ATTEND
+]
+
+
+@pytest.mark.parametrize(("name", "implementation"), ATTEND_CASES)
+def test_attend(name: str, implementation: str):
+  """Ragged lists and tails of permuted blocks that hit, miss, or miss and get no slot; to the end or progressively."""
+  shape, dtype, threshold = ATTEND[name]
+  case = random_case(len(name), shape, RAGGED, N, dtype)
+  expected = check_attend(case, implementation, always=2, group=2, threshold=threshold)
+  counts = np.array([row.count for row in RAGGED])[:, None]
+  assert (expected.used < counts).any() == (threshold is not None)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attend_without_slots_to_less_than_always(implementation: str):
+  """Lists shorter than sinks and window, and than a group: all of them is read."""
+  case = random_case(3, Shape(2, 8, 16), [Row(3, 3, "miss"), Row(1, 8, "miss")], 3)
+  expected = check_attend(case, implementation, always=5, group=9, threshold=0.01, n_slots=0)
+  assert expected.used.tolist() == [[3, 3], [1, 1]]
+
+
+def test_swapping_keys_and_values_is_seen():
+  """The cases above tell K from V: with the two swapped they give something else, far beyond any tolerance."""
+  for name in ON_CPU:
+    shape, dtype, _ = ATTEND[name]
+    case = random_case(len(name), shape, RAGGED[:6], N, dtype)
+    right, swapped = (expect(case, 2, 2, None, swap=swap).output for swap in (False, True))
+    assert (np.linalg.norm(right - swapped, axis=-1) > 0.05 * np.linalg.norm(right, axis=-1)).all()
+
+
+def scored_case(log_mass: list, tail_tokens: list[int] | int, tail_log_mass: list[float] | float = 0.0) -> Case:
+  """A case of chosen masses, of one shape so that few programs serve all: 8 rows, 3 query heads, up to 10 blocks of 8.
+
+  Every token of a row's block i scores log_mass[g][i] - log 8 for query head g, or log_mass[i] for all heads.
+  """
+  B, G, n, S, D = 8, 3, 10, 8, 16
+  rng = np.random.default_rng(0)
+  kv, tail = (rng.normal(size=(*dims, 2, S, D)).astype(np.float32) for dims in ((B, 1, n), (B, 1)))
+  q = np.zeros((B, 1, G, D), np.float32)
+  for g in range(G):  # head g looks at channel g alone
+    q[:, 0, g, g] = D**0.5
+  rows = [Row(0, 0, padding=True) for _ in range(B)]
+  for b, of_row in enumerate(log_mass):
+    by_head = np.broadcast_to(of_row, (G, np.shape(of_row)[-1]))
+    of_tail = np.broadcast_to(tail_log_mass, len(log_mass))[b]
+    rows[b] = Row(by_head.shape[1], int(np.broadcast_to(tail_tokens, len(log_mass))[b]))
+    for g in range(G):
+      kv[b, 0, : by_head.shape[1], 0, :, g] = (by_head[g] - math.log(S))[:, None]
+      tail[b, 0, 0, :, g] = of_tail - math.log(S)
+  return Case(q, rows, kv, tail)
+
+
+def stops_at(case: Case, implementation: str, always: int, group: int, threshold: float, n: int) -> list[int]:
+  """Blocks used in the first n rows, found right."""
+  return check_attend(case, implementation, always, group, threshold).used[:n, 0].tolist()
+
+
+TINY = -12.0  # log mass of a block after which next to nothing can be left
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("always", "group", "n"), [(0, 1, 6), (2, 2, 10)])
+def test_psa_stops_after_every_group(always: int, group: int, n: int, implementation: str):
+  """Blocks of equal mass reach 9/10 at most; one of tiny mass says that little is left."""
+  stops = [*range(always + group, n, group), n]
+  log_mass = np.zeros((len(stops), n))
+  for b, stop in enumerate(stops[:-1]):
+    log_mass[b, stop - 1] = TINY
+  log_mass[-1, :always] = TINY  # sinks and window say nothing about ranked blocks
+  assert stops_at(scored_case(list(log_mass), 1), implementation, always, group, 0.92, len(stops)) == stops
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_psa_stops_when_every_query_head_would(implementation: str):
+  log_mass = np.zeros((4, 3, 10))  # three heads: a kernel that pads them to four must not ask the fourth
+  log_mass[0, :, 3] = TINY
+  log_mass[1, :2, 3] = TINY  # the third head is not sure
+  log_mass[2, 0, 3], log_mass[2, 1:, 5] = TINY, TINY  # the first is sooner than the others, and stays sure
+  log_mass[3, :, 2] = TINY  # seen before the test that comes after the group
+  assert stops_at(scored_case(list(log_mass), 1), implementation, 2, 2, 0.92, 4) == [4, 10, 6, 4]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_threshold_one_never_stops(implementation: str):
+  """The estimate is 1 in float32 from the first block on, so the test must be strict."""
+  case = scored_case([[30.0, -30.0, -30.0, -30.0]], 1)
+  assert stops_at(case, implementation, 0, 1, 1.0, 1) == [4]
+  assert expect(case, 0, 1, 1 - 1e-9).used[0, 0] == 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_psa_estimate(implementation: str):
+  """P_acc = A / (A + a_min left) lands a 1e-4th above or below the threshold, at each stop test."""
+  always, group, n, threshold = 2, 2, 10, 0.92
+  rng = np.random.default_rng(5)
+  log_masses, stops = [], []
+  for stop in range(always + group, n, group):
+    for p, then in ((threshold * (1 + 1e-4), stop), (threshold * (1 - 1e-4), min(stop + group, n))):
+      log_mass = np.sort(rng.uniform(0.0, 0.2, n))[::-1] + 2.0
+      log_mass[:always] = TINY, 1.0
+      before = 3 / 8 + np.exp(log_mass[: stop - 1]).sum()  # the tail is 3 tokens of 8, whose masses are 1/8
+      log_mass[stop - 1] = math.log((1 - p) * before / (p * (n - stop) - (1 - p)))  # solves the formula for this block
+      assert log_mass[stop - 1] < log_mass[always : stop - 1].min()  # it is the smallest so far
+      log_masses.append(log_mass)
+      stops.append(then)
+  # A wrong `left`, or a smallest mass that knows the tail or the first two blocks, would move P by over 1e-3.
+  assert stops_at(scored_case(log_masses, 3), implementation, always, group, threshold, len(stops)) == stops
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_psa_counts_the_tail_as_mass_but_not_as_a_block(implementation: str):
+  """A heavy tail stops at the first test; a light one, though lighter than any block, does not."""
+  case = scored_case([[0.0] * 10] * 4, [8, 1, 8, 1], [9.0, 9.0, TINY, TINY])
+  assert stops_at(case, implementation, 2, 2, 0.92, 4) == [4, 4, 10, 10]
