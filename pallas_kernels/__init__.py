@@ -6,22 +6,27 @@ Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.
 
 from pallas_kernels.attend import attend
 from pallas_kernels.copy import empty, gather_blocks, load_blocks, place_blocks, store_blocks
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels.digest import store_digests
+from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import prefill_attention
-from pallas_kernels.residency import NEVER, Maps, Proposal, commit, propose, release
-from pallas_kernels.score import score, select
+from pallas_kernels.residency import NEVER, Maps, Reads, Victims, commit, oldest_first, propose, release
+from pallas_kernels.score import score
+from pallas_kernels.select import select
 
 __all__ = [
   "NEVER",
   "Maps",
   "Partial",
-  "Proposal",
+  "Reads",
+  "Victims",
   "attend",
   "commit",
   "empty",
   "gather_blocks",
   "load_blocks",
   "merge",
+  "merge_along",
+  "oldest_first",
   "place_blocks",
   "prefill_attention",
   "propose",
@@ -29,4 +34,5 @@ __all__ = [
   "score",
   "select",
   "store_blocks",
+  "store_digests",
 ]

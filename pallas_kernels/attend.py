@@ -1,15 +1,17 @@
 """Attention of one decode step: every selected block is read where it lies, a slot in HBM or the pool in host memory.
 
 Blocks that miss are copied into the slots proposed for them in the same pass. With a threshold this is progressive
-sparse attention (PSA, arXiv 2503.00392, section 2.2): blocks come in descending order of score, and a (row, KV head)
-stops once the estimated share of attention mass P_acc = A / (A + a_min * left) exceeds the threshold for every query
-head of the group. A is the mass so far, a_min the smallest mass of a ranked block so far, `left` the number of blocks
-not yet read. The tail and the first `always` blocks count in A but never in a_min: they are not ranked by score. The
-test is strict: a threshold of 1 never stops.
+sparse attention (PSA, arXiv 2503.00392, section 2.2): groups of blocks come in descending order of score, and a
+(row, KV head) stops after a group once the estimated share of attention mass P_acc = A / (A + a_min * left) exceeds
+the threshold for every query head. A is the mass so far, a_min the smallest mass of a ranked block so far, `left` the
+number of blocks not yet read. The tail and the first `always` blocks count in A but never in a_min: they are not
+ranked by score. The test is strict: a threshold of 1 never stops.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -17,8 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import reference, triton
-from pallas_kernels.partial import Partial
-from pallas_kernels.residency import Proposal
+from pallas_kernels.partial import Partial, merge
+from pallas_kernels.residency import Reads
+
+LOG2_E = math.log2(math.e)
+LEAST_HEADS = 16  # rows of the smallest matrix product of a tensor core; fewer query heads are padded with copies
 
 
 def attend(
@@ -29,12 +34,10 @@ def attend(
   pool: jax.Array,
   slots: jax.Array,
   layer: jax.Array,
-  blocks: jax.Array,
-  proposal: Proposal,
+  reads: Reads,
   count: jax.Array,
   *,
   always: int,
-  group_blocks: int,
   threshold: float | None,
   scale: float,
   implementation: str = "xla",
@@ -47,13 +50,12 @@ def attend(
     rows: [B] int32, where each row's tail lies; values beyond R are padding and need `tail_tokens` 0.
     tail_tokens: [B] int32, tokens of the tail to attend to.
     pool: [K, L, M, 2, S, D], every finished block; host memory when offloading.
-    slots: [P, 2, S, D]; P may be 0.
+    slots: [P, 2, S, D]; P may be 0: every block is then read from the pool.
     layer: scalar int32.
-    blocks: [B, K, n] int32, DRAM blocks, most critical first; entries at and beyond `count` are not read.
-    proposal: slot and hit of each block, from `residency.propose`.
+    reads: the blocks [B, K, n] and where they lie, from `residency.propose`: one group for a list that is read whole,
+      groups in descending order of score for a progressive one. Entries at and beyond `count` are not read.
     count: [B, K] int32, at most n.
-    always: the first blocks of a list that are read without a stop test (sinks and window).
-    group_blocks: blocks between two stop tests, if there are any.
+    always: the first blocks of a list that are read without a stop test (sinks and window); whole groups of `reads`.
     threshold: epsilon of PSA in (0, 1], or None to read all `count` blocks.
     scale: multiplies the dot products.
     implementation: "xla", "triton" or "interpret".
@@ -61,141 +63,203 @@ def attend(
   Returns:
     Partial of [B, K, G, D]; blocks used [B, K] int32; `slots` with the used misses in their slots, in place when
     donated.
+
+  Raises:
+    ValueError: `reads` is not grouped as `threshold` and `always` need it.
+    NotImplementedError: a kernel was asked for and S or D is not a power of two.
   """
-  options = dict(always=always, group_blocks=group_blocks, threshold=threshold, scale=scale)
+  if threshold is None and reads.hits.shape[-1] != 1:
+    raise ValueError(f"a list that is read whole is one group of blocks, not {reads.hits.shape[-1]}")
+  if threshold is not None and reads.hits.shape[-1] > 1 and always % reads.group:
+    raise ValueError(f"{always=} is not whole groups of {reads.group} blocks")
+  options = dict(always=always, threshold=threshold, scale=scale)
   if implementation == "xla":
-    return reference.attend(q, tail, rows, tail_tokens, pool, slots, layer, blocks, proposal, count, **options)
+    return reference.attend(q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options)
+  if any(x & (x - 1) for x in tail.shape[4:]):
+    raise NotImplementedError(f"blocks of {tail.shape[4:]} (tokens, head dim): kernels need powers of two")
   return _attend_kernel(
-    q,
-    tail,
-    rows,
-    tail_tokens,
-    pool,
-    slots,
-    layer,
-    blocks,
-    proposal,
-    count,
-    **options,
-    interpret=implementation == "interpret",
+    q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options, interpret=implementation == "interpret"
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How the work is cut into programs.
+
+  A (row, KV head) of a list that is read whole is cut into `splits` programs for its hits; its misses are the work of
+  one of `far` programs, few and first in line, so that PCIe is busy from the start without filling the SMs. With 5
+  stages two blocks are on their way while one is multiplied.
+  """
+
+  splits: int
+  far: int
+  num_warps: int
+  num_stages: int = 5
+
+  @classmethod
+  def of(cls, n_lists: int, n: int, block_bytes: int, has_slots: bool, progressive: bool) -> Tiling:
+    """For `n_lists` = B x K lists of up to `n` blocks."""
+    num_warps = min(8, max(2, block_bytes // 8192))
+    if progressive:  # each stop test needs all blocks before it
+      return cls(splits=1, far=0, num_warps=num_warps)
+    splits = max(1, min(-(-1024 // n_lists), -(-n // 4)))
+    return cls(splits=splits, far=min(64, n_lists) if has_slots else 0, num_warps=num_warps)
+
+  def grid(self, n_lists: int) -> int:
+    return self.far + n_lists * self.splits
 
 
 def _attend_kernel(
-  q,
-  tail,
-  rows,
-  tail_tokens,
-  pool,
-  slots,
-  layer,
-  blocks,
-  proposal,
-  count,
-  *,
-  always,
-  group_blocks,
-  threshold,
-  scale,
-  interpret,
+  q, tail, rows, tail_tokens, pool, slots, layer, reads, count, *, always, threshold, scale, interpret
 ):
   n_rows, n_heads, n_group, depth = q.shape
-  padded = pl.next_power_of_2(n_group)  # Triton's blocks are powers of two
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - n_group), (0, 0)))
-  block_tokens = tail.shape[4]
-  log_threshold = math.inf if threshold is None else math.log(threshold)
-  has_slots = slots.shape[0] > 0
+  block_tokens, n_lists = tail.shape[4], n_rows * n_heads
+  progressive, has_slots = threshold is not None, slots.shape[0] > 0
+  log2_threshold = math.log2(threshold) if progressive else math.inf
+  block_bytes = math.prod(pool.shape[3:]) * pool.dtype.itemsize
+  tiling = Tiling.of(n_lists, reads.blocks.shape[2], block_bytes, has_slots, progressive)
+  parts = tiling.splits + (tiling.far > 0)
+  heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
   held = slots if has_slots else jnp.zeros((1, *slots.shape[1:]), slots.dtype)
 
   def kernel(
-    layer_ref, rows_ref, tail_tokens_ref, blocks_ref, slot_ref, hit_ref, count_ref, q_ref, tail_ref, pool_ref, *refs
+    layer_ref, rows_ref, tail_tokens_ref, blocks_ref, slot_ref, hits_ref, count_ref, q_ref, tail_ref, pool_ref, *refs
   ):
-    o_ref, m_ref, l_ref, used_ref, slots_ref = refs[-5:]
-    b, k = pl.program_id(0), pl.program_id(1)
-    layer, n = layer_ref[0], count_ref[b, k]
-    queries = q_ref[b, k].astype(jnp.float32)  # [G, D]
+    o_ref, m_ref, l_ref, used_ref, smallest_ref, slots_ref = refs[1:]
+    layer = layer_ref[0]
+    of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
+    zero = (jnp.zeros((heads, depth)), jnp.full((heads,), -jnp.inf), jnp.zeros((heads,)), jnp.full((heads,), jnp.inf))
 
-    def read(i):
-      """K and V [S, D] of the list's i-th block; copies it into its slot if it missed."""
-      slot, hit, block = slot_ref[b, k, i], hit_ref[b, k, i] != 0, blocks_ref[b, k, i]
-      kv = jax.lax.cond(
-        hit,
-        lambda: (slots_ref[slot, 0], slots_ref[slot, 1]),
-        lambda: (pool_ref[k, layer, block, 0], pool_ref[k, layer, block, 1]),
+    def of_list(i):
+      """What a program does for list `i`: (b, k) and three loops over ranks [from, to) of it, each acc -> acc."""
+      b, k = jax.lax.div(i, n_heads), jax.lax.rem(i, n_heads)
+      queries = q_ref[b, k, of_head]  # [G, D]
+
+      def update(acc, keys, values, ranked, valid=None):
+        """One block, keys and values [S, D], into o [G, D], m, l and the smallest mass [G], logarithms to base 2."""
+        o, m, l, smallest = acc
+        s = triton.dot(queries, keys, trans_b=True) * (scale * LOG2_E)  # [G, S]
+        if valid is not None:
+          s = jnp.where(valid[None], s, -jnp.inf)
+          values = jnp.where(valid[:, None], values, jnp.zeros_like(values))  # 0 * NaN is NaN
+        top = jnp.maximum(m, s.max(1))
+        p, old = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+        mass = p.sum(1)
+        if progressive:
+          smallest = jnp.where(ranked, jnp.minimum(smallest, top + jnp.log2(mass)), smallest)
+        o = o * old[:, None] + triton.dot(p.astype(values.dtype), values)
+        return o, top, l * old + mass, smallest
+
+      def unfinished(acc, wanted):
+        row = jnp.minimum(rows_ref[b], tail_ref.shape[2] - 1)
+        n = tail_tokens_ref[b]
+
+        def body(_, acc):
+          keys, values = tail_ref[k, layer, row, 0], tail_ref[k, layer, row, 1]
+          return update(acc, keys, values, False, jnp.arange(block_tokens) < n)
+
+        return jax.lax.fori_loop(0, (wanted & (n > 0)).astype(jnp.int32), body, acc)
+
+      def near(first, end, acc, ranked=False):
+        def body(i, acc):
+          if has_slots:
+            at = slot_ref[b, k, i]
+            return update(acc, slots_ref[at, 0], slots_ref[at, 1], ranked)
+          block = blocks_ref[b, k, i]
+          return update(acc, pool_ref[k, layer, block, 0], pool_ref[k, layer, block, 1], ranked)
+
+        return jax.lax.fori_loop(first, end, body, acc)
+
+      def far(first, end, acc, ranked=False):
+        def body(i, acc):
+          block, to = blocks_ref[b, k, i], slot_ref[b, k, i]
+
+          def read(half):  # one half at a time takes fewer registers
+            x = pool_ref[k, layer, block, half]
+            triton.store(slots_ref.at[jnp.maximum(to, 0), jnp.int32(half)], x, mask=jnp.broadcast_to(to >= 0, x.shape))
+            return x
+
+          return update(acc, read(0), read(1), ranked)
+
+        return jax.lax.fori_loop(first, end, body, acc)
+
+      return b, k, unfinished, near, far
+
+    def store(b, k, part, acc):
+      o_ref[part, b, k, of_head], m_ref[part, b, k, of_head] = acc[0], acc[1] * (1 / LOG2_E)
+      l_ref[part, b, k, of_head] = acc[2]
+
+    def whole(i):
+      """Part `i mod splits` of the hits of a list; the first part has the tail too."""
+      part, i = jax.lax.rem(i, tiling.splits), jax.lax.div(i, tiling.splits)
+      b, k, unfinished, near, _ = of_list(i)
+      hits = hits_ref[b, k, 0] if has_slots else count_ref[b, k]
+      share = jax.lax.div(hits + (tiling.splits - 1), tiling.splits)
+      first = part * share
+      acc = near(first, jnp.minimum(first + share, hits), unfinished(zero, part == 0))
+      store(b, k, part, acc)
+
+    def misses(program):
+      """The misses of every `far`-th list."""
+
+      def body(j, _):
+        b, k, _, _, far = of_list(program + j * tiling.far)
+        store(b, k, tiling.splits, far(hits_ref[b, k, 0], count_ref[b, k], zero))
+
+      left = n_lists - program
+      jax.lax.fori_loop(0, jax.lax.div(left + (tiling.far - 1), tiling.far), body, None)
+
+    def progressively(i):
+      b, k, unfinished, near, far = of_list(i)
+      n, group = count_ref[b, k], reads.group
+
+      def body(state):
+        i, _, acc = state
+        stop, ranked = jnp.minimum(i + group, n), i >= always
+        middle = jnp.minimum(i + hits_ref[b, k, jax.lax.div(i, group)], stop) if has_slots else stop
+        acc = near(i, middle, acc, ranked)
+        acc = far(middle, stop, acc, ranked) if has_slots else acc
+        _, m, l, smallest = acc
+        seen, unseen = m + jnp.log2(l), smallest + jnp.log2((n - stop).astype(jnp.float32))
+        high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
+        log2_p = seen - (high + jnp.log2(1.0 + jnp.exp2(low - high)))
+        enough = jnp.min((log2_p > log2_threshold).astype(jnp.int32))
+        return stop, jnp.where(enough == 1, stop, n), acc
+
+      i, end, acc = jax.lax.while_loop(
+        lambda state: state[0] < state[1], body, (jnp.int32(0), n, unfinished(zero, True))
       )
+      store(b, k, 0, acc)
+      # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
+      used_ref[b, k], smallest_ref[b, k, of_head] = jnp.minimum(i, end), acc[3]
 
-      @pl.when(jnp.logical_not(hit) & (slot >= 0))
-      def _():
-        slots_ref[slot, 0] = kv[0]
-        slots_ref[slot, 1] = kv[1]
-
-      return kv
-
-    def mass(keys, valid):
-      s = jnp.sum(queries[:, None, :] * keys.astype(jnp.float32)[None], -1) * scale  # [G, S]
-      return jnp.where(valid[None], s, -jnp.inf)
-
-    def update(acc, s, values, valid):
-      o, m, l = acc
-      m_new = jnp.maximum(m, s.max(-1))
-      ref = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-      p, old = jnp.exp(s - ref[:, None]), jnp.exp(m - ref)
-      values = jnp.where(valid[:, None], values.astype(jnp.float32), 0.0)
-      o = o * old[:, None] + jnp.sum(p[:, :, None] * values[None], 1)
-      return o, m_new, l * old + p.sum(-1)
-
-    row = jnp.minimum(rows_ref[b], tail_ref.shape[2] - 1)
-    in_tail = jnp.arange(block_tokens) < tail_tokens_ref[b]
-    acc = (jnp.zeros((padded, depth)), jnp.full((padded,), -jnp.inf), jnp.zeros((padded,)))
-    acc = update(acc, mass(tail_ref[k, layer, row, 0], in_tail), tail_ref[k, layer, row, 1], in_tail)
-    every = jnp.full((block_tokens,), True)
-    padding = jnp.arange(padded) >= n_group  # heads that have no vote in the stop test
-
-    def body(state):
-      i, _, lse_min, acc = state
-      keys, values = read(i)
-      s = mass(keys, every)
-      acc = update(acc, s, values, every)
-      top = s.max(-1)
-      lse = top + jnp.log(jnp.exp(s - top[:, None]).sum(-1))
-      lse_min = jnp.where(i >= always, jnp.minimum(lse_min, lse), lse_min)
-      left = (n - i - 1).astype(jnp.float32)
-      seen, unseen = acc[1] + jnp.log(acc[2]), lse_min + jnp.log(left)
-      high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
-      log_p = seen - (high + jnp.log(1.0 + jnp.exp(low - high)))
-      enough = jnp.min(jnp.where((log_p > log_threshold) | padding, 1, 0)) == 1
-      at_test = (i >= always) & ((i - always + 1) % group_blocks == 0)
-      return i + 1, at_test & enough, lse_min, acc
-
-    state = (jnp.int32(0), jnp.bool_(False), jnp.full((padded,), jnp.inf), acc)
-    used, _, _, (o, m, l) = jax.lax.while_loop(lambda s: (s[0] < n) & jnp.logical_not(s[1]), body, state)
-    o_ref[b, k], m_ref[b, k], l_ref[b, k], used_ref[b, k] = o, m, l, used
+    program = pl.program_id(0)
+    if progressive:
+      progressively(program)
+    elif tiling.far:
+      pl.when(program < tiling.far)(lambda: misses(program))
+      pl.when(program >= tiling.far)(lambda: whole(program - tiling.far))
+    else:
+      whole(program)
 
   f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-  o, m, l, used, held = triton.call(
+  o, m, l, used, _, held = triton.call(
     kernel,
     out_shape=(
-      f32(n_rows, n_heads, padded, depth),
-      f32(n_rows, n_heads, padded),
-      f32(n_rows, n_heads, padded),
+      f32(parts, n_rows, n_heads, n_group, depth),
+      f32(parts, n_rows, n_heads, n_group),
+      f32(parts, n_rows, n_heads, n_group),
       jax.ShapeDtypeStruct((n_rows, n_heads), jnp.int32),
+      f32(n_rows, n_heads, n_group),
       jax.ShapeDtypeStruct(held.shape, held.dtype),
     ),
-    grid=(n_rows, n_heads),
-    input_output_aliases={10: 4},
+    grid=(tiling.grid(n_lists),),
+    input_output_aliases={10: 5},
     interpret=interpret,
+    num_warps=tiling.num_warps,
+    num_stages=tiling.num_stages,
     name="attend",
-  )(
-    jnp.reshape(layer, 1),
-    rows,
-    tail_tokens,
-    blocks,
-    proposal.slot,
-    proposal.hit.astype(jnp.int32),
-    count,
-    q,
-    tail,
-    pool,
-    held,
-  )
-  return Partial(o[:, :, :n_group], m[:, :, :n_group], l[:, :, :n_group]), used, held if has_slots else slots
+  )(jnp.reshape(layer, 1), rows, tail_tokens, *reads, count, q, tail, pool, held)
+  # Part by part, so that XLA makes one elementwise kernel of it.
+  partial = functools.reduce(merge, (Partial(o[i], m[i], l[i]) for i in range(parts)))
+  return partial, used if progressive else count, held if has_slots else slots

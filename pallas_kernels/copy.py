@@ -1,15 +1,23 @@
 """Block copies between the pool (host memory), the slots (HBM) and arrays of a step.
 
-FlashH2D and the direct save of SparseServe, section 3.2: one program a block, no staging, no call per block.
+FlashH2D and the direct save of SparseServe, section 3.2: one kernel a list of blocks, no staging, no call per block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import reference, triton
+
+PCIE_PROGRAMS = 32  # keep PCIe busy and leave most SMs alone
+HBM_PROGRAMS = 1024  # fill every SM several times over
+LANES = 32  # entries of a list looked at together: one warp's worth, so looking needs no barrier
+PART_BYTES = 16 << 10  # held in registers at a time: 128 bytes in each of 128 threads
 
 
 def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -38,23 +46,18 @@ def load_blocks(
   """
   if implementation == "xla":
     return reference.load_blocks(pool, slots, layer, blocks, slot)
+  n_heads, n = blocks.shape[1:]
 
-  def kernel(layer_ref, blocks_ref, slot_ref, pool_ref, _, slots_ref):
-    b, k, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block, to = blocks_ref[b, k, i], slot_ref[b, k, i]
+  def wanted(e, _layer, blocks_ref, slot_ref, *_):
+    return (blocks_ref[e] >= 0) & (slot_ref[e] >= 0)
 
-    @pl.when((block >= 0) & (to >= 0))
-    def _():
-      slots_ref[to] = pool_ref[k, layer_ref[0], block]
+  def copy(e, layer_ref, blocks_ref, slot_ref, pool_ref, _slots, slots_ref):
+    head, block, to = jax.lax.rem(jax.lax.div(e, n), n_heads), blocks_ref[e], slot_ref[e]
+    for part in _parts(pool):
+      slots_ref[to, *part] = pool_ref[head, layer_ref[0], block, *part]
 
-  return triton.call(
-    kernel,
-    out_shape=jax.ShapeDtypeStruct(slots.shape, slots.dtype),
-    grid=blocks.shape,
-    input_output_aliases={4: 0},
-    interpret=implementation == "interpret",
-    name="load_blocks",
-  )(jnp.reshape(layer, 1), blocks, slot, pool, slots)
+  operands = jnp.reshape(layer, 1), blocks.reshape(-1), slot.reshape(-1), pool, slots
+  return _run("load_blocks", blocks.size, PCIE_PROGRAMS, wanted, copy, operands, slots, implementation)
 
 
 def gather_blocks(
@@ -65,41 +68,52 @@ def gather_blocks(
   slot: jax.Array,
   *,
   implementation: str = "xla",
-) -> jax.Array:
-  """Blocks [K, n, 2, S, D] of one layer, contiguous: from their slots, or from the pool where `slot` is -1.
+) -> tuple[jax.Array, jax.Array]:
+  """Keys and values [n * S, K, D] of one layer's blocks: from their slots, or from the pool where `slot` is -1.
 
   Args:
     pool: [K, L, M, 2, S, D].
     slots: [P, 2, S, D].
     layer: scalar int32.
-    blocks: [K, n] int32; an entry below 0 gives an unspecified block.
+    blocks: [K, n] int32; -1 gives zeros, anything below that whatever the memory holds.
     slot: [K, n] int32.
     implementation: "xla", "triton" or "interpret".
   """
   if implementation == "xla":
     return reference.gather_blocks(pool, slots, layer, blocks, slot)
+  n_heads, n = blocks.shape
+  size, depth = pool.shape[4:]
 
-  def kernel(layer_ref, blocks_ref, slot_ref, pool_ref, slots_ref, out_ref):
-    k, i = pl.program_id(0), pl.program_id(1)
-    block, at = blocks_ref[k, i], slot_ref[k, i]
+  def wanted(e, _layer, blocks_ref, *_):
+    return blocks_ref[e] >= -1
 
-    @pl.when(at >= 0)
+  def copy(e, layer_ref, blocks_ref, slot_ref, pool_ref, slots_ref, *out_refs):
+    # Entries that follow each other are heads of one place: they write neighbouring lines.
+    i, head = jax.lax.div(e, n_heads), jax.lax.rem(e, n_heads)
+    block, at = blocks_ref[e], slot_ref[e]
+
+    def write(read):
+      for half, *rows in _parts(pool, halves=True):
+        out_refs[half][i, *rows, head] = read(half, *rows)
+
+    @pl.when((block >= 0) & (at >= 0))
     def _():
-      out_ref[k, i] = slots_ref[at]
+      write(lambda *part: slots_ref[at, *part])
 
-    @pl.when((at < 0) & (block >= 0))
+    @pl.when((block >= 0) & (at < 0))
     def _():
-      out_ref[k, i] = pool_ref[k, layer_ref[0], block]
+      write(lambda *part: pool_ref[head, layer_ref[0], block, *part])
+
+    @pl.when(block < 0)
+    def _():
+      write(lambda _, rows: jnp.zeros((rows.size, depth), pool.dtype))
 
   if slots.shape[0] == 0:
     slots = jnp.zeros((1, *slots.shape[1:]), slots.dtype)  # an operand must hold something; `slot` is -1 throughout
-  return triton.call(
-    kernel,
-    out_shape=jax.ShapeDtypeStruct((*blocks.shape, *pool.shape[3:]), pool.dtype),
-    grid=blocks.shape,
-    interpret=implementation == "interpret",
-    name="gather_blocks",
-  )(jnp.reshape(layer, 1), blocks, slot, pool, slots)
+  operands = jnp.reshape(layer, 1), blocks.T.reshape(-1), slot.T.reshape(-1), pool, slots
+  out = (jax.ShapeDtypeStruct((n, size, n_heads, depth), pool.dtype),) * 2
+  k, v = _run("gather_blocks", blocks.size, HBM_PROGRAMS, wanted, copy, operands, out, implementation)
+  return k.reshape(n * size, n_heads, depth), v.reshape(n * size, n_heads, depth)
 
 
 def store_blocks(
@@ -123,23 +137,20 @@ def store_blocks(
   """
   if implementation == "xla":
     return reference.store_blocks(pool, source, layer, source_ids, blocks)
+  (n_heads, n_layers), n = source.shape[:2], blocks.shape[0]
 
-  def kernel(layer_ref, ids_ref, blocks_ref, source_ref, _, pool_ref):
-    k, j, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block = blocks_ref[i]
+  def wanted(e, _layer, _ids, blocks_ref, *_):
+    return blocks_ref[jax.lax.rem(e, n)] >= 0
 
-    @pl.when(block >= 0)
-    def _():
-      pool_ref[k, layer_ref[0] + j, block] = source_ref[k, j, ids_ref[i]]
+  def copy(e, layer_ref, ids_ref, blocks_ref, source_ref, _pool, pool_ref):
+    k, j, i = _unravel(e, n_layers, n)
+    block, at = blocks_ref[i], ids_ref[i]
+    for part in _parts(pool):
+      pool_ref[k, layer_ref[0] + j, block, *part] = source_ref[k, j, at, *part]
 
-  return triton.call(
-    kernel,
-    out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
-    grid=(*source.shape[:2], blocks.shape[0]),
-    input_output_aliases={4: 0},
-    interpret=implementation == "interpret",
-    name="store_blocks",
-  )(jnp.reshape(layer, 1).astype(jnp.int32), source_ids, blocks, source, pool)
+  operands = jnp.reshape(layer, 1).astype(jnp.int32), source_ids, blocks, source, pool
+  n_entries = n_heads * n_layers * n
+  return _run("store_blocks", n_entries, PCIE_PROGRAMS, wanted, copy, operands, pool, implementation)
 
 
 def place_blocks(
@@ -160,20 +171,85 @@ def place_blocks(
     return slots
   if implementation == "xla":
     return reference.place_blocks(slots, source, source_ids, slot)
+  n_layers, n = slot.shape[1:]
 
-  def kernel(ids_ref, slot_ref, source_ref, _, slots_ref):
-    k, j, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    to = slot_ref[k, j, i]
+  def wanted(e, _ids, slot_ref, *_):
+    return slot_ref[e] >= 0
 
-    @pl.when(to >= 0)
-    def _():
-      slots_ref[to] = source_ref[k, j, ids_ref[i]]
+  def copy(e, ids_ref, slot_ref, source_ref, _slots, slots_ref):
+    k, j, i = _unravel(e, n_layers, n)
+    to, at = slot_ref[e], ids_ref[i]
+    for part in _parts(slots):
+      slots_ref[to, *part] = source_ref[k, j, at, *part]
 
+  operands = source_ids, slot.reshape(-1), source, slots
+  return _run("place_blocks", slot.size, HBM_PROGRAMS, wanted, copy, operands, slots, implementation)
+
+
+def _run(
+  name: str,
+  n: int,
+  programs: int,
+  wanted: Callable[..., jax.Array],
+  copy: Callable[..., None],
+  operands: tuple[jax.Array, ...],
+  out: Any,
+  implementation: str,
+) -> Any:
+  """Runs `copy(e, *refs)` for every entry e < n with `wanted(e, *refs)`.
+
+  Entries are dealt out to the programs in turn. An entry that is not wanted costs its share of one vector load.
+
+  Args:
+    name: of the kernel.
+    n: entries.
+    programs: at most so many; each copies one entry after the other.
+    wanted: of entries [LANES].
+    copy: of one entry.
+    operands: what `refs` begins with, index arrays flat; the results follow.
+    out: shape of the results. The last operand itself: the result is that one, updated in place.
+    implementation: "triton" or "interpret".
+  """
+  programs = min(programs, n)
+
+  def kernel(*refs):
+    program, lane = pl.program_id(0), jnp.arange(LANES, dtype=jnp.int32)
+
+    def look(i, _):
+      entry = lambda at: (i * LANES + at) * programs + program  # noqa: E731
+      found = (entry(lane) < n) & wanted(jnp.minimum(entry(lane), n - 1), *refs)
+      after = lambda at: jnp.where(found & (lane > at), lane, LANES).min()  # noqa: E731
+
+      def step(at):
+        copy(entry(at), *refs)
+        return after(at)
+
+      jax.lax.while_loop(lambda at: at < LANES, step, after(-1))
+
+    jax.lax.fori_loop(0, -(-n // (LANES * programs)), look, None)
+
+  in_place = out is operands[-1]
   return triton.call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct(slots.shape, slots.dtype),
-    grid=slot.shape,
-    input_output_aliases={3: 0},
+    out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype) if in_place else out,
+    grid=(programs,),
+    input_output_aliases={len(operands) - 1: 0} if in_place else {},
     interpret=implementation == "interpret",
-    name="place_blocks",
-  )(source_ids, slot, source, slots)
+    name=name,
+  )(*operands)
+
+
+def _unravel(e: jax.Array, n_layers: int, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Indices in [K, n_layers, n] of a flat index."""
+  div, rem = jax.lax.div, jax.lax.rem  # `//` and `%` of a scalar do not lower
+  return div(e, n_layers * n), rem(div(e, n), n_layers), rem(e, n)
+
+
+def _parts(blocks: jax.Array, halves: bool = False) -> list[tuple]:
+  """Indices that cut a block [..., 2, S, D] into parts of at most PART_BYTES; with `halves`, keys apart from values."""
+  size, depth = blocks.shape[-2:]
+  row = depth * blocks.dtype.itemsize
+  if 2 * size * row <= PART_BYTES and not halves:
+    return [(slice(None),) * 3]
+  rows = min(size, PART_BYTES // row)
+  return [(half, pl.ds(start, rows)) for start in range(0, size, rows) for half in (0, 1)]

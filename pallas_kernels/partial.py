@@ -36,3 +36,11 @@ def merge(a: Partial, b: Partial) -> Partial:
   reference = jnp.where(m == -jnp.inf, 0.0, m)  # -inf - -inf would be NaN
   wa, wb = jnp.exp(a.m - reference), jnp.exp(b.m - reference)
   return Partial(a.o * wa[..., None] + b.o * wb[..., None], m, a.l * wa + b.l * wb)
+
+
+def merge_along(parts: Partial, axis: int) -> Partial:
+  """Merges the partial results along an axis of `m` and `l`."""
+  m = parts.m.max(axis)
+  reference = jnp.where(m == -jnp.inf, 0.0, m)
+  weight = jnp.exp(parts.m - jnp.expand_dims(reference, axis))
+  return Partial((parts.o * weight[..., None]).sum(axis), m, (parts.l * weight).sum(axis))

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+
+# jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of q, in bf16 by up to 1 at 256: useless weights.
+from jax._src.cudnn.fused_attention_stablehlo import MaskType
+from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
 
 from pallas_kernels import reference
 from pallas_kernels.copy import gather_blocks
+from pallas_kernels.partial import Partial, merge
+
+CLEARED_TOKENS = 512  # after the prefix; cuDNN's tiles of keys are shorter, and it reads none that begins after the end
 
 
 def prefill_attention(
@@ -32,11 +42,53 @@ def prefill_attention(
     layer: scalar int32.
     prefix: what comes before the piece: DRAM blocks [K, N] int32 and their slots [K, N] int32, -1 where they are to be
       read from the pool. None: the piece begins the prompt.
-    prefix_tokens: int32, tokens before the piece. Blocks of `prefix` beyond them may be anything.
+    prefix_tokens: int32, tokens before the piece, a multiple of S. Blocks of `prefix` beyond them may be anything.
     scale: multiplies the dot products.
-    implementation: of the reads from the pool: "xla", "triton" or "interpret". The attention is XLA's.
+    implementation: "xla", "triton" or "interpret": of the reads from the pool. The attention is XLA's, but for
+      "triton", which is the GPU's path: there it is cuDNN's in 16 bits, and in float32, which cuDNN lacks, XLA's.
+
+  Raises:
+    NotImplementedError: "triton" in 16 bits with a D that cuDNN lacks.
   """
+  depth, cudnn = q.shape[-1], implementation == "triton" and q.dtype.itemsize == 2
+  if cudnn and (depth % 8 or depth > 256):
+    raise NotImplementedError(
+      f"cuDNN's attention needs a head dimension that is a multiple of 8 up to 256, not {depth}"
+    )
   earlier = None
   if prefix is not None:
-    earlier = gather_blocks(pool, slots, layer, *prefix, implementation=implementation)
-  return reference.prefill_attention(q, k, v, earlier, prefix_tokens, scale=scale)
+    (blocks, slot), size = prefix, pool.shape[4]
+    left = prefix_tokens // size - jnp.arange(blocks.shape[1])  # blocks of the prefix from each on
+    padding = jnp.where(left > -CLEARED_TOKENS // size, -1, -2)
+    blocks = jnp.where(left > 0, blocks, padding)
+    earlier = gather_blocks(pool, slots, layer, blocks, slot, implementation=implementation)
+  if not cudnn:
+    return reference.prefill_attention(q, k, v, earlier, prefix_tokens, scale=scale)
+  attended = _attention(q, k, v, None, scale)
+  if earlier is not None:
+    attended = merge(attended, _attention(q, *earlier, prefix_tokens, scale))
+  return attended.output.astype(q.dtype)
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | None, scale: float) -> Partial:
+  """cuDNN's attention of q [T, K, G, D] over k, v [t, K, D]: causal, or each over the first `n_keys`."""
+  n_tokens, n_heads, n_group, depth = q.shape
+  n_queries = n_read = None
+  if n_keys is not None:  # of none, one that was cleared: its product is 0, never NaN
+    n_queries, n_read = jnp.full(1, n_tokens, jnp.int32), jnp.maximum(n_keys, 1).reshape(1).astype(jnp.int32)
+  result: Any = cudnn_attention(
+    q.reshape(1, n_tokens, n_heads * n_group, depth),
+    k[None],
+    v[None],
+    q_seqlen=n_queries,
+    kv_seqlen=n_read,
+    scale=scale,
+    mask_type=MaskType.CAUSAL if n_keys is None else MaskType.PADDING,
+    return_residual=True,
+  )
+  o, lse = result  # [1, T, H, D], [1, H, T] float32
+  lse = jnp.moveaxis(lse.reshape(n_heads, n_group, n_tokens), 2, 0)
+  if n_keys is not None:
+    lse = jnp.where(n_keys > 0, lse, -jnp.inf)
+  # A normalised o is a partial result whose reference m is its log-sum-exp.
+  return Partial(o.reshape(q.shape).astype(jnp.float32), lse, jnp.ones_like(lse))

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels.partial import Partial, merge, merge_along
 
 WITHOUT_TESTS = 16  # blocks gathered at a time where no stop test limits it
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -38,10 +38,10 @@ def _read(pool, slots, layer, blocks, slot):
 
 
 def attend(
-  q, tail, rows, tail_tokens, pool, slots, layer, blocks, proposal, count, *, always, group_blocks, threshold, scale
+  q, tail, rows, tail_tokens, pool, slots, layer, reads, count, *, always, threshold, scale
 ) -> tuple[Partial, jax.Array, jax.Array]:
   """See `pallas_kernels.attend.attend`."""
-  n_rows, n_heads, n = blocks.shape
+  n_rows, n_heads, n = reads.blocks.shape
   n_slots = slots.shape[0]
   log_threshold = math.inf if threshold is None else math.log(threshold)
 
@@ -51,61 +51,44 @@ def attend(
   in_tail = jnp.broadcast_to(in_tail[:, None], (n_rows, n_heads, tail.shape[4]))
   acc = partial_attention(q, last[:, :, 0], last[:, :, 1], in_tail, scale)
 
-  def step(start, size: int, state):
-    """Attends to ranks [start, start + size) of every (row, head) that has not stopped."""
-    acc, lse_min, used, stopped, slots = state
+  size = min(WITHOUT_TESTS, n) if threshold is None else reads.group
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, -n % size)))  # noqa: E731
+  blocks, all_slots, all_hits = pad(reads.blocks), pad(reads.slot), pad(reads.hit)
+
+  def step(carry):
+    """Attends to the next `size` ranks of every (row, head) that has not stopped."""
+    start, acc, lse_min, used, stopped, slots = carry
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 2)  # noqa: E731
     rank = start + jnp.arange(size)[None, None]
     live = (rank < count[..., None]) & ~stopped[..., None]  # [B, K, size]
-    slot, hit = cut(proposal.slot), cut(proposal.hit)
+    slot, hit = cut(all_slots), cut(all_hits)
     kv = _read(pool, slots, layer, cut(blocks), jnp.where(hit, slot, -1))
     valid = jnp.broadcast_to(live[..., None], kv.shape[:3] + kv.shape[4:5])
     by_block = partial_attention(
       q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :], valid, scale
     )  # o [B, K, size, G, D]
-    acc = merge(acc, _sum_blocks(by_block))
+    acc = merge(acc, merge_along(by_block, 2))
     # Masses are kept as logarithms, so that one reference holds for all groups and nothing is rescaled.
     ranked = (live & (rank >= always))[..., None]
     lse_min = jnp.minimum(lse_min, jnp.where(ranked, by_block.lse, jnp.inf).min(2))
     used = used + live.sum(-1, dtype=jnp.int32)
     left = (count - used)[..., None]
+    # Before the first ranked block lse_min is infinite, so log P_acc is -inf.
     seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
     stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
     if n_slots:
       enters = live & ~hit & (slot >= 0)
       slots = slots.at[jnp.where(enters, slot, n_slots)].set(kv, mode="drop")
-    return acc, lse_min, used, stopped, slots
+    return start + size, acc, lse_min, used, stopped, slots
+
+  def more(carry):
+    start, _, _, _, stopped, _ = carry
+    return ((start < count) & ~stopped).any()
 
   lse_min = jnp.full(q.shape[:3], jnp.inf)
   zero = jnp.zeros(q.shape[:2], jnp.int32)
-  state = (acc, lse_min, zero, count <= 0, slots)
-  first = min(always, n)
-  if first:
-    # No stop test before the first ranked block: lse_min is infinite until then, so log P_acc is -inf.
-    state = step(0, first, state)
-  group = group_blocks if threshold is not None else WITHOUT_TESTS
-  group = max(1, min(group, n - first))
-  pad = -(n - first) % group
-  blocks, slot, hit = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (blocks, *proposal))
-  proposal = type(proposal)(slot, hit)
-
-  def more(carry):
-    start, state = carry
-    return ((start < count) & ~state[3]).any()
-
-  def body(carry):
-    start, state = carry
-    return start + group, step(start, group, state)
-
-  _, (acc, _, used, _, slots) = jax.lax.while_loop(more, body, (jnp.int32(first), state))
+  _, acc, _, used, _, slots = jax.lax.while_loop(more, step, (jnp.int32(0), acc, lse_min, zero, count <= 0, slots))
   return acc, used, slots
-
-
-def _sum_blocks(by_block: Partial) -> Partial:
-  """Merges partial results along axis 2 (blocks)."""
-  m = by_block.m.max(2)
-  weight = jnp.exp(by_block.m - jnp.where(m == -jnp.inf, 0.0, m)[:, :, None])  # [B, K, n, G]
-  return Partial((by_block.o * weight[..., None]).sum(2), m, (by_block.l * weight).sum(2))
 
 
 def load_blocks(pool, slots, layer, blocks, slot) -> jax.Array:
@@ -115,9 +98,12 @@ def load_blocks(pool, slots, layer, blocks, slot) -> jax.Array:
   return slots.at[jnp.where((blocks >= 0) & (slot >= 0), slot, slots.shape[0])].set(kv, mode="drop")
 
 
-def gather_blocks(pool, slots, layer, blocks, slot) -> jax.Array:
+def gather_blocks(pool, slots, layer, blocks, slot) -> tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.copy.gather_blocks`."""
-  return _read(pool, slots, layer, blocks[None], slot[None])[0]
+  kv = _read(pool, slots, layer, blocks[None], slot[None])[0]
+  kv = jnp.where((blocks >= 0)[..., None, None, None], kv, 0).transpose(2, 1, 3, 0, 4)  # [2, n, S, K, D]
+  k, v = kv.reshape(2, -1, *kv.shape[3:])
+  return k, v
 
 
 def store_blocks(pool, source, layer, source_ids, blocks) -> jax.Array:
@@ -143,13 +129,13 @@ def place_blocks(slots, source, source_ids, slot) -> jax.Array:
 
 
 def prefill_attention(q, k, v, prefix, prefix_tokens, *, scale, q_tile: int = 256) -> jax.Array:
-  """See `pallas_kernels.prefill.prefill_attention`; the prefix is gathered, [K, N, 2, S, D] or None."""
+  """See `pallas_kernels.prefill.prefill_attention`; the prefix is gathered, keys and values [N * S, K, D], or None."""
   tokens, n_heads, n_group, depth = q.shape
-  k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))  # [K, T, D]
   before = 0
   if prefix is not None:
-    before = prefix.shape[1] * prefix.shape[3]
-    k, v = (jnp.concatenate([prefix[:, :, i].reshape(n_heads, before, depth), x], 1) for i, x in ((0, k), (1, v)))
+    before = prefix[0].shape[0]
+    k, v = (jnp.concatenate(x) for x in zip(prefix, (k, v), strict=True))
+  k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))  # [K, before + T, D]
   place = jnp.arange(k.shape[1])
   v = jnp.where(((place < prefix_tokens) | (place >= before))[None, :, None], v, 0.0)  # 0 * NaN is NaN
   k, v = k.astype(jnp.float32), v.astype(jnp.float32)

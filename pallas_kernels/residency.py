@@ -1,5 +1,9 @@
-"""Which block is in which slot: `propose` looks selected blocks up and finds slots for those that miss, `commit` makes
-true what attention then did. Exact least-recently-used; ties to the lowest slot.
+"""Which block is in which slot: `propose` looks listed blocks up and finds slots for those that miss, `commit` makes
+true what attention then did. Least recently used goes first, in the order that stood when the program began.
+
+That order, `oldest_first`, is one sort of the slots a program, not one a layer. Everything a program touches becomes
+younger than everything it has not, so the order of what is untouched stays exact; what has been touched is passed over.
+Each call of a program (its layers) goes on where the calls before it have come to, and gives a slot up once at most.
 
 Maps, of one device:
   slot_of        [K, L, M] int32   slot that holds a block, -1 if none
@@ -7,19 +11,22 @@ Maps, of one device:
   last_used      [P] int32         stamp of the slot's last use, -1 if empty
   last_selected  [K, L, M] int32   the owning request's own step number when it last selected the block
 
-The blocks of one call are distinct. `layer` is a scalar or broadcasts against `blocks` [B, K, n], so that one call can
-serve one layer or all.
+The blocks of one call are distinct. `layer` and `stamp` are scalars, or [n], one for each rank of the list.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton
 
 NEVER = -(1 << 30)  # last_selected of a block nobody selected; NEVER + w does not overflow
-_PROTECTED = jnp.iinfo(jnp.int32).max
+CHUNK = 64  # ranks that take their victims together, before the next ranks of any row
 
 
 class Maps(NamedTuple):
@@ -29,72 +36,98 @@ class Maps(NamedTuple):
   last_selected: jax.Array
 
 
-class Proposal(NamedTuple):
-  """`slot` int32: where the block is (hit) or may go (miss); -1: attend from the pool without caching it."""
+class Victims(NamedTuple):
+  """The slots in the order in which they are given up."""
 
-  slot: jax.Array
-  hit: jax.Array
+  slots: jax.Array  # [P] int32, the least recently used first, ties to the lowest
+  since: jax.Array  # int32, the first stamp of the program: a slot used since then is no victim any more
 
 
-def propose(maps: Maps, layer: jax.Array, blocks: jax.Array) -> Proposal:
-  """Slots for `blocks` [B, K, n] (-1: nothing), most critical first along n.
+class Reads(NamedTuple):
+  """Blocks in the order in which attention reads them: group by group, and in a group those in slots first."""
 
-  Misses get the least recently used slots, none of which holds a block of this call. When slots run out the critical
-  ranks of all rows go first, then lower rows.
+  blocks: jax.Array  # [B, K, n] int32, -1: nothing
+  slot: jax.Array  # [B, K, n] int32, where the block is, or where a miss may go; -1: it is read but not kept
+  hits: jax.Array  # [B, K, n / group] int32, the first blocks of each group that are in their slots
+
+  @property
+  def group(self) -> int:
+    """Blocks of a group: a power of two, of which the last group may have fewer, or the whole list."""
+    n, groups = self.blocks.shape[-1], self.hits.shape[-1]
+    return n if groups == 1 else pl.next_power_of_2(-(-n // groups))
+
+  @property
+  def hit(self) -> jax.Array:
+    """[B, K, n] bool: whether the block is in its slot."""
+    rank = jnp.arange(self.blocks.shape[-1])
+    return (rank % self.group)[None, None] < self.hits[..., rank // self.group]
+
+
+def oldest_first(maps: Maps, since: jax.Array) -> Victims:
+  """The order of eviction of a program whose stamps begin at `since`."""
+  ids = jnp.arange(maps.last_used.shape[0], dtype=jnp.int32)
+  return Victims(jax.lax.sort((maps.last_used, ids), num_keys=1, is_stable=True)[1], since)
+
+
+def propose(
+  maps: Maps,
+  victims: Victims,
+  layer: jax.Array,
+  blocks: jax.Array,
+  *,
+  taken: jax.Array | int = 0,
+  group: int | None = None,
+  implementation: str = "xla",
+) -> Reads:
+  """Where the listed blocks are, and slots for those that miss.
+
+  Misses get the oldest slots that the program has not taken yet, in order of rank by chunks of ranks. A slot that holds
+  a block of the call, or has been used since the program began, is passed over: of m misses, the t-th looks at places
+  t, t + m, t + 2m ... from where the calls before have come to. Where none is left, a block is read but not kept.
+
+  Args:
+    maps: of one device.
+    victims: from `oldest_first`, at the beginning of the program.
+    layer: scalar int32, or [n].
+    blocks: [B, K, n] int32, -1: nothing; most critical first along n.
+    taken: int32 of any shape; its sum is how many misses the program has given slots before.
+    group: blocks that may change places, so that hits come first; a power of two, or None for the whole list.
+    implementation: "xla", "triton" or "interpret".
+
+  Raises:
+    ValueError: `group` is not a power of two.
   """
-  n_slots = maps.last_used.shape[0]
-  k = jnp.arange(maps.slot_of.shape[0])[None, :, None]
-  slot = jnp.where(blocks >= 0, maps.slot_of[k, layer, blocks], -1)
-  hit = slot >= 0
-  if n_slots == 0:
-    return Proposal(slot, hit)
-  age = maps.last_used.at[jnp.where(hit, slot, n_slots)].set(_PROTECTED, mode="drop")
-  n_victims = min(n_slots, blocks.size)
-  youth, victims = jax.lax.top_k(-age, n_victims)  # stable: ties to the lowest slot
-  victims = jnp.where(youth == -_PROTECTED, -1, victims.astype(jnp.int32))
-  miss = (blocks >= 0) & ~hit
-  by_rank = jnp.moveaxis(miss, 2, 0)  # [n, B, K]
-  turn = jnp.moveaxis((jnp.cumsum(by_rank.ravel()) - 1).reshape(by_rank.shape), 0, 2)
-  victim = jnp.where(turn < n_victims, victims[jnp.clip(turn, 0, n_victims - 1)], -1)
-  return Proposal(jnp.where(miss, victim, slot), hit)
+  n = blocks.shape[-1]
+  group = min(group or n, n)
+  if group != n and group & (group - 1):
+    raise ValueError(f"{group=} is not a power of two")
+  chunk = pl.next_power_of_2(n) if group == n else max(CHUNK, group)
+  if maps.last_used.shape[0] == 0:
+    nowhere = jnp.full_like(blocks, -1)
+    return Reads(blocks, nowhere, jnp.zeros((*blocks.shape[:2], -(-n // group)), jnp.int32))
+  if implementation == "xla":
+    return _propose_xla(maps, victims, layer, blocks, jnp.asarray(taken), group, chunk)
+  return _propose_kernels(maps, victims, layer, blocks, jnp.asarray(taken), group, chunk, implementation == "interpret")
 
 
 def commit(
   maps: Maps,
   layer: jax.Array,
-  blocks: jax.Array,
-  proposal: Proposal,
+  reads: Reads,
   used: jax.Array,
   stamp: jax.Array,
   step: jax.Array,
+  *,
+  implementation: str = "xla",
 ) -> Maps:
-  """Maps after attention used the first `used` [B, K] of `blocks` [B, K, n].
+  """Maps after attention used the first `used` [B, K] blocks of `reads`; in place when donated.
 
   A block beyond `used` was neither read nor copied, so its slot still holds what it held. `stamp` is like `layer`;
-  `step` [B] is each request's own step number.
+  `step` [B] int32 is each request's own step number.
   """
-  n_heads, n_layers, n_pool = maps.slot_of.shape
-  n_slots = maps.last_used.shape[0]
-  k = jnp.arange(n_heads)[None, :, None]
-  reached = (jnp.arange(blocks.shape[2])[None, None] < used[..., None]) & (blocks >= 0)
-  out_of_range = lambda keep, index, size: jnp.where(keep, index, size)  # noqa: E731  scatters drop what lies outside
-  selected = out_of_range(reached, blocks, n_pool)
-  step = jnp.broadcast_to(step[:, None, None], blocks.shape)
-  last_selected = maps.last_selected.at[k, layer, selected].set(step, mode="drop")
-  if n_slots == 0:
-    return maps._replace(last_selected=last_selected)
-
-  enters = reached & ~proposal.hit & (proposal.slot >= 0)
-  slot = out_of_range(enters, proposal.slot, n_slots)
-  old = jnp.where(enters, maps.block_of.at[slot].get(mode="fill", fill_value=-1), -1)
-  head, rest = old // (n_layers * n_pool), old % (n_layers * n_pool)
-  head = out_of_range(old >= 0, head, n_heads)
-  slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode="drop")
-  slot_of = slot_of.at[k, layer, out_of_range(enters, blocks, n_pool)].set(proposal.slot, mode="drop")
-  block_of = maps.block_of.at[slot].set((k * n_layers + layer) * n_pool + blocks, mode="drop")
-  touched = out_of_range(reached & (proposal.slot >= 0), proposal.slot, n_slots)
-  last_used = maps.last_used.at[touched].set(jnp.broadcast_to(stamp, blocks.shape), mode="drop")
-  return Maps(slot_of, block_of, last_used, last_selected)
+  if implementation == "xla":
+    return _commit_xla(maps, layer, reads, used, stamp, step)
+  return _commit_kernel(maps, layer, reads, used, stamp, step, implementation == "interpret")
 
 
 def release(maps: Maps, freed: jax.Array) -> Maps:
@@ -110,3 +143,217 @@ def release(maps: Maps, freed: jax.Array) -> Maps:
     maps.last_used.at[slots].set(-1, mode="drop"),
     maps.last_selected.at[:, :, freed].set(NEVER, mode="drop"),
   )
+
+
+# ------------------------------------------------------------------------------------------------------------------ XLA
+
+
+def _only(keep: jax.Array, index: jax.Array, size: int) -> jax.Array:
+  """`index` where `keep`, else out of range: scatters drop it, gathers fill it."""
+  return jnp.where(keep, index, size)
+
+
+def _propose_xla(maps, victims, layer, blocks, taken, group, chunk) -> Reads:
+  n_rows, n_heads, n = blocks.shape
+  n_slots = maps.last_used.shape[0]
+  k = jnp.arange(n_heads)[None, :, None]
+  slot = jnp.where(blocks >= 0, maps.slot_of[k, _by_rank(layer), blocks], -1)
+  hit = slot >= 0
+  claimed = jnp.zeros(n_slots, bool).at[_only(hit, slot, n_slots)].set(True, mode="drop")
+  miss = (blocks >= 0) & ~hit
+
+  padded = jnp.pad(miss, ((0, 0), (0, 0), (0, -n % chunk)))
+  by_chunk = jnp.moveaxis(padded.reshape(n_rows, n_heads, -1, chunk), 2, 0)  # [n / chunk, B, K, chunk]
+  turn = (jnp.cumsum(by_chunk.ravel()) - 1).reshape(by_chunk.shape)
+  turn = jnp.moveaxis(turn, 0, 2).reshape(padded.shape)[..., :n]
+
+  def look_further(state):
+    index, slot, wanting = state
+    victim = victims.slots.at[_only(wanting, index, n_slots)].get(mode="fill", fill_value=-1)
+    found = (victim >= 0) & (maps.last_used[victim] < victims.since) & ~claimed[victim]
+    index += miss.sum()
+    return index, jnp.where(found, victim, slot), wanting & ~found & (index < n_slots)
+
+  slot = jax.lax.while_loop(lambda state: state[2].any(), look_further, (taken.sum() + turn, slot, miss))[1]
+
+  grouped = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, -n % group)), constant_values=fill).reshape(  # noqa: E731
+    n_rows, n_heads, -1, group
+  )
+  hits = grouped(hit, False)
+  order = jnp.argsort(~hits, axis=-1, stable=True)
+  ordered = lambda x: jnp.take_along_axis(grouped(x, -1), order, -1).reshape(n_rows, n_heads, -1)[..., :n]  # noqa: E731
+  return Reads(ordered(blocks), ordered(slot), hits.sum(-1, dtype=jnp.int32))
+
+
+def _commit_xla(maps, layer, reads, used, stamp, step) -> Maps:
+  n_heads, n_layers, n_pool = maps.slot_of.shape
+  n_slots = maps.last_used.shape[0]
+  blocks, slot, layer = reads.blocks, reads.slot, _by_rank(layer)
+  k = jnp.arange(n_heads)[None, :, None]
+  reached = (jnp.arange(blocks.shape[2])[None, None] < used[..., None]) & (blocks >= 0)
+  step = jnp.broadcast_to(step[:, None, None], blocks.shape)
+  last_selected = maps.last_selected.at[k, layer, _only(reached, blocks, n_pool)].set(step, mode="drop")
+  if n_slots == 0:
+    return maps._replace(last_selected=last_selected)
+
+  enters = reached & ~reads.hit & (slot >= 0)
+  into = _only(enters, slot, n_slots)
+  old = jnp.where(enters, maps.block_of.at[into].get(mode="fill", fill_value=-1), -1)
+  head, rest = old // (n_layers * n_pool), old % (n_layers * n_pool)
+  head = _only(old >= 0, head, n_heads)
+  slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode="drop")
+  slot_of = slot_of.at[k, layer, _only(enters, blocks, n_pool)].set(slot, mode="drop")
+  block_of = maps.block_of.at[into].set((k * n_layers + layer) * n_pool + blocks, mode="drop")
+  touched = _only(reached & (slot >= 0), slot, n_slots)
+  last_used = maps.last_used.at[touched].set(jnp.broadcast_to(_by_rank(stamp), blocks.shape), mode="drop")
+  return Maps(slot_of, block_of, last_used, last_selected)
+
+
+def _by_rank(x: jax.Array) -> jax.Array:
+  """A scalar or [n] against lists [B, K, n]."""
+  return jnp.reshape(x, (1, 1, -1))
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+def _propose_kernels(maps, victims, layer, blocks, taken, group, chunk, interpret) -> Reads:
+  """Two kernels of one program for each list and chunk of ranks: the second needs the misses of all lists."""
+  n_rows, n_heads, n = blocks.shape
+  n_slots, n_lists, n_chunks, n_groups = maps.last_used.shape[0], n_rows * n_heads, -(-n // chunk), -(-n // group)
+  layer = jnp.reshape(layer, -1).astype(jnp.int32)
+  call = functools.partial(
+    triton.call, grid=(n_chunks, n_lists), interpret=interpret, num_warps=1 if chunk <= 64 else 4
+  )
+  int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+
+  def at():
+    c, i = pl.program_id(0), pl.program_id(1)
+    return c, i, jax.lax.div(i, n_heads), jax.lax.rem(i, n_heads), c * chunk + jnp.arange(chunk)
+
+  def look_up(layer_ref, blocks_ref, slot_of_ref, _, slot_ref, misses_ref, claimed_ref):
+    c, i, b, k, rank = at()
+    block = jnp.where(rank < n, blocks_ref[b, k, jnp.minimum(rank, n - 1)], -1)
+    of_layer = layer_ref[0] if layer.shape[0] == 1 else layer_ref[jnp.minimum(rank, n - 1)]
+    slot = jnp.where(block >= 0, slot_of_ref[k, of_layer, jnp.maximum(block, 0)], -1)
+    triton.store(slot_ref.at[b, k, rank], slot, mask=rank < n)
+    triton.store(claimed_ref.at[_only(slot >= 0, slot, n_slots)], jnp.ones((chunk,), jnp.int8), mask=slot >= 0)
+    misses_ref[c, i] = jnp.sum(((block >= 0) & (slot < 0)).astype(jnp.int32))
+
+  slot, misses, claimed = call(
+    look_up,
+    out_shape=(int32(n_rows, n_heads, n), int32(n_chunks, n_lists), jax.ShapeDtypeStruct((n_slots,), jnp.int8)),
+    input_output_aliases={3: 2},
+    name="look_up",
+  )(layer, blocks, maps.slot_of, jnp.zeros(n_slots, jnp.int8))
+
+  n_counts, n_taken = n_chunks * n_lists, taken.size
+
+  def total(ref, n, mask=None):
+    i = jnp.arange(pl.next_power_of_2(n))
+    return jnp.sum(jnp.where(i < n if mask is None else mask(i), ref[jnp.minimum(i, n - 1)], 0))
+
+  def assign(
+    taken_ref, since_ref, blocks_ref, slot_in_ref, misses_ref, victims_ref, last_used_ref, claimed_ref, *out_refs
+  ):
+    c, i, b, k, rank = at()
+    blocks_out_ref, slot_ref, hits_ref = out_refs
+    exists, rank = rank < n, jnp.minimum(rank, n - 1)
+    block, slot = jnp.where(exists, blocks_ref[b, k, rank], -1), jnp.where(exists, slot_in_ref[b, k, rank], -1)
+    hit = slot >= 0
+    miss = (block >= 0) & ~hit
+
+    before = total(taken_ref, n_taken) + total(misses_ref, n_counts, lambda other: other < c * n_lists + i)
+    stride = total(misses_ref, n_counts)
+
+    def look_further(state):
+      index, slot, wanting = state
+      wanting = (wanting == 1) & (index < n_slots)
+      victim = victims_ref[jnp.where(wanting, index, 0)]
+      free = (last_used_ref[victim] < since_ref[0]) & (claimed_ref[victim].astype(jnp.int32) == 0)
+      slot = jnp.where(wanting & free, victim, slot)
+      return index + stride, slot, (wanting & ~free).astype(jnp.int32)
+
+    start = before + jnp.cumsum(miss.astype(jnp.int32)) - 1, slot, miss.astype(jnp.int32)
+    index, slot, wanting = jax.lax.while_loop(lambda state: jnp.max(state[2]) > 0, look_further, start)
+    slot = jnp.where((wanting == 1) & (index < 0), -1, slot)  # never so, but every result of a loop must be used
+
+    width = min(group, chunk) if group != n else chunk
+    hit_in = jnp.reshape(hit.astype(jnp.int32), (chunk // width, width))
+    hits, before = jnp.sum(hit_in, 1), jnp.cumsum(hit_in, 1)  # of a group, and up to and with each
+    place = jnp.arange(width)[None]
+    place = jnp.where(hit_in == 1, before - 1, hits[:, None] + place - before)
+    place = c * chunk + jnp.reshape(jnp.arange(chunk // width)[:, None] * width + place, (chunk,))
+    triton.store(blocks_out_ref.at[b, k, place], block, mask=exists)
+    triton.store(slot_ref.at[b, k, place], slot, mask=exists)
+    of_group = c * (chunk // width) + jnp.arange(chunk // width)
+    triton.store(hits_ref.at[b, k, of_group], hits, mask=of_group < n_groups)
+
+  return Reads(
+    *call(
+      assign,
+      out_shape=(int32(n_rows, n_heads, n), int32(n_rows, n_heads, n), int32(n_rows, n_heads, n_groups)),
+      name="assign",
+    )(
+      taken.ravel(),
+      jnp.reshape(victims.since, 1),
+      blocks,
+      slot,
+      misses.ravel(),
+      victims.slots,
+      maps.last_used,
+      claimed,
+    )
+  )
+
+
+def _commit_kernel(maps, layer, reads, used, stamp, step, interpret) -> Maps:
+  n_heads, n_layers, n_pool = maps.slot_of.shape
+  n_rows, _, n = reads.blocks.shape
+  n_slots = maps.last_used.shape[0]
+  group, chunk, has_slots = reads.group, min(CHUNK, pl.next_power_of_2(n)), n_slots > 0
+  layer, stamp = (jnp.reshape(x, -1).astype(jnp.int32) for x in (layer, stamp))
+  maps_in = maps if has_slots else maps._replace(block_of=jnp.zeros(1, jnp.int32), last_used=jnp.zeros(1, jnp.int32))
+
+  def kernel(layer_ref, stamp_ref, step_ref, used_ref, blocks_ref, slot_ref, hits_ref, *refs):
+    slot_of_ref, block_of_ref, last_used_ref, last_selected_ref = refs[4:]
+    b, k = jax.lax.div(pl.program_id(1), n_heads), jax.lax.rem(pl.program_id(1), n_heads)
+    rank = pl.program_id(0) * chunk + jnp.arange(chunk)
+    live = rank < jnp.minimum(used_ref[b, k], n)
+    rank = jnp.minimum(rank, n - 1)
+    block, slot = blocks_ref[b, k, rank], slot_ref[b, k, rank]
+    of_group = jax.lax.div(rank, jnp.full_like(rank, group))
+    hit = rank - of_group * group < hits_ref[b, k, of_group]
+    of_layer = layer_ref[0] if layer.shape[0] == 1 else layer_ref[rank]
+    now = stamp_ref[0] if stamp.shape[0] == 1 else stamp_ref[rank]
+    now, of_layer = (jnp.broadcast_to(x, (chunk,)) for x in (now, of_layer))
+
+    reached = live & (block >= 0)
+    to = _only(reached, block, n_pool)
+    triton.store(last_selected_ref.at[k, of_layer, to], jnp.full((chunk,), step_ref[b]), mask=reached)
+    if has_slots:
+      kept = reached & (slot >= 0)
+      enters = kept & ~hit
+      into = _only(enters, slot, n_slots)
+      old = jnp.where(enters, block_of_ref[jnp.where(enters, slot, 0)], -1)
+      evicted, old = old >= 0, jnp.maximum(old, 0)
+      head = jax.lax.div(old, jnp.full_like(old, n_layers * n_pool))
+      rest = old - head * (n_layers * n_pool)
+      old_layer = jax.lax.div(rest, jnp.full_like(rest, n_pool))
+      gone = jnp.full((chunk,), -1, jnp.int32)
+      old_block = _only(evicted, rest - old_layer * n_pool, n_pool)
+      triton.store(slot_of_ref.at[head, old_layer, old_block], gone, mask=evicted)
+      triton.store(slot_of_ref.at[k, of_layer, _only(enters, block, n_pool)], slot, mask=enters)
+      triton.store(block_of_ref.at[into], (k * n_layers + of_layer) * n_pool + block, mask=enters)
+      triton.store(last_used_ref.at[_only(kept, slot, n_slots)], now, mask=kept)
+
+  out = triton.call(
+    kernel,
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in maps_in],
+    grid=(-(-n // chunk), n_rows * n_heads),
+    input_output_aliases={7 + i: i for i in range(4)},
+    interpret=interpret,
+    num_warps=1,
+    name="commit",
+  )(layer, stamp, step, used, *reads, *maps_in)
+  return Maps(*out) if has_slots else maps._replace(last_selected=out[3])

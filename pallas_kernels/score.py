@@ -5,10 +5,17 @@ A scoring rule is a pure function (q [..., G, D], digests [..., N, E, D]) -> [..
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton
+
+TILE_BYTES = 8 << 10  # of digests a program reads: 64 bytes of each of its 128 threads
+NUM_WARPS = 4
 
 Rule = Callable[[jax.Array, jax.Array], jax.Array]
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -27,6 +34,13 @@ def dot(q: jax.Array, digests: jax.Array) -> jax.Array:
   return jnp.einsum("...gd,...nd->...gn", q, digests[..., 0, :], precision=_HIGHEST)
 
 
+# Both rules are linear in the digests: score = sum_e weight(q, e) . digest_e, and so is the mean over heads.
+_WEIGHTS = {
+  box: lambda q, e: jnp.where(e == 0, jnp.maximum(q, 0), jnp.minimum(q, 0)),
+  dot: lambda q, e: q,
+}
+
+
 def score(
   q: jax.Array,
   digest: jax.Array,
@@ -38,23 +52,28 @@ def score(
   reduce: str = "mean",
   sinks: int = 0,
   window: int = 0,
+  implementation: str = "xla",
 ) -> jax.Array:
   """Scores of all blocks of all rows.
 
   Args:
     q: [B, K, G, D].
-    digest: [K, L, M, E, D], of which `layer` is read at `tables`.
+    digest: [K, L, M, E, D], of which `layer` is read at `tables`. For a kernel D is a power of two.
     layer: scalar int32.
     tables: [B, N] int32, DRAM block of every logical block; entries at and beyond `n_blocks` are not used.
     n_blocks: [B] int32, full blocks of a row.
-    rule: the scoring rule.
+    rule: the scoring rule. One that is not of this file runs in XLA whatever `implementation` says.
     reduce: "mean" or "max" over the G query heads of a KV head.
     sinks: the first blocks that are always attended, scored +inf.
     window: likewise the last full blocks.
+    implementation: "xla", "triton" or "interpret".
 
   Returns:
     [B, K, N] float32, -inf for blocks that do not exist.
   """
+  options = dict(rule=rule, reduce=reduce, sinks=sinks, window=window)
+  if implementation != "xla" and rule in _WEIGHTS:
+    return _score_kernel(q, digest, layer, tables, n_blocks, **options, interpret=implementation == "interpret")
   k = jnp.arange(digest.shape[0])[None, :, None]
   gathered = digest[k, layer, tables[:, None, :]].astype(jnp.float32)  # [B, K, N, E, D]
   by_head = rule(q.astype(jnp.float32), gathered)  # [B, K, G, N]
@@ -66,7 +85,38 @@ def score(
   return jnp.where((n < last)[:, None], scores, -jnp.inf)
 
 
-def select(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """The k highest of scores [B, K, N], descending, and their logical ids int32 [B, K, k]; ties to the lowest id."""
-  ranked, ids = jax.lax.top_k(scores, k)
-  return ranked, ids.astype(jnp.int32)
+def _score_kernel(q, digest, layer, tables, n_blocks, *, rule, reduce, sinks, window, interpret):
+  """One program scores one tile of a row's blocks against all query heads of one KV head."""
+  n_rows, n_heads, n_group, depth = q.shape
+  width = digest.shape[3] * depth  # a digest's E vectors, contiguous
+  n = tables.shape[1]
+  tile = min(pl.next_power_of_2(n), max(1, TILE_BYTES // (width * digest.dtype.itemsize)))
+
+  def kernel(layer_ref, tables_ref, n_blocks_ref, q_ref, digest_ref, scores_ref):
+    k, b = pl.program_id(1), pl.program_id(2)
+    start, last = pl.program_id(0) * tile, n_blocks_ref[b]
+    i = jnp.minimum(start + jnp.arange(tile), n - 1)  # the last tile writes the last score several times
+    exists, always = i < last, (i < sinks) | (i >= last - window)
+    channel = jnp.arange(width)
+    heads = (q_ref[b, k, g, channel & (depth - 1)].astype(jnp.float32) for g in range(n_group))
+    weights = [_WEIGHTS[rule](head, channel // depth)[None] for head in heads]  # G times [1, E * D]
+
+    def products():
+      block = jnp.where(exists & ~always, tables_ref[b, i], 0)  # any block that can be read: its score is not used
+      vectors = digest_ref[k, layer_ref[0], block].astype(jnp.float32)  # [tile, E * D]
+      if reduce == "mean":
+        return jnp.sum(vectors * (sum(weights) / n_group), 1)
+      return functools.reduce(jnp.maximum, [jnp.sum(vectors * w, 1) for w in weights])
+
+    ranked = (start < last - window) & (start + tile > sinks)  # otherwise no block of the tile needs its digest
+    scores = jax.lax.cond(ranked, products, lambda: jnp.zeros(tile, jnp.float32))
+    scores_ref[b, k, i] = jnp.where(exists, jnp.where(always, jnp.inf, scores), -jnp.inf)
+
+  return triton.call(
+    kernel,
+    out_shape=jax.ShapeDtypeStruct((n_rows, n_heads, n), jnp.float32),
+    grid=(pl.cdiv(n, tile), n_heads, n_rows),
+    interpret=interpret,
+    num_warps=NUM_WARPS,
+    name="score",
+  )(jnp.reshape(layer, 1), tables, n_blocks, q, digest.reshape(*digest.shape[:3], width))

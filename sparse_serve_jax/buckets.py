@@ -57,7 +57,7 @@ class Buckets:
       whole=tuple(whole),
       chunks=tuple(chunks),
       tables=tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks})),
-      batches=tuple(sorted({min(8, scheduler.max_batch), scheduler.max_batch})),
+      batches=tuple(sorted({8, _round_up(scheduler.max_batch, 8)})),  # matrix products want multiples of 8
     )
 
   def piece(self, n_tokens: int, start: int) -> int:

@@ -126,8 +126,8 @@ class SparseConfig:
       positive=("token_budget", "group_blocks"),
       not_negative=("sink_tokens", "window_tokens", "dense_layers"),
     )
-    if not 0 < self.threshold <= 1:
-      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    if not 0 < self.threshold <= 1 or self.group_blocks & (self.group_blocks - 1):
+      raise ValueError(f"threshold={self.threshold} is not in (0, 1], or {self.group_blocks=} is not a power of two")
 
 
 @dataclasses.dataclass(frozen=True)

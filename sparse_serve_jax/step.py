@@ -113,16 +113,17 @@ def decode_step(
   def layer(selector, i, carry):
     x, cache, counts = carry
     lp = llama.layer_params(params, i)
-    q, k, v = llama.qkv(cfg, lp, x, batch.positions)
-    cache = _append(setup, cache, i, batch, k, v, new_block)
-    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, setup.implementation)
+    q, k, v = llama.qkv(cfg, lp, x, turns)
+    cache = cache.replace(tail=_append(cache.tail, i, batch, k, v))
+    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, victims, counts[1], setup.implementation)
     x = llama.attention_out(lp, x, o, AXIS)
     return llama.mlp(cfg, lp, x, AXIS), cache, counts + attended
 
   # No layer writes the pool, so it stays out of the loops' carry.
   pool, cache = cache.pool, cache.replace(pool=None)
-  x = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip"))
-  carry = x, cache, jnp.zeros(2, jnp.int32)
+  victims = kernels.oldest_first(cache.maps, cache.stamp(0))
+  x, turns = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip")), llama.rope(cfg, batch.positions)
+  carry = x, cache, jnp.zeros((2, x.shape[0], cache.tail.shape[0]), jnp.int32)
   for first, end, selector in (
     (0, setup.dense_layers, setup.selector.dense),
     (setup.dense_layers, cfg.n_layers, setup.selector),
@@ -131,46 +132,41 @@ def decode_step(
       carry = jax.lax.fori_loop(first, end, functools.partial(layer, selector), carry)
   x, cache, counts = carry
 
-  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block)
+  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, victims, counts[1])
   logits = llama.logits(cfg, params, x, AXIS)
   tokens = _sample(logits, batch.positions + 1, batch.sampling)
   last_token = cache.last_token.at[batch.rows].set(tokens, mode="drop")
-  counts = jax.lax.psum(jnp.append(counts, _slots_in_use(cache)), AXIS)
+  counts = jax.lax.psum(jnp.append(counts.sum((1, 2)), _slots_in_use(cache)), AXIS)
   return cache.replace(last_token=last_token, clock=cache.clock + 1), tokens, counts
 
 
-def _append(setup: Setup, cache: KVCache, layer, batch: DecodeBatch, k, v, new_block) -> KVCache:
-  """Writes one token's k, v [B, K, D] to the tails; a tail that this fills gets its digest."""
+def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
+  """Writes one token's k, v [B, K, D] to the tails."""
   head = jnp.arange(k.shape[1])[:, None]
-  offset = batch.positions % cache.tail.shape[4]
+  offset = batch.positions % tail.shape[4]
   kv = jnp.stack([k, v], 2).swapaxes(0, 1)  # [K, B, 2, D]
-  tail = cache.tail.at[head, layer, batch.rows, :, offset].set(kv, mode="drop")
-  keys = tail.at[head, layer, batch.rows, 0].get(mode="clip")  # [K, B, S, D]
-  return cache.replace(tail=tail, digest=_digest(setup, cache.digest, layer, new_block, keys))
+  return tail.at[head, layer, batch.rows, :, offset].set(kv, mode="drop")
 
 
-def _digest(setup: Setup, digest: jax.Array, layer, blocks: jax.Array, keys: jax.Array) -> jax.Array:
-  """Makes the digests of blocks [n] (-1: none) with keys [K, n, S, D]."""
-  if digest.shape[3] == 0:  # dense: nothing selects
-    return digest
-  to = jnp.where(blocks >= 0, blocks, digest.shape[2])
-  return digest.at[:, layer, to].set(setup.selector.method.summarize(keys), mode="drop")
-
-
-def _save_tails(setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array) -> KVCache:
-  """Copies the tails that filled to the pool and to slots, in all layers at once."""
+def _save_tails(
+  setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array, victims: kernels.Victims, taken: jax.Array
+) -> KVCache:
+  """Copies the tails that filled to the pool and to slots, and makes their digests, in all layers at once."""
   n_heads, n_layers, n_resident = cache.tail.shape[:3]
-  layers = jnp.arange(n_layers)[None, None]  # the ranks of this proposal
+  layers = jnp.arange(n_layers)  # the ranks of this list
   blocks = jnp.broadcast_to(new_block[:, None, None], (new_block.shape[0], n_heads, n_layers))
-  proposal = kernels.propose(cache.maps, layers, blocks)
+  options = dict(implementation=setup.implementation)
+  reads = kernels.propose(cache.maps, victims, layers, blocks, taken=taken, group=1, **options)
   used = jnp.full(blocks.shape[:2], n_layers)
-  maps = kernels.commit(cache.maps, layers, blocks, proposal, used, cache.stamp(layers), batch.steps)
+  maps = kernels.commit(cache.maps, layers, reads, used, cache.stamp(layers), batch.steps, **options)
 
   rows = jnp.minimum(batch.rows, n_resident - 1)
-  slot = jnp.moveaxis(proposal.slot, 0, 2)  # [K, L, B]
-  pool = kernels.store_blocks(cache.pool, cache.tail, 0, rows, new_block, implementation=setup.implementation)
-  slots = kernels.place_blocks(cache.slots, cache.tail, rows, slot, implementation=setup.implementation)
-  return cache.replace(pool=pool, slots=slots, maps=maps)
+  slot = jnp.moveaxis(reads.slot, 0, 2)  # [K, L, B]
+  pool = kernels.store_blocks(cache.pool, cache.tail, 0, rows, new_block, **options)
+  slots = kernels.place_blocks(cache.slots, cache.tail, rows, slot, **options)
+  rule = setup.selector.method.summarize
+  digest = kernels.store_digests(cache.digest, cache.tail, 0, rows, new_block, rule=rule, **options)
+  return cache.replace(pool=pool, slots=slots, digest=digest, maps=maps)
 
 
 def prefill_segment(
@@ -186,12 +182,12 @@ def prefill_segment(
   """
   cfg = setup.model
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
-  x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
+  x, turns = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x), llama.rope(cfg, positions)
 
   def layer(i, carry):
     x, cache, loaded = carry
     lp = llama.layer_params(params, i)
-    q, k, v = llama.qkv(cfg, lp, x, positions)
+    q, k, v = llama.qkv(cfg, lp, x, turns)
     prefix = None
     if batch.prefix is not None:
       slot = jnp.where(batch.prefix >= 0, cache.maps.slot_of[:, i, batch.prefix], -1)  # [K, N]
@@ -209,10 +205,11 @@ def prefill_segment(
       scale=cfg.head_dim**-0.5,
       implementation=setup.implementation,
     )
-    cache = _save_piece(setup, cache, i, batch, k, v)
+    cache = _save_piece(setup, cache, i, batch, k, v, victims)
     x = llama.attention_out(lp, x, o, AXIS)
     return _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x), cache, loaded
 
+  victims = kernels.oldest_first(cache.maps, cache.stamp(0))
   end = batch.first_layer + batch.n_layers
   x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, (x, cache, jnp.int32(0)))
 
@@ -227,7 +224,9 @@ def prefill_segment(
   return cache, x, jnp.concatenate([token[None], counts])
 
 
-def _save_piece(setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array) -> KVCache:
+def _save_piece(
+  setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array, victims: kernels.Victims
+) -> KVCache:
   """One layer of a piece, k, v [C, K, D]: full blocks to the pool, the newest also to slots, the rest to the tail."""
   n_heads, size = k.shape[1], cache.tail.shape[4]
   kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
@@ -235,16 +234,19 @@ def _save_piece(setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax
   ids = jnp.arange(n)
   newest = (ids >= n_full - setup.newest_blocks) & (batch.blocks >= 0)
   blocks = jnp.broadcast_to(jnp.where(newest, batch.blocks, -1)[::-1], (1, n_heads, n))  # the newest first
-  proposal = kernels.propose(cache.maps, layer, blocks)
+  options = dict(implementation=setup.implementation)
+  taken = (layer - batch.first_layer) * newest.sum(dtype=jnp.int32) * n_heads  # by the layers before, at most
+  reads = kernels.propose(cache.maps, victims, layer, blocks, taken=taken, group=1, **options)
   used, never = jnp.full((1, n_heads), n), jnp.full(1, kernels.NEVER)
-  maps = kernels.commit(cache.maps, layer, blocks, proposal, used, cache.stamp(layer), never)
+  maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), never, **options)
 
-  source, slot = kv[:, None], proposal.slot[0, :, ::-1][:, None]  # [K, 1, n, ...]
-  pool = kernels.store_blocks(cache.pool, source, layer, ids, batch.blocks, implementation=setup.implementation)
-  slots = kernels.place_blocks(cache.slots, source, ids, slot, implementation=setup.implementation)
+  source, slot = kv[:, None], reads.slot[0, :, ::-1][:, None]  # [K, 1, n, ...]
+  pool = kernels.store_blocks(cache.pool, source, layer, ids, batch.blocks, **options)
+  slots = kernels.place_blocks(cache.slots, source, ids, slot, **options)
   if setup.host_pool:  # a kernel's result is typed as device memory; the loop's carry is not
     pool = jax.device_put(pool, jax.memory.Space.Host)
-  digest = _digest(setup, cache.digest, layer, batch.blocks, kv[:, :, 0])
+  rule = setup.selector.method.summarize
+  digest = kernels.store_digests(cache.digest, source, layer, ids, batch.blocks, rule=rule, **options)
   unfinished = jax.lax.dynamic_index_in_dim(kv, jnp.minimum(n_full, n - 1), 1, keepdims=False)
   tail = cache.tail.at[:, layer, batch.row].set(unfinished)
   return cache.replace(pool=pool, slots=slots, digest=digest, maps=maps, tail=tail)

@@ -23,7 +23,8 @@ K, L, M, P = 2, 2, 7, 5
 B, N = 2, 3  # rows of a decode step, blocks that one selects
 LARGEST = 4  # blocks of a request
 
-propose, commit, release = jax.jit(residency.propose), jax.jit(residency.commit), jax.jit(residency.release)
+oldest_first, commit, release = jax.jit(residency.oldest_first), jax.jit(residency.commit), jax.jit(residency.release)
+propose = jax.jit(lambda *args: residency.propose(*args[:-1], taken=args[-1]))
 store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
 
 
@@ -95,48 +96,60 @@ class CacheMachine(RuleBasedStateMachine):
     self.end(lag)
 
   @precondition(lambda self: self.requests)
-  @rule(data=st.data(), layer=st.integers(0, L - 1), seed=st.integers(0, 2**32 - 1), lag=st.integers(0, 1))
-  def decode(self, data, layer, seed, lag):
-    """One layer of a step: select, look up, read, take note. Attention stops anywhere in the list."""
+  @rule(data=st.data(), seed=st.integers(0, 2**32 - 1), lag=st.integers(0, 1))
+  def decode(self, data, seed, lag):
+    """A step. In every layer: select, look up, read, take note. Attention stops anywhere in the list."""
     chosen = data.draw(st.lists(st.sampled_from(sorted(self.requests)), min_size=1, max_size=B, unique=True))
     self.begin()
     rng = np.random.default_rng(seed)
-    blocks, used, steps = np.full((B, K, N), -1, np.int32), np.zeros((B, K), np.int32), np.zeros(B, np.int32)
+    steps = np.zeros(B, np.int32)
     for b, request in enumerate(chosen):
       steps[b] = self.steps[request]
       self.steps[request] += 1
-      for k in range(K):
-        of_head = rng.permutation(self.requests[request])[:N]
+    since = self.iteration * L
+    order = sorted(range(P), key=lambda p: (self.stamp[p], p))
+    victims = oldest_first(self.maps, np.int32(since))
+    taken = np.int32(0)
+    for layer in range(L):
+      blocks, used = np.full((B, K, N), -1, np.int32), np.zeros((B, K), np.int32)
+      for b, k in np.ndindex(len(chosen), K):
+        of_head = rng.permutation(self.requests[chosen[b]])[:N]
         blocks[b, k, : len(of_head)] = of_head
         used[b, k] = rng.integers(0, len(of_head) + 1)
-    proposal = propose(self.maps, np.int32(layer), blocks)
-    slot, hit = (np.asarray(x) for x in proposal)
-    self.check_proposal(layer, blocks, slot, hit)
-    reached = np.arange(N) < used[..., None]
-    for b, k, i in zip(*np.nonzero(reached & hit), strict=True):  # what attention reads
-      assert (np.asarray(self.slots)[slot[b, k, i]] == self.content[k, layer, blocks[b, k, i]]).all()
-    self.slots = load(self.pool, self.slots, np.int32(layer), np.where(reached & ~hit, blocks, -1), slot)
-    stamp = self.iteration * L + layer
-    self.maps = commit(self.maps, np.int32(layer), blocks, proposal, used, np.int32(stamp), steps)
-    for b, k, i in zip(*np.nonzero(reached), strict=True):
-      key = (int(k), layer, int(blocks[b, k, i]))
-      self.selected[key] = int(steps[b])
-      if slot[b, k, i] >= 0:
-        self.held[int(slot[b, k, i])] = key
-        self.stamp[int(slot[b, k, i])] = stamp
+      reads = propose(self.maps, victims, np.int32(layer), blocks, taken)
+      self.check_reads(layer, blocks, reads, order[taken:], since)
+      blocks, slot, hit = (np.asarray(x) for x in (reads.blocks, reads.slot, reads.hit))
+      reached = np.arange(N) < used[..., None]
+      taken += np.int32((reached & ~hit).sum())
+      for b, k, i in zip(*np.nonzero(reached & hit), strict=True):  # what attention reads
+        assert (np.asarray(self.slots)[slot[b, k, i]] == self.content[k, layer, blocks[b, k, i]]).all()
+      self.slots = load(self.pool, self.slots, np.int32(layer), np.where(reached & ~hit, blocks, -1), slot)
+      self.maps = commit(self.maps, np.int32(layer), reads, used, np.int32(since + layer), steps)
+      for b, k, i in zip(*np.nonzero(reached), strict=True):
+        key = (int(k), layer, int(blocks[b, k, i]))
+        self.selected[key] = int(steps[b])
+        if slot[b, k, i] >= 0:
+          self.held[int(slot[b, k, i])] = key
+          self.stamp[int(slot[b, k, i])] = since + layer
     self.end(lag)
 
-  def check_proposal(self, layer, blocks, slot, hit):
-    """Hits where the dictionary has them; misses to the least recently used of the other slots, ranks in order."""
+  def check_reads(self, layer, blocks, reads, order, since):
+    """Hits first, where the dictionary has them; misses to the slots not yet taken, oldest first, in turn."""
     where = {key: p for p, key in self.held.items()}
-    wanted = {(b, k, i): where.get((k, layer, blocks[b, k, i]), -1) for b, k, i in np.argwhere(blocks >= 0)}
-    for index in np.ndindex(B, K, N):
-      assert hit[index] == (wanted.get(index, -1) >= 0)
-      assert slot[index] == wanted[index] if hit[index] else True
-    victims = sorted(set(range(P)) - set(wanted.values()), key=lambda p: (self.stamp[p], p))
-    misses = sorted((i, b, k) for b, k, i in wanted if wanted[b, k, i] < 0)
-    given = [int(slot[b, k, i]) for i, b, k in misses]
-    assert given == (victims + [-1] * len(misses))[: len(misses)]
+    wanted = {index: where.get((index[1], layer, blocks[index])) for index in map(tuple, np.argwhere(blocks >= 0))}
+    claimed = {slot for slot in wanted.values() if slot is not None}
+    total, turn = sum(slot is None for slot in wanted.values()), 0
+    for b, k in np.ndindex(B, K):
+      ranks = [(b, k, i) for i in range(N) if (b, k, i) in wanted]
+      hits = [(blocks[at], wanted[at]) for at in ranks if wanted[at] is not None]
+      misses = []
+      for at in (at for at in ranks if wanted[at] is None):
+        free = (p for p in order[turn::total] if p not in claimed and self.stamp[p] < since)
+        misses.append((blocks[at], next(free, -1)))
+        turn += 1
+      actual = list(zip(reads.blocks[b, k].tolist(), reads.slot[b, k].tolist(), strict=True))
+      assert actual == hits + misses + [(-1, -1)] * (N - len(ranks))
+      assert reads.hits[b, k].tolist() == [len(hits)]
 
   @precondition(lambda self: self.requests)
   @rule(data=st.data())

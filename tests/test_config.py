@@ -298,6 +298,7 @@ def test_override_refuses(assignment: str, words: list[str]):
     (lambda: SparseConfig(threshold=1.01), ["threshold=1.01"]),
     (lambda: SparseConfig(sink_tokens=-1), ["sink_tokens=-1"]),
     (lambda: SparseConfig(group_blocks=0), ["group_blocks=0"]),
+    (lambda: SparseConfig(group_blocks=3), ["group_blocks=3", "power of two"]),
     (lambda: SchedulerConfig(max_batch=0), ["max_batch=0"]),
     (lambda: SchedulerConfig(max_context=-1), ["max_context=-1"]),
     (lambda: EngineConfig(tp=0), ["tp=0"]),

@@ -154,24 +154,30 @@ def test_hybrid_prefill_from_few_slots(device, setting):
 
 @CPU_AND_GPU
 def test_bfloat16(device):
-  """Residency changes nothing either. The cache-free pass rounds elsewhere, so it agrees until two logits are close."""
+  """Few slots, many slots and a pass without a cache agree until two logits are close.
+
+  They cannot agree beyond: attention reads hits first, so where blocks lie decides in which order they are summed, and
+  a tensor core takes probabilities in bfloat16. Close is 1 % of the largest logit, 0.14 here: as far as this model's
+  logits in bfloat16 lie from those in float32.
+  """
   cfg = dataclasses.replace(SHAPES["gqa2"], dtype="bfloat16")
   model = Model(config=cfg, params=init_params(cfg, 0), tokenizer=None, eos_token_ids=(), name="bfloat16")
   conf = config("scheduler.batch_control=none")
   roomy, _ = serve(conf, model, PROMPTS, N)
   tight, engine = serve(with_slots(conf, 13, model), model, PROMPTS, N)
-  assert tight == roomy
   assert engine.usage.blocks_loaded > SMALL.full_blocks()
 
   logits_of = jax.jit(lambda params, tokens: forward(cfg, params, tokens))
   compared = 0
-  for prompt, tokens in zip(PROMPTS, roomy, strict=True):
+  for prompt, tokens in zip(PROMPTS * 2, roomy + tight, strict=True):
     with jax.default_device(jax.devices("cpu")[0]):
       padded = np.zeros(256, np.int32)
       padded[: len(prompt) + N] = prompt + tokens
       logits = np.asarray(logits_of(model.params, padded))[len(prompt) - 1 :][:N]
     second, first = np.sort(logits, -1)[:, -2:].T
-    clear = int(np.append(first - second < 1e-2, True).argmax())  # steps before the first close one
+    clear = int(
+      np.append(first - second < 1e-2 * np.abs(logits).max(), True).argmax()
+    )  # steps before the first close one
     assert tokens[:clear] == logits.argmax(-1)[:clear].tolist()
     compared += clear
   assert compared > 2 * N

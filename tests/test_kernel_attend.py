@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
-from pallas_kernels.residency import Proposal
+from pallas_kernels.residency import Reads
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, Shape, assert_rows_close, assert_same_bits
 
 
@@ -104,8 +104,11 @@ class Laid(NamedTuple):
   slots_after: np.ndarray
 
 
-def lay_out(case: Case, used: np.ndarray, seed: int = 0, n_slots: int | None = None) -> Laid:
-  """Puts the tokens that may be read into tail, pool and slots at random places, in one layer of two."""
+def lay_out(case: Case, used: np.ndarray, group: int, seed: int = 0, n_slots: int | None = None) -> Laid:
+  """Puts the tokens that may be read into tail, pool and slots at random places, in one layer of two.
+
+  Within each `group` of a list, what is in slots comes first.
+  """
   rng = np.random.default_rng(seed)
   B, K, n, _, S, D = case.kv.shape
   L, layer, R, M = 2, 1, B + 2, B * n + 3
@@ -124,6 +127,8 @@ def lay_out(case: Case, used: np.ndarray, seed: int = 0, n_slots: int | None = N
     homeless = where == "homeless" or (where == "mixed" and rng.random() < 0.3)
     slot[b, k, i] = free.pop() if P and (hit[b, k, i] or not homeless) else -1
     hit[b, k, i] &= P > 0
+    if i >= case.rows[b].count:
+      blocks[b, k, i], slot[b, k, i], hit[b, k, i] = -1, -1, False
     if i < used[b, k]:
       if hit[b, k, i]:
         slots[slot[b, k, i]] = case.kv[b, k, i]
@@ -136,14 +141,20 @@ def lay_out(case: Case, used: np.ndarray, seed: int = 0, n_slots: int | None = N
       tail[:, layer, rows[b], :, : row.tail_tokens] = case.tail[b, :, :, : row.tail_tokens]
   column = lambda name: np.array([getattr(row, name) for row in case.rows], np.int32)  # noqa: E731
   count = np.repeat(column("count")[:, None], K, 1)
-  proposal = Proposal(slot, hit)
-  arguments = (case.q, tail, rows, column("tail_tokens"), pool, slots, np.int32(layer), blocks, proposal, count)
+  hits = np.zeros((B, K, -(-n // group)), np.int32)
+  for b, k, j in np.ndindex(*hits.shape):
+    ranks = np.arange(j * group, min(n, (j + 1) * group))
+    order = ranks[np.argsort(~hit[b, k, ranks], kind="stable")]
+    blocks[b, k, ranks], slot[b, k, ranks] = blocks[b, k, order], slot[b, k, order]
+    hits[b, k, j] = hit[b, k, ranks].sum()
+  reads = Reads(blocks, slot, hits)
+  arguments = (case.q, tail, rows, column("tail_tokens"), pool, slots, np.int32(layer), reads, count)
   return Laid(arguments, after)
 
 
 @functools.cache
-def attend_program(implementation: str, scale: float, always: int, group: int, threshold: float | None):
-  options = dict(always=always, group_blocks=group, threshold=threshold, scale=scale, implementation=implementation)
+def attend_program(implementation: str, scale: float, always: int, threshold: float | None):
+  options = dict(always=always, threshold=threshold, scale=scale, implementation=implementation)
   return jax.jit(functools.partial(kernels.attend, **options))
 
 
@@ -152,8 +163,9 @@ def check_attend(
 ) -> Expected:
   expected = expect(case, always, group, threshold)
   assert expected.margin > 2e-6 or threshold == 1, "a stop test of this case is decided by rounding"
-  laid = lay_out(case, expected.used, n_slots=n_slots)
-  program = attend_program(implementation, case.scale, always, group, threshold)
+  n = case.kv.shape[2]
+  laid = lay_out(case, expected.used, n if threshold is None else min(group, n), n_slots=n_slots)
+  program = attend_program(implementation, case.scale, always, threshold)
   partial, used, slots = program(*laid.arguments)
   np.testing.assert_array_equal(used, expected.used)
   assert_same_bits(slots, laid.slots_after)
@@ -203,9 +215,9 @@ def test_attend(name: str, implementation: str):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attend_without_slots_to_less_than_always(implementation: str):
-  """Lists shorter than sinks and window, and than a group: all of them is read."""
+  """Lists shorter than sinks and window, which are one group: all of them is read."""
   case = random_case(3, Shape(2, 8, 16), [Row(3, 3, "miss"), Row(1, 8, "miss")], 3)
-  expected = check_attend(case, implementation, always=5, group=9, threshold=0.01, n_slots=0)
+  expected = check_attend(case, implementation, always=8, group=8, threshold=0.01, n_slots=0)
   assert expected.used.tolist() == [[3, 3], [1, 1]]
 
 
@@ -302,3 +314,14 @@ def test_psa_counts_the_tail_as_mass_but_not_as_a_block(implementation: str):
   """A heavy tail stops at the first test; a light one, though lighter than any block, does not."""
   case = scored_case([[0.0] * 10] * 4, [8, 1, 8, 1], [9.0, 9.0, TINY, TINY])
   assert stops_at(case, implementation, 2, 2, 0.92, 4) == [4, 4, 10, 10]
+
+
+def test_groups_must_fit_the_stop_test():
+  case = random_case(0, Shape(1, 8, 16), [Row(4, 1)], 4)
+  for always, group, threshold, message in (
+    (0, 2, None, "one group"),
+    (3, 2, 0.9, "always=3 is not whole groups of 2"),
+  ):
+    laid = lay_out(case, np.full((1, 2), 4), group)
+    with pytest.raises(ValueError, match=message):
+      attend_program("xla", case.scale, always, threshold)(*laid.arguments)

@@ -3,91 +3,216 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as kernels
-from tests.cases import DTYPES, IMPLEMENTATIONS, TOLERANCE, assert_rows_close, assert_same_bits
+from pallas_kernels import copy, prefill
+from sparse_serve_jax.memory import kv_cache
+from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, assert_rows_close, assert_same_bits
 
 
-def tagged(*dims: int, seed: int = 0) -> np.ndarray:
-  return np.random.default_rng(seed).normal(size=dims).astype(np.float32)
+def tagged(*dims: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=dims).astype(DTYPES[dtype])
 
 
-K, L, M, P, S, D = 2, 3, 11, 9, 8, 16
+def jitted(op, implementation: str):
+  return jax.jit(functools.partial(op, implementation=implementation))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_load_blocks(implementation: str):
-  pool, slots = tagged(K, L, M, 2, S, D), tagged(P, 2, S, D, seed=1)
-  blocks = np.array([[[3, -1, 10], [3, 0, 5]], [[-1, 7, 1], [2, -1, -1]]], np.int32)
-  slot = np.array([[[8, 4, 0], [1, -1, 2]], [[-1, 3, 7], [6, 5, -1]]], np.int32)
-  pool[np.isin(np.arange(M), blocks, invert=True)[None, None] & np.ones((K, L, 1), bool)] = np.nan
-  pool[:, [0, 1]] = np.nan
+class Lists(NamedTuple):
+  """A list of blocks to copy, B x K x n entries, of which a share has something to do."""
+
+  B: int
+  K: int
+  n: int
+  filled: float
+  S: int = 8
+  D: int = 16
+  dtype: str = "float32"
+
+
+LISTS = {
+  "one": Lists(1, 1, 1, 1.0),
+  "nothing": Lists(2, 2, 9, 0.0),
+  "fewer than programs": Lists(2, 2, 3, 0.7),
+  "more than programs": Lists(3, 2, 13, 0.7),
+  "all": Lists(3, 2, 8, 1.0, dtype="bfloat16"),
+  "parts": Lists(1, 2, 3, 0.7, 32, 128),
+  "parts of a half": Lists(1, 2, 2, 1.0, 64, 128),
+}
+GPU = pytest.mark.gpu
+RUNS = [
+  *(
+    pytest.param(case, *run, id=f"{name}-{run[0]}")
+    for name, case in LISTS.items()
+    for run in (("xla", None), ("interpret", None))
+  ),
+  *(pytest.param(case, "triton", None, marks=GPU, id=f"{name}-triton") for name, case in LISTS.items()),
+  # Two programs look at their entries in several rounds.
+  pytest.param(LISTS["more than programs"], "interpret", 2, id="rounds-interpret"),
+  pytest.param(LISTS["more than programs"], "triton", 2, marks=GPU, id="rounds-triton"),
+]
+L, M = 3, 11
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch):
+  """Limits the programs of a copy, and what one of them looks at together, if given a number."""
+
+  def limit(programs: int | None):
+    if programs:
+      monkeypatch.setattr(copy, "PCIE_PROGRAMS", programs)
+      monkeypatch.setattr(copy, "HBM_PROGRAMS", programs)
+      monkeypatch.setattr(copy, "LANES", 4)
+
+  return limit
+
+
+def some(rng: np.random.Generator, share: float, values: np.ndarray) -> np.ndarray:
+  """`values` with all but a share of them -1."""
+  empty = rng.permutation(values.size).reshape(values.shape) >= round(share * values.size)
+  return np.where(empty, -1, values).astype(np.int32)
+
+
+@pytest.mark.parametrize(("case", "implementation", "programs"), RUNS)
+def test_load_blocks(case: Lists, implementation: str, programs: int | None, few):
+  few(programs)
+  B, K, n, filled, S, D, dtype = case
+  rng, P = np.random.default_rng(1), B * K * n + 2
+  pool, slots = tagged(K, L, M, 2, S, D, dtype=dtype), tagged(P, 2, S, D, dtype=dtype, seed=1)
+  blocks = some(rng, filled, rng.integers(M, size=(B, K, n)))
+  slot = some(rng, max(filled, 0.5), rng.permutation(P)[: B * K * n].reshape(B, K, n))
+  read = np.zeros((K, L, M), bool)
   expected = slots.copy()
   for b, k, i in np.ndindex(*blocks.shape):
     if blocks[b, k, i] >= 0 and slot[b, k, i] >= 0:
       expected[slot[b, k, i]] = pool[k, 2, blocks[b, k, i]]
-  actual = jax.jit(functools.partial(kernels.load_blocks, implementation=implementation))(
-    pool, slots, np.int32(2), blocks, slot
-  )
+      read[k, 2, blocks[b, k, i]] = True
+  pool[~read] = np.nan
+  actual = jitted(kernels.load_blocks, implementation)(pool, slots, np.int32(2), blocks, slot)
   assert_same_bits(actual, expected)
-  assert not np.isnan(expected).any()
+  assert np.isfinite(expected.astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("n_slots", [P, 0])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gather_blocks(implementation: str, n_slots: int):
-  pool, slots = tagged(K, L, M, 2, S, D), tagged(n_slots, 2, S, D, seed=1)
-  blocks = np.array([[3, -1, 10, 0], [9, 2, -1, 5]], np.int32)
-  slot = np.array([[8, -1, -1, 0], [-1, 2, -1, -1]], np.int32) if n_slots else np.full((2, 4), -1, np.int32)
-  pool[:, [0, 2]] = np.nan
-  slots[np.isin(np.arange(n_slots), slot, invert=True)] = np.nan
-  for k, i in np.ndindex(2, 4):
-    if slot[k, i] >= 0:
-      pool[k, 1, blocks[k, i]] = np.nan  # what is in a slot is read there
-  actual = jax.jit(functools.partial(kernels.gather_blocks, implementation=implementation))(
-    pool, slots, np.int32(1), blocks, slot
-  )
-  for k, i in np.ndindex(2, 4):
+@pytest.mark.parametrize(("case", "implementation", "programs"), RUNS)
+def test_gather_blocks(case: Lists, implementation: str, programs: int | None, few):
+  """What a block of -1 stands for is zeros, whatever its slot says."""
+  few(programs)
+  B, K, n, filled, S, D, dtype = case
+  rng, n = np.random.default_rng(2), B * n
+  pool, slots = (np.full(dims, np.nan, DTYPES[dtype]) for dims in ((K, L, M, 2, S, D), (K * n, 2, S, D)))
+  blocks = some(rng, filled, np.stack([rng.permutation(n + 3)[:n] % M for _ in range(K)]))
+  slot = some(rng, 0.5, rng.permutation(K * n).reshape(K, n))
+  expected = np.zeros((2, n, S, K, D), DTYPES[dtype])
+  for k, i in np.ndindex(K, n):
     if blocks[k, i] >= 0:
-      wanted = slots[slot[k, i]] if slot[k, i] >= 0 else pool[k, 1, blocks[k, i]]
-      assert np.isfinite(wanted).all()
-      assert_same_bits(actual[k, i], wanted)
+      block = slots[slot[k, i]] if slot[k, i] >= 0 else pool[k, 1, blocks[k, i]]
+      if np.isnan(block.astype(np.float32)).all():
+        block[:] = tagged(2, S, D, dtype=dtype, seed=100 * k + i)
+      expected[:, i, :, k] = block
+  actual = jitted(kernels.gather_blocks, implementation)(pool, slots, np.int32(1), blocks, slot)
+  for x, wanted in zip(actual, expected, strict=True):
+    assert_same_bits(x, wanted.reshape(n * S, K, D))
 
 
-@pytest.mark.parametrize(("layer", "n_layers"), [(0, L), (2, 1)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_store_blocks(implementation: str, layer: int, n_layers: int):
-  pool, source = tagged(K, L, M, 2, S, D), tagged(K, n_layers, 5, 2, S, D, seed=1)
-  source_ids, blocks = np.array([4, 0, 2, 1], np.int32), np.array([10, -1, 0, 6], np.int32)
-  source[:, :, [0, 3]] = np.nan
+def test_gather_leaves_what_is_beyond(implementation: str):
+  """Blocks below -1 may hold anything; there are no slots at all."""
+  pool, slots = tagged(2, 1, 3, 2, 8, 16), tagged(0, 2, 8, 16)
+  blocks, slot = np.array([[1, -1, -2, -2], [2, -1, -2, -2]], np.int32), np.full((2, 4), -1, np.int32)
+  k, v = jitted(kernels.gather_blocks, implementation)(pool, slots, np.int32(0), blocks, slot)
+  for x, half in ((k, 0), (v, 1)):
+    assert_same_bits(x[:8].swapaxes(0, 1), pool[[0, 1], 0, [1, 2], half])
+    assert (np.asarray(x[8:16]) == 0).all()
+
+
+@pytest.mark.parametrize(("case", "implementation", "programs"), RUNS)
+def test_store_blocks(case: Lists, implementation: str, programs: int | None, few):
+  few(programs)
+  B, K, n, filled, S, D, dtype = case
+  rng, n, layer, n_layers = np.random.default_rng(3), B * n, 1, 2
+  M, n_source = n + 3, n + 2
+  pool, source = tagged(K, L, M, 2, S, D, dtype=dtype), tagged(K, n_layers, n_source, 2, S, D, dtype=dtype, seed=1)
+  source_ids = rng.permutation(n_source)[:n].astype(np.int32)
+  blocks = some(rng, filled, rng.permutation(M)[:n])
+  source[:, :, np.isin(np.arange(n_source), source_ids[blocks >= 0], invert=True)] = np.nan
   expected = pool.copy()
-  for k, j, i in np.ndindex(K, n_layers, 4):
+  for k, j, i in np.ndindex(K, n_layers, n):
     if blocks[i] >= 0:
       expected[k, layer + j, blocks[i]] = source[k, j, source_ids[i]]
-  actual = jax.jit(functools.partial(kernels.store_blocks, implementation=implementation))(
-    pool, source, np.int32(layer), source_ids, blocks
-  )
+  actual = jitted(kernels.store_blocks, implementation)(pool, source, np.int32(layer), source_ids, blocks)
   assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_place_blocks(implementation: str):
-  slots, source = tagged(P, 2, S, D), tagged(K, 2, 5, 2, S, D, seed=1)
-  source_ids = np.array([4, 0, 2], np.int32)
-  slot = np.array([[[8, -1, 0], [3, -1, -1]], [[-1, -1, 5], [1, -1, 2]]], np.int32)
-  source[:, :, [0, 1, 3]] = np.nan
-  expected = slots.copy()
+@pytest.mark.parametrize(("case", "implementation", "programs"), RUNS)
+def test_place_blocks(case: Lists, implementation: str, programs: int | None, few):
+  few(programs)
+  n_layers, K, n, filled, S, D, dtype = case
+  rng, n_source, P = np.random.default_rng(4), n + 2, K * n_layers * n + 2
+  slots, source = tagged(P, 2, S, D, dtype=dtype), tagged(K, n_layers, n_source, 2, S, D, dtype=dtype, seed=1)
+  source_ids = rng.permutation(n_source)[:n].astype(np.int32)
+  slot = some(rng, filled, rng.permutation(P)[: K * n_layers * n].reshape(K, n_layers, n))
+  expected, read = slots.copy(), np.zeros(source.shape[:3], bool)
   for k, j, i in np.ndindex(*slot.shape):
     if slot[k, j, i] >= 0:
       expected[slot[k, j, i]] = source[k, j, source_ids[i]]
-  program = jax.jit(functools.partial(kernels.place_blocks, implementation=implementation))
+      read[k, j, source_ids[i]] = True
+  source[~read] = np.nan
+  program = jitted(kernels.place_blocks, implementation)
   assert_same_bits(program(slots, source, source_ids, slot), expected)
   assert program(slots[:0], source, source_ids, np.full_like(slot, -1)).shape == (0, 2, S, D)
+
+
+@pytest.mark.gpu
+def test_copies_with_a_pool_in_host_memory():
+  """Blocks go to the pool and come back, which stays where it is and is updated in place."""
+  K, L, M, S, D, n = 2, 2, 64, 32, 128, 48
+  mesh = jax.make_mesh((1,), ("tp",))
+  whole = NamedSharding(mesh, PartitionSpec())
+  host = NamedSharding(mesh, PartitionSpec("tp"), memory_kind=kv_cache.host_memory_kind())
+  each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+  make = each(lambda: kernels.empty((K, L, M, 2, S, D), jnp.bfloat16), in_specs=(), out_specs=host.spec)
+  pool = jax.jit(make, out_shardings=host)()
+  canary = tagged(K, L, M, 2, S, D, dtype="bfloat16")
+  pool = jax.device_put(canary, host) if pool.sharding.memory_kind == "pinned_host" else pool
+  source, slots = tagged(K, 1, n, 2, S, D, dtype="bfloat16", seed=1), tagged(K * n, 2, S, D, dtype="bfloat16", seed=2)
+  rng = np.random.default_rng(5)
+  blocks, ids, slot = (rng.permutation(x).astype(np.int32) for x in (M, n, K * n))
+  blocks = some(rng, 0.8, blocks[:n])
+  listed, slot = np.broadcast_to(blocks, (1, K, n)), slot.reshape(1, K, n)
+
+  store = functools.partial(kernels.store_blocks, implementation="triton")
+  store = jax.jit(
+    each(store, in_specs=(host.spec, *[PartitionSpec()] * 4), out_specs=host.spec), donate_argnums=0, out_shardings=host
+  )
+  before = pool.unsafe_buffer_pointer()
+  pool = store(pool, source, np.int32(1), ids, blocks)
+  assert pool.sharding.memory_kind == "pinned_host" and pool.unsafe_buffer_pointer() == before
+  expected, loaded = canary.copy(), slots.copy()
+  for k, i in np.ndindex(K, n):
+    if blocks[i] >= 0:
+      expected[k, 1, blocks[i]] = loaded[slot[0, k, i]] = source[k, 0, ids[i]]
+  assert_same_bits(pool, expected)
+
+  def back(pool, slots):
+    missing = jnp.full((K, n), -1)
+    return (
+      kernels.load_blocks(pool, slots, jnp.int32(1), listed, slot, implementation="triton"),
+      kernels.gather_blocks(pool, slots, jnp.int32(1), listed[0], missing, implementation="triton"),
+    )
+
+  back = jax.jit(each(back, in_specs=(host.spec, PartitionSpec()), out_specs=PartitionSpec()), out_shardings=whole)
+  actual, (keys, values) = back(pool, slots)
+  assert_same_bits(actual, loaded)
+  wanted = np.where((blocks >= 0)[:, None, None, None], expected[:, 1, blocks], 0)  # [K, n, 2, S, D]
+  for x, half in ((keys, 0), (values, 1)):
+    assert_same_bits(np.asarray(x).reshape(n, S, K, D), wanted[:, :, half].transpose(1, 2, 0, 3))
 
 
 def test_merge():
@@ -115,15 +240,23 @@ def test_merge():
   assert (np.asarray(nothing.output) == 0).all() and (np.asarray(nothing.lse) == -np.inf).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prefix_blocks", [None, 0, 2, 4])
-def test_prefill_attention(prefix_blocks: int | None, dtype: str, implementation: str):
-  """24 tokens are three tiles of queries. The prefix has room for 4 blocks; every second lies in a slot, not in the
-  pool.
-  """
+class Piece(NamedTuple):
+  """A piece of T tokens after `prefix_blocks` blocks, of a list with room for N; None: it begins the prompt."""
+
+  prefix_blocks: int | None
+  T: int = 24
+  K: int = 2
+  G: int = 3
+  S: int = 8
+  D: int = 16
+  N: int = 4
+
+
+def piece(case: Piece, dtype: str, scale: float = 0.3):
+  """Arguments of `prefill_attention` and its result in float64; every second block lies in a slot, not in the pool."""
   rng = np.random.default_rng(7)
-  T, K, G, S, D, L, M, P = 24, 2, 3, 8, 16, 2, 9, 6
+  prefix_blocks, T, K, G, S, D, N = case
+  L, M, P = 2, 2 * N + 1, K * N
   make = lambda *dims: rng.normal(size=dims).astype(DTYPES[dtype])  # noqa: E731
   q, k, v = make(T, K, G, D), make(T, K, D), make(T, K, D)
   pool, slots = (np.full(dims, np.nan, DTYPES[dtype]) for dims in ((K, L, M, 2, S, D), (P, 2, S, D)))
@@ -131,23 +264,89 @@ def test_prefill_attention(prefix_blocks: int | None, dtype: str, implementation
   earlier = make(K, prefix_blocks or 0, 2, S, D)
   prefix = None
   if prefix_blocks is not None:
-    blocks, slot = np.full((2, K, 4), -1, np.int32)
+    blocks, slot = np.full((2, K, N), -1, np.int32)
+    blocks[:, prefix_blocks:] = 1  # beyond the prefix: any block, which holds NaN
     prefix = blocks, slot
     free = iter(rng.permutation(P).tolist())
     for head, i in np.ndindex(K, prefix_blocks):
-      blocks[head, i] = (3 + 2 * i) % M
+      blocks[head, i] = 3 + 2 * i if 3 + 2 * i < M else (4 + 2 * i) % M
       if (head + i) % 2:
         slot[head, i] = next(free)
         slots[slot[head, i]] = earlier[head, i]
       else:
         pool[head, 1, blocks[head, i]] = earlier[head, i]
   expected = np.zeros((T, K, G, D))
-  for t, head, g in np.ndindex(T, K, G):
+  for head in range(K):
     before = earlier[head].transpose(1, 0, 2, 3).reshape(2, n_before, D)
-    keys, values = (np.concatenate([before[i], x[: t + 1, head]]).astype(float) for i, x in enumerate((k, v)))
-    p = np.exp(keys @ q[t, head, g].astype(float) * 0.3)
-    expected[t, head, g] = p @ values / p.sum()
-  attention = jax.jit(functools.partial(kernels.prefill_attention, scale=0.3, implementation=implementation))
-  actual = attention(q, k, v, pool, slots, np.int32(1), prefix, np.int32(n_before))
-  assert actual.dtype == q.dtype
+    keys, values = (np.concatenate([before[i], x[:, head]]).astype(float) for i, x in enumerate((k, v)))
+    for t, g in np.ndindex(T, G):
+      seen = n_before + t + 1
+      p = np.exp(keys[:seen] @ q[t, head, g].astype(float) * scale)
+      expected[t, head, g] = p @ values[:seen] / p.sum()
+  return (q, k, v, pool, slots, np.int32(1), prefix, np.int32(n_before)), expected
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix_blocks", [None, 0, 2, 4])
+def test_prefill_attention(prefix_blocks: int | None, dtype: str, implementation: str):
+  """24 tokens are three tiles of queries."""
+  inputs, expected = piece(Piece(prefix_blocks), dtype)
+  actual = jax.jit(functools.partial(kernels.prefill_attention, scale=0.3, implementation=implementation))(*inputs)
+  assert actual.dtype == inputs[0].dtype
   assert_rows_close(actual.astype(jnp.float32), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefix_blocks", [None, 0, 1, 5, 8])
+@pytest.mark.parametrize("name", REAL)
+def test_prefill_attention_of_real_shapes(name: str, prefix_blocks: int | None):
+  G, S, D = REAL[name]
+  inputs, expected = piece(Piece(prefix_blocks, 256, 2, G, S, D, 8), "bfloat16", D**-0.5)
+  attention = jax.jit(functools.partial(kernels.prefill_attention, scale=D**-0.5, implementation="triton"))
+  actual = attention(*inputs).astype(jnp.float32)
+  assert_rows_close(actual, expected, TOLERANCE["bfloat16"])
+  q, k, v, *rest = inputs
+  with pytest.raises(AssertionError):
+    assert_rows_close(attention(q, v, k, *rest).astype(jnp.float32), expected, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.gpu
+def test_prefill_reads_nothing_far_beyond_the_prefix():
+  """5 of 40 blocks of 32 tokens: what is gathered ends 512 tokens after them."""
+  inputs, expected = piece(Piece(5, 256, 2, 4, 32, 128, 40), "bfloat16", 0.1)
+  attention = jax.jit(functools.partial(kernels.prefill_attention, scale=0.1, implementation="triton"))
+  poison = jax.jit(lambda: jnp.full(1 << 24, jnp.nan, jnp.bfloat16))  # freed, for the gathered arrays to lie in
+  for _ in range(3):
+    jax.block_until_ready(poison())
+    assert_rows_close(attention(*inputs).astype(jnp.float32), expected, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("prefix_blocks", [None, 0, 2])
+def test_prefill_merges_two_calls(prefix_blocks: int | None, monkeypatch: pytest.MonkeyPatch):
+  """The GPU's path with stand-ins for what needs one: its two attentions, and how they are put together."""
+
+  def attention(q, k, v, *, q_seqlen, kv_seqlen, scale, mask_type, return_residual):
+    assert return_residual and (kv_seqlen is None) == (mask_type == prefill.MaskType.CAUSAL)
+    q, k, v = (x[0].astype(jnp.float32) for x in (q, k, v))
+    (n_queries, n_heads, depth), (n_keys, n_kv_heads, _) = q.shape, k.shape
+    s = jnp.einsum("tkgd,ukd->kgtu", q.reshape(n_queries, n_kv_heads, -1, depth), k) * scale
+    place = jnp.arange(n_keys)[None]
+    seen = place <= jnp.arange(n_queries)[:, None] if kv_seqlen is None else place < kv_seqlen[:, None]
+    s = jnp.where(seen, s, -1e30)  # v is not cleared here: 0 * NaN is to be seen
+    o = jnp.einsum("kgtu,ukd->tkgd", jax.nn.softmax(s), v).reshape(1, n_queries, n_heads, depth)
+    return o.astype(jnp.bfloat16), jax.nn.logsumexp(s, -1).reshape(1, n_heads, n_queries)
+
+  monkeypatch.setattr(prefill, "cudnn_attention", attention)
+  monkeypatch.setattr(
+    prefill, "gather_blocks", lambda *a, implementation: copy.gather_blocks(*a, implementation="interpret")
+  )
+  inputs, expected = piece(Piece(prefix_blocks), "bfloat16")
+  actual = jax.jit(functools.partial(kernels.prefill_attention, scale=0.3, implementation="triton"))(*inputs)
+  assert_rows_close(actual.astype(jnp.float32), expected, TOLERANCE["bfloat16"])
+
+
+def test_prefill_names_a_head_dimension_that_cudnn_lacks():
+  q, kv, pool = jnp.zeros((8, 1, 1, 12), jnp.bfloat16), jnp.zeros((8, 1, 12)), jnp.zeros((1, 1, 1, 2, 8, 12))
+  with pytest.raises(NotImplementedError, match="not 12"):
+    kernels.prefill_attention(q, kv, kv, pool, pool[0, 0], 0, None, 0, scale=1.0, implementation="triton")

@@ -13,13 +13,16 @@ import pytest
 import pallas_kernels as kernels
 from pallas_kernels import digest
 from pallas_kernels.score import box, dot
-from tests.cases import DTYPES, assert_rows_close
+from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, assert_rows_close, assert_same_bits
+
+RULES = {"cuboid_mean": 2, "min_max": 2, "mean": 1}
+on_gpu = functools.partial(pytest.param, marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_digests(dtype: str):
   keys = np.random.default_rng(0).normal(size=(2, 3, 8, 5)).astype(DTYPES[dtype])
-  expected = {name: np.zeros((2, 3, n, 5)) for name, n in (("cuboid_mean", 2), ("min_max", 2), ("mean", 1))}
+  expected = {name: np.zeros((2, 3, n, 5)) for name, n in RULES.items()}
   for i, j, d in np.ndindex(2, 3, 5):
     column = [float(keys[i, j, s, d]) for s in range(8)]
     centre = (max(column) + min(column)) / 2
@@ -33,42 +36,133 @@ def test_digests(dtype: str):
     assert_rows_close(actual.astype(jnp.float32), value, {"float32": 1e-6, "bfloat16": 2**-8}[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduce", ["mean", "max"])
-@pytest.mark.parametrize(("rule", "n_vectors"), [("box", 2), ("dot", 1)])
-def test_score(rule: str, n_vectors: int, reduce: str, dtype: str):
-  rng = np.random.default_rng(1)
-  B, K, G, D, L, M, N, sinks, window, layer = 4, 2, 3, 16, 2, 40, 9, 1, 2, 1
-  n_blocks = np.array([9, 4, 2, 0], np.int32)  # the third row is all sinks and window
-  ids = rng.permutation(M)[: B * N].reshape(B, N)
-  tables = np.where(np.arange(N) < n_blocks[:, None], ids, -1).astype(np.int32)
-  tables[1, 6] = ids[1, 6]  # beyond n_blocks a table may hold anything
-  digests = np.full((K, L, M, n_vectors, D), np.nan, DTYPES[dtype])
-  for b in range(B):
-    for i in range(n_blocks[b]):
-      vectors = np.sort(rng.normal(size=(K, n_vectors, D)), axis=1)[:, ::-1]  # upper, lower
-      digests[:, layer, tables[b, i]] = vectors
-  q = rng.normal(size=(B, K, G, D)).astype(DTYPES[dtype])
+def check_store_digests(
+  name: str, implementation: str, dtype: str, dims: tuple[int, ...], layer: int, blocks: list[int]
+):
+  """`dims` are K, L, M, Ls, S, D. Every entry without a block names a source block that does not exist."""
+  K, L, M, Ls, S, D = dims
+  rng = np.random.default_rng(3)
+  n, n_source, n_vectors = len(blocks), len(blocks) + 2, RULES[name]
+  before = rng.normal(size=(K, L, M, n_vectors, D)).astype(DTYPES[dtype])
+  source = np.full((K, Ls, n_source, 2, S, D), np.nan, DTYPES[dtype])
+  source_ids = np.where(np.array(blocks) < 0, n_source + 7, rng.permutation(n_source)[:n]).astype(np.int32)
+  wanted = np.flatnonzero(np.array(blocks) >= 0)
+  keys = rng.normal(size=(K, Ls, len(wanted), S, D)).astype(DTYPES[dtype])
+  source[:, :, source_ids[wanted], 0] = keys
 
+  high, low, average = (f(keys.astype(np.float64), axis=-2) for f in (np.max, np.min, np.mean))
+  radius = np.abs(keys - ((high + low) / 2)[..., None, :]).mean(-2)
+  corners = (high + low) / 2 + radius, (high + low) / 2 - radius
+  digests = np.stack({"cuboid_mean": corners, "min_max": (high, low), "mean": (average,)}[name], -2)
+
+  store = functools.partial(kernels.store_digests, rule=getattr(digest, name), implementation=implementation)
+  ids = np.array(blocks, np.int32)
+  actual = np.array(jax.jit(store)(before, source, np.int32(layer), source_ids, ids))
+  at = np.s_[:, layer : layer + Ls, ids[wanted]]
+  if name == "min_max":
+    assert_same_bits(actual[at], digests.astype(DTYPES[dtype]))
+  else:
+    assert_rows_close(actual[at].astype(np.float64), digests, {"float32": 1e-6, "bfloat16": 2**-8}[dtype])
+  actual[at] = before[at]
+  assert_same_bits(actual, before)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("S", "D"), [(16, 64), (32, 128), (64, 64)])
+@pytest.mark.parametrize("name", RULES)
+def test_store_digests(name: str, S: int, D: int, dtype: str, implementation: str, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(digest, "PROGRAMS", 9)  # so that each takes several blocks, the last one fewer
+  check_store_digests(name, implementation, dtype, (2, 4, 11, 2, S, D), 1, [10, -1, 0, 4, -1, -1, 7])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])
+def test_store_digests_of_nothing(implementation: str):
+  check_store_digests("mean", implementation, "float32", (1, 1, 3, 1, 2, 4), 0, [-1, -1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RULES)
+def test_store_digests_of_a_prompt_and_of_a_step(name: str):
+  many = np.random.default_rng(4).permutation(700)[:512].tolist()
+  check_store_digests(name, "triton", "bfloat16", (8, 3, 700, 1, 32, 128), 2, many)
+  few = np.where(np.arange(64) % 20 == 7, np.arange(64), -1).tolist()
+  check_store_digests(name, "triton", "bfloat16", (8, 32, 100, 32, 32, 128), 0, few)
+
+
+def test_store_digests_without_digests():
+  empty, source = np.zeros((1, 1, 3, 0, 4), np.float32), np.zeros((1, 1, 1, 2, 2, 4), np.float32)
+  one = np.zeros(1, np.int32)
+  assert kernels.store_digests(empty, source, 0, one, one, rule=digest.mean, implementation="triton") is empty
+
+
+def test_rules_of_a_user():
+  """They are jnp functions, and run wherever a kernel was asked for."""
+  top_channel = lambda keys: jnp.abs(keys).max(-2, keepdims=True)  # noqa: E731
+  source = jnp.array([[1, -5], [-3, 2], [9, 9], [9, 9]], jnp.float32).reshape(1, 1, 1, 2, 2, 2)
+  before, one = jnp.zeros((1, 1, 3, 1, 2)), jnp.zeros(1, jnp.int32)
+  actual = kernels.store_digests(before, source, 0, one, one + 2, rule=top_channel, implementation="triton")
+  assert actual.tolist() == [[[[[0, 0]], [[0, 0]], [[3, 5]]]]]
+  twice = lambda q, digests: 2 * dot(q, digests)  # noqa: E731
+  q, tables = jnp.ones((1, 1, 1, 2)), jnp.array([[0, 2]], jnp.int32)
+  assert kernels.score(q, actual, 0, tables, one + 2, rule=twice, implementation="triton").tolist() == [[[0, 16]]]
+
+
+def check_score(
+  rule: str, reduce: str, implementation: str, dtype: str, dims: tuple[int, ...], n_blocks: list[int], window: int = 2
+):
+  """`dims` are K, G, D, N. Every block has its digest in one row; tables beyond `n_blocks` hold anything."""
+  K, G, D, N = dims
+  B, L, layer, sinks, n_vectors = len(n_blocks), 2, 1, 1, {"box": 2, "dot": 1}[rule]
+  rng = np.random.default_rng(1)
+  M = sum(n_blocks) + 3
+  digests = np.full((K, L, M, n_vectors, D), np.nan, DTYPES[dtype])
+  tables = rng.choice([-1, 3, M, 1 << 30], size=(B, N)).astype(np.int32)
+  free = rng.permutation(M)
+  q = rng.normal(size=(B, K, G, D)).astype(DTYPES[dtype])
   expected = np.full((B, K, N), -np.inf)
-  for b, k in np.ndindex(B, K):
-    for i in range(n_blocks[b]):
-      heads = []
-      for g in range(G):
-        upper, lower = (digests[k, layer, tables[b, i], e].astype(np.float64) for e in (0, -1))
-        head = q[b, k, g].astype(np.float64)
-        heads.append(
-          sum(max(x * u, x * v) if rule == "box" else x * u for x, u, v in zip(head, upper, lower, strict=True))
-        )
-      expected[b, k, i] = max(heads) if reduce == "max" else sum(heads) / G
-      if i < sinks or i >= n_blocks[b] - window:
-        expected[b, k, i] = np.inf
+  for b, n in enumerate(n_blocks):
+    tables[b, :n], free = free[:n], free[n:]
+    vectors = np.sort(rng.normal(size=(K, n, n_vectors, D)), axis=2)[:, :, ::-1].astype(DTYPES[dtype])  # upper, lower
+    always = (np.arange(n) < sinks) | (np.arange(n) >= n - window)
+    digests[:, layer, tables[b, :n]] = vectors
+    digests[:, layer, tables[b, :n][always]] = np.nan
+    each = q[b].astype(float)[:, :, None, None] * vectors.astype(float)[:, None]  # [K, G, n, E, D]
+    by_head = each.max(-2).sum(-1)
+    expected[b, :, :n] = by_head.max(1) if reduce == "max" else by_head.mean(1)
+    expected[b, :, :n][:, always] = np.inf
 
   options = dict(rule={"box": box, "dot": dot}[rule], reduce=reduce, sinks=sinks, window=window)
-  actual = jax.jit(functools.partial(kernels.score, **options))(q, digests, np.int32(layer), tables, n_blocks)
+  score = jax.jit(functools.partial(kernels.score, **options, implementation=implementation))
+  actual = score(q, digests, np.int32(layer), tables, np.array(n_blocks, np.int32))
   assert actual.dtype == jnp.float32
   assert np.isfinite(expected).any()
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)  # inputs are exact, products are of float32
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("rule", ["box", "dot"])
+def test_score(rule: str, reduce: str, dtype: str, implementation: str):
+  """Three tiles of a kernel and more; rows that end in the first, and one of sinks and window alone."""
+  tile = {"box": 1, "dot": 2}[rule] * {"bfloat16": 2, "float32": 1}[dtype] * 64  # of D = 64
+  N = 3 * tile + 5
+  check_score(rule, reduce, implementation, dtype, (1, 3, 64, N), [N, 50, 2, 0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("G", "D"), [(1, 128), (7, 128), (8, 16)])
+def test_score_of_groups(G: int, D: int, implementation: str):
+  check_score("box", "mean", implementation, "bfloat16", (2, G, D, 9), [9, 4], window=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", REAL)
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("rule", ["box", "dot"])
+def test_score_of_long_rows(rule: str, reduce: str, model: str):
+  check_score(rule, reduce, "triton", "bfloat16", (8, REAL[model].G, REAL[model].D, 1024), [1024, 1000, 317, 64, 1])
 
 
 def test_score_without_sinks_and_window():
@@ -77,14 +171,25 @@ def test_score_without_sinks_and_window():
   assert actual.tolist() == [[[13.0, 1.0, -math.inf]]]
 
 
-@pytest.mark.parametrize("k", [1, 5, 12])
-def test_select_breaks_ties_by_the_lowest_id(k: int):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+  ("N", "k"),
+  [
+    *((1, 1), (2, 1), (12, 1), (12, 5), (12, 11), (12, 12), (64, 64), (100, 37), (100, 100), (300, 129)),
+    *(on_gpu(1024, 64), on_gpu(1024, 1024), on_gpu(4096, 64), on_gpu(4096, 4096), on_gpu(5000, 63), on_gpu(5000, 5000)),
+    *(on_gpu(16384, 64), on_gpu(16384, 16384), on_gpu(32768, 100), on_gpu(32768, 16384), on_gpu(40000, 64)),
+  ],
+)
+def test_select_breaks_ties_by_the_lowest_id(N: int, k: int, implementation: str):
   rng = np.random.default_rng(2)
-  scores = rng.integers(-1, 3, size=(3, 2, 12)).astype(np.float32)
-  scores[0, :, 7:] = -np.inf
-  scores[1, :, [0, 3, 10]] = np.inf
-  ranked, actual = (np.asarray(x) for x in kernels.select(scores, k))
-  np.testing.assert_array_equal(ranked, np.take_along_axis(np.asarray(scores), actual, -1))
-  assert actual.dtype == np.int32
-  for b, h in np.ndindex(3, 2):
-    assert actual[b, h].tolist() == sorted(range(12), key=lambda i: (-scores[b, h, i], i))[:k]
+  scores = rng.integers(-1, 3, size=(3, 3, N)).astype(np.float32)
+  scores[0, :, N // 2 :] = -np.inf
+  scores[0, 1] = -np.inf
+  scores[1, :, [0, N // 3, N - 1]] = np.inf
+  scores[2, 0] = rng.normal(size=N)
+  scores[2, 1] = np.where(rng.random(N) < 0.5, 1e-40, -1e-40)  # denormal
+  scores[2, 2, -1:] = np.finfo(np.float32).max
+  ranked, actual = jax.jit(functools.partial(kernels.select, k=k, implementation=implementation))(scores)
+  expected = np.argsort(-scores, axis=-1, kind="stable")[..., :k].astype(np.int32)
+  assert_same_bits(actual, expected)
+  assert_same_bits(ranked, np.take_along_axis(scores, expected, -1))

@@ -80,7 +80,7 @@ def test_parts_compose_to_the_golden(name):
   def logits(params):
     def layer(i, x):
       lp = models.layer_params(params, i)
-      q, k, v = models.qkv(cfg, lp, x, positions)
+      q, k, v = models.qkv(cfg, lp, x, models.rope(cfg, positions))
       scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") / np.sqrt(cfg.head_dim).astype(np.float32)
       p = jax.nn.softmax(jnp.where(causal[None, None, None], scores, -jnp.inf), axis=-1)
       o = jnp.einsum("bkgts,bskd->btkgd", p, v, precision="highest")
@@ -97,7 +97,7 @@ def test_one_token_at_a_time_equals_a_sequence():
   x = np.random.default_rng(0).standard_normal((5, cfg.d_model), dtype=np.float32)
   positions = np.asarray([0, 9, 3, 31_999, 7], np.int32)
   lp = models.layer_params(params, 2)
-  project = jax.jit(functools.partial(models.qkv, cfg, lp))
+  project = jax.jit(lambda x, positions: models.qkv(cfg, lp, x, models.rope(cfg, positions)))
   rows = [project(x[i], positions[i]) for i in range(len(x))]
   for whole, parts in zip(project(x, positions), zip(*rows, strict=True), strict=True):
     np.testing.assert_allclose(whole, np.stack(parts), atol=1e-5)
@@ -108,7 +108,8 @@ def test_scores_depend_on_distance_alone(name):
   """What rope is for; with absolute positions the two would differ in the first digit."""
   cfg, params = random_model(name).config, random_model(name).params
   x = np.random.default_rng(1).standard_normal((2, cfg.d_model), dtype=np.float32)
-  project = jax.jit(functools.partial(models.qkv, cfg, models.layer_params(params, 0), x))
+  lp = models.layer_params(params, 0)
+  project = jax.jit(lambda positions: models.qkv(cfg, lp, x, models.rope(cfg, positions)))
 
   def score(first: int, distance: int):
     q, k, _ = project(np.asarray([first, first + distance], np.int32))

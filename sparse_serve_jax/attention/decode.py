@@ -59,11 +59,18 @@ class Selector:
     return dataclasses.replace(self, limit=None, threshold=None)
 
   @property
-  def always(self) -> int:
-    """The first blocks of a list that no stop test may leave out."""
-    return 0 if self.limit is None else self.sinks + self.window
+  def group(self) -> int | None:
+    """Blocks of a list between two stop tests; None without tests."""
+    return None if self.threshold is None else self.group_blocks
 
-  def select(self, q: jax.Array, cache: KVCache, layer: jax.Array, at: LayerRows) -> tuple[jax.Array, jax.Array]:
+  @property
+  def always(self) -> int:
+    """The first blocks of a list that no stop test may leave out: sinks and window, rounded up to whole groups."""
+    return 0 if self.group is None else -(-(self.sinks + self.window) // self.group) * self.group
+
+  def select(
+    self, q: jax.Array, cache: KVCache, layer: jax.Array, at: LayerRows, implementation: str = "xla"
+  ) -> tuple[jax.Array, jax.Array]:
     """DRAM blocks [B, K, n] in the order they are attended to, -1 beyond their count, and the count [B, K]."""
     n_rows, n_heads = q.shape[:2]
     width = at.tables.shape[1]
@@ -82,8 +89,9 @@ class Selector:
         reduce=self.reduce,
         sinks=self.sinks,
         window=self.window,
+        implementation=implementation,
       )
-      ranked, ids = kernels.select(scores, n)
+      ranked, ids = kernels.select(scores, n, implementation=implementation)
       count = jnp.broadcast_to(jnp.minimum(at.n_blocks, n)[:, None], (n_rows, n_heads))
       count = self.method.budget(ranked, count)
     blocks = jnp.take_along_axis(at.tables[:, None], ids, -1)
@@ -97,17 +105,29 @@ def decode_attention(
   layer: jax.Array,
   at: LayerRows,
   pool: jax.Array,
+  victims: kernels.Victims,
+  taken: jax.Array,
   implementation: str,
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Attention of q [B, K, G, D] over each row's selected blocks and tail.
 
   `cache` is without its pool, which is passed apart: no layer writes it, so it need not be carried through the layers.
+  `victims` are those of the step, `taken` the misses [B, K] of the layers before.
 
   Returns:
-    o [B, K, G, D] float32; the cache with residency and slots updated; int32 [2]: blocks attended, and of these missed.
+    o [B, K, G, D] float32; the cache with residency and slots updated; int32 [2, B, K]: blocks attended, and of these
+    missed.
   """
-  blocks, count = selector.select(q, cache, layer, at)
-  proposal = kernels.propose(cache.maps, layer, blocks)
+  blocks, count = selector.select(q, cache, layer, at, implementation)
+  reads = kernels.propose(
+    cache.maps,
+    victims,
+    layer,
+    blocks,
+    taken=taken,
+    group=selector.group,
+    implementation=implementation,
+  )
   partial, used, slots = kernels.attend(
     q,
     cache.tail,
@@ -116,18 +136,15 @@ def decode_attention(
     pool,
     cache.slots,
     layer,
-    blocks,
-    proposal,
+    reads,
     count,
     always=selector.always,
-    group_blocks=selector.group_blocks,
     threshold=selector.threshold,
     scale=q.shape[-1] ** -0.5,
     implementation=implementation,
   )
-  maps = kernels.commit(cache.maps, layer, blocks, proposal, used, cache.stamp(layer), at.steps)
-  reached = jnp.arange(blocks.shape[-1])[None, None] < used[..., None]
+  maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), at.steps, implementation=implementation)
+  begun = jnp.arange(reads.hits.shape[-1])[None, None] * reads.group < used[..., None]  # groups
   has_slots = slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
-  missed = (reached & ~proposal.hit).sum(dtype=jnp.int32) if has_slots else jnp.int32(0)
-  counts = jnp.stack([used.sum(dtype=jnp.int32), missed])
-  return partial.output, cache.replace(slots=slots, maps=maps), counts
+  missed = used - jnp.where(begun, reads.hits, 0).sum(-1) if has_slots else jnp.zeros_like(used)
+  return partial.output, cache.replace(slots=slots, maps=maps), jnp.stack([used, missed])

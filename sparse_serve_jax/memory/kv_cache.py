@@ -38,7 +38,7 @@ class KVCache(flax.struct.PyTreeNode):
     jax.Array
   )  # int32, programs run so far; stamps wrap after 2^31 / L, then LRU is wrong for a while, tokens never
 
-  def stamp(self, layer: jax.Array) -> jax.Array:
+  def stamp(self, layer: jax.Array | int) -> jax.Array:
     """Time of use, ascending through layers and programs."""
     return self.clock * self.tail.shape[1] + layer
 

@@ -14,6 +14,7 @@ from sparse_serve_jax.models.llama import (
   param_shapes,
   param_specs,
   qkv,
+  rope,
 )
 from sparse_serve_jax.models.sampling import sample
 from sparse_serve_jax.models.tokenizer import ByteTokenizer, Tokenizer
@@ -35,6 +36,7 @@ __all__ = [
   "param_shapes",
   "param_specs",
   "qkv",
+  "rope",
   "sample",
   "save_hf",
   "save_model",

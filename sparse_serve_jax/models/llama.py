@@ -3,7 +3,7 @@
 Every function is per-device code: inside `shard_map` the arrays are one device's shard and `axis` names the mesh axis
 to reduce over; with `axis` None there is one device and no collective. Attention itself is the caller's: a layer is
 
-  q, k, v = qkv(cfg, lp, x, positions)
+  q, k, v = qkv(cfg, lp, x, rope(cfg, positions))
   x = attention_out(lp, x, <attention of q over k and v, scaled by D ** -0.5>, axis)
   x = mlp(cfg, lp, x, axis)
 
@@ -95,29 +95,34 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
   return jnp.take(params["embed"], tokens, axis=0, mode="clip")
 
 
-def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """x [..., d], positions int32 [...] -> q [..., K, G, D], k [..., K, D], v [..., K, D], q and k rotated."""
-  h = _einsum("...d,dkgh->...kgh", _norm(cfg, x, lp["attn_norm"]), lp["wqkv"])
+def rope(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
+  """Cosines and sines float32 [2, ..., D / 2] of positions int32 [...], the same in all layers."""
+  angles = positions[..., None].astype(jnp.float32) * _trailing(rope_frequencies(cfg), positions.ndim + 1)
+  return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope_amplitude(cfg.rope)
+
+
+def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, turns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """x [..., d], turns [2, ..., D / 2] from `rope` -> q [..., K, G, D], k [..., K, D], v [..., K, D]; q, k rotated."""
+  h = _matmul(_norm(cfg, x, lp["attn_norm"]), lp["wqkv"], 1)
   if cfg.qkv_bias:
     h += _trailing(lp["bqkv"], h.ndim)
   q, k, v = h[..., :-2, :], h[..., -2, :], h[..., -1, :]
   if cfg.qk_norm:
     q, k = _norm(cfg, q, lp["q_norm"]), _norm(cfg, k, lp["k_norm"])
-  angles = positions[..., None].astype(jnp.float32) * _trailing(rope_frequencies(cfg), positions.ndim + 1)
-  cos, sin = (f(angles)[..., None, :] * rope_amplitude(cfg.rope) for f in (jnp.cos, jnp.sin))
+  cos, sin = turns[..., None, :]
   return _rotate(q, cos[..., None, :], sin[..., None, :]), _rotate(k, cos, sin), v
 
 
 def attention_out(lp: Params, x: jax.Array, o: jax.Array, axis: str | None) -> jax.Array:
   """x [..., d] plus the output projection of o [..., K, G, D]."""
-  return x + _psum(_einsum("...kgh,kghd->...d", o.astype(x.dtype), lp["wo"]), axis)
+  return x + _psum(_matmul(o.astype(x.dtype), lp["wo"], 3), axis)
 
 
 def mlp(cfg: ModelConfig, lp: Params, x: jax.Array, axis: str | None) -> jax.Array:
   """x [..., d] plus the gated MLP of its norm."""
-  h = _einsum("...d,dcf->...cf", _norm(cfg, x, lp["mlp_norm"]), lp["w_gate_up"]).astype(jnp.float32)
+  h = _matmul(_norm(cfg, x, lp["mlp_norm"]), lp["w_gate_up"], 1).astype(jnp.float32)
   h = (jax.nn.silu(h[..., 0, :]) * h[..., 1, :]).astype(x.dtype)
-  return x + _psum(_einsum("...f,fd->...d", h, lp["w_down"]), axis)
+  return x + _psum(_matmul(h, lp["w_down"], 1), axis)
 
 
 def logits(cfg: ModelConfig, params: Params, x: jax.Array, axis: str | None) -> jax.Array:
@@ -140,10 +145,10 @@ def forward(
   """
   n = tokens.shape[0]
   positions = jnp.arange(n, dtype=jnp.int32)
-  causal = positions[:, None] >= positions[None, :]
+  causal, turns = positions[:, None] >= positions[None, :], rope(cfg, positions)
 
   def layer(x, lp):
-    q, k, v = qkv(cfg, lp, x, positions)
+    q, k, v = qkv(cfg, lp, x, turns)
     s = _einsum("tkgh,skh->kgts", q, k, jnp.float32) * cfg.head_dim**-0.5
     p = jax.nn.softmax(jnp.where(causal[None, None], s, -jnp.inf), axis=-1)
     o = _einsum("kgts,skh->tkgh", p, v.astype(jnp.float32))
@@ -241,6 +246,16 @@ def _norm(cfg: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
 def _trailing(a: jax.Array | np.ndarray, ndim: int) -> jax.Array:
   """`a` with leading ones up to `ndim` dimensions."""
   return jnp.reshape(a, (1,) * (ndim - a.ndim) + a.shape)
+
+
+def _matmul(x: jax.Array, w: jax.Array, n: int) -> jax.Array:
+  """Contracts the last `n` dimensions of x with the first `n` of w, as a product of two matrices.
+
+  XLA would transpose a layer's slice of stacked weights first if it were shown more dimensions: 22 us on an H200.
+  """
+  flat = x.reshape(*x.shape[: x.ndim - n], -1)
+  y = _einsum("...d,de->...e", flat, w.reshape(flat.shape[-1], -1))
+  return y.reshape(*y.shape[:-1], *w.shape[n:])
 
 
 def _einsum(spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:

@@ -1,0 +1,128 @@
+"""The k best blocks of every row, exactly and in order."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton
+
+MAX_SORTED = 1 << 14  # keys and ids that one program can sort in registers
+MAX_SEARCHED = 1 << 15  # keys that one program can hold in registers
+SORTED_VALUES, SEARCHED_VALUES = 256, 1024  # for each warp to hold, while there are warps
+LOWEST, HIGHEST = -(1 << 31), (1 << 31) - 1
+
+
+def select(scores: jax.Array, k: int, *, implementation: str = "xla") -> tuple[jax.Array, jax.Array]:
+  """The k highest scores of every row, descending; ties to the lowest id.
+
+  Args:
+    scores: [B, K, N] float32, no NaN. Rows too long for one program's registers (k > 16384 or N > 32768) are XLA's
+      whatever `implementation` says.
+    k: at most N.
+    implementation: "xla", "triton" or "interpret".
+
+  Returns:
+    The scores [B, K, k] and their logical ids int32 [B, K, k].
+  """
+  n = scores.shape[-1]
+  n_padded, k_padded = pl.next_power_of_2(n), pl.next_power_of_2(k)
+  if implementation == "xla" or k_padded > MAX_SORTED or n_padded > MAX_SEARCHED:
+    ranked, ids = jax.lax.top_k(scores, k)
+    return ranked, ids.astype(jnp.int32)
+
+  interpret = implementation == "interpret"
+  num_warps = max(1, min(32, max(n_padded // SEARCHED_VALUES, k_padded // SORTED_VALUES)))
+
+  def kernel(scores_ref, ranked_ref, ids_ref):
+    row = pl.program_id(0)
+    if k_padded < n_padded:
+      _write_highest(scores_ref, ids_ref, row, k)
+      if not interpret:
+        triton.barrier()  # every thread sees the ids that others wrote
+      at = jnp.arange(k_padded)
+      ids = jnp.where(at < k, ids_ref[row, jnp.minimum(at, k - 1)], HIGHEST)
+      if not interpret:
+        triton.barrier()  # and has read them before they are written again
+    else:
+      ids = jnp.arange(n_padded)
+    exists = ids < n
+    keys = jnp.where(exists, _key(scores_ref[row, jnp.minimum(ids, n - 1)]), LOWEST)
+    keys, ids, rank = _sort(keys, ids, 32 * num_warps)
+    triton.store(ranked_ref.at[row, rank], _score(keys), mask=rank < k)
+    triton.store(ids_ref.at[row, rank], ids, mask=rank < k)
+
+  rows = math.prod(scores.shape[:-1])
+  ranked, ids = triton.call(
+    kernel,
+    out_shape=(jax.ShapeDtypeStruct((rows, k), jnp.float32), jax.ShapeDtypeStruct((rows, k), jnp.int32)),
+    grid=(rows,),
+    interpret=interpret,
+    num_warps=num_warps,
+    name="select",
+  )(scores.reshape(rows, n))
+  return ranked.reshape(*scores.shape[:-1], k), ids.reshape(*scores.shape[:-1], k)
+
+
+def _key(score: jax.Array) -> jax.Array:
+  """int32 in the order of the float32; LOWEST is below them all."""
+  bits = jax.lax.bitcast_convert_type(score, jnp.int32)
+  return bits ^ ((bits >> 31) & HIGHEST)
+
+
+def _score(key: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(key ^ ((key >> 31) & HIGHEST), jnp.float32)
+
+
+def _write_highest(scores_ref, ids_ref, row: jax.Array, k: int):
+  """In a kernel: writes the ids of the k highest scores of a row to `ids_ref[row]`, in any order."""
+  n = scores_ref.shape[1]
+  i = jnp.arange(pl.next_power_of_2(n))
+  keys = jnp.where(i < n, _key(scores_ref[row, jnp.minimum(i, n - 1)]), LOWEST)
+  count = lambda mask: jnp.sum(mask.astype(jnp.int32))  # noqa: E731
+
+  def halve(bounds):
+    """At least k keys are >= low, fewer than k are > high."""
+    low, high = bounds
+    middle = (low | high) - ((low ^ high) >> 1)  # their mean rounded up; their sum could overflow
+    above = count(keys >= middle)
+    return jnp.where(above >= k, middle, low), jnp.where(above > k, high, middle - (above < k).astype(jnp.int32))
+
+  bounds = jnp.min(jnp.where(i < n, keys, HIGHEST)), jnp.max(keys)
+  kth, _ = jax.lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, bounds)  # ends early at exactly k
+  higher, equal = keys > kth, keys == kth
+  # One scan counts both: those higher in the low half of a word, those equal, lowest ids first, in its high half.
+  seen = jnp.cumsum(higher.astype(jnp.int32) + (equal.astype(jnp.int32) << 16))
+  nth_equal = count(higher) + jax.lax.shift_right_logical(seen, 16)
+  to = jnp.where(higher, seen & 0xFFFF, nth_equal) - 1
+  taken = higher | (equal & (to < k))
+  triton.store(ids_ref.at[row, jnp.where(taken, to, k)], i, mask=taken)
+
+
+def _sort(keys: jax.Array, ids: jax.Array, threads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """In a kernel: keys and ids [n] in descending order of key, ties by ascending id, and the rank of every place.
+
+  A bitonic network. Its low bits are compared most often, so a place's low bits of rank are the register, the next ones
+  the lane, and the highest the warp.
+  """
+  n = keys.shape[0]
+  threads = min(n, threads)
+  held = n // threads  # by a thread
+  place = jnp.arange(n)
+  rank = place // threads + held * (place & (threads - 1))
+  n_bits = n.bit_length() - 1
+  held_bits = held.bit_length() - 1
+
+  for stage in range(1, n_bits + 1):
+    for bit in reversed(range(stage)):
+      stride = 1 << (bit - held_bits) if bit >= held_bits else threads << bit  # in places
+      other = lambda x: (jnp.sum(y := x.reshape(-1, 2, stride), 1, keepdims=True) - y).reshape(n)  # noqa: B023, E731
+      other_key, other_id = other(keys), other(ids)
+      behind = (other_key > keys) | ((other_key == keys) & (other_id < ids))  # the other one comes first
+      first = (((rank >> bit) ^ (rank >> stage)) & 1) == 0  # this place is for the one that comes first
+      swap = behind == first
+      keys, ids = jnp.where(swap, other_key, keys), jnp.where(swap, other_id, ids)
+  return keys, ids, rank

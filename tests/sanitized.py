@@ -1,0 +1,105 @@
+"""Runs every kernel that writes slots, pool, digests or maps, for a memory checker; see test_sanitizer.py.
+
+  compute-sanitizer python -m tests.sanitized [--plant]
+
+Ends with 1 if a byte differs from what XLA's implementation leaves, that is, also if something beyond what an op may
+write has changed. `--plant` writes one block beyond the slots instead: the checker must notice.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# One allocation an array, so that a neighbour's memory is out of bounds.
+os.environ |= {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels as kernels
+from pallas_kernels import triton
+from pallas_kernels.digest import cuboid_mean
+
+K, L, M, P, S, D = 2, 2, 24, 16, 16, 64
+B, G, N = 3, 4, 5
+rng = np.random.default_rng(0)
+
+
+def random(*dims: int) -> jax.Array:
+  return jnp.asarray(rng.normal(size=dims), jnp.bfloat16)
+
+
+def distinct(n: int, *dims: int) -> jax.Array:
+  return jnp.asarray(rng.permutation(n)[: np.prod(dims)].reshape(dims), jnp.int32)
+
+
+def ops():
+  """Name, function of (implementation), of the small case that it runs."""
+  pool, slots, tail = random(K, L, M, 2, S, D), random(P, 2, S, D), random(K, L, B, 2, S, D)
+  digest, layer = random(K, L, M, 2, D), jnp.int32(1)
+  ids, to = distinct(B, B), jnp.array([M - 1, -1, 0], jnp.int32)
+  slot = jnp.where(distinct(P, K, L, B) % 3 == 0, -1, distinct(P, K, L, B)).at[0, 0, 0].set(P - 1)
+  blocks = jnp.stack([distinct(M, B, N) for _ in range(K)], 1).at[1, :, -1].set(-1)
+  maps = kernels.Maps(jnp.full((K, L, M), -1), jnp.full(P, -1), jnp.full(P, -1), jnp.full((K, L, M), kernels.NEVER))
+  steps, used = jnp.arange(B), jnp.full((B, K), N)
+
+  def step(implementation, threshold=None, group=None):
+    options = dict(implementation=implementation)
+    victims = kernels.oldest_first(maps, jnp.int32(1))
+    first = kernels.propose(maps, victims, layer, blocks[:, :, :2], **options)
+    held = kernels.commit(maps, layer, first, used, jnp.int32(1), steps, **options)
+    victims = kernels.oldest_first(held, jnp.int32(2))
+    reads = kernels.propose(held, victims, layer, blocks, group=group, **options)
+    count = jnp.minimum(used, (blocks >= 0).sum(-1))
+    partial, n_used, filled = kernels.attend(
+      random_q, tail, jnp.arange(B), jnp.full(B, 3), pool, slots, layer, reads, count,
+      always=0, threshold=threshold, scale=0.1, **options,
+    )  # fmt: skip
+    after = kernels.commit(held, layer, reads, n_used, jnp.int32(2), steps, **options)
+    return filled, after, n_used, jnp.isfinite(partial.output)
+
+  random_q = random(B, K, G, D)
+  yield "attend", step
+  yield "progressive attend", lambda i: step(i, 0.9, 2)
+  to_slot = jnp.where(blocks[0] >= 0, distinct(P, K, N), -1)[None]
+  yield "load", lambda i: kernels.load_blocks(pool, slots, layer, blocks[:1], to_slot, implementation=i)
+  yield "store", lambda i: kernels.store_blocks(pool, tail, 0, ids, to, implementation=i)
+  yield "place", lambda i: kernels.place_blocks(slots, tail, ids, slot, implementation=i)
+  yield "digests", lambda i: kernels.store_digests(digest, tail, 0, ids, to, rule=cuboid_mean, implementation=i)
+  where = jnp.where(jnp.arange(N) % 2 == 0, to_slot[0], -1)
+  yield (
+    "gather",
+    lambda i: kernels.gather_blocks(pool, slots, layer, jnp.maximum(blocks[0], -1), where, implementation=i),
+  )
+
+
+def plant() -> None:
+  """Writes one block beyond the slots, as a kernel with a wrong slot id would."""
+
+  def kernel(_, slots_ref):
+    slots_ref[P] = jnp.zeros((2, S, D), jnp.bfloat16)
+
+  slots = random(P, 2, S, D)
+  f = triton.call(kernel, out_shape=slots, input_output_aliases={0: 0}, interpret=False, name="planted")
+  jax.block_until_ready(jax.jit(f, donate_argnums=0)(slots))
+
+
+def main() -> int:
+  if "--plant" in sys.argv:
+    plant()
+    return 0
+  implementation = "triton" if jax.default_backend() == "gpu" else "interpret"
+  failed = []
+  for name, op in ops():
+    actual, expected = (jax.jit(op, static_argnums=0)(i) for i in (implementation, "xla"))
+    same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), actual, expected)
+    if not all(jax.tree.leaves(same)):
+      failed.append(name)
+  print("differ:", ", ".join(failed) or "none")
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

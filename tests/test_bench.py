@@ -1,0 +1,220 @@
+"""The benchmark programs run from end to end on tiny shapes; their arithmetic by numbers made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import timing
+from experiments.timing import Ceilings, Effort, Report, Timing
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED = {"us", "best_us", "spread", "floor_us", "fraction", "moved"}
+CEILINGS = Ceilings(hbm=4e12, h2d=5e10, d2h=2.5e10, flops=5e14, hbm_ways={"copy": 4e12})
+
+
+def run(program: str, *arguments: str) -> tuple[list[str], dict[str, dict]]:
+  """What `python -m experiments.<program> --smoke` prints: lines, and the JSON object of the last one."""
+  quick = "--xla_backend_optimization_level=0"  # it compiles more than it computes
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{program}", "--smoke", *arguments],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  *lines, last = done.stdout.splitlines()
+  return lines, json.loads(last)
+
+
+def numbers(value: object) -> list[float]:
+  """All numbers in rows of rows."""
+  if isinstance(value, dict):
+    return [number for part in value.values() for number in numbers(part)]
+  assert isinstance(value, int | float), value  # text would be an error's
+  return [value]
+
+
+def check(results: dict[str, dict], file: Path) -> None:
+  """Every row has its keys and finite numbers, and stands in the file with a stamp."""
+  assert all(row.keys() >= TIMED and row["best_us"] <= row["us"] for row in results.values())
+  assert all(map(math.isfinite, numbers(results)))
+  written = [json.loads(line) for line in file.read_text().splitlines()]
+  assert [f"{row['op']}-{row['case']}" for row in written] == list(results)
+  for row, result in zip(written, results.values(), strict=True):
+    assert result.items() <= row.items()
+    assert row["device"] == "cpu" and row["jax"] and row["commit"] == "abc" and row["ceilings"]["hbm"] > 0
+
+
+# -------------------------------------------------------------------------------------------------------- the programs
+
+
+def test_bench_kernels(tmp_path):
+  lines, results = run("bench_kernels", f"--out={tmp_path}", "--commit=abc")
+  check(results, tmp_path / "kernels.jsonl")
+  ops = ["digest", "score", "select", "residency", "attend", "copy", "prefill"]
+  assert list(dict.fromkeys(name.partition("-")[0] for name in results)) == ops
+  assert [line.split()[0] for line in lines if " beside (us)" in line] == ops
+  assert all(row["beside"] and row["us"] > 0 for name, row in results.items() if not name.startswith("residency"))
+  assert 0.05 < results["residency-2x2x4 miss 30%"]["miss_rate"] < 0.8  # lists of four blocks
+  assert 0 < results["attend-2x8 miss 30%"]["miss_rate"] < 1
+  assert results["attend-dense 2x64 tokens"]["moved"] == {"hbm": 2 * 2 * 9 * 512}
+
+
+def test_bench_kernels_of_some_ops():
+  _, results = run("bench_kernels", "--ops=select")
+  assert {name.partition("-")[0] for name in results} == {"select"}
+
+
+def test_bench_step(tmp_path):
+  _, results = run("bench_step", f"--out={tmp_path}", "--commit=abc", "--steps=4", "--misses=0,0.5", "--profile")
+  check(results, tmp_path / "step.jsonl")
+  cases = ("topk 2x128 miss 0%", "topk 2x128 miss 50%", "psa 2x128 miss 0%")
+  assert list(results) == ["dense part-batch 2", *(f"step-{case}" for case in cases)]
+  whole, half, psa = (results[f"step-{case}"] for case in cases)
+  for row in (whole, half, psa):
+    assert row["recompiled"] == 0 and row["kernels_a_layer"] > 10
+    assert row["floor_us"] == pytest.approx(sum(row["floors_us"].values()))
+  # Two rows of 15 full blocks, of which the budget of 64 tokens reads eight; 2 heads in 4 layers.
+  assert whole["blocks_attended"] == half["blocks_attended"] == 2 * 2 * 4 * 8
+  assert whole["miss_rate"] == 0 and 0.35 < half["miss_rate"] < 0.65
+  assert half["moved"]["h2d"] == pytest.approx(half["miss_rate"] * 128 * 2 * 8 * 16 * 4)
+
+
+# ------------------------------------------------------------------------------------------------------ the arithmetic
+
+
+def test_a_time_is_the_median_of_the_calls():
+  timed = Timing.of([4e-3, 2e-3, 3e-3], repetitions=100)
+  assert (timed.us, timed.best_us) == pytest.approx((30, 20)) and timed.spread == pytest.approx(2 / 3)
+
+
+def test_the_floor_is_the_slowest_way():
+  assert CEILINGS.floor_us(hbm=4e6) == pytest.approx(1)
+  assert CEILINGS.floor_us(hbm=4e6, h2d=1e6) == pytest.approx(20)
+  assert CEILINGS.floor_us(hbm=4e6, d2h=1e6) == pytest.approx(40)
+  assert CEILINGS.floor_us(hbm=4e6, flops=1.5e9) == pytest.approx(3)
+  row = timing.row(Timing(50, 40, 0.1), 20, {"h2d": 1e6}, miss_rate=0.5)
+  moved = {"h2d": 1e6}
+  expected = dict(us=50, best_us=40, spread=0.1, floor_us=20, fraction=0.4, moved=moved, miss_rate=0.5)
+  assert row == expected
+
+
+@pytest.mark.parametrize("n_variants", [1, 3])
+def test_every_repetition_is_run_and_counted(n_variants):
+  """A state that counts; the second of two calls is timed, and the last round's results come back."""
+  effort = Effort(calls=2, seconds=0, rounds=4)
+  variants = [jnp.int32(10 * i) for i in range(n_variants)]
+
+  def op(state, shared, inputs):
+    return state + 1, (state + inputs) * shared
+
+  timed, state, results = timing.measure(op, variants, effort, state=jnp.int32(0), shared=jnp.int32(2))
+  n = (2 + effort.calls) * effort.rounds * n_variants  # one to compile, one to estimate
+  assert state == n and timed.us > 0
+  assert [int(r) for r in results] == [2 * (n - n_variants + i + 10 * i) for i in range(n_variants)]
+
+
+def test_a_failure_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
+  def fails():
+    raise ValueError("no room\nfor it")
+
+  report = Report(tmp_path / "out" / "rows.jsonl", CEILINGS, commit=None)
+  report.add("op", "bad", fails)
+  report.add("op", "good", lambda: timing.row(Timing(50, 40, 0.1), 20, {"h2d": 2**20}, beside={"other": 60.0}, n=3))
+  with pytest.raises(SystemExit) as exit:
+    report.close()
+  assert exit.value.code == 1
+  said = capsys.readouterr()
+  assert said.err == "op bad: ValueError: no room\n"
+  stamp, _, titles, bad, good, last = said.out.splitlines()
+  assert json.loads(stamp)["ceilings"]["h2d"] == 5e10
+  assert titles.split() == ["op", "us", "±", "MiB", "floor", "share", "beside", "(us)"]
+  assert bad.split() == "bad failed: ValueError: no room".split()
+  assert good.split() == ["good", "50.0", "10%", "1.0", "20.0", "0.40", "other", "60,", "[n]", "3"]
+  assert list(json.loads(last)) == ["op-bad", "op-good"]
+  assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_beside_tells_why_there_is_none():
+  def fails():
+    raise NotImplementedError("not here")
+
+  found = timing.beside({"good": lambda: Timing(3, 2, 0), "bad": fails})
+  assert found == {"good": 3, "bad": "NotImplementedError: not here"}
+
+
+HLO = """HloModule jit_f, is_scheduled=true
+
+%fused (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %neg = f32[2]{0} negate(%p)
+}
+
+%graph (q: f32[2]) -> f32[2] {
+  %q = f32[2]{0} parameter(0)
+  %a = f32[2]{0} fusion(%q), kind=kLoop, calls=%fused
+  ROOT %b = (f32[2]{0}, s32[]) custom-call(%a), custom_call_target="x"
+}
+
+%short (c: (s32[])) -> (s32[]) {
+  %c = (s32[]) parameter(0)
+  ROOT %d = s32[] fusion(%c), kind=kLoop, calls=%fused
+}
+
+%body.1 (t: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %t = (s32[], f32[2]{0}) parameter(0)
+  %g = f32[2]{0} get-tuple-element(%t), index=1
+  %h = f32[2]{0:S(5)} call(%g), to_apply=%graph
+  %w = (s32[]) while(%t), condition=%cond, body=%short
+  %s = f32[2]{0} copy-start(%h)
+  %e = f32[2]{0} copy-done(%s)
+  ROOT %r = (s32[], f32[2]{0}) tuple(%t, %e)
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  %i = f32[2]{0} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %y = (s32[], f32[2]{0}) while(%i), condition=%cond, body=%body.1
+}
+"""
+
+
+def test_kernels_of_a_layer():
+  """A fusion and a custom call in a graph, one in an inner loop, a copy."""
+  assert timing.kernels_in_loop(HLO) == 4
+  assert timing.kernels_in_loop("HloModule empty") == 0
+
+
+def test_kernels_of_a_trace():
+  named = lambda what, pid, tid, name: {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}}  # noqa: E731
+  ran = lambda name, pid, tid, us, module="jit_f": {  # noqa: E731
+    "ph": "X", "name": name, "pid": pid, "tid": tid, "ts": 0, "dur": us, "args": {"hlo_module": module}
+  }  # fmt: skip
+  events = [
+    named("process_name", 1, 0, "/device:GPU:0"),
+    named("process_name", 2, 0, "/host:CPU"),
+    named("thread_name", 1, 7, "Stream #7(Compute)"),
+    named("thread_name", 1, 8, "XLA Ops"),
+    named("thread_name", 2, 7, "Stream of thought"),
+    ran("score", 1, 7, 2.0),
+    ran("attend", 1, 7, 5.0),
+    ran("score", 1, 7, 4.5),
+    ran("attend", 1, 8, 100.0),
+    ran("attend", 2, 7, 100.0),
+    ran("scatter", 1, 7, 100.0, "jit_evict"),
+    {"ph": "X", "name": "memcpy", "pid": 1, "tid": 7, "dur": 1.0},
+    {},
+  ]
+  times = timing.kernel_times({"traceEvents": events}, without="evict")
+  assert list(times.items()) == [("score", 6.5), ("attend", 5.0), ("memcpy", 1.0)]
+  assert np.isclose(sum(times.values()), 12.5)

@@ -1,0 +1,109 @@
+"""Hit rates of the slots against exact least-recently-used, call by call, on traces of selections."""
+
+from __future__ import annotations
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import digest, residency
+from pallas_kernels.residency import NEVER, Maps
+from pallas_kernels.score import box
+from sparse_serve_jax.config import ModelConfig, find_config, read_config
+from sparse_serve_jax.models import llama
+
+K, N, BLOCKS, STEPS = 2, 64, 8, 48  # heads, blocks of a request, selected of them, decode steps
+
+
+def drifting(rows: int, layers: int) -> np.ndarray:
+  """Scores that drift, so that consecutive selections share most blocks: ids [steps, layers, rows, K, BLOCKS]."""
+  rng = np.random.default_rng(0)
+  scores, trace = rng.normal(size=(layers, rows, K, N)), []
+  for _ in range(STEPS):
+    scores = 0.99 * scores + (1 - 0.99**2) ** 0.5 * rng.normal(size=scores.shape)
+    trace.append(np.argsort(-scores, axis=-1)[..., :BLOCKS])
+  return np.stack(trace)
+
+
+def recorded(rows: int, layers: int) -> np.ndarray:
+  """Selections by cuboid-mean of a model with random weights while it reads random text, a request a row."""
+  cfg = read_config(ModelConfig, find_config("models", "tiny"))
+  params, size = llama.init_params(cfg, 0), 8
+  assert cfg.n_kv_heads == K and cfg.n_layers >= layers
+
+  def select(tokens):
+    _, hidden = llama.forward(cfg, params, tokens, hidden=True)
+    turns = llama.rope(cfg, jnp.arange(tokens.shape[0]))
+
+    def layer(i):
+      q, k, _ = llama.qkv(cfg, llama.layer_params(params, i), hidden[i], turns)
+      keys = jnp.moveaxis(k[: N * size].reshape(N, size, K, -1), 2, 0)  # [K, N, S, D]
+      q = jnp.moveaxis(q[-STEPS:], 0, 1)  # [K, steps, G, D]
+      scores = box(q.reshape(K, -1, q.shape[-1]), digest.cuboid_mean(keys)).reshape(K, STEPS, -1, N)
+      return jax.lax.top_k(scores.mean(2), BLOCKS)[1].swapaxes(0, 1)  # [steps, K, BLOCKS]
+
+    return jnp.stack([layer(i) for i in range(layers)], 1)
+
+  tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (rows, N * size + STEPS))
+  return np.stack([jax.jit(select)(t) for t in tokens], 2)
+
+
+def exact(trace: np.ndarray, n_slots: int) -> float:
+  """Hit rate when every miss evicts what was used longest ago, blocks of its own call apart."""
+  used, hits = collections.OrderedDict(), 0
+  for step in trace:
+    for layer, of_layer in enumerate(step):
+      call = [(layer, b, k, i) for (b, k, j), i in np.ndenumerate(of_layer)]
+      hit = [key for key in call if key in used]
+      hits += len(hit)
+      for key in call:
+        if key not in used and len(used) == n_slots:
+          victim = next((old for old in used if old not in hit), None)
+          if victim is None:
+            continue
+          del used[victim]
+        used[key] = True
+      for key in call:
+        if key in used:
+          used.move_to_end(key)
+  return hits / trace.size
+
+
+def ours(trace: np.ndarray, n_slots: int) -> float:
+  """Hit rate of `propose` and `commit` in a program a step."""
+  _, layers, rows, _, n = trace.shape
+  empty = jnp.full((K, layers, rows * N), -1, jnp.int32)
+  slots = jnp.full(n_slots, -1, jnp.int32)
+
+  def step(carry, of_step):
+    maps, clock = carry
+    victims, hits, taken = residency.oldest_first(maps, clock * layers), 0, jnp.int32(0)
+    for layer in range(layers):
+      blocks = of_step[layer] + (jnp.arange(rows) * N)[:, None, None]
+      reads = residency.propose(maps, victims, layer, blocks, taken=taken)
+      hits += reads.hits.sum()
+      taken += blocks.size - reads.hits.sum()
+      used, steps = jnp.full((rows, K), n), jnp.zeros(rows, jnp.int32)
+      maps = residency.commit(maps, layer, reads, used, clock * layers + layer, steps)
+    return (maps, clock + 1), hits
+
+  start = Maps(empty, slots, slots, jnp.full_like(empty, NEVER)), jnp.int32(0)
+  return int(jax.lax.scan(step, start, jnp.asarray(trace, jnp.int32))[1].sum()) / trace.size
+
+
+@pytest.mark.parametrize("slots", [0.5, 1.1, 2.0, 3.0])  # times what a step selects
+@pytest.mark.parametrize("make", [drifting, recorded])
+def test_hit_rate_is_that_of_exact_lru(make, slots: float):
+  """Never 1 % below it, mostly far above it where it thrashes.
+
+  Where slots barely hold one step of selections that hardly overlap (`recorded`, 1.1: exact LRU hits 31 %), the places
+  that a miss looks at are mostly taken, and the next free one is not always the oldest: 2 % there.
+  """
+  rows, layers = 4, 4
+  trace = make(rows, layers)
+  n_slots = round(slots * trace[0].size)
+  actual, expected = ours(trace, n_slots), exact(trace, n_slots)
+  assert actual > expected - (0.02 if make is recorded and slots == 1.1 else 0.01)

@@ -1,0 +1,36 @@
+"""Kernels write where they may and nowhere else: under NVIDIA's memory checker on a GPU, against XLA anywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZER = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9"]
+
+
+def run(*command: str, platforms: str) -> subprocess.CompletedProcess[str]:
+  env = {**os.environ, "JAX_PLATFORMS": platforms, "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
+  env = env if platforms == "cuda" else {**env, "XLA_FLAGS": ""}
+  return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_kernels_leave_what_xla_leaves():
+  done = run(sys.executable, "-m", "tests.sanitized", platforms="cpu")
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", [False, True])
+def test_under_the_memory_checker(plant: bool):
+  if not shutil.which("compute-sanitizer"):
+    pytest.skip("compute-sanitizer is not installed")
+  done = run(*SANITIZER, sys.executable, "-m", "tests.sanitized", *["--plant"] * plant, platforms="cuda")
+  text = done.stdout + done.stderr
+  assert (done.returncode == 9 and "Invalid __global__ write" in text) if plant else done.returncode == 0, text[-4000:]
