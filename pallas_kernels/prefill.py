@@ -7,10 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of q, in bf16 by up to 1 at 256: useless weights.
-from jax._src.cudnn.fused_attention_stablehlo import MaskType
-from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
-
 from pallas_kernels import reference
 from pallas_kernels.copy import gather_blocks
 from pallas_kernels.partial import Partial, merge
@@ -72,18 +68,21 @@ def prefill_attention(
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | None, scale: float) -> Partial:
   """cuDNN's attention of q [T, K, G, D] over k, v [t, K, D]: causal, or each over the first `n_keys`."""
+  # Private: jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of q, which leaves no weights to merge by.
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
   n_tokens, n_heads, n_group, depth = q.shape
   n_queries = n_read = None
   if n_keys is not None:  # of none, one that was cleared: its product is 0, never NaN
     n_queries, n_read = jnp.full(1, n_tokens, jnp.int32), jnp.maximum(n_keys, 1).reshape(1).astype(jnp.int32)
-  result: Any = cudnn_attention(
+  result: Any = cudnn.dot_product_attention(
     q.reshape(1, n_tokens, n_heads * n_group, depth),
     k[None],
     v[None],
     q_seqlen=n_queries,
     kv_seqlen=n_read,
     scale=scale,
-    mask_type=MaskType.CAUSAL if n_keys is None else MaskType.PADDING,
+    mask_type=cudnn.MaskType.CAUSAL if n_keys is None else cudnn.MaskType.PADDING,
     return_residual=True,
   )
   o, lse = result  # [1, T, H, D], [1, H, T] float32

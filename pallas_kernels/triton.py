@@ -1,7 +1,7 @@
 """The only file that touches the Pallas Triton backend.
 
 The backend works in jax 0.10.2 to 0.12 and warns of its removal since 0.11.0; when it goes, this file and the compiler
-parameters below are what has to change, and the XLA implementations in `reference.py` keep every op alive meanwhile.
+parameters below are what has to change, and the XLA implementation of every op stays whatever happens.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as kernels
@@ -327,7 +328,7 @@ def test_prefill_merges_two_calls(prefix_blocks: int | None, monkeypatch: pytest
   """The GPU's path with stand-ins for what needs one: its two attentions, and how they are put together."""
 
   def attention(q, k, v, *, q_seqlen, kv_seqlen, scale, mask_type, return_residual):
-    assert return_residual and (kv_seqlen is None) == (mask_type == prefill.MaskType.CAUSAL)
+    assert return_residual and (kv_seqlen is None) == (mask_type == fused_attention_stablehlo.MaskType.CAUSAL)
     q, k, v = (x[0].astype(jnp.float32) for x in (q, k, v))
     (n_queries, n_heads, depth), (n_keys, n_kv_heads, _) = q.shape, k.shape
     s = jnp.einsum("tkgd,ukd->kgtu", q.reshape(n_queries, n_kv_heads, -1, depth), k) * scale
@@ -337,7 +338,7 @@ def test_prefill_merges_two_calls(prefix_blocks: int | None, monkeypatch: pytest
     o = jnp.einsum("kgtu,ukd->tkgd", jax.nn.softmax(s), v).reshape(1, n_queries, n_heads, depth)
     return o.astype(jnp.bfloat16), jax.nn.logsumexp(s, -1).reshape(1, n_heads, n_queries)
 
-  monkeypatch.setattr(prefill, "cudnn_attention", attention)
+  monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", attention)
   monkeypatch.setattr(
     prefill, "gather_blocks", lambda *a, implementation: copy.gather_blocks(*a, implementation="interpret")
   )

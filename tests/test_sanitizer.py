@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZER = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9"]
+# What the driver answers to questions about features that are not there is no error of ours.
+SANITIZER = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9"]
 
 
 def run(*command: str, platforms: str) -> subprocess.CompletedProcess[str]:
