@@ -117,7 +117,7 @@ def test_the_readmes_commands_parse():
 def test_what_else_the_readme_names_exists():
   sources = "".join(file.read_text() for file in (ROOT / "experiments").glob("*.py"))
   defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', sources))
-  assert set(re.findall(r"(?<!XLA_FLAGS=)--(\w+)[=` ]", README)) <= defined
+  assert set(re.findall(r"(?<!XLA_FLAGS=)--(\w+)[= ]", README)) <= defined
   modules = set(re.findall(r"python -m experiments\.(\w+)", README))
   assert {"serve", "bench_kernels", "bench_step"} <= modules <= {f.stem for f in (ROOT / "experiments").glob("*.py")}
   in_python = [ast.literal_eval(f"[{text}]") for text in re.findall(r"overrides=\[(.*?)\]", README)]
