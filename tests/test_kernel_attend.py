@@ -196,6 +196,9 @@ ATTEND = {
   "llama-3.2-1b": (REAL["llama-3.2-1b"], "float32", 0.7),
   "lwm-7b": (REAL["lwm-7b"], "bfloat16", None),
   "qwen2.5-7b": (REAL["qwen2.5-7b"], "bfloat16", None),
+  "float32": (REAL["llama3-8b"], "float32", 0.7),
+  "small-blocks": (Shape(2, 16, 64), "bfloat16", 0.7),
+  "large-blocks": (Shape(8, 64, 128), "bfloat16", 0.7),
 }
 ON_CPU = list(ATTEND)[:5]  # the others compile to the same program but for sizes
 ATTEND_CASES = [(name, kind) for name in ON_CPU for kind in ("xla", "interpret")] + [
@@ -213,12 +216,43 @@ def test_attend(name: str, implementation: str):
   assert (expected.used < counts).any() == (threshold is not None)
 
 
+@pytest.mark.parametrize("threshold", [0.01, None])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_attend_without_slots_to_less_than_always(implementation: str):
+def test_attend_without_slots_to_less_than_always(implementation: str, threshold: float | None):
   """Lists shorter than sinks and window, which are one group: all of them is read."""
   case = random_case(3, Shape(2, 8, 16), [Row(3, 3, "miss"), Row(1, 8, "miss")], 3)
-  expected = check_attend(case, implementation, always=8, group=8, threshold=0.01, n_slots=0)
+  expected = check_attend(case, implementation, always=8, group=8, threshold=threshold, n_slots=0)
   assert expected.used.tolist() == [[3, 3], [1, 1]]
+
+
+@pytest.mark.parametrize("n_slots", [None, 0])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attend_cuts_long_lists(implementation: str, n_slots: int | None):
+  """Few long lists are cut into many programs, of which some have nothing to do."""
+  rows = [Row(38, 2), Row(40, 8, "hit"), Row(37, 1, "miss"), Row(5, 3, "hit"), Row(1, 0, "hit")]
+  check_attend(random_case(4, Shape(2, 8, 16), rows, 40, K=1), implementation, 0, 40, None, n_slots)
+
+
+@pytest.mark.gpu
+def test_blocks_beyond_4_gib():
+  """The last block of a pool in host memory, and the last slots, at offsets that 32 bits do not hold."""
+  n = (4 << 30) // (16 << 10) + 5000  # blocks of 16 KiB
+  case = random_case(8, REAL["llama3-8b"], [Row(2, 3)], 2, "bfloat16", K=1)
+  host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+  pool = jax.jit(lambda: kernels.empty((1, 1, n, *case.kv.shape[3:]), case.kv.dtype), out_shardings=host)()
+  store = functools.partial(kernels.store_blocks, implementation="triton")
+  store = jax.jit(store, donate_argnums=0, out_shardings=host)
+  pool = store(pool, case.kv[:, :, None, 1], np.int32(0), np.zeros(1, np.int32), np.array([n - 1], np.int32))
+  fill = jax.jit(lambda kv: jnp.zeros((n, *kv.shape), kv.dtype).at[n - 1].set(kv))
+  reads = Reads(
+    np.array([[[0, n - 1]]], np.int32), np.array([[[n - 1, n - 2]]], np.int32), np.ones((1, 1, 1), np.int32)
+  )
+  row, count = np.zeros(1, np.int32), np.full((1, 1), 2, np.int32)
+  program = attend_program("triton", case.scale, 0, None)
+  tail, tokens = case.tail[:, :, None].swapaxes(0, 1), np.array([3], np.int32)
+  partial, _, slots = program(case.q, tail, row, tokens, pool, fill(case.kv[0, 0, 0]), np.int32(0), reads, count)
+  assert_rows_close(partial.output, expect(case, 0, 2, None).output, TOLERANCE["bfloat16"])
+  assert_same_bits(slots[n - 2], case.kv[0, 0, 1])
 
 
 def test_swapping_keys_and_values_is_seen():
