@@ -13,35 +13,30 @@ import concurrent.futures
 import ctypes
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from jax import lax
 
 import pallas_kernels as kernels
 from experiments import timing
-from experiments.timing import Ceilings, Effort, Report, Row, Timing
-from pallas_kernels import digest as digests
+from experiments.timing import Baselines, Effort, Report, Row, Timing
+from pallas_kernels.digest import cuboid_mean
 from pallas_kernels.score import box
-from sparse_serve_jax import runtime
 from sparse_serve_jax.memory import kv_cache
 
-_OUT = flags.DEFINE_string("out", None, "Folder for kernels.jsonl; rows are added to it.")
 _OPS = flags.DEFINE_list("ops", None, "Which ops; by default all.")
 _IMPLEMENTATION = flags.DEFINE_enum(
   "implementation", None, ["xla", "triton", "interpret"], "Of the ops; by default triton on a GPU, else xla."
 )
 _CALLS = flags.DEFINE_integer("calls", 5, "Timed calls of a case.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 0.05, "Of one call, in which an op is repeated.", lower_bound=0)
-_COMMIT = flags.DEFINE_string("commit", None, "What rows are stamped with where there is no git to ask.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Tiny shapes, one repetition: whether it runs, not how fast.")
+timing.define_flags()
 
-Rivals = dict[str, Callable[[], Timing]]
 Cases = Iterator[tuple[str, Callable[[], Row]]]
 STAGING_THREADS = 8  # copy between a pool and a staging array
 
@@ -49,9 +44,9 @@ STAGING_THREADS = 8  # copy between a pool and a staging array
 class Bench:
   """The shapes, the rates and the arrays that cases share. `pick` chooses between a real size and one for --smoke."""
 
-  def __init__(self, smoke: bool, implementation: str, effort: Effort, ceilings: Ceilings):
+  def __init__(self, report: Report, smoke: bool, implementation: str):
     self.pick = lambda real, tiny: tiny if smoke else real
-    self.effort, self.ceilings = effort, ceilings
+    self.effort, self.ceilings = report.effort, report.ceilings
     self.kernel, self.xla = dict(implementation=implementation), dict(implementation="xla")
     self.heads, self.group, self.depth, self.size = self.pick((8, 4, 128, 32), (2, 2, 16, 8))  # K, G, D, S
     self.block_bytes = 2 * self.size * self.depth * 2
@@ -64,9 +59,9 @@ class Bench:
   def time(self, op: timing.Op, variants: Any, **kwargs: Any) -> Timing:
     return timing.measure(op, variants, self.effort, **kwargs)[0]
 
-  def row(self, measured: Timing, moved: dict[str, float], rivals: Rivals, **others: float) -> Row:
-    moved = {way: float(amount) for way, amount in moved.items()}
-    return timing.row(measured, self.ceilings.floor_us(**moved), moved, beside=timing.beside(rivals), **others)
+  def row(self, measured: Timing, moved: dict[str, float], baselines: Baselines, **others: float) -> Row:
+    moved, found = {way: float(amount) for way, amount in moved.items()}, timing.measure_baselines(baselines)
+    return timing.row(measured, self.ceilings.floor_us(**moved), moved, baselines=found, **others)
 
   def row_of_digests(self, op: timing.Op, variants: Any, moved: dict[str, float]) -> Row:
     """A row of an op on the digests [K, 1, M, 2, D] that takes `implementation`."""
@@ -92,12 +87,7 @@ class Bench:
     shape, host = (self.heads, 1, self.n_pool, 2, self.size, self.depth), timing.host_sharding()
     on_host = kv_cache.host_memory_kind() is not None
     make = (lambda: kernels.empty(shape, jnp.bfloat16)) if on_host else (lambda: jnp.zeros(shape, jnp.bfloat16))
-    store = jax.jit(functools.partial(kernels.store_blocks, **self.kernel), donate_argnums=0, out_shardings=host)
-    pool, n = jax.jit(make, out_shardings=host)(), min(self.n_pool, 4096)
-    source, ids = self.blocks(self.heads, 1, n), np.arange(n, dtype=np.int32)
-    for start in range(0, self.n_pool, n):
-      pool = store(pool, source, 0, ids, start + ids)
-    return jax.block_until_ready(pool)
+    return timing.fill_pool(jax.jit(make, out_shardings=host)(), host, **self.kernel)
 
 
 def digest(b: Bench) -> Cases:
@@ -106,7 +96,7 @@ def digest(b: Bench) -> Cases:
 
   def op(state, _, inputs, **options):
     source, blocks = inputs
-    return digests.store_digests(state, source, 0, ids, blocks, rule=digests.cuboid_mean, **options), ()
+    return kernels.store_digests(state, source, 0, ids, blocks, rule=cuboid_mean, **options), ()
 
   def case():
     variants = b.variants(lambda: (b.blocks(b.heads, 1, n), b.distinct(b.n_pool, n)))
@@ -137,8 +127,9 @@ def select(b: Bench) -> Cases:
     time = lambda f: b.time(lambda state, _, scores: (state, f(scores)), variants)  # noqa: E731
     by_sort = lambda x: lax.sort((-x, lax.broadcasted_iota(jnp.int32, x.shape, 2)), num_keys=1)  # noqa: E731
     other, name = (by_sort, "sort") if k == n else (lambda x: lax.approx_max_k(x, k), "approx_max_k")
-    rivals = {"top_k": lambda: time(lambda x: lax.top_k(x, k)), name: lambda: time(other)}
-    return b.row(time(lambda x: kernels.select(x, k, **b.kernel)), dict(hbm=rows * b.heads * 4 * (n + 2 * k)), rivals)
+    baselines = {"top_k": lambda: time(lambda x: lax.top_k(x, k)), name: lambda: time(other)}
+    moved = dict(hbm=rows * b.heads * 4 * (n + 2 * k))
+    return b.row(time(lambda x: kernels.select(x, k, **b.kernel)), moved, baselines)
 
   for rows, n, k in b.pick([(64, 4096, 64), (20, 1024, 1024)], [(1, 16, 4), (1, 16, 16)]):
     yield f"{rows * b.heads}x{n} k={k}", functools.partial(case, rows, n, k)
@@ -147,63 +138,61 @@ def select(b: Bench) -> Cases:
 def residency(b: Bench) -> Cases:
   """propose and commit of one layer, in steps of 24 of 32 layers, so that a quarter of the slots is there for misses.
 
-  The listed blocks are the same in every step, but for those that miss: they have not been read for 32 steps or have
-  been evicted since.
+  The listed blocks are the same in every step, but for those that miss: they have not been read for a dozen steps
+  and have been evicted since. The first step, which only warms up, fills the slots, in random order.
   """
   rows, n, table = b.pick((64, 64, 320), (2, 4, 20))
-  n_layers, n_steps = b.pick((32, 32), (4, 8))
+  n_layers, n_steps = b.pick(32, 4), table - n  # then the turns of `lists` go on from the last step to the first
   n_used = n_layers * 3 // 4
   n_pool, n_slots = rows * table, rows * b.heads * n * n_layers
 
   def lists(miss):
-    """Blocks [steps, B, K, n], and maps in which those of no step in particular are in slots."""
-    ids = np.broadcast_to(np.arange(table), (rows, b.heads, table)) + np.arange(rows)[:, None, None] * table
-    ids = b.rng.permuted(ids, axis=-1).astype(np.int32)
-    changes = b.rng.random((rows, b.heads, n)) < miss
+    """Blocks [steps, B, K, n]: those that change in every step take turns among the rest of the row's table."""
+    tables = np.arange(n_pool, dtype=np.int32).reshape(rows, 1, table).repeat(b.heads, 1)
+    kept, rest = np.split(b.rng.permuted(tables, axis=-1), [n], -1)
+    changes = b.rng.random(kept.shape) < miss
     step = np.arange(n_steps)[:, None, None, None]
-    other = (step * changes.sum(-1, keepdims=True) + np.cumsum(changes, -1) - 1) % (table - n)
-    spare = np.broadcast_to(ids[..., n:], (n_steps, rows, b.heads, table - n))
-    blocks = np.where(changes, np.take_along_axis(spare, np.maximum(other, 0), -1), ids[..., :n])
+    turn = (step * changes.sum(-1, keepdims=True) + changes.cumsum(-1) - 1) % (table - n)
+    return jnp.asarray(np.where(changes, np.take_along_axis(rest[None], turn, -1), kept))
 
-    _, head, _ = np.nonzero(~changes)
-    kept, layer = ids[..., :n][~changes], np.arange(n_used)[:, None]
-    slot = b.distinct(n_slots, n_used, kept.size)
-    slot_of = np.full((b.heads, n_layers, n_pool), -1, np.int32)
-    block_of, last_used = np.full((2, n_slots), -1, np.int32)
-    slot_of[head, layer, kept] = slot
-    block_of[slot], last_used[slot] = (head * n_layers + layer) * n_pool + kept, layer
-    never = np.full_like(slot_of, kernels.NEVER)
-    return jnp.asarray(blocks), kernels.Maps(*map(jnp.asarray, (slot_of, block_of, last_used, never)))
+  def empty():
+    of_block = jnp.full((b.heads, n_layers, n_pool), -1)
+    return kernels.Maps(
+      slot_of=of_block,
+      block_of=jnp.full(n_slots, -1),
+      last_used=jnp.asarray(-1 - b.distinct(n_slots, n_slots)),
+      last_selected=jnp.full_like(of_block, kernels.NEVER),
+    )
 
   def step(state, blocks, _, **options):
     maps, clock = state
     now, since = blocks[clock % n_steps], clock * n_layers
-    victims = kernels.oldest_first(maps, since)
+    order = kernels.eviction_order(maps, since)
     used, steps = jnp.full((rows, b.heads), n), jnp.full(rows, clock)
 
     def layer(i, carry):
       maps, missed = carry
-      reads = kernels.propose(maps, victims, i, now, taken=missed, **options)
-      return kernels.commit(maps, i, reads, used, since + i, steps, **options), missed + n - reads.hits[..., 0]
+      reads = kernels.propose(maps, order, i, now, taken=missed, **options)
+      return kernels.commit(maps, i, reads, used, since + i, steps, **options), missed + reads.missed(used)
 
     maps, missed = lax.fori_loop(0, n_used, layer, (maps, jnp.zeros_like(used)))
     return (maps, clock + 1), missed
 
-  def order(state, maps, last_used):
-    return state, kernels.oldest_first(maps._replace(last_used=last_used), jnp.int32(1)).slots
+  def sort(state, maps, last_used):
+    return state, kernels.eviction_order(maps._replace(last_used=last_used), jnp.int32(1)).slots
 
   def case(miss):
-    blocks, maps = lists(miss)
-    oldest = b.time(order, [maps.last_used], shared=maps)
+    blocks, maps = lists(miss), empty()
+    sorting = b.time(sort, [maps.last_used], shared=maps)
 
     def layer_of(options):
-      f, state = functools.partial(step, **options), (jax.tree.map(jnp.copy, maps), jnp.int32(1))
+      f, state = functools.partial(step, **options), (empty(), jnp.int32(1))
       whole, _, (missed,) = timing.measure(f, [()], b.effort, state=state, shared=blocks)
-      alone = Timing((whole.us - oldest.us) / n_used, (whole.best_us - oldest.best_us) / n_used, whole.spread)
+      alone = Timing((whole.us - sorting.us) / n_used, (whole.best_us - sorting.best_us) / n_used, whole.spread)
       return alone, float(missed.mean()) / n / n_used
 
     mine, missed = layer_of(b.kernel)
-    others = dict(miss_rate=missed, oldest_us=oldest.us, oldest_per_layer_us=oldest.us / n_layers)
+    others = dict(miss_rate=missed, sort_us=sorting.us, sort_per_layer_us=sorting.us / n_layers)
     moved = dict(hbm=rows * b.heads * n * (20 + 3 * 32))  # of slot_of, last_used, last_selected a sector each
     return b.row(mine, moved, {"xla": lambda: layer_of(b.xla)[0]}, **others)
 
@@ -213,10 +202,6 @@ def residency(b: Bench) -> Cases:
 
 def attend(b: Bench) -> Cases:
   scale, zero = b.depth**-0.5, jnp.int32(0)
-
-  def reads_of(blocks, slot, hits):
-    arrays = (np.broadcast_to(x, (*slot.shape[:2], x.shape[2])) for x in (blocks, slot, hits))
-    return kernels.Reads(*map(jnp.asarray, arrays))
 
   def op(slots, shared, inputs, **options):
     (tail, rows, tokens, pool, count), (q, reads) = shared, inputs
@@ -232,44 +217,44 @@ def attend(b: Bench) -> Cases:
     p = jax.nn.softmax(s, axis=(-2, -1)).astype(q.dtype)
     return slots, jnp.einsum("bkgns,bknsd->bkgd", p, kv[..., 1, :, :], preferred_element_type=jnp.float32)
 
+  def inputs_of(rows, n, n_pool, slot, n_hits):
+    """Queries, and a list of blocks that is the same for all heads of a row."""
+    blocks = np.broadcast_to(b.distinct(n_pool, rows, 1, n), slot.shape)
+    return b.random(rows, b.heads, b.group, b.depth), kernels.Reads(*map(jnp.asarray, (blocks, slot, n_hits)))
+
   def run(rows, variants, slots, pool, count, threshold=None, always=0):
     tail = b.blocks(b.heads, 1, rows)
     tokens = b.rng.integers(1, b.size + 1, rows).astype(np.int32)
     shared = tail, jnp.arange(rows), jnp.asarray(tokens), pool, jnp.full((rows, b.heads), count, jnp.int32)
     f = functools.partial(op, threshold=threshold, always=always, scale=scale, **b.kernel)
     measured, _, results = timing.measure(f, variants, b.effort, state=slots, shared=shared)
-    return measured, shared, [np.asarray(used) for _, used in results]
+    return measured, shared, [used for _, used in results]
 
   def sparse(rows, n, miss, threshold=None):
-    group, always = (4, 4) if threshold is not None else (n, 0)
+    group, always = (n, 0) if threshold is None else (4, 4)
 
     def inputs():
-      hits = (group - b.rng.binomial(group, miss, (rows, b.heads, n // group))).astype(np.int32)
-      reads = reads_of(b.distinct(b.n_pool, rows, 1, n), b.distinct(b.n_slots, rows, b.heads, n), hits)
-      return b.random(rows, b.heads, b.group, b.depth), reads
+      n_hits = (group - b.rng.binomial(group, miss, (rows, b.heads, n // group))).astype(np.int32)
+      return inputs_of(rows, n, b.n_pool, b.distinct(b.n_slots, rows, b.heads, n), n_hits)
 
     variants = b.variants(inputs)
     measured, shared, used = run(rows, variants, b.blocks(b.n_slots), b.pool, n, threshold, always)
-    reached = [np.arange(n) < u[..., None] for u in used]
-    missed = np.mean([(~np.asarray(reads.hit) & r).sum() for (_, reads), r in zip(variants, reached, strict=True)])
+    missed = np.mean([reads.missed(u).sum() for (_, reads), u in zip(variants, used, strict=True)])
     read = np.mean([u.sum() for u in used])
-    moved = dict(hbm=(read + rows * b.heads) * b.block_bytes, h2d=missed * b.block_bytes)
-    whole = [(q, reads._replace(hits=reads.hits.sum(-1, keepdims=True))) for q, reads in variants]
     if threshold is None:
       f, name = functools.partial(gathered, load=miss > 0), "load, gather, attend" if miss else "gather, attend"
-      rivals = {name: lambda: b.time(f, whole, state=b.blocks(b.n_slots), shared=shared)}
+      baselines = {name: lambda: b.time(f, variants, state=b.blocks(b.n_slots), shared=shared)}
     else:
-      rivals = {"all blocks": lambda: run(rows, whole, b.blocks(b.n_slots), b.pool, n)[0]}
-    return b.row(measured, moved, rivals, miss_rate=float(missed / read), blocks_read=float(read / rows / b.heads))
+      whole = [(q, reads._replace(n_hits=reads.n_hits.sum(-1, keepdims=True))) for q, reads in variants]
+      baselines = {"all blocks": lambda: run(rows, whole, b.blocks(b.n_slots), b.pool, n)[0]}
+    moved = dict(hbm=(read + rows * b.heads) * b.block_bytes, h2d=missed * b.block_bytes)
+    rates = dict(miss_rate=float(missed / read), blocks_read=float(read / rows / b.heads))
+    return b.row(measured, moved, baselines, **rates)
 
   def dense(rows, n):
     """The pool lies in device memory, and there are no slots."""
-
-    def inputs():
-      nowhere, no_hits = np.full((rows, b.heads, n), -1, np.int32), np.zeros((rows, b.heads, 1), np.int32)
-      return b.random(rows, b.heads, b.group, b.depth), reads_of(b.distinct(rows * n, rows, 1, n), nowhere, no_hits)
-
-    variants = b.variants(inputs)
+    nowhere, no_hits = np.full((rows, b.heads, n), -1, np.int32), np.zeros((rows, b.heads, 1), np.int32)
+    variants = b.variants(lambda: inputs_of(rows, n, rows * n, nowhere, no_hits))
     measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, rows * n), n)
 
     def contiguous():
@@ -333,11 +318,11 @@ def copy(b: Bench) -> Cases:
       return list(workers.map(lambda i: memory.__setitem__(chosen[i], got[i]), parts))
 
     with concurrent.futures.ThreadPoolExecutor(STAGING_THREADS) as workers:
-      rivals = {
+      baselines = {
         "one by one": lambda: timing.clock(lambda: jax.device_put(blocks, end), b.effort),
         "staged": lambda: timing.clock(lambda: staged(workers), b.effort),
       }
-      return b.row(kernel(loads, n), {"h2d" if loads else "d2h": n * b.block_bytes}, rivals)
+      return b.row(kernel(loads, n), {"h2d" if loads else "d2h": n * b.block_bytes}, baselines)
 
   for loads, n in itertools.product((True, False), b.pick((16, 64, 256, 1024), (16,))):
     yield f"{'load' if loads else 'store'} {n}", functools.partial(case, loads, n)
@@ -378,18 +363,11 @@ OPS = {f.__name__: f for f in (digest, score, select, residency, attend, copy, p
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   ops = _OPS.value or list(OPS)
   if unknown := [name for name in ops if name not in OPS]:
     raise app.UsageError(f"--ops: no {', '.join(unknown)}; there are {', '.join(OPS)}")
-  runtime.configure()
-  logging.set_verbosity(logging.WARNING)
-  effort = timing.SMOKE if _SMOKE.value else Effort(_CALLS.value, _SECONDS.value)
-  implementation = _IMPLEMENTATION.value or ("triton" if jax.default_backend() == "gpu" else "xla")
-  ceilings = Ceilings.measure(effort)
-  report = Report(pathlib.Path(_OUT.value) / "kernels.jsonl" if _OUT.value else None, ceilings, _COMMIT.value)
-  bench = Bench(_SMOKE.value, implementation, effort, ceilings)
+  report = timing.start(argv, "kernels.jsonl", Effort(_CALLS.value, _SECONDS.value))
+  bench = Bench(report, flags.FLAGS.smoke, _IMPLEMENTATION.value or timing.default_implementation())
   for name in ops:
     for case, make in OPS[name](bench):
       report.add(name, case, make)

@@ -10,100 +10,114 @@ without attention. The last line of stdout is one JSON object; the folder of --o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import gzip
-import json
-import pathlib
-import tempfile
+import itertools
+import re
 import time
-import zlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
 from experiments import timing
-from experiments.timing import Ceilings, Effort, Report, Row, Timing
-from sparse_serve_jax import runtime
+from experiments.timing import Effort, Report, Row, Timing
 from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.config import ModelConfig, find_config, load_config, override, read_config
+from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, load_config, override, read_config
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import CacheShape, KVCache
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.step import DecodeBatch, SamplingRows, Setup, programs
 
-_OUT = flags.DEFINE_string("out", None, "Folder for step.jsonl; rows are added to it.")
 _MODEL = flags.DEFINE_string("model", "llama3-8b", "A name in configs/models, or a JSON file.")
 _CASES = flags.DEFINE_list("cases", ["64x10240", "20x32768"], "Requests x tokens of each.")
 _MISSES = flags.DEFINE_list("misses", ["0", "0.02", "0.1"], "Shares of the slots in use that are emptied.")
 _DENSE = flags.DEFINE_list("dense_batches", ["1", "8", "32", "64"], "Rows of the layers without attention.")
-_THRESHOLD = flags.DEFINE_float("threshold", None, "psa; by default token_budget / tokens, which reads about as much.")
-_HBM = flags.DEFINE_float("hbm_gib", 20, "cache.hbm_bytes.", lower_bound=0)
-_DRAM = flags.DEFINE_float("dram_gib", None, "cache.dram_bytes; by default what the case needs.", lower_bound=0)
-_SET = flags.DEFINE_multi_string("set", [], "Further overrides of configs/serving/sparse_serve.json.")
+_SET = flags.DEFINE_multi_string(
+  "set", [], "Overrides of what a case sets itself (see Case.of), such as cache.hbm_bytes=8GiB; not of sparse.policy."
+)
 _STEPS = flags.DEFINE_integer("steps", 20, "Of a call.", lower_bound=1)
-_PROFILE = flags.DEFINE_bool("profile", False, "Also the time of every kernel, us a layer.")
-_COMMIT = flags.DEFINE_string("commit", None, "What rows are stamped with where there is no git to ask.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "A tiny model and few steps, on any machine: whether it runs.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Also launches and time of every kernel, a layer.")
+timing.define_flags()
 
-_SMOKE_SET = ["cache.block_tokens=8", "sparse.token_budget=64", "sparse.sink_tokens=8", "sparse.window_tokens=8"]
+_SMOKE_SET = [
+  *("cache.block_tokens=8", "cache.hbm_bytes=512KiB"),
+  *("sparse.token_budget=64", "sparse.sink_tokens=8", "sparse.window_tokens=8"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Requests of equal length."""
+
+  n_rows: int
+  n_blocks: int  # of each; the last is half full, in the tail
+  config: EngineConfig
+  shape: CacheShape
+
+  @classmethod
+  def of(cls, cfg: ModelConfig, name: str) -> Self:
+    """From "<requests>x<tokens>": 20 GiB of HBM, a pool that just holds the requests, a psa that reads like topk."""
+    if not (sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)):
+      raise ValueError(f"--cases: {name!r} is not <requests>x<tokens>")
+    n_rows, n_tokens = map(int, sizes.groups())
+    given = [*(_SMOKE_SET if flags.FLAGS.smoke else []), *_SET.value]
+    config = override(load_config("sparse_serve"), given)
+    n_blocks = n_tokens // config.cache.block_tokens
+    token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
+    defaults = [
+      *(f"cache.rows={n_rows}", f"scheduler.max_batch={n_rows}", f"scheduler.max_context={n_tokens}"),
+      f"cache.dram_bytes={n_rows * n_blocks * config.cache.block_tokens * token_bytes}",
+      "cache.hbm_bytes=20GiB",
+      f"sparse.threshold={min(1.0, config.sparse.token_budget / n_tokens)}",
+    ]
+    config = override(config, [*defaults, *given, "sparse.policy=topk"])
+    shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
+    if n_rows > shape.R or n_rows * n_blocks > shape.M:
+      raise ValueError(f"{name}: {n_rows} requests of {n_blocks} blocks do not fit {shape.R} rows and {shape.M} blocks")
+    return cls(n_rows, n_blocks, config, shape)
+
+
+def random(seed: int, shape: Sequence[int], dtype: Any, sharding: Any, scale: float = 1) -> jax.Array:
+  """Normal values; stacks are made one of the first axis at a time, as that takes more memory than they do."""
+  n = shape[0] if len(shape) > 2 else 1
+  one = lambda key: jax.random.normal(key, (shape[0] // n, *shape[1:]), dtype) * jnp.asarray(scale, dtype)  # noqa: E731
+  make = lambda key: lax.map(one, jax.random.split(key, n)).reshape(shape)  # noqa: E731
+  return jax.jit(make, out_shardings=sharding)(jax.random.key(seed, impl="rbg"))
 
 
 def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> llama.Params:
-  """Weights made on the device, a layer at a time, of the sizes that `llama.init_params` gives them."""
-  fan_in = {"wo": cfg.n_heads * cfg.head_dim, "w_down": cfg.d_ff, "embed": 1}
-  dtype = llama.dtype_of(cfg)
+  """Weights made on the device, of a scale at which activations stay finite."""
+  seeds = itertools.count()
 
   def leaf(path, shape, spec):
-    name = path[-1].key
+    name, dtype, sharding = path[-1].key, llama.dtype_of(cfg), NamedSharding(mesh, spec)
     if name.endswith("norm"):
-      return jax.device_put(jnp.ones(shape, dtype), NamedSharding(mesh, spec))
-    key = jax.random.fold_in(jax.random.key(0, impl="rbg"), zlib.crc32(name.encode()))
-    std = fan_in.get(name, cfg.d_model) ** -0.5
-    one = lambda key, dims: jax.random.normal(key, dims, dtype) * jnp.asarray(std, dtype)  # noqa: E731
-    if len(path) == 1:
-      make = lambda: one(key, shape)  # noqa: E731
-    else:
-      make = lambda: lax.map(lambda key: one(key, shape[1:]), jax.random.split(key, shape[0]))  # noqa: E731
-    return jax.jit(make, out_shardings=NamedSharding(mesh, spec))()
+      return jax.device_put(jnp.ones(shape, dtype), sharding)
+    return random(next(seeds), shape, dtype, sharding, 1 if name == "embed" else cfg.d_model**-0.5)
 
-  is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
   shapes, specs = llama.param_shapes(cfg), llama.param_specs(cfg, mesh.size)
-  return jax.tree_util.tree_map_with_path(leaf, shapes, specs, is_leaf=is_shape)
+  return jax.tree_util.tree_map_with_path(leaf, shapes, specs, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh, implementation: str) -> KVCache:
   """An empty cache but for random digests and tails, and a pool in which random blocks repeat."""
   cache, shardings = kv_cache.create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
-  part = 64 if shape.M >= 64 else shape.M
-  source = timing.normal(jax.random.key(1, impl="rbg"), (shape.K, shape.L, part, 2, shape.S, shape.D), cache.pool.dtype)
-  store = functools.partial(kernels.store_blocks, implementation=implementation)
-  specs = P("tp"), P("tp"), P(), P(), P()
-  mapped = jax.shard_map(store, mesh=mesh, in_specs=specs, out_specs=P("tp"), check_vma=False)
-  store = jax.jit(mapped, donate_argnums=0, out_shardings=shardings.pool)
-  pool = cache.pool
-  for start in range(0, shape.M, part):
-    ids = start + np.arange(part, dtype=np.int32)
-    pool = store(pool, source, np.int32(0), np.arange(part, dtype=np.int32), np.where(ids < shape.M, ids, -1))
-
-  def fill(key, dims):
-    """One layer of one head at a time."""
-    keys = jax.random.split(key, dims[:2])
-    return lax.map(lambda k: lax.map(lambda k: jax.random.normal(k, dims[2:], cache.pool.dtype), k), keys)
-
+  pool = timing.fill_pool(cache.pool, shardings.pool, implementation)
   digest, tail = cache.digest.shape, cache.tail.shape
-  cache = cache.replace(pool=pool, digest=None, tail=None)
-  make = functools.partial(jax.jit(fill, static_argnums=1, out_shardings=shardings.tail), jax.random.key(2, impl="rbg"))
-  return cache.replace(digest=make(digest), tail=make(tail))
+  cache = cache.replace(pool=pool, digest=None, tail=None)  # frees them
+  make = functools.partial(random, dtype=shape.dtype, sharding=shardings.tail)  # digests are split like tails
+  return cache.replace(digest=make(1, digest), tail=make(2, tail))
 
 
-def evict(maps: kernels.Maps, clock: jax.Array, share: jax.Array, first: jax.Array, *, n_layers: int):
+def evict(maps: kernels.Maps, clock: jax.Array, *, share: jax.Array, first: jax.Array, n_layers: int):
   """The maps without about that share of the slots that the last step used, and a copy of `first`."""
   heads, layers, n_pool = maps.slot_of.shape
   used = maps.last_used >= (clock - 1) * n_layers
@@ -114,116 +128,116 @@ def evict(maps: kernels.Maps, clock: jax.Array, share: jax.Array, first: jax.Arr
   return maps._replace(slot_of=slot_of, block_of=block_of, last_used=last_used), jnp.copy(first)
 
 
-class Case:
-  """Requests of equal length, their cache, and the steps of two policies."""
+def seconds(f: Callable[[], Any], n: int) -> float:
+  """Of `n` calls, dispatched without waiting for results."""
+  start, last = time.perf_counter(), None
+  for _ in range(n):
+    last = f()
+  jax.block_until_ready(last)
+  return time.perf_counter() - start
 
-  def __init__(self, cfg: ModelConfig, params: llama.Params, mesh: jax.sharding.Mesh, n_rows: int, n_tokens: int):
-    self.cfg, self.params, self.mesh, self.n_rows = cfg, params, mesh, n_rows
-    self.implementation = "triton" if jax.default_backend() == "gpu" else "xla"
-    small = _SMOKE_SET if _SMOKE.value else []
-    rows = [f"cache.rows={n_rows}", f"scheduler.max_batch={n_rows}", f"scheduler.max_context={n_tokens}"]
-    config = override(load_config("sparse_serve"), [*small, *rows, *_SET.value])
-    size = config.cache.block_tokens
-    self.n_blocks = n_tokens // size
-    block_bytes = 2 * size * cfg.head_dim * llama.dtype_of(cfg).itemsize
-    dram = self.n_rows * self.n_blocks * cfg.n_kv_heads * cfg.n_layers * block_bytes
-    dram = dram if _DRAM.value is None else int(_DRAM.value * 2**30)
-    hbm = 2 * dram if _SMOKE.value else int(_HBM.value * 2**30)
-    threshold = _THRESHOLD.value or min(1.0, config.sparse.token_budget / n_tokens)
-    sizes = [f"cache.dram_bytes={dram}", f"cache.hbm_bytes={hbm}", f"sparse.threshold={threshold}"]
-    self.configs = {policy: override(config, [*sizes, f"sparse.policy={policy}"]) for policy in ("topk", "psa")}
-    self.shape = CacheShape.of(cfg, self.configs["topk"], get_method(config.sparse.method).vectors)
-    if n_rows * self.n_blocks > self.shape.M:
-      raise ValueError(f"{n_rows} requests of {self.n_blocks} blocks do not fit {self.shape.M}: raise --dram_gib")
 
-    rng, whole = np.random.default_rng(0), NamedSharding(mesh, P())
-    tables = rng.permutation(self.shape.M)[: n_rows * self.n_blocks].reshape(n_rows, self.n_blocks)
-    column = lambda value, dtype: np.full(n_rows, value, dtype)  # noqa: E731
+class Steps:
+  """Repeats a step. Before each, `evict` empties a share of the slots that the last one used."""
+
+  def __init__(self, program: Callable[[KVCache], Any], evict: Callable[..., Any], cache: KVCache):
+    self.program, self.evict, self.cache = program, evict, cache
+    self.counts: list[jax.Array] = []  # of every step: blocks attended, missed, slots in use
+
+  def evicted(self) -> KVCache:
+    maps, last_token = self.evict(self.cache.maps, self.cache.clock)
+    return self.cache.replace(maps=maps, last_token=last_token)
+
+  def step(self, cache: KVCache | None = None) -> Any:
+    """A step, by default after an eviction. Returns what to wait for."""
+    self.cache, _, counts = self.program(self.evicted() if cache is None else cache)
+    self.counts.append(counts)
+    return self.cache, counts
+
+  def one_by_one(self, n: int) -> tuple[Timing, Timing]:
+    """Steps by the host's clock, until one is dispatched and until its results are there."""
+    dispatched, done = [], []
+    for _ in range(n):
+      cache = jax.block_until_ready(self.evicted())
+      start = time.perf_counter()
+      results = self.step(cache)
+      dispatched.append(time.perf_counter() - start)
+      jax.block_until_ready(results)
+      done.append(time.perf_counter() - start)
+    return Timing.of(dispatched, 1), Timing.of(done, 1)
+
+  def profile(self, n: int, n_layers: int) -> dict[str, dict[str, float]]:
+    """Launches and us a layer of every kernel; prints the longest."""
+    layers = n * n_layers
+    times = timing.profile(lambda: seconds(self.step, n), without="evict")
+    found = {name: {"count": count / layers, "us": us / layers} for name, (count, us) in times.items()}
+    print(f"    {sum(kernel['count'] for kernel in found.values()):.1f} kernels a layer; count and us of each:")
+    for name, kernel in itertools.islice(found.items(), 30):
+      print(f"    {kernel['count']:8.2f} {kernel['us']:8.2f}  {name}")
+    return found
+
+
+class Bench:
+  """The steps of a case, and their cache, which is made when it is first used."""
+
+  def __init__(self, cfg: ModelConfig, params: llama.Params, mesh: jax.sharding.Mesh, case: Case, report: Report):
+    self.cfg, self.params, self.mesh, self.case, self.report = cfg, params, mesh, case, report
+    self.implementation = timing.default_implementation()
+    rng, n, size = np.random.default_rng(0), case.n_rows, case.shape.S
+    tables = rng.permutation(case.shape.M)[: n * case.n_blocks].reshape(n, case.n_blocks)
     self.batch = DecodeBatch(
-      rows=np.arange(n_rows, dtype=np.int32),
-      positions=column(self.n_blocks * size - size // 2, np.int32),  # no tail fills
-      steps=column(1, np.int32),
+      rows=np.arange(n, dtype=np.int32),
+      positions=np.full(n, case.n_blocks * size - size // 2, np.int32),  # no tail fills
+      steps=np.ones(n, np.int32),
       tables=tables.astype(np.int32),
-      sampling=SamplingRows(column(0, np.float32), column(1, np.float32), column(0, np.uint32)),
+      sampling=SamplingRows(np.zeros(n, np.float32), np.ones(n, np.float32), np.zeros(n, np.uint32)),
     )
-    self.first = jax.device_put(rng.integers(0, cfg.vocab_size, n_rows).astype(np.int32), whole)
-    placed = kv_cache.cache_shardings(mesh, True).maps, whole
-    self.evict = jax.jit(evict, static_argnames="n_layers", out_shardings=placed)
+    whole = NamedSharding(mesh, P())
+    first = jax.device_put(rng.integers(0, cfg.vocab_size, n).astype(np.int32), whole)
+    placed = kv_cache.cache_shardings(mesh, case.shape.offload).maps, whole
+    jitted = jax.jit(evict, static_argnames="n_layers", out_shardings=placed)
+    self.evict = functools.partial(jitted, first=first, n_layers=cfg.n_layers)
     self.cache: Any = None
-    self.kernels: dict[str, int] = {}  # of a layer
 
-  def run(self, policy: str, share: float, ceilings: Ceilings, effort: Effort) -> Row:
+  def run(self, policy: str, share: float) -> Row:
     """Times steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
-    cache = self.cache or filled_cache(self.shape, self.mesh, self.implementation)
+    config, n = override(self.case.config, [f"sparse.policy={policy}"]), _STEPS.value
+    decode: Any = programs(Setup.of(self.cfg, config, self.implementation), self.mesh).decode
+    cache = self.cache or filled_cache(self.case.shape, self.mesh, self.implementation)
     self.cache = None  # until it is whole again
-    steps, counts = _STEPS.value, []
-    program: Any = programs(Setup.of(self.cfg, self.configs[policy], self.implementation), self.mesh).decode
-    if policy not in self.kernels:
-      self.kernels[policy] = timing.kernels_in_loop(program.lower(self.params, cache, self.batch).compile().as_text())
+    program = lambda cache: decode(self.params, cache, self.batch)  # noqa: E731
+    steps = Steps(program, functools.partial(self.evict, share=share), cache)
+    del cache
+    seconds(steps.step, 4)  # compiles and fills slots, then settles
+    seconds(steps.evicted, 1)
+    steps.counts.clear()
+    compiled = decode._cache_size()  # private to jax, which has no public count of the programs of a jit
+    timed = Timing.of([seconds(steps.step, n) - seconds(steps.evicted, n) for _ in range(self.report.effort.calls)], n)
+    dispatched, alone = steps.one_by_one(n)
+    others = {
+      "host_clock_us": alone.us,
+      "dispatch_us": dispatched.us,
+      "recompiled": decode._cache_size() - compiled,
+      "kernels_a_layer": steps.profile(n, self.cfg.n_layers) if _PROFILE.value else {},
+    }
+    self.cache = steps.cache
+    attended, missed, in_use = np.mean([np.asarray(counts) for counts in steps.counts], 0).tolist()
+    return self.row(timed, attended, missed) | {"slots_in_use": in_use} | others
 
-    def prepared(cache: KVCache) -> KVCache:
-      maps, last_token = self.evict(cache.maps, cache.clock, share, self.first, n_layers=self.cfg.n_layers)
-      return cache.replace(maps=maps, last_token=last_token)
-
-    def repeat(n: int) -> float:
-      nonlocal cache
-      start = time.perf_counter()
-      for _ in range(n):
-        cache, _, count = program(self.params, prepared(cache), self.batch)
-        counts.append(count)
-      jax.block_until_ready(cache)
-      return time.perf_counter() - start
-
-    def without_steps(n: int) -> float:
-      start, last = time.perf_counter(), None
-      for _ in range(n):  # each of the same maps
-        last = self.evict(cache.maps, cache.clock, share, self.first, n_layers=self.cfg.n_layers)
-      jax.block_until_ready(last)
-      return time.perf_counter() - start
-
-    repeat(4)  # compiles and fills slots, then settles
-    without_steps(1)
-    compiled = program._cache_size()
-    counts.clear()
-    timed = Timing.of([repeat(steps) - without_steps(steps) for _ in range(effort.calls)], steps)
-    alone, dispatch = [], []
-    for _ in range(steps):
-      cache = jax.block_until_ready(prepared(cache))
-      start = time.perf_counter()
-      cache, _, count = program(self.params, cache, self.batch)
-      dispatch.append(time.perf_counter() - start)
-      jax.block_until_ready((cache, count))
-      alone.append(time.perf_counter() - start)
-    kernels_of = _profiled(repeat, steps, self.cfg.n_layers) if _PROFILE.value else {}
-    attended, missed, in_use = (float(x) for x in np.mean([np.asarray(count) for count in counts], 0))
-    self.cache = cache
-    parts = self.parts(attended, missed)
-    floors = {name: ceilings.floor_us(**part) for name, part in parts.items()}
-    moved = {way: sum(part.get(way, 0) for part in parts.values()) for way in ("hbm", "h2d")}
-    return timing.row(
-      timed,
-      sum(floors.values()),
-      moved,
-      floors_us=floors,
-      miss_rate=missed / attended,
-      blocks_attended=attended,
-      slots_in_use=in_use,
-      host_clock_us=Timing.of(alone, 1).us,
-      dispatch_us=Timing.of(dispatch, 1).us,
-      recompiled=program._cache_size() - compiled,
-      kernels_a_layer=self.kernels[policy],
-      kernels_us_a_layer=kernels_of,
-    )
-
-  def parts(self, attended: float, missed: float) -> dict[str, dict[str, float]]:
-    """Bytes of a step by what follows what: HBM and PCIe overlap within a part. Misses are also written to HBM."""
-    lists, shape = self.n_rows * self.cfg.n_kv_heads * self.cfg.n_layers, self.shape
-    digest = shape.E * shape.D * jnp.dtype(shape.dtype).itemsize
-    return {
-      "weights": {"hbm": weight_bytes(self.cfg, self.params, self.n_rows)},
-      "digests": {"hbm": lists * (self.n_blocks - 1) * digest},
+  def row(self, timed: Timing, attended: float, missed: float) -> Row:
+    """With the floor of what has to move. HBM and PCIe overlap within a part; misses are also written to HBM."""
+    shape = self.case.shape
+    lists = self.case.n_rows * shape.K * shape.L
+    digest_bytes = shape.E * shape.D * jnp.dtype(shape.dtype).itemsize
+    parts = {
+      "weights": {"hbm": weight_bytes(self.cfg, self.params, self.case.n_rows)},
+      "digests": {"hbm": lists * (self.case.n_blocks - 1) * digest_bytes},
       "kv": {"hbm": (attended + lists) * shape.block_bytes, "h2d": missed * shape.block_bytes},  # layers are alike
     }
+    floors = {name: self.report.ceilings.floor_us(**part) for name, part in parts.items()}
+    moved = {way: sum(part.get(way, 0) for part in parts.values()) for way in ("hbm", "h2d")}
+    others = dict(floors_us=floors, miss_rate=missed / attended, blocks_attended=attended)
+    return timing.row(timed, sum(floors.values()), moved, **others)
 
 
 def weight_bytes(cfg: ModelConfig, params: llama.Params, n_rows: int) -> float:
@@ -232,62 +246,42 @@ def weight_bytes(cfg: ModelConfig, params: llama.Params, n_rows: int) -> float:
   return whole if cfg.tie_embeddings else whole - params["embed"].nbytes * (1 - n_rows / cfg.vocab_size)
 
 
-def dense_part(cfg: ModelConfig, params: llama.Params, n_rows: int, ceilings: Ceilings, effort: Effort) -> Row:
+def dense_part(cfg: ModelConfig, params: llama.Params, n_rows: int, report: Report) -> Row:
   """The layers and the head as `decode_step` runs them, with the sum of q, k and v for attention's result."""
-  turns = llama.rope(cfg, jnp.arange(n_rows))
+  cos_sin = llama.rope(cfg, jnp.arange(n_rows))
 
   def op(state, params, tokens):
     def layer(i, x):
       lp = llama.layer_params(params, i)
-      q, k, v = llama.qkv(cfg, lp, x, turns)
+      q, k, v = llama.qkv(cfg, lp, x, cos_sin)
       return llama.mlp(cfg, lp, llama.attention_out(lp, x, q + (k + v)[:, :, None], None), None)
 
     x = lax.fori_loop(0, cfg.n_layers, layer, llama.embed(params, tokens))
     return state, llama.logits(cfg, params, x, None).argmax(-1)
 
-  measured, _, _ = timing.measure(op, [jnp.arange(n_rows) + i for i in range(2)], effort, shared=params)
+  measured, _, _ = timing.measure(op, [jnp.arange(n_rows) + i for i in range(2)], report.effort, shared=params)
   moved = {"hbm": weight_bytes(cfg, params, n_rows)}
-  return timing.row(measured, ceilings.floor_us(**moved), moved)
-
-
-def _profiled(repeat: Any, steps: int, n_layers: int) -> dict[str, float]:
-  """us a layer of each kernel of some steps, printed."""
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      repeat(steps)
-    files = pathlib.Path(folder).rglob("*.trace.json.gz")
-    traces = [json.loads(gzip.decompress(file.read_bytes())) for file in files]
-  times = {
-    name: us / steps / n_layers for trace in traces for name, us in timing.kernel_times(trace, without="evict").items()
-  }
-  for name, us in list(times.items())[:30]:
-    print(f"    {us:8.2f} us a layer  {name}")
-  return times
+  return timing.row(measured, report.ceilings.floor_us(**moved), moved)
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  smoke = _SMOKE.value
-  cases, batches = (["2x128"], [2]) if smoke else (_CASES.value, [int(n) for n in _DENSE.value])
-  sizes = [tuple(int(n) for n in case.split("x")) for case in cases]
-  runtime.configure()
-  logging.set_verbosity(logging.WARNING)
-  effort = timing.SMOKE if smoke else Effort()
-  ceilings = Ceilings.measure(effort)
-  report = Report(pathlib.Path(_OUT.value) / "step.jsonl" if _OUT.value else None, ceilings, _COMMIT.value)
-  cfg = read_config(ModelConfig, find_config("models", "tiny" if smoke else _MODEL.value))
+  smoke = flags.FLAGS.smoke
+  names, batches = (["2x128"], ["2"]) if smoke else (_CASES.value, _DENSE.value)
+  try:
+    cfg = read_config(ModelConfig, find_config("models", "tiny" if smoke else _MODEL.value))
+    cases = {name: Case.of(cfg, name) for name in names}
+    batches, misses = [int(n) for n in batches], [float(share) for share in _MISSES.value]
+  except ValueError as error:
+    raise app.UsageError(str(error)) from None
+  report = timing.start(argv, "step.jsonl", Effort())
   mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
   params = random_params(cfg, mesh)
   for n in batches:
-    report.add("dense part", f"batch {n}", functools.partial(dense_part, cfg, params, n, ceilings, effort))
-  for n_rows, n_tokens in sizes:
-    case = Case(cfg, params, mesh, n_rows, n_tokens)
-    for policy, misses in (("topk", [float(miss) for miss in _MISSES.value]), ("psa", [0.0])):
-      for miss in misses:
-        name = f"{policy} {n_rows}x{n_tokens} miss {miss:.0%}"
-        report.add("step", name, functools.partial(case.run, policy, miss, ceilings, effort))
-    del case
+    report.add("dense part", f"batch {n}", functools.partial(dense_part, cfg, params, n, report))
+  for name, case in cases.items():
+    bench = Bench(cfg, params, mesh, case, report)
+    for policy, share in [*(("topk", share) for share in misses), ("psa", 0.0)]:
+      report.add("step", f"{policy} {name} miss {share:.0%}", functools.partial(bench.run, policy, share))
   report.close()
 
 

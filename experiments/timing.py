@@ -1,5 +1,5 @@
-"""What the benchmarks share: times taken inside one jit, rates measured in the same run, tables and rows,
-and what a compiled program and a trace say of its kernels.
+"""What the benchmarks share: their command line, times taken inside one jit, rates measured in the same run, tables and
+rows, and what the profiler says of kernels.
 """
 
 from __future__ import annotations
@@ -7,25 +7,34 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import functools
+import gzip
 import json
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 
+import pallas_kernels as kernels
+from sparse_serve_jax import runtime
 from sparse_serve_jax.memory import kv_cache
+
+flags.disclaim_key_flags()  # those of `define_flags` are its caller's
 
 Row = dict[str, Any]
 Op = Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, shared, inputs) -> (state, result)
+Baselines = Mapping[str, Callable[[], "Timing"]]  # what would be used instead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +126,19 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
 normal = jax.jit(jax.random.normal, static_argnums=(1, 2))  # key, shape, dtype
 
 
+def fill_pool(pool: jax.Array, sharding: Any, implementation: str) -> jax.Array:
+  """Random blocks, over and over, in a pool [K, L, M, 2, S, D], which is donated."""
+  n_heads, n_layers, n_pool, *block = pool.shape
+  n = min(n_pool, max(1, 4096 // n_layers))
+  source = normal(jax.random.key(0, impl="rbg"), (n_heads, n_layers, n, *block), pool.dtype)
+  store = functools.partial(kernels.store_blocks, implementation=implementation)
+  store = jax.jit(store, donate_argnums=0, out_shardings=sharding)
+  ids = np.arange(n, dtype=np.int32)
+  for start in range(0, n_pool, n):
+    pool = store(pool, source, 0, ids, np.where(start + ids < n_pool, start + ids, -1))
+  return jax.block_until_ready(pool)
+
+
 def _in_space_of(new: jax.Array, old: jax.Array) -> jax.Array:
   """A kernel's result is typed as device memory; a loop's carry keeps its type."""
   space = jax.typeof(old).memory_space
@@ -125,17 +147,13 @@ def _in_space_of(new: jax.Array, old: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-  """Rates that this device reached in this run, bytes a second; `flops` of a bf16 matrix product.
+  """Rates that this device reached in this run, bytes a second; `flops` of a bf16 matrix product."""
 
-  `hbm` is that of a copy within the device, bytes read plus bytes written: the faster of two ways to make one. Reads
-  alone go up to a tenth faster; they are in `hbm_ways`.
-  """
-
-  hbm: float
+  hbm: float  # of a copy within the device, read plus written: the faster of two ways to make one
+  hbm_read: float  # of reads alone, which go up to a tenth faster; no floor uses it
   h2d: float
   d2h: float
   flops: float
-  hbm_ways: Mapping[str, float]
 
   def floor_us(self, *, hbm: float = 0, h2d: float = 0, d2h: float = 0, flops: float = 0) -> float:
     """The least time for that many bytes (and operations) if all that is different overlaps."""
@@ -143,32 +161,26 @@ class Ceilings:
 
   @classmethod
   def measure(cls, effort: Effort) -> Self:
-    n_bytes, in_flight = effort.copy_bytes, 4
+    in_flight = 4
 
-    def dispatched(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-      """Bytes of `x` a second, when the next call is dispatched before the last has ended."""
-      return x.nbytes / (1e-6 * clock(lambda: [f(x) for _ in range(in_flight)], effort, in_flight).best_us)
+    def rate(amount: float, f: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+      """`amount` a second, when the next call is dispatched before the last has ended."""
+      return 1e6 * amount / clock(lambda: [f(x) for _ in range(in_flight)], effort, in_flight).best_us
 
-    def looped(op: Op, moved: float, inputs: Any = 1.0, **kwargs: Any) -> float:
-      """`moved` a second, bytes or operations, inside one jit."""
-      return moved / (1e-6 * measure(op, [inputs], effort, **kwargs)[0].us)
-
+    n_bytes, device, host = effort.copy_bytes, device_sharding(), host_sharding()
     x = jnp.ones((n_bytes // 4096, 1024), jnp.float32)
-    ways = {
-      "copy, dispatched": 2 * dispatched(jax.jit(jnp.copy), x),
-      "read, dispatched": dispatched(jax.jit(lambda x: x.max(1)), x),
-      "read, in a loop": looped(lambda _, x, one: ((), (x + one).max(1)), n_bytes, shared=x),
-      "copy, adding in place, in a loop": looped(
-        lambda x, _, one: (x + one, ()), 2 * n_bytes, state=x
-      ),  # the last: donates x
-    }
-    x = jnp.ones((min(n_bytes, 1 << 30) // 4,), jnp.float32)
-    d2h = dispatched(lambda x: jax.device_put(x, host_sharding()), x)
-    h2d = dispatched(lambda x: jax.device_put(x, device_sharding()), jax.device_put(x, host_sharding()))
-    n = max(64, min(8192, int(x.nbytes**0.5) // 4))
-    a = jnp.ones((n, n), jnp.bfloat16)
-    copies = max(rate for way, rate in ways.items() if not way.startswith("read"))
-    return cls(copies, h2d, d2h, looped(lambda _, b, a: ((), a @ b), 2 * n**3, a, shared=a), ways)
+    read, copy = rate(n_bytes, jax.jit(lambda x: x.max(1)), x), rate(2 * n_bytes, jax.jit(jnp.copy), x)
+    in_place = measure(lambda x, _, one: (x + one, ()), [1.0], effort, state=x)[0]
+    n_bytes = min(n_bytes, 1 << 30)
+    x = jnp.ones((n_bytes // 4,), jnp.float32)
+    n = max(64, min(8192, int(n_bytes**0.5) // 4))
+    return cls(
+      hbm=max(copy, 2e6 * effort.copy_bytes / in_place.us),
+      hbm_read=read,
+      h2d=rate(n_bytes, lambda x: jax.device_put(x, device), jax.device_put(x, host)),
+      d2h=rate(n_bytes, lambda x: jax.device_put(x, host), x),
+      flops=rate(2 * n**3, jax.jit(lambda a: a @ a), jnp.ones((n, n), jnp.bfloat16)),
+    )
 
 
 def device_sharding() -> SingleDeviceSharding:
@@ -179,26 +191,63 @@ def host_sharding() -> SingleDeviceSharding:
   return SingleDeviceSharding(jax.devices()[0], memory_kind=kv_cache.host_memory_kind())
 
 
+def default_implementation() -> str:
+  return "triton" if jax.default_backend() == "gpu" else "xla"
+
+
 def row(timing: Timing, floor_us: float, moved: Mapping[str, float], **others: Any) -> Row:
   """A result: the time, the floor of what had to move (as named by `floor_us`), and the floor's share of the time."""
   return dataclasses.asdict(timing) | {"floor_us": floor_us, "fraction": floor_us / timing.us, "moved": moved} | others
 
 
-def beside(rivals: Mapping[str, Callable[[], Timing]]) -> dict[str, float | str]:
+def measure_baselines(baselines: Baselines) -> dict[str, float | str]:
   """us of what would be used instead, or why there is none."""
   found: dict[str, float | str] = {}
-  for name, rival in rivals.items():
+  for name, baseline in baselines.items():
     try:
-      found[name] = rival().us
+      found[name] = baseline().us
     except Exception as error:
       found[name] = _in_short(error)
   return found
 
 
-class Report:
-  """Prints a table for each op as its rows come; a JSON line each goes to `file`, with where and when it was."""
+def define_flags() -> None:
+  """The flags of every benchmark."""
+  flags.DEFINE_string("out", None, "Folder for rows as JSON lines; they are added to what is there.")
+  flags.DEFINE_string("commit", None, "What rows are stamped with where there is no git to ask.")
+  flags.DEFINE_bool("smoke", False, "Tiny shapes and few repetitions, on any machine: whether it runs, not how fast.")
 
-  def __init__(self, file: pathlib.Path | None, ceilings: Ceilings, commit: str | None):
+
+def start(argv: Sequence[str], file_name: str, effort: Effort) -> Report:
+  """What every benchmark begins with: checks the command line, sets JAX up, measures the device's rates.
+
+  Raises:
+    app.UsageError: there are arguments that are no flags, or `file_name` in the folder --out cannot be written.
+  """
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  out, smoke, commit = (flags.FLAGS[name].value for name in ("out", "smoke", "commit"))
+  file = pathlib.Path(out) / file_name if out else None
+  if file is not None:
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.open("a").close()
+    except OSError as error:
+      raise app.UsageError(f"--out={out} cannot be written: {error}") from None
+  runtime.configure()
+  logging.set_verbosity(logging.WARNING)
+  effort = SMOKE if smoke else effort
+  return Report(file, Ceilings.measure(effort), effort, commit)
+
+
+class Report:
+  """How long and against what is measured, and what comes of it.
+
+  Prints a table for each op as its rows come; a JSON line each goes to `file`, with where and when it was.
+  """
+
+  def __init__(self, file: pathlib.Path | None, ceilings: Ceilings, effort: Effort, commit: str | None):
+    self.ceilings, self.effort = ceilings, effort
     self.results: dict[str, Row] = {}
     self._file, self._op = file, ""
     self._stamp = {
@@ -209,8 +258,6 @@ class Report:
       "ceilings": dataclasses.asdict(ceilings),
     }
     print(json.dumps(self._stamp), flush=True)
-    if file is not None:
-      file.parent.mkdir(parents=True, exist_ok=True)
 
   def add(self, op: str, case: str, make: Callable[[], Row]) -> None:
     """A row of a table. One that cannot be made is told on stderr, and the others go on."""
@@ -224,7 +271,7 @@ class Report:
       with self._file.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"op": op, "case": case, **result, **self._stamp}) + "\n")
     if op != self._op:
-      print(f"\n{op:<34}{'us':>10} {'±':>5} {'MiB':>8} {'floor':>9} {'share':>6}  beside (us)")
+      print(f"\n{op:<34}{'us':>10} {'±':>5} {'MiB':>8} {'floor':>9} {'share':>6}  baselines (us)")
       self._op = op
     print(f"  {case:<32}{_columns(result)}", flush=True)
 
@@ -235,15 +282,18 @@ class Report:
       sys.exit(1)
 
 
+_COLUMNS = ("us", "best_us", "spread", "floor_us", "fraction", "moved", "baselines")
+
+
 def _columns(result: Row) -> str:
   if "error" in result:
     return f"  failed: {result['error']}"
-  us, spread, floor, share = (result[key] for key in ("us", "spread", "floor_us", "fraction"))
   mib = sum(amount for way, amount in result["moved"].items() if way != "flops") / 2**20
-  others = {f"[{key}]": value for key, value in list(result.items())[6:] if not isinstance(value, dict)}
-  others = (result.get("beside", {}) | others).items()
+  others = {f"[{key}]": value for key, value in result.items() if key not in _COLUMNS and not isinstance(value, dict)}
+  others = (result.get("baselines", {}) | others).items()
   text = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in others)
-  return f"{us:10.1f} {spread:5.0%} {mib:8.1f} {floor:9.1f} {share:6.2f}  {text}"
+  times = f"{result['us']:10.1f} {result['spread']:5.0%} {mib:8.1f} {result['floor_us']:9.1f}"
+  return f"{times} {result['fraction']:6.2f}  {text}"
 
 
 def _in_short(error: Exception) -> str:
@@ -259,39 +309,28 @@ def _commit() -> str:
     return ""
 
 
-_NO_KERNEL = "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id".split()
+def profile(run: Callable[[], Any], without: str) -> dict[str, tuple[int, float]]:
+  """`kernel_times` of a call."""
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      run()
+    (file,) = pathlib.Path(folder).rglob("*.trace.json.gz")
+    return kernel_times(json.loads(gzip.decompress(file.read_bytes())), without)
 
 
-def kernels_in_loop(hlo: str) -> int:
-  """Operations that are kernels in the loop body that has most of them, those of loops within counted once."""
-  bodies = {m[1]: m[2] for m in re.finditer(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", hlo, re.M | re.S)}
+def kernel_times(trace: Mapping[str, Any], without: str) -> dict[str, tuple[int, float]]:
+  """Launches and us of every kernel on the GPUs' streams of a Chrome trace, the longest first.
 
-  def count(name: str) -> int:
-    n = 0
-    for line in bodies.get(name, "").splitlines():
-      if not (found := re.search(r" = .*?\s([a-z][\w-]*)\(", line)):
-        continue
-      inner = re.findall(r"(?:to_apply|body|(?:true|false)_computation)=%?([\w.-]+)", line)
-      inner += re.findall(r"%?([\w.-]+)", "".join(re.findall(r"branch_computations={(.*?)}", line)))
-      if found[1] in ("while", "call"):
-        n += sum(count(other) for other in inner)
-      elif found[1] == "conditional":
-        n += max((count(other) for other in inner), default=0)
-      elif found[1] not in _NO_KERNEL and not found[1].endswith("-done"):
-        n += 1
-    return n
-
-  return max((count(name) for name in re.findall(r"body=%?([\w.-]+)", hlo)), default=0)
-
-
-def kernel_times(trace: Mapping[str, Any], without: str) -> dict[str, float]:
-  """us of every kernel on the GPUs' streams of a Chrome trace, the longest first; not of modules named `without`."""
+  Kernels of HLO modules that have `without` in their names are left out.
+  """
   events: list[dict[str, Any]] = trace["traceEvents"]
   names = {(e["name"], e["pid"], e.get("tid")): e.get("args", {}).get("name", "") for e in events if e.get("ph") == "M"}
   gpus = {pid for (what, pid, _), name in names.items() if what == "process_name" and "GPU" in name}
-  times: collections.Counter[str] = collections.Counter()
+  times = collections.defaultdict(list)
   for e in events:
     stream = names.get(("thread_name", e.get("pid"), e.get("tid")), "")
-    if e.get("ph") == "X" and e["pid"] in gpus and stream.startswith("Stream"):
-      times[e["name"]] += 0 if without in e.get("args", {}).get("hlo_module", "") else e["dur"]
-  return {name: us for name, us in times.most_common() if us}
+    on_gpu = e.get("ph") == "X" and e["pid"] in gpus and stream.startswith("Stream")
+    if on_gpu and without not in e.get("args", {}).get("hlo_module", ""):
+      times[e["name"]].append(e["dur"])
+  totals = {name: (len(us), sum(us)) for name, us in times.items()}
+  return dict(sorted(totals.items(), key=lambda item: -item[1][1]))

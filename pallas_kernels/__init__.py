@@ -1,7 +1,8 @@
-"""The ops of a decode step over a two-tier KV cache. jax and numpy only; each op says its own shapes.
+"""The ops of a step over a two-tier KV cache. jax and numpy only; each op says its own shapes.
 
-`score` and `select` choose blocks, `residency` says where they are, `attend` reads them there, the copies move them.
-Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.score`.
+`score` and `select` choose blocks, `propose` says where they are, `attend` reads them there, the copies move them.
+Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.score`. Every op takes `implementation`:
+"xla", jnp on any backend; "triton", the GPU's path; "interpret", its kernels run anywhere, slowly.
 """
 
 from pallas_kernels.attend import attend
@@ -9,24 +10,24 @@ from pallas_kernels.copy import empty, gather_blocks, load_blocks, place_blocks,
 from pallas_kernels.digest import store_digests
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import prefill_attention
-from pallas_kernels.residency import NEVER, Maps, Reads, Victims, commit, oldest_first, propose, release
+from pallas_kernels.residency import NEVER, EvictionOrder, Maps, Reads, commit, eviction_order, propose, release
 from pallas_kernels.score import score
 from pallas_kernels.select import select
 
 __all__ = [
   "NEVER",
+  "EvictionOrder",
   "Maps",
   "Partial",
   "Reads",
-  "Victims",
   "attend",
   "commit",
   "empty",
+  "eviction_order",
   "gather_blocks",
   "load_blocks",
   "merge",
   "merge_along",
-  "oldest_first",
   "place_blocks",
   "prefill_attention",
   "propose",

@@ -4,8 +4,8 @@ Blocks that miss are copied into the slots proposed for them in the same pass. W
 sparse attention (PSA, arXiv 2503.00392, section 2.2): groups of blocks come in descending order of score, and a
 (row, KV head) stops after a group once the estimated share of attention mass P_acc = A / (A + a_min * left) exceeds
 the threshold for every query head. A is the mass so far, a_min the smallest mass of a ranked block so far, `left` the
-number of blocks not yet read. The tail and the first `always` blocks count in A but never in a_min: they are not
-ranked by score. The test is strict: a threshold of 1 never stops.
+number of blocks not yet read. The tail and the first `always` blocks (sinks and window, rounded up to whole groups)
+count in A but never in a_min. The test is strict: a threshold of 1 never stops.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import reference, triton
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels import triton
+from pallas_kernels.copy import read_blocks
+from pallas_kernels.partial import Partial, merge, merge_along, partial_attention
 from pallas_kernels.residency import Reads
 
 LOG2_E = math.log2(math.e)
@@ -46,7 +47,7 @@ def attend(
 
   Args:
     q: [B, K, G, D].
-    tail: [K, L, R, 2, S, D], unfinished blocks of resident requests.
+    tail: [K, L, R, 2, S, D], read_tail blocks of resident requests.
     rows: [B] int32, where each row's tail lies; values beyond R are padding and need `tail_tokens` 0.
     tail_tokens: [B] int32, tokens of the tail to attend to.
     pool: [K, L, M, 2, S, D], every finished block; host memory when offloading.
@@ -68,18 +69,73 @@ def attend(
     ValueError: `reads` is not grouped as `threshold` and `always` need it.
     NotImplementedError: a kernel was asked for and S or D is not a power of two.
   """
-  if threshold is None and reads.hits.shape[-1] != 1:
-    raise ValueError(f"a list that is read whole is one group of blocks, not {reads.hits.shape[-1]}")
-  if threshold is not None and reads.hits.shape[-1] > 1 and always % reads.group:
+  if threshold is None and reads.n_hits.shape[-1] != 1:
+    raise ValueError(f"a list that is read whole is one group of blocks, not {reads.n_hits.shape[-1]}")
+  if threshold is not None and reads.n_hits.shape[-1] > 1 and always % reads.group:
     raise ValueError(f"{always=} is not whole groups of {reads.group} blocks")
   options = dict(always=always, threshold=threshold, scale=scale)
   if implementation == "xla":
-    return reference.attend(q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options)
-  if any(x & (x - 1) for x in tail.shape[4:]):
-    raise NotImplementedError(f"blocks of {tail.shape[4:]} (tokens, head dim): kernels need powers of two")
+    return _attend_xla(q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options)
+  triton.power_of_two(S=tail.shape[4], D=tail.shape[5])
   return _attend_kernel(
-    q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options, interpret=implementation == "interpret"
+    q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options, implementation=implementation
   )
+
+
+WITHOUT_TESTS = 16  # blocks that XLA gathers at a time where no stop test limits it
+
+
+def _attend_xla(
+  q, tail, rows, tail_tokens, pool, slots, layer, reads, count, *, always, threshold, scale
+) -> tuple[Partial, jax.Array, jax.Array]:
+  n_rows, n_heads, n = reads.blocks.shape
+  n_slots = slots.shape[0]
+  log_threshold = math.inf if threshold is None else math.log(threshold)
+
+  head = jnp.arange(n_heads)[None]
+  last = tail[head, layer, jnp.clip(rows, 0, tail.shape[2] - 1)[:, None]]  # [B, K, 2, S, D]
+  in_tail = jnp.arange(tail.shape[4])[None] < tail_tokens[:, None]
+  in_tail = jnp.broadcast_to(in_tail[:, None], (n_rows, n_heads, tail.shape[4]))
+  acc = partial_attention(q, last[:, :, 0], last[:, :, 1], in_tail, scale)
+
+  size = min(WITHOUT_TESTS, n) if threshold is None else reads.group
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, -n % size)))  # noqa: E731
+  blocks, all_slots, all_hits = pad(reads.blocks), pad(reads.slot), pad(reads.hit)
+
+  def step(carry):
+    """Attends to the next `size` ranks of every (row, head) that has not stopped."""
+    start, acc, lse_min, used, stopped, slots = carry
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 2)  # noqa: E731
+    rank = start + jnp.arange(size)[None, None]
+    live = (rank < count[..., None]) & ~stopped[..., None]  # [B, K, size]
+    slot, hit = cut(all_slots), cut(all_hits)
+    kv = read_blocks(pool, slots, layer, cut(blocks), jnp.where(hit, slot, -1))
+    valid = jnp.broadcast_to(live[..., None], kv.shape[:3] + kv.shape[4:5])
+    by_block = partial_attention(
+      q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :], valid, scale
+    )  # o [B, K, size, G, D]
+    acc = merge(acc, merge_along(by_block, 2))
+    # Masses are kept as logarithms, so that one reference holds for all groups and nothing is rescaled.
+    ranked = (live & (rank >= always))[..., None]
+    lse_min = jnp.minimum(lse_min, jnp.where(ranked, by_block.lse, jnp.inf).min(2))
+    used = used + live.sum(-1, dtype=jnp.int32)
+    left = (count - used)[..., None]
+    # Before the first ranked block lse_min is infinite, so log P_acc is -inf.
+    seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
+    stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
+    if n_slots:
+      enters = live & ~hit & (slot >= 0)
+      slots = slots.at[jnp.where(enters, slot, n_slots)].set(kv, mode="drop")
+    return start + size, acc, lse_min, used, stopped, slots
+
+  def more(carry):
+    start, _, _, _, stopped, _ = carry
+    return ((start < count) & ~stopped).any()
+
+  lse_min = jnp.full(q.shape[:3], jnp.inf)
+  zero = jnp.zeros(q.shape[:2], jnp.int32)
+  _, acc, _, used, _, slots = jax.lax.while_loop(more, step, (jnp.int32(0), acc, lse_min, zero, count <= 0, slots))
+  return acc, used, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +143,12 @@ class Tiling:
   """How the work is cut into programs.
 
   A (row, KV head) of a list that is read whole is cut into `splits` programs for its hits; its misses are the work of
-  one of `far` programs, few and first in line, so that PCIe is busy from the start without filling the SMs. With 5
+  one of `miss_programs`, few and first in line, so that PCIe is busy from the start without filling the SMs. With 5
   stages two blocks are on their way while one is multiplied.
   """
 
   splits: int
-  far: int
+  miss_programs: int
   num_warps: int
   num_stages: int = 5
 
@@ -101,16 +157,16 @@ class Tiling:
     """For `n_lists` = B x K lists of up to `n` blocks."""
     num_warps = min(8, max(2, block_bytes // 8192))
     if progressive:  # each stop test needs all blocks before it
-      return cls(splits=1, far=0, num_warps=num_warps)
+      return cls(splits=1, miss_programs=0, num_warps=num_warps)
     splits = max(1, min(-(-1024 // n_lists), -(-n // 4)))
-    return cls(splits=splits, far=min(64, n_lists) if has_slots else 0, num_warps=num_warps)
+    return cls(splits=splits, miss_programs=min(64, n_lists) if has_slots else 0, num_warps=num_warps)
 
   def grid(self, n_lists: int) -> int:
-    return self.far + n_lists * self.splits
+    return self.miss_programs + n_lists * self.splits
 
 
 def _attend_kernel(
-  q, tail, rows, tail_tokens, pool, slots, layer, reads, count, *, always, threshold, scale, interpret
+  q, tail, rows, tail_tokens, pool, slots, layer, reads, count, *, always, threshold, scale, implementation
 ):
   n_rows, n_heads, n_group, depth = q.shape
   block_tokens, n_lists = tail.shape[4], n_rows * n_heads
@@ -118,12 +174,12 @@ def _attend_kernel(
   log2_threshold = math.log2(threshold) if progressive else math.inf
   block_bytes = math.prod(pool.shape[3:]) * pool.dtype.itemsize
   tiling = Tiling.of(n_lists, reads.blocks.shape[2], block_bytes, has_slots, progressive)
-  parts = tiling.splits + (tiling.far > 0)
+  parts = tiling.splits + (tiling.miss_programs > 0)
   heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
   held = slots if has_slots else jnp.zeros((1, *slots.shape[1:]), slots.dtype)
 
   def kernel(
-    layer_ref, rows_ref, tail_tokens_ref, blocks_ref, slot_ref, hits_ref, count_ref, q_ref, tail_ref, pool_ref, *refs
+    layer_ref, rows_ref, tail_tokens_ref, blocks_ref, slot_ref, n_hits_ref, count_ref, q_ref, tail_ref, pool_ref, *refs
   ):
     o_ref, m_ref, l_ref, used_ref, smallest_ref, slots_ref = refs[1:]
     layer = layer_ref[0]
@@ -150,7 +206,7 @@ def _attend_kernel(
         o = o * old[:, None] + triton.dot(p.astype(values.dtype), values)
         return o, top, l * old + mass, smallest
 
-      def unfinished(acc, wanted):
+      def read_tail(acc, wanted):
         row = jnp.minimum(rows_ref[b], tail_ref.shape[2] - 1)
         n = tail_tokens_ref[b]
 
@@ -160,7 +216,7 @@ def _attend_kernel(
 
         return jax.lax.fori_loop(0, (wanted & (n > 0)).astype(jnp.int32), body, acc)
 
-      def near(first, end, acc, ranked=False):
+      def read_hits(first, end, acc, ranked=False):
         def body(i, acc):
           if has_slots:
             at = slot_ref[b, k, i]
@@ -170,7 +226,7 @@ def _attend_kernel(
 
         return jax.lax.fori_loop(first, end, body, acc)
 
-      def far(first, end, acc, ranked=False):
+      def read_misses(first, end, acc, ranked=False):
         def body(i, acc):
           block, to = blocks_ref[b, k, i], slot_ref[b, k, i]
 
@@ -183,42 +239,42 @@ def _attend_kernel(
 
         return jax.lax.fori_loop(first, end, body, acc)
 
-      return b, k, unfinished, near, far
+      return b, k, read_tail, read_hits, read_misses
 
     def store(b, k, part, acc):
       o_ref[part, b, k, of_head], m_ref[part, b, k, of_head] = acc[0], acc[1] * (1 / LOG2_E)
       l_ref[part, b, k, of_head] = acc[2]
 
-    def whole(i):
+    def hits_program(i):
       """Part `i mod splits` of the hits of a list; the first part has the tail too."""
       part, i = jax.lax.rem(i, tiling.splits), jax.lax.div(i, tiling.splits)
-      b, k, unfinished, near, _ = of_list(i)
-      hits = hits_ref[b, k, 0] if has_slots else count_ref[b, k]
+      b, k, read_tail, read_hits, _ = of_list(i)
+      hits = jnp.minimum(n_hits_ref[b, k, 0], count_ref[b, k]) if has_slots else count_ref[b, k]
       share = jax.lax.div(hits + (tiling.splits - 1), tiling.splits)
       first = part * share
-      acc = near(first, jnp.minimum(first + share, hits), unfinished(zero, part == 0))
+      acc = read_hits(first, jnp.minimum(first + share, hits), read_tail(zero, part == 0))
       store(b, k, part, acc)
 
-    def misses(program):
-      """The misses of every `far`-th list."""
+    def misses_program(program):
+      """The misses of every `miss_programs`-th list."""
 
       def body(j, _):
-        b, k, _, _, far = of_list(program + j * tiling.far)
-        store(b, k, tiling.splits, far(hits_ref[b, k, 0], count_ref[b, k], zero))
+        b, k, _, _, read_misses = of_list(program + j * tiling.miss_programs)
+        store(b, k, tiling.splits, read_misses(n_hits_ref[b, k, 0], count_ref[b, k], zero))
 
       left = n_lists - program
-      jax.lax.fori_loop(0, jax.lax.div(left + (tiling.far - 1), tiling.far), body, None)
+      jax.lax.fori_loop(0, jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs), body, None)
 
-    def progressively(i):
-      b, k, unfinished, near, far = of_list(i)
+    def progressive_program(i):
+      b, k, read_tail, read_hits, read_misses = of_list(i)
       n, group = count_ref[b, k], reads.group
 
       def body(state):
         i, _, acc = state
         stop, ranked = jnp.minimum(i + group, n), i >= always
-        middle = jnp.minimum(i + hits_ref[b, k, jax.lax.div(i, group)], stop) if has_slots else stop
-        acc = near(i, middle, acc, ranked)
-        acc = far(middle, stop, acc, ranked) if has_slots else acc
+        middle = jnp.minimum(i + n_hits_ref[b, k, jax.lax.div(i, group)], stop) if has_slots else stop
+        acc = read_hits(i, middle, acc, ranked)
+        acc = read_misses(middle, stop, acc, ranked) if has_slots else acc
         _, m, l, smallest = acc
         seen, unseen = m + jnp.log2(l), smallest + jnp.log2((n - stop).astype(jnp.float32))
         high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
@@ -227,7 +283,7 @@ def _attend_kernel(
         return stop, jnp.where(enough == 1, stop, n), acc
 
       i, end, acc = jax.lax.while_loop(
-        lambda state: state[0] < state[1], body, (jnp.int32(0), n, unfinished(zero, True))
+        lambda state: state[0] < state[1], body, (jnp.int32(0), n, read_tail(zero, True))
       )
       store(b, k, 0, acc)
       # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
@@ -235,12 +291,12 @@ def _attend_kernel(
 
     program = pl.program_id(0)
     if progressive:
-      progressively(program)
-    elif tiling.far:
-      pl.when(program < tiling.far)(lambda: misses(program))
-      pl.when(program >= tiling.far)(lambda: whole(program - tiling.far))
+      progressive_program(program)
+    elif tiling.miss_programs:
+      pl.when(program < tiling.miss_programs)(lambda: misses_program(program))
+      pl.when(program >= tiling.miss_programs)(lambda: hits_program(program - tiling.miss_programs))
     else:
-      whole(program)
+      hits_program(program)
 
   f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
   o, m, l, used, _, held = triton.call(
@@ -255,7 +311,7 @@ def _attend_kernel(
     ),
     grid=(tiling.grid(n_lists),),
     input_output_aliases={10: 5},
-    interpret=interpret,
+    implementation=implementation,
     num_warps=tiling.num_warps,
     num_stages=tiling.num_stages,
     name="attend",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import reference, triton
+from pallas_kernels import triton
 
 PCIE_PROGRAMS = 32  # keep PCIe busy and leave most SMs alone
 HBM_PROGRAMS = 1024  # fill every SM several times over
@@ -22,7 +22,9 @@ PART_BYTES = 16 << 10  # held in registers at a time: 128 bytes in each of 128 t
 
 def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
   """An uninitialised array, made by a kernel that writes nothing: pinned host memory never passes through HBM."""
-  return triton.call(lambda _: None, out_shape=jax.ShapeDtypeStruct(shape, dtype), interpret=False, name="empty")()
+  return triton.call(
+    lambda _: None, out_shape=jax.ShapeDtypeStruct(shape, dtype), implementation="triton", name="empty"
+  )()
 
 
 def load_blocks(
@@ -45,7 +47,7 @@ def load_blocks(
     implementation: "xla", "triton" or "interpret".
   """
   if implementation == "xla":
-    return reference.load_blocks(pool, slots, layer, blocks, slot)
+    return _load_blocks_xla(pool, slots, layer, blocks, slot)
   n_heads, n = blocks.shape[1:]
 
   def wanted(e, _layer, blocks_ref, slot_ref, *_):
@@ -80,7 +82,7 @@ def gather_blocks(
     implementation: "xla", "triton" or "interpret".
   """
   if implementation == "xla":
-    return reference.gather_blocks(pool, slots, layer, blocks, slot)
+    return _gather_blocks_xla(pool, slots, layer, blocks, slot)
   n_heads, n = blocks.shape
   size, depth = pool.shape[4:]
 
@@ -136,7 +138,7 @@ def store_blocks(
     implementation: "xla", "triton" or "interpret".
   """
   if implementation == "xla":
-    return reference.store_blocks(pool, source, layer, source_ids, blocks)
+    return _store_blocks_xla(pool, source, layer, source_ids, blocks)
   (n_heads, n_layers), n = source.shape[:2], blocks.shape[0]
 
   def wanted(e, _layer, _ids, blocks_ref, *_):
@@ -170,7 +172,7 @@ def place_blocks(
   if slots.shape[0] == 0:
     return slots
   if implementation == "xla":
-    return reference.place_blocks(slots, source, source_ids, slot)
+    return _place_blocks_xla(slots, source, source_ids, slot)
   n_layers, n = slot.shape[1:]
 
   def wanted(e, _ids, slot_ref, *_):
@@ -234,7 +236,7 @@ def _run(
     out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype) if in_place else out,
     grid=(programs,),
     input_output_aliases={len(operands) - 1: 0} if in_place else {},
-    interpret=implementation == "interpret",
+    implementation=implementation,
     name=name,
   )(*operands)
 
@@ -253,3 +255,49 @@ def _parts(blocks: jax.Array, halves: bool = False) -> list[tuple]:
     return [(slice(None),) * 3]
   rows = min(size, PART_BYTES // row)
   return [(half, pl.ds(start, rows)) for start in range(0, size, rows) for half in (0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ XLA
+
+
+def read_blocks(pool, slots, layer, blocks, slot):
+  """Blocks [B, K, n, 2, S, D] from their slots, or from the pool where `slot` is -1."""
+  head = jnp.arange(pool.shape[0])[None, :, None]
+  from_pool = pool[head, layer, jnp.maximum(blocks, 0)]
+  if slots.shape[0] == 0:
+    return from_pool
+  return jnp.where((slot >= 0)[..., None, None, None], slots[jnp.maximum(slot, 0)], from_pool)
+
+
+def _load_blocks_xla(pool, slots, layer, blocks, slot) -> jax.Array:
+  head = jnp.arange(pool.shape[0])[None, :, None]
+  kv = pool[head, layer, jnp.maximum(blocks, 0)]
+  return slots.at[jnp.where((blocks >= 0) & (slot >= 0), slot, slots.shape[0])].set(kv, mode="drop")
+
+
+def _gather_blocks_xla(pool, slots, layer, blocks, slot) -> tuple[jax.Array, jax.Array]:
+  kv = read_blocks(pool, slots, layer, blocks[None], slot[None])[0]
+  kv = jnp.where((blocks >= 0)[..., None, None, None], kv, 0).transpose(2, 1, 3, 0, 4)  # [2, n, S, K, D]
+  k, v = kv.reshape(2, -1, *kv.shape[3:])
+  return k, v
+
+
+def _store_blocks_xla(pool, source, layer, source_ids, blocks) -> jax.Array:
+  """A loop, since it must not hold a gathered copy of the source."""
+
+  def store_one(i, pool):
+    kv = jax.lax.dynamic_slice_in_dim(source, source_ids[i], 1, 2)  # [K, Ls, 1, 2, S, D]
+    write = lambda: jax.lax.dynamic_update_slice(pool, kv, (0, layer, blocks[i], 0, 0, 0))  # noqa: E731
+    return jax.lax.cond(blocks[i] >= 0, write, lambda: pool)
+
+  return jax.lax.fori_loop(0, blocks.shape[0], store_one, pool)
+
+
+def _place_blocks_xla(slots, source, source_ids, slot) -> jax.Array:
+
+  def place_one(i, slots):
+    kv = jax.lax.dynamic_index_in_dim(source, source_ids[i], 2, keepdims=False)  # [K, Ls, 2, S, D]
+    to = slot[:, :, i]
+    return slots.at[jnp.where(to >= 0, to, slots.shape[0])].set(kv, mode="drop")
+
+  return jax.lax.fori_loop(0, source_ids.shape[0], place_one, slots)

@@ -1,7 +1,8 @@
-"""Digests: what selection reads instead of a block's keys. A rule is a function, keys [..., S, D] -> [..., E, D]."""
+"""Digests: what selection reads instead of a block's keys."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,43 +15,29 @@ PROGRAMS = 4096  # enough to fill every SM; more only when there are more blocks
 WARP_VALUES = 4096  # keys of a block in one warp's registers, 128 a thread: no reduction leaves the warp
 
 
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A rule that kernels run too: keys [..., S, D] in float32 -> the E vectors [..., D] of their digest."""
+
+  vectors: Callable[[jax.Array], tuple[jax.Array, ...]]  # apart, since a kernel cannot stack what it writes
+
+  def __call__(self, keys: jax.Array) -> jax.Array:
+    """Digests [..., E, D] of keys [..., S, D], of the same dtype."""
+    return jnp.stack(self.vectors(keys.astype(jnp.float32)), -2).astype(keys.dtype)
+
+
 def _cuboid_mean(keys: jax.Array) -> tuple[jax.Array, ...]:
-  k = keys.astype(jnp.float32)
-  centre = (k.max(-2) + k.min(-2)) / 2
-  radius = jnp.abs(k - centre[..., None, :]).mean(-2)
+  centre = (keys.max(-2) + keys.min(-2)) / 2
+  radius = jnp.abs(keys - centre[..., None, :]).mean(-2)
   return centre + radius, centre - radius
 
 
-def _min_max(keys: jax.Array) -> tuple[jax.Array, ...]:
-  k = keys.astype(jnp.float32)
-  return k.max(-2), k.min(-2)
-
-
-def _mean(keys: jax.Array) -> tuple[jax.Array, ...]:
-  return (keys.astype(jnp.float32).mean(-2),)
-
-
-def cuboid_mean(keys: jax.Array) -> jax.Array:
-  """Upper and lower corner of the centre +- mean deviation box (ArkVale, equations 3 and 4). E = 2."""
-  return jnp.stack(_cuboid_mean(keys), -2).astype(keys.dtype)
-
-
-def min_max(keys: jax.Array) -> jax.Array:
-  """Largest and smallest value of every channel (Quest, algorithm 1). E = 2."""
-  return jnp.stack(_min_max(keys), -2).astype(keys.dtype)
-
-
-def mean(keys: jax.Array) -> jax.Array:
-  """The mean key. E = 1."""
-  return jnp.stack(_mean(keys), -2).astype(keys.dtype)
-
-
-Rule = Callable[[jax.Array], jax.Array]
-_VECTORS: dict[Rule, Callable[[jax.Array], tuple[jax.Array, ...]]] = {
-  cuboid_mean: _cuboid_mean,
-  min_max: _min_max,
-  mean: _mean,
-}  # a kernel cannot stack what it writes
+# Upper and lower corner of the centre +- mean deviation box (ArkVale, equations 3 and 4). E = 2.
+cuboid_mean = Rule(_cuboid_mean)
+# Largest and smallest value of every channel (Quest, algorithm 1). E = 2.
+min_max = Rule(lambda keys: (keys.max(-2), keys.min(-2)))
+# The mean key. E = 1.
+mean = Rule(lambda keys: (keys.mean(-2),))
 
 
 def store_digests(
@@ -60,31 +47,36 @@ def store_digests(
   source_ids: jax.Array,
   blocks: jax.Array,
   *,
-  rule: Rule,
+  rule: Callable[[jax.Array], jax.Array],
   implementation: str = "xla",
 ) -> jax.Array:
   """Writes the digests of finished blocks; returns `digest`, updated in place when donated.
 
   Args:
     digest: [K, L, M, E, D]; E = 0, nothing selects: returned as it is.
-    source: [K, Ls, n_source, 2, S, D], blocks of the Ls layers that begin at `layer`; only keys are read. For a kernel
-      S and D are powers of two.
+    source: [K, Ls, n_source, 2, S, D], blocks of the Ls layers that begin at `layer`; only keys are read.
     layer: scalar int32.
     source_ids: [n] int32, which of the source's blocks.
     blocks: [n] int32, distinct, DRAM block of each; -1: nothing to do.
-    rule: makes the digest. A rule that is not of this file runs in XLA whatever `implementation` says.
+    rule: keys [..., S, D] -> digests [..., E, D]: for a kernel a `Rule`, for XLA any function.
     implementation: "xla", "triton" or "interpret".
+
+  Raises:
+    NotImplementedError: a kernel was asked for, and the rule is no `Rule`, or S or D is not a power of two.
   """
   n_heads, n_layers, _, _, size, depth = source.shape
   n = blocks.shape[0]
   if digest.shape[3] == 0 or n == 0:
     return digest
-  if implementation == "xla" or rule not in _VECTORS:
+  if implementation == "xla":
     keys = source[:, :, :, 0].at[:, :, source_ids].get(mode="clip")  # [K, Ls, n, S, D]
     layers = layer + jnp.arange(n_layers, dtype=jnp.int32)[:, None]
     to = jnp.where(blocks >= 0, blocks, digest.shape[2])[None]
     return digest.at[:, layers, to].set(rule(keys), mode="drop")
 
+  if not isinstance(rule, Rule):
+    raise NotImplementedError(f"a kernel runs a digest.Rule, not {rule}; use implementation='xla'")
+  triton.power_of_two(S=size, D=depth)
   per_program = min(n, pl.next_power_of_2(pl.cdiv(n_heads * n_layers * n, PROGRAMS)))
 
   def kernel(layer_ref, ids_ref, blocks_ref, source_ref, _, digest_ref):
@@ -96,7 +88,7 @@ def store_digests(
 
       @pl.when(block >= 0)
       def _():
-        for e, vector in enumerate(_VECTORS[rule](source_ref[k, j, ids_ref[i], 0])):
+        for e, vector in enumerate(rule.vectors(source_ref[k, j, ids_ref[i], 0].astype(jnp.float32))):
           digest_ref[k, layer_ref[0] + j, block, e] = vector.astype(digest.dtype)
 
     jax.lax.fori_loop(first, jnp.minimum(first + per_program, n), one, None)
@@ -106,7 +98,7 @@ def store_digests(
     out_shape=jax.ShapeDtypeStruct(digest.shape, digest.dtype),
     grid=(pl.cdiv(n, per_program), n_layers, n_heads),
     input_output_aliases={4: 0},
-    interpret=implementation == "interpret",
+    implementation=implementation,
     num_warps=min(8, pl.next_power_of_2(pl.cdiv(size * depth, WARP_VALUES))),
     name="store_digests",
   )(jnp.reshape(layer, 1).astype(jnp.int32), source_ids, blocks, source, digest)

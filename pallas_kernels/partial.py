@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 class Partial(NamedTuple):
   """Attention over part of the keys, not yet normalised.
@@ -44,3 +46,15 @@ def merge_along(parts: Partial, axis: int) -> Partial:
   reference = jnp.where(m == -jnp.inf, 0.0, m)
   weight = jnp.exp(parts.m - jnp.expand_dims(reference, axis))
   return Partial((parts.o * weight[..., None]).sum(axis), m, (parts.l * weight).sum(axis))
+
+
+def partial_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, scale: float) -> Partial:
+  """Attention of q [..., G, D] over k, v [..., T, D] where `valid` [..., T]; what is masked may hold NaN."""
+  # bf16 products are exact in float32, so this is what a tensor core accumulates.
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  s = jnp.einsum("...gd,...td->...gt", q, k, precision=_HIGHEST) * scale
+  s = jnp.where(valid[..., None, :], s, -jnp.inf)
+  m = s.max(-1)
+  p = jnp.exp(s - jnp.where(m == -jnp.inf, 0.0, m)[..., None])
+  v = jnp.where(valid[..., None], v, 0.0)  # 0 * NaN is NaN
+  return Partial(jnp.einsum("...gt,...td->...gd", p, v, precision=_HIGHEST), m, p.sum(-1))

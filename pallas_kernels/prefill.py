@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
 from pallas_kernels.copy import gather_blocks
 from pallas_kernels.partial import Partial, merge
 
+_HIGHEST = jax.lax.Precision.HIGHEST
 CLEARED_TOKENS = 512  # after the prefix; cuDNN's tiles of keys are shorter, and it reads none that begins after the end
 
 
@@ -27,12 +28,12 @@ def prefill_attention(
   scale: float,
   implementation: str = "xla",
 ) -> jax.Array:
-  """Attention output [T, K, G, D] of the queries of a piece.
+  """Attention output [C, K, G, D] of the queries of a piece.
 
   Args:
-    q: [T, K, G, D].
-    k: [T, K, D], the piece's own keys; causal.
-    v: [T, K, D].
+    q: [C, K, G, D].
+    k: [C, K, D], the piece's own keys; causal.
+    v: [C, K, D].
     pool: [K, L, M, 2, S, D].
     slots: [P, 2, S, D].
     layer: scalar int32.
@@ -59,7 +60,7 @@ def prefill_attention(
     blocks = jnp.where(left > 0, blocks, padding)
     earlier = gather_blocks(pool, slots, layer, blocks, slot, implementation=implementation)
   if not cudnn:
-    return reference.prefill_attention(q, k, v, earlier, prefix_tokens, scale=scale)
+    return _prefill_attention_xla(q, k, v, earlier, prefix_tokens, scale=scale)
   attended = _attention(q, k, v, None, scale)
   if earlier is not None:
     attended = merge(attended, _attention(q, *earlier, prefix_tokens, scale))
@@ -67,9 +68,12 @@ def prefill_attention(
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | None, scale: float) -> Partial:
-  """cuDNN's attention of q [T, K, G, D] over k, v [t, K, D]: causal, or each over the first `n_keys`."""
+  """cuDNN's attention of q [C, K, G, D] over k, v [t, K, D]: causal, or each over the first `n_keys`."""
   # Private: jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of q, which leaves no weights to merge by.
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+  try:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+  except ImportError as error:
+    raise NotImplementedError("this jax keeps cuDNN's attention elsewhere; use implementation='xla'") from error
 
   n_tokens, n_heads, n_group, depth = q.shape
   n_queries = n_read = None
@@ -85,9 +89,36 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | Non
     mask_type=cudnn.MaskType.CAUSAL if n_keys is None else cudnn.MaskType.PADDING,
     return_residual=True,
   )
-  o, lse = result  # [1, T, H, D], [1, H, T] float32
+  o, lse = result  # [1, C, H, D], [1, H, C] float32
   lse = jnp.moveaxis(lse.reshape(n_heads, n_group, n_tokens), 2, 0)
   if n_keys is not None:
     lse = jnp.where(n_keys > 0, lse, -jnp.inf)
   # A normalised o is a partial result whose reference m is its log-sum-exp.
   return Partial(o.reshape(q.shape).astype(jnp.float32), lse, jnp.ones_like(lse))
+
+
+def _prefill_attention_xla(q, k, v, prefix, prefix_tokens, *, scale, q_tile: int = 256) -> jax.Array:
+  """the prefix is gathered, keys and values [N * S, K, D], or None."""
+  tokens, n_heads, n_group, depth = q.shape
+  before = 0
+  if prefix is not None:
+    before = prefix[0].shape[0]
+    k, v = (jnp.concatenate(x) for x in zip(prefix, (k, v), strict=True))
+  k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))  # [K, before + T, D]
+  place = jnp.arange(k.shape[1])
+  v = jnp.where(((place < prefix_tokens) | (place >= before))[None, :, None], v, 0.0)  # 0 * NaN is NaN
+  k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+  tile = math.gcd(tokens, q_tile)
+
+  def one(start):
+    queries = jax.lax.dynamic_slice_in_dim(q, start, tile, 0)  # [tile, K, G, D]
+    at = (start + jnp.arange(tile))[:, None]
+    seen = (place[None] < prefix_tokens) | ((place[None] >= before) & (place[None] - before <= at))  # [tile, T]
+    by_head = jnp.moveaxis(queries, 0, 2).reshape(n_heads, n_group * tile, depth)  # rows of one head: G x tile
+    s = jnp.einsum("kgd,ktd->kgt", by_head.astype(jnp.float32), k, precision=_HIGHEST) * scale
+    p = jax.nn.softmax(jnp.where(jnp.tile(seen, (n_group, 1))[None], s, -jnp.inf), axis=-1)
+    o = jnp.einsum("kgt,ktd->kgd", p, v, precision=_HIGHEST)
+    return jnp.moveaxis(o.reshape(n_heads, n_group, tile, depth), 2, 0)
+
+  out = jax.lax.map(one, jnp.arange(0, tokens, tile))
+  return out.reshape(q.shape).astype(q.dtype)

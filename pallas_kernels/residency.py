@@ -1,7 +1,7 @@
 """Which block is in which slot: `propose` looks listed blocks up and finds slots for those that miss, `commit` makes
 true what attention then did. Least recently used goes first, in the order that stood when the program began.
 
-That order, `oldest_first`, is one sort of the slots a program, not one a layer. Everything a program touches becomes
+That order, `eviction_order`, is one sort of the slots a program, not one a layer. Everything a program touches becomes
 younger than everything it has not, so the order of what is untouched stays exact; what has been touched is passed over.
 Each call of a program (its layers) goes on where the calls before it have come to, and gives a slot up once at most.
 
@@ -27,6 +27,9 @@ from pallas_kernels import triton
 
 NEVER = -(1 << 30)  # last_selected of a block nobody selected; NEVER + w does not overflow
 CHUNK = 64  # ranks that take their victims together, before the next ranks of any row
+LOOKS = (
+  32  # places that a miss looks at for a slot; where nearly all slots are in use, a walk over them would take long
+)
 
 
 class Maps(NamedTuple):
@@ -36,7 +39,7 @@ class Maps(NamedTuple):
   last_selected: jax.Array
 
 
-class Victims(NamedTuple):
+class EvictionOrder(NamedTuple):
   """The slots in the order in which they are given up."""
 
   slots: jax.Array  # [P] int32, the least recently used first, ties to the lowest
@@ -48,30 +51,41 @@ class Reads(NamedTuple):
 
   blocks: jax.Array  # [B, K, n] int32, -1: nothing
   slot: jax.Array  # [B, K, n] int32, where the block is, or where a miss may go; -1: it is read but not kept
-  hits: jax.Array  # [B, K, n / group] int32, the first blocks of each group that are in their slots
+  n_hits: jax.Array  # [B, K, n / group] int32, the first blocks of each group that are in their slots
 
   @property
   def group(self) -> int:
     """Blocks of a group: a power of two, of which the last group may have fewer, or the whole list."""
-    n, groups = self.blocks.shape[-1], self.hits.shape[-1]
+    n, groups = self.blocks.shape[-1], self.n_hits.shape[-1]
     return n if groups == 1 else pl.next_power_of_2(-(-n // groups))
 
   @property
   def hit(self) -> jax.Array:
     """[B, K, n] bool: whether the block is in its slot."""
     rank = jnp.arange(self.blocks.shape[-1])
-    return (rank % self.group)[None, None] < self.hits[..., rank // self.group]
+    return (rank % self.group)[None, None] < self.n_hits[..., rank // self.group]
+
+  def missed(self, used: jax.Array) -> jax.Array:
+    """Of the first `used` [B, K] blocks, whole groups or all of them, those that are in no slot: [B, K] int32."""
+    begun = jnp.arange(self.n_hits.shape[-1])[None, None] * self.group < used[..., None]
+    return used - jnp.where(begun, self.n_hits, 0).sum(-1)
 
 
-def oldest_first(maps: Maps, since: jax.Array) -> Victims:
+def eviction_order(maps: Maps, since: jax.Array) -> EvictionOrder:
   """The order of eviction of a program whose stamps begin at `since`."""
   ids = jnp.arange(maps.last_used.shape[0], dtype=jnp.int32)
-  return Victims(jax.lax.sort((maps.last_used, ids), num_keys=1, is_stable=True)[1], since)
+  age = jnp.where(maps.last_used == -1, jnp.iinfo(jnp.int32).min, maps.last_used - since)
+  return EvictionOrder(jax.lax.sort((age, ids), num_keys=1, is_stable=True)[1], since)
+
+
+def _unused(last_used: jax.Array, since: jax.Array) -> jax.Array:
+  """Whether a slot has not been used since then. Stamps wrap around; their differences do not."""
+  return (last_used == -1) | (last_used - since < 0)
 
 
 def propose(
   maps: Maps,
-  victims: Victims,
+  order: EvictionOrder,
   layer: jax.Array,
   blocks: jax.Array,
   *,
@@ -83,11 +97,11 @@ def propose(
 
   Misses get the oldest slots that the program has not taken yet, in order of rank by chunks of ranks. A slot that holds
   a block of the call, or has been used since the program began, is passed over: of m misses, the t-th looks at places
-  t, t + m, t + 2m ... from where the calls before have come to. Where none is left, a block is read but not kept.
+  t, t + m, t + 2m ... from `taken` on, LOOKS of them. A miss that finds none there is read but not kept.
 
   Args:
     maps: of one device.
-    victims: from `oldest_first`, at the beginning of the program.
+    order: from `eviction_order`, at the beginning of the program.
     layer: scalar int32, or [n].
     blocks: [B, K, n] int32, -1: nothing; most critical first along n.
     taken: int32 of any shape; its sum is how many misses the program has given slots before.
@@ -106,8 +120,8 @@ def propose(
     nowhere = jnp.full_like(blocks, -1)
     return Reads(blocks, nowhere, jnp.zeros((*blocks.shape[:2], -(-n // group)), jnp.int32))
   if implementation == "xla":
-    return _propose_xla(maps, victims, layer, blocks, jnp.asarray(taken), group, chunk)
-  return _propose_kernels(maps, victims, layer, blocks, jnp.asarray(taken), group, chunk, implementation == "interpret")
+    return _propose_xla(maps, order, layer, blocks, jnp.asarray(taken), group, chunk)
+  return _propose_kernels(maps, order, layer, blocks, jnp.asarray(taken), group, chunk, implementation)
 
 
 def commit(
@@ -127,15 +141,15 @@ def commit(
   """
   if implementation == "xla":
     return _commit_xla(maps, layer, reads, used, stamp, step)
-  return _commit_kernel(maps, layer, reads, used, stamp, step, implementation == "interpret")
+  return _commit_kernel(maps, layer, reads, used, stamp, step, implementation)
 
 
 def release(maps: Maps, freed: jax.Array) -> Maps:
-  """Forgets the freed DRAM blocks [F] int32 (-1: nothing) in all layers and heads; their slots become empty."""
+  """Forgets the freed DRAM blocks [n] int32 (-1: nothing) in all layers and heads; their slots become empty."""
   n_pool = maps.slot_of.shape[2]
   n_slots = maps.last_used.shape[0]
   freed = jnp.where(freed >= 0, freed, n_pool)
-  slots = maps.slot_of.at[:, :, freed].get(mode="fill", fill_value=-1)  # [K, L, F]
+  slots = maps.slot_of.at[:, :, freed].get(mode="fill", fill_value=-1)  # [K, L, n]
   slots = jnp.where(slots >= 0, slots, n_slots).ravel()
   return Maps(
     maps.slot_of.at[:, :, freed].set(-1, mode="drop"),
@@ -153,7 +167,7 @@ def _only(keep: jax.Array, index: jax.Array, size: int) -> jax.Array:
   return jnp.where(keep, index, size)
 
 
-def _propose_xla(maps, victims, layer, blocks, taken, group, chunk) -> Reads:
+def _propose_xla(maps, order, layer, blocks, taken, group, chunk) -> Reads:
   n_rows, n_heads, n = blocks.shape
   n_slots = maps.last_used.shape[0]
   k = jnp.arange(n_heads)[None, :, None]
@@ -168,20 +182,21 @@ def _propose_xla(maps, victims, layer, blocks, taken, group, chunk) -> Reads:
   turn = jnp.moveaxis(turn, 0, 2).reshape(padded.shape)[..., :n]
 
   def look_further(state):
-    index, slot, wanting = state
-    victim = victims.slots.at[_only(wanting, index, n_slots)].get(mode="fill", fill_value=-1)
-    found = (victim >= 0) & (maps.last_used[victim] < victims.since) & ~claimed[victim]
+    look, index, slot, wanting = state
+    victim = order.slots.at[_only(wanting, index, n_slots)].get(mode="fill", fill_value=-1)
+    found = (victim >= 0) & _unused(maps.last_used[victim], order.since) & ~claimed[victim]
     index += miss.sum()
-    return index, jnp.where(found, victim, slot), wanting & ~found & (index < n_slots)
+    return look + 1, index, jnp.where(found, victim, slot), wanting & ~found & (index < n_slots)
 
-  slot = jax.lax.while_loop(lambda state: state[2].any(), look_further, (taken.sum() + turn, slot, miss))[1]
+  more = lambda state: (state[0] < LOOKS) & state[3].any()  # noqa: E731
+  slot = jax.lax.while_loop(more, look_further, (jnp.int32(0), taken.sum() + turn, slot, miss))[2]
 
   grouped = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, -n % group)), constant_values=fill).reshape(  # noqa: E731
     n_rows, n_heads, -1, group
   )
   hits = grouped(hit, False)
-  order = jnp.argsort(~hits, axis=-1, stable=True)
-  ordered = lambda x: jnp.take_along_axis(grouped(x, -1), order, -1).reshape(n_rows, n_heads, -1)[..., :n]  # noqa: E731
+  places = jnp.argsort(~hits, axis=-1, stable=True)
+  ordered = lambda x: jnp.take_along_axis(grouped(x, -1), places, -1).reshape(n_rows, n_heads, -1)[..., :n]  # noqa: E731
   return Reads(ordered(blocks), ordered(slot), hits.sum(-1, dtype=jnp.int32))
 
 
@@ -217,13 +232,13 @@ def _by_rank(x: jax.Array) -> jax.Array:
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _propose_kernels(maps, victims, layer, blocks, taken, group, chunk, interpret) -> Reads:
+def _propose_kernels(maps, order, layer, blocks, taken, group, chunk, implementation) -> Reads:
   """Two kernels of one program for each list and chunk of ranks: the second needs the misses of all lists."""
   n_rows, n_heads, n = blocks.shape
   n_slots, n_lists, n_chunks, n_groups = maps.last_used.shape[0], n_rows * n_heads, -(-n // chunk), -(-n // group)
   layer = jnp.reshape(layer, -1).astype(jnp.int32)
   call = functools.partial(
-    triton.call, grid=(n_chunks, n_lists), interpret=interpret, num_warps=1 if chunk <= 64 else 4
+    triton.call, grid=(n_chunks, n_lists), implementation=implementation, num_warps=1 if chunk <= 64 else 4
   )
   int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
 
@@ -267,16 +282,18 @@ def _propose_kernels(maps, victims, layer, blocks, taken, group, chunk, interpre
     stride = total(misses_ref, n_counts)
 
     def look_further(state):
-      index, slot, wanting = state
+      look, index, slot, wanting = state
       wanting = (wanting == 1) & (index < n_slots)
       victim = victims_ref[jnp.where(wanting, index, 0)]
-      free = (last_used_ref[victim] < since_ref[0]) & (claimed_ref[victim].astype(jnp.int32) == 0)
+      free = _unused(last_used_ref[victim], since_ref[0]) & (claimed_ref[victim].astype(jnp.int32) == 0)
       slot = jnp.where(wanting & free, victim, slot)
-      return index + stride, slot, (wanting & ~free).astype(jnp.int32)
+      return look + 1, index + stride, slot, (wanting & ~free).astype(jnp.int32)
 
-    start = before + jnp.cumsum(miss.astype(jnp.int32)) - 1, slot, miss.astype(jnp.int32)
-    index, slot, wanting = jax.lax.while_loop(lambda state: jnp.max(state[2]) > 0, look_further, start)
-    slot = jnp.where((wanting == 1) & (index < 0), -1, slot)  # never so, but every result of a loop must be used
+    more = lambda state: (state[0] < LOOKS) & (jnp.max(state[3]) > 0)  # noqa: E731
+    start = jnp.int32(0), before + jnp.cumsum(miss.astype(jnp.int32)) - 1, slot, miss.astype(jnp.int32)
+    look, index, slot, wanting = jax.lax.while_loop(more, look_further, start)
+    # Never so, but every result of a loop must be used: Triton's compiler fails otherwise.
+    slot = jnp.where((wanting == 1) & (index < 0) & (look < 0), -1, slot)
 
     width = min(group, chunk) if group != n else chunk
     hit_in = jnp.reshape(hit.astype(jnp.int32), (chunk // width, width))
@@ -296,18 +313,18 @@ def _propose_kernels(maps, victims, layer, blocks, taken, group, chunk, interpre
       name="assign",
     )(
       taken.ravel(),
-      jnp.reshape(victims.since, 1),
+      jnp.reshape(order.since, 1),
       blocks,
       slot,
       misses.ravel(),
-      victims.slots,
+      order.slots,
       maps.last_used,
       claimed,
     )
   )
 
 
-def _commit_kernel(maps, layer, reads, used, stamp, step, interpret) -> Maps:
+def _commit_kernel(maps, layer, reads, used, stamp, step, implementation) -> Maps:
   n_heads, n_layers, n_pool = maps.slot_of.shape
   n_rows, _, n = reads.blocks.shape
   n_slots = maps.last_used.shape[0]
@@ -352,7 +369,7 @@ def _commit_kernel(maps, layer, reads, used, stamp, step, interpret) -> Maps:
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in maps_in],
     grid=(-(-n // chunk), n_rows * n_heads),
     input_output_aliases={7 + i: i for i in range(4)},
-    interpret=interpret,
+    implementation=implementation,
     num_warps=1,
     name="commit",
   )(layer, stamp, step, used, *reads, *maps_in)

@@ -1,10 +1,8 @@
-"""Scores: every block's digest against the query, read through the block tables.
-
-A scoring rule is a pure function (q [..., G, D], digests [..., N, E, D]) -> [..., G, N], both float32.
-"""
+"""Scores: every block's digest against the query, read through the block tables."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -17,28 +15,29 @@ from pallas_kernels import triton
 TILE_BYTES = 8 << 10  # of digests a program reads: 64 bytes of each of its 128 threads
 NUM_WARPS = 4
 
-Rule = Callable[[jax.Array, jax.Array], jax.Array]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def box(q: jax.Array, digests: jax.Array) -> jax.Array:
-  """sum_d max(q_d upper_d, q_d lower_d): the largest dot product with a key of the box (Quest, ArkVale)."""
-  # max(q u, q l) = q+ u + q- l since u >= l; two matrix products instead of an N x D intermediate per head.
-  upper, lower = digests[..., 0, :], digests[..., 1, :]
-  dot = lambda a, b: jnp.einsum("...gd,...nd->...gn", a, b, precision=_HIGHEST)  # noqa: E731
-  return dot(jnp.maximum(q, 0), upper) + dot(jnp.minimum(q, 0), lower)
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """A rule that is linear in the digest, which kernels run too: score = sum_e weight(q, e) . digest_e.
+
+  The mean over query heads is then linear as well: one weight vector for all of them.
+  """
+
+  vectors: int  # E
+  weight: Callable[[jax.Array, jax.Array | int], jax.Array]  # of q [..., D] for digest vector e
+
+  def __call__(self, q: jax.Array, digests: jax.Array) -> jax.Array:
+    """q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]."""
+    dot = lambda e: jnp.einsum("...gd,...nd->...gn", self.weight(q, e), digests[..., e, :], precision=_HIGHEST)  # noqa: E731
+    return sum(dot(e) for e in range(self.vectors))  # pyright: ignore[reportReturnType]  there is a first
 
 
-def dot(q: jax.Array, digests: jax.Array) -> jax.Array:
-  """Dot product with the one vector of the digest."""
-  return jnp.einsum("...gd,...nd->...gn", q, digests[..., 0, :], precision=_HIGHEST)
-
-
-# Both rules are linear in the digests: score = sum_e weight(q, e) . digest_e, and so is the mean over heads.
-_WEIGHTS = {
-  box: lambda q, e: jnp.where(e == 0, jnp.maximum(q, 0), jnp.minimum(q, 0)),
-  dot: lambda q, e: q,
-}
+# sum_d max(q_d upper_d, q_d lower_d): the largest dot product with a key of the box (Quest, ArkVale), as q+ u + q- l.
+box = Linear(2, lambda q, e: jnp.where(e == 0, jnp.maximum(q, 0), jnp.minimum(q, 0)))
+# The dot product with the one vector of the digest.
+dot = Linear(1, lambda q, e: q)
 
 
 def score(
@@ -48,7 +47,7 @@ def score(
   tables: jax.Array,
   n_blocks: jax.Array,
   *,
-  rule: Rule,
+  rule: Callable[[jax.Array, jax.Array], jax.Array],
   reduce: str = "mean",
   sinks: int = 0,
   window: int = 0,
@@ -58,11 +57,12 @@ def score(
 
   Args:
     q: [B, K, G, D].
-    digest: [K, L, M, E, D], of which `layer` is read at `tables`. For a kernel D is a power of two.
+    digest: [K, L, M, E, D], of which `layer` is read at `tables`.
     layer: scalar int32.
     tables: [B, N] int32, DRAM block of every logical block; entries at and beyond `n_blocks` are not used.
     n_blocks: [B] int32, full blocks of a row.
-    rule: the scoring rule. One that is not of this file runs in XLA whatever `implementation` says.
+    rule: q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]: for a kernel a `Linear`, for XLA any
+      function.
     reduce: "mean" or "max" over the G query heads of a KV head.
     sinks: the first blocks that are always attended, scored +inf.
     window: likewise the last full blocks.
@@ -70,10 +70,19 @@ def score(
 
   Returns:
     [B, K, N] float32, -inf for blocks that do not exist.
+
+  Raises:
+    ValueError: the digests have not the E vectors that a `Linear` rule reads.
+    NotImplementedError: a kernel was asked for, and the rule is not `Linear` or D not a power of two.
   """
+  if isinstance(rule, Linear) and digest.shape[3] != rule.vectors:
+    raise ValueError(f"the rule reads {rule.vectors} vectors of a digest, and these have {digest.shape[3]}")
   options = dict(rule=rule, reduce=reduce, sinks=sinks, window=window)
-  if implementation != "xla" and rule in _WEIGHTS:
-    return _score_kernel(q, digest, layer, tables, n_blocks, **options, interpret=implementation == "interpret")
+  if implementation != "xla":
+    if not isinstance(rule, Linear):
+      raise NotImplementedError(f"a kernel runs a score.Linear rule, not {rule}; use implementation='xla'")
+    triton.power_of_two(D=q.shape[-1])
+    return _score_kernel(q, digest, layer, tables, n_blocks, **options, implementation=implementation)
   k = jnp.arange(digest.shape[0])[None, :, None]
   gathered = digest[k, layer, tables[:, None, :]].astype(jnp.float32)  # [B, K, N, E, D]
   by_head = rule(q.astype(jnp.float32), gathered)  # [B, K, G, N]
@@ -85,7 +94,7 @@ def score(
   return jnp.where((n < last)[:, None], scores, -jnp.inf)
 
 
-def _score_kernel(q, digest, layer, tables, n_blocks, *, rule, reduce, sinks, window, interpret):
+def _score_kernel(q, digest, layer, tables, n_blocks, *, rule, reduce, sinks, window, implementation):
   """One program scores one tile of a row's blocks against all query heads of one KV head."""
   n_rows, n_heads, n_group, depth = q.shape
   width = digest.shape[3] * depth  # a digest's E vectors, contiguous
@@ -99,7 +108,7 @@ def _score_kernel(q, digest, layer, tables, n_blocks, *, rule, reduce, sinks, wi
     exists, always = i < last, (i < sinks) | (i >= last - window)
     channel = jnp.arange(width)
     heads = (q_ref[b, k, g, channel & (depth - 1)].astype(jnp.float32) for g in range(n_group))
-    weights = [_WEIGHTS[rule](head, channel // depth)[None] for head in heads]  # G times [1, E * D]
+    weights = [rule.weight(head, channel // depth)[None] for head in heads]  # G times [1, E * D]
 
     def products():
       block = jnp.where(exists & ~always, tables_ref[b, i], 0)  # any block that can be read: its score is not used
@@ -116,7 +125,7 @@ def _score_kernel(q, digest, layer, tables, n_blocks, *, rule, reduce, sinks, wi
     kernel,
     out_shape=jax.ShapeDtypeStruct((n_rows, n_heads, n), jnp.float32),
     grid=(pl.cdiv(n, tile), n_heads, n_rows),
-    interpret=interpret,
+    implementation=implementation,
     num_warps=NUM_WARPS,
     name="score",
   )(jnp.reshape(layer, 1), tables, n_blocks, q, digest.reshape(*digest.shape[:3], width))

@@ -20,33 +20,36 @@ def select(scores: jax.Array, k: int, *, implementation: str = "xla") -> tuple[j
   """The k highest scores of every row, descending; ties to the lowest id.
 
   Args:
-    scores: [B, K, N] float32, no NaN. Rows too long for one program's registers (k > 16384 or N > 32768) are XLA's
-      whatever `implementation` says.
+    scores: [B, K, N] float32, no NaN.
     k: at most N.
     implementation: "xla", "triton" or "interpret".
 
   Returns:
     The scores [B, K, k] and their logical ids int32 [B, K, k].
+
+  Raises:
+    NotImplementedError: a kernel was asked for, and a row is too long for one: see `fits`.
   """
   n = scores.shape[-1]
   n_padded, k_padded = pl.next_power_of_2(n), pl.next_power_of_2(k)
-  if implementation == "xla" or k_padded > MAX_SORTED or n_padded > MAX_SEARCHED:
+  if implementation == "xla":
     ranked, ids = jax.lax.top_k(scores, k)
     return ranked, ids.astype(jnp.int32)
 
-  interpret = implementation == "interpret"
+  if not fits(n, k):
+    raise NotImplementedError(
+      f"{k} best of {n}: a kernel takes {MAX_SORTED} of {MAX_SEARCHED}; use implementation='xla'"
+    )
   num_warps = max(1, min(32, max(n_padded // SEARCHED_VALUES, k_padded // SORTED_VALUES)))
 
   def kernel(scores_ref, ranked_ref, ids_ref):
     row = pl.program_id(0)
     if k_padded < n_padded:
       _write_highest(scores_ref, ids_ref, row, k)
-      if not interpret:
-        triton.barrier()  # every thread sees the ids that others wrote
+      triton.barrier(implementation)  # every thread sees the ids that others wrote
       at = jnp.arange(k_padded)
       ids = jnp.where(at < k, ids_ref[row, jnp.minimum(at, k - 1)], HIGHEST)
-      if not interpret:
-        triton.barrier()  # and has read them before they are written again
+      triton.barrier(implementation)  # and has read them before they are written again
     else:
       ids = jnp.arange(n_padded)
     exists = ids < n
@@ -60,11 +63,16 @@ def select(scores: jax.Array, k: int, *, implementation: str = "xla") -> tuple[j
     kernel,
     out_shape=(jax.ShapeDtypeStruct((rows, k), jnp.float32), jax.ShapeDtypeStruct((rows, k), jnp.int32)),
     grid=(rows,),
-    interpret=interpret,
+    implementation=implementation,
     num_warps=num_warps,
     name="select",
   )(scores.reshape(rows, n))
   return ranked.reshape(*scores.shape[:-1], k), ids.reshape(*scores.shape[:-1], k)
+
+
+def fits(n: int, k: int) -> bool:
+  """Whether a program's registers hold a row of `n` scores and its `k` best."""
+  return pl.next_power_of_2(n) <= MAX_SEARCHED and pl.next_power_of_2(k) <= MAX_SORTED
 
 
 def _key(score: jax.Array) -> jax.Array:

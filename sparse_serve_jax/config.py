@@ -121,13 +121,11 @@ class SparseConfig:
   group_blocks: int = 4  # psa: blocks between two stop tests
 
   def __post_init__(self):
-    _check_fields(
-      self,
-      positive=("token_budget", "group_blocks"),
-      not_negative=("sink_tokens", "window_tokens", "dense_layers"),
-    )
-    if not 0 < self.threshold <= 1 or self.group_blocks & (self.group_blocks - 1):
-      raise ValueError(f"threshold={self.threshold} is not in (0, 1], or {self.group_blocks=} is not a power of two")
+    _check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
+    if not 0 < self.threshold <= 1:
+      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    if self.group_blocks & (self.group_blocks - 1):
+      raise ValueError(f"group_blocks={self.group_blocks} is not a power of two")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,16 +113,17 @@ def decode_step(
   def layer(selector, i, carry):
     x, cache, counts = carry
     lp = llama.layer_params(params, i)
-    q, k, v = llama.qkv(cfg, lp, x, turns)
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     cache = cache.replace(tail=_append(cache.tail, i, batch, k, v))
-    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, victims, counts[1], setup.implementation)
+    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, order, counts[1], setup.implementation)
     x = llama.attention_out(lp, x, o, AXIS)
     return llama.mlp(cfg, lp, x, AXIS), cache, counts + attended
 
   # No layer writes the pool, so it stays out of the loops' carry.
   pool, cache = cache.pool, cache.replace(pool=None)
-  victims = kernels.oldest_first(cache.maps, cache.stamp(0))
-  x, turns = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip")), llama.rope(cfg, batch.positions)
+  order = kernels.eviction_order(cache.maps, cache.stamp(0))
+  x = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip"))
+  cos_sin = llama.rope(cfg, batch.positions)
   carry = x, cache, jnp.zeros((2, x.shape[0], cache.tail.shape[0]), jnp.int32)
   for first, end, selector in (
     (0, setup.dense_layers, setup.selector.dense),
@@ -132,7 +133,7 @@ def decode_step(
       carry = jax.lax.fori_loop(first, end, functools.partial(layer, selector), carry)
   x, cache, counts = carry
 
-  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, victims, counts[1])
+  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, order, counts[1])
   logits = llama.logits(cfg, params, x, AXIS)
   tokens = _sample(logits, batch.positions + 1, batch.sampling)
   last_token = cache.last_token.at[batch.rows].set(tokens, mode="drop")
@@ -149,14 +150,14 @@ def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
 
 
 def _save_tails(
-  setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array, victims: kernels.Victims, taken: jax.Array
+  setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array, order: kernels.EvictionOrder, taken: jax.Array
 ) -> KVCache:
   """Copies the tails that filled to the pool and to slots, and makes their digests, in all layers at once."""
   n_heads, n_layers, n_resident = cache.tail.shape[:3]
   layers = jnp.arange(n_layers)  # the ranks of this list
   blocks = jnp.broadcast_to(new_block[:, None, None], (new_block.shape[0], n_heads, n_layers))
   options = dict(implementation=setup.implementation)
-  reads = kernels.propose(cache.maps, victims, layers, blocks, taken=taken, group=1, **options)
+  reads = kernels.propose(cache.maps, order, layers, blocks, taken=taken, group=1, **options)
   used = jnp.full(blocks.shape[:2], n_layers)
   maps = kernels.commit(cache.maps, layers, reads, used, cache.stamp(layers), batch.steps, **options)
 
@@ -164,8 +165,7 @@ def _save_tails(
   slot = jnp.moveaxis(reads.slot, 0, 2)  # [K, L, B]
   pool = kernels.store_blocks(cache.pool, cache.tail, 0, rows, new_block, **options)
   slots = kernels.place_blocks(cache.slots, cache.tail, rows, slot, **options)
-  rule = setup.selector.method.summarize
-  digest = kernels.store_digests(cache.digest, cache.tail, 0, rows, new_block, rule=rule, **options)
+  digest = _store_digests(setup, cache.digest, cache.tail, 0, rows, new_block)
   return cache.replace(pool=pool, slots=slots, digest=digest, maps=maps)
 
 
@@ -182,12 +182,13 @@ def prefill_segment(
   """
   cfg = setup.model
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
-  x, turns = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x), llama.rope(cfg, positions)
+  x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
+  cos_sin = llama.rope(cfg, positions)
 
   def layer(i, carry):
     x, cache, loaded = carry
     lp = llama.layer_params(params, i)
-    q, k, v = llama.qkv(cfg, lp, x, turns)
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     prefix = None
     if batch.prefix is not None:
       slot = jnp.where(batch.prefix >= 0, cache.maps.slot_of[:, i, batch.prefix], -1)  # [K, N]
@@ -205,11 +206,11 @@ def prefill_segment(
       scale=cfg.head_dim**-0.5,
       implementation=setup.implementation,
     )
-    cache = _save_piece(setup, cache, i, batch, k, v, victims)
+    cache = _save_piece(setup, cache, i, batch, k, v, order)
     x = llama.attention_out(lp, x, o, AXIS)
     return _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x), cache, loaded
 
-  victims = kernels.oldest_first(cache.maps, cache.stamp(0))
+  order = kernels.eviction_order(cache.maps, cache.stamp(0))
   end = batch.first_layer + batch.n_layers
   x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, (x, cache, jnp.int32(0)))
 
@@ -225,7 +226,7 @@ def prefill_segment(
 
 
 def _save_piece(
-  setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array, victims: kernels.Victims
+  setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array, order: kernels.EvictionOrder
 ) -> KVCache:
   """One layer of a piece, k, v [C, K, D]: full blocks to the pool, the newest also to slots, the rest to the tail."""
   n_heads, size = k.shape[1], cache.tail.shape[4]
@@ -236,7 +237,7 @@ def _save_piece(
   blocks = jnp.broadcast_to(jnp.where(newest, batch.blocks, -1)[::-1], (1, n_heads, n))  # the newest first
   options = dict(implementation=setup.implementation)
   taken = (layer - batch.first_layer) * newest.sum(dtype=jnp.int32) * n_heads  # by the layers before, at most
-  reads = kernels.propose(cache.maps, victims, layer, blocks, taken=taken, group=1, **options)
+  reads = kernels.propose(cache.maps, order, layer, blocks, taken=taken, group=1, **options)
   used, never = jnp.full((1, n_heads), n), jnp.full(1, kernels.NEVER)
   maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), never, **options)
 
@@ -245,11 +246,16 @@ def _save_piece(
   slots = kernels.place_blocks(cache.slots, source, ids, slot, **options)
   if setup.host_pool:  # a kernel's result is typed as device memory; the loop's carry is not
     pool = jax.device_put(pool, jax.memory.Space.Host)
-  rule = setup.selector.method.summarize
-  digest = kernels.store_digests(cache.digest, source, layer, ids, batch.blocks, rule=rule, **options)
+  digest = _store_digests(setup, cache.digest, source, layer, ids, batch.blocks)
   unfinished = jax.lax.dynamic_index_in_dim(kv, jnp.minimum(n_full, n - 1), 1, keepdims=False)
   tail = cache.tail.at[:, layer, batch.row].set(unfinished)
   return cache.replace(pool=pool, slots=slots, digest=digest, maps=maps, tail=tail)
+
+
+def _store_digests(setup: Setup, digest: jax.Array, *of_blocks) -> jax.Array:
+  method = setup.selector.method
+  implementation = method.runs_on(setup.implementation)
+  return kernels.store_digests(digest, *of_blocks, rule=method.summarize, implementation=implementation)
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:

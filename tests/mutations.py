@@ -25,35 +25,35 @@ ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
 MUTATIONS = [
   Mutation(
     "attend swaps K and V",
-    "pallas_kernels/reference.py",
+    "pallas_kernels/attend.py",
     "kv[..., 0, :, :], kv[..., 1, :, :]",
     "kv[..., 1, :, :], kv[..., 0, :, :]",
     (ATTEND_XLA,),
   ),
   Mutation(
     "attend sees one token of the tail too many",
-    "pallas_kernels/reference.py",
+    "pallas_kernels/attend.py",
     "jnp.arange(tail.shape[4])[None] < tail_tokens[:, None]",
     "jnp.arange(tail.shape[4])[None] <= tail_tokens[:, None]",
     (ATTEND_XLA,),
   ),
   Mutation(
     "the stop test is not strict",
-    "pallas_kernels/reference.py",
+    "pallas_kernels/attend.py",
     "(seen > log_threshold)",
     "(seen >= log_threshold)",
     (f"{ATTEND}::test_threshold_one_never_stops[xla]",),
   ),
   Mutation(
     "prefill sees the next token",
-    "pallas_kernels/reference.py",
+    "pallas_kernels/prefill.py",
     "(place[None] - before <= at)",
     "(place[None] - before <= at + 1)",
     (f"{COPIES}::test_prefill_attention[None-float32-xla]",),
   ),
   Mutation(
     "prefill does not see its own token",
-    "pallas_kernels/reference.py",
+    "pallas_kernels/prefill.py",
     "(place[None] - before <= at)",
     "(place[None] - before < at)",
     (f"{COPIES}::test_prefill_attention[2-float32-xla]",),
@@ -89,8 +89,8 @@ MUTATIONS = [
   Mutation(
     "the misses of some lists are nobody's work",
     "pallas_kernels/attend.py",
-    "jax.lax.div(left + (tiling.far - 1), tiling.far)",
-    "jax.lax.div(left - 1, tiling.far)",
+    "jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs)",
+    "jax.lax.div(left - 1, tiling.miss_programs)",
     (ATTEND_INTERPRET,),
   ),
   Mutation(
@@ -124,8 +124,8 @@ MUTATIONS = [
   Mutation(
     "a slot used since the program began is a victim",
     MAPS,
-    "(last_used_ref[victim] < since_ref[0])",
-    "(last_used_ref[victim] <= since_ref[0])",
+    "_unused(last_used_ref[victim], since_ref[0])",
+    "_unused(last_used_ref[victim], since_ref[0] + 1)",
     (f"{RESIDENCY}::test_a_slot_used_since_the_program_began_is_no_victim[interpret]",),
   ),
   Mutation(
@@ -187,8 +187,8 @@ MUTATIONS = [
   Mutation(
     "a filled tail's digest goes to the next block",
     "sparse_serve_jax/step.py",
-    "store_digests(cache.digest, cache.tail, 0, rows, new_block,",
-    "store_digests(cache.digest, cache.tail, 0, rows, jnp.where(new_block >= 0, new_block + 1, -1),",
+    "_store_digests(setup, cache.digest, cache.tail, 0, rows, new_block)",
+    "_store_digests(setup, cache.digest, cache.tail, 0, rows, jnp.where(new_block >= 0, new_block + 1, -1))",
     ("tests/test_selection.py::test_digests_are_those_of_their_blocks[mean]",),
   ),
 ]

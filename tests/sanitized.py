@@ -47,10 +47,10 @@ def ops():
 
   def step(implementation, threshold=None, group=None):
     options = dict(implementation=implementation)
-    victims = kernels.oldest_first(maps, jnp.int32(1))
+    victims = kernels.eviction_order(maps, jnp.int32(1))
     first = kernels.propose(maps, victims, layer, blocks[:, :, :2], **options)
     held = kernels.commit(maps, layer, first, used, jnp.int32(1), steps, **options)
-    victims = kernels.oldest_first(held, jnp.int32(2))
+    victims = kernels.eviction_order(held, jnp.int32(2))
     reads = kernels.propose(held, victims, layer, blocks, group=group, **options)
     count = jnp.minimum(used, (blocks >= 0).sum(-1))
     partial, n_used, filled = kernels.attend(

@@ -141,10 +141,13 @@ def test_kernels_stand_alone(name: str):
   assert {module.partition(".")[0] for module in IMPORTS[name]} <= allowed
 
 
-def test_one_file_knows_the_triton_backend():
+def test_one_file_knows_each_backend():
   users = [name for name in FILES if imports_any(name, "jax.experimental.pallas.triton")]
   assert len(users) <= 1 and all(name.startswith("pallas_kernels.") for name in users)
   assert not [name for name in FILES if imports_any(name, "jax.experimental.pallas.ops")]  # deprecated
+  assert [name for name in FILES if imports_any(name, "jax._src")] == [
+    "pallas_kernels.prefill"
+  ]  # cuDNN, which says why
 
 
 @pytest.mark.parametrize("name", WITHOUT_JAX)

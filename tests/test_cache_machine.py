@@ -23,7 +23,11 @@ K, L, M, P = 2, 2, 7, 5
 B, N = 2, 3  # rows of a decode step, blocks that one selects
 LARGEST = 4  # blocks of a request
 
-oldest_first, commit, release = jax.jit(residency.oldest_first), jax.jit(residency.commit), jax.jit(residency.release)
+eviction_order, commit, release = (
+  jax.jit(residency.eviction_order),
+  jax.jit(residency.commit),
+  jax.jit(residency.release),
+)
 propose = jax.jit(lambda *args: residency.propose(*args[:-1], taken=args[-1]))
 store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
 
@@ -108,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
       self.steps[request] += 1
     since = self.iteration * L
     order = sorted(range(P), key=lambda p: (self.stamp[p], p))
-    victims = oldest_first(self.maps, np.int32(since))
+    victims = eviction_order(self.maps, np.int32(since))
     taken = np.int32(0)
     for layer in range(L):
       blocks, used = np.full((B, K, N), -1, np.int32), np.zeros((B, K), np.int32)
@@ -149,7 +153,7 @@ class CacheMachine(RuleBasedStateMachine):
         turn += 1
       actual = list(zip(reads.blocks[b, k].tolist(), reads.slot[b, k].tolist(), strict=True))
       assert actual == hits + misses + [(-1, -1)] * (N - len(ranks))
-      assert reads.hits[b, k].tolist() == [len(hits)]
+      assert reads.n_hits[b, k].tolist() == [len(hits)]
 
   @precondition(lambda self: self.requests)
   @rule(data=st.data())

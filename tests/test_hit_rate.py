@@ -80,12 +80,12 @@ def ours(trace: np.ndarray, n_slots: int) -> float:
 
   def step(carry, of_step):
     maps, clock = carry
-    victims, hits, taken = residency.oldest_first(maps, clock * layers), 0, jnp.int32(0)
+    victims, hits, taken = residency.eviction_order(maps, clock * layers), 0, jnp.int32(0)
     for layer in range(layers):
       blocks = of_step[layer] + (jnp.arange(rows) * N)[:, None, None]
       reads = residency.propose(maps, victims, layer, blocks, taken=taken)
-      hits += reads.hits.sum()
-      taken += blocks.size - reads.hits.sum()
+      hits += reads.n_hits.sum()
+      taken += blocks.size - reads.n_hits.sum()
       used, steps = jnp.full((rows, K), n), jnp.zeros(rows, jnp.int32)
       maps = residency.commit(maps, layer, reads, used, clock * layers + layer, steps)
     return (maps, clock + 1), hits

@@ -127,7 +127,7 @@ def lay_out(case: Case, used: np.ndarray, group: int, seed: int = 0, n_slots: in
     homeless = where == "homeless" or (where == "mixed" and rng.random() < 0.3)
     slot[b, k, i] = free.pop() if P and (hit[b, k, i] or not homeless) else -1
     hit[b, k, i] &= P > 0
-    if i >= case.rows[b].count:
+    if i >= case.rows[b].count:  # as `Selector.select` gives them
       blocks[b, k, i], slot[b, k, i], hit[b, k, i] = -1, -1, False
     if i < used[b, k]:
       if hit[b, k, i]:

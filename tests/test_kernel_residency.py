@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import residency
-from pallas_kernels.residency import CHUNK, NEVER, Maps, Reads, Victims
+from pallas_kernels.residency import CHUNK, LOOKS, NEVER, EvictionOrder, Maps, Reads
 from tests.cases import IMPLEMENTATIONS
 
 
@@ -22,7 +22,7 @@ class Residency:
     self.stamp = dict.fromkeys(range(P), -1)
     self.selected: dict[tuple[int, int, int], int] = {}
 
-  def oldest_first(self) -> list[int]:
+  def eviction_order(self) -> list[int]:
     return sorted(self.stamp, key=lambda slot: (self.stamp[slot], slot))
 
   def propose(self, victims, since, layers, blocks, taken, group):
@@ -41,7 +41,7 @@ class Residency:
       for b, k in np.ndindex(B, K):
         for i in range(first, min(first + chunk, n)):
           if blocks[b, k, i] >= 0 and not hit[b, k, i]:
-            places = victims[taken + turn :: total]
+            places = victims[taken + turn :: total][:LOOKS]
             turn += 1
             slots[b, k, i] = next((p for p in places if p not in claimed and self.stamp[p] < since), -1)
     out_blocks, out_hits = blocks.copy(), np.zeros((B, K, -(-n // group)), np.int32)
@@ -90,7 +90,7 @@ class Residency:
 def programs(implementation: str, group: int | None = None):
   options = dict(implementation=implementation)
   return (
-    jax.jit(residency.oldest_first),
+    jax.jit(residency.eviction_order),
     jax.jit(functools.partial(residency.propose, group=group, **options)),
     jax.jit(functools.partial(residency.commit, **options)),
   )
@@ -112,15 +112,15 @@ def ids(*rows) -> np.ndarray:
 
 def propose(maps: Maps, blocks, stamp: int, implementation: str, group: int | None = None) -> Reads:
   """The only call, in layer 0, of a program whose stamps begin at `stamp`."""
-  oldest_first, propose, _ = programs(implementation, group=group)
-  return propose(maps, oldest_first(maps, np.int32(stamp)), np.int32(0), blocks)
+  eviction_order, propose, _ = programs(implementation, group=group)
+  return propose(maps, eviction_order(maps, np.int32(stamp)), np.int32(0), blocks)
 
 
 def fill(maps: Maps, blocks, stamp: int, implementation: str, layer: int = 0) -> Maps:
   """A program that uses all of `blocks` [B, 1, n] in one layer."""
-  oldest_first, propose, commit = programs(implementation)
+  eviction_order, propose, commit = programs(implementation)
   used = np.full(blocks.shape[:2], blocks.shape[2], np.int32)
-  victims = oldest_first(maps, np.int32(stamp))
+  victims = eviction_order(maps, np.int32(stamp))
   reads = propose(maps, victims, np.int32(layer), blocks)
   return commit(maps, np.int32(layer), reads, used, np.int32(stamp), np.zeros(len(blocks), np.int32))
 
@@ -160,7 +160,7 @@ def test_hits_come_first_and_are_never_victims(implementation: str):
   reads = propose(maps, ids([1, 2, 4]), 1, implementation)  # slot 0 is the first victim in turn, but holds block 4
   assert reads.blocks.tolist() == [[[4, 1, 2]]]
   assert reads.slot.tolist() == [[[0, -1, 1]]]
-  assert reads.hits.tolist() == [[[1]]] and reads.hit.tolist() == [[[True, False, False]]]
+  assert reads.n_hits.tolist() == [[[1]]] and reads.hit.tolist() == [[[True, False, False]]]
   reads = propose(maps, ids([1, 4]), 1, implementation)
   assert reads.slot.tolist() == [[[0, 1]]]  # slot 0 is passed over
   everything = propose(maps, ids([4, 5, 6]), 1, implementation)
@@ -172,17 +172,17 @@ def test_hits_come_first_within_their_group(implementation: str):
   maps = fill(empty_maps(1, 1, 20, 9), ids([4, 5, 6]), 0, implementation)
   reads = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=4)
   assert reads.blocks.tolist() == [[[4, 1, 2, 3, 5, 6, 7, 8, 9]]]
-  assert reads.hits.tolist() == [[[1, 2, 0]]] and reads.group == 4
+  assert reads.n_hits.tolist() == [[[1, 2, 0]]] and reads.group == 4
   reads = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=1)
   assert reads.blocks.tolist() == [[[1, 4, 2, 3, 7, 5, 6, 8, 9]]]
-  assert reads.hits.tolist() == [[[0, 1, 0, 0, 0, 1, 1, 0, 0]]]
+  assert reads.n_hits.tolist() == [[[0, 1, 0, 0, 0, 1, 1, 0, 0]]]
 
 
 @every_implementation
 def test_a_slot_used_since_the_program_began_is_no_victim(implementation: str):
-  oldest_first, propose, commit = programs(implementation)
+  eviction_order, propose, commit = programs(implementation)
   maps = fill(empty_maps(1, 2, 9, 4), ids([4, 5]), 0, implementation)  # slots 2 and 3 stay empty
-  victims = oldest_first(maps, np.int32(2))
+  victims = eviction_order(maps, np.int32(2))
   assert victims.slots.tolist() == [2, 3, 0, 1]
   zero, one = np.int32(0), np.int32(1)
   first = propose(maps, victims, zero, ids([5, 1]))
@@ -239,6 +239,27 @@ def test_residency_without_slots(implementation: str):
   assert maps.last_selected[:, 0, 1].tolist() == [NEVER, NEVER]
 
 
+@every_implementation
+def test_a_search_ends(implementation: str):
+  """One miss among many slots that the program has used already."""
+  maps = empty_maps(1, 1, 9, 3 * LOOKS)
+  order = programs(implementation)[0](maps, np.int32(1))
+  for free, slot in ((LOOKS - 1, LOOKS - 1), (LOOKS, -1)):
+    used = maps._replace(last_used=np.where(np.arange(3 * LOOKS) == free, -1, 1).astype(np.int32))
+    assert programs(implementation)[1](used, order, np.int32(0), ids([4])).slot.tolist() == [[[slot]]]
+
+
+@every_implementation
+def test_stamps_wrap_around(implementation: str):
+  """Slots of stamps from before the wrap are older than those from after it, and than the program."""
+  top, bottom = np.iinfo(np.int32).max, np.iinfo(np.int32).min
+  maps = empty_maps(1, 1, 9, 4)._replace(last_used=np.array([bottom + 3, top, -1, top - 2], np.int32))
+  reads = propose(maps, ids([1, 2, 3, 4]), bottom + 9, implementation)
+  assert reads.slot.tolist() == [[[2, 3, 1, 0]]]
+  reads = propose(maps, ids([1, 2, 3, 4]), bottom + 2, implementation)  # slot 0 has been used in this program
+  assert reads.slot.tolist() == [[[2, 3, 1, -1]]]
+
+
 def test_groups_are_powers_of_two():
   with pytest.raises(ValueError, match="group=3 is not a power of two"):
     propose(empty_maps(1, 1, 9, 3), ids([1, 2, 3, 4]), 0, "xla", group=3)
@@ -251,7 +272,7 @@ def test_residency_against_a_dictionary(P: int, group: int | None, implementatio
   rng = np.random.default_rng(P)
   B, K, L, M, n = 3, 2, 2, 40, 6
   model, maps = Residency(K, L, M, P), empty_maps(K, L, M, P)
-  oldest_first, in_layer, commit = programs(implementation, group)
+  eviction_order, in_layer, commit = programs(implementation, group)
   _, in_all_layers, _ = programs(implementation, 1)
   seen = dict(hits=0, homeless=0, unreached=0)
   for clock in range(25):
@@ -259,8 +280,8 @@ def test_residency_against_a_dictionary(P: int, group: int | None, implementatio
     freed = np.append(new, rng.integers(-1, M // 2, 2)).astype(np.int32)
     maps = release(maps, freed)
     model.release(set(freed.tolist()))
-    order, since = model.oldest_first(), clock * L
-    victims: Victims = oldest_first(maps, np.int32(since))
+    order, since = model.eviction_order(), clock * L
+    victims: EvictionOrder = eviction_order(maps, np.int32(since))
     np.testing.assert_array_equal(victims.slots, order)
     steps = rng.integers(0, 99, B).astype(np.int32)
     taken = np.zeros((B, K), np.int32)

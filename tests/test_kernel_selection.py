@@ -97,15 +97,31 @@ def test_store_digests_without_digests():
 
 
 def test_rules_of_a_user():
-  """They are jnp functions, and run wherever a kernel was asked for."""
+  """Any function runs in XLA; no kernel takes one."""
   top_channel = lambda keys: jnp.abs(keys).max(-2, keepdims=True)  # noqa: E731
   source = jnp.array([[1, -5], [-3, 2], [9, 9], [9, 9]], jnp.float32).reshape(1, 1, 1, 2, 2, 2)
   before, one = jnp.zeros((1, 1, 3, 1, 2)), jnp.zeros(1, jnp.int32)
-  actual = kernels.store_digests(before, source, 0, one, one + 2, rule=top_channel, implementation="triton")
+  actual = kernels.store_digests(before, source, 0, one, one + 2, rule=top_channel)
   assert actual.tolist() == [[[[[0, 0]], [[0, 0]], [[3, 5]]]]]
   twice = lambda q, digests: 2 * dot(q, digests)  # noqa: E731
   q, tables = jnp.ones((1, 1, 1, 2)), jnp.array([[0, 2]], jnp.int32)
-  assert kernels.score(q, actual, 0, tables, one + 2, rule=twice, implementation="triton").tolist() == [[[0, 16]]]
+  assert kernels.score(q, actual, 0, tables, one + 2, rule=twice).tolist() == [[[0, 16]]]
+  with pytest.raises(NotImplementedError, match="digest.Rule"):
+    kernels.store_digests(before, source, 0, one, one + 2, rule=top_channel, implementation="triton")
+  with pytest.raises(NotImplementedError, match="score.Linear"):
+    kernels.score(q, actual, 0, tables, one + 2, rule=twice, implementation="triton")
+
+
+def test_what_an_op_cannot_do_is_said():
+  q, tables, n_blocks = jnp.ones((1, 1, 1, 24)), jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
+  with pytest.raises(ValueError, match="reads 1 vectors of a digest, and these have 2"):
+    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=dot)
+  with pytest.raises(NotImplementedError, match="'D': 24"):
+    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=box, implementation="interpret")
+  with pytest.raises(ValueError, match="implementation='tritn' is none of"):
+    kernels.score(q[..., :16], jnp.ones((1, 1, 3, 2, 16)), 0, tables, n_blocks, rule=box, implementation="tritn")
+  with pytest.raises(NotImplementedError, match="40000 best of 40000"):
+    kernels.select(jnp.zeros((1, 1, 40000)), 40000, implementation="interpret")
 
 
 def check_score(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as kernels
+from pallas_kernels.select import fits
 from sparse_serve_jax.attention.methods import Method, get_method
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.kv_cache import KVCache
@@ -69,7 +70,7 @@ class Selector:
     return 0 if self.group is None else -(-(self.sinks + self.window) // self.group) * self.group
 
   def select(
-    self, q: jax.Array, cache: KVCache, layer: jax.Array, at: LayerRows, implementation: str = "xla"
+    self, q: jax.Array, cache: KVCache, layer: jax.Array, at: LayerRows, implementation: str
   ) -> tuple[jax.Array, jax.Array]:
     """DRAM blocks [B, K, n] in the order they are attended to, -1 beyond their count, and the count [B, K]."""
     n_rows, n_heads = q.shape[:2]
@@ -89,9 +90,9 @@ class Selector:
         reduce=self.reduce,
         sinks=self.sinks,
         window=self.window,
-        implementation=implementation,
+        implementation=self.method.runs_on(implementation),
       )
-      ranked, ids = kernels.select(scores, n, implementation=implementation)
+      ranked, ids = kernels.select(scores, n, implementation=implementation if fits(width, n) else "xla")
       count = jnp.broadcast_to(jnp.minimum(at.n_blocks, n)[:, None], (n_rows, n_heads))
       count = self.method.budget(ranked, count)
     blocks = jnp.take_along_axis(at.tables[:, None], ids, -1)
@@ -105,14 +106,14 @@ def decode_attention(
   layer: jax.Array,
   at: LayerRows,
   pool: jax.Array,
-  victims: kernels.Victims,
+  order: kernels.EvictionOrder,
   taken: jax.Array,
   implementation: str,
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Attention of q [B, K, G, D] over each row's selected blocks and tail.
 
   `cache` is without its pool, which is passed apart: no layer writes it, so it need not be carried through the layers.
-  `victims` are those of the step, `taken` the misses [B, K] of the layers before.
+  `order` are those of the step, `taken` the misses [B, K] of the layers before.
 
   Returns:
     o [B, K, G, D] float32; the cache with residency and slots updated; int32 [2, B, K]: blocks attended, and of these
@@ -121,7 +122,7 @@ def decode_attention(
   blocks, count = selector.select(q, cache, layer, at, implementation)
   reads = kernels.propose(
     cache.maps,
-    victims,
+    order,
     layer,
     blocks,
     taken=taken,
@@ -144,7 +145,6 @@ def decode_attention(
     implementation=implementation,
   )
   maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), at.steps, implementation=implementation)
-  begun = jnp.arange(reads.hits.shape[-1])[None, None] * reads.group < used[..., None]  # groups
   has_slots = slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
-  missed = used - jnp.where(begun, reads.hits, 0).sum(-1) if has_slots else jnp.zeros_like(used)
+  missed = reads.missed(used) if has_slots else jnp.zeros_like(used)
   return partial.output, cache.replace(slots=slots, maps=maps), jnp.stack([used, missed])

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 
 from pallas_kernels import digest
-from pallas_kernels.score import box, dot
+from pallas_kernels.score import Linear, box, dot
 
 
 def whole_budget(scores: jax.Array, count: jax.Array) -> jax.Array:
@@ -43,6 +43,11 @@ class Method:
   summarize: Callable[[jax.Array], jax.Array]
   score: Callable[[jax.Array, jax.Array], jax.Array]
   budget: Callable[[jax.Array, jax.Array], jax.Array] = whole_budget
+
+  def runs_on(self, implementation: str) -> str:
+    """Where digests and scores are made if `implementation` is asked for: a kernel cannot run any function."""
+    in_kernels = isinstance(self.summarize, digest.Rule) and isinstance(self.score, Linear)
+    return implementation if in_kernels else "xla"
 
 
 METHODS: dict[str, Method] = {

@@ -34,9 +34,7 @@ class KVCache(flax.struct.PyTreeNode):
   maps: residency.Maps  # which block is in which slot
   tail: jax.Array  # [K, L, R, 2, S, D], the unfinished block of every resident request
   last_token: jax.Array  # [R] int32, input of each resident request's next step
-  clock: (
-    jax.Array
-  )  # int32, programs run so far; stamps wrap after 2^31 / L, then LRU is wrong for a while, tokens never
+  clock: jax.Array  # int32, programs run so far; stamps wrap around, and residency looks at differences only
 
   def stamp(self, layer: jax.Array | int) -> jax.Array:
     """Time of use, ascending through layers and programs."""

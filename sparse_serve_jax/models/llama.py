@@ -101,15 +101,15 @@ def rope(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
   return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope_amplitude(cfg.rope)
 
 
-def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, turns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """x [..., d], turns [2, ..., D / 2] from `rope` -> q [..., K, G, D], k [..., K, D], v [..., K, D]; q, k rotated."""
+def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, cos_sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """x [..., d], cos_sin [2, ..., D / 2] from `rope` -> q [..., K, G, D], k [..., K, D], v [..., K, D]; q, k rotated."""
   h = _matmul(_norm(cfg, x, lp["attn_norm"]), lp["wqkv"], 1)
   if cfg.qkv_bias:
     h += _trailing(lp["bqkv"], h.ndim)
   q, k, v = h[..., :-2, :], h[..., -2, :], h[..., -1, :]
   if cfg.qk_norm:
     q, k = _norm(cfg, q, lp["q_norm"]), _norm(cfg, k, lp["k_norm"])
-  cos, sin = turns[..., None, :]
+  cos, sin = cos_sin[..., None, :]
   return _rotate(q, cos[..., None, :], sin[..., None, :]), _rotate(k, cos, sin), v
 
 
@@ -145,10 +145,11 @@ def forward(
   """
   n = tokens.shape[0]
   positions = jnp.arange(n, dtype=jnp.int32)
-  causal, turns = positions[:, None] >= positions[None, :], rope(cfg, positions)
+  causal = positions[:, None] >= positions[None, :]
+  cos_sin = rope(cfg, positions)
 
   def layer(x, lp):
-    q, k, v = qkv(cfg, lp, x, turns)
+    q, k, v = qkv(cfg, lp, x, cos_sin)
     s = _einsum("tkgh,skh->kgts", q, k, jnp.float32) * cfg.head_dim**-0.5
     p = jax.nn.softmax(jnp.where(causal[None, None], s, -jnp.inf), axis=-1)
     o = _einsum("kgts,skh->tkgh", p, v.astype(jnp.float32))

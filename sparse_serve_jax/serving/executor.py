@@ -72,6 +72,8 @@ class JaxExecutor:
       implementation = "triton" if on_gpu else "xla"
     if implementation == "triton" and not on_gpu:
       raise NotImplementedError(f"implementation='triton' needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
+    if implementation != "xla" and cfg.head_dim & (cfg.head_dim - 1):
+      raise NotImplementedError(f"head_dim={cfg.head_dim} is not a power of two: only implementation='xla' can, in HBM")
     setup = Setup.of(cfg, config, implementation)
     if setup.host_pool and implementation == "xla":
       raise NotImplementedError(

@@ -1,0 +1,103 @@
+"""Every kernel lowers for a GPU at the shapes it serves, also without one; the interpreter runs what does not lower."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+import pallas_kernels as kernels
+from pallas_kernels import digest
+from pallas_kernels.score import box
+from tests.cases import REAL, Shape
+
+B, K, L, M, P, R, N = 20, 8, 32, 20480, 1 << 20, 64, 1024
+Array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+Int = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+MAPS = kernels.Maps(Int((K, L, M)), Int((P,)), Int((P,)), Int((K, L, M)))
+ON_GPU = dict(implementation="triton")
+
+
+def lower(f, *arguments) -> str:
+  """The program of `f` for a Hopper GPU."""
+  with contextlib.ExitStack() as stack:
+    if hasattr(jax.sharding, "AbstractDevice"):  # since 0.11 the lowering asks for a device
+      device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+      mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+      stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+    return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def reads(n: int, groups: int) -> kernels.Reads:
+  return kernels.Reads(Int((B, K, n)), Int((B, K, n)), Int((B, K, groups)))
+
+
+@pytest.mark.parametrize("shape", [*REAL.values(), Shape(8, 64, 128), Shape(3, 16, 64), Shape(1, 8, 16)], ids=str)
+@pytest.mark.parametrize(
+  ("n", "groups", "threshold", "n_slots"), [(64, 1, None, P), (N, N // 4, 0.95, P), (N, 1, None, 0)]
+)
+def test_attend(shape: Shape, n: int, groups: int, threshold: float | None, n_slots: int):
+  G, S, D = shape
+  options = dict(always=4, threshold=threshold, scale=0.1, **ON_GPU)
+  text = lower(
+    functools.partial(kernels.attend, **options),
+    Array((B, K, G, D)),
+    Array((K, L, R, 2, S, D)),
+    *[Int((B,))] * 2,
+    Array((K, L, M, 2, S, D)),
+    Array((n_slots, 2, S, D)),
+    Int(()),
+    reads(n, groups),
+    Int((B, K)),
+  )
+  assert 'name = "attend"' in text
+
+
+@pytest.mark.parametrize(("n", "group"), [(64, None), (N, 4), (4096, None), (L, 1)])
+def test_residency(n: int, group: int | None):
+  order = kernels.EvictionOrder(Int((P,)), Int(()))
+  layer = Int((L,)) if group == 1 else Int(())  # one for each rank
+  propose = functools.partial(kernels.propose, group=group, **ON_GPU)
+  text = lower(
+    lambda *arguments: propose(*arguments[:-1], taken=arguments[-1]), MAPS, order, layer, Int((B, K, n)), Int((B, K))
+  )
+  assert 'name = "look_up"' in text and 'name = "assign"' in text
+  groups = 1 if group is None else n // group
+  commit = functools.partial(kernels.commit, **ON_GPU)
+  assert 'name = "commit"' in lower(commit, MAPS, layer, reads(n, groups), Int((B, K)), layer, Int((B,)))
+
+
+@pytest.mark.parametrize(("n", "k"), [(321, 64), (N, N), (4096, 64), (16384, 64)])
+def test_select(n: int, k: int):
+  scores = jax.ShapeDtypeStruct((B, K, n), jnp.float32)
+  assert 'name = "select"' in lower(functools.partial(kernels.select, k=k, **ON_GPU), scores)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("shape", [*REAL.values(), Shape(8, 64, 128)], ids=str)
+def test_score_and_digests(shape: Shape, reduce: str):
+  G, S, D = shape
+  digests = Array((K, L, M, 2, D))
+  score = functools.partial(kernels.score, rule=box, reduce=reduce, sinks=2, window=2, **ON_GPU)
+  assert 'name = "score"' in lower(score, Array((B, K, G, D)), digests, Int(()), Int((B, N)), Int((B,)))
+  for rule in (digest.cuboid_mean, digest.min_max):
+    store = functools.partial(kernels.store_digests, rule=rule, **ON_GPU)
+    source = Array((K, L, R, 2, S, D))
+    assert 'name = "store_digests"' in lower(store, digests, source, Int(()), Int((B,)), Int((B,)))
+
+
+@pytest.mark.parametrize("shape", [REAL["llama3-8b"], Shape(1, 128, 128), Shape(1, 8, 16)], ids=str)
+def test_copies(shape: Shape):
+  _, S, D = shape
+  pool, slots, tail = (Array((*dims, 2, S, D)) for dims in ((K, L, M), (P,), (K, L, R)))
+  for name, arguments in {
+    "load_blocks": (pool, slots, Int(()), Int((B, K, 64)), Int((B, K, 64))),
+    "store_blocks": (pool, tail, Int(()), Int((B,)), Int((B,))),
+    "place_blocks": (slots, tail, Int((B,)), Int((K, L, B))),
+    "gather_blocks": (pool, slots, Int(()), Int((K, N)), Int((K, N))),
+  }.items():
+    assert f'name = "{name}"' in lower(functools.partial(getattr(kernels, name), **ON_GPU), *arguments)
