@@ -215,14 +215,17 @@ def define_flags() -> None:
   """The flags of every benchmark."""
   flags.DEFINE_string("out", None, "Folder for rows as JSON lines; they are added to what is there.")
   flags.DEFINE_string("commit", None, "What rows are stamped with where there is no git to ask.")
-  flags.DEFINE_bool("smoke", False, "Tiny shapes and few repetitions, on any machine: whether it runs, not how fast.")
+  flags.DEFINE_bool(
+    "smoke", False, "Tiny shapes of its own, few repetitions, any machine: whether it runs, not how fast."
+  )
 
 
 def start(argv: Sequence[str], file_name: str, effort: Effort) -> Report:
   """What every benchmark begins with: checks the command line, sets JAX up, measures the device's rates.
 
   Raises:
-    app.UsageError: there are arguments that are no flags, or `file_name` in the folder --out cannot be written.
+    app.UsageError: there are arguments that are no flags, `file_name` in --out cannot be written, or there is
+      no GPU and no --smoke.
   """
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
@@ -236,6 +239,8 @@ def start(argv: Sequence[str], file_name: str, effort: Effort) -> Report:
       raise app.UsageError(f"--out={out} cannot be written: {error}") from None
   runtime.configure()
   logging.set_verbosity(logging.WARNING)
+  if not smoke and jax.default_backend() != "gpu":
+    raise app.UsageError(f"needs an NVIDIA GPU, JAX runs on {jax.default_backend()}; --smoke tries it anywhere")
   effort = SMOKE if smoke else effort
   return Report(file, Ceilings.measure(effort), effort, commit)
 

@@ -66,9 +66,11 @@ def attend(
     donated.
 
   Raises:
-    ValueError: `reads` is not grouped as `threshold` and `always` need it.
+    ValueError: `threshold` is out of range, or `reads` is not grouped as `threshold` and `always` need it.
     NotImplementedError: a kernel was asked for and S or D is not a power of two.
   """
+  if threshold is not None and not 0 < threshold <= 1:
+    raise ValueError(f"{threshold=} is not in (0, 1]")
   if threshold is None and reads.n_hits.shape[-1] != 1:
     raise ValueError(f"a list that is read whole is one group of blocks, not {reads.n_hits.shape[-1]}")
   if threshold is not None and reads.n_hits.shape[-1] > 1 and always % reads.group:

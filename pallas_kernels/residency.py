@@ -112,8 +112,8 @@ def propose(
     ValueError: `group` is not a power of two.
   """
   n = blocks.shape[-1]
-  group = min(group or n, n)
-  if group != n and group & (group - 1):
+  group = n if group is None else min(group, n)
+  if group < 1 or (group != n and group & (group - 1)):
     raise ValueError(f"{group=} is not a power of two")
   chunk = pl.next_power_of_2(n) if group == n else max(CHUNK, group)
   if maps.last_used.shape[0] == 0:

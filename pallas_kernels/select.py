@@ -28,9 +28,12 @@ def select(scores: jax.Array, k: int, *, implementation: str = "xla") -> tuple[j
     The scores [B, K, k] and their logical ids int32 [B, K, k].
 
   Raises:
+    ValueError: k is not in [1, N].
     NotImplementedError: a kernel was asked for, and a row is too long for one: see `fits`.
   """
   n = scores.shape[-1]
+  if not 1 <= k <= n:
+    raise ValueError(f"{k=} of {n} scores")
   n_padded, k_padded = pl.next_power_of_2(n), pl.next_power_of_2(k)
   if implementation == "xla":
     ranked, ids = jax.lax.top_k(scores, k)

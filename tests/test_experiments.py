@@ -128,6 +128,13 @@ def test_what_else_the_readme_names_exists():
   assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M)) <= set(targets)
 
 
+def test_the_kernels_readme_runs(capsys):
+  (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "pallas_kernels" / "README.md").read_text(), re.M | re.S)
+  exec(compile(example, "pallas_kernels/README.md", "exec"), {})
+  first, second = (ast.literal_eval(line.split("missed ")[1]) for line in capsys.readouterr().out.splitlines())
+  assert first == [[4, 4], [4, 4]] and 0 < sum(map(sum, second)) < 16
+
+
 # --------------------------------------------------------------------------------------------------------- rows, errors
 
 
