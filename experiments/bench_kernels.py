@@ -54,7 +54,7 @@ class Bench:
     self.n_pool, self.n_slots = self.pick(65536, 64), self.pick(131072, 128)  # M, P: 8 GiB and 2 GiB
     self.n_variants = self.pick(4, 1)
     self.rng = np.random.default_rng(0)
-    self.library: Any = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    self.attention: Any = "cudnn" if jax.default_backend() == "gpu" else "xla"
 
   def time(self, op: timing.Op, variants: Any, **kwargs: Any) -> Timing:
     return timing.measure(op, variants, self.effort, **kwargs)[0]
@@ -260,11 +260,11 @@ def attend(b: Bench) -> Cases:
     def contiguous():
       kv = [b.random(rows, n * b.size, b.heads, b.depth) for _ in range(2)]
       queries = [q.reshape(rows, 1, -1, b.depth) for q, _ in variants]
-      attention = functools.partial(jax.nn.dot_product_attention, implementation=b.library)
+      attention = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
       return b.time(lambda state, kv, q: (state, attention(q, *kv)), queries, shared=kv)
 
     moved = dict(hbm=rows * b.heads * (n + 1) * b.block_bytes)
-    return b.row(measured, moved, {f"{b.library}, contiguous": contiguous})
+    return b.row(measured, moved, {f"{b.attention}, contiguous": contiguous})
 
   for rows, n, miss in b.pick([(64, 64, 0), (8, 64, 0), (64, 64, 0.02), (64, 64, 0.1), (64, 16, 1)], [(2, 8, 0.3)]):
     yield f"{rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss)
@@ -346,11 +346,11 @@ def prefill(b: Bench) -> Cases:
     def contiguous():
       kv = lambda: b.random(1, before + n, b.heads, b.depth)  # noqa: E731
       variants = b.variants(lambda: (b.random(1, n, queries, b.depth), kv(), kv()))
-      attention = functools.partial(jax.nn.dot_product_attention, is_causal=not before, implementation=b.library)
+      attention = functools.partial(jax.nn.dot_product_attention, is_causal=not before, implementation=b.attention)
       return b.time(lambda state, _, qkv: (state, attention(*qkv)), variants)
 
     measured = b.time(op, b.variants(inputs), shared=(b.pool, b.blocks(b.n_slots)))
-    name = f"{b.library}, contiguous" + (", unmasked" if before else "")
+    name = f"{b.attention}, contiguous" + (", unmasked" if before else "")
     hbm = 4 * n * (queries + b.heads) * b.depth + b.heads * n_before * b.block_bytes
     moved = dict(hbm=hbm, flops=4 * n * (before + n / 2) * queries * b.depth)
     return b.row(measured, moved, {name: contiguous})

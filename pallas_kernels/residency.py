@@ -295,7 +295,7 @@ def _propose_kernels(maps, order, layer, blocks, taken, group, chunk, implementa
     # Never so, but every result of a loop must be used: Triton's compiler fails otherwise.
     slot = jnp.where((wanting == 1) & (index < 0) & (look < 0), -1, slot)
 
-    width = min(group, chunk) if group != n else chunk
+    width = chunk if group == n else group
     hit_in = jnp.reshape(hit.astype(jnp.int32), (chunk // width, width))
     hits, before = jnp.sum(hit_in, 1), jnp.cumsum(hit_in, 1)  # of a group, and up to and with each
     place = jnp.arange(width)[None]

@@ -1,0 +1,192 @@
+"""Whole runs of the scheduler, drawn at random: what holds in every iteration and when all has ended."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_serve_jax.config import EngineConfig, SchedulerConfig
+from sparse_serve_jax.serving.plan import Capacity, Plan
+from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.serving.scheduler import Scheduler
+from tests.test_scheduler import S, capacity, config, request, result
+
+
+class Watch:
+  """Follows the plans of a run as a device would meet them, and fails on the first that breaks a rule."""
+
+  def __init__(self, engine_config: EngineConfig, limits: Capacity):
+    self.config, self.capacity = engine_config, limits
+    self.requests: dict[str, Request] = {}
+    self.admitted: list[str] = []
+    self.done: dict[str, dict[tuple[int, int], bool]] = {}  # per request: (layer, block of tokens) prefilled
+    self.steps: dict[str, int] = {}
+    self.prefilled: set[str] = set()
+    self.tables: dict[str, tuple[int, ...]] = {}  # of requests that have not ended
+    self.dirty: set[int] = set()  # blocks of ended requests whose release has not been seen
+    self.in_flight: deque[set[int]] = deque()  # blocks in tables of plans that have not completed
+    self.pauses: dict[str, tuple[int, int]] = {}  # plans that left it out, and the most there may be
+    self.iteration = 0
+
+  def plan(self, plan: Plan) -> None:
+    self.iteration += 1
+    assert plan.iteration == self.iteration
+    live = {block for table in self.tables.values() for block in table}
+    released = plan.release.tolist()
+    assert len(set(released)) == len(released) and set(released) <= self.dirty and not set(released) & live
+    self.dirty -= set(released)
+    self._decode(plan)  # before prefill: what ends its prompt now decodes from the next plan on
+    self._prefill(plan)
+    held = [row.table.tolist() for row in plan.decode] + [work.table.tolist() for work in plan.prefill]
+    self.in_flight.append({block for table in held for block in table})
+
+  def _decode(self, plan: Plan) -> None:
+    names = [row.request_id for row in plan.decode]
+    assert len(set(names)) == len(names) <= self.config.scheduler.max_batch
+    assert names == sorted(names, key=self.admitted.index)
+    assert set(names) <= self.prefilled
+    able = [name for name in self.admitted if name in self.prefilled and name in self.tables and self.left(name)]
+    if able:
+      assert names[0] == able[0]
+    for name in able:
+      older = sum(self.left(other) for other in able[: able.index(name)])
+      pauses, bound = self.pauses.setdefault(name, (0, older))
+      self.pauses[name] = (pauses + (name not in names), bound)
+      assert self.pauses[name][0] <= bound
+    for row in plan.decode:
+      request = self.requests[row.request_id]
+      assert row.step == self.steps[row.request_id] and row.position == len(request.prompt) + row.step
+      assert row.step < request.max_new_tokens - 1
+      assert tuple(row.table) == self.tables[row.request_id]
+      self.steps[row.request_id] += 1
+    assert {row.request_id for row in plan.measure} <= set(names)
+
+  def left(self, name: str) -> int:
+    return self.requests[name].max_new_tokens - 1 - self.steps[name]
+
+  def _prefill(self, plan: Plan) -> None:
+    cost = 0
+    for work in plan.prefill:
+      name, prompt = work.request_id, self.requests[work.request_id].prompt
+      if name not in self.tables:
+        self._admit(name, tuple(work.table.tolist()))
+      assert tuple(work.table) == self.tables[name]
+      assert work.start % S == 0 and len(work.tokens)
+      assert work.tokens.tolist() == prompt[work.start : work.start + len(work.tokens)].tolist()
+      end = work.start + len(work.tokens)
+      assert end == len(prompt) or end % S == 0
+      for layer in range(work.first_layer, work.first_layer + work.n_layers):
+        for block in range(work.start // S, -(-end // S)):
+          done = self.done[name]
+          assert (layer, block) not in done
+          assert layer == 0 or (layer - 1, block) in done
+          assert block == 0 or (layer, block - 1) in done
+          done[layer, block] = True
+      whole = len(self.done[name]) == self.capacity.n_layers * -(-len(prompt) // S)
+      assert work.last == whole
+      if whole:
+        self.prefilled.add(name)
+      cost += len(work.tokens) * (1 if self.config.scheduler.prefill == "chunked" else work.n_layers)
+    unfinished = {name for name in self.tables if name not in self.prefilled}
+    assert len(unfinished) <= 1
+    settings_ = self.config.scheduler
+    allowance = settings_.max_inject_tokens if settings_.prefill == "layer_segmented" else settings_.chunk_tokens
+    smallest = all(len(work.tokens) <= S and work.n_layers == 1 for work in plan.prefill)
+    assert cost <= allowance or (len(plan.prefill) == 1 and smallest)
+
+  def _admit(self, name: str, table: tuple[int, ...]) -> None:
+    request = self.requests[name]
+    assert len(set(table)) == len(table) == -(-(len(request.prompt) + request.max_new_tokens) // S)
+    taken = {block for other in self.tables.values() for block in other} | self.dirty
+    for held in self.in_flight:
+      taken |= held - {block for other in self.tables.values() for block in other}
+    assert not set(table) & taken
+    assert all(0 <= block < self.capacity.pool_blocks for block in table)
+    self.admitted.append(name)
+    self.tables[name], self.done[name], self.steps[name] = table, {}, 0
+    assert len(self.tables) <= self.capacity.rows
+
+  def ended(self, name: str) -> None:
+    self.dirty |= set(self.tables.pop(name, ()))
+
+
+@st.composite
+def runs(draw):
+  n_layers = draw(st.integers(1, 4))
+  prefill = draw(st.sampled_from(["layer_segmented", "chunked"]))
+  scheduler = SchedulerConfig(
+    max_batch=draw(st.integers(1, 4)),
+    prefill=prefill,
+    chunk_tokens=S * draw(st.integers(1, 6)),
+    max_inject_tokens=draw(st.integers(1, 160)),
+    batch_control=draw(st.sampled_from(["working_set", "working_set", "none"])),
+    working_set_steps=draw(st.integers(1, 4)),
+  )
+  limits = capacity(
+    pool_blocks=draw(st.integers(4, 24)),
+    slots=draw(st.sampled_from([0, 1, 30, 60, 200])),
+    rows=draw(st.integers(1, 5)),
+    max_context=draw(st.integers(30, 110)),
+    n_layers=n_layers,
+  )
+  shape = st.tuples(st.integers(1, 80), st.integers(1, 20), st.integers(0, 15))
+  wanted = draw(st.lists(shape, min_size=1, max_size=8))  # prompt and output tokens, iteration of arrival
+  cancels = draw(st.dictionaries(st.integers(0, 7), st.integers(0, 30), max_size=2))
+  return config(scheduler), limits, wanted, cancels, draw(st.integers(0, 2**16)), draw(st.integers(0, 2))
+
+
+@given(runs())
+def test_whole_runs(run):
+  engine_config, limits, wanted, cancels, seed, depth = run
+  rng = np.random.default_rng(seed)
+  scheduler, watch = Scheduler(engine_config, limits), Watch(engine_config, limits)
+  outcome: dict[str, str] = {}
+  out: deque[Plan] = deque()
+  arrivals = sorted(enumerate(wanted), key=lambda each: (each[1][2], each[0]))
+  queued: list[str] = []
+  for now in range(3000):
+    while arrivals and arrivals[0][1][2] <= now:
+      i, (n_prompt, n_output, _) = arrivals.pop(0)
+      each = request(str(i), n_prompt, n_output)
+      try:
+        scheduler.add(each)
+      except ValueError:
+        assert n_prompt + n_output > min(limits.max_context, limits.pool_blocks * S)
+        outcome[each.id] = "refused"
+        continue
+      watch.requests[each.id] = each
+      queued.append(each.id)
+    for i, when in cancels.items():
+      each = watch.requests.get(str(i))
+      if when == now and each and not each.ended:
+        scheduler.cancel(each, now)
+        watch.ended(each.id)
+        outcome[each.id] = "cancelled"
+    plan = scheduler.schedule(now)
+    if not plan.empty:
+      watch.plan(plan)
+      out.append(plan)
+    if out and (len(out) > depth or plan.empty):
+      oldest = out.popleft()
+      watch.in_flight.popleft()
+      sets = {row.request_id: int(rng.integers(0, 80)) for row in oldest.measure}
+      step = result(oldest, working_sets=sets)
+      tokens = {name: int(rng.integers(0, 30)) for name in step.tokens}
+      for each in scheduler.update(dataclasses.replace(step, tokens=tokens), now).ended:
+        assert each.id not in outcome
+        outcome[each.id] = "finished"
+        watch.ended(each.id)
+        assert each.finish_reason == ("length" if len(each.output_tokens) == each.max_new_tokens else "stop")
+    if not arrivals and not scheduler.has_work:
+      break
+  assert not out and len(outcome) == len(wanted), "a request never ended"
+  assert watch.admitted == [name for name in queued if name in watch.admitted]
+  assert not watch.tables and not watch.dirty and scheduler.pool_blocks_in_use == 0
+  # what was freed can be had again: a request as large as the pool allows is admitted in the first plan
+  n_tokens = scheduler.max_request_tokens
+  scheduler.add(request("all", n_tokens - 1, 1))
+  assert len(scheduler.schedule(0.0).prefill) >= 1
