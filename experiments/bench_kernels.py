@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -188,7 +189,8 @@ def residency(b: Bench) -> Cases:
     def layer_of(options):
       f, state = functools.partial(step, **options), (empty(), jnp.int32(1))
       whole, _, (missed,) = timing.measure(f, [()], b.effort, state=state, shared=blocks)
-      alone = Timing((whole.us - sorting.us) / n_used, (whole.best_us - sorting.best_us) / n_used, whole.spread)
+      us, best = ((x - y) / n_used for x, y in ((whole.us, sorting.us), (whole.best_us, sorting.best_us)))
+      alone = dataclasses.replace(whole, us=us, best_us=best)
       return alone, float(missed.mean()) / n / n_used
 
     mine, missed = layer_of(b.kernel)

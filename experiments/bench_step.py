@@ -34,7 +34,7 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, load
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import CacheShape, KVCache
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.step import DecodeBatch, SamplingRows, Setup, programs
+from sparse_serve_jax.step import DecodeBatch, Setup, programs
 
 _MODEL = flags.DEFINE_string("model", "llama3-8b", "A name in configs/models, or a JSON file.")
 _CASES = flags.DEFINE_list("cases", ["64x10240", "20x32768"], "Requests x tokens of each.")
@@ -190,7 +190,7 @@ class Bench:
       positions=np.full(n, case.n_blocks * size - size // 2, np.int32),  # no tail fills
       steps=np.ones(n, np.int32),
       tables=tables.astype(np.int32),
-      sampling=SamplingRows(np.zeros(n, np.float32), np.ones(n, np.float32), np.zeros(n, np.uint32)),
+      sampling=None,
     )
     whole = NamedSharding(mesh, P())
     first = jax.device_put(rng.integers(0, cfg.vocab_size, n).astype(np.int32), whole)

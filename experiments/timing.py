@@ -42,7 +42,7 @@ class Effort:
   """How long is measured."""
 
   calls: int = 5  # after one to warm up
-  seconds: float = 0.05  # of a call: decides the rounds of a program's loop, so that its dispatch does not count
+  seconds: float = 0.05  # of a call: decides the rounds of a program's loop
   rounds: int = 4  # at least
   copy_bytes: int = 2 << 30  # of the buffers that rates are measured with
 
@@ -57,13 +57,14 @@ class Timing:
   us: float
   best_us: float
   spread: float
+  repetitions: int  # of a call
 
   @classmethod
   def of(cls, seconds: Sequence[float], repetitions: int) -> Self:
     """From the seconds of calls of `repetitions` each."""
     us = [1e6 * s / repetitions for s in seconds]
     middle = statistics.median(us)
-    return cls(middle, min(us), (max(us) - min(us)) / middle)
+    return cls(middle, min(us), (max(us) - min(us)) / middle, repetitions)
 
 
 def clock(f: Callable[[], Any], effort: Effort, repetitions: int = 1) -> Timing:
@@ -105,8 +106,10 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
     # The count of rounds is known to the compiler: of another one, the host would ask the device before each round.
     return lax.fori_loop(0, rounds, turn, (state, jnp.int32(0), [nothing] * len(variants)))
 
-  # A pool in host memory stays there only if the result says so.
+  # A pool in host memory stays there only if the result says so. The first state is committed to its place as all
+  # later ones are: else the second call would compile anew.
   placed = jax.tree.map(lambda x: x.sharding, state), None, None
+  state = jax.device_put(state, placed[0])
   program = jax.jit(run, static_argnums=0, donate_argnums=1, out_shardings=placed)
   results: Any = None
 
@@ -116,11 +119,17 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
     state, _, results = jax.block_until_ready(program(rounds, state, shared, variants))
     return time.perf_counter() - start
 
-  rounds = effort.rounds
-  call(rounds)  # compiles
-  rounds = max(rounds, min(1024, round(rounds * effort.seconds / call(rounds))))
-  call(rounds)
-  return Timing.of([call(rounds) for _ in range(effort.calls)], rounds * len(variants)), state, results
+  def settled(rounds: int) -> float:
+    call(rounds)  # compiles
+    return call(rounds)
+
+  # A call costs about a millisecond besides its rounds, so what counts is by how much a long one exceeds a short one.
+  few = effort.rounds
+  short = settled(few)
+  a_round = max(settled(8 * few) - short, 1e-6) / (7 * few)
+  more = max(few, round(effort.seconds / a_round))
+  call(few + more)  # compiles
+  return Timing.of([call(few + more) - short for _ in range(effort.calls)], more * len(variants)), state, results
 
 
 normal = jax.jit(jax.random.normal, static_argnums=(1, 2))  # key, shape, dtype
@@ -289,7 +298,7 @@ class Report:
       sys.exit(1)
 
 
-_COLUMNS = ("us", "best_us", "spread", "floor_us", "fraction", "moved", "baselines")
+_COLUMNS = ("us", "best_us", "spread", "repetitions", "floor_us", "fraction", "moved", "baselines")
 
 
 def _columns(result: Row) -> str:

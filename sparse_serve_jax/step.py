@@ -25,7 +25,7 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.models.sampling import sample
+from sparse_serve_jax.models.sampling import greedy, sample
 
 Array = Any  # of a batch: jax.Array in a program, numpy before
 
@@ -76,7 +76,8 @@ class DecodeBatch(flax.struct.PyTreeNode):
   positions: Array  # [B] int32, tokens already cached
   steps: Array  # [B] int32, decode steps the request has made
   tables: Array  # [B, N] int32
-  sampling: SamplingRows
+  # None if all rows are greedy, which is a program of its own: a branch in one would make the host wait in every step.
+  sampling: SamplingRows | None
 
 
 class PrefillBatch(flax.struct.PyTreeNode):
@@ -272,7 +273,9 @@ def _slots_in_use(cache: KVCache) -> jax.Array:
   return (cache.maps.block_of >= 0).sum(dtype=jnp.int32)
 
 
-def _sample(logits, positions, rows: SamplingRows) -> jax.Array:
+def _sample(logits, positions, rows: SamplingRows | None) -> jax.Array:
+  if rows is None:
+    return greedy(logits)
   return sample(logits, positions, rows.temperature, rows.top_p, rows.seeds)
 
 

@@ -82,7 +82,7 @@ def plant() -> None:
     slots_ref[P] = jnp.zeros((2, S, D), jnp.bfloat16)
 
   slots = random(P, 2, S, D)
-  f = triton.call(kernel, out_shape=slots, input_output_aliases={0: 0}, interpret=False, name="planted")
+  f = triton.call(kernel, out_shape=slots, input_output_aliases={0: 0}, implementation="triton", name="planted")
   jax.block_until_ready(jax.jit(f, donate_argnums=0)(slots))
 
 
@@ -93,6 +93,7 @@ def main() -> int:
   implementation = "triton" if jax.default_backend() == "gpu" else "interpret"
   failed = []
   for name, op in ops():
+    print(name, flush=True)  # a crash then says where
     actual, expected = (jax.jit(op, static_argnums=0)(i) for i in (implementation, "xla"))
     same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), actual, expected)
     if not all(jax.tree.leaves(same)):

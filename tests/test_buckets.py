@@ -112,14 +112,18 @@ def test_pieces_are_the_schedulers(mode: str):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("S", [8, 32, 128])
-def test_no_more_than_48_programs(mode: str, S: int):
-  """For models of 16 to 80 layers and any context up to 128k; sizes ascend and are whole blocks."""
+def test_no_more_than_48_programs_without_sampling(mode: str, S: int):
+  """For models of 16 to 80 layers and any context up to 128k; sizes ascend and are whole blocks.
+
+  Steps that draw tokens have at most four more, compiled when a request first asks for it.
+  """
   for n_layers in (16, 22, 28, 32, 36, 40, 48, 60, 64, 80):
     for max_context in (2048, 4096, 8192, 20000, 32768, 65536, 100_000, LONGEST):
       for max_batch in (1, 8, 64):
         buckets = Buckets.of(engine_config(mode, S, max_batch), n_layers, max_context)
         programs = buckets.programs()
-        assert len(set(programs)) == len(programs) <= 48
+        sampled = [kind for kind, *_ in programs if kind == "sampled decode"]
+        assert len(set(programs)) == len(programs) <= 48 + len(sampled) and len(sampled) <= 4
         for sizes in (buckets.whole, buckets.chunks, buckets.tables, buckets.batches):
           assert list(sizes) == sorted(set(sizes)) and all(size > 0 for size in sizes)
         assert not any(size % S for size in buckets.whole + buckets.chunks)
@@ -134,7 +138,8 @@ def programs_of(buckets: Buckets, plan: Plan) -> set[tuple]:
   }
   if plan.decode:
     longest = max(row.position // S + 1 for row in plan.decode)
-    used.add(("decode", buckets.batch(len(plan.decode)), buckets.table(longest)))
+    kind = "sampled decode" if any(row.sampling.temperature > 0 for row in plan.decode) else "decode"
+    used.add((kind, buckets.batch(len(plan.decode)), buckets.table(longest)))
   return used
 
 
@@ -193,8 +198,14 @@ def test_nothing_is_compiled_in_steady_state():
       compiled.append(duration)
 
   def serve_all(lengths: list[int], seed: int):
+    """All greedy, then one row drawn."""
+    serve(lengths, seed, temperature=0.0)
+    serve(lengths, seed, temperature=0.5)
+
+  def serve(lengths: list[int], seed: int, temperature: float):
     engine = Engine(conf, model, executor)
-    requests = [engine.add_request(prompt_of(n, seed + n), 6, temperature=seed) for n in lengths]
+    at = [temperature, *[0.0] * (len(lengths) - 1)]
+    requests = [engine.add_request(prompt_of(n, seed + n), 6, temperature=t) for n, t in zip(lengths, at, strict=True)]
     cancelled = engine.add_request(prompt_of(700), 6)
     for _ in range(4):
       engine.step()
@@ -210,7 +221,7 @@ def test_nothing_is_compiled_in_steady_state():
     programs = set(used)
     assert programs <= set(executor.buckets.programs())
     assert count == {
-      "decode": sum(kind == "decode" for kind, *_ in programs),
+      "decode": sum("decode" in kind for kind, *_ in programs),
       "prefill": sum(kind == "prefill" for kind, *_ in programs),
       "release": 1,
     }

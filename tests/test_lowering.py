@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as Spec
 
 import pallas_kernels as kernels
 from pallas_kernels import digest
 from pallas_kernels.score import box
+from sparse_serve_jax.config import CacheConfig, EngineConfig, SparseConfig
+from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.step import DecodeBatch, Setup, decode_step
 from tests.cases import REAL, Shape
+from tests.tiny import tiny_model
 
 B, K, L, M, P, R, N = 20, 8, 32, 20480, 1 << 20, 64, 1024
 Array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -101,3 +109,31 @@ def test_copies(shape: Shape):
     "gather_blocks": (pool, slots, Int(()), Int((K, N)), Int((K, N))),
   }.items():
     assert f'name = "{name}"' in lower(functools.partial(getattr(kernels, name), **ON_GPU), *arguments)
+
+
+def test_a_step_asks_the_host_nothing():
+  """A decode step on a GPU has no branch and no loop of unknown length outside its kernels: for either, the host would
+  wait for the device, in the middle of a step."""
+  model = tiny_model()
+  config = EngineConfig(CacheConfig(block_tokens=8, offload=False), SparseConfig(policy="psa", token_budget=64))
+  setup = Setup.of(model.config, config, "triton")
+  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  kv = lambda *dims: f32((*dims, 2, 8, 16))  # noqa: E731
+  maps = kernels.Maps(Int((2, 2, 40)), Int((12,)), Int((12,)), Int((2, 2, 40)))
+  cache = KVCache(kv(2, 2, 40), kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4,)), Int(()))
+  batch = DecodeBatch(Int((8,)), Int((8,)), Int((8,)), Int((8, 16)), None)
+  mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
+  f = jax.shard_map(
+    functools.partial(decode_step, setup), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False
+  )
+  found = set(primitives(jax.make_jaxpr(f)(model.params, cache, batch).jaxpr))
+  assert {"scan", "pallas_call", "argmax"} <= found and not {"cond", "while"} & found
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+  """Names of all operations of a program, those of kernels left out."""
+  for equation in jaxpr.eqns:
+    yield equation.primitive.name
+    if equation.primitive.name != "pallas_call":
+      for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        yield from primitives(inner)

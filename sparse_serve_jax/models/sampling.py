@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+
+def greedy(logits: jax.Array) -> jax.Array:
+  """The most likely token [B] int32 of every row of logits [B, V]; ties to the lowest id."""
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def sample(
@@ -15,7 +19,7 @@ def sample(
   Args:
     logits: float32 [B, V].
     positions: int32 [B], of the token that is drawn from: what makes the draws of a request differ.
-    temperature: float32 [B]; 0 is greedy, ties to the lowest id.
+    temperature: float32 [B]; 0 is `greedy`.
     top_p: float32 [B]; the most likely tokens whose mass before them is below it are kept, ties to the lowest id, and
       never fewer than one.
     seeds: uint32 [B].
@@ -23,13 +27,8 @@ def sample(
   Returns:
     int32 [B].
   """
-  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-  def draw():
-    drawn = jax.vmap(_draw)(logits, positions, jnp.where(temperature > 0, temperature, 1.0), top_p, seeds)
-    return jnp.where(temperature > 0, drawn, greedy)
-
-  return lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+  drawn = jax.vmap(_draw)(logits, positions, jnp.where(temperature > 0, temperature, 1.0), top_p, seeds)
+  return jnp.where(temperature > 0, drawn, greedy(logits))
 
 
 def _draw(

@@ -168,12 +168,13 @@ class JaxExecutor:
     tables = np.full((n, width), -1, np.int32)
     for i, row in enumerate(rows):
       tables[i, : len(row.table)] = row.table[:width]
+    sampled = any(r.sampling.temperature > 0 for r in rows)
     return DecodeBatch(
       rows=column((r.row for r in rows), self.shape.R),
       positions=column(r.position for r in rows),
       steps=column(r.step for r in rows),
       tables=tables,
-      sampling=_sampling_rows([r.sampling for r in rows], n),
+      sampling=_sampling_rows([r.sampling for r in rows], n) if sampled else None,
     )
 
 
