@@ -88,7 +88,7 @@ class Bench:
     shape, host = (self.heads, 1, self.n_pool, 2, self.size, self.depth), timing.host_sharding()
     on_host = kv_cache.host_memory_kind() is not None
     make = (lambda: kernels.empty(shape, jnp.bfloat16)) if on_host else (lambda: jnp.zeros(shape, jnp.bfloat16))
-    return timing.fill_pool(jax.jit(make, out_shardings=host)(), host, **self.kernel)
+    return timing.fill_pool(jax.jit(make, out_shardings=host)(), **self.kernel)
 
 
 def digest(b: Bench) -> Cases:

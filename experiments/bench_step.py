@@ -110,7 +110,7 @@ def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> llama.Params:
 def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh, implementation: str) -> KVCache:
   """An empty cache but for random digests and tails, and a pool in which random blocks repeat."""
   cache, shardings = kv_cache.create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
-  pool = timing.fill_pool(cache.pool, shardings.pool, implementation)
+  pool = timing.fill_pool(cache.pool, implementation)
   digest, tail = cache.digest.shape, cache.tail.shape
   cache = cache.replace(pool=pool, digest=None, tail=None)  # frees them
   make = functools.partial(random, dtype=shape.dtype, sharding=shardings.tail)  # digests are split like tails

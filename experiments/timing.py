@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from jax import lax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
 from sparse_serve_jax import runtime
@@ -135,16 +136,20 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
 normal = jax.jit(jax.random.normal, static_argnums=(1, 2))  # key, shape, dtype
 
 
-def fill_pool(pool: jax.Array, sharding: Any, implementation: str) -> jax.Array:
+def fill_pool(pool: jax.Array, implementation: str) -> jax.Array:
   """Random blocks, over and over, in a pool [K, L, M, 2, S, D], which is donated."""
+  placed: Any = pool.sharding
   n_heads, n_layers, n_pool, *block = pool.shape
   n = min(n_pool, max(1, 4096 // n_layers))
   source = normal(jax.random.key(0, impl="rbg"), (n_heads, n_layers, n, *block), pool.dtype)
   store = functools.partial(kernels.store_blocks, implementation=implementation)
-  store = jax.jit(store, donate_argnums=0, out_shardings=sharding)
+  if isinstance(placed, NamedSharding):  # otherwise XLA does not see that a host pool is updated in place
+    specs = placed.spec, placed.spec, P(), P(), P()
+    store = jax.shard_map(store, mesh=placed.mesh, in_specs=specs, out_specs=placed.spec, check_vma=False)
+  store = jax.jit(store, donate_argnums=0, out_shardings=placed)
   ids = np.arange(n, dtype=np.int32)
   for start in range(0, n_pool, n):
-    pool = store(pool, source, 0, ids, np.where(start + ids < n_pool, start + ids, -1))
+    pool = store(pool, source, np.int32(0), ids, np.where(start + ids < n_pool, start + ids, -1))
   return jax.block_until_ready(pool)
 
 

@@ -1,6 +1,6 @@
 """Runs every kernel that writes slots, pool, digests or maps, for a memory checker; see test_sanitizer.py.
 
-  compute-sanitizer python -m tests.sanitized [--plant]
+  compute-sanitizer --padding=4096 python -m tests.sanitized [op ...] [--plant]
 
 Ends with 1 if a byte differs from what XLA's implementation leaves, that is, also if something beyond what an op may
 write has changed. `--plant` writes one block beyond the slots instead: the checker must notice.
@@ -40,7 +40,8 @@ def ops():
   pool, slots, tail = random(K, L, M, 2, S, D), random(P, 2, S, D), random(K, L, B, 2, S, D)
   digest, layer = random(K, L, M, 2, D), jnp.int32(1)
   ids, to = distinct(B, B), jnp.array([M - 1, -1, 0], jnp.int32)
-  slot = jnp.where(distinct(P, K, L, B) % 3 == 0, -1, distinct(P, K, L, B)).at[0, 0, 0].set(P - 1)
+  slot = P - 1 - distinct(K * L * B, K, L, B)
+  slot = jnp.where(slot % 3 == 1, -1, slot)  # the last slot stays
   blocks = jnp.stack([distinct(M, B, N) for _ in range(K)], 1).at[1, :, -1].set(-1)
   maps = kernels.Maps(jnp.full((K, L, M), -1), jnp.full(P, -1), jnp.full(P, -1), jnp.full((K, L, M), kernels.NEVER))
   steps, used = jnp.arange(B), jnp.full((B, K), N)
@@ -62,7 +63,7 @@ def ops():
 
   random_q = random(B, K, G, D)
   yield "attend", step
-  yield "progressive attend", lambda i: step(i, 0.9, 2)
+  yield "progressive", lambda i: step(i, 0.9, 2)
   to_slot = jnp.where(blocks[0] >= 0, distinct(P, K, N), -1)[None]
   yield "load", lambda i: kernels.load_blocks(pool, slots, layer, blocks[:1], to_slot, implementation=i)
   yield "store", lambda i: kernels.store_blocks(pool, tail, 0, ids, to, implementation=i)
@@ -92,7 +93,10 @@ def main() -> int:
     return 0
   implementation = "triton" if jax.default_backend() == "gpu" else "interpret"
   failed = []
+  wanted = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
   for name, op in ops():
+    if wanted and name not in wanted:
+      continue
     print(name, flush=True)  # a crash then says where
     actual, expected = (jax.jit(op, static_argnums=0)(i) for i in (implementation, "xla"))
     same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), actual, expected)
