@@ -10,7 +10,6 @@ same run, its share of the time, the same work by other means. The last line of 
 from __future__ import annotations
 
 import concurrent.futures
-import ctypes
 import dataclasses
 import functools
 import itertools
@@ -39,7 +38,6 @@ _SECONDS = flags.DEFINE_float("seconds", 0.05, "Of one call, in which an op is r
 timing.define_flags()
 
 Cases = Iterator[tuple[str, Callable[[], Row]]]
-STAGING_THREADS = 8  # copy between a pool and a staging array
 
 
 class Bench:
@@ -88,7 +86,9 @@ class Bench:
     shape, host = (self.heads, 1, self.n_pool, 2, self.size, self.depth), timing.host_sharding()
     on_host = kv_cache.host_memory_kind() is not None
     make = (lambda: kernels.empty(shape, jnp.bfloat16)) if on_host else (lambda: jnp.zeros(shape, jnp.bfloat16))
-    return timing.fill_pool(jax.jit(make, out_shardings=host)(), **self.kernel)
+    pool = jax.block_until_ready(jax.jit(make, out_shardings=host)())
+    timing.fill_pool(pool)
+    return pool
 
 
 def digest(b: Bench) -> Cases:
@@ -281,10 +281,7 @@ def copy(b: Bench) -> Cases:
   device, host = timing.device_sharding(), timing.host_sharding()
   pages = jax.device_put(jnp.zeros((b.pick(65536, 64), width), jnp.bfloat16), host)
 
-  def writable(x):
-    """Pinned memory of an array as numpy, which JAX itself gives out read-only."""
-    at = (ctypes.c_uint16 * x.size).from_address(x.unsafe_buffer_pointer())
-    return np.frombuffer(at, np.uint16).reshape(x.shape)
+  rows_of = lambda x: timing.writable(x).reshape(x.shape[0], -1)  # noqa: E731
 
   def load(slots, pool, inputs):
     return kernels.load_blocks(pool, slots, jnp.int32(0), *inputs, **b.kernel), ()
@@ -311,15 +308,15 @@ def copy(b: Bench) -> Cases:
     chosen, staging = b.distinct(pages.shape[0], n), jax.device_put(jnp.zeros((n, width), jnp.bfloat16), start)
 
     def staged(workers):
-      memory, parts = writable(pages), np.array_split(np.arange(n), STAGING_THREADS)
+      memory, parts = rows_of(pages), np.array_split(np.arange(n), timing.COPY_THREADS)
       if loads:
-        to = writable(staging)
+        to = rows_of(staging)
         list(workers.map(lambda i: np.take(memory, chosen[i], 0, out=to[i[0] : i[-1] + 1], mode="clip"), parts))
         return jax.device_put(staging, end)
-      got = np.asarray(jax.device_put(staging, end)).view(np.uint16)
+      got = np.asarray(jax.device_put(staging, end)).view(np.uint8)
       return list(workers.map(lambda i: memory.__setitem__(chosen[i], got[i]), parts))
 
-    with concurrent.futures.ThreadPoolExecutor(STAGING_THREADS) as workers:
+    with concurrent.futures.ThreadPoolExecutor(timing.COPY_THREADS) as workers:
       baselines = {
         "one by one": lambda: timing.clock(lambda: jax.device_put(blocks, end), b.effort),
         "staged": lambda: timing.clock(lambda: staged(workers), b.effort),

@@ -107,12 +107,13 @@ def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> llama.Params:
   return jax.tree_util.tree_map_with_path(leaf, shapes, specs, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh, implementation: str) -> KVCache:
+def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh) -> KVCache:
   """An empty cache but for random digests and tails, and a pool in which random blocks repeat."""
   cache, shardings = kv_cache.create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
-  pool = timing.fill_pool(cache.pool, implementation)
+  if shape.offload:
+    timing.fill_pool(cache.pool)
   digest, tail = cache.digest.shape, cache.tail.shape
-  cache = cache.replace(pool=pool, digest=None, tail=None)  # frees them
+  cache = cache.replace(digest=None, tail=None)  # frees them
   make = functools.partial(random, dtype=shape.dtype, sharding=shardings.tail)  # digests are split like tails
   return cache.replace(digest=make(1, digest), tail=make(2, tail))
 
@@ -203,7 +204,7 @@ class Bench:
     """Times steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
     config, n = override(self.case.config, [f"sparse.policy={policy}"]), _STEPS.value
     decode: Any = programs(Setup.of(self.cfg, config, self.implementation), self.mesh).decode
-    cache = self.cache or filled_cache(self.case.shape, self.mesh, self.implementation)
+    cache = self.cache or filled_cache(self.case.shape, self.mesh)
     self.cache = None  # until it is whole again
     program = lambda cache: decode(self.params, cache, self.batch)  # noqa: E731
     steps = Steps(program, functools.partial(self.evict, share=share), cache)

@@ -5,11 +5,13 @@ rows, and what the profiler says of kernels.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import ctypes
 import dataclasses
 import datetime
-import functools
 import gzip
 import json
+import math
 import pathlib
 import statistics
 import subprocess
@@ -24,10 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from jax import lax
-from jax.sharding import NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
 
-import pallas_kernels as kernels
 from sparse_serve_jax import runtime
 from sparse_serve_jax.memory import kv_cache
 
@@ -35,6 +35,7 @@ flags.disclaim_key_flags()  # those of `define_flags` are its caller's
 
 Row = dict[str, Any]
 Op = Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, shared, inputs) -> (state, result)
+COPY_THREADS = 8  # copy within host memory
 Baselines = Mapping[str, Callable[[], "Timing"]]  # what would be used instead
 
 
@@ -44,7 +45,7 @@ class Effort:
 
   calls: int = 5  # after one to warm up
   seconds: float = 0.05  # of a call: decides the rounds of a program's loop
-  rounds: int = 4  # at least
+  rounds: int = 8  # of the short loop that a long one is compared with
   copy_bytes: int = 2 << 30  # of the buffers that rates are measured with
 
 
@@ -120,15 +121,11 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
     state, _, results = jax.block_until_ready(program(rounds, state, shared, variants))
     return time.perf_counter() - start
 
-  def settled(rounds: int) -> float:
-    call(rounds)  # compiles
-    return call(rounds)
-
   # A call costs about a millisecond besides its rounds, so what counts is by how much a long one exceeds a short one.
   few = effort.rounds
-  short = settled(few)
-  a_round = max(settled(8 * few) - short, 1e-6) / (7 * few)
-  more = max(few, round(effort.seconds / a_round))
+  call(few)  # compiles
+  short = call(few)
+  more = max(few, round(few * effort.seconds / short))
   call(few + more)  # compiles
   return Timing.of([call(few + more) - short for _ in range(effort.calls)], more * len(variants)), state, results
 
@@ -136,21 +133,23 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
 normal = jax.jit(jax.random.normal, static_argnums=(1, 2))  # key, shape, dtype
 
 
-def fill_pool(pool: jax.Array, implementation: str) -> jax.Array:
-  """Random blocks, over and over, in a pool [K, L, M, 2, S, D], which is donated."""
-  placed: Any = pool.sharding
-  n_heads, n_layers, n_pool, *block = pool.shape
-  n = min(n_pool, max(1, 4096 // n_layers))
-  source = normal(jax.random.key(0, impl="rbg"), (n_heads, n_layers, n, *block), pool.dtype)
-  store = functools.partial(kernels.store_blocks, implementation=implementation)
-  if isinstance(placed, NamedSharding):  # otherwise XLA does not see that a host pool is updated in place
-    specs = placed.spec, placed.spec, P(), P(), P()
-    store = jax.shard_map(store, mesh=placed.mesh, in_specs=specs, out_specs=placed.spec, check_vma=False)
-  store = jax.jit(store, donate_argnums=0, out_shardings=placed)
-  ids = np.arange(n, dtype=np.int32)
-  for start in range(0, n_pool, n):
-    pool = store(pool, source, np.int32(0), ids, np.where(start + ids < n_pool, start + ids, -1))
-  return jax.block_until_ready(pool)
+def writable(x: jax.Array) -> np.ndarray:
+  """The memory of an array that lies where the CPU can write it, as bytes; nothing on the device may be using it."""
+  memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.unsafe_buffer_pointer())
+  return np.frombuffer(memory, np.uint8)
+
+
+def fill_pool(pool: jax.Array) -> None:
+  """Writes random blocks, over and over, to a pool [K, L, M, 2, S, D] in host memory."""
+  source = np.asarray(normal(jax.random.key(0), (min(4096, math.prod(pool.shape[:3])), *pool.shape[3:]), pool.dtype))
+  memory, source = writable(pool), source.ravel().view(np.uint8)
+
+  def fill(start: int) -> None:
+    part = memory[start : start + source.size]
+    part[:] = source[: part.size]
+
+  with concurrent.futures.ThreadPoolExecutor(COPY_THREADS) as threads:
+    list(threads.map(fill, range(0, memory.size, source.size)))
 
 
 def _in_space_of(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -160,7 +160,7 @@ class Tiling:
     num_warps = min(8, max(2, block_bytes // 8192))
     if progressive:  # each stop test needs all blocks before it
       return cls(splits=1, miss_programs=0, num_warps=num_warps)
-    splits = max(1, min(-(-1024 // n_lists), -(-n // 4)))
+    splits = max(1, min(-(-512 // n_lists), -(-n // 4)))
     return cls(splits=splits, miss_programs=min(64, n_lists) if has_slots else 0, num_warps=num_warps)
 
   def grid(self, n_lists: int) -> int:

@@ -22,7 +22,7 @@ import pallas_kernels as kernels
 from pallas_kernels import triton
 from pallas_kernels.digest import cuboid_mean
 
-K, L, M, P, S, D = 2, 2, 24, 16, 16, 64
+K, L, M, P, S, D = 2, 2, 128, 512, 16, 64  # pool and slots fill 2 MiB, the least that may be allocated
 B, G, N = 3, 4, 5
 rng = np.random.default_rng(0)
 
@@ -48,11 +48,10 @@ def ops():
 
   def step(implementation, threshold=None, group=None):
     options = dict(implementation=implementation)
-    victims = kernels.eviction_order(maps, jnp.int32(1))
-    first = kernels.propose(maps, victims, layer, blocks[:, :, :2], **options)
+    order = lambda since: kernels.EvictionOrder(victims, jnp.int32(since))  # noqa: E731
+    first = kernels.propose(maps, order(1), layer, blocks[:, :, :2], **options)
     held = kernels.commit(maps, layer, first, used, jnp.int32(1), steps, **options)
-    victims = kernels.eviction_order(held, jnp.int32(2))
-    reads = kernels.propose(held, victims, layer, blocks, group=group, **options)
+    reads = kernels.propose(held, order(2), layer, blocks, group=group, **options)
     count = jnp.minimum(used, (blocks >= 0).sum(-1))
     partial, n_used, filled = kernels.attend(
       random_q, tail, jnp.arange(B), jnp.full(B, 3), pool, slots, layer, reads, count,
@@ -61,7 +60,7 @@ def ops():
     after = kernels.commit(held, layer, reads, n_used, jnp.int32(2), steps, **options)
     return filled, after, n_used, jnp.isfinite(partial.output)
 
-  random_q = random(B, K, G, D)
+  random_q, victims = random(B, K, G, D), distinct(P, P)  # in any order: what was used is passed over
   yield "attend", step
   yield "progressive", lambda i: step(i, 0.9, 2)
   to_slot = jnp.where(blocks[0] >= 0, distinct(P, K, N), -1)[None]
