@@ -26,7 +26,8 @@ RANKS = {
   f"{PACKAGE}.llm": 6,
   PACKAGE: 7,
   f"{PACKAGE}.evaluation": 8,
-  "experiments": 9,
+  f"{PACKAGE}.training": 9,
+  "experiments": 10,
 }
 
 # Scheduling runs without a device, so that a simulator can stand in for it.

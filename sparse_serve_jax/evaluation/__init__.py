@@ -1,0 +1,1 @@
+"""What a model is evaluated on, and how its answers are scored."""

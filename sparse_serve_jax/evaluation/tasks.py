@@ -1,0 +1,169 @@
+"""Tasks that need the whole of a long context, generated: the families of RULER (arXiv 2404.06654) and a few more.
+
+A model can be trained on them (`split="train"`) and then measured (`split="eval"`): the two never share a seed. What is
+asked for stands at a depth uniform over the context, so accuracy can be told by depth.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sparse_serve_jax.evaluation import families
+from sparse_serve_jax.evaluation import text as texts
+from sparse_serve_jax.evaluation.families import Draft, Family
+
+
+class Tokenizer(Protocol):
+  """What measures a length. Special tokens that `encode` adds are part of it."""
+
+  def encode(self, text: str) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+  """One prompt and what to answer."""
+
+  task: str
+  prompt: str
+  completion: str  # what a perfect model writes after the prompt; ends with a newline, where generation may stop
+  answers: tuple[str, ...]  # the values that are scored
+  depths: tuple[float, ...]  # where in the context each needle begins, in [0, 1]; empty where the answer has no place
+  n_tokens: int  # of prompt and completion together
+  max_new_tokens: int  # of the completion
+
+  @property
+  def text(self) -> str:
+    return self.prompt + self.completion
+
+  @property
+  def span(self) -> tuple[int, int]:
+    """The characters of `text` that are the completion: first, and one past the last."""
+    return len(self.prompt), len(self.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A family of instances. Accuracies are reported by `group`."""
+
+  name: str
+  group: Literal["retrieval", "global", "long_output"]
+  family: Family
+  score: Callable[[str, Instance], float]  # of a prediction: 1 is perfect, 0 is wrong or empty
+  min_units: int = 1
+
+
+def make(
+  task: str,
+  length: int,
+  seed: int,
+  tokenizer: Tokenizer,
+  *,
+  split: Literal["train", "eval"],
+  text: texts.Text = texts.sentences,
+) -> Instance:
+  """Makes an instance whose prompt and completion together are at most, and close to, `length` tokens.
+
+  Close: no more is left than 2 % or one unit of the content (a sentence, a line). What is made depends on nothing but
+  the arguments. The ordinary text between needles comes from `text`.
+
+  Raises:
+    ValueError: no such task or split, a negative seed, or a length that even the smallest instance exceeds.
+  """
+  if task not in TASKS:
+    raise ValueError(f"there is no task {task!r}, only {sorted(TASKS)}")
+  if split not in ("train", "eval"):
+    raise ValueError(f'split is "train" or "eval", got {split!r}')
+  if length < 1 or seed < 0:
+    raise ValueError(f"a length is 1 token or more and a seed not negative, got {length=}, {seed=}")
+  entropy = [("train", "eval").index(split), zlib.crc32(task.encode()), length, seed]
+  write = TASKS[task].family(np.random.default_rng(entropy), text)
+  draft, n_tokens = _fit(task, write, length, tokenizer)
+  n_completion = len(tokenizer.encode(draft.completion)) - len(tokenizer.encode(""))
+  return Instance(task, *draft, n_tokens, n_completion)
+
+
+def _fit(task: str, write: Callable[[int], Draft], length: int, tokenizer: Tokenizer) -> tuple[Draft, int]:
+  """Finds how many units of content fit: two samples give the tokens of a unit, then a bracketed secant search.
+
+  Of all these about two are texts of full length.
+  """
+
+  def measured(n: int) -> tuple[Draft, int]:
+    draft = write(n)
+    return draft, len(tokenizer.encode(draft.prompt + draft.completion))
+
+  fits = TASKS[task].min_units
+  best, used = measured(fits)
+  if used > length:
+    raise ValueError(f"{task} takes at least {used} tokens with this tokenizer and seed, got {length=}")
+  sample = max(8, length // 64)
+  per_unit = max(1.0, (measured(fits + sample)[1] - used) / sample)
+  too_many = length + 1  # a unit is a token or more
+  while too_many - fits > 1 and length - used > 0.02 * length:
+    n = fits + round((0.99 * length - used) / per_unit)
+    n = min(max(n, fits + 1), too_many - 1)
+    draft, tokens = measured(n)
+    per_unit = max(1.0, (tokens - used) / (n - fits))
+    if tokens <= length:
+      best, used, fits = draft, tokens, n
+    else:
+      too_many = n
+  return best, used
+
+
+def _answer(prediction: str) -> str:
+  """Up to the first newline or the end of the first sentence."""
+  return re.split(r"\n|[.!?](?=\s|$)", prediction.strip(), maxsplit=1)[0].strip()
+
+
+def _exact(prediction: str, instance: Instance) -> float:
+  return float(_answer(prediction) == instance.answers[0])
+
+
+def _found(prediction: str, instance: Instance) -> float:
+  """The fraction of the answers that are among the words of the prediction."""
+  words = set(re.split(r"[,\s]+", _answer(prediction)))
+  return sum(answer in words for answer in instance.answers) / len(instance.answers)
+
+
+def _in_order(prediction: str, instance: Instance) -> float:
+  """The longest common subsequence with the answers, all different, as a fraction of them."""
+  place = {answer: i for i, answer in enumerate(instance.answers)}
+  ends: list[int] = []  # ends[k]: the first place at which k + 1 answers in order can end
+  for word in re.split(r"[,\s]+", _answer(prediction)):
+    if word in place:
+      k = bisect.bisect_left(ends, place[word])
+      ends[k : k + 1] = [place[word]]
+  return len(ends) / len(place)
+
+
+TASKS: dict[str, Task] = {
+  task.name: task
+  for task in (
+    Task("single_noise", "retrieval", families.codes(haystack=families.noise), _exact),
+    Task("single_text", "retrieval", families.codes(), _exact),
+    Task("single_uuid", "retrieval", families.codes(values=families.uuids), _exact),
+    Task("multi_key", "retrieval", families.codes(every=2), _exact),
+    Task("multi_value", "retrieval", families.codes(n_values=4, every=4), _found),
+    Task("multi_query", "retrieval", families.codes(n_keys=4, every=4), _found),
+    Task("key_value", "retrieval", families.pairs(families.word_keys, families.numbers), _exact),
+    Task("key_value_uuid", "retrieval", families.pairs(families.uuids, families.uuids), _exact),
+    Task("variable_tracking", "retrieval", families.variables, _found),
+    Task("question", "retrieval", families.questions, _exact),
+    Task("question_two_hops", "retrieval", families.two_hops, _exact),
+    Task("copy", "retrieval", families.copy, _found, min_units=20),
+    Task("classification", "retrieval", families.classification, _exact),
+    Task("common_words", "global", families.common, _found, min_units=40),
+    Task("frequent_words", "global", families.frequent, _found, min_units=40),
+    Task("count", "global", families.count, _exact),
+    Task("recite", "long_output", families.recite, _in_order),
+    Task("renumber", "long_output", families.renumber, _in_order),
+  )
+}

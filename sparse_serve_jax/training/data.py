@@ -1,0 +1,142 @@
+"""Training sequences, each a pure function of a seed: text, generated tasks, and two kinds of exercise in token ids.
+
+The exercises have an answer in almost every token, so that a model finds the circuits of retrieval early:
+
+  repeat   random tokens in runs, each run again at a later place: copy what followed the last time
+  recall   keys and values of random tokens; then the keys again in another order: give the value of each
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import multiprocessing
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from sparse_serve_jax.evaluation import tasks, text
+from sparse_serve_jax.models.tokenizer import Tokenizer
+from sparse_serve_jax.training.config import TrainConfig
+
+
+class Batch(NamedTuple):
+  """Sequences of one length; the weights are those of the tokens that are predicted, tokens[:, 1:]."""
+
+  tokens: np.ndarray  # [B, T + 1] int32
+  weights: np.ndarray  # [B, T] float32
+
+
+def sequence(
+  config: TrainConfig, tokenizer: Tokenizer, n_tokens: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens int32 [n_tokens + 1] and weights float32 [n_tokens] of one sequence, padded with weight 0."""
+  shares = dataclasses.asdict(config.sources)
+  p = np.array(list(shares.values()))
+  source = rng.choice(list(shares), p=p / p.sum())
+  n = n_tokens + 1
+  if source in ("repeat", "recall"):
+    ids, answer = (_repeat if source == "repeat" else _recall)(rng, n, tokenizer.vocab_size)
+  elif source == "text":
+    ids = tokenizer.encode(text.document(rng, n))  # a word is a token or more
+    ids, answer = np.array(ids[:n]), np.ones(min(n, len(ids)), bool)
+  else:
+    ids, answer = _task(rng, n, tokenizer)
+  tokens, weights = np.zeros(n, np.int32), np.zeros(n, np.float32)
+  tokens[: len(ids)] = ids
+  # Random tokens that nothing foretells teach nothing.
+  weights[: len(ids)] = np.where(answer, 1.0, 0.0 if source in ("repeat", "recall") else config.context_weight)
+  if source == "text":
+    weights *= config.context_weight
+  return tokens, weights[1:]
+
+
+def _repeat(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+  """Runs of 8 to 64 random tokens, in random order twice over; all of a second run but its first token is an answer."""
+  lengths, total = [], 0
+  while total < n // 2:
+    lengths.append(min(int(rng.integers(8, 65)), max(2, n // 4)))
+    total += lengths[-1]
+  runs = [rng.integers(0, vocab, size) for size in lengths]
+  order = [*range(len(runs)), *rng.permutation(len(runs))]
+  known = [np.arange(len(runs[i])) * (place >= len(runs)) > 0 for place, i in enumerate(order)]
+  return np.concatenate([runs[i] for i in order])[:n], np.concatenate(known)[:n]
+
+
+def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pairs of a key and a value, of 1 to 3 and 1 to 6 tokens in this sequence; then all of them in another order."""
+  n_key, n_value = int(rng.integers(1, 4)), int(rng.integers(1, 7))
+  n_pairs = max(1, n // 2 // (n_key + n_value))
+  alphabet = rng.permutation(vocab)
+  if n_key == 1:
+    n_pairs = min(n_pairs, vocab)
+    keys = alphabet[:n_pairs, None]
+  else:  # few distinct tokens, so that only all of a key tell it
+    few = alphabet[: max(8, int(2 * n_pairs ** (1 / n_key)))]
+    codes = rng.permutation(len(few) ** n_key)[:n_pairs]
+    keys = few[np.stack(np.unravel_index(codes, (len(few),) * n_key), 1)]
+    n_pairs = len(keys)
+  pairs = np.concatenate([keys, rng.integers(0, vocab, (n_pairs, n_value))], 1)
+  order = rng.permutation(n_pairs)
+  known = np.zeros((2, n_pairs, n_key + n_value), bool)
+  known[1, :, n_key:] = True
+  return np.concatenate([pairs.ravel(), pairs[order].ravel()])[:n], known.ravel()[:n]
+
+
+def _task(rng: np.random.Generator, n: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """A generated task, at most n tokens."""
+  for name in rng.permutation(sorted(tasks.TASKS)):
+    try:
+      return of_instance(tasks.make(name, n, int(rng.integers(1 << 31)), tokenizer, split="train"), tokenizer)
+    except ValueError:  # it takes more tokens
+      continue
+  raise ValueError(f"no task fits {n} tokens")
+
+
+def of_instance(instance: tasks.Instance, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens of prompt and completion, and which are the completion's."""
+  prompt = tokenizer.encode(instance.prompt)
+  completion = tokenizer.encode(instance.completion, add_special_tokens=False)
+  return np.array([*prompt, *completion]), np.arange(len(prompt) + len(completion)) >= len(prompt)
+
+
+def batch(config: TrainConfig, tokenizer: Tokenizer, step: int) -> Batch:
+  """The sequences of a step: a function of configuration, tokenizer and step alone."""
+  stage = config.stage_of(step)
+  made = [
+    sequence(config, tokenizer, stage.tokens, np.random.default_rng([config.seed, step, i]))
+    for i in range(stage.sequences)
+  ]
+  return Batch(np.stack([tokens for tokens, _ in made]), np.stack([weights for _, weights in made]))
+
+
+_of_worker: tuple[TrainConfig, Tokenizer] | None = None
+
+
+def _start_worker(config: TrainConfig, tokenizer: Tokenizer) -> None:
+  global _of_worker
+  _of_worker = config, tokenizer
+
+
+def _batch_of_worker(step: int) -> Batch:
+  assert _of_worker is not None
+  return batch(*_of_worker, step)
+
+
+def batches(config: TrainConfig, tokenizer: Tokenizer, first_step: int, workers: int) -> Iterator[Batch]:
+  """The batches of all steps from `first_step` on, made by so many processes ahead of their use; 0: in this one."""
+  steps = range(first_step, config.steps)
+  if not workers:
+    yield from (batch(config, tokenizer, step) for step in steps)
+    return
+  context = multiprocessing.get_context("forkserver")  # a fork of a process that runs JAX may hang
+  with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (config, tokenizer)) as pool:
+    waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+    for step in steps:
+      waiting.append(pool.submit(_batch_of_worker, step))
+      if len(waiting) > 2 * workers:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()

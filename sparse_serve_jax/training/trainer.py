@@ -1,0 +1,175 @@
+"""The training loop: optax on the model's own layers, checkpoints by orbax, a run that can stop anywhere."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.models import llama
+from sparse_serve_jax.training.config import Optimizer, TrainConfig
+from sparse_serve_jax.training.data import Batch
+
+
+class TrainState(NamedTuple):
+  """All that a run goes on from, besides its configuration."""
+
+  step: jax.Array  # int32, steps made
+  params: llama.Params  # float32
+  optimizer: Any
+
+
+class StepMetrics(NamedTuple):
+  loss: jax.Array  # nats a token, weighted
+  accuracy: jax.Array  # of the tokens of weight 1: answers
+  grad_norm: jax.Array
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> llama.Params:
+  """Float32 parameters to train from: normal, by fan-in, residual branches scaled by (2 L)^-0.5 (GPT-2)."""
+  shapes = llama.param_shapes(cfg)
+  leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
+  keys = iter(jax.random.split(key, len(leaves)))
+
+  def leaf(path, shape):
+    name, rng = path[-1].key, next(keys)
+    if name.endswith("norm"):
+      return jnp.ones(shape, jnp.float32)
+    if name == "bqkv":
+      return jnp.zeros(shape, jnp.float32)
+    fan_in = {"wo": cfg.n_heads * cfg.head_dim, "w_down": cfg.d_ff}.get(name, cfg.d_model)
+    scale = fan_in**-0.5 * ((2 * cfg.n_layers) ** -0.5 if name in ("wo", "w_down") else 1)
+    return scale * jax.random.normal(rng, shape, jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def forward(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> jax.Array:
+  """tokens [B, T] -> logits float32 [B, T, V], by dense causal attention; cuDNN's on a GPU in 16 bits."""
+  cos_sin = llama.rope(cfg, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+  fused = jax.default_backend() == "gpu" and llama.dtype_of(cfg).itemsize == 2
+  attention = functools.partial(
+    jax.nn.dot_product_attention, is_causal=True, scale=cfg.head_dim**-0.5, implementation="cudnn" if fused else "xla"
+  )
+
+  def layer(x, lp):
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
+    o = attention(q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v).reshape(q.shape)
+    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), None
+
+  # Unrolled, as a loop would stack what each layer keeps for the backward pass.
+  x, _ = lax.scan(layer, llama.embed(params, tokens), params["layers"], unroll=cfg.n_layers)
+  return llama.logits(cfg, params, x, None)
+
+
+def loss(cfg: ModelConfig, params: llama.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Weighted mean cross entropy in nats, and the share of tokens of weight 1 that are the most likely."""
+  tokens, weights = jnp.asarray(batch.tokens), jnp.asarray(batch.weights)
+  params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
+  logits, targets = forward(cfg, params, tokens[:, :-1]), tokens[:, 1:]
+  nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  answers = weights == 1
+  right = (answers & (logits.argmax(-1) == targets)).sum() / jnp.maximum(answers.sum(), 1)
+  return (weights * nats).sum() / jnp.maximum(weights.sum(), 1), right
+
+
+def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformation:
+  rate, warmup, decay = config.learning_rate, config.warmup_steps, config.decay_steps
+  schedule = optax.join_schedules(
+    [
+      optax.linear_schedule(0, rate, warmup),
+      optax.constant_schedule(rate),
+      optax.linear_schedule(rate, 0, max(1, decay)),
+    ],
+    [warmup, max(warmup, n_steps - decay)],
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      schedule,
+      config.beta1,
+      config.beta2,
+      weight_decay=config.weight_decay,
+      # Layers are stacked, so that a norm's weights have two dimensions too.
+      mask=functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: not path[-1].key.endswith("norm")),
+    ),
+  )
+
+
+class Trainer:
+  """A run in a directory: made anew, or gone on with from the last checkpoint there."""
+
+  def __init__(self, config: TrainConfig, directory: str | pathlib.Path, start_from: llama.Params | None = None):
+    """`start_from`: parameters to begin a new run with, instead of random ones."""
+    import orbax.checkpoint as ocp  # slow to import
+
+    self.config = config
+    self._args = ocp.args
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    self._checkpoints = ocp.CheckpointManager(pathlib.Path(directory).resolve() / "checkpoints", options=options)
+    optimizer = optimizer_of(config.optimizer, config.steps)
+
+    def new() -> TrainState:
+      params = init_params(config.model, jax.random.key(config.seed))
+      if start_from is not None:
+        params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
+      return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+      f = jax.value_and_grad(functools.partial(loss, config.model), has_aux=True)
+      (nats, right), grads = f(state.params, batch)
+      with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+        updates, opt = optimizer.update(grads, state.optimizer, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+      return TrainState(state.step + 1, params, opt), StepMetrics(nats, right, optax.tree.norm(grads))
+
+    self._step = jax.jit(step, donate_argnums=0)
+    if (last := self._checkpoints.latest_step()) is None:
+      self.state = new()
+    else:
+      restored: Any = self._checkpoints.restore(last, args=ocp.args.StandardRestore(jax.eval_shape(new)))
+      self.state = TrainState(*restored)
+
+  @property
+  def step(self) -> int:
+    return int(self.state.step)
+
+  def run(
+    self, batches: Iterable[Batch], seconds: float, on_step: Callable[[int, StepMetrics, Batch], None] | None = None
+  ) -> None:
+    """Makes a step of every batch until there is none, or so many seconds have passed; then saves a checkpoint.
+
+    `on_step` is called with the steps made and the metrics of the step before the last one, so as not to wait.
+    """
+    end, waiting = time.monotonic() + seconds, None
+    done = self.step
+    for batch in batches:
+      self.state, metrics = self._step(self.state, batch)
+      done += 1
+      if on_step and waiting is not None:
+        on_step(done - 1, *waiting)
+      waiting = jax.tree.map(lambda x: x, metrics), batch
+      if time.monotonic() > end:
+        break
+    if on_step and waiting is not None:
+      on_step(done, *waiting)
+    self.save()
+
+  def save(self) -> None:
+    """Writes a checkpoint of where the run is, unless there is one."""
+    if self._checkpoints.latest_step() != self.step:
+      self._checkpoints.save(self.step, args=self._args.StandardSave(self.state))
+      self._checkpoints.wait_until_finished()
+
+  def params(self) -> llama.Params:
+    """The parameters on the host, in the model's dtype."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(llama.dtype_of(self.config.model)), self.state.params)

@@ -1,0 +1,219 @@
+"""Training: the sequences hold what they ask for, the loop learns, a run that stops goes on as if it had not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.models import ByteTokenizer, forward, load_model
+from sparse_serve_jax.training import data, trainer
+from sparse_serve_jax.training.config import Optimizer, Sources, Stage, TrainConfig
+from sparse_serve_jax.training.vocabulary import train_tokenizer
+
+MODEL = ModelConfig(
+  vocab_size=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=128, max_context=64,
+  tie_embeddings=True, dtype="float32",
+)  # fmt: skip
+TOY = TrainConfig(
+  MODEL,
+  stages=(Stage(64, 32, 300),),
+  optimizer=Optimizer(learning_rate=6e-3, warmup_steps=20, decay_steps=100, weight_decay=0.01),
+  sources=Sources(repeat=1.0),
+)
+
+
+class Ids(ByteTokenizer):
+  """Of which only the size of the vocabulary is asked."""
+
+  vocab_size = MODEL.vocab_size
+
+
+def shortened(*stages: Stage) -> TrainConfig:
+  return dataclasses.replace(TOY, stages=stages)
+
+
+# -------------------------------------------------------------------------------------------------------- the sequences
+
+
+@pytest.mark.parametrize("source", ["text", "repeat", "recall", "tasks"])
+def test_sequences_are_functions_of_their_seed(source: str):
+  config, tokenizer = dataclasses.replace(TOY, sources=Sources(**{source: 1.0})), ByteTokenizer()
+  make = lambda seed: data.sequence(config, tokenizer, 400, np.random.default_rng(seed))  # noqa: E731
+  (tokens, weights), again, other = make(1), make(1), make(2)
+  assert tokens.shape == (401,) and weights.shape == (400,) and tokens.dtype == np.int32 and weights.dtype == np.float32
+  assert tokens.tolist() == again[0].tolist() != other[0].tolist() and weights.tolist() == again[1].tolist()
+  assert ((tokens >= 0) & (tokens < tokenizer.vocab_size)).all()
+  assert set(weights) <= {0.0, np.float32(config.context_weight), 1.0} and weights.max() == (
+    0.1 if source == "text" else 1
+  )
+
+
+def test_a_repeated_run_can_be_copied():
+  """A token that counts follows its predecessor as it did before; of a huge vocabulary none comes by chance."""
+  for seed in range(5):
+    tokens, answer = data._repeat(np.random.default_rng(seed), 500, vocab=1 << 40)
+    assert 0.35 < answer.mean() < 0.55
+    for i in np.flatnonzero(answer):
+      (before,) = np.flatnonzero(tokens[: i - 1] == tokens[i - 1])
+      assert tokens[before + 1] == tokens[i]
+
+
+def test_a_key_recalls_its_value():
+  sizes = set()
+  for seed in range(30):
+    tokens, answer = data._recall(np.random.default_rng(seed), 600, vocab=5000)
+    first = int(np.flatnonzero(answer)[0])
+    half = next(n for n in range(first, 0, -1) if sorted(tokens[:n]) == sorted(tokens[n : 2 * n]))
+    n_key = first - half
+    n_value = next(i for i in range(first, len(answer)) if not answer[i]) - first
+    pairs = tokens[:half].reshape(-1, n_key + n_value)
+    values = {tuple(pair[:n_key]): tuple(pair[n_key:]) for pair in pairs.tolist()}
+    asked = tokens[half : 2 * half].reshape(-1, n_key + n_value).tolist()
+    assert len(values) == len(pairs) and all(values[tuple(pair[:n_key])] == tuple(pair[n_key:]) for pair in asked)
+    sizes.add((n_key, n_value))
+  assert len(sizes) > 8
+
+
+def test_workers_make_the_same_batches():
+  config = shortened(Stage(32, 4, 3), Stage(64, 2, 2))
+  alone, spread = (list(data.batches(config, Ids(), 1, workers)) for workers in (0, 2))
+  assert [batch.tokens.shape for batch in alone] == [(4, 33), (4, 33), (2, 65), (2, 65)]
+  for a, b in zip(alone, spread, strict=True):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.weights, b.weights)
+
+
+def test_the_tokenizer_keeps_digits_and_lines_apart():
+  tokenizer, again = train_tokenizer(600, n_documents=4), train_tokenizer(600, n_documents=4)
+  text = "The special code of brave-otter is 48213.\nAnswer: 48213\nété"
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text and again.encode(text) == ids and tokenizer.vocab_size == 600
+  pieces = [tokenizer.decode([i]) for i in ids]
+  assert all(len(piece.strip()) == 1 for piece in pieces if any(c.isdigit() for c in piece))
+  assert all(piece == "\n" for piece in pieces if "\n" in piece)
+  # So prompt and completion may be encoded one by one.
+  whole = tokenizer.encode("Answer: 48213\n")
+  assert whole == tokenizer.encode("Answer:") + tokenizer.encode(" 48213\n", add_special_tokens=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def test_the_forward_pass_is_the_models():
+  params = trainer.init_params(MODEL, jax.random.key(0))
+  tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (3, 40)).astype(np.int32)
+  batched = trainer.forward(MODEL, params, tokens)
+  for row, expected in zip(batched, tokens, strict=True):
+    np.testing.assert_allclose(row, forward(MODEL, params, expected), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_is_the_weighted_mean():
+  params = trainer.init_params(MODEL, jax.random.key(0))
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, MODEL.vocab_size, (2, 9)).astype(np.int32)
+  weights = rng.choice([0.0, 0.25, 1.0], (2, 8)).astype(np.float32)
+  nats, right = trainer.loss(MODEL, params, data.Batch(tokens, weights))
+  log_p = jax.nn.log_softmax(jnp.stack([forward(MODEL, params, row[:-1]) for row in tokens]))
+  picked = np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0]
+  assert nats == pytest.approx(-(weights * picked).sum() / weights.sum(), rel=1e-4)
+  hits = np.asarray(log_p.argmax(-1)) == tokens[:, 1:]
+  assert right == pytest.approx(hits[weights == 1].mean())
+
+
+@pytest.mark.slow
+def test_it_learns_to_copy(tmp_path):
+  """The tokens are uniform: without looking back nothing is below ln 64 = 4.16 nats."""
+  losses = []
+  run = trainer.Trainer(TOY, tmp_path)
+  run.run(data.batches(TOY, Ids(), 0, 0), 1000, lambda step, metrics, _: losses.append(float(metrics.loss)))
+  assert len(losses) == TOY.steps and losses[0] > 4
+  assert np.mean(losses[-20:]) < 3
+
+
+def test_a_run_that_stops_goes_on(tmp_path):
+  config = shortened(Stage(32, 4, 2), Stage(64, 2, 3))
+
+  def train(name: str, *seconds: float) -> trainer.Trainer:
+    for limit in seconds:
+      run = trainer.Trainer(config, tmp_path / name)
+      run.run(data.batches(config, Ids(), run.step, 0), limit)
+    return run
+
+  whole = train("whole", 1000)
+  pieces = train("pieces", 0, 0, 1000)  # 0: a step, then time is over
+  assert whole.step == pieces.step == 5
+  for a, b in zip(*(jax.tree.leaves(run.state) for run in (whole, pieces)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_only_norms_do_not_decay():
+  config = dataclasses.replace(TOY.optimizer, learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
+  params = trainer.init_params(dataclasses.replace(MODEL, qk_norm=True), jax.random.key(0))
+  optimizer = trainer.optimizer_of(config, 100)
+  nothing = jax.tree.map(jnp.zeros_like, params)
+  with jax.numpy_dtype_promotion("standard"):
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    assert bool((update == 0).all()) == path[-1].key.endswith("norm"), path
+
+
+# ---------------------------------------------------------------------------------------------------------- the program
+
+RUN = {
+  "model": {
+    "vocab_size": 600, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 64,
+    "max_context": 256, "tie_embeddings": True, "dtype": "float32",
+  },
+  "stages": [{"tokens": 128, "sequences": 2, "steps": 3}, {"tokens": 256, "sequences": 2, "steps": 2}],
+  "sources": {"text": 1, "tasks": 2},
+}  # fmt: skip
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-m", "experiments.train_reference", "--workers=0", *arguments]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_program_in_two_pieces(tmp_path):
+  """The second goes on where the first stopped, measures accuracies and leaves a model that others can load."""
+  (tmp_path / "run.json").write_text(json.dumps(RUN))
+  arguments = f"--config={tmp_path / 'run.json'}", f"--out={tmp_path / 'run'}", "--lengths=256", "--instances=2"
+  first = start(*arguments, "--seconds=0")
+  assert json.loads(first.stdout.splitlines()[-1]) == {"steps": 1, "of": 5}, first.stderr
+  refused = start(*arguments)
+  assert refused.returncode == 1 and "--resume goes on with it" in refused.stderr.splitlines()[-1]
+  second = start(*arguments, "--resume", "--log_every=2")
+  result = json.loads(second.stdout.splitlines()[-1])
+  assert result["steps"] == 5 and len(result["accuracy"]["256"]) > 10
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [2, 4, 5] and rows[-1]["tokens"] == 256
+  model = load_model(tmp_path / "run" / "hf")
+  assert model.config.n_layers == 2 and model.eos_token_ids == (1,)
+  assert model.tokenizer.decode(model.tokenizer.encode("a needle\n")) == "a needle\n"
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds max_context=256"),
+    ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, got Stage"),
+    ({"sources": {"text": 0}}, "one is more, got Sources"),
+    ({"sources": {"tex": 1}}, "unknown key 'tex'"),
+    ({"stage": []}, "expected the keys"),
+  ],
+)
+def test_a_wrong_configuration_is_told(tmp_path, change, message):
+  file = tmp_path / "run.json"
+  file.write_text(json.dumps(RUN | change))
+  with pytest.raises(ValueError, match=message) as error:
+    TrainConfig.read(file)
+  assert str(file) in str(error.value)
