@@ -23,6 +23,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from sparse_serve_jax import runtime
+from sparse_serve_jax.config import find_config
 from sparse_serve_jax.evaluation import tasks
 from sparse_serve_jax.models import Model, load_model, save_hf
 from sparse_serve_jax.models.tokenizer import Tokenizer, load_tokenizer
@@ -30,7 +31,7 @@ from sparse_serve_jax.training import data, trainer
 from sparse_serve_jax.training.config import TrainConfig
 from sparse_serve_jax.training.vocabulary import END, train_tokenizer
 
-_CONFIG = flags.DEFINE_string("config", "configs/training/reference.json", "What to train, a JSON file.")
+_CONFIG = flags.DEFINE_string("config", "reference", "What to train: a name in configs/training, or a JSON file.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the run.", required=True)
 _RESUME = flags.DEFINE_bool("resume", False, "Goes on with the run in --out, if there is one.")
 _START = flags.DEFINE_string("start_from", None, "A model directory whose weights and tokenizer a new run begins with.")
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   out = pathlib.Path(_OUT.value)
   try:
-    config = TrainConfig.read(_CONFIG.value)
+    config = TrainConfig.read(find_config("training", _CONFIG.value))
     if (out / "checkpoints").exists() and not _RESUME.value:
       raise ValueError(f"--out={out} has a run: --resume goes on with it")
     start = load_model(_START.value) if _START.value else None

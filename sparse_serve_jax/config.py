@@ -203,7 +203,7 @@ def load_config(name_or_path: str | Path) -> EngineConfig:
   return read_config(EngineConfig, find_config("serving", name_or_path))
 
 
-def find_config(kind: Literal["serving", "models"], name_or_path: str | Path) -> Path:
+def find_config(kind: Literal["serving", "models", "training"], name_or_path: str | Path) -> Path:
   """The file of a configuration, in a checkout or in an installed package.
 
   What ends in ".json" is a path; anything else is a name in configs/<kind>.

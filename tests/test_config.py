@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -29,9 +30,14 @@ from sparse_serve_jax.config import (
   read_config,
   to_json,
 )
+from sparse_serve_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {"serving": EngineConfig, "models": ModelConfig}
+KINDS = {
+  "serving": (EngineConfig, functools.partial(read_config, EngineConfig)),
+  "models": (ModelConfig, functools.partial(read_config, ModelConfig)),
+  "training": (TrainConfig, TrainConfig.read),
+}
 LADDER = ("dense", "sparse", "sparse_offload", "sparse_serve", "psa")
 SHAPE = dict(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_context=512)
 
@@ -49,8 +55,8 @@ def write(folder: Path, name: str, data: object) -> Path:
 def test_every_file_in_configs_loads(path: Path):
   assert path.suffix == ".json" and path.parent.name in KINDS
   kind = path.parent.name
-  loaded = read_config(KINDS[kind], path)
-  assert isinstance(loaded, KINDS[kind])
+  made, read = KINDS[kind]
+  assert isinstance(read(path), made)
   assert find_config(kind, path.stem) == path
 
 

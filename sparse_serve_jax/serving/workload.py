@@ -41,8 +41,8 @@ def longbench(
     ValueError: a config file is missing, a task has no template or length, or a line is broken; names file and line.
   """
   directory = pathlib.Path(directory)
-  templates = _read_json(directory / "config" / "dataset2prompt.json")
-  lengths = _read_json(directory / "config" / "dataset2maxlen.json")
+  templates = read_json(directory / "config" / "dataset2prompt.json")
+  lengths = read_json(directory / "config" / "dataset2maxlen.json")
   files = sorted((directory / "data").glob("*.jsonl"))
   if not files:
     raise ValueError(f"{directory / 'data'} has no .jsonl files")
@@ -51,7 +51,7 @@ def longbench(
     task = file.stem.removesuffix("_e")
     if task not in templates or task not in lengths:
       raise ValueError(f"{file}: task {task!r} has no template or no output length in {directory / 'config'}")
-    for line, row in itertools.islice(_read_lines(file), limit):
+    for line, row in itertools.islice(read_lines(file), limit):
       try:
         text = templates[task].format(**row)
       except KeyError as error:
@@ -113,7 +113,7 @@ def jsonl(
     ValueError: the file is missing or a line is broken; names file and line.
   """
   items = []
-  for line, row in itertools.islice(_read_lines(pathlib.Path(file)), limit):
+  for line, row in itertools.islice(read_lines(pathlib.Path(file)), limit):
     where = f"{file}:{line}"
     if ("prompt" in row) == ("prompt_token_ids" in row):
       raise ValueError(f'{where}: a row has either "prompt" or "prompt_token_ids", this one has {sorted(row)}')
@@ -167,7 +167,8 @@ def _cut_ids(ids: list[int], max_tokens: int) -> list[int]:
   return ids if len(ids) <= max_tokens else ids[:half] + ids[len(ids) - (max_tokens - half) :]
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file; ValueError names file and line."""
   if not file.is_file():
     raise ValueError(f"{file} is missing")
   try:
@@ -176,7 +177,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
 
 
-def _read_lines(file: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_lines(file: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields line numbers, from 1, and rows; blank lines are skipped. A line ends at a newline character only."""
   if not file.is_file():
     raise ValueError(f"{file} is missing")

@@ -54,16 +54,12 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> llama.Params:
 
 
 def forward(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> jax.Array:
-  """tokens [B, T] -> logits float32 [B, T, V], by dense causal attention; cuDNN's on a GPU in 16 bits."""
+  """tokens [B, T] -> logits float32 [B, T, V], by dense causal attention."""
   cos_sin = llama.rope(cfg, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
-  fused = jax.default_backend() == "gpu" and llama.dtype_of(cfg).itemsize == 2
-  attention = functools.partial(
-    jax.nn.dot_product_attention, is_causal=True, scale=cfg.head_dim**-0.5, implementation="cudnn" if fused else "xla"
-  )
 
   def layer(x, lp):
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
-    o = attention(q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v).reshape(q.shape)
+    o = llama.causal_attention(cfg, q, k, v)
     return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), None
 
   # Unrolled, as a loop would stack what each layer keeps for the backward pass.

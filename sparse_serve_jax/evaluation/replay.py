@@ -1,0 +1,191 @@
+"""What sparse attention does to a model's predictions, many settings on one prefill.
+
+A sequence is run once with dense attention. Then its last tokens are run again as decode steps, with sparse attention,
+over the dense keys and values of what precedes them: as the engine would, whose tokens and counts of blocks these are,
+but all steps at once, since each layer's keys of all of them are there when the layer begins. Every key is looked at
+and what is not selected is masked, so the true attention mass comes with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparse_serve_jax.attention.decode import Selector
+from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.models import llama
+
+
+class Setting(NamedTuple):
+  """The part of a configuration that is an argument of the compiled program."""
+
+  budget: jax.Array  # int32, blocks, sinks and window included
+  threshold: jax.Array  # float32, PSA's epsilon; above 1: no stop test
+  dense_layers: jax.Array  # int32, the first layers that attend to everything
+
+  @classmethod
+  def of(cls, config: EngineConfig) -> Setting:
+    limit = Selector.of(config).limit
+    threshold = config.sparse.threshold if config.sparse.policy == "psa" else 2.0
+    return cls(
+      jnp.int32(1 << 30 if limit is None else limit), jnp.float32(threshold), jnp.int32(config.sparse.dense_layers)
+    )
+
+
+class Replay(NamedTuple):
+  """n decode steps of B sequences. Steps beyond a sequence's end hold anything."""
+
+  right: jax.Array  # [B, n] bool, the next token is the most likely one
+  nats: jax.Array  # [B, n] float32, its negative log-likelihood
+  blocks: jax.Array  # [B, n, L, K] int32, attended, the tail not counted
+  mass: jax.Array  # [B, n, L, K, G] float32, the share of the attention mass in what is attended, the tail included
+  estimate: jax.Array  # the same by PSA's P_acc, where it stopped
+  selected: jax.Array  # [B, n, L, K, N] bool
+
+
+class Prefill(NamedTuple):
+  """Keys and values [L, B, T, K, D] of whole sequences, by dense attention."""
+
+  keys: jax.Array
+  values: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> Prefill:
+  """Runs tokens [B, T] densely."""
+  cos_sin = llama.rope(cfg, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+
+  def layer(x, lp):
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
+    o = llama.causal_attention(cfg, q, k, v)
+    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), (k, v)
+
+  return Prefill(*lax.scan(layer, llama.embed(params, tokens), params["layers"])[1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 8))
+def replay(
+  cfg: ModelConfig,
+  selector: Selector,
+  block_tokens: int,
+  params: llama.Params,
+  setting: Setting,
+  dense: Prefill,
+  tokens: jax.Array,
+  start: jax.Array,
+  n_steps: int,
+) -> Replay:
+  """Runs decode steps over a prefill.
+
+  Args:
+    cfg: the model.
+    selector: method, sinks, window, group of heads and of blocks; its limit and threshold are `setting`'s.
+    block_tokens: S, which divides T.
+    params: of the model.
+    setting: how much is attended to.
+    dense: of the sequences.
+    tokens: [B, T] int32, padded.
+    start: [B] int32, the position of the first token that is a decode step's input, at least 1.
+    n_steps: n; steps are at start, start + 1, ...
+
+  Returns:
+    Replay, of the predictions of tokens start + 1, start + 2, ...
+  """
+  one = functools.partial(_replay_one, cfg, selector, block_tokens, params, setting, n_steps)
+  return jax.vmap(one, in_axes=(1, 0, 0))(dense, tokens, start)
+
+
+def _replay_one(cfg, selector, size, params, setting, n_steps, dense, tokens, start) -> Replay:
+  at = start + jnp.arange(n_steps, dtype=jnp.int32)  # [n]
+  positions = jnp.minimum(at, tokens.shape[0] - 1)
+  cos_sin = llama.rope(cfg, positions)
+
+  def layer(carry, inputs):
+    x, index = carry
+    lp, keys, values = inputs
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
+    keys, values = keys.at[at].set(k, mode="drop"), values.at[at].set(v, mode="drop")
+    o, found = _attend(selector, size, setting, index, q, keys, values, positions, cfg.head_dim**-0.5)
+    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None)
+    return (x, index + 1), found
+
+  first = llama.embed(params, tokens[positions]), jnp.int32(0)
+  (x, _), found = lax.scan(layer, first, (params["layers"], dense.keys, dense.values))
+  logits = llama.logits(cfg, params, x, None)  # [n, V]
+  target = tokens[jnp.minimum(positions + 1, tokens.shape[0] - 1)]
+  nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1)[:, 0]
+  return Replay(logits.argmax(-1) == target, nats, *(jnp.moveaxis(x, 0, 1) for x in found))
+
+
+class _Ranked(NamedTuple):
+  """The blocks of a step and KV head in the order in which they are read; those that do not exist come last."""
+
+  ids: jax.Array  # [n, K, N]
+  count: jax.Array  # [n, K], blocks that may be read
+
+
+def _attend(selector: Selector, size, setting: Setting, layer, q, keys, values, positions, scale):
+  """One layer: q [n, K, G, D] over keys, values [T, K, D] -> o [n, K, G, D] and blocks, mass, estimate, selected."""
+  n, n_heads, n_group, _ = q.shape
+  n_blocks = positions // size  # full blocks of each step
+  logits = jnp.einsum("nkgd,tkd->nkgt", q, keys, preferred_element_type=jnp.float32) * scale
+  logits = logits.reshape(n, n_heads, n_group, -1, size)  # [n, K, G, N, S]
+  block = jnp.arange(logits.shape[3])
+  exists = block[None] < n_blocks[:, None]  # [n, N]
+  in_tail = (jnp.arange(block.size * size)[None] <= positions[:, None]).reshape(n, -1, size) & ~exists[..., None]
+  by_block = jax.nn.logsumexp(logits, -1)  # [n, K, G, N]
+  tail = jax.nn.logsumexp(jnp.where(in_tail[:, None, None], logits, -jnp.inf), (-2, -1))  # [n, K, G]
+
+  ranked = _rank(selector, size, setting, layer, q, keys, n_blocks, exists)
+  threshold = jnp.where(layer < setting.dense_layers, 2.0, setting.threshold)
+  used, estimate = _stop(selector, threshold, ranked, by_block, tail)
+  rank = jnp.argsort(ranked.ids, -1)
+  selected = rank < used[..., None]  # [n, K, N]
+
+  attended = (selected[..., None] | in_tail[:, None])[:, :, None]  # [n, K, 1, N, S]
+  p = jax.nn.softmax(jnp.where(attended, logits, -jnp.inf).reshape(n, n_heads, n_group, -1), -1)
+  o = jnp.einsum("nkgt,tkd->nkgd", p, values.astype(jnp.float32))
+  total = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(exists[:, None, None], by_block, -jnp.inf), -1))
+  read = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(selected[:, :, None], by_block, -jnp.inf), -1))
+  return o, (used, jnp.exp(read - total), estimate, selected)
+
+
+def _rank(selector: Selector, size, setting: Setting, layer, q, keys, n_blocks, exists) -> _Ranked:
+  """As `pallas_kernels.score` and `select`: sinks and window first, ties to the lowest block."""
+  blocks = keys.swapaxes(0, 1).reshape(keys.shape[1], -1, size, keys.shape[2])  # [K, N, S, D]
+  digests = selector.method.summarize(blocks)  # [K, N, E, D]
+  by_head = selector.method.score(q.astype(jnp.float32), digests.astype(jnp.float32)[None])  # [n, K, G, N]
+  scores = by_head.max(2) if selector.reduce == "max" else by_head.mean(2)
+  block, last = jnp.arange(scores.shape[-1])[None], n_blocks[:, None]
+  always = (block < selector.sinks) | (block >= last - selector.window)
+  scores = jnp.where(always[:, None], jnp.inf, scores)
+  scores = jnp.where(exists[:, None], scores, -jnp.inf)
+  ids = jnp.argsort(-scores, -1, stable=True)
+  limit = jnp.where(layer < setting.dense_layers, 1 << 30, setting.budget)
+  count = jnp.broadcast_to(jnp.minimum(n_blocks, limit)[:, None], scores.shape[:2])
+  counted = selector.method.budget(jnp.take_along_axis(scores, ids, -1), count)
+  return _Ranked(ids, jnp.where(layer < setting.dense_layers, count, counted))
+
+
+def _stop(selector: Selector, threshold, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array]:
+  """PSA's stop test after each group of blocks: how many are read [n, K], and P_acc there [n, K, G]."""
+  group = selector.group_blocks
+  place = jnp.arange(by_block.shape[-1])[None, None]  # [1, 1, N]
+  real = (place < ranked.count[..., None])[:, :, None]  # [n, K, 1, N]
+  lse = jnp.take_along_axis(by_block, jnp.broadcast_to(ranked.ids[:, :, None], by_block.shape), -1)
+  lse = jnp.where(real, lse, -jnp.inf)
+  top = jnp.maximum(lse.max(-1), tail)[..., None]
+  seen = jnp.log(jnp.exp(tail[..., None] - top) + jnp.cumsum(jnp.exp(lse - top), -1)) + top  # [n, K, G, N]
+  smallest = lax.cummin(jnp.where(real & (place >= selector.always)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
+  left = jnp.maximum(ranked.count[..., None] - (place + 1), 0)[:, :, None]  # after this place
+  unseen = jnp.where(left > 0, smallest + jnp.log(jnp.maximum(left, 1).astype(jnp.float32)), -jnp.inf)
+  log_p = seen - jnp.logaddexp(seen, unseen)
+  at_end = (place % group == group - 1) | (place + 1 >= ranked.count[..., None])  # [n, K, N]
+  enough = at_end & ((log_p > jnp.log(threshold)).all(2) | (left[:, :, 0] == 0))
+  used = jnp.minimum(jnp.argmax(enough, -1) + 1, ranked.count)
+  last = jnp.maximum(used - 1, 0)[:, :, None, None]
+  return used, jnp.exp(jnp.take_along_axis(log_p, jnp.broadcast_to(last, (*log_p.shape[:3], 1)), -1)[..., 0])
