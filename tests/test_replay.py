@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.evaluation import replay as replays
 from tests.tiny import config, new_engine, prompt_of, tiny_model
 
@@ -26,16 +25,14 @@ def replayed(shape: str, conf, sequences: list[list[int]], starts: list[int], n:
   for row, ids in zip(tokens, sequences, strict=True):
     row[: len(ids)] = ids
   dense = replays.prefill(model.config, model.params, tokens)
-  setting = replays.Setting.of(conf)
-  return replays.replay(
-    model.config, Selector.of(conf), S, model.params, setting, dense, tokens, np.array(starts, np.int32), n
-  )
+  program, setting = replays.Program.of(conf), replays.Setting.of(conf)
+  return replays.replay(model.config, program, model.params, setting, dense, tokens, np.array(starts, np.int32), n)
 
 
-@pytest.mark.parametrize("shape", ["gqa2", "mha-qknorm"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_engines_tokens_and_blocks(policy: str, shape: str):
+def test_the_engines_tokens_and_blocks(policy: str):
   """A step's input is the token before, so n new tokens are n - 1 steps after the prefill."""
+  shape = "mha-qknorm" if policy == "psa of mean" else "gqa2"
   conf = config(*POLICIES[policy], "cache.hbm_bytes=8MiB", block_tokens=S)
   engine = new_engine(conf, tiny_model(shape))
   requests = [engine.add_request(prompt_of(n, n), N_NEW) for n in LENGTHS]

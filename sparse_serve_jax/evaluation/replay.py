@@ -16,23 +16,46 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_serve_jax.attention.decode import Selector
+from sparse_serve_jax.attention.methods import Method
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.models import llama
 
+ALL = 1 << 30  # blocks: no limit
+
+
+class Program(NamedTuple):
+  """The part of a configuration that is compiled in."""
+
+  method: Method | None  # None is the oracle: blocks are ranked by their true attention mass
+  reduce: str
+  group: int  # blocks between two stop tests
+  block_tokens: int
+
+  @classmethod
+  def of(cls, config: EngineConfig, *, oracle: bool = False) -> Program:
+    selector = Selector.of(config)
+    method = None if oracle else selector.method
+    return cls(method, selector.reduce, selector.group_blocks, config.cache.block_tokens)
+
 
 class Setting(NamedTuple):
-  """The part of a configuration that is an argument of the compiled program."""
+  """The part of a configuration that is an argument of the program; counts are int32, of blocks."""
 
-  budget: jax.Array  # int32, blocks, sinks and window included
+  budget: jax.Array  # sinks and window included
+  sinks: jax.Array
+  window: jax.Array
+  dense_layers: jax.Array  # the first layers, which attend to everything
   threshold: jax.Array  # float32, PSA's epsilon; above 1: no stop test
-  dense_layers: jax.Array  # int32, the first layers that attend to everything
 
   @classmethod
   def of(cls, config: EngineConfig) -> Setting:
-    limit = Selector.of(config).limit
-    threshold = config.sparse.threshold if config.sparse.policy == "psa" else 2.0
+    selector, sparse = Selector.of(config), config.sparse
     return cls(
-      jnp.int32(1 << 30 if limit is None else limit), jnp.float32(threshold), jnp.int32(config.sparse.dense_layers)
+      budget=jnp.int32(ALL if selector.limit is None else selector.limit),
+      sinks=jnp.int32(selector.sinks),
+      window=jnp.int32(selector.window),
+      dense_layers=jnp.int32(sparse.dense_layers),
+      threshold=jnp.float32(2.0 if selector.threshold is None else selector.threshold),
     )
 
 
@@ -44,7 +67,7 @@ class Replay(NamedTuple):
   blocks: jax.Array  # [B, n, L, K] int32, attended, the tail not counted
   mass: jax.Array  # [B, n, L, K, G] float32, the share of the attention mass in what is attended, the tail included
   estimate: jax.Array  # the same by PSA's P_acc, where it stopped
-  selected: jax.Array  # [B, n, L, K, N] bool
+  selected: jax.Array | None  # [B, n, L, K, N] bool
 
 
 class Prefill(NamedTuple):
@@ -67,11 +90,10 @@ def prefill(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> Prefil
   return Prefill(*lax.scan(layer, llama.embed(params, tokens), params["layers"])[1])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 8))
+@functools.partial(jax.jit, static_argnums=(0, 1, 7))
 def replay(
   cfg: ModelConfig,
-  selector: Selector,
-  block_tokens: int,
+  program: Program,
   params: llama.Params,
   setting: Setting,
   dense: Prefill,
@@ -83,8 +105,7 @@ def replay(
 
   Args:
     cfg: the model.
-    selector: method, sinks, window, group of heads and of blocks; its limit and threshold are `setting`'s.
-    block_tokens: S, which divides T.
+    program: how blocks are ranked; its S divides T.
     params: of the model.
     setting: how much is attended to.
     dense: of the sequences.
@@ -95,11 +116,11 @@ def replay(
   Returns:
     Replay, of the predictions of tokens start + 1, start + 2, ...
   """
-  one = functools.partial(_replay_one, cfg, selector, block_tokens, params, setting, n_steps)
+  one = functools.partial(_replay_one, cfg, program, params, setting, n_steps)
   return jax.vmap(one, in_axes=(1, 0, 0))(dense, tokens, start)
 
 
-def _replay_one(cfg, selector, size, params, setting, n_steps, dense, tokens, start) -> Replay:
+def _replay_one(cfg, program: Program, params, setting: Setting, n_steps, dense, tokens, start) -> Replay:
   at = start + jnp.arange(n_steps, dtype=jnp.int32)  # [n]
   positions = jnp.minimum(at, tokens.shape[0] - 1)
   cos_sin = llama.rope(cfg, positions)
@@ -109,7 +130,7 @@ def _replay_one(cfg, selector, size, params, setting, n_steps, dense, tokens, st
     lp, keys, values = inputs
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     keys, values = keys.at[at].set(k, mode="drop"), values.at[at].set(v, mode="drop")
-    o, found = _attend(selector, size, setting, index, q, keys, values, positions, cfg.head_dim**-0.5)
+    o, found = _attend(program, setting, index, q, keys, values, positions, cfg.head_dim**-0.5)
     x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None)
     return (x, index + 1), found
 
@@ -128,9 +149,9 @@ class _Ranked(NamedTuple):
   count: jax.Array  # [n, K], blocks that may be read
 
 
-def _attend(selector: Selector, size, setting: Setting, layer, q, keys, values, positions, scale):
+def _attend(program: Program, setting: Setting, layer, q, keys, values, positions, scale):
   """One layer: q [n, K, G, D] over keys, values [T, K, D] -> o [n, K, G, D] and blocks, mass, estimate, selected."""
-  n, n_heads, n_group, _ = q.shape
+  (n, n_heads, n_group, _), size = q.shape, program.block_tokens
   n_blocks = positions // size  # full blocks of each step
   logits = jnp.einsum("nkgd,tkd->nkgt", q, keys, preferred_element_type=jnp.float32) * scale
   logits = logits.reshape(n, n_heads, n_group, -1, size)  # [n, K, G, N, S]
@@ -140,47 +161,52 @@ def _attend(selector: Selector, size, setting: Setting, layer, q, keys, values, 
   by_block = jax.nn.logsumexp(logits, -1)  # [n, K, G, N]
   tail = jax.nn.logsumexp(jnp.where(in_tail[:, None, None], logits, -jnp.inf), (-2, -1))  # [n, K, G]
 
-  ranked = _rank(selector, size, setting, layer, q, keys, n_blocks, exists)
+  total = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(exists[:, None, None], by_block, -jnp.inf), -1))
+  ranked = _rank(program, setting, layer, q, keys, n_blocks, exists, jnp.exp(by_block - total[..., None]))
   threshold = jnp.where(layer < setting.dense_layers, 2.0, setting.threshold)
-  used, estimate = _stop(selector, threshold, ranked, by_block, tail)
+  # No stop test may leave out sinks and window, rounded up to whole groups.
+  always = -(-(setting.sinks + setting.window) // program.group) * program.group
+  used, estimate = _stop(program.group, threshold, always, ranked, by_block, tail)
   rank = jnp.argsort(ranked.ids, -1)
   selected = rank < used[..., None]  # [n, K, N]
 
   attended = (selected[..., None] | in_tail[:, None])[:, :, None]  # [n, K, 1, N, S]
   p = jax.nn.softmax(jnp.where(attended, logits, -jnp.inf).reshape(n, n_heads, n_group, -1), -1)
   o = jnp.einsum("nkgt,tkd->nkgd", p, values.astype(jnp.float32))
-  total = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(exists[:, None, None], by_block, -jnp.inf), -1))
   read = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(selected[:, :, None], by_block, -jnp.inf), -1))
   return o, (used, jnp.exp(read - total), estimate, selected)
 
 
-def _rank(selector: Selector, size, setting: Setting, layer, q, keys, n_blocks, exists) -> _Ranked:
+def _rank(program: Program, setting: Setting, layer, q, keys, n_blocks, exists, mass) -> _Ranked:
   """As `pallas_kernels.score` and `select`: sinks and window first, ties to the lowest block."""
-  blocks = keys.swapaxes(0, 1).reshape(keys.shape[1], -1, size, keys.shape[2])  # [K, N, S, D]
-  digests = selector.method.summarize(blocks)  # [K, N, E, D]
-  by_head = selector.method.score(q.astype(jnp.float32), digests.astype(jnp.float32)[None])  # [n, K, G, N]
-  scores = by_head.max(2) if selector.reduce == "max" else by_head.mean(2)
+  by_head = mass  # [n, K, G, N]
+  if program.method is not None:
+    blocks = keys.swapaxes(0, 1).reshape(keys.shape[1], -1, program.block_tokens, keys.shape[2])  # [K, N, S, D]
+    digests = program.method.summarize(blocks)  # [K, N, E, D]
+    by_head = program.method.score(q.astype(jnp.float32), digests.astype(jnp.float32)[None])
+  scores = by_head.max(2) if program.reduce == "max" else by_head.mean(2)
   block, last = jnp.arange(scores.shape[-1])[None], n_blocks[:, None]
-  always = (block < selector.sinks) | (block >= last - selector.window)
+  always = (block < setting.sinks) | (block >= last - setting.window)
   scores = jnp.where(always[:, None], jnp.inf, scores)
   scores = jnp.where(exists[:, None], scores, -jnp.inf)
   ids = jnp.argsort(-scores, -1, stable=True)
-  limit = jnp.where(layer < setting.dense_layers, 1 << 30, setting.budget)
+  limit = jnp.where(layer < setting.dense_layers, ALL, setting.budget)
   count = jnp.broadcast_to(jnp.minimum(n_blocks, limit)[:, None], scores.shape[:2])
-  counted = selector.method.budget(jnp.take_along_axis(scores, ids, -1), count)
-  return _Ranked(ids, jnp.where(layer < setting.dense_layers, count, counted))
+  if program.method is not None:
+    counted = program.method.budget(jnp.take_along_axis(scores, ids, -1), count)
+    count = jnp.where(layer < setting.dense_layers, count, counted)
+  return _Ranked(ids, count)
 
 
-def _stop(selector: Selector, threshold, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array]:
+def _stop(group, threshold, always, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array]:
   """PSA's stop test after each group of blocks: how many are read [n, K], and P_acc there [n, K, G]."""
-  group = selector.group_blocks
   place = jnp.arange(by_block.shape[-1])[None, None]  # [1, 1, N]
   real = (place < ranked.count[..., None])[:, :, None]  # [n, K, 1, N]
   lse = jnp.take_along_axis(by_block, jnp.broadcast_to(ranked.ids[:, :, None], by_block.shape), -1)
   lse = jnp.where(real, lse, -jnp.inf)
   top = jnp.maximum(lse.max(-1), tail)[..., None]
   seen = jnp.log(jnp.exp(tail[..., None] - top) + jnp.cumsum(jnp.exp(lse - top), -1)) + top  # [n, K, G, N]
-  smallest = lax.cummin(jnp.where(real & (place >= selector.always)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
+  smallest = lax.cummin(jnp.where(real & (place >= always)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
   left = jnp.maximum(ranked.count[..., None] - (place + 1), 0)[:, :, None]  # after this place
   unseen = jnp.where(left > 0, smallest + jnp.log(jnp.maximum(left, 1).astype(jnp.float32)), -jnp.inf)
   log_p = seen - jnp.logaddexp(seen, unseen)
