@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import accuracy
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.evaluation import methods, replay
+from sparse_serve_jax.evaluation import accuracy, methods, replay
 from sparse_serve_jax.models import ByteTokenizer, Model, init_params, save_hf
 
 CFG = ModelConfig(
@@ -28,7 +27,7 @@ def model() -> Model:
 
 def test_the_steps_of_an_answer(model):
   """What a step predicts is the token after its own; the first steps are the question's."""
-  batch = accuracy.Sequences.of(model, "multi_key", 640, range(3), 192)
+  batch = accuracy.Instances.of(model, "multi_key", 640, range(3), 192)
   assert batch.tokens.shape[1] % 64 == 0 and batch.answers.shape == (3, 96)
   for tokens, start, answers in zip(batch.tokens, batch.start, batch.answers, strict=True):
     text = model.tokenizer.decode(tokens[: int(np.flatnonzero(tokens)[-1]) + 1])
@@ -41,7 +40,7 @@ def test_the_steps_of_an_answer(model):
 
 def test_what_a_setting_reads(model):
   """Bytes and blocks of hand-computed cases; the oracle's mass is the most that a budget can have."""
-  batch = accuracy.Sequences.of(model, "single_text", 640, range(4), 96)
+  batch = accuracy.Instances.of(model, "single_text", 640, range(4), 96)
   dense = replay.prefill(CFG, model.params, batch.tokens)
   rows = {}
   for case in accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5]):

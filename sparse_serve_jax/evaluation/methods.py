@@ -22,7 +22,8 @@ def _representatives(keys: jax.Array) -> jax.Array:
   InfLLM (arXiv 2402.04617, section 3.2) takes the keys that the queries nearby attend to most; a digest is made of keys
   alone, so they stand in for those queries.
   """
-  agreement = jnp.einsum("...sd,...td->...s", keys, keys, preferred_element_type=jnp.float32)
+  whole = keys.astype(jnp.float32)
+  agreement = jnp.einsum("...sd,...td->...s", whole, whole)
   best = jax.lax.top_k(agreement, min(REPRESENTATIVES, keys.shape[-2]))[1]
   return jnp.take_along_axis(keys, best[..., None], -2)
 
