@@ -54,6 +54,11 @@ def main(argv: list[str]) -> None:
   file = out / "results.jsonl"
   rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
   done = {(row["task"], row["tokens"], row["case"]) for row in rows}
+  setting = dict(model=str(pathlib.Path(_MODEL.value).resolve()), instances=_INSTANCES.value, steps=_STEPS.value)
+  if others := [row for row in rows if any(row[key] != value for key, value in setting.items())]:
+    raise app.UsageError(
+      f"{file} has rows of another run: { ({key: others[0][key] for key in setting}) }, not {setting}"
+    )
   params = jax.device_put(model.params)
   for n_tokens in lengths:
     for task in of_tasks:
@@ -70,6 +75,7 @@ def main(argv: list[str]) -> None:
         if (task, n_tokens, case.name) not in done:
           key = dict(task=task, group=tasks.TASKS[task].group, tokens=n_tokens, case=case.name)
           key |= dict(family=case.family, at=case.at, difference=accuracy.interval(row["right_each"], dense))
+          key |= setting
           rows.append(key | row)
           with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(rows[-1]) + "\n")

@@ -112,6 +112,9 @@ def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh) -> KVCache:
   cache, shardings = kv_cache.create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
   if shape.offload:
     timing.fill_pool(cache.pool)
+  else:
+    dims, cache = cache.pool.shape, cache.replace(pool=None)
+    cache = cache.replace(pool=random(0, dims, shape.dtype, shardings.pool))
   digest, tail = cache.digest.shape, cache.tail.shape
   cache = cache.replace(digest=None, tail=None)  # frees them
   make = functools.partial(random, dtype=shape.dtype, sharding=shardings.tail)  # digests are split like tails

@@ -124,7 +124,7 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
   # A call costs about a millisecond besides its rounds, so what counts is by how much a long one exceeds a short one.
   few = effort.rounds
   call(few)  # compiles
-  short = call(few)
+  short = min(call(few) for _ in range(3))
   more = max(few, round(few * effort.seconds / short))
   call(few + more)  # compiles
   return Timing.of([call(few + more) - short for _ in range(effort.calls)], more * len(variants)), state, results

@@ -4,8 +4,8 @@
 
 The folder of --out gets a tokenizer, checkpoints, metrics.jsonl (a line every --log_every steps) and, whenever the
 program ends, hf/: the model as a Hugging Face directory. Once all steps are made, its accuracy on every generated task
-and length is measured (accuracy.json): the share of answers whose every token is the most likely one, which is what
-greedy decoding gives. The last line of stdout is one JSON object.
+and length is measured (accuracy.json; what is there is not done again): the share of answers whose every token is the
+most likely one, which is what greedy decoding gives. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -60,29 +60,38 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     raise app.UsageError(str(error)) from None
   tokenizer = _tokenizer(config, out, start)
+  if not 0 < tokenizer.vocab_size <= config.model.vocab_size:
+    raise app.UsageError(f"a tokenizer of {tokenizer.vocab_size} tokens for a vocab_size of {config.model.vocab_size}")
   run = trainer.Trainer(config, out, start.params if start else None)
   if run.step < config.steps:
     _train(run, tokenizer, out)
   model = Model(
     config.model, run.params(), tokenizer, tuple(tokenizer.encode(END, add_special_tokens=False)), "reference"
   )
+  shutil.rmtree(out / "hf.partial", ignore_errors=True)
+  save_hf(model, out / "hf.partial", SHARD_BYTES)
   shutil.rmtree(out / "hf", ignore_errors=True)
-  save_hf(model, out / "hf", SHARD_BYTES)
+  (out / "hf.partial").rename(out / "hf")
   result: dict[str, Any] = {"steps": run.step, "of": config.steps}
   if run.step == config.steps:
-    result["accuracy"] = {str(n): accuracy(model, n, _INSTANCES.value) for n in lengths}
-    (out / "accuracy.json").write_text(json.dumps(result["accuracy"], indent=2) + "\n")
-    _print_table(result["accuracy"])
+    file = out / "accuracy.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for n in (n for n in lengths if str(n) not in found):
+      found[str(n)] = accuracy(model, n, _INSTANCES.value)
+      file.write_text(json.dumps(found, indent=2) + "\n")
+    result["accuracy"] = found
+    _print_table(found)
   print(json.dumps(result), flush=True)
 
 
 def _tokenizer(config: TrainConfig, out: pathlib.Path, start: Model | None) -> Tokenizer:
   """The run's own, made at its beginning."""
-  folder = out / "tokenizer"
+  folder, partial = out / "tokenizer", out / "tokenizer.partial"
   if not folder.exists():
-    folder.mkdir(parents=True)
     made = start.tokenizer if start else train_tokenizer(config.model.vocab_size, config.seed)
-    made.save(folder)
+    partial.mkdir(parents=True, exist_ok=True)
+    made.save(partial)
+    partial.rename(folder)
   return load_tokenizer(folder)
 
 

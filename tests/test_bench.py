@@ -144,8 +144,8 @@ def test_every_repetition_is_run_and_counted(n_variants):
     return state + 1, (state + inputs) * shared
 
   timed, state, results = timing.measure(op, variants, effort, state=jnp.int32(0), shared=jnp.int32(2))
-  # Twice a short loop; then, with its rounds on top, the one that is timed, once to compile.
-  n = (2 + (1 + effort.calls) * 2) * effort.rounds * n_variants
+  # Four times a short loop; then, with its rounds on top, the one that is timed, once to compile.
+  n = (4 + (1 + effort.calls) * 2) * effort.rounds * n_variants
   assert state == n and timed.repetitions == effort.rounds * n_variants
   assert [int(r) for r in results] == [2 * (n - n_variants + i + 10 * i) for i in range(n_variants)]
 

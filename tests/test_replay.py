@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sparse_serve_jax.evaluation import methods
 from sparse_serve_jax.evaluation import replay as replays
 from tests.tiny import config, new_engine, prompt_of, tiny_model
 
+assert "top_p" in methods.METHODS  # by importing it
 S, N_NEW, LENGTHS = 8, 20, (150, 93, 201)
 POLICIES = {
   "dense": ["sparse.policy=dense"],
@@ -15,6 +17,7 @@ POLICIES = {
   "topk, first layer dense": ["sparse.policy=topk", "sparse.token_budget=48", "sparse.dense_layers=1"],
   "min-max, best head": ["sparse.token_budget=56", "sparse.method=min_max", "sparse.group_reduce=max"],
   "psa": ["sparse.policy=psa", "sparse.threshold=0.6", "sparse.group_blocks=2"],
+  "top-p within a budget": ["sparse.token_budget=96", "sparse.method=top_p"],
   "psa of mean": ["sparse.policy=psa", "sparse.threshold=0.8", "sparse.group_blocks=4", "sparse.method=mean"],
 }
 

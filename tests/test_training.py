@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -37,23 +38,30 @@ class Ids(ByteTokenizer):
 
 
 def shortened(*stages: Stage) -> TrainConfig:
-  return dataclasses.replace(TOY, stages=stages)
+  optimizer = dataclasses.replace(TOY.optimizer, warmup_steps=1, decay_steps=1)
+  return dataclasses.replace(TOY, stages=stages, optimizer=optimizer)
 
 
 # -------------------------------------------------------------------------------------------------------- the sequences
 
 
 @pytest.mark.parametrize("source", ["text", "repeat", "recall", "tasks"])
-def test_sequences_are_functions_of_their_seed(source: str):
+@pytest.mark.parametrize("seed", [1, 3, 5])
+def test_sequences_are_functions_of_their_seed(source: str, seed: int):
   config, tokenizer = dataclasses.replace(TOY, sources=Sources(**{source: 1.0})), ByteTokenizer()
   make = lambda seed: data.sequence(config, tokenizer, 400, np.random.default_rng(seed))  # noqa: E731
-  (tokens, weights), again, other = make(1), make(1), make(2)
+  (tokens, weights), again, other = make(seed), make(seed), make(seed + 1)
   assert tokens.shape == (401,) and weights.shape == (400,) and tokens.dtype == np.int32 and weights.dtype == np.float32
   assert tokens.tolist() == again[0].tolist() != other[0].tolist() and weights.tolist() == again[1].tolist()
   assert ((tokens >= 0) & (tokens < tokenizer.vocab_size)).all()
-  assert set(weights) <= {0.0, np.float32(config.context_weight), 1.0} and weights.max() == (
-    0.1 if source == "text" else 1
-  )
+  context = np.float32(config.context_weight)
+  of_answers = {float(w) for w in weights} - {0.0, float(context)}
+  assert of_answers == (set() if source == "text" else {float(weights.max())})
+  if source == "tasks":  # the whole answer weighs a twentieth of the sequence, or its tokens 1 each
+    n_answer = (weights >= 1).sum()
+    assert weights.max() == pytest.approx(max(1, 20 / n_answer))
+  elif source != "text":
+    assert weights.max() == 1
 
 
 def test_a_repeated_run_can_be_copied():
@@ -154,6 +162,26 @@ def test_a_run_that_stops_goes_on(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_what_a_failure_leaves(tmp_path):
+  """The steps made until then are saved."""
+  config = shortened(Stage(32, 4, 5))
+
+  def batches():
+    yield from itertools.islice(data.batches(config, Ids(), 0, 0), 3)
+    raise OSError("no more")
+
+  run = trainer.Trainer(config, tmp_path)
+  with pytest.raises(OSError, match="no more"):
+    run.run(batches(), 1000)
+  assert trainer.Trainer(config, tmp_path).step == 3
+
+
+def test_parameters_of_another_model_are_refused(tmp_path):
+  other = trainer.init_params(dataclasses.replace(MODEL, d_model=32), jax.random.key(0))
+  with pytest.raises(ValueError, match="of another model"):
+    trainer.Trainer(TOY, tmp_path, start_from=other)
+
+
 def test_only_norms_do_not_decay():
   config = dataclasses.replace(TOY.optimizer, learning_rate=0.5, warmup_steps=0, weight_decay=0.5)
   params = trainer.init_params(dataclasses.replace(MODEL, qk_norm=True), jax.random.key(0))
@@ -174,6 +202,7 @@ RUN = {
   },
   "stages": [{"tokens": 128, "sequences": 2, "steps": 3}, {"tokens": 256, "sequences": 2, "steps": 2}],
   "sources": {"text": 1, "tasks": 2},
+  "optimizer": {"warmup_steps": 1},
 }  # fmt: skip
 
 
@@ -208,6 +237,7 @@ def test_the_program_in_two_pieces(tmp_path):
     ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, got Stage"),
     ({"sources": {"text": 0}}, "one is more, got Sources"),
     ({"sources": {"tex": 1}}, "unknown key 'tex'"),
+    ({"optimizer": {"warmup_steps": 3, "decay_steps": 3}}, "= 6 exceed the 5 steps"),
     ({"stage": []}, "expected the keys"),
   ],
 )

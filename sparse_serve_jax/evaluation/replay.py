@@ -193,7 +193,8 @@ def _rank(program: Program, setting: Setting, layer, q, keys, n_blocks, exists, 
   limit = jnp.where(layer < setting.dense_layers, ALL, setting.budget)
   count = jnp.broadcast_to(jnp.minimum(n_blocks, limit)[:, None], scores.shape[:2])
   if program.method is not None:
-    counted = program.method.budget(jnp.take_along_axis(scores, ids, -1), count)
+    ordered = jnp.take_along_axis(scores, ids, -1)
+    counted = program.method.budget(jnp.where(block[None] < limit, ordered, -jnp.inf), count)
     count = jnp.where(layer < setting.dense_layers, count, counted)
   return _Ranked(ids, count)
 
@@ -204,8 +205,7 @@ def _stop(group, threshold, always, ranked: _Ranked, by_block, tail) -> tuple[ja
   real = (place < ranked.count[..., None])[:, :, None]  # [n, K, 1, N]
   lse = jnp.take_along_axis(by_block, jnp.broadcast_to(ranked.ids[:, :, None], by_block.shape), -1)
   lse = jnp.where(real, lse, -jnp.inf)
-  top = jnp.maximum(lse.max(-1), tail)[..., None]
-  seen = jnp.log(jnp.exp(tail[..., None] - top) + jnp.cumsum(jnp.exp(lse - top), -1)) + top  # [n, K, G, N]
+  seen = jnp.logaddexp(tail[..., None], lax.cumlogsumexp(lse, axis=lse.ndim - 1))  # [n, K, G, N]
   smallest = lax.cummin(jnp.where(real & (place >= always)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
   left = jnp.maximum(ranked.count[..., None] - (place + 1), 0)[:, :, None]  # after this place
   unseen = jnp.where(left > 0, smallest + jnp.log(jnp.maximum(left, 1).astype(jnp.float32)), -jnp.inf)

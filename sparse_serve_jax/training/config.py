@@ -50,7 +50,9 @@ class TrainConfig:
   stages: tuple[Stage, ...]
   optimizer: Optimizer
   sources: Sources
-  context_weight: float = 0.1  # in the loss, of a token that is no answer; an answer's weighs 1
+  # In the loss, of a token that is no answer. An answer's weighs 1; of a task, at least so that the whole answer weighs
+  # as much as ANSWER_SHARE of the sequence would: else a short answer to a long prompt would hardly count.
+  context_weight: float = 0.1
   seed: int = 0
 
   @property
@@ -92,6 +94,8 @@ class TrainConfig:
     for stage in self.stages:
       if min(dataclasses.astuple(stage)) < 1:
         raise ValueError(f"a stage's tokens, sequences and steps are at least 1, got {stage}")
+    if (needed := self.optimizer.warmup_steps + self.optimizer.decay_steps) > self.steps:
+      raise ValueError(f"warmup_steps + decay_steps = {needed} exceed the {self.steps} steps of the run")
     shares = dataclasses.astuple(self.sources)
     if min(shares) < 0 or sum(shares) <= 0:
       raise ValueError(f"sources are shares of at least 0, and one is more, got {self.sources}")

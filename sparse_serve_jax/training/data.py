@@ -12,6 +12,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ import numpy as np
 from sparse_serve_jax.evaluation import tasks, text
 from sparse_serve_jax.models.tokenizer import Tokenizer
 from sparse_serve_jax.training.config import TrainConfig
+
+ANSWER_SHARE = 0.05
 
 
 class Batch(NamedTuple):
@@ -50,6 +54,8 @@ def sequence(
   weights[: len(ids)] = np.where(answer, 1.0, 0.0 if source in ("repeat", "recall") else config.context_weight)
   if source == "text":
     weights *= config.context_weight
+  if source == "tasks":
+    weights[: len(ids)][answer] *= max(1.0, ANSWER_SHARE * n_tokens / answer.sum())
   return tokens, weights[1:]
 
 
@@ -87,12 +93,13 @@ def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
 
 def _task(rng: np.random.Generator, n: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """A generated task, at most n tokens."""
+  last: ValueError | None = None
   for name in rng.permutation(sorted(tasks.TASKS)):
     try:
       return of_instance(tasks.make(name, n, int(rng.integers(1 << 31)), tokenizer, split="train"), tokenizer)
-    except ValueError:  # it takes more tokens
-      continue
-  raise ValueError(f"no task fits {n} tokens")
+    except ValueError as error:  # it takes more tokens
+      last = error
+  raise ValueError(f"no task fits {n} tokens") from last
 
 
 def of_instance(instance: tasks.Instance, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +125,14 @@ _of_worker: tuple[TrainConfig, Tokenizer] | None = None
 def _start_worker(config: TrainConfig, tokenizer: Tokenizer) -> None:
   global _of_worker
   _of_worker = config, tokenizer
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+
+  def leave_with_parent() -> None:  # which a parent that is killed cannot see to
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _batch_of_worker(step: int) -> Batch:
@@ -132,11 +147,14 @@ def batches(config: TrainConfig, tokenizer: Tokenizer, first_step: int, workers:
     yield from (batch(config, tokenizer, step) for step in steps)
     return
   context = multiprocessing.get_context("forkserver")  # a fork of a process that runs JAX may hang
-  with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (config, tokenizer)) as pool:
-    waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+  pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (config, tokenizer))
+  waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+  try:
     for step in steps:
       waiting.append(pool.submit(_batch_of_worker, step))
       if len(waiting) > 2 * workers:
         yield waiting.popleft().result()
     while waiting:
       yield waiting.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.training.config import Optimizer, TrainConfig
 from sparse_serve_jax.training.data import Batch
+
+SAVE_EVERY = 60.0  # seconds
 
 
 class TrainState(NamedTuple):
@@ -30,7 +33,7 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
   loss: jax.Array  # nats a token, weighted
-  accuracy: jax.Array  # of the tokens of weight 1: answers
+  accuracy: jax.Array  # of the tokens of weight 1 and more: answers
   grad_norm: jax.Array
 
 
@@ -68,12 +71,12 @@ def forward(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> jax.Ar
 
 
 def loss(cfg: ModelConfig, params: llama.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Weighted mean cross entropy in nats, and the share of tokens of weight 1 that are the most likely."""
+  """Weighted mean cross entropy in nats, and the share of the answers' tokens that are the most likely."""
   tokens, weights = jnp.asarray(batch.tokens), jnp.asarray(batch.weights)
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
   logits, targets = forward(cfg, params, tokens[:, :-1]), tokens[:, 1:]
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  answers = weights == 1
+  answers = weights >= 1
   right = (answers & (logits.argmax(-1) == targets)).sum() / jnp.maximum(answers.sum(), 1)
   return (weights * nats).sum() / jnp.maximum(weights.sum(), 1), right
 
@@ -96,7 +99,9 @@ def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformatio
       config.beta2,
       weight_decay=config.weight_decay,
       # Layers are stacked, so that a norm's weights have two dimensions too.
-      mask=functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: not path[-1].key.endswith("norm")),
+      mask=functools.partial(
+        jax.tree_util.tree_map_with_path, lambda path, _: not path[-1].key.endswith(("norm", "bqkv"))
+      ),
     ),
   )
 
@@ -117,6 +122,8 @@ class Trainer:
     def new() -> TrainState:
       params = init_params(config.model, jax.random.key(config.seed))
       if start_from is not None:
+        if (shapes := jax.tree.map(jnp.shape, start_from)) != jax.tree.map(jnp.shape, params):
+          raise ValueError(f"the parameters to start from are of another model: {shapes}")
         params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
       return TrainState(jnp.int32(0), params, optimizer.init(params))
 
@@ -132,7 +139,9 @@ class Trainer:
     if (last := self._checkpoints.latest_step()) is None:
       self.state = new()
     else:
-      restored: Any = self._checkpoints.restore(last, args=ocp.args.StandardRestore(jax.eval_shape(new)))
+      here = SingleDeviceSharding(jax.devices()[0])  # otherwise a checkpoint asks for the device that it was made on
+      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(new))
+      restored: Any = self._checkpoints.restore(last, args=ocp.args.StandardRestore(like))
       self.state = TrainState(*restored)
 
   @property
@@ -142,23 +151,32 @@ class Trainer:
   def run(
     self, batches: Iterable[Batch], seconds: float, on_step: Callable[[int, StepMetrics, Batch], None] | None = None
   ) -> None:
-    """Makes a step of every batch until there is none, or so many seconds have passed; then saves a checkpoint.
+    """Makes a step of every batch until there is none, or so many seconds have passed.
 
-    `on_step` is called with the steps made and the metrics of the step before the last one, so as not to wait.
+    A checkpoint is saved every SAVE_EVERY seconds and at the end, also when that is an exception. `on_step` is called
+    with the steps made and the metrics of the step before the last one, so that the device never waits for the host,
+    nor the host runs far ahead.
     """
-    end, waiting = time.monotonic() + seconds, None
-    done = self.step
-    for batch in batches:
-      self.state, metrics = self._step(self.state, batch)
-      done += 1
+    end, save_at, waiting, done = time.monotonic() + seconds, time.monotonic() + SAVE_EVERY, None, self.step
+    try:
+      for batch in batches:
+        self.state, metrics = self._step(self.state, batch)
+        done += 1
+        if waiting is not None:
+          jax.block_until_ready(waiting[0])
+          if on_step:
+            on_step(done - 1, *waiting)
+        waiting = metrics, batch
+        if time.monotonic() > save_at:
+          self.save()
+          save_at = time.monotonic() + SAVE_EVERY
+        if time.monotonic() > end:
+          break
       if on_step and waiting is not None:
-        on_step(done - 1, *waiting)
-      waiting = jax.tree.map(lambda x: x, metrics), batch
-      if time.monotonic() > end:
-        break
-    if on_step and waiting is not None:
-      on_step(done, *waiting)
-    self.save()
+        on_step(done, *waiting)
+    finally:
+      if not any(x.is_deleted() for x in jax.tree.leaves(self.state)):  # a step that failed has lost its state
+        self.save()
 
   def save(self) -> None:
     """Writes a checkpoint of where the run is, unless there is one."""
