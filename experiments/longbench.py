@@ -21,6 +21,7 @@ from typing import Any, cast
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from experiments import cli
 from sparse_serve_jax import __version__, runtime
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.evaluation import longbench
@@ -52,16 +53,8 @@ _VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from."
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  try:
+  with cli.endings(_VERBOSE.value, f"; the same command goes on from {_OUT.value}" if _OUT.value else ""):
     errors = _main()
-  except KeyboardInterrupt:
-    print("interrupted" + (f"; the same command goes on from {_OUT.value}" if _OUT.value else ""), file=sys.stderr)
-    sys.exit(130)
-  except (ValueError, NotImplementedError, OSError) as error:
-    if _VERBOSE.value:
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   for name, error in errors.items():
     print(f"error: {name}: {error}", file=sys.stderr)
   sys.exit(1 if errors else 0)

@@ -26,6 +26,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 import sparse_serve_jax
+from experiments import cli
 from sparse_serve_jax import runtime
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model, load_model
@@ -59,16 +60,8 @@ _DEFAULT_OUTPUT = 32  # needle, and rows of jsonl that do not say
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  try:
+  with cli.endings(_VERBOSE.value, f"; rows so far are in {_OUT.value}" if _OUT.value else ""):
     _main()
-  except KeyboardInterrupt:
-    print("interrupted" + (f"; rows so far are in {_OUT.value}" if _OUT.value else ""), file=sys.stderr)
-    sys.exit(130)
-  except (ValueError, NotImplementedError, OSError) as error:
-    if _VERBOSE.value:
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _main() -> None:

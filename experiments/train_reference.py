@@ -133,10 +133,9 @@ def accuracy(model: Model, n_tokens: int, n_instances: int) -> dict[str, float]:
       answers = np.zeros((at_once, n_tokens), bool)
       count = min(at_once, n_instances - first)
       for i in range(count):
-        ids, is_answer = data.of_instance(
-          tasks.make(name, n_tokens, first + i, model.tokenizer, split="eval"), model.tokenizer
-        )
-        tokens[i, : len(ids)], answers[i, : len(ids)] = ids, is_answer
+        instance = tasks.make(name, n_tokens, first + i, model.tokenizer, split="eval")
+        ids, n_prompt = instance.encode(model.tokenizer)
+        tokens[i, : len(ids)], answers[i, n_prompt : len(ids)] = ids, True
       best = np.asarray(right(params, jnp.asarray(tokens)))
       wrong = (best[:, :-1] != tokens[:, 1:]) & answers[:, 1:]
       hits += (~wrong.any(1))[:count].tolist()

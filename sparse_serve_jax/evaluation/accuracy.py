@@ -83,12 +83,11 @@ class Instances:
     first_answer = []
     for row, seed in zip(tokens, seeds, strict=True):
       instance = tasks.make(task, n_tokens, seed, model.tokenizer, split="eval")
-      prompt = model.tokenizer.encode(instance.prompt)
-      ids = prompt + model.tokenizer.encode(instance.completion, add_special_tokens=False)
+      ids, n_prompt = instance.encode(model.tokenizer)
       row[: len(ids)] = ids
       context = instance.prompt.rindex("\nQuestion:")
       start.append(len(model.tokenizer.encode(instance.prompt[:context])))
-      first_answer.append(len(prompt))
+      first_answer.append(n_prompt)
       end.append(len(ids))
     needed = max(b - a for a, b in zip(start, end, strict=True)) - 1
     n = min(most_steps, next((size for size in STEP_BUCKETS if size >= needed), most_steps))

@@ -143,21 +143,9 @@ class Release:
     return left
 
 
-def cut_middle(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-  """A text of more than `max_tokens` tokens as the texts of its first and its last half so many.
-
-  Tokenized again it can be a few tokens longer; nothing is cut a second time.
-  """
-  if max_tokens < 2:
-    raise ValueError(f"a prompt is cut in its middle, so at least 2 tokens have to remain, got {max_tokens=}")
-  ids = tokenizer.encode(text)
-  half = max_tokens // 2
-  return text if len(ids) <= max_tokens else tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:])
-
-
 def encode_prompt(tokenizer: Tokenizer, task: Task, text: str, max_tokens: int, chat: bool) -> list[int]:
   """Token ids [T] of a whole prompt: cut first, then in the chat template if there is one and the task takes it."""
-  text = cut_middle(tokenizer, text, max_tokens)
+  text = workload.cut_middle(tokenizer, text, max_tokens)
   return _in_template(tokenizer, text) if chat and task.chat else tokenizer.encode(text)
 
 

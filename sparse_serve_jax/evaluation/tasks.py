@@ -23,7 +23,7 @@ from sparse_serve_jax.evaluation.families import Draft, Family
 class Tokenizer(Protocol):
   """What measures a length. Special tokens that `encode` adds are part of it."""
 
-  def encode(self, text: str) -> list[int]: ...
+  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Instance:
   @property
   def text(self) -> str:
     return self.prompt + self.completion
+
+  def encode(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The tokens of prompt and completion, each encoded by itself, and how many are the prompt's."""
+    prompt = tokenizer.encode(self.prompt)
+    return prompt + tokenizer.encode(self.completion, add_special_tokens=False), len(prompt)
 
   @property
   def span(self) -> tuple[int, int]:

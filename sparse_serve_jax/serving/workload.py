@@ -61,20 +61,24 @@ def longbench(
   return items
 
 
-def truncate_middle(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
-  """Returns the tokens of a text, its middle cut out if they are more than `max_tokens`.
+def cut_middle(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
+  """A text of more than `max_tokens` tokens as the texts of its first and its last half so many.
 
-  LongBench's own way: decode the first and the last half of the tokens and tokenize the two texts as one. That can come
-  out a few tokens too long again; only then the middle is cut once more, out of the ids, so that the limit holds.
+  Tokenized again it can be a few tokens longer; nothing is cut a second time.
   """
   if max_tokens < 2:
     raise ValueError(f"a prompt is cut in its middle, so at least 2 tokens have to remain, got {max_tokens=}")
   ids = tokenizer.encode(text)
-  if len(ids) <= max_tokens:
-    return ids
   half = max_tokens // 2
-  ids = tokenizer.encode(tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:]))
-  return _cut_ids(ids, max_tokens)
+  return text if len(ids) <= max_tokens else tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:])
+
+
+def truncate_middle(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
+  """Returns the tokens of a text after `cut_middle`.
+
+  They can be a few too many again; only then the middle is cut once more, out of the ids, so that the limit holds.
+  """
+  return _cut_ids(tokenizer.encode(cut_middle(tokenizer, text, max_tokens)), max_tokens)
 
 
 def needle(tokenizer: Tokenizer, n: int, prompt_tokens: int, max_new_tokens: int, seed: int = 0) -> list[Item]:

@@ -45,15 +45,13 @@ def sequence(
     ids, answer = (_repeat if source == "repeat" else _recall)(rng, n, tokenizer.vocab_size)
   elif source == "text":
     ids = tokenizer.encode(text.document(rng, n))  # a word is a token or more
-    ids, answer = np.array(ids[:n]), np.ones(min(n, len(ids)), bool)
+    ids, answer = np.array(ids[:n]), np.zeros(min(n, len(ids)), bool)
   else:
     ids, answer = _task(rng, n, tokenizer)
   tokens, weights = np.zeros(n, np.int32), np.zeros(n, np.float32)
   tokens[: len(ids)] = ids
   # Random tokens that nothing foretells teach nothing.
   weights[: len(ids)] = np.where(answer, 1.0, 0.0 if source in ("repeat", "recall") else config.context_weight)
-  if source == "text":
-    weights *= config.context_weight
   if source == "tasks":
     weights[: len(ids)][answer] *= max(1.0, ANSWER_SHARE * n_tokens / answer.sum())
   return tokens, weights[1:]
@@ -96,17 +94,13 @@ def _task(rng: np.random.Generator, n: int, tokenizer: Tokenizer) -> tuple[np.nd
   last: ValueError | None = None
   for name in rng.permutation(sorted(tasks.TASKS)):
     try:
-      return of_instance(tasks.make(name, n, int(rng.integers(1 << 31)), tokenizer, split="train"), tokenizer)
+      instance = tasks.make(name, n, int(rng.integers(1 << 31)), tokenizer, split="train")
     except ValueError as error:  # it takes more tokens
       last = error
+      continue
+    ids, n_prompt = instance.encode(tokenizer)
+    return np.array(ids), np.arange(len(ids)) >= n_prompt
   raise ValueError(f"no task fits {n} tokens") from last
-
-
-def of_instance(instance: tasks.Instance, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens of prompt and completion, and which are the completion's."""
-  prompt = tokenizer.encode(instance.prompt)
-  completion = tokenizer.encode(instance.completion, add_special_tokens=False)
-  return np.array([*prompt, *completion]), np.arange(len(prompt) + len(completion)) >= len(prompt)
 
 
 def batch(config: TrainConfig, tokenizer: Tokenizer, step: int) -> Batch:

@@ -51,5 +51,5 @@ def _documents(seed: int, n: int) -> Iterator[str]:
 class _Words:
   """Measures text before there is a tokenizer."""
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
     return [0] * (len(text) // 4)

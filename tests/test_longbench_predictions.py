@@ -1,0 +1,342 @@
+"""LongBench: the run that predicts and goes on, and the command line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_serve_jax.config import EngineConfig, load_config, override
+from sparse_serve_jax.evaluation import longbench
+from sparse_serve_jax.evaluation.longbench import Release, Run
+from sparse_serve_jax.models import load_model
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
+from sparse_serve_jax.serving.plan import Capacity, Plan, StepResult, StepStats
+from tests.longbench import (
+  BYTES,
+  EOS,
+  MAX_NEW,
+  ROOT,
+  TEMPLATES,
+  predicted,
+  row_of,
+  write_lines,
+  write_release,
+)
+from tests.tiny import SMALL_SERVING
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+class Script:
+  """A device that says what it is told, a text for each request, then EOS."""
+
+  def __init__(self, answer: Callable[[str], str], rows: int = 4):
+    self.capacity = Capacity(256, 0, rows, 384, n_layers=1, n_kv_heads=1, block_bytes=1, fixed_hbm_bytes=0)
+    self._answer = answer
+    self.prompts: dict[str, str] = {}
+
+  def submit(self, plan: Plan):
+    for work in plan.prefill:
+      self.prompts[work.request_id] = self.prompts.get(work.request_id, "") + BYTES.decode(work.tokens.tolist())
+    tokens = {work.request_id: self._token(work.request_id, 0) for work in plan.prefill if work.last}
+    tokens |= {row.request_id: self._token(row.request_id, row.step + 1) for row in plan.decode}
+    return types.SimpleNamespace(result=lambda: StepResult(tokens, {}, StepStats()))
+
+  def _token(self, request_id: str, i: int) -> int:
+    said = [*self._answer(request_id).encode().replace(b"$", bytes([255]))]
+    return {255: EOS}.get(said[i], said[i]) if i < len(said) else EOS
+
+  def wait(self) -> None:
+    pass
+
+
+def small_config() -> EngineConfig:
+  return override(load_config("dense"), [a for a in SMALL_SERVING if not a.startswith("cache.hbm_bytes")])
+
+
+def scripted(answer: Callable[[str], str]) -> Engine:
+  config = types.SimpleNamespace(vocab_size=BYTES.vocab_size)
+  return Engine(small_config(), types.SimpleNamespace(config=config, eos_token_ids=(EOS,)), Script(answer))
+
+
+def said(request_id: str) -> str:
+  """Of different lengths, so that requests end in another order than they came."""
+  return request_id.removesuffix("_e")[-1] * (5 - int(request_id[-1]) % 4)
+
+
+def predict(run: Run, engine: Engine, max_live: int = 3, n: int | None = None, max_prompt: int = 60) -> list[str]:
+  """Names of the first n predictions, all by default."""
+  return list(itertools.islice(run.predict(engine, BYTES, max_prompt, chat=False, max_live=max_live), n))
+
+
+def lines_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
+  return {f.stem: [json.loads(x) for x in f.read_text("utf-8").split("\n")[:-1]] for f in folder.glob("*.jsonl")}
+
+
+def test_predictions_stand_in_the_official_format_and_order(tmp_path):
+  release = Release.read(write_release(tmp_path / "bench", qasper=7, qasper_e=3, lcc=2))
+  (tmp_path / "out").mkdir()
+  run = Run(release, ["qasper", "qasper_e", "lcc", "qasper"], tmp_path / "out")
+  assert (run.n_rows, run.n_done) == (12, 0)
+  engine = scripted(said)
+  assert sorted(predict(run, engine)) == ["lcc"] * 2 + ["qasper"] * 7 + ["qasper_e"] * 3 and not run.errors
+  written = lines_of(tmp_path / "out")
+  for name, n in (("qasper", 7), ("qasper_e", 3), ("lcc", 2)):
+    limit = MAX_NEW[name.removesuffix("_e")]
+    assert written[name] == [
+      {
+        "pred": said(f"{name}-{i}")[:limit],
+        "answers": [f"barge {i}"],
+        "all_classes": ["barge", "pier"],
+        "length": 1000 * i,
+      }
+      for i in range(n)
+    ]
+  prompts = engine._executor.prompts
+  assert prompts["qasper-0"] == "Paper: barge 0 \n\n Question: which 0?\nAnswer:"
+  assert len(prompts["qasper-6"]) == 59 and prompts["qasper-6"].endswith("Question: which 6?\nAnswer:")  # cut
+
+
+def test_a_prediction_waits_for_those_before_it(tmp_path):
+  release = Release.read(write_release(tmp_path / "bench", qasper=3))
+  out = tmp_path / "out"
+  out.mkdir()
+  seen = []
+  answers = {"qasper-0": "long", "qasper-1": "", "qasper-2": "so"}
+  for _ in Run(release, ["qasper"], out).predict(scripted(answers.get), BYTES, 60, chat=False, max_live=3):
+    seen.append([row["pred"] for row in lines_of(out).get("qasper", [])])
+  assert seen == [[], [], ["long", "", "so"]]
+
+
+def test_text_is_written_as_it_is(tmp_path):
+  """Not escaped, as the official rows; a line separator of Unicode ends no line."""
+  release = Release.read(write_release(tmp_path / "bench"))
+  write_lines(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0, answers=["港\u2028"], all_classes=None)])
+  (tmp_path / "out").mkdir()
+  predict(Run(release, ["qasper"], tmp_path / "out"), scripted(lambda _: "é\n"))
+  line = '{"pred": "é\\n", "answers": ["港\u2028"], "all_classes": null, "length": 0}\n'
+  assert (tmp_path / "out" / "qasper.jsonl").read_bytes() == line.encode()
+  assert Run(release, ["qasper"], tmp_path / "out").n_done == 1
+
+
+def test_a_newline_ends_samsum_but_not_as_its_first_token(tmp_path):
+  release = Release.read(write_release(tmp_path / "bench", samsum=4, samsum_e=1, trec=1))
+  (tmp_path / "out").mkdir()
+  answers = {"samsum-0": "ab\ncd", "samsum-1": "\nab\ncd", "samsum-2": "$ab$cd", "samsum-3": "\n\nab"}
+  answers |= {"samsum_e-0": "\nx\ny", "trec-0": "\na\nb$"}
+  predict(Run(release, ["samsum", "samsum_e", "trec"], tmp_path / "out"), scripted(answers.get))
+  preds = {name: [row["pred"] for row in rows] for name, rows in lines_of(tmp_path / "out").items()}
+  assert preds == {"samsum": ["ab", "\nab", "ab", "\n"], "samsum_e": ["\nx"], "trec": ["\na\nb"]}
+
+
+def test_few_prompts_are_read_ahead(tmp_path, monkeypatch):
+  """And the engine is kept busy: as many requests as are allowed, in one batch."""
+  release = Release.read(write_release(tmp_path / "bench", qasper=9))
+  (tmp_path / "out").mkdir()
+  read, ended, live = [], 0, []
+  prompt = Release.prompt
+  monkeypatch.setattr(Release, "prompt", lambda *a: read.append(a) or prompt(*a))
+  engine = scripted(said)
+  for _ in Run(release, ["qasper"], tmp_path / "out").predict(engine, BYTES, 60, chat=False, max_live=3):
+    ended += 1
+    live.append(len(read) - ended)
+  assert max(live) == 2 and len(read) == ended == 9  # a moment after one of three has ended
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
+  """On the tiny random model, whose predictions are noise: greedy, whoever else is in the batch."""
+  release = Release.read(write_release(tmp_path / "bench", qasper=5, trec_e=3, samsum=3))
+  names = ["qasper", "trec_e", "samsum"]
+  model, config = load_model("random:tiny"), override(load_config("sparse_serve"), SMALL_SERVING)
+  executor = JaxExecutor(config, model)
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  whole.mkdir()
+  parts.mkdir()
+  assert len(predict(Run(release, names, whole), Engine(config, model, executor), max_live=4)) == 11
+
+  for n in (2, 4):
+    engine = Engine(config, model, executor)
+    assert len(predict(Run(release, names, parts), engine, max_live=4, n=n)) == n
+    engine.cancel_all()
+    engine.run()
+    with max(parts.iterdir(), key=lambda file: file.stat().st_mtime_ns).open("a") as file:
+      file.write('{"pred": "killed while it wr')
+  run = Run(release, names, parts)
+  assert run.n_rows == 11 and 0 < run.n_done <= 6
+  assert len(predict(run, Engine(config, model, executor), max_live=2)) == 11 - run.n_done
+  assert [file.read_bytes() for file in sorted(parts.iterdir())] == [f.read_bytes() for f in sorted(whole.iterdir())]
+  assert len({row["pred"] for row in lines_of(parts)["qasper"]}) > 2
+
+
+def test_a_limit_that_grows(tmp_path):
+  release = Release.read(write_release(tmp_path / "bench", qasper=5))
+  (tmp_path / "out").mkdir()
+  for limit, n_done, n_rows in ((2, 0, 2), (4, 2, 4), (1, 1, 1), (None, 4, 5)):
+    run = Run(release, ["qasper"], tmp_path / "out", limit)
+    assert (run.n_done, run.n_rows) == (n_done, n_rows)
+    assert len(predict(run, scripted(said))) == n_rows - n_done
+  assert [row["pred"][0] for row in lines_of(tmp_path / "out")["qasper"]] == list("01234")
+
+
+def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
+  bench = write_release(tmp_path / "bench", qasper=3, samsum=3, trec=4, lcc=3)
+  data, out = bench / "data", tmp_path / "out"
+  with (data / "samsum.jsonl").open("a") as file:
+    file.write('\n{"context":}\n')
+  rows = [row_of(0), row_of(1), row_of(2)]
+  del rows[1]["length"]
+  write_lines(data / "lcc.jsonl", rows)
+  write_lines(data / "trec.jsonl", [row_of(0), row_of(1, context="x" * 700), row_of(2)])
+  out.mkdir()
+  run = Run(Release.read(bench), ["samsum", "hotpotqa", "qasper", "trec_e", "lcc", "qaspr", "trec"], out)
+  predict(run, scripted(said), max_prompt=900)
+  n = len(TEMPLATES["trec"].format(**row_of(1, context="x" * 700))) + 1
+  assert run.errors == {
+    "hotpotqa": f"{bench / 'config' / 'dataset2prompt.json'}: nothing for task 'hotpotqa'",
+    "trec_e": f"{data / 'trec_e.jsonl'} is missing",
+    "qaspr": "LongBench has no task 'qaspr'; the nearest is 'qasper'",
+    "samsum": f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value at column 12",
+    "lcc": f"{data / 'lcc.jsonl'}:2: the row lacks 'length'",
+    "trec": f"{data / 'trec.jsonl'}:2: request 'trec-1': {n} prompt + 5 output tokens = {n + 5}, but only 384 tokens "
+    "would fit (context 384, pool 256 blocks of 8)",
+  }
+  assert {name: len(rows) for name, rows in lines_of(out).items()} == {"qasper": 3, "samsum": 3, "lcc": 1, "trec": 1}
+
+  del rows[0]["input"]
+  write_lines(data / "trec.jsonl", rows)
+  (out / "trec.jsonl").unlink()
+  run = Run(Release.read(bench), ["trec"], out)
+  assert predict(run, scripted(said)) == []
+  assert run.errors == {"trec": f"{data / 'trec.jsonl'}:1: the row lacks 'input'"}
+
+
+def test_predictions_for_other_rows_are_no_beginning(tmp_path):
+  release = Release.read(write_release(tmp_path / "bench", qasper=3, lcc=2))
+  out = tmp_path / "out"
+  out.mkdir()
+  predict(Run(release, ["qasper"], out, limit=2), scripted(said))
+  write_lines(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0), row_of(1, answers=["other"]), row_of(2)])
+  run = Run(release, ["qasper", "lcc"], out)
+  assert predict(run, scripted(said)) == ["lcc", "lcc"]
+  data = tmp_path / "bench" / "data" / "qasper.jsonl"
+  assert run.errors == {"qasper": f"{data}:2: line 2 of {out / 'qasper.jsonl'} is a prediction for another row"}
+
+
+@pytest.mark.parametrize("name", ["dataset2prompt.json", "dataset2maxlen.json"])
+def test_a_release_without_a_config_file(tmp_path, name):
+  (write_release(tmp_path) / "config" / name).unlink()
+  with pytest.raises(ValueError, match=f"{name} is missing"):
+    Release.read(tmp_path)
+
+
+def test_the_digest_tells_releases_apart(tmp_path):
+  first = Release.read(write_release(tmp_path / "a"))
+  assert first.digest == Release.read(write_release(tmp_path / "b")).digest
+  (tmp_path / "b" / "config" / "dataset2maxlen.json").write_text(json.dumps(MAX_NEW | {"lcc": 5}))
+  assert first.digest != Release.read(tmp_path / "b").digest
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def start(*arguments: str, program: str = "-m experiments.longbench") -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, *program.split(" ", 1), *arguments],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+def test_the_program(tmp_path):
+  bench, out = write_release(tmp_path / "bench", qasper=3, trec_e=2, lcc=2), tmp_path / "out"
+  small = [f"--set={assignment}" for assignment in SMALL_SERVING]
+  arguments = [f"--longbench_dir={bench}", "--config=sparse_serve", f"--out={out}", *small]
+  done = start(*arguments, "--tasks=qasper,trec_e,samsum", "--limit=2")
+  assert done.returncode == 1, done.stderr
+  assert done.stderr.splitlines() == [f"error: samsum: {bench / 'data' / 'samsum.jsonl'} is missing"]
+  *table, last = done.stdout.splitlines()
+  printed = json.loads(last)
+  result = json.loads((out / "result.json").read_text())
+  assert printed["scores"] == result and list(result) == ["qasper", "trec_e"]
+  assert printed["rows"] == {"qasper": 2, "trec_e": 2} and list(printed["errors"]) == ["samsum"]
+  assert table[0].split() == ["score", "rows", *longbench.BINS]
+  assert [line.split()[0] for line in table[1:]] == [*result, *printed["averages"]]
+  setting = json.loads((out / "config.json").read_text())
+  assert setting["config"]["scheduler"]["max_context"] == 384 and setting["model"]["name"] == "random:tiny"
+  room = 384 - max(MAX_NEW.values()) - longbench.SLACK - len("<user>\n<assistant>")
+  assert setting["prompts"]["max_tokens"] == room and setting["prompts"]["chat_template"] is True
+  first = {file.name: file.read_bytes() for file in out.glob("*.jsonl")}
+  assert first["qasper.jsonl"].count(b"\n") == 2
+
+  done = start(*arguments, "--tasks=qasper,lcc")  # the same, and more of it
+  assert done.returncode == 0 and not done.stderr, done.stderr
+  assert json.loads(done.stdout.splitlines()[-1])["rows"] == {"qasper": 3, "lcc": 2, "trec_e": 2}
+  assert (out / "qasper.jsonl").read_bytes().startswith(first["qasper.jsonl"])
+  assert (out / "trec_e.jsonl").read_bytes() == first["trec_e.jsonl"]
+
+  done = start(*arguments, "--tasks=lcc", "--set=sparse.token_budget=64", "--nochat_template")
+  assert done.returncode == 2 and not done.stdout
+  assert done.stderr == (
+    f"error: {out} holds predictions of another setting, give another --out: "
+    "config.sparse.token_budget was 384 and is 64; prompts.max_tokens was 326 and is 344; "
+    "prompts.chat_template was True and is False\n"
+  )
+
+
+def test_scoring_alone_needs_no_jax(tmp_path):
+  write_lines(tmp_path / "qasper.jsonl", [predicted("old mill", "mill"), predicted("a mill", "mill")])
+  write_lines(tmp_path / "lcc.jsonl", [predicted("XYZa1b2c3d4", "a5b6c7d8XYZ")])
+  write_lines(tmp_path / "lcc_e.jsonl", [predicted("x", "x", length=5000)])
+  before = sorted(tmp_path.iterdir())
+  program = (
+    "-c import sys, runpy; sys.modules['jax'] = None; runpy.run_module('experiments.longbench', run_name='__main__')"
+  )
+  done = start(f"--score_only={tmp_path}", "--code_sim=indel", program=program)
+  assert done.returncode == 0 and not done.stderr, done.stderr
+  printed = json.loads(done.stdout.splitlines()[-1])
+  assert printed["scores"] == {"qasper": 83.33, "lcc": 36.0, "lcc_e": {"0-4k": None, "4-8k": 100.0, "8k+": None}}
+  assert printed["rows"] == {"qasper": 2, "lcc": 1, "lcc_e": 1} and set(printed["averages"].values()) == {None}
+  assert sorted(tmp_path.iterdir()) == before
+
+  (tmp_path / "trec.jsonl").write_text("{}\n")
+  out = tmp_path / "scores"
+  done = start(f"--score_only={tmp_path}", f"--out={out}", program=program)
+  assert done.returncode == 1
+  assert done.stderr == f"error: trec: {tmp_path / 'trec.jsonl'}:1: the row lacks 'all_classes'\n"
+  assert json.loads((out / "result.json").read_text()) == {**printed["scores"], "lcc": 27.0}
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "--longbench_dir and --out are needed, or --score_only"),
+    (["--score_only=absent"], "absent holds no predictions"),
+    (["--longbench_dir=absent", "--out=absent"], "dataset2prompt.json is missing"),
+  ],
+)
+def test_mistakes_end_in_one_line(arguments, message):
+  done = start(*arguments)
+  assert done.returncode == 2 and not done.stdout
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: ") and message in line
+
+
+def test_a_folder_of_unknown_origin_is_not_gone_on_with(tmp_path):
+  bench = write_release(tmp_path / "bench", qasper=1)
+  write_lines(tmp_path / "qasper.jsonl", [predicted("", "barge 0")])
+  arguments = [f"--longbench_dir={bench}", f"--out={tmp_path}", *(f"--set={a}" for a in SMALL_SERVING)]
+  done = start(*arguments)
+  assert done.returncode == 2 and "has .jsonl files but no config.json that says what made them" in done.stderr
