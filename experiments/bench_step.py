@@ -15,7 +15,7 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -58,31 +58,57 @@ class Case:
   """Requests of equal length."""
 
   n_rows: int
-  n_blocks: int  # of each; the last is half full, in the tail
+  n_tokens: int  # of each; the last block is half full, in the tail
   config: EngineConfig
-  shape: CacheShape
+
+  @property
+  def n_blocks(self) -> int:
+    return self.n_tokens // self.config.cache.block_tokens
 
   @classmethod
-  def of(cls, cfg: ModelConfig, name: str) -> Self:
-    """From "<requests>x<tokens>": 20 GiB of HBM, a pool that just holds the requests, a psa that reads like topk."""
-    if not (sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)):
-      raise ValueError(f"--cases: {name!r} is not <requests>x<tokens>")
-    n_rows, n_tokens = map(int, sizes.groups())
+  def all_of(cls, cfg: ModelConfig, names: Sequence[str]) -> dict[str, Self]:
+    """From "<requests>x<tokens>". One cache serves them all: 20 GiB of HBM, a pool that just holds the largest.
+
+    A psa reads about as much as topk.
+
+    Raises:
+      ValueError: a name is no such thing.
+    """
+    sizes = {name: re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name) for name in names}
+    if wrong := [name for name, match in sizes.items() if not match]:
+      raise ValueError(f"--cases: {wrong[0]!r} is not <requests>x<tokens>")
+    counts = {name: (int(match[1]), int(match[2])) for name, match in sizes.items() if match}
     given = [*(_SMOKE_SET if flags.FLAGS.smoke else []), *_SET.value]
-    config = override(load_config("sparse_serve"), given)
-    n_blocks = n_tokens // config.cache.block_tokens
+    base = override(load_config("sparse_serve"), given)
+    size, rows = base.cache.block_tokens, max(n for n, _ in counts.values())
     token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
     defaults = [
-      *(f"cache.rows={n_rows}", f"scheduler.max_batch={n_rows}", f"scheduler.max_context={n_tokens}"),
-      f"cache.dram_bytes={n_rows * n_blocks * config.cache.block_tokens * token_bytes}",
+      *(f"cache.rows={rows}", f"scheduler.max_batch={rows}"),
+      f"scheduler.max_context={max(tokens for _, tokens in counts.values())}",
+      f"cache.dram_bytes={max(n * (tokens // size) for n, tokens in counts.values()) * size * token_bytes}",
       "cache.hbm_bytes=20GiB",
-      f"sparse.threshold={min(1.0, config.sparse.token_budget / n_tokens)}",
     ]
-    config = override(config, [*defaults, *given, "sparse.policy=topk"])
-    shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
-    if n_rows > shape.R or n_rows * n_blocks > shape.M:
-      raise ValueError(f"{name}: {n_rows} requests of {n_blocks} blocks do not fit {shape.R} rows and {shape.M} blocks")
-    return cls(n_rows, n_blocks, config, shape)
+
+    def config(tokens: int) -> EngineConfig:
+      threshold = f"sparse.threshold={min(1.0, base.sparse.token_budget / tokens)}"
+      return override(base, [*defaults, threshold, *given, "sparse.policy=topk"])
+
+    return {name: cls(n, tokens, config(tokens)) for name, (n, tokens) in counts.items()}
+
+
+def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape:
+  """Of the one cache that serves all cases.
+
+  Raises:
+    ValueError: a case does not fit it.
+  """
+  config = next(iter(cases.values())).config
+  shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
+  for name, case in cases.items():
+    if case.n_rows > shape.R or case.n_rows * case.n_blocks > shape.M:
+      needed, there = f"{case.n_rows} requests of {case.n_blocks} blocks", f"{shape.R} rows and {shape.M} blocks"
+      raise ValueError(f"{name}: {needed} do not fit {there}")
+  return shape
 
 
 def random(seed: int, shape: Sequence[int], dtype: Any, sharding: Any, scale: float = 1) -> jax.Array:
@@ -182,35 +208,41 @@ class Steps:
 
 
 class Bench:
-  """The steps of a case, and their cache, which is made when it is first used."""
+  """The cases' steps over one cache, which is made when it is first used."""
 
-  def __init__(self, cfg: ModelConfig, params: llama.Params, mesh: jax.sharding.Mesh, case: Case, report: Report):
-    self.cfg, self.params, self.mesh, self.case, self.report = cfg, params, mesh, case, report
+  def __init__(
+    self, cfg: ModelConfig, params: llama.Params, mesh: jax.sharding.Mesh, shape: CacheShape, report: Report
+  ):
+    self.cfg, self.params, self.mesh, self.shape, self.report = cfg, params, mesh, shape, report
     self.implementation = timing.default_implementation()
-    rng, n, size = np.random.default_rng(0), case.n_rows, case.shape.S
-    tables = rng.permutation(case.shape.M)[: n * case.n_blocks].reshape(n, case.n_blocks)
-    self.batch = DecodeBatch(
+    self.cache: Any = None
+
+  def inputs(self, case: Case) -> tuple[DecodeBatch, Callable[..., Any]]:
+    """The batch of every step, and `evict` with its tokens."""
+    rng, n, size = np.random.default_rng(0), case.n_rows, self.shape.S
+    tables = rng.permutation(self.shape.M)[: n * case.n_blocks].reshape(n, case.n_blocks)
+    batch = DecodeBatch(
       rows=np.arange(n, dtype=np.int32),
       positions=np.full(n, case.n_blocks * size - size // 2, np.int32),  # no tail fills
       steps=np.ones(n, np.int32),
       tables=tables.astype(np.int32),
       sampling=None,
     )
-    whole = NamedSharding(mesh, P())
-    first = jax.device_put(rng.integers(0, cfg.vocab_size, n).astype(np.int32), whole)
-    placed = kv_cache.cache_shardings(mesh, case.shape.offload).maps, whole
+    whole = NamedSharding(self.mesh, P())
+    tokens = np.zeros(self.shape.R, np.int32)  # the last token of every resident row
+    tokens[:n] = rng.integers(0, self.cfg.vocab_size, n)
+    placed = kv_cache.cache_shardings(self.mesh, self.shape.offload).maps, whole
     jitted = jax.jit(evict, static_argnames="n_layers", out_shardings=placed)
-    self.evict = functools.partial(jitted, first=first, n_layers=cfg.n_layers)
-    self.cache: Any = None
+    return batch, functools.partial(jitted, first=jax.device_put(tokens, whole), n_layers=self.cfg.n_layers)
 
-  def run(self, policy: str, share: float) -> Row:
+  def run(self, case: Case, policy: str, share: float) -> Row:
     """Times steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
-    config, n = override(self.case.config, [f"sparse.policy={policy}"]), _STEPS.value
+    config, n = override(case.config, [f"sparse.policy={policy}"]), _STEPS.value
     decode: Any = programs(Setup.of(self.cfg, config, self.implementation), self.mesh).decode
-    cache = self.cache or filled_cache(self.case.shape, self.mesh)
+    cache, (batch, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
     self.cache = None  # until it is whole again
-    program = lambda cache: decode(self.params, cache, self.batch)  # noqa: E731
-    steps = Steps(program, functools.partial(self.evict, share=share), cache)
+    program = lambda cache: decode(self.params, cache, batch)  # noqa: E731
+    steps = Steps(program, functools.partial(evict, share=share), cache)
     del cache
     seconds(steps.step, 4)  # compiles and fills slots, then settles
     seconds(steps.evicted, 1)
@@ -226,16 +258,16 @@ class Bench:
     }
     self.cache = steps.cache
     attended, missed, in_use = np.mean([np.asarray(counts) for counts in steps.counts], 0).tolist()
-    return self.row(timed, attended, missed) | {"slots_in_use": in_use} | others
+    return self.row(case, timed, attended, missed) | {"slots_in_use": in_use} | others
 
-  def row(self, timed: Timing, attended: float, missed: float) -> Row:
+  def row(self, case: Case, timed: Timing, attended: float, missed: float) -> Row:
     """With the floor of what has to move. HBM and PCIe overlap within a part; misses are also written to HBM."""
-    shape = self.case.shape
-    lists = self.case.n_rows * shape.K * shape.L
+    shape = self.shape
+    lists = case.n_rows * shape.K * shape.L
     digest_bytes = shape.E * shape.D * jnp.dtype(shape.dtype).itemsize
     parts = {
-      "weights": {"hbm": weight_bytes(self.cfg, self.params, self.case.n_rows)},
-      "digests": {"hbm": lists * (self.case.n_blocks - 1) * digest_bytes},
+      "weights": {"hbm": weight_bytes(self.cfg, self.params, case.n_rows)},
+      "digests": {"hbm": lists * (case.n_blocks - 1) * digest_bytes},
       "kv": {"hbm": (attended + lists) * shape.block_bytes, "h2d": missed * shape.block_bytes},  # layers are alike
     }
     floors = {name: self.report.ceilings.floor_us(**part) for name, part in parts.items()}
@@ -273,7 +305,8 @@ def main(argv: list[str]) -> None:
   names, batches = (["2x128"], ["2"]) if smoke else (_CASES.value, _DENSE.value)
   try:
     cfg = read_config(ModelConfig, find_config("models", "tiny" if smoke else _MODEL.value))
-    cases = {name: Case.of(cfg, name) for name in names}
+    cases = Case.all_of(cfg, names)
+    shape = cache_shape(cfg, cases)
     batches, misses = [int(n) for n in batches], [float(share) for share in _MISSES.value]
   except ValueError as error:
     raise app.UsageError(str(error)) from None
@@ -282,10 +315,10 @@ def main(argv: list[str]) -> None:
   params = random_params(cfg, mesh)
   for n in batches:
     report.add("dense part", f"batch {n}", functools.partial(dense_part, cfg, params, n, report))
+  bench = Bench(cfg, params, mesh, shape, report)
   for name, case in cases.items():
-    bench = Bench(cfg, params, mesh, case, report)
     for policy, share in [*(("topk", share) for share in misses), ("psa", 0.0)]:
-      report.add("step", f"{policy} {name} miss {share:.0%}", functools.partial(bench.run, policy, share))
+      report.add("step", f"{policy} {name} miss {share:.0%}", functools.partial(bench.run, case, policy, share))
   report.close()
 
 

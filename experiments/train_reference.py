@@ -10,10 +10,13 @@ most likely one, which is what greedy decoding gives. The last line of stdout is
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import pathlib
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from sparse_serve_jax import runtime
+from sparse_serve_jax import processes, runtime
 from sparse_serve_jax.config import find_config
 from sparse_serve_jax.evaluation import tasks
 from sparse_serve_jax.models import Model, load_model, save_hf
@@ -76,8 +79,9 @@ def main(argv: list[str]) -> None:
   if run.step == config.steps:
     file = out / "accuracy.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    for n in (n for n in lengths if str(n) not in found):
-      found[str(n)] = accuracy(model, n, _INSTANCES.value)
+    left = [n for n in lengths if str(n) not in found]
+    for n, of_tasks in accuracies(model, left, _INSTANCES.value):
+      found[str(n)] = of_tasks
       file.write_text(json.dumps(found, indent=2) + "\n")
     result["accuracy"] = found
     _print_table(found)
@@ -118,29 +122,34 @@ def _train(run: trainer.Trainer, tokenizer: Tokenizer, out: pathlib.Path) -> Non
     run.run(data.batches(config, tokenizer, run.step, _WORKERS.value), _SECONDS.value, on_step)
 
 
-def accuracy(model: Model, n_tokens: int, n_instances: int) -> dict[str, float]:
-  """Of every task, the share of evaluation instances of `n_tokens` that greedy decoding answers wholly.
+def accuracies(model: Model, lengths: list[int], n_instances: int) -> Iterator[tuple[int, dict[str, float]]]:
+  """Of every length and task, the share of evaluation instances that greedy decoding answers wholly.
 
   One forward pass over prompt and answer tells it: as long as every token is the answer's, decoding sees the same.
   """
   right = jax.jit(lambda params, tokens: trainer.forward(model.config, params, tokens).argmax(-1))
-  params, at_once = jax.device_put(model.params), max(1, TOKENS_AT_ONCE // n_tokens)
-  found = {}
-  for name in tqdm(sorted(tasks.TASKS), desc=f"{n_tokens} tokens", disable=None):
-    hits: list[bool] = []
-    for first in range(0, n_instances, at_once):
-      tokens = np.zeros((at_once, n_tokens), np.int32)
-      answers = np.zeros((at_once, n_tokens), bool)
-      count = min(at_once, n_instances - first)
-      for i in range(count):
-        instance = tasks.make(name, n_tokens, first + i, model.tokenizer, split="eval")
-        ids, n_prompt = instance.encode(model.tokenizer)
-        tokens[i, : len(ids)], answers[i, n_prompt : len(ids)] = ids, True
-      best = np.asarray(right(params, jnp.asarray(tokens)))
-      wrong = (best[:, :-1] != tokens[:, 1:]) & answers[:, 1:]
-      hits += (~wrong.any(1))[:count].tolist()
-    found[name] = float(np.mean(hits))
-  return found
+  params, names = jax.device_put(model.params), sorted(tasks.TASKS)
+  jobs = itertools.product(lengths, names, range(n_instances))
+  made = processes.ahead(functools.partial(_evaluation, model.tokenizer), jobs, _WORKERS.value)
+  for n_tokens in lengths:
+    found, at_once = {}, max(1, TOKENS_AT_ONCE // n_tokens)
+    for name in tqdm(names, desc=f"{n_tokens} tokens", disable=None):
+      hits: list[bool] = []
+      while len(hits) < n_instances:
+        count = min(at_once, n_instances - len(hits))
+        tokens, answers = np.zeros((at_once, n_tokens), np.int32), np.zeros((at_once, n_tokens), bool)
+        for i, (ids, n_prompt) in enumerate(itertools.islice(made, count)):
+          tokens[i, : len(ids)], answers[i, n_prompt : len(ids)] = ids, True
+        best = np.asarray(right(params, jnp.asarray(tokens)))
+        wrong = (best[:, :-1] != tokens[:, 1:]) & answers[:, 1:]
+        hits += (~wrong.any(1))[:count].tolist()
+      found[name] = float(np.mean(hits))
+    yield n_tokens, found
+
+
+def _evaluation(tokenizer: Tokenizer, job: tuple[int, str, int]) -> tuple[list[int], int]:
+  n_tokens, name, seed = job
+  return tasks.make(name, n_tokens, seed, tokenizer, split="eval").encode(tokenizer)
 
 
 def _print_table(accuracies: dict[str, dict[str, float]]) -> None:

@@ -8,17 +8,14 @@ The exercises have an answer in almost every token, so that a model finds the ci
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
-import multiprocessing
-import os
-import threading
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from sparse_serve_jax import processes
 from sparse_serve_jax.evaluation import tasks, text
 from sparse_serve_jax.models.tokenizer import Tokenizer
 from sparse_serve_jax.training.config import TrainConfig
@@ -113,42 +110,6 @@ def batch(config: TrainConfig, tokenizer: Tokenizer, step: int) -> Batch:
   return Batch(np.stack([tokens for tokens, _ in made]), np.stack([weights for _, weights in made]))
 
 
-_of_worker: tuple[TrainConfig, Tokenizer] | None = None
-
-
-def _start_worker(config: TrainConfig, tokenizer: Tokenizer) -> None:
-  global _of_worker
-  _of_worker = config, tokenizer
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-
-  def leave_with_parent() -> None:  # which a parent that is killed cannot see to
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _batch_of_worker(step: int) -> Batch:
-  assert _of_worker is not None
-  return batch(*_of_worker, step)
-
-
 def batches(config: TrainConfig, tokenizer: Tokenizer, first_step: int, workers: int) -> Iterator[Batch]:
   """The batches of all steps from `first_step` on, made by so many processes ahead of their use; 0: in this one."""
-  steps = range(first_step, config.steps)
-  if not workers:
-    yield from (batch(config, tokenizer, step) for step in steps)
-    return
-  context = multiprocessing.get_context("forkserver")  # a fork of a process that runs JAX may hang
-  pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (config, tokenizer))
-  waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
-  try:
-    for step in steps:
-      waiting.append(pool.submit(_batch_of_worker, step))
-      if len(waiting) > 2 * workers:
-        yield waiting.popleft().result()
-    while waiting:
-      yield waiting.popleft().result()
-  finally:
-    pool.shutdown(cancel_futures=True)
+  return processes.ahead(functools.partial(batch, config, tokenizer), range(first_step, config.steps), workers)

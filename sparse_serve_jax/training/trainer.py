@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
@@ -107,7 +109,11 @@ def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformatio
 
 
 class Trainer:
-  """A run in a directory: made anew, or gone on with from the last checkpoint there."""
+  """A run in a directory: made anew, or gone on with from the last checkpoint there.
+
+  The sequences of a step are split over as many of the devices as they can be split over evenly; each has all of the
+  parameters.
+  """
 
   def __init__(self, config: TrainConfig, directory: str | pathlib.Path, start_from: llama.Params | None = None):
     """`start_from`: parameters to begin a new run with, instead of random ones."""
@@ -118,6 +124,9 @@ class Trainer:
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
     self._checkpoints = ocp.CheckpointManager(pathlib.Path(directory).resolve() / "checkpoints", options=options)
     optimizer = optimizer_of(config.optimizer, config.steps)
+    count = math.gcd(jax.device_count(), *(stage.sequences for stage in config.stages))
+    mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
+    whole, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def new() -> TrainState:
       params = init_params(config.model, jax.random.key(config.seed))
@@ -125,7 +134,7 @@ class Trainer:
         if (shapes := jax.tree.map(jnp.shape, start_from)) != jax.tree.map(jnp.shape, params):
           raise ValueError(f"the parameters to start from are of another model: {shapes}")
         params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
-      return TrainState(jnp.int32(0), params, optimizer.init(params))
+      return jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
       f = jax.value_and_grad(functools.partial(loss, config.model), has_aux=True)
@@ -139,8 +148,8 @@ class Trainer:
     if (last := self._checkpoints.latest_step()) is None:
       self.state = new()
     else:
-      here = SingleDeviceSharding(jax.devices()[0])  # otherwise a checkpoint asks for the device that it was made on
-      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(new))
+      # With a sharding of now, otherwise a checkpoint asks for the devices that it was made on.
+      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(new))
       restored: Any = self._checkpoints.restore(last, args=ocp.args.StandardRestore(like))
       self.state = TrainState(*restored)
 
@@ -160,7 +169,7 @@ class Trainer:
     end, save_at, waiting, done = time.monotonic() + seconds, time.monotonic() + SAVE_EVERY, None, self.step
     try:
       for batch in batches:
-        self.state, metrics = self._step(self.state, batch)
+        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split))
         done += 1
         if waiting is not None:
           jax.block_until_ready(waiting[0])
