@@ -86,7 +86,7 @@ class Bench:
     shape, host = (self.heads, 1, self.n_pool, 2, self.size, self.depth), timing.host_sharding()
     on_host = kv_cache.host_memory_kind() is not None
     make = (lambda: kernels.empty(shape, jnp.bfloat16)) if on_host else (lambda: jnp.zeros(shape, jnp.bfloat16))
-    pool = jax.block_until_ready(jax.jit(make, out_shardings=host)())
+    pool = jax.jit(make, out_shardings=host)()
     timing.fill_pool(pool)
     return pool
 

@@ -142,7 +142,7 @@ def writable(x: jax.Array) -> np.ndarray:
 def fill_pool(pool: jax.Array) -> None:
   """Writes random blocks, over and over, to a pool [K, L, M, 2, S, D] in host memory."""
   source = np.asarray(normal(jax.random.key(0), (min(4096, math.prod(pool.shape[:3])), *pool.shape[3:]), pool.dtype))
-  memory, source = writable(pool), source.ravel().view(np.uint8)
+  memory, source = writable(jax.block_until_ready(pool)), source.ravel().view(np.uint8)
 
   def fill(start: int) -> None:
     part = memory[start : start + source.size]
