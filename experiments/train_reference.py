@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
       found[str(n)] = of_tasks
       file.write_text(json.dumps(found, indent=2) + "\n")
     result["accuracy"] = found
-    _print_table(found)
+    if found:
+      _print_table(found)
   print(json.dumps(result), flush=True)
 
 
