@@ -308,3 +308,15 @@ def test_the_pool_is_pinned_host_memory_and_written_in_place():
   assert engine.usage.blocks_loaded > 0
   assert executor.cache.pool.sharding.memory_kind == "pinned_host"
   assert pointers() == before
+
+
+@pytest.mark.gpu
+def test_making_the_pool_takes_no_device_memory():
+  """A pool may be larger than the device's memory."""
+  model, device = tiny_model(), jax.devices()[0]
+  peak = lambda: (device.memory_stats() or {})["peak_bytes_in_use"]  # noqa: E731
+  before = peak()
+  n_bytes = 4 * before + (256 << 20)  # were it on the device, the peak would grow by three quarters of it
+  pool = JaxExecutor(config(f"cache.dram_bytes={n_bytes}", f"cache.hbm_bytes={n_bytes // 2}"), model).cache.pool
+  jax.block_until_ready(pool)
+  assert pool.nbytes > n_bytes - (1 << 20) and peak() - before < 0.75 * n_bytes

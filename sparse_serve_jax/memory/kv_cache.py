@@ -14,7 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
@@ -179,10 +179,14 @@ def _create_pool(shape: CacheShape, mesh: Mesh, sharding: Any) -> jax.Array:
   dims = (shape.K, shape.L, shape.M, 2, shape.S, shape.D)
   if sharding.memory_kind != "pinned_host":
     return jax.jit(lambda: jnp.zeros(dims, shape.dtype), out_shardings=sharding)()
+  # Made device by device: of a program over a mesh, XLA makes the whole result in device memory first.
   local = (shape.K // mesh.size, *dims[1:])
-  make = lambda: kernels.empty(local, shape.dtype)  # noqa: E731
-  make = jax.shard_map(make, mesh=mesh, in_specs=(), out_specs=sharding.spec, check_vma=False)
-  return jax.jit(make, out_shardings=sharding)()
+
+  def one(device: Any) -> jax.Array:
+    on_host = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+    return jax.jit(lambda: kernels.empty(local, shape.dtype), out_shardings=on_host)()
+
+  return jax.make_array_from_single_device_arrays(dims, sharding, [one(device) for device in mesh.devices.flat])
 
 
 def working_sets(cache: KVCache, tables: jax.Array, n_blocks: jax.Array, steps: jax.Array, w: int) -> jax.Array:
