@@ -72,7 +72,7 @@ class Buckets:
 
   def programs(self) -> list[tuple[str, int, int]]:
     """Every decode and prefill program there can be: name, rows or tokens, table width."""
-    kinds = ("decode", "sampled decode")  # all rows greedy, or not
+    kinds = ("decode", "sampled decode")  # every row takes its most likely token, or not
     decode = list(itertools.product(kinds, self.batches, self.tables))
     begin = [("prefill", c, 0) for c in self.whole]
     prefixes = [n for n in self.tables if n * self.block_tokens >= self.least_prefix]

@@ -58,7 +58,8 @@ class LLM:
 
   def generate(self, texts: str | Sequence[str], *, seed: int = 0, **options: Any) -> list[Output]:
     """Continues texts, all in one batch as far as memory allows. Text i draws with seed + i. `options` go to
-    `Engine.add_request`: max_new_tokens (128), temperature (0.0), top_p (1.0), stop_token_ids, ignore_eos, on_token.
+    `Engine.add_request`: max_new_tokens (128), temperature (0.0), top_p (1.0), stop_token_ids, min_tokens (0),
+    ignore_eos, on_token.
 
     Returns one output for each text, in order; a single text is a list of one.
 

@@ -25,7 +25,7 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.models.sampling import greedy, sample
+from sparse_serve_jax.models.sampling import ban, greedy, sample
 
 Array = Any  # of a batch: jax.Array in a program, numpy before
 
@@ -67,6 +67,7 @@ class SamplingRows(flax.struct.PyTreeNode):
   temperature: Array  # [B] float32, 0 is greedy
   top_p: Array  # [B] float32
   seeds: Array  # [B] uint32
+  banned: Array  # [B, X] int32, token ids that are not drawn, padded with -1
 
 
 class DecodeBatch(flax.struct.PyTreeNode):
@@ -76,7 +77,8 @@ class DecodeBatch(flax.struct.PyTreeNode):
   positions: Array  # [B] int32, tokens already cached
   steps: Array  # [B] int32, decode steps the request has made
   tables: Array  # [B, N] int32
-  # None if all rows are greedy, which is a program of its own: a branch in one would make the host wait in every step.
+  # None if every row takes its most likely token, which is a program of its own: a branch in one would make the host
+  # wait in every step.
   sampling: SamplingRows | None
 
 
@@ -276,7 +278,7 @@ def _slots_in_use(cache: KVCache) -> jax.Array:
 def _sample(logits, positions, rows: SamplingRows | None) -> jax.Array:
   if rows is None:
     return greedy(logits)
-  return sample(logits, positions, rows.temperature, rows.top_p, rows.seeds)
+  return sample(ban(logits, rows.banned), positions, rows.temperature, rows.top_p, rows.seeds)
 
 
 @functools.lru_cache(maxsize=32)

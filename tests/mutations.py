@@ -191,4 +191,18 @@ MUTATIONS = [
     "_store_digests(setup, cache.digest, cache.tail, 0, rows, jnp.where(new_block >= 0, new_block + 1, -1))",
     ("tests/test_selection.py::test_digests_are_those_of_their_blocks[mean]",),
   ),
+  Mutation(
+    "a stop token comes one token early",
+    "sparse_serve_jax/serving/scheduler.py",
+    "sampling_of(resident.steps + 1)",
+    "sampling_of(resident.steps + 2)",
+    ("tests/test_engine_fake.py::test_no_stop_token_comes_before_min_tokens[5]",),
+  ),
+  Mutation(
+    "no banned token of a row but the first is looked at",
+    "sparse_serve_jax/models/sampling.py",
+    "(token == banned[:, :, None])",
+    "(token == banned[:, :1, None])",
+    ("tests/test_models.py::test_what_is_banned_does_not_exist",),
+  ),
 ]

@@ -138,7 +138,7 @@ def programs_of(buckets: Buckets, plan: Plan) -> set[tuple]:
   }
   if plan.decode:
     longest = max(row.position // S + 1 for row in plan.decode)
-    kind = "sampled decode" if any(row.sampling.temperature > 0 for row in plan.decode) else "decode"
+    kind = "decode" if all(row.sampling.plain for row in plan.decode) else "sampled decode"
     used.add((kind, buckets.batch(len(plan.decode)), buckets.table(longest)))
   return used
 
@@ -198,14 +198,15 @@ def test_nothing_is_compiled_in_steady_state():
       compiled.append(duration)
 
   def serve_all(lengths: list[int], seed: int):
-    """All greedy, then one row drawn."""
-    serve(lengths, seed, temperature=0.0)
+    """All greedy, then one row drawn, then one that must not stop."""
+    serve(lengths, seed)
     serve(lengths, seed, temperature=0.5)
+    serve(lengths, seed, stop_token_ids=[3, 4], min_tokens=6)
 
-  def serve(lengths: list[int], seed: int, temperature: float):
+  def serve(lengths: list[int], seed: int, **first):
     engine = Engine(conf, model, executor)
-    at = [temperature, *[0.0] * (len(lengths) - 1)]
-    requests = [engine.add_request(prompt_of(n, seed + n), 6, temperature=t) for n, t in zip(lengths, at, strict=True)]
+    options = [first, *[{}] * (len(lengths) - 1)]
+    requests = [engine.add_request(prompt_of(n, seed + n), 6, **o) for n, o in zip(lengths, options, strict=True)]
     cancelled = engine.add_request(prompt_of(700), 6)
     for _ in range(4):
       engine.step()

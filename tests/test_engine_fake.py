@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sparse_serve_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SparseConfig
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.metrics import request_metrics
-from sparse_serve_jax.serving.plan import Capacity, Plan, Sampling, StepResult, StepStats
+from sparse_serve_jax.serving.plan import MAX_BANNED, Capacity, Plan, Sampling, StepResult, StepStats
 from sparse_serve_jax.serving.request import Request, State
 
 S = 8
@@ -35,15 +36,25 @@ class FakeModel:
 
 
 def next_token(context: list[int], sampling: Sampling = GREEDY) -> int:
-  """Depends on every token and its place, and never is EOS."""
+  """Depends on every token and its place, and never is EOS. A banned one gives way to the next."""
   seed = sampling.seed if sampling.temperature else 0
-  return (sum((i + 1) * token for i, token in enumerate(context)) + seed) % EOS
+  token = (sum((i + 1) * token for i, token in enumerate(context)) + seed) % EOS
+  while token in sampling.banned:
+    token = (token + 1) % EOS
+  return token
 
 
-def continuation(prompt: list[int], n: int, sampling: Sampling = GREEDY) -> list[int]:
+def continuation(
+  prompt: list[int], n: int, sampling: Sampling = GREEDY, stops: Collection[int] = (), min_tokens: int = 0
+) -> list[int]:
+  """n tokens, or those before the first of `stops`, which is none of the first `min_tokens`."""
   context = list(prompt)
-  for _ in range(n):
-    context.append(next_token(context, sampling))
+  for i in range(n):
+    banned = dataclasses.replace(sampling, banned=frozenset(stops))
+    token = next_token(context, banned if i < min_tokens else sampling)
+    if token in stops:
+      break
+    context.append(token)
   return context[len(prompt) :]
 
 
@@ -186,6 +197,44 @@ def test_a_first_token_that_stops():
   assert request.first_token_time is not None
 
 
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 5, 9])
+def test_no_stop_token_comes_before_min_tokens(min_tokens):
+  """The first three tokens would be stop tokens, of which the model's EOS is one."""
+  stops = [7, 18, 29, 41, 50, 66, 80, 95]
+  stopped = lambda prompt, n: len(continuation(prompt, n + 1, stops=stops, min_tokens=n)) == n  # noqa: E731
+  prompt = next(p for p in map(list, itertools.product(range(EOS), repeat=2)) if all(stopped(p, n) for n in range(3)))
+  expected = continuation(prompt, 9, stops=stops, min_tokens=min_tokens)
+  engine, executor = fake_engine()
+  engine._model = FakeModel(eos_token_ids=(stops[0],))
+  request = engine.add_request(prompt, 9, stop_token_ids=stops[1:], min_tokens=min_tokens)
+  other = engine.add_request(prompt, 9)
+  engine.run()
+  assert request.output_tokens == expected and len(expected) >= min_tokens
+  assert other.output_tokens == continuation(prompt, 9, stops=[stops[0]])
+  rows = [row for plan in executor.plans for row in plan.decode if row.request_id == request.id]
+  assert [row.step for row in rows if not row.sampling.plain] == list(range(min_tokens - 1))
+
+
+def test_what_min_tokens_bans():
+  """Stop tokens that can come, and so neither an EOS that is ignored nor an id beyond the vocabulary."""
+  engine, executor = fake_engine()
+  engine._model = FakeModel(eos_token_ids=(44,))
+  many = [*range(MAX_BANNED - 1), -1, VOCAB, 2**40]
+  added = [
+    engine.add_request([1], 3, stop_token_ids=many, min_tokens=2),
+    engine.add_request([1], 3, stop_token_ids=[7], min_tokens=2, ignore_eos=True),
+    engine.add_request([1], 3, min_tokens=2, ignore_eos=True),
+    engine.add_request([1], 3, stop_token_ids=range(50)),
+  ]
+  engine.run()
+  banned = [{*range(MAX_BANNED - 1), 44}, {7}, set(), set()]
+  for request, first in zip(added, banned, strict=True):
+    works = [work for plan in executor.plans for work in plan.prefill if work.request_id == request.id]
+    rows = [row for plan in executor.plans for row in plan.decode if row.request_id == request.id]
+    assert [set(work.sampling.banned) for work in works] == [first]
+    assert [set(row.sampling.banned) for row in rows] == [first, set()][: len(rows)]
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -203,6 +252,16 @@ def test_a_first_token_that_stops():
     ({"prompt": [1], "temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
     ({"prompt": [1], "temperature": float("nan")}, "got nan"),
     ({"prompt": [1], "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+    (
+      {"prompt": [1], "min_tokens": -1},
+      "min_tokens must be an integer of at least 0 and at most max_new_tokens=3, got -1",
+    ),
+    ({"prompt": [1], "min_tokens": 4}, "at most max_new_tokens=3, got 4"),
+    ({"prompt": [1], "min_tokens": 1.0}, "got 1.0"),
+    (
+      {"prompt": [1], "min_tokens": 1, "stop_token_ids": range(MAX_BANNED)},
+      f"min_tokens=1 takes at most {MAX_BANNED} stop tokens, the model's EOS tokens included, got {MAX_BANNED + 1}",
+    ),
     ({"prompt": [1], "seed": -1}, "seed must be an integer of at least 0"),
     ({"prompt": [1], "request_id": "a"}, "'a': a request of this name has not ended yet"),
   ],
@@ -428,12 +487,13 @@ def situations(draw):
     "n_layers": draw(st.integers(1, 3)),
   }
   prompt = st.lists(st.integers(0, EOS), min_size=1, max_size=28)
-  wanted = st.tuples(prompt, st.integers(1, 12), st.integers(0, 12), st.none() | st.integers(0, 12))
+  n_tokens = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.just(0) | st.integers(0, n)))
+  wanted = st.tuples(prompt, n_tokens, st.integers(0, 12), st.none() | st.integers(0, 12))
   return (
     scheduler,
     changes,
     draw(st.lists(wanted, min_size=1, max_size=7)),
-    draw(st.sets(st.integers(0, EOS), max_size=20)),
+    draw(st.sets(st.integers(0, EOS - 1), max_size=MAX_BANNED - 1)),
   )
 
 
@@ -444,17 +504,18 @@ def test_neighbours_never_change_a_requests_tokens(situation):
   ended: list[Request] = []
   requests: dict[int, Request] = {}
   for now in range(2000):
-    for i, (prompt, n, arrival, cancel) in enumerate(wanted):
+    for i, (prompt, (n, least), arrival, cancel) in enumerate(wanted):
       if arrival == now:
-        requests[i] = engine.add_request(prompt, n, stop_token_ids=sorted(stops), request_id=str(i))
+        options = {"stop_token_ids": sorted(stops), "min_tokens": least, "request_id": str(i)}
+        requests[i] = engine.add_request(prompt, n, **options)
       if i in requests and cancel is not None and cancel + arrival == now:
         engine.cancel(str(i))
     ended += engine.step()
     if len(requests) == len(wanted) and not engine.has_work:
       break
   assert sorted(request.id for request in ended) == sorted(map(str, requests))
-  for i, (prompt, n, _, cancel) in enumerate(wanted):
-    expected = list(itertools.takewhile(lambda token: token not in stops, continuation(prompt, n)))
+  for i, (prompt, (n, least), _, cancel) in enumerate(wanted):
+    expected = continuation(prompt, n, stops=stops, min_tokens=least)
     if requests[i].state is State.CANCELLED:
       assert cancel is not None and requests[i].output_tokens == expected[: len(requests[i].output_tokens)]
     else:

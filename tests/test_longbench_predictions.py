@@ -20,7 +20,7 @@ from sparse_serve_jax.evaluation.longbench import Release, Run
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Capacity, Plan, StepResult, StepStats
+from sparse_serve_jax.serving.plan import Capacity, DecodeRow, Plan, PrefillWork, StepResult, StepStats
 from tests.longbench import (
   BYTES,
   EOS,
@@ -38,7 +38,7 @@ from tests.tiny import SMALL_SERVING
 
 
 class Script:
-  """A device that says what it is told, a text for each request, then EOS."""
+  """A device that says what it is told, a text for each request, then EOS; and an underscore for what is banned."""
 
   def __init__(self, answer: Callable[[str], str], rows: int = 4):
     self.capacity = Capacity(256, 0, rows, 384, n_layers=1, n_kv_heads=1, block_bytes=1, fixed_hbm_bytes=0)
@@ -48,13 +48,14 @@ class Script:
   def submit(self, plan: Plan):
     for work in plan.prefill:
       self.prompts[work.request_id] = self.prompts.get(work.request_id, "") + BYTES.decode(work.tokens.tolist())
-    tokens = {work.request_id: self._token(work.request_id, 0) for work in plan.prefill if work.last}
-    tokens |= {row.request_id: self._token(row.request_id, row.step + 1) for row in plan.decode}
+    tokens = {work.request_id: self._token(work, 0) for work in plan.prefill if work.last}
+    tokens |= {row.request_id: self._token(row, row.step + 1) for row in plan.decode}
     return types.SimpleNamespace(result=lambda: StepResult(tokens, {}, StepStats()))
 
-  def _token(self, request_id: str, i: int) -> int:
-    said = [*self._answer(request_id).encode().replace(b"$", bytes([255]))]
-    return {255: EOS}.get(said[i], said[i]) if i < len(said) else EOS
+  def _token(self, of: PrefillWork | DecodeRow, i: int) -> int:
+    said = [*self._answer(of.request_id).encode().replace(b"$", bytes([255]))]
+    token = {255: EOS}.get(said[i], said[i]) if i < len(said) else EOS
+    return ord("_") if token in of.sampling.banned else token
 
   def wait(self) -> None:
     pass
@@ -129,14 +130,14 @@ def test_text_is_written_as_it_is(tmp_path):
   assert Run(release, ["qasper"], tmp_path / "out").n_done == 1
 
 
-def test_a_newline_ends_samsum_but_not_as_its_first_token(tmp_path):
+def test_a_newline_ends_samsum_and_nothing_that_ends_it_comes_first(tmp_path):
   release = Release.read(write_release(tmp_path / "bench", samsum=4, samsum_e=1, trec=1))
   (tmp_path / "out").mkdir()
   answers = {"samsum-0": "ab\ncd", "samsum-1": "\nab\ncd", "samsum-2": "$ab$cd", "samsum-3": "\n\nab"}
   answers |= {"samsum_e-0": "\nx\ny", "trec-0": "\na\nb$"}
   predict(Run(release, ["samsum", "samsum_e", "trec"], tmp_path / "out"), scripted(answers.get))
   preds = {name: [row["pred"] for row in rows] for name, rows in lines_of(tmp_path / "out").items()}
-  assert preds == {"samsum": ["ab", "\nab", "ab", "\n"], "samsum_e": ["\nx"], "trec": ["\na\nb"]}
+  assert preds == {"samsum": ["ab", "_ab", "_ab", "_"], "samsum_e": ["_x"], "trec": ["\na\nb"]}
 
 
 def test_few_prompts_are_read_ahead(tmp_path, monkeypatch):

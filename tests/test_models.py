@@ -33,7 +33,7 @@ def random_model(name: str) -> models.Model:
 
 
 run = jax.jit(models.forward, static_argnums=0, static_argnames="hidden")
-sample = jax.jit(models.sample)
+sample, ban = jax.jit(models.sample), jax.jit(models.ban)
 
 
 def test_every_family_has_a_golden():
@@ -226,6 +226,21 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
   assert np.flatnonzero(draws(np.log(p), top_p=1e-6)).tolist() == [1]
   assert np.flatnonzero(draws(np.log(p), top_p=1.0)).tolist() == [0, 1, 2, 3, 4]
   assert np.flatnonzero(draws(np.zeros(8), top_p=0.5)).tolist() == [0, 1, 2, 3]  # ties to the lowest ids
+
+
+def test_what_is_banned_does_not_exist():
+  """For the most likely token, for draws and for the mass that top-p counts; and in its own row only."""
+  p = np.asarray([0.05, 0.4, 0.1, 0.3, 0.15])
+  banned = np.asarray([[1, -1, -1], [3, 1, 3], [-1, -1, -1], [5, -1, 4]], np.int32)  # 5 and -1 are no tokens
+  logits = np.asarray(ban(np.tile(np.log(p).astype(np.float32), (4, 1)), banned))
+  assert sample(logits, *settings(4, temperature=0.0)).tolist() == [3, 4, 1, 1]
+  for row, gone in zip(logits, ([1], [1, 3], [], [4]), strict=True):
+    q = np.where(np.isin(np.arange(5), gone), 0, p)
+    left = np.flatnonzero(q)
+    counts = draws(row)
+    assert np.flatnonzero(counts).tolist() == left.tolist()
+    assert chi_square(counts[left], q[left] / q.sum()) < 18.5  # at most 4 degrees of freedom, p = 0.001
+  assert np.flatnonzero(draws(logits[0], top_p=0.7)).tolist() == [3, 4]  # 0.3 < 0.7 * 0.6 <= 0.3 + 0.15
 
 
 def test_a_draw_ignores_its_neighbours():

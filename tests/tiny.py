@@ -64,15 +64,18 @@ def prompt_of(n: int, seed: int = 0) -> list[int]:
 @functools.cache
 def greedy(shape: str, prompt: tuple[int, ...], n: int) -> list[int]:
   """The oracle: n greedy tokens by forward passes over the whole sequence, without any cache, on the CPU."""
-  model = tiny_model(shape)
   ids = list(prompt)
-  with jax.default_device(jax.devices("cpu")[0]):
-    step = _forward(shape)
-    for _ in range(n):
-      padded = np.zeros(256, np.int32)  # causal: what follows changes nothing
-      padded[: len(ids)] = ids
-      ids.append(int(step(model.params, padded)[len(ids) - 1].argmax()))
+  for _ in range(n):
+    ids.append(int(logits_after(shape, ids).argmax()))
   return ids[len(prompt) :]
+
+
+def logits_after(shape: str, ids: Sequence[int]) -> np.ndarray:
+  """The oracle's logits [V] of the token that follows."""
+  padded = np.zeros(256, np.int32)  # causal: what follows changes nothing
+  padded[: len(ids)] = ids
+  with jax.default_device(jax.devices("cpu")[0]):
+    return np.array(_forward(shape)(tiny_model(shape).params, padded)[len(ids) - 1])
 
 
 @functools.cache

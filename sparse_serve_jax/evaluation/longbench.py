@@ -217,7 +217,7 @@ class Run:
     newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
     for name, found in self._found.items():
       task, file, n_new = find_task(name), self._release.file(name), self._release.max_new_tokens[find_task(name).name]
-      stops = [newline] if task.name == "samsum" else []
+      ending: dict[str, Any] = {"stop_token_ids": [newline], "min_tokens": 1} if task.name == "samsum" else {}
       with self._reported(name):
         for index, (line, row) in enumerate(itertools.islice(workload.read_lines(file), self._limit)):
           with _placed(f"{file}:{line}"):
@@ -227,9 +227,7 @@ class Run:
                 raise ValueError(f"line {index + 1} of {self._file(name)} is a prediction for another row")
               continue
             ids = encode_prompt(tokenizer, task, self._release.prompt(name, row), max_prompt_tokens, chat)
-            request = engine.add_request(ids, n_new, stop_token_ids=stops, request_id=f"{name}-{index}")
-          if task.name == "samsum":
-            _spare_first_token(request)
+            request = engine.add_request(ids, n_new, request_id=f"{name}-{index}", **ending)
           yield _Asked(request, name, index, beside)
 
   def _write(self, asked: _Asked, prediction: str) -> None:
@@ -252,18 +250,6 @@ class Run:
       yield
     except ValueError as error:
       self.errors[name] = str(error)
-
-
-def _spare_first_token(request: Request) -> None:
-  """Lets stop tokens end a request from its second token on. Officially none can be drawn in the first place; here one
-  that comes first stays as text.
-  """
-  stops = request.stop_token_ids
-
-  def mind(request: Request, token: int) -> None:
-    request.stop_token_ids = stops
-
-  request.stop_token_ids, request.on_token = frozenset(), mind
 
 
 def _whole_predictions(file: pathlib.Path) -> list[dict[str, Any]]:

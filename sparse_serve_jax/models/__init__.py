@@ -16,7 +16,7 @@ from sparse_serve_jax.models.llama import (
   qkv,
   rope,
 )
-from sparse_serve_jax.models.sampling import sample
+from sparse_serve_jax.models.sampling import ban, sample
 from sparse_serve_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sparse_serve_jax.models.weights import Model, load_model, save_hf, save_model
 
@@ -26,6 +26,7 @@ __all__ = [
   "Params",
   "Tokenizer",
   "attention_out",
+  "ban",
   "embed",
   "forward",
   "init_params",

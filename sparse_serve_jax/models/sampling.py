@@ -11,6 +11,12 @@ def greedy(logits: jax.Array) -> jax.Array:
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def ban(logits: jax.Array, banned: jax.Array) -> jax.Array:
+  """Logits [B, V] with -inf at each row's token ids `banned` int32 [B, X]; -1 is none."""
+  token = jnp.arange(logits.shape[1], dtype=banned.dtype)[None, None]
+  return jnp.where((token == banned[:, :, None]).any(1), -jnp.inf, logits)
+
+
 def sample(
   logits: jax.Array, positions: jax.Array, temperature: jax.Array, top_p: jax.Array, seeds: jax.Array
 ) -> jax.Array:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.serving.metrics import Usage
-from sparse_serve_jax.serving.plan import Executor, PendingStep, Plan, Sampling, StepResult
+from sparse_serve_jax.serving.plan import MAX_BANNED, Executor, PendingStep, Plan, Sampling, StepResult
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.scheduler import Received, Scheduler
 
@@ -89,6 +89,7 @@ class Engine:
     top_p: float = 1.0,
     seed: int = 0,
     stop_token_ids: Sequence[int] = (),
+    min_tokens: int = 0,
     ignore_eos: bool = False,
     request_id: str | None = None,
     on_token: Callable[[Request, int], None] | None = None,
@@ -103,6 +104,7 @@ class Engine:
       top_p: share of the probability mass that tokens are drawn from.
       seed: draws depend on it and the position alone, not on other requests.
       stop_token_ids: end the request, besides the model's EOS tokens.
+      min_tokens: stop tokens are not drawn before so many others have been; the next best token is.
       ignore_eos: the model's EOS tokens are output like others.
       request_id: by default a number of its own.
       on_token: called with the request and each output token. If it raises, the request is cancelled and keeps the
@@ -118,7 +120,9 @@ class Engine:
       request_id = next(name for name in self._names if name not in self._live)
     if not isinstance(max_new_tokens, int | np.integer):
       raise ValueError(f"request {request_id!r}: max_new_tokens must be an integer, got {max_new_tokens!r}")
-    stops = frozenset(stop_token_ids) | (frozenset() if ignore_eos else frozenset(self._model.eos_token_ids))
+    given = frozenset(stop_token_ids) | (frozenset() if ignore_eos else frozenset(self._model.eos_token_ids))
+    stops = frozenset(token for token in given if 0 <= token < self._model.config.vocab_size)  # others never come
+    _check_min_tokens(request_id, min_tokens, max_new_tokens, stops)
     request = Request(
       id=request_id,
       prompt=self._checked_prompt(request_id, prompt),
@@ -126,6 +130,7 @@ class Engine:
       arrival_time=self._clock() if arrival_time is None else arrival_time,
       sampling=_checked_sampling(request_id, temperature, top_p, seed),
       stop_token_ids=stops,
+      min_tokens=int(min_tokens),
       on_token=on_token,
     )
     if request_id in self._live:
@@ -236,6 +241,19 @@ class Engine:
         f"{int(ids[at])} at position {at}"
       )
     return ids.astype(np.int32)
+
+
+def _check_min_tokens(request_id: str, min_tokens: int, max_new_tokens: int, stops: frozenset[int]) -> None:
+  if not (isinstance(min_tokens, int | np.integer) and 0 <= min_tokens <= max(max_new_tokens, 0)):
+    raise ValueError(
+      f"request {request_id!r}: min_tokens must be an integer of at least 0 and at most {max_new_tokens=}, got "
+      f"{min_tokens!r}"
+    )
+  if min_tokens and len(stops) > MAX_BANNED:
+    raise ValueError(
+      f"request {request_id!r}: {min_tokens=} takes at most {MAX_BANNED} stop tokens, the model's EOS tokens included, "
+      f"got {len(stops)}"
+    )
 
 
 def _checked_sampling(request_id: str, temperature: float, top_p: float, seed: int) -> Sampling:

@@ -17,7 +17,16 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import CacheShape
 from sparse_serve_jax.models import Model, llama
-from sparse_serve_jax.serving.plan import Capacity, DecodeRow, Plan, PrefillWork, Sampling, StepResult, StepStats
+from sparse_serve_jax.serving.plan import (
+  MAX_BANNED,
+  Capacity,
+  DecodeRow,
+  Plan,
+  PrefillWork,
+  Sampling,
+  StepResult,
+  StepStats,
+)
 from sparse_serve_jax.step import DecodeBatch, PrefillBatch, SamplingRows, Setup, programs
 
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
@@ -168,13 +177,12 @@ class JaxExecutor:
     tables = np.full((n, width), -1, np.int32)
     for i, row in enumerate(rows):
       tables[i, : len(row.table)] = row.table[:width]
-    sampled = any(r.sampling.temperature > 0 for r in rows)
     return DecodeBatch(
       rows=column((r.row for r in rows), self.shape.R),
       positions=column(r.position for r in rows),
       steps=column(r.step for r in rows),
       tables=tables,
-      sampling=_sampling_rows([r.sampling for r in rows], n) if sampled else None,
+      sampling=None if all(r.sampling.plain for r in rows) else _sampling_rows([r.sampling for r in rows], n),
     )
 
 
@@ -190,4 +198,5 @@ def _sampling_rows(samplings: list[Sampling], n: int) -> SamplingRows:
     temperature=np.array([r.temperature for r in rows], np.float32),
     top_p=np.array([r.top_p for r in rows], np.float32),
     seeds=np.array([r.seed for r in rows], np.uint32),
+    banned=np.stack([_pad(np.array(sorted(r.banned), np.int32), MAX_BANNED, -1) for r in rows]),
   )

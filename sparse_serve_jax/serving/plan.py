@@ -9,14 +9,22 @@ from typing import Protocol
 
 import numpy as np
 
+MAX_BANNED = 8  # token ids a row: the width of an array that every program which draws is given
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a request's tokens are drawn. `temperature` 0 is greedy. A draw depends on (seed, position) alone."""
+  """How a token is drawn. `temperature` 0 is greedy. A draw depends on (seed, position) alone."""
 
   temperature: float = 0.0
   top_p: float = 1.0
   seed: int = 0
+  banned: frozenset[int] = frozenset()  # token ids that are not drawn, as if they did not exist; at most MAX_BANNED
+
+  @property
+  def plain(self) -> bool:
+    """Whether the token is simply the most likely one."""
+    return not (self.temperature > 0 or self.banned)
 
 
 @dataclasses.dataclass(frozen=True)

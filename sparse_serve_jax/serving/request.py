@@ -34,6 +34,7 @@ class Request:
   arrival_time: float
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
   stop_token_ids: frozenset[int] = frozenset()  # the model's EOS tokens included, unless they are to be ignored
+  min_tokens: int = 0  # output tokens before a stop token can be drawn
   on_token: Callable[[Request, int], None] | None = None  # called with every output token, as it is read
 
   state: State = State.WAITING
@@ -48,6 +49,12 @@ class Request:
   @property
   def ended(self) -> bool:
     return self.state in (State.FINISHED, State.CANCELLED)
+
+  def sampling_of(self, index: int) -> Sampling:
+    """How output token `index`, from 0 on, is drawn."""
+    if index >= self.min_tokens:
+      return self.sampling
+    return dataclasses.replace(self.sampling, banned=self.stop_token_ids)
 
   def receive(self, token: int, now: float) -> bool:
     """Takes the next token. Returns whether it is an output token, so not a stop token."""

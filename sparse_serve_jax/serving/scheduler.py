@@ -219,7 +219,7 @@ class Scheduler:
       position=resident.position,
       step=resident.steps,
       table=resident.table,
-      sampling=resident.request.sampling,
+      sampling=resident.request.sampling_of(resident.steps + 1),
     )
     resident.steps += 1
     return row
@@ -307,5 +307,5 @@ class Scheduler:
       n_layers=n_layers,
       table=resident.table,
       last=resident.layer == self._capacity.n_layers,
-      sampling=request.sampling,
+      sampling=request.sampling_of(0),
     )
