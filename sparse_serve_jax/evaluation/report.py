@@ -48,10 +48,11 @@ def accuracies(rows: Sequence[Row]) -> Iterator[Row]:
   for n_tokens, group, chosen in _by_group(rows):
     means = [] if group == TEXT else _means(chosen)
     dense = next((mean for mean in means if mean["family"] == "dense"), None)
-    for mean in means if dense is not None else ():
-      more = interval(_each_accuracy(chosen, mean["case"]), _each_accuracy(chosen, dense["case"]))
-      told = dict(more=mean["accuracy"] - dense["accuracy"], interval=more)
-      yield dict(tokens=n_tokens, group=group) | mean | told
+    if dense is not None:
+      for mean in means:
+        more = interval(_each_accuracy(chosen, mean["case"]), _each_accuracy(chosen, dense["case"]))
+        told = dict(more=mean["accuracy"] - dense["accuracy"], interval=more)
+        yield dict(tokens=n_tokens, group=group) | mean | told
 
 
 def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:

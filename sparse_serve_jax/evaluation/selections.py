@@ -60,7 +60,7 @@ class Trace:
       ValueError: it is no such file.
     """
     try:
-      with np.load(file) as arrays:
+      with open(file, "rb") as opened, np.load(opened) as arrays:
         about = json.loads(str(arrays["about"]))
         selected = np.unpackbits(arrays["selected"], axis=-1, count=about.pop("steps")).astype(bool)
         return cls(np.moveaxis(selected, -1, 1), arrays["lengths"], **about)
