@@ -32,6 +32,7 @@ from sparse_serve_jax import runtime
 from sparse_serve_jax.evaluation import accuracy, methods, report, selections, tasks
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row
 from sparse_serve_jax.models import Model, load_model
+from sparse_serve_jax.serving import workload
 
 PARTS = ("tasks", "text", "selections")
 
@@ -47,7 +48,9 @@ _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99"], "Of PSA.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(methods.METHODS)}, oracle, window; all.")
 _STEPS = flags.DEFINE_integer("steps", 192, "Decode steps at most; a longer answer is judged by its beginning.")
-_TRACE_STEPS = flags.DEFINE_integer("trace_steps", 256, "Of the part selections: decode steps of an answer at most.")
+_TRACE_STEPS = flags.DEFINE_integer(
+  "trace_steps", 256, "Of the part selections: decode steps of an answer at most.", lower_bound=selections.MOST + 1
+)
 _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Of a batch of instances.", lower_bound=1)
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
 
@@ -66,7 +69,7 @@ class Rows:
     if lines and not lines[-1].endswith("\n"):  # a run was ended while it wrote
       file.write_text("".join(lines[:-1]), encoding="utf-8")
       lines.pop()
-    self.all: list[Row] = [json.loads(line) for line in lines]
+    self.all: list[Row] = [row for _, row in workload.read_lines(file)] if lines else []
     for row in self.all:
       if (other := {key: row.get(key) for key in setting}) != setting:
         raise ValueError(f"{file} has rows of another run, give another --out: {other}, not {setting}")
@@ -109,17 +112,17 @@ def _main() -> None:
   rows = Rows(out / "results.jsonl", dict(model=name, instances=_INSTANCES.value, steps=_STEPS.value))
   reuse = Rows(out / "reuse.jsonl", dict(model=name, requests=_REQUESTS.value, trace_steps=_TRACE_STEPS.value))
   params = jax.device_put(model.params)
+  if "selections" in parts:  # the shorter parts first
+    for n_tokens in lengths:
+      for task in [task.name for task in tasks.TASKS.values() if task.group == "long_output"]:
+        _trace(model, params, task, n_tokens, wanted, reuse)
+  if "text" in parts:
+    for n_tokens in text_lengths:
+      _measure(model, params, TEXT, n_tokens, wanted, rows)
   if "tasks" in parts:
     for n_tokens in lengths:
       for task in of_tasks:
         _measure(model, params, task, n_tokens, wanted, rows)
-  if "text" in parts:
-    for n_tokens in text_lengths:
-      _measure(model, params, TEXT, n_tokens, wanted, rows)
-  if "selections" in parts:
-    for n_tokens in lengths:
-      for task in [task.name for task in tasks.TASKS.values() if task.group == "long_output"]:
-        _trace(model, params, task, n_tokens, wanted, reuse)
   _report(out, rows.all, reuse.all)
 
 

@@ -86,5 +86,5 @@ def test_the_steps_of_an_answer():
   for of, blocks in zip(trace.selected, n_blocks, strict=True):
     for step, last in zip(of, blocks, strict=True):
       assert step[..., 0].all() and step[..., last - 1].all() and not step[..., last:].any()  # sink and window
-  with pytest.raises(ValueError, match="an answer of recite has 20 steps at 640 tokens"):
+  with pytest.raises(ValueError, match="20 steps of an answer of recite at 640 tokens are too few"):
     next(selections.measure(model, model.params, "recite", 640, wanted, 1, 1, 20))

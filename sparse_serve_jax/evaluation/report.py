@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparse_serve_jax.config import SparseConfig
-from sparse_serve_jax.evaluation.accuracy import QUANTILES, TEXT, Row
+from sparse_serve_jax.evaluation.accuracy import QUANTILES, TEXT, TOLERANCE, Row
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
 FIXED = SparseConfig().method  # the family of fixed budgets that PSA is compared with
@@ -35,6 +35,7 @@ def summary(rows: Sequence[Row], reuse: Sequence[Row]) -> dict[str, list[Row]]:
     "accuracies": list(accuracies(rows)),
     "psa_against_fixed": list(psa_against_fixed(rows)),
     "stop_rules": list(stop_rules(rows)),
+    "certified": list(certified(rows)),
     "psa_by_head": list(psa_by_head(rows)),
     "text": list(likelihoods(rows)),
     "reuse": [reused(row) for row in reuse],
@@ -100,6 +101,12 @@ def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
           of[key] = sum(row[key] for row in chosen if row["family"] == family)
       cost = _ratios(told.get("certified"), told.get("psa, min_max"), ("blocks",))
       yield dict(tokens=n_tokens, group=group, threshold=threshold) | told | dict(cost=cost and cost["blocks"])
+
+
+def certified(rows: Sequence[Row]) -> Iterator[Row]:
+  """All "pairs" and "violations" of the certified stop, whatever length, task and threshold; none is to be violated."""
+  if chosen := [row for row in rows if row["family"] == "certified"]:
+    yield {key: sum(row[key] for row in chosen) for key in ("pairs", "violations")} | dict(tolerance=TOLERANCE)
 
 
 def psa_by_head(rows: Sequence[Row]) -> Iterator[Row]:
@@ -195,7 +202,7 @@ def _section(entries: list[Row], title: str, head: Sequence[str], split: Sequenc
     name = ", ".join(f"{value} tokens" if key == "tokens" else str(value) for key, value in named)
     rule = "|".join(["---", *["--:"] * (len(head) - 1)])
     table = [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
-    parts += [f"### {name}", "\n".join(table)]
+    parts += [f"### {name}", "\n".join(table)] if name else ["\n".join(table)]
   return "\n\n".join(parts)
 
 
@@ -268,6 +275,12 @@ _SECTIONS = {
     ("setting", "blocks", "mass", "pairs", "claimed more", "share", "below threshold", "cost"),
     ("tokens", "group"),
     _stop_cells,
+  ),
+  "certified": (
+    "The certified stop, all settings: pairs of which any test claimed more than the true mass and float32's error",
+    ("pairs", "violations", "error"),
+    (),
+    lambda of, _: [[f"{of['pairs']:,}", f"{of['violations']:,}", f"{of['tolerance']:g}"]],
   ),
   "psa_by_head": (
     "Blocks that PSA attends to by layer: of the KV heads mean, least and most; quantiles over tokens",

@@ -101,7 +101,7 @@ def measure(
       lengths.append(batch.start + first)
   n = min(len(of) for of in parts[wanted[0].name])
   if n <= MOST:
-    raise ValueError(f"an answer of {task} has {n} steps at {n_tokens} tokens; working sets need more than {MOST}")
+    raise ValueError(f"{n} steps of an answer of {task} at {n_tokens} tokens are too few: curves need more than {MOST}")
   for case in wanted:
     selected = np.stack([of[:n] for of in parts[case.name]])
     before = np.concatenate(lengths).astype(np.int32)
