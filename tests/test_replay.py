@@ -74,10 +74,11 @@ class Attention:
     self.q = jnp.asarray(sharpness * rng.normal(size=(n, n_heads, n_group, depth)), dtype)
     self.positions = jnp.arange(n_tokens - n, n_tokens, dtype=jnp.int32)
 
-  def run(self, threshold: float, method: str = "min_max", certified: bool = True) -> list[np.ndarray]:
+  def run(self, threshold: float, *changes: str, method: str = "min_max", certified: bool = True) -> list[np.ndarray]:
     """Blocks read, mass, estimate, excess; selected."""
     program = replays.Program(get_method(method), "mean", 2, S, certified)
-    setting = replays.Setting.of(config("sparse.policy=psa", f"sparse.threshold={threshold}", block_tokens=S))
+    conf = config("sparse.policy=psa", f"sparse.threshold={threshold}", *changes, block_tokens=S)
+    setting = replays.Setting.of(conf)
     at = self.q, self.keys, self.values, self.positions
     return [np.asarray(x) for x in replays._attend(program, setting, jnp.int32(0), *at, self.q.shape[-1] ** -0.5)[1]]
 
@@ -103,6 +104,13 @@ def test_a_bound_reads_more_than_the_estimate_and_less_than_all():
   certified, estimated = attention.run(0.9), attention.run(0.9, certified=False)
   assert estimated[0].mean() < certified[0].mean() < 20  # of 23 or 24
   assert certified[1].min() > 0.9 > estimated[1].min()
+
+
+def test_a_certified_stop_leaves_out_no_window():
+  used, _, estimate, *_ = Attention(0, spread=0.05, sharpness=3.0).run(
+    0.01, "sparse.sink_tokens=8", "sparse.window_tokens=48"
+  )
+  assert used.min() == 8 and estimate.min() > 0.01  # 1 + 6 blocks, in groups of two
 
 
 def test_a_wrong_bound_is_noticed():

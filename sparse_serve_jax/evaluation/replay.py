@@ -241,7 +241,8 @@ def _stop(group, threshold, always, ranked: _Ranked, by_block, tail, total) -> t
     unseen = jnp.pad(from_here[..., 1:], [(0, 0)] * 3 + [(0, 1)], constant_values=-jnp.inf)
   log_p = seen - jnp.logaddexp(seen, unseen)
   at_end = (place % group == group - 1) | (place + 1 >= ranked.count[..., None])  # [n, K, N]
-  enough = at_end & ((log_p > jnp.log(threshold)).all(2) | (left[:, :, 0] == 0))
+  enough = (log_p > jnp.log(threshold)).all(2) & (place + 1 >= always)
+  enough = at_end & (enough | (left[:, :, 0] == 0))
   used = jnp.minimum(jnp.argmax(enough, -1) + 1, ranked.count)
   last = jnp.maximum(used - 1, 0)[:, :, None, None]
   p, tested = jnp.exp(log_p), real & at_end[:, :, None]
