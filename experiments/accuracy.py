@@ -1,93 +1,182 @@
-"""What a model still answers when it attends to part of its context: selection methods by budget, PSA by threshold.
+"""What a model still answers when it attends to part of its context, what PSA reads for that, and what comes back.
 
-  python -m experiments.accuracy --model=DIR --out=/tmp/accuracy --lengths=16384 --tasks=single_text,multi_key
+  python -m experiments.accuracy --model=DIR --out=/tmp/accuracy
 
-Every setting answers the same instances of the generated tasks (`sparse_serve_jax.evaluation.accuracy` says how). The
-folder of --out gets results.jsonl, a row for each task, length and setting: accuracy with the 95 % interval of its
-difference from dense (paired bootstrap), blocks attended, bytes read with digests as a share of dense, attention mass
-attended, and how often PSA's estimate overstates it. What is there is not run again. Then tables (results.md) and, per
-length, a plot of accuracy against bytes. The last line of stdout is one JSON object.
+Three parts, of which --parts chooses:
+
+  tasks        Every setting (selection methods by budget, PSA and a certified stop by threshold) answers the same
+               instances of the generated tasks.
+  text         Every setting predicts the same ordinary text that no training saw, long and short: nats a token.
+  selections   What budgets and PSA select while a long answer is decoded: overlap of steps, working sets, traces.
+
+The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts and reuse.jsonl of
+the third, traces/*.npz, and made of these results.md, summary.json and plots. What the rows are is said by
+`sparse_serve_jax.evaluation`: accuracy.measure, selections.reuse and report. What is there is not run again. The last
+line of stdout is one JSON object, summary.json without its longest part.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 
+from experiments import cli
 from sparse_serve_jax import runtime
-from sparse_serve_jax.evaluation import accuracy, methods, tasks
-from sparse_serve_jax.evaluation.accuracy import Row
-from sparse_serve_jax.models import load_model
+from sparse_serve_jax.evaluation import accuracy, methods, report, selections, tasks
+from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row
+from sparse_serve_jax.models import Model, load_model
+from sparse_serve_jax.serving import workload
+
+PARTS = ("tasks", "text", "selections")
 
 _MODEL = flags.DEFINE_string("model", None, "A model directory.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of results.", required=True)
-_TASKS = flags.DEFINE_list("tasks", ["all"], "Names of generated tasks; all.")
+_PARTS = flags.DEFINE_list("parts", ["all"], f"Of {', '.join(PARTS)}; all.")
+_TASKS = flags.DEFINE_list("tasks", ["all"], "Of the part tasks: names of generated tasks; all.")
 _LENGTHS = flags.DEFINE_list("lengths", ["16384"], "Tokens of prompt and answer.")
+_TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Of the part text: tokens.")
 _INSTANCES = flags.DEFINE_integer("instances", 200, "Of every task and length.", lower_bound=2)
+_REQUESTS = flags.DEFINE_integer("requests", 4, "Of the part selections: instances of a long answer.", lower_bound=1)
 _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99"], "Of PSA.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(methods.METHODS)}, oracle, window; all.")
 _STEPS = flags.DEFINE_integer("steps", 192, "Decode steps at most; a longer answer is judged by its beginning.")
+_TRACE_STEPS = flags.DEFINE_integer(
+  "trace_steps", 256, "Of the part selections: decode steps of an answer at most.", lower_bound=selections.MOST + 1
+)
 _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Of a batch of instances.", lower_bound=1)
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
+
+
+class Rows:
+  """The rows of one setting in a .jsonl file, one for each task, length and case."""
+
+  def __init__(self, file: pathlib.Path, setting: Row):
+    """Reads what is there.
+
+    Raises:
+      ValueError: rows of another setting.
+    """
+    self.file, self.setting = file, setting
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # a run was ended while it wrote
+      file.write_text("".join(lines[:-1]), encoding="utf-8")
+      lines.pop()
+    self.all: list[Row] = [row for _, row in workload.read_lines(file)] if lines else []
+    for row in self.all:
+      if (other := {key: row.get(key) for key in setting}) != setting:
+        raise ValueError(f"{file} has rows of another run, give another --out: {other}, not {setting}")
+
+  def left(self, task: str, n_tokens: int, wanted: Sequence[Case]) -> list[Case]:
+    """The cases without a row."""
+    done = {row["case"] for row in self.all if (row["task"], row["tokens"]) == (task, n_tokens)}
+    return [case for case in wanted if case.name not in done]
+
+  def add(self, task: str, n_tokens: int, case: Case, told: Row) -> None:
+    group = TEXT if task == TEXT else tasks.TASKS[task].group
+    key = dict(task=task, group=group, tokens=n_tokens, case=case.name, family=case.family, at=case.at)
+    self.all.append(key | told | self.setting)
+    with self.file.open("a", encoding="utf-8") as lines:
+      lines.write(json.dumps(self.all[-1]) + "\n")
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  with cli.endings(_VERBOSE.value, f"; the same command goes on from {_OUT.value}"):
+    _main()
+
+
+def _main() -> None:
   runtime.configure()
   logging.set_verbosity(logging.WARNING)
+  parts = _chosen("parts", _PARTS.value, PARTS)
+  of_tasks = _chosen("tasks", _TASKS.value, list(tasks.TASKS))
+  names = _chosen("methods", _METHODS.value, [*methods.METHODS, "oracle", "window"])
+  lengths, text_lengths, budgets = (_numbers(flag, int) for flag in (_LENGTHS, _TEXT_LENGTHS, _BUDGETS))
+  wanted = list(accuracy.cases(names, budgets, _numbers(_THRESHOLDS, float)))
+  model = load_model(_MODEL.value)
+  if too_long := [n for n in [*lengths, *text_lengths] if n > model.config.max_context]:
+    raise ValueError(f"the model's context is {model.config.max_context} tokens, too short for {too_long}")
   out = pathlib.Path(_OUT.value)
-  every = [*methods.METHODS, "oracle", "window"]
-  try:
-    names = _chosen("methods", _METHODS.value, every)
-    of_tasks = _chosen("tasks", _TASKS.value, list(tasks.TASKS))
-    lengths, budgets = ([int(n) for n in flag.value] for flag in (_LENGTHS, _BUDGETS))
-    wanted = list(accuracy.cases(names, budgets, [float(x) for x in _THRESHOLDS.value]))
-    model = load_model(_MODEL.value)
-  except ValueError as error:
-    raise app.UsageError(str(error)) from None
   out.mkdir(parents=True, exist_ok=True)
-  file = out / "results.jsonl"
-  rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-  done = {(row["task"], row["tokens"], row["case"]) for row in rows}
-  setting = dict(model=str(pathlib.Path(_MODEL.value).resolve()), instances=_INSTANCES.value, steps=_STEPS.value)
-  if others := [row for row in rows if any(row[key] != value for key, value in setting.items())]:
-    raise app.UsageError(
-      f"{file} has rows of another run: { ({key: others[0][key] for key in setting}) }, not {setting}"
-    )
+  # A checkpoint that was trained on has another final norm.
+  name = f"{model.name} {zlib.crc32(np.asarray(model.params['final_norm']).tobytes()):08x}"
+  rows = Rows(out / "results.jsonl", dict(model=name, instances=_INSTANCES.value, steps=_STEPS.value))
+  reuse = Rows(out / "reuse.jsonl", dict(model=name, requests=_REQUESTS.value, trace_steps=_TRACE_STEPS.value))
   params = jax.device_put(model.params)
-  for n_tokens in lengths:
-    for task in of_tasks:
-      left = [case for case in wanted if (task, n_tokens, case.name) not in done]
-      if not left:
-        continue
-      if left[0].family != "dense":
-        left = [wanted[0], *left]
-      at_once = max(1, _TOKENS.value // n_tokens)
-      options = _INSTANCES.value, at_once, _STEPS.value
-      measured = list(accuracy.measure(model, params, task, n_tokens, left, *options))
-      dense = measured[0][1]["right_each"]
-      for case, row in measured:
-        if (task, n_tokens, case.name) not in done:
-          key = dict(task=task, group=tasks.TASKS[task].group, tokens=n_tokens, case=case.name)
-          key |= dict(family=case.family, at=case.at, difference=accuracy.interval(row["right_each"], dense))
-          key |= setting
-          rows.append(key | row)
-          with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(rows[-1]) + "\n")
-  (out / "results.md").write_text(accuracy.table(rows))
-  for n_tokens in sorted({row["tokens"] for row in rows}):
-    plot([row for row in rows if row["tokens"] == n_tokens], out / f"accuracy_{n_tokens}.png")
-  print(accuracy.table(rows))
-  brief = {f"{row['task']} {row['tokens']} {row['case']}": [row["accuracy"], row["bytes"]] for row in rows}
-  print(json.dumps(brief), flush=True)
+  if "selections" in parts:  # the shorter parts first
+    for n_tokens in lengths:
+      for task in [task.name for task in tasks.TASKS.values() if task.group == "long_output"]:
+        _trace(model, params, task, n_tokens, wanted, reuse)
+  if "text" in parts:
+    for n_tokens in text_lengths:
+      _measure(model, params, TEXT, n_tokens, wanted, rows)
+  if "tasks" in parts:
+    for n_tokens in lengths:
+      for task in of_tasks:
+        _measure(model, params, task, n_tokens, wanted, rows)
+  _report(out, rows.all, reuse.all)
 
 
-def _chosen(flag: str, given: list[str], known: list[str]) -> list[str]:
+def _measure(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Case], rows: Rows) -> None:
+  """Adds the rows of a task and length that are missing."""
+  if left := rows.left(task, n_tokens, wanted):
+    options = _INSTANCES.value, max(1, _TOKENS.value // n_tokens), _STEPS.value
+    for case, row in accuracy.measure(model, params, task, n_tokens, left, *options):
+      rows.add(task, n_tokens, case, row)
+
+
+def _trace(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Case], rows: Rows) -> None:
+  """Adds the rows of a task and length that are missing, and for each budget a trace."""
+  wanted = [case for case in wanted if case.family in (report.FIXED, "psa")]
+  if left := rows.left(task, n_tokens, wanted):
+    folder = rows.file.parent / "traces"
+    folder.mkdir(exist_ok=True)
+    # Longer steps than those of the other parts, hence fewer at once.
+    options = _REQUESTS.value, max(1, _TOKENS.value // n_tokens // 2), _TRACE_STEPS.value
+    for case, trace in selections.measure(model, params, task, n_tokens, left, *options):
+      if not case.stops:
+        trace.save(folder / f"{task}_{n_tokens}_{case.at:g}.npz")
+      rows.add(task, n_tokens, case, selections.reuse(trace) | dict(traced=trace.selected.shape[1]))
+
+
+def _report(out: pathlib.Path, rows: list[Row], reuse: list[Row]) -> None:
+  """Writes tables, summary and plots, and prints tables and summary."""
+  told = report.summary(rows, reuse)
+  table = report.markdown(told)
+  (out / "results.md").write_text(table, encoding="utf-8")
+  (out / "summary.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+  _plot(out, told, reuse)
+  print(table)
+  print(json.dumps({key: value for key, value in told.items() if key != "psa_by_head"}), flush=True)
+
+
+def _plot(out: pathlib.Path, told: dict[str, list[Row]], reuse: list[Row]) -> None:
+  from experiments import accuracy_plots as plots  # matplotlib is slow to import
+
+  def by(entries: list[Row], *keys: str) -> dict[str, list[Row]]:
+    names: dict[str, list[Row]] = {}
+    for entry in entries:
+      names.setdefault("_".join(str(entry[key]) for key in keys), []).append(entry)
+    return names
+
+  for name, entries in by(told["accuracies"], "group", "tokens").items():
+    plots.accuracy_by_bytes(entries, out / f"accuracy_{name}.png")
+  for name, entries in by(told["psa_by_head"], "group", "tokens").items():
+    plots.blocks_by_head(plots.nearest(entries), out / f"psa_{name}.png")
+  for name, entries in by(reuse, "task", "tokens").items():
+    plots.reuse(entries, out / f"reuse_{name}.png")
+
+
+def _chosen(flag: str, given: list[str], known: Sequence[str]) -> Sequence[str]:
   if given == ["all"]:
     return known
   if unknown := [name for name in given if name not in known]:
@@ -95,26 +184,11 @@ def _chosen(flag: str, given: list[str], known: list[str]) -> list[str]:
   return given
 
 
-def plot(rows: list[Row], file: pathlib.Path) -> None:
-  """Mean accuracy of the retrieval tasks against the share of dense's bytes that is read."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  chosen = [row for row in rows if row["group"] == "retrieval"]
-  for family in dict.fromkeys(row["family"] for row in chosen):
-    points = {}
-    for row in chosen:
-      if row["family"] == family:
-        points.setdefault(row["at"], []).append((row["bytes"], row["accuracy"]))
-    line = sorted(np.mean(values, 0).tolist() for values in points.values())
-    axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=family)
-  axes.set(xscale="log", xlabel="bytes read, of dense", ylabel="accuracy", ylim=(0, 1.02))
-  axes.legend(fontsize=7, ncols=2)
-  figure.savefig(file, dpi=150)
-  plt.close(figure)
+def _numbers(flag: flags.FlagHolder, kind: type) -> list:
+  try:
+    return [kind(text) for text in flag.value]
+  except ValueError:
+    raise ValueError(f"--{flag.name}: {','.join(flag.value)} are not numbers") from None
 
 
 if __name__ == "__main__":

@@ -185,6 +185,13 @@ MUTATIONS = [
     (f"{SELECTION}::test_score_without_sinks_and_window",),
   ),
   Mutation(
+    "the certified bound takes a block for one key",
+    "sparse_serve_jax/evaluation/replay.py",
+    "by_head * scale + math.log(program.block_tokens)",
+    "by_head * scale",
+    ("tests/test_replay.py::test_the_certified_share_is_a_lower_bound",),
+  ),
+  Mutation(
     "a filled tail's digest goes to the next block",
     "sparse_serve_jax/step.py",
     "_store_digests(setup, cache.digest, cache.tail, 0, rows, new_block)",

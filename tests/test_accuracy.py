@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.evaluation import accuracy, methods, replay
-from sparse_serve_jax.models import ByteTokenizer, Model, init_params, save_hf
+from sparse_serve_jax.evaluation import accuracy, methods, replay, selections
+from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, save_hf
 
 CFG = ModelConfig(
   vocab_size=264, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=48, max_context=1024,
@@ -43,9 +43,11 @@ def test_what_a_setting_reads(model):
   batch = accuracy.Instances.of(model, "single_text", 640, range(4), 96)
   dense = replay.prefill(CFG, model.params, batch.tokens)
   rows = {}
-  for case in accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5]):
-    program, setting = replay.Program.of(case.config, oracle=case.oracle), replay.Setting.of(case.config)
-    found = replay.replay(CFG, program, model.params, setting, dense, batch.tokens, batch.start, 96)
+  families = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa"
+  every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5])
+  for case in [case for case in every if case.family in families]:
+    setting = replay.Setting.of(case.config)
+    found = replay.replay(CFG, case.program, model.params, setting, dense, batch.tokens, batch.start, 96)
     rows[case.family] = accuracy.summary(model, case, batch, jax.device_get(found))
   steps = batch.start[:, None] + np.arange(96)
   exist = ((steps // 32) * batch.answers).sum(1) / batch.answers.sum(1)
@@ -60,11 +62,34 @@ def test_what_a_setting_reads(model):
   assert 4 <= rows["psa"]["blocks"].mean() < rows["dense"]["blocks"].mean()
 
 
-def test_the_interval_is_paired():
-  dense, worse = [1] * 80 + [0] * 20, [0] * 10 + [1] * 70 + [0] * 20
-  low, high = accuracy.interval(worse, dense)
-  assert low < -0.1 < high < -0.03
-  assert accuracy.interval(dense, dense) == (0, 0)
+def test_ordinary_text(model):
+  """Dense nats are those of a forward pass over the whole text; an instance is right by the share of its tokens."""
+  batch = accuracy.Instances.of_text(model, 300, range(2), 96)
+  assert batch.answers.all() and batch.answers.shape == (2, 96) and batch.tokens.shape == (2, 320)
+  assert accuracy.Instances.of_text(model, 100, range(1), 96).answers.shape == (1, 50)  # half of it at most
+  wanted = list(accuracy.cases(["cuboid_mean"], [128], []))[:2]
+  told = {case.family: row for case, row in accuracy.measure(model, model.params, "text", 300, wanted, 2, 2, 96)}
+  logits = jax.vmap(lambda ids: forward(CFG, model.params, ids))(batch.tokens[:, :300])
+  at = batch.start[:, None] + np.arange(96)
+  chosen, target = np.take_along_axis(np.asarray(logits), at[..., None], 1), batch.tokens[np.arange(2)[:, None], at + 1]
+  nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(chosen)), target[..., None], 2)[..., 0]
+  row = told["dense"]
+  np.testing.assert_allclose(row["each"]["nats"], nats.mean(1), rtol=1e-4)
+  np.testing.assert_allclose(row["each"]["accuracy"], (chosen.argmax(-1) == target).mean(1), atol=1e-6)
+  assert told["cuboid_mean"]["nats"] != row["nats"]
+
+
+def test_blocks_by_head_and_claims(model):
+  """Of a case that stops; another claims nothing."""
+  wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], [0.9]) if case.family in ("cuboid_mean", "psa")]
+  rows = {case.family: row for case, row in accuracy.measure(model, model.params, "text", 512, wanted, 4, 2, 96)}
+  assert "by_head" not in rows["cuboid_mean"] and "pairs" not in rows["cuboid_mean"]
+  psa = rows["psa"]
+  mean, quantiles = np.array(psa["by_head"]["mean"]), np.array(psa["by_head"]["quantiles"])
+  assert mean.shape == (2, 2) and quantiles.shape == (5, 2, 2) and (np.diff(quantiles, axis=0) >= 0).all()
+  np.testing.assert_allclose(mean.mean(), psa["blocks"], atol=1e-3)
+  assert psa["pairs"] == 4 * 96 * 2 * 4  # tokens, layers, query heads
+  assert 0 < psa["short"] <= psa["violations"] < psa["pairs"]
 
 
 def test_nucleus():
@@ -86,25 +111,40 @@ def test_representatives_are_keys():
 @pytest.mark.slow
 def test_a_run_goes_on(model, tmp_path):
   save_hf(model, tmp_path / "model")
-  arguments = ["--tasks=key_value", "--lengths=384", "--instances=3", "--budgets=128", "--methods=cuboid_mean"]
+  out = tmp_path / "out"
+  arguments = ["--lengths=640", "--text_lengths=256", "--instances=3", "--budgets=128", "--methods=cuboid_mean"]
+  arguments += ["--tasks=key_value", "--requests=2", "--trace_steps=40", "--steps=96"]
 
   def run(*more: str) -> subprocess.CompletedProcess[str]:
-    command = [
-      sys.executable,
-      "-m",
-      "experiments.accuracy",
-      f"--model={tmp_path / 'model'}",
-      f"--out={tmp_path / 'out'}",
-    ]
+    command = [sys.executable, "-m", "experiments.accuracy", f"--model={tmp_path / 'model'}", f"--out={out}"]
     return subprocess.run([*command, *arguments, *more], capture_output=True, text=True)
 
-  first = run("--thresholds=0.5")
-  rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-  assert [row["case"] for row in rows][:2] == ["dense 1", "cuboid_mean 128"], first.stderr
-  assert len(json.loads(first.stdout.splitlines()[-1])) == len(rows)
+  def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+  first = run("--parts=tasks", "--thresholds=0.5")
+  before = rows("results.jsonl")
+  assert [row["case"] for row in before][:2] == ["dense 1", "cuboid_mean 128"], first.stderr
+  with (out / "results.jsonl").open("a") as file:
+    file.write('{"task": "key_val')  # as a run that is killed leaves it
   second = run("--thresholds=0.5,0.9")
-  again = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-  assert again[:-1] == rows and again[-1]["case"] == "psa 0.9", second.stderr
-  assert (tmp_path / "out" / "accuracy_384.png").stat().st_size > 10_000
-  wrong = run("--methods=cuboid")
-  assert wrong.returncode == 1 and "--methods: no cuboid; there are cuboid_mean" in wrong.stderr.splitlines()[-1]
+  after = rows("results.jsonl")
+  new = after[len(before) :]
+  assert after[: len(before)] == before, second.stderr
+  assert [row["case"] for row in new if row["task"] == "key_value"] == ["psa 0.9", "psa, min_max 0.9", "certified 0.9"]
+  assert {row["tokens"] for row in new if row["task"] == "text"} == {256}
+  assert [row["case"] for row in rows("reuse.jsonl")] == 2 * ["cuboid_mean 128", "psa 0.5", "psa 0.9"]
+  told = json.loads(second.stdout.splitlines()[-1])
+  assert told == {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k != "psa_by_head"}
+  for name in ("accuracy_retrieval_640", "psa_retrieval_640", "psa_text_256", "reuse_recite_640", "reuse_renumber_640"):
+    assert (out / f"{name}.png").stat().st_size > 10_000
+  assert selections.Trace.load(out / "traces" / "recite_640_128.npz").selected.shape == (2, 40, 2, 2, 20)
+
+  for wrong, message in {
+    "--methods=cuboid": "--methods: no cuboid; there are cuboid_mean",
+    "--lengths=2048": "the model's context is 1024 tokens, too short for [2048]",
+    "--budgets=many": "--budgets: many are not numbers",
+    "--instances=4": "has rows of another run",
+  }.items():
+    refused = run(wrong)
+    assert refused.returncode == 2 and message in refused.stderr.splitlines()[-1]

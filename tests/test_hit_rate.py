@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,11 @@ from pallas_kernels import digest, residency
 from pallas_kernels.residency import NEVER, Maps
 from pallas_kernels.score import box
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
+from sparse_serve_jax.evaluation.selections import Trace
 from sparse_serve_jax.models import llama
+
+# A file that experiments.accuracy wrote to its traces/.
+REFERENCE = Path(__file__).resolve().parent / "goldens" / "traces" / "reference.npz"
 
 K, N, BLOCKS, STEPS = 2, 64, 8, 48  # heads, blocks of a request, selected of them, decode steps
 
@@ -51,13 +56,19 @@ def recorded(rows: int, layers: int) -> np.ndarray:
   return np.stack([jax.jit(select)(t) for t in tokens], 2)
 
 
+def reference(rows: int, layers: int) -> np.ndarray:
+  """Selections of a trained model within a budget while it writes long answers, a request a row."""
+  ids = Trace.load(REFERENCE).ids()[:STEPS, :layers, :rows]
+  return ids[..., : (ids >= 0).all((0, 1, 2, 3)).sum()].astype(int)  # where a step had fewer blocks, the first ones
+
+
 def exact(trace: np.ndarray, n_slots: int) -> float:
   """Hit rate when every miss evicts what was used longest ago, blocks of its own call apart."""
   used, hits = collections.OrderedDict(), 0
   for step in trace:
     for layer, of_layer in enumerate(step):
       call = [(layer, b, k, i) for (b, k, j), i in np.ndenumerate(of_layer)]
-      hit = [key for key in call if key in used]
+      hit = {key for key in call if key in used}
       hits += len(hit)
       for key in call:
         if key not in used and len(used) == n_slots:
@@ -74,19 +85,20 @@ def exact(trace: np.ndarray, n_slots: int) -> float:
 
 def ours(trace: np.ndarray, n_slots: int) -> float:
   """Hit rate of `propose` and `commit` in a program a step."""
-  _, layers, rows, _, n = trace.shape
-  empty = jnp.full((K, layers, rows * N), -1, jnp.int32)
+  _, layers, rows, n_heads, n = trace.shape
+  n_blocks = int(trace.max()) + 1
+  empty = jnp.full((n_heads, layers, rows * n_blocks), -1, jnp.int32)
   slots = jnp.full(n_slots, -1, jnp.int32)
 
   def step(carry, of_step):
     maps, clock = carry
     victims, hits, taken = residency.eviction_order(maps, clock * layers), 0, jnp.int32(0)
     for layer in range(layers):
-      blocks = of_step[layer] + (jnp.arange(rows) * N)[:, None, None]
+      blocks = of_step[layer] + (jnp.arange(rows) * n_blocks)[:, None, None]
       reads = residency.propose(maps, victims, layer, blocks, taken=taken)
       hits += reads.n_hits.sum()
       taken += blocks.size - reads.n_hits.sum()
-      used, steps = jnp.full((rows, K), n), jnp.zeros(rows, jnp.int32)
+      used, steps = jnp.full((rows, n_heads), n), jnp.zeros(rows, jnp.int32)
       maps = residency.commit(maps, layer, reads, used, clock * layers + layer, steps)
     return (maps, clock + 1), hits
 
@@ -95,7 +107,14 @@ def ours(trace: np.ndarray, n_slots: int) -> float:
 
 
 @pytest.mark.parametrize("slots", [0.5, 1.1, 2.0, 3.0])  # times what a step selects
-@pytest.mark.parametrize("make", [drifting, recorded])
+@pytest.mark.parametrize(
+  "make",
+  [
+    drifting,
+    recorded,
+    pytest.param(reference, marks=pytest.mark.skipif(not REFERENCE.exists(), reason=f"needs {REFERENCE.name}")),
+  ],
+)
 def test_hit_rate_is_that_of_exact_lru(make, slots: float):
   """Never 1 % below it, mostly far above it where it thrashes.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.evaluation import methods
 from sparse_serve_jax.evaluation import replay as replays
+from sparse_serve_jax.evaluation.accuracy import TOLERANCE
 from tests.tiny import config, new_engine, prompt_of, tiny_model
 
 assert "top_p" in methods.METHODS  # by importing it
@@ -22,13 +27,15 @@ POLICIES = {
 }
 
 
-def replayed(shape: str, conf, sequences: list[list[int]], starts: list[int], n: int) -> replays.Replay:
+def replayed(
+  shape: str, conf, sequences: list[list[int]], starts: list[int], n: int, certified: bool = False
+) -> replays.Replay:
   model, width = tiny_model(shape), 256
   tokens = np.zeros((len(sequences), width), np.int32)
   for row, ids in zip(tokens, sequences, strict=True):
     row[: len(ids)] = ids
   dense = replays.prefill(model.config, model.params, tokens)
-  program, setting = replays.Program.of(conf), replays.Setting.of(conf)
+  program, setting = replays.Program.of(conf, certified=certified), replays.Setting.of(conf)
   return replays.replay(model.config, program, model.params, setting, dense, tokens, np.array(starts, np.int32), n)
 
 
@@ -51,3 +58,70 @@ def test_the_engines_tokens_and_blocks(policy: str):
     np.testing.assert_allclose(mass, 1, rtol=1e-5)
   else:
     assert mass.min() < 0.95
+
+
+class Attention:
+  """A layer of 8 steps over 192 keys in bunches around a centre a block, so that a bound can be near and a stop early.
+
+  `spread` is that of a bunch, `sharpness` scales the logits.
+  """
+
+  def __init__(self, seed: int, spread: float, sharpness: float, dtype=jnp.float32):
+    rng, (n, n_heads, n_group, depth, n_tokens) = np.random.default_rng(seed), (8, 2, 2, 16, 192)
+    centres = np.repeat(rng.normal(size=(n_tokens // S, n_heads, depth)), S, 0)
+    self.keys = jnp.asarray(centres + spread * rng.normal(size=(n_tokens, n_heads, depth)), dtype)
+    self.values = jnp.asarray(rng.normal(size=self.keys.shape), dtype)
+    self.q = jnp.asarray(sharpness * rng.normal(size=(n, n_heads, n_group, depth)), dtype)
+    self.positions = jnp.arange(n_tokens - n, n_tokens, dtype=jnp.int32)
+
+  def run(self, threshold: float, *changes: str, method: str = "min_max", certified: bool = True) -> list[np.ndarray]:
+    """Blocks read, mass, estimate, excess; selected."""
+    program = replays.Program(get_method(method), "mean", 2, S, certified)
+    conf = config("sparse.policy=psa", f"sparse.threshold={threshold}", *changes, block_tokens=S)
+    setting = replays.Setting.of(conf)
+    at = self.q, self.keys, self.values, self.positions
+    return [np.asarray(x) for x in replays._attend(program, setting, jnp.int32(0), *at, self.q.shape[-1] ** -0.5)[1]]
+
+
+@given(
+  seed=st.integers(0, 1 << 30),
+  spread=st.sampled_from([0.0, 0.01, 0.3, 3.0]),
+  sharpness=st.sampled_from([0.1, 2.0, 30.0]),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_the_certified_share_is_a_lower_bound(seed: int, spread: float, sharpness: float, dtype):
+  """Also in bf16: a block's largest and smallest keys are keys, so that their digest is exact in the keys' dtype."""
+  used, mass, estimate, excess, selected = Attention(seed, spread, sharpness, dtype).run(0.8)
+  assert excess.max() <= TOLERANCE
+  assert (estimate <= mass + TOLERANCE).all()
+  n_blocks = (np.arange(184, 192) // S)[:, None]
+  assert ((estimate > 0.8 - 1e-6).all(-1) | (used == n_blocks)).all()
+  assert (selected.sum(-1) == used).all()
+
+
+def test_a_bound_reads_more_than_the_estimate_and_less_than_all():
+  attention = Attention(0, spread=0.05, sharpness=3.0)
+  certified, estimated = attention.run(0.9), attention.run(0.9, certified=False)
+  assert estimated[0].mean() < certified[0].mean() < 20  # of 23 or 24
+  assert certified[1].min() > 0.9 > estimated[1].min()
+
+
+def test_a_certified_stop_leaves_out_no_window():
+  used, _, estimate, *_ = Attention(0, spread=0.05, sharpness=3.0).run(
+    0.01, "sparse.sink_tokens=8", "sparse.window_tokens=48"
+  )
+  assert used.min() == 8 and estimate.min() > 0.01  # 1 + 6 blocks, in groups of two
+
+
+def test_a_wrong_bound_is_noticed():
+  """The product with the mean key is below the mean product, and so is its exponential: it bounds from below."""
+  excess = Attention(0, spread=0.3, sharpness=3.0).run(0.9, method="mean")[3]
+  assert (excess > TOLERANCE).mean() > 0.9
+
+
+def test_no_violation_in_a_model():
+  conf = config("sparse.policy=psa", "sparse.threshold=0.6", "sparse.method=min_max", block_tokens=S)
+  found = replayed("gqa4-bias", conf, [prompt_of(n, n) for n in (230, 201)], [150, 140], 60, certified=True)
+  assert np.asarray(found.excess).max() <= TOLERANCE and np.asarray(found.mass).min() > 0.6
+  with pytest.raises(ValueError, match="needs the bound that min_max digests give, not cuboid_mean"):
+    replays.Program.of(config("sparse.policy=psa", block_tokens=S), certified=True)

@@ -1,13 +1,17 @@
-"""How accuracy depends on what is attended to: settings, and what replayed decode steps of generated tasks tell.
+"""How accuracy depends on what is attended to: settings, and what replayed decode steps tell.
 
-Instances are answered with dense attention up to their question; question and answer are decode steps with sparse
-attention (`replay`). An instance is right if every token of its answer is the most likely one: what greedy decoding
-would give.
+Instances of generated tasks are answered with dense attention up to their question; question and answer are decode
+steps with sparse attention (`replay`). An instance is right if every token of its answer is the most likely one: what
+greedy decoding would give. `TEXT` is one more task, of ordinary text: its last tokens are the answer, and what counts
+is their likelihood.
+
+What is measured is a row for each task, length and setting; `report` makes tables of rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,12 +19,20 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, override
 from sparse_serve_jax.evaluation import methods, replay, tasks
+from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.models import Model
 
 BLOCK_TOKENS = (32, 16, 64)  # the first is that of all other comparisons
 STEP_BUCKETS = (96, 192)  # steps are padded to one of these, or to the most there may be
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
+TEXT = "text"
+
+# What a stop test claims may exceed the true mass by this in float32: logits of up to some hundred nats are wrong by up
+# to 1e-4, so masses by such a share, and a share p of two masses by p (1 - p) <= 1/4 of both errors.
+TOLERANCE = 1e-4
 
 Row = dict[str, Any]
 
@@ -33,19 +45,38 @@ class Case:
   at: float
   config: EngineConfig
   oracle: bool = False
+  certified: bool = False
 
   @property
   def name(self) -> str:
     return f"{self.family} {self.at:g}"
 
+  @property
+  def program(self) -> replay.Program:
+    return replay.Program.of(self.config, oracle=self.oracle, certified=self.certified)
+
+  @property
+  def stops(self) -> bool:
+    """Whether a test, and no budget, says how much is attended to."""
+    return self.config.sparse.policy == "psa"
+
 
 def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[float]) -> Iterator[Case]:
-  """Dense; every method at every budget; the axes with the default method; PSA at every threshold."""
+  """Dense; every method at every budget; the axes with the default method; PSA at every threshold, with two rankings,
+  the second of them also with a certified stop.
+  """
 
-  def case(family: str, at: float, *changes: str, oracle: bool = False, block_tokens: int = BLOCK_TOKENS[0]) -> Case:
+  def case(
+    family: str,
+    at: float,
+    *changes: str,
+    oracle: bool = False,
+    certified: bool = False,
+    block_tokens: int = BLOCK_TOKENS[0],
+  ) -> Case:
     small = f"sparse.sink_tokens={block_tokens}", f"sparse.window_tokens={block_tokens}"
     base = [f"cache.block_tokens={block_tokens}", *small, "sparse.policy=topk"]
-    return Case(family, at, override(EngineConfig(), [*base, *changes]), oracle)
+    return Case(family, at, override(EngineConfig(), [*base, *changes]), oracle, certified)
 
   yield case("dense", 1, "sparse.policy=dense")
   for budget in budgets:
@@ -65,7 +96,10 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
   if "top_p" in names:
     yield case("top_p", methods.TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
   for threshold in thresholds:
-    yield case("psa", threshold, "sparse.policy=psa", f"sparse.threshold={threshold}")
+    of = "sparse.policy=psa", f"sparse.threshold={threshold}"
+    yield case("psa", threshold, *of)
+    yield case("psa, min_max", threshold, *of, "sparse.method=min_max")
+    yield case("certified", threshold, *of, "sparse.method=min_max", certified=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +109,7 @@ class Instances:
   tokens: np.ndarray  # [B, T] int32
   start: np.ndarray  # [B] int32, the first decode step: where the question begins
   answers: np.ndarray  # [B, n] bool, the steps that predict a token of the answer
+  by_token: bool = False  # an instance is right by the share of its tokens, and not as a whole
 
   @classmethod
   def of(cls, model: Model, task: str, n_tokens: int, seeds: range, most_steps: int) -> Instances:
@@ -97,6 +132,47 @@ class Instances:
       raise ValueError(f"{most_steps} decode steps end before the answer to a question of {task!r} begins")
     return cls(tokens, np.array(start, np.int32), answers)
 
+  @classmethod
+  def of_text(cls, model: Model, n_tokens: int, seeds: range, most_steps: int) -> Instances:
+    """Beginnings of texts that no training saw: `training.data` seeds its own with a step number instead of the CRC.
+
+    The last tokens are the answer, at most a half.
+    """
+    width = -(-n_tokens // max(BLOCK_TOKENS)) * max(BLOCK_TOKENS)
+    tokens, n = np.zeros((len(seeds), width), np.int32), min(most_steps, n_tokens // 2)
+    for row, seed in zip(tokens, seeds, strict=True):
+      rng = np.random.default_rng([1, zlib.crc32(TEXT.encode()), n_tokens, seed])
+      row[:n_tokens] = model.tokenizer.encode(texts.document(rng, n_tokens))[:n_tokens]  # a word is a token or more
+    start = np.full(len(seeds), n_tokens - n - 1, np.int32)
+    return cls(tokens, start, np.ones((len(seeds), n), bool), by_token=True)
+
+
+def replays(
+  model: Model,
+  params: Any,
+  task: str,
+  n_tokens: int,
+  wanted: Sequence[Case],
+  n_instances: int,
+  at_once: int,
+  steps: int,
+) -> Iterator[tuple[Instances, Case, replay.Replay]]:
+  """Yields, for each batch of instances, the replay of each case, on the device. Arguments as those of `measure`."""
+  for first in tqdm(range(0, n_instances, at_once), desc=f"{task} {n_tokens}", leave=False, disable=None):
+    seeds = range(first, min(first + at_once, n_instances))
+    if task == TEXT:
+      batch = Instances.of_text(model, n_tokens, seeds, steps)
+    else:
+      batch = Instances.of(model, task, n_tokens, seeds, steps)
+    dense = replay.prefill(model.config, params, batch.tokens)
+    for case in wanted:
+      setting, n = replay.Setting.of(case.config), batch.answers.shape[1]
+      yield (
+        batch,
+        case,
+        replay.replay(model.config, case.program, params, setting, dense, batch.tokens, batch.start, n),
+      )
+
 
 def measure(
   model: Model,
@@ -108,12 +184,16 @@ def measure(
   at_once: int,
   steps: int,
 ) -> Iterator[tuple[Case, Row]]:
-  """Yields, for each case, the means over instances of a task at a length, and which of the instances were right.
+  """Yields what there is to tell of each case at a task and length.
+
+  A row has of what `summary` tells means over instances, and sums of counts; under "each" accuracy and nats of every
+  instance; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over all
+  answers' tokens [L, K], and QUANTILES over these tokens [5, L, K].
 
   Args:
     model: the model.
     params: its parameters on the device.
-    task: a name in `tasks.TASKS`.
+    task: a name in `tasks.TASKS`, or TEXT.
     n_tokens: of prompt and answer.
     wanted: the settings.
     n_instances: of the evaluation split, from its first on.
@@ -121,69 +201,46 @@ def measure(
     steps: decode steps at most; a longer answer is judged by its beginning.
   """
   parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
-  for first in tqdm(range(0, n_instances, at_once), desc=f"{task} {n_tokens}", leave=False, disable=None):
-    seeds = range(first, min(first + at_once, n_instances))
-    batch = Instances.of(model, task, n_tokens, seeds, steps)
-    dense = replay.prefill(model.config, params, batch.tokens)
-    for case in wanted:
-      program, setting = replay.Program.of(case.config, oracle=case.oracle), replay.Setting.of(case.config)
-      found = replay.replay(
-        model.config, program, params, setting, dense, batch.tokens, batch.start, batch.answers.shape[1]
-      )
-      found = jax.device_get(found._replace(selected=None))  # by far the largest
-      parts[case.name].append(summary(model, case, batch, found))
+  blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
+  for batch, case, found in replays(model, params, task, n_tokens, wanted, n_instances, at_once, steps):
+    found = jax.device_get(found._replace(selected=None))  # by far the largest
+    parts[case.name].append(summary(model, case, batch, found))
+    if case.stops:
+      blocks[case.name].append(found.blocks[batch.answers])
   for case in wanted:
     whole = {key: np.concatenate([part[key] for part in parts[case.name]]) for key in parts[case.name][0]}
-    row = {key: float(values.mean()) for key, values in whole.items()}
-    yield case, row | {"right_each": whole["accuracy"].astype(int).tolist()}
+    row: Row = {key: int(x.sum()) if x.dtype == int else float(x.mean()) for key, x in whole.items()}
+    if case.stops:
+      of_tokens = np.concatenate(blocks[case.name])  # [tokens, L, K]
+      quantiles = np.quantile(of_tokens, QUANTILES, 0)
+      row["by_head"] = {"mean": of_tokens.mean(0).round(3).tolist(), "quantiles": quantiles.round(3).tolist()}
+    yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in ("accuracy", "nats")}}
 
 
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:
-  """One number an instance of each quantity, over its answer's steps, layers and heads."""
+  """One number an instance of each quantity, over its answer's steps, layers and heads; counts are integers.
+
+  Of a case that stops, "pairs" counts those of a token and a query head, in every layer; "violations" those for which
+  the stop test claimed more than the true mass; and "short" those that got less than the threshold.
+  """
   cfg, size = model.config, case.config.cache.block_tokens
   answers = batch.answers
   mean = lambda x: (x * answers).sum(1) / answers.sum(1)  # noqa: E731  x [B, n]
   attended = found.blocks.mean((2, 3))  # [B, n]
   exist = (batch.start[:, None] + np.arange(answers.shape[1])[None]) // size
-  block, digest = 2 * size * cfg.head_dim, methods.METHODS[case.config.sparse.method].vectors * cfg.head_dim
+  block, digest = 2 * size * cfg.head_dim, get_method(case.config.sparse.method).vectors * cfg.head_dim
   digest = 0 if case.family in ("dense", "sinks and window") else digest  # which need none
-  over = found.estimate - found.mass
-  return {
-    "accuracy": (found.right | ~answers).all(1),
+  told = {
+    "accuracy": mean(found.right) if batch.by_token else (found.right | ~answers).all(1),
     "nats": mean(found.nats),
     "blocks": mean(attended),
     "bytes": mean((attended * block + exist * digest) / (exist * block)),
     "mass": mean(found.mass.mean((2, 3, 4))),
-    "estimate_over": mean((over > 1e-3).mean((2, 3, 4))),
-    "estimate_error": mean(over.mean((2, 3, 4))),
   }
-
-
-def interval(right: list[int], dense: list[int], seed: int = 0) -> tuple[float, float]:
-  """95 % interval of the difference in accuracy from dense, by the paired bootstrap over instances."""
-  difference = np.array(right, float) - np.array(dense, float)
-  drawn = np.random.default_rng(seed).integers(0, len(difference), (10_000, len(difference)))
-  low, high = np.quantile(difference[drawn].mean(1), (0.025, 0.975))
-  return float(low), float(high)
-
-
-def table(rows: list[Row]) -> str:
-  """Markdown: the mean over tasks of each group, by setting."""
-  lines = []
-  for n_tokens in sorted({row["tokens"] for row in rows}):
-    for group in sorted({row["group"] for row in rows}):
-      chosen = [row for row in rows if row["tokens"] == n_tokens and row["group"] == group]
-      if not chosen:
-        continue
-      lines += [f"\n{group}, {n_tokens} tokens, mean of {len({row['task'] for row in chosen})} tasks\n"]
-      lines += [
-        "| setting | accuracy | blocks | bytes of dense | mass | estimate above mass |",
-        "|---|--:|--:|--:|--:|--:|",
-      ]
-      for case in dict.fromkeys(row["case"] for row in chosen):
-        of = lambda key: np.mean([row[key] for row in chosen if row["case"] == case])  # noqa: B023, E731
-        psa = f"{of('estimate_over'):.1%}" if case.startswith("psa") else ""
-        lines += [
-          f"| {case} | {of('accuracy'):.1%} | {of('blocks'):.1f} | {of('bytes'):.1%} | {of('mass'):.3f} | {psa} |"
-        ]
-  return "\n".join(lines) + "\n"
+  if case.stops:
+    count = lambda x: (x.sum((2, 3, 4)) * answers).sum(1)  # noqa: E731  x [B, n, L, K, G]
+    told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
+    told["pairs"] = count(np.ones_like(found.mass, int))
+    told["violations"] = count(found.excess > TOLERANCE)
+    told["short"] = count(found.mass < case.config.sparse.threshold - TOLERANCE)
+  return told

@@ -14,6 +14,7 @@ from sparse_serve_jax.attention.methods import METHODS, Method
 
 REPRESENTATIVES = 4
 TOP_P = 0.85
+_HIGHEST = jax.lax.Precision.HIGHEST  # as pallas_kernels.score
 
 
 def _representatives(keys: jax.Array) -> jax.Array:
@@ -23,13 +24,13 @@ def _representatives(keys: jax.Array) -> jax.Array:
   alone, so they stand in for those queries.
   """
   whole = keys.astype(jnp.float32)
-  agreement = jnp.einsum("...sd,...td->...s", whole, whole)
+  agreement = jnp.einsum("...sd,...td->...s", whole, whole, precision=_HIGHEST)
   best = jax.lax.top_k(agreement, min(REPRESENTATIVES, keys.shape[-2]))[1]
   return jnp.take_along_axis(keys, best[..., None], -2)
 
 
 def _sum_of_products(q: jax.Array, digests: jax.Array) -> jax.Array:
-  return jnp.einsum("...gd,...ned->...gn", q, digests)
+  return jnp.einsum("...gd,...ned->...gn", q, digests, precision=_HIGHEST)
 
 
 def _scaled_box(q: jax.Array, digests: jax.Array) -> jax.Array:
@@ -50,7 +51,7 @@ def _nucleus(scores: jax.Array, count: jax.Array) -> jax.Array:
 
 def _arbitrary(q: jax.Array, digests: jax.Array) -> jax.Array:
   """Numbers that look random: the same for the same query and digest."""
-  return jnp.sin(1e4 * jnp.einsum("...gd,...ned->...gn", q, digests))
+  return jnp.sin(1e4 * _sum_of_products(q, digests))
 
 
 METHODS |= {

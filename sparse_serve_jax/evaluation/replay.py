@@ -9,6 +9,7 @@ and what is not selected is masked, so the true attention mass comes with it.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -30,12 +31,20 @@ class Program(NamedTuple):
   reduce: str
   group: int  # blocks between two stop tests
   block_tokens: int
+  certified: bool = False  # the stop test counts an upper bound of what is unread, not PSA's estimate of it
 
   @classmethod
-  def of(cls, config: EngineConfig, *, oracle: bool = False) -> Program:
-    selector = Selector.of(config)
+  def of(cls, config: EngineConfig, *, oracle: bool = False, certified: bool = False) -> Program:
+    """The program of a configuration.
+
+    Raises:
+      ValueError: certified, and the method's score is no bound.
+    """
+    selector, name = Selector.of(config), "oracle" if oracle else config.sparse.method
+    if certified and name != "min_max":
+      raise ValueError(f"a certified stop needs the bound that min_max digests give, not {name}")
     method = None if oracle else selector.method
-    return cls(method, selector.reduce, selector.group_blocks, config.cache.block_tokens)
+    return cls(method, selector.reduce, selector.group_blocks, config.cache.block_tokens, certified)
 
 
 class Setting(NamedTuple):
@@ -66,7 +75,8 @@ class Replay(NamedTuple):
   nats: jax.Array  # [B, n] float32, its negative log-likelihood
   blocks: jax.Array  # [B, n, L, K] int32, attended, the tail not counted
   mass: jax.Array  # [B, n, L, K, G] float32, the share of the attention mass in what is attended, the tail included
-  estimate: jax.Array  # the same by PSA's P_acc, where it stopped
+  estimate: jax.Array  # what the stop test took that share for where it stopped: PSA's P_acc, or the certified one
+  excess: jax.Array  # by how much that was more than the share: where it stopped, or certified in the worst test
   selected: jax.Array | None  # [B, n, L, K, N] bool
 
 
@@ -147,13 +157,15 @@ class _Ranked(NamedTuple):
 
   ids: jax.Array  # [n, K, N]
   count: jax.Array  # [n, K], blocks that may be read
+  bound: jax.Array | None  # [n, K, G, N] by block, log of a mass that it cannot exceed, -inf if it does not exist
 
 
 def _attend(program: Program, setting: Setting, layer, q, keys, values, positions, scale):
-  """One layer: q [n, K, G, D] over keys, values [T, K, D] -> o [n, K, G, D] and blocks, mass, estimate, selected."""
+  """One layer: q [n, K, G, D] over keys, values [T, K, D] -> o [n, K, G, D] and the last fields of Replay."""
   (n, n_heads, n_group, _), size = q.shape, program.block_tokens
   n_blocks = positions // size  # full blocks of each step
-  logits = jnp.einsum("nkgd,tkd->nkgt", q, keys, preferred_element_type=jnp.float32) * scale
+  precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+  logits = jnp.einsum("nkgd,tkd->nkgt", q, keys, precision=precision, preferred_element_type=jnp.float32) * scale
   logits = logits.reshape(n, n_heads, n_group, -1, size)  # [n, K, G, N, S]
   block = jnp.arange(logits.shape[3])
   exists = block[None] < n_blocks[:, None]  # [n, N]
@@ -162,22 +174,24 @@ def _attend(program: Program, setting: Setting, layer, q, keys, values, position
   tail = jax.nn.logsumexp(jnp.where(in_tail[:, None, None], logits, -jnp.inf), (-2, -1))  # [n, K, G]
 
   total = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(exists[:, None, None], by_block, -jnp.inf), -1))
-  ranked = _rank(program, setting, layer, q, keys, n_blocks, exists, jnp.exp(by_block - total[..., None]))
+  mass = jnp.exp(by_block - total[..., None])
+  ranked = _rank(program, setting, layer, q, keys, n_blocks, exists, mass, scale)
   threshold = jnp.where(layer < setting.dense_layers, 2.0, setting.threshold)
   # No stop test may leave out sinks and window, rounded up to whole groups.
   always = -(-(setting.sinks + setting.window) // program.group) * program.group
-  used, estimate = _stop(program.group, threshold, always, ranked, by_block, tail)
+  used, estimate, worst = _stop(program.group, threshold, always, ranked, by_block, tail, total)
   rank = jnp.argsort(ranked.ids, -1)
   selected = rank < used[..., None]  # [n, K, N]
 
   attended = (selected[..., None] | in_tail[:, None])[:, :, None]  # [n, K, 1, N, S]
   p = jax.nn.softmax(jnp.where(attended, logits, -jnp.inf).reshape(n, n_heads, n_group, -1), -1)
-  o = jnp.einsum("nkgt,tkd->nkgd", p, values.astype(jnp.float32))
+  o = jnp.einsum("nkgt,tkd->nkgd", p, values.astype(jnp.float32), precision=precision)
   read = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(selected[:, :, None], by_block, -jnp.inf), -1))
-  return o, (used, jnp.exp(read - total), estimate, selected)
+  mass = jnp.exp(read - total)
+  return o, (used, mass, estimate, worst if program.certified else estimate - mass, selected)
 
 
-def _rank(program: Program, setting: Setting, layer, q, keys, n_blocks, exists, mass) -> _Ranked:
+def _rank(program: Program, setting: Setting, layer, q, keys, n_blocks, exists, mass, scale) -> _Ranked:
   """As `pallas_kernels.score` and `select`: sinks and window first, ties to the lowest block."""
   by_head = mass  # [n, K, G, N]
   if program.method is not None:
@@ -196,22 +210,41 @@ def _rank(program: Program, setting: Setting, layer, q, keys, n_blocks, exists, 
     ordered = jnp.take_along_axis(scores, ids, -1)
     counted = program.method.budget(jnp.where(block[None] < limit, ordered, -jnp.inf), count)
     count = jnp.where(layer < setting.dense_layers, count, counted)
-  return _Ranked(ids, count)
+  if not program.certified:
+    return _Ranked(ids, count, None)
+  # No key of a block has a larger product with q than the score, and there are S of them.
+  bound = by_head * scale + math.log(program.block_tokens)
+  return _Ranked(ids, count, jnp.where(exists[:, None, None], bound, -jnp.inf))
 
 
-def _stop(group, threshold, always, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array]:
-  """PSA's stop test after each group of blocks: how many are read [n, K], and P_acc there [n, K, G]."""
+def _stop(group, threshold, always, ranked: _Ranked, by_block, tail, total) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The stop test after each group of blocks.
+
+  The share of mass it goes by is PSA's P_acc, which takes every block left for as heavy as the lightest one read; or by
+  `ranked.bound` one that the true share cannot be below.
+
+  Returns:
+    How many blocks are read [n, K], the share there [n, K, G], and the most by which the share of any test, made or
+    not, exceeds the true one [n, K, G].
+  """
   place = jnp.arange(by_block.shape[-1])[None, None]  # [1, 1, N]
   real = (place < ranked.count[..., None])[:, :, None]  # [n, K, 1, N]
-  lse = jnp.take_along_axis(by_block, jnp.broadcast_to(ranked.ids[:, :, None], by_block.shape), -1)
-  lse = jnp.where(real, lse, -jnp.inf)
+  in_order = lambda x: jnp.take_along_axis(x, jnp.broadcast_to(ranked.ids[:, :, None], x.shape), -1)  # noqa: E731
+  lse = jnp.where(real, in_order(by_block), -jnp.inf)
   seen = jnp.logaddexp(tail[..., None], lax.cumlogsumexp(lse, axis=lse.ndim - 1))  # [n, K, G, N]
-  smallest = lax.cummin(jnp.where(real & (place >= always)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
   left = jnp.maximum(ranked.count[..., None] - (place + 1), 0)[:, :, None]  # after this place
-  unseen = jnp.where(left > 0, smallest + jnp.log(jnp.maximum(left, 1).astype(jnp.float32)), -jnp.inf)
+  if ranked.bound is None:
+    smallest = lax.cummin(jnp.where(real & (place >= always)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
+    unseen = jnp.where(left > 0, smallest + jnp.log(jnp.maximum(left, 1).astype(jnp.float32)), -jnp.inf)
+  else:
+    from_here = lax.cumlogsumexp(in_order(ranked.bound), axis=lse.ndim - 1, reverse=True)
+    unseen = jnp.pad(from_here[..., 1:], [(0, 0)] * 3 + [(0, 1)], constant_values=-jnp.inf)
   log_p = seen - jnp.logaddexp(seen, unseen)
   at_end = (place % group == group - 1) | (place + 1 >= ranked.count[..., None])  # [n, K, N]
-  enough = at_end & ((log_p > jnp.log(threshold)).all(2) | (left[:, :, 0] == 0))
+  enough = (log_p > jnp.log(threshold)).all(2) & (place + 1 >= always)
+  enough = at_end & (enough | (left[:, :, 0] == 0))
   used = jnp.minimum(jnp.argmax(enough, -1) + 1, ranked.count)
   last = jnp.maximum(used - 1, 0)[:, :, None, None]
-  return used, jnp.exp(jnp.take_along_axis(log_p, jnp.broadcast_to(last, (*log_p.shape[:3], 1)), -1)[..., 0])
+  p, tested = jnp.exp(log_p), real & at_end[:, :, None]
+  worst = jnp.where(tested, p - jnp.exp(seen - total[..., None]), -1.0).max(-1)
+  return used, jnp.take_along_axis(p, jnp.broadcast_to(last, (*p.shape[:3], 1)), -1)[..., 0], worst

@@ -130,7 +130,10 @@ def causal_attention(cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array)
   fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
   implementation = "cudnn" if fused else "xla"
   heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
-  o = jax.nn.dot_product_attention(heads, k, v, is_causal=True, scale=cfg.head_dim**-0.5, implementation=implementation)
+  with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
+    o = jax.nn.dot_product_attention(
+      heads, k, v, is_causal=True, scale=cfg.head_dim**-0.5, implementation=implementation
+    )
   return o.reshape(q.shape)
 
 

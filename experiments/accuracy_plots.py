@@ -1,0 +1,74 @@
+"""Plots of the accuracy experiment, each of what `sparse_serve_jax.evaluation.report` or a file of rows tells."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from sparse_serve_jax.evaluation import report
+from sparse_serve_jax.evaluation.accuracy import Row
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path) -> None:
+  """A group's mean accuracy against the share of dense's bytes that is read, a line for each family of settings."""
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  for family in dict.fromkeys(row["family"] for row in accuracies):
+    line = sorted((row["bytes"], row["accuracy"]) for row in accuracies if row["family"] == family)
+    axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=family)
+  axes.set(xscale="log", xlabel="bytes read, of dense", ylabel="accuracy", ylim=(0, 1.02))
+  axes.legend(fontsize=7, ncols=2)
+  _save(figure, file)
+
+
+def blocks_by_head(of_psa: Row, file: pathlib.Path) -> None:
+  """An entry of `report.psa_by_head`: a heat map of layers and KV heads, and quantiles over tokens by layer."""
+  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.5), layout="constrained")
+  _heat_map(figure, left, np.array(of_psa["mean"]), "mean blocks")
+  quantiles = np.array(of_psa["quantiles"]).mean(2)  # [5, L]
+  for low, high in ((0, 4), (1, 3)):
+    right.fill_between(np.arange(quantiles.shape[1]), quantiles[low], quantiles[high], alpha=0.25, color="C0")
+  right.plot(quantiles[2], marker="o", markersize=3)
+  right.set(xlabel="layer", ylabel="blocks: median, 50 % and 90 % of tokens", ylim=(0, None))
+  figure.suptitle(f"PSA {of_psa['threshold']:g}: {of_psa['group']}, {of_psa['tokens']} tokens")
+  _save(figure, file)
+
+
+def reuse(rows: Sequence[Row], file: pathlib.Path) -> None:
+  """Rows of `selections.reuse` at one task and length: the curves over w, and layers and heads of the middle row."""
+  figure, axes = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
+  for axis, key, label in zip(axes[0], ("overlap", "working_set"), ("overlap", "working set / selection"), strict=True):
+    for row in rows:
+      blocks = np.array(row["blocks"])[..., None]
+      curve = (np.array(row[key]) * blocks).sum((0, 1)) / blocks.sum()
+      axis.plot(np.arange(1, len(curve) + 1), curve, label=row["case"])
+    axis.set(xlabel="steps w", ylabel=label)
+  axes[0, 0].legend(fontsize=7, ncols=2)
+  row = rows[len(rows) // 2]
+  _heat_map(figure, axes[1, 0], np.array(row["overlap"])[..., 0], f"{row['case']}: overlap with the step before")
+  _heat_map(figure, axes[1, 1], np.array(row["working_set"])[..., 11], f"{row['case']}: working set, w = 12")
+  figure.suptitle(f"{row['task']}, {row['tokens']} tokens")
+  _save(figure, file)
+
+
+def nearest(entries: Sequence[Row]) -> Row:
+  """The entry of `report.psa_by_head` to show where one is shown."""
+  at = report.nearest_threshold([entry["threshold"] for entry in entries])
+  return next(entry for entry in entries if entry["threshold"] == at)
+
+
+def _heat_map(figure: Any, axes: Any, values: np.ndarray, title: str) -> None:
+  """Of values [L, K]."""
+  figure.colorbar(axes.imshow(values, aspect="auto", origin="lower"), ax=axes)
+  axes.set(xlabel="KV head", ylabel="layer", title=title, xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+
+
+def _save(figure: Any, file: pathlib.Path) -> None:
+  figure.savefig(file, dpi=150)
+  plt.close(figure)

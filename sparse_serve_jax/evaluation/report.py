@@ -1,0 +1,308 @@
+"""What the rows of the accuracy experiment say: numbers for machines (`summary`), tables of them (`markdown`).
+
+A row of `rows` is of one task, length and case: what `accuracy.measure` tells, with the keys task, group, tokens, case,
+family and at. A row of `reuse` is what `selections.reuse` tells, with the keys task, tokens, case, and
+requests and traced, how many requests and steps of each it is of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sparse_serve_jax.config import SparseConfig
+from sparse_serve_jax.evaluation.accuracy import QUANTILES, TEXT, TOLERANCE, Row
+
+LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
+FIXED = SparseConfig().method  # the family of fixed budgets that PSA is compared with
+WINDOWS = (1, 2, 4, 8, 12, 16, 32)  # steps w that are shown of working sets; 12 is SparseServe's
+
+
+def interval(values: Sequence[float], dense: Sequence[float], seed: int = 0) -> tuple[float, float]:
+  """95 % interval of the mean difference from dense, by the paired bootstrap over instances."""
+  difference = np.array(values, float) - np.array(dense, float)
+  drawn = np.random.default_rng(seed).integers(0, len(difference), (10_000, len(difference)))
+  low, high = np.quantile(difference[drawn].mean(1), (0.025, 0.975))
+  return float(low), float(high)
+
+
+def summary(rows: Sequence[Row], reuse: Sequence[Row]) -> dict[str, list[Row]]:
+  """Everything but the rows themselves; each entry says what it is."""
+  return {
+    "accuracies": list(accuracies(rows)),
+    "psa_against_fixed": list(psa_against_fixed(rows)),
+    "stop_rules": list(stop_rules(rows)),
+    "certified": list(certified(rows)),
+    "psa_by_head": list(psa_by_head(rows)),
+    "text": list(likelihoods(rows)),
+    "reuse": [reused(row) for row in reuse],
+  }
+
+
+def accuracies(rows: Sequence[Row]) -> Iterator[Row]:
+  """Means over the tasks of each group, by length and case; "more" accuracy than dense, and the 95 % "interval" of that
+  over the instances of all tasks.
+  """
+  for n_tokens, group, chosen in _by_group(rows):
+    means = [] if group == TEXT else _means(chosen)
+    dense = next((mean for mean in means if mean["family"] == "dense"), None)
+    if dense is not None:
+      for mean in means:
+        more = interval(_each_accuracy(chosen, mean["case"]), _each_accuracy(chosen, dense["case"]))
+        told = dict(more=mean["accuracy"] - dense["accuracy"], interval=more)
+        yield dict(tokens=n_tokens, group=group) | mean | told
+
+
+def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
+  """The least that PSA and a fixed budget read for a share of dense accuracy: by task, and for the mean of each group.
+
+  Yields:
+    "tokens", "of" (a task, or "mean of" a group) and "level". Under "dense", "psa" and "fixed" the case with the fewest
+    blocks whose accuracy reaches the level (of a group: the mean accuracy), None where none does; "at" is its
+    threshold, or its budget in tokens. Under "fixed_by_psa" and "dense_by_psa" ratios of blocks and of bytes with
+    digests, None likewise. Dense attends to all full blocks. Where dense is never right, there is nothing to reach, and
+    "psa" and "fixed" are None.
+  """
+  for n_tokens, group, of_group in _by_group(rows):
+    by_task = {task: [row for row in of_group if row["task"] == task] for task in _values(of_group, "task")}
+    for name, chosen in (by_task | {f"mean of {group}": of_group}).items():
+      means = _means(chosen)
+      dense = next((case for case in means if case["family"] == "dense"), None)
+      if group == TEXT or dense is None:
+        continue
+      for level in LEVELS:
+        least: dict[str, Row | None] = {"dense": dense}
+        for key, family in (("psa", "psa"), ("fixed", FIXED)):
+          reach = [case for case in means if 0 < level * dense["accuracy"] <= case["accuracy"] + 1e-9]
+          reach = [case for case in reach if case["family"] == family]
+          least[key] = min(reach, key=lambda case: case["blocks"], default=None)
+        ratios = {f"{key}_by_psa": _ratios(least[key], least["psa"]) for key in ("fixed", "dense")}
+        yield dict(tokens=n_tokens, of=name, level=level) | least | ratios
+
+
+def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
+  """What PSA's estimate is worth and what a guarantee costs, by length, group and threshold.
+
+  Yields:
+    "tokens", "group", "threshold", and for each family of cases that stops: mean "blocks" and "mass", and the counts
+    "pairs", "violations" and "short" of `accuracy.summary`, over all tasks; "cost", blocks of the certified stop as a
+    multiple of the estimate's on the same ranking.
+  """
+  for n_tokens, group, of_group in _by_group(rows):
+    stopping = [row for row in of_group if "pairs" in row]
+    for threshold in _values(stopping, "at"):
+      chosen = [row for row in stopping if row["at"] == threshold]
+      told: Row = {mean["family"]: {key: mean[key] for key in ("blocks", "mass")} for mean in _means(chosen)}
+      for family, of in told.items():
+        for key in ("pairs", "violations", "short"):
+          of[key] = sum(row[key] for row in chosen if row["family"] == family)
+      cost = _ratios(told.get("certified"), told.get("psa, min_max"), ("blocks",))
+      yield dict(tokens=n_tokens, group=group, threshold=threshold) | told | dict(cost=cost and cost["blocks"])
+
+
+def certified(rows: Sequence[Row]) -> Iterator[Row]:
+  """All "pairs" and "violations" of the certified stop, whatever length, task and threshold; none is to be violated."""
+  if chosen := [row for row in rows if row["family"] == "certified"]:
+    yield {key: sum(row[key] for row in chosen) for key in ("pairs", "violations")} | dict(tolerance=TOLERANCE)
+
+
+def psa_by_head(rows: Sequence[Row]) -> Iterator[Row]:
+  """Blocks that PSA attends to by layer and KV head, by length, group and threshold.
+
+  Yields:
+    "tokens", "group", "threshold"; "mean" [L, K] over tokens and "quantiles" [5, L, K], those of QUANTILES over tokens;
+    both are means over the tasks.
+  """
+  for n_tokens, group, of_group in _by_group(rows):
+    of_psa = [row for row in of_group if row["family"] == "psa"]
+    for threshold in _values(of_psa, "at"):
+      ours = [row["by_head"] for row in of_psa if row["at"] == threshold]
+      mean = {key: np.mean([of[key] for of in ours], 0).round(3).tolist() for key in ("mean", "quantiles")}
+      yield dict(tokens=n_tokens, group=group, threshold=threshold) | mean
+
+
+def likelihoods(rows: Sequence[Row]) -> Iterator[Row]:
+  """Nats a token of ordinary text, by length and case; "more" than dense, with the 95 % "interval" of that."""
+  for _, group, chosen in _by_group(rows):
+    dense = next((row for row in chosen if row["family"] == "dense"), None)
+    if group == TEXT and dense is not None:
+      for row in chosen:
+        told = {key: row[key] for key in ("tokens", "case", "nats", "accuracy", "blocks", "bytes", "mass")}
+        more = interval(row["each"]["nats"], dense["each"]["nats"])
+        yield told | {"more": row["nats"] - dense["nats"], "interval": more}
+
+
+def reused(row: Row) -> Row:
+  """A row of `reuse`, its layers and heads together (each by the blocks it selects), at some windows."""
+  told = {key: row[key] for key in ("task", "tokens", "case", "requests", "traced")}
+  blocks = np.array(row["blocks"])  # [L, K]
+  told["blocks"] = float(blocks.mean())
+  for key in ("overlap", "working_set"):
+    curve = (np.array(row[key]) * blocks[..., None]).sum((0, 1)) / blocks.sum()
+    told[key] = {str(w): round(float(curve[w - 1]), 4) for w in WINDOWS}
+  return told
+
+
+def nearest_threshold(thresholds: Sequence[float]) -> float:
+  """The one to show where one is shown: nearest to the default, PSA's example."""
+  return min(thresholds, key=lambda threshold: abs(threshold - SparseConfig().threshold))
+
+
+def _values(rows: Sequence[Row], key: str) -> list:
+  """In order of their first row."""
+  return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _by_group(rows: Sequence[Row]) -> Iterator[tuple[int, str, list[Row]]]:
+  for n_tokens, group in itertools.product(sorted(_values(rows, "tokens")), sorted(_values(rows, "group"))):
+    if chosen := [row for row in rows if row["tokens"] == n_tokens and row["group"] == group]:
+      yield n_tokens, group, chosen
+
+
+def _means(rows: Sequence[Row]) -> list[Row]:
+  """Means over tasks of each case that all of the tasks have."""
+  n_tasks, means = len(_values(rows, "task")), []
+  for name in _values(rows, "case"):
+    ours = [row for row in rows if row["case"] == name]
+    if len(ours) == n_tasks:
+      mean = {key: float(np.mean([row[key] for row in ours])) for key in ("accuracy", "blocks", "bytes", "mass")}
+      means.append(dict(case=name, family=ours[0]["family"], at=ours[0]["at"], tasks=n_tasks) | mean)
+  return means
+
+
+def _each_accuracy(rows: Sequence[Row], case: str) -> list[float]:
+  """Of all instances of all tasks, the tasks in order of their names."""
+  ours = sorted((row for row in rows if row["case"] == case), key=lambda row: row["task"])
+  return [accuracy for row in ours for accuracy in row["each"]["accuracy"]]
+
+
+def _ratios(one: Row | None, other: Row | None, keys: Sequence[str] = ("blocks", "bytes")) -> dict[str, float] | None:
+  return None if one is None or other is None else {key: one[key] / other[key] for key in keys}
+
+
+# Tables
+
+
+def markdown(told: dict[str, list[Row]]) -> str:
+  """The tables of a summary."""
+  parts = [_section(told[key], *of) for key, of in _SECTIONS.items() if told[key]]
+  return "\n\n".join(parts) + "\n"
+
+
+def _section(entries: list[Row], title: str, head: Sequence[str], split: Sequence[str], cells: Any) -> str:
+  """A title, and a table of entries for each combination of the values under `split`."""
+  parts = [f"## {title}"]
+  for values in dict.fromkeys(tuple(entry[key] for key in split) for entry in entries):
+    chosen = [entry for entry in entries if tuple(entry[key] for key in split) == values]
+    lines = [line for entry in chosen for line in cells(entry, chosen)]
+    named = zip(split, values, strict=True)
+    name = ", ".join(f"{value} tokens" if key == "tokens" else str(value) for key, value in named)
+    rule = "|".join(["---", *["--:"] * (len(head) - 1)])
+    table = [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
+    parts += [f"### {name}", "\n".join(table)] if name else ["\n".join(table)]
+  return "\n\n".join(parts)
+
+
+def _accuracy_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
+  low, high = of["interval"]
+  cells = [of["case"], f"{of['accuracy']:.1%}", f"{of['more']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+  yield [*cells, f"{of['blocks']:.1f}", f"{of['bytes']:.1%}", f"{of['mass']:.3f}"]
+
+
+def _psa_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
+  cells = [of["of"], f"{of['level']:.0%}", f"{of['dense']['accuracy']:.1%}", f"{of['dense']['blocks']:.1f}"]
+  for case in (of["psa"], of["fixed"]):
+    none = "none reaches it" if of["dense"]["accuracy"] else "dense is never right"
+    cells += [none, "", ""] if case is None else [f"{case['at']:g}", f"{case['accuracy']:.1%}", f"{case['blocks']:.1f}"]
+  for ratios in (of["fixed_by_psa"], of["dense_by_psa"]):
+    cells += ["-", "-"] if ratios is None else [f"{ratios['blocks']:.2f}", f"{ratios['bytes']:.2f}"]
+  yield cells
+
+
+def _stop_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
+  for family in ("psa", "psa, min_max", "certified"):
+    if family in of:
+      ours = of[family]
+      cells = [f"{family} {of['threshold']:g}", f"{ours['blocks']:.1f}", f"{ours['mass']:.3f}", f"{ours['pairs']:,}"]
+      cells += [f"{ours['violations']:,}", f"{ours['violations'] / ours['pairs']:.1%}"]
+      cost = f"{of['cost']:.2f}" if family == "certified" and of["cost"] else ""
+      yield [*cells, f"{ours['short'] / ours['pairs']:.1%}", cost]
+
+
+def _head_cells(of: Row, all_of: list[Row]) -> Iterator[list[str]]:
+  if of["threshold"] == nearest_threshold([other["threshold"] for other in all_of]):
+    mean, quantiles = np.array(of["mean"]), np.array(of["quantiles"]).mean(2)  # [L, K], [5, L]
+    for layer, heads in enumerate(mean):
+      cells = [f"psa {of['threshold']:g}", str(layer), *(f"{x:.1f}" for x in (heads.mean(), heads.min(), heads.max()))]
+      yield [*cells, *(f"{x:.1f}" for x in quantiles[:, layer])]
+
+
+def _text_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
+  low, high = of["interval"]
+  cells = [of["case"], f"{of['nats']:.4f}", f"{of['more']:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{of['accuracy']:.1%}"]
+  yield [*cells, f"{of['blocks']:.1f}", f"{of['bytes']:.1%}", f"{of['mass']:.3f}"]
+
+
+def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
+  cells = [of["task"], of["case"], f"{of['requests']} x {of['traced']}", f"{of['blocks']:.1f}"]
+  cells += [f"{of['overlap'][str(w)]:.1%}" for w in WINDOWS]
+  yield [*cells, *(f"{of['working_set'][str(w)]:.2f}" for w in WINDOWS[1:])]
+
+
+# Of each key of a summary: title, head of the tables, what there is a table for, lines of an entry.
+_SECTIONS = {
+  "accuracies": (
+    "Accuracy by setting, mean over tasks, and its difference from dense with the 95 % interval",
+    ("setting", "accuracy", "more", "interval", "blocks", "bytes of dense", "mass"),
+    ("tokens", "group"),
+    _accuracy_cells,
+  ),
+  "psa_against_fixed": (
+    f"The cheapest PSA threshold and the cheapest {FIXED} budget (tokens) that reach a share of dense accuracy",
+    (
+      *("of", "share", "dense", "blocks", "PSA at", "accuracy", "blocks", "budget", "accuracy", "blocks"),
+      *("fixed / PSA blocks", "bytes", "dense / PSA blocks", "bytes"),
+    ),
+    ("tokens",),
+    _psa_cells,
+  ),
+  "stop_rules": (
+    "Stop tests: (token, query head) pairs, in every layer, whose mass was claimed to be more than it is, or is below "
+    "the threshold; blocks of the certified stop as a multiple of the estimate's on the same ranking (cost)",
+    ("setting", "blocks", "mass", "pairs", "claimed more", "share", "below threshold", "cost"),
+    ("tokens", "group"),
+    _stop_cells,
+  ),
+  "certified": (
+    "The certified stop, all settings: pairs of which any test claimed more than the true mass and float32's error",
+    ("pairs", "violations", "error"),
+    (),
+    lambda of, _: [[f"{of['pairs']:,}", f"{of['violations']:,}", f"{of['tolerance']:g}"]],
+  ),
+  "psa_by_head": (
+    "Blocks that PSA attends to by layer: of the KV heads mean, least and most; quantiles over tokens",
+    ("setting", "layer", "mean", "least head", "most", *(f"{q:.0%}" for q in QUANTILES)),
+    ("tokens", "group"),
+    _head_cells,
+  ),
+  "text": (
+    "Ordinary text: nats a token, difference from dense with its 95 % interval",
+    ("setting", "nats", "more", "interval", "next token right", "blocks", "bytes of dense", "mass"),
+    ("tokens",),
+    _text_cells,
+  ),
+  "reuse": (
+    "Selections of a step that one of the w before made too (overlap), and all of the last w as a multiple of one "
+    "(working set)",
+    (
+      *("task", "setting", "requests x steps", "blocks"),
+      *(f"overlap, w = {w}" for w in WINDOWS),
+      *(f"working set, w = {w}" for w in WINDOWS[1:]),
+    ),
+    ("tokens",),
+    _reuse_cells,
+  ),
+}

@@ -1,0 +1,138 @@
+"""Which blocks successive decode steps select: traces of them, and how much of a selection comes back.
+
+What a cache of blocks can win is said by two curves over a number of steps w (SparseServe, arXiv 2509.24626, section
+3.3): the overlap of a step's selection with those of the w steps before, and the working set, all that w steps select.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_serve_jax.evaluation import accuracy
+from sparse_serve_jax.evaluation.accuracy import Case, Row
+from sparse_serve_jax.models import Model
+
+MOST = 32  # w of the curves is 1 to this
+QUESTION = 96  # decode steps at most before the answer's
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """The selections of n successive decode steps of R requests.
+
+  A file of one is a numpy .npz of three arrays: `selected`, packed eight steps to a byte, since a block is mostly
+  selected or not for many steps in a row and that compresses well; `lengths`; and `about`, the rest as JSON.
+  """
+
+  selected: np.ndarray  # [R, n, L, K, N] bool: blocks attended, sinks and window included, the tail not
+  lengths: np.ndarray  # [R] int32, tokens of a request before its first step; its full blocks are those of S tokens
+  block_tokens: int  # S
+  method: str  # the case, such as "cuboid_mean 2048"
+  model: str
+  task: str
+
+  def ids(self) -> np.ndarray:
+    """Block ids int16 [n, L, R, K, C], ascending; C is the most that a step selects, and -1 stands beyond a count."""
+    by_step = self.selected.transpose(1, 2, 0, 3, 4)
+    count = by_step.sum(-1)
+    ids = np.argsort(~by_step, -1, stable=True)[..., : count.max()].astype(np.int16)
+    return np.where(np.arange(ids.shape[-1]) < count[..., None], ids, np.int16(-1))
+
+  def save(self, file: str | pathlib.Path) -> None:
+    about = {key: getattr(self, key) for key in ("block_tokens", "method", "model", "task")}
+    about["steps"] = self.selected.shape[1]
+    packed = np.packbits(np.moveaxis(self.selected, 1, -1), -1)  # [R, L, K, N, n / 8]
+    np.savez_compressed(file, selected=packed, lengths=self.lengths, about=np.array(json.dumps(about)))
+
+  @classmethod
+  def load(cls, file: str | pathlib.Path) -> Trace:
+    """Reads a file that `save` wrote.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    try:
+      with open(file, "rb") as opened, np.load(opened) as arrays:
+        about = json.loads(str(arrays["about"]))
+        selected = np.unpackbits(arrays["selected"], axis=-1, count=about.pop("steps")).astype(bool)
+        return cls(np.moveaxis(selected, -1, 1), arrays["lengths"], **about)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+      raise ValueError(f"{file} is no trace of selections: {error}") from error
+
+
+def measure(
+  model: Model,
+  params: Any,
+  task: str,
+  n_tokens: int,
+  wanted: Sequence[Case],
+  n_requests: int,
+  at_once: int,
+  steps: int,
+) -> Iterator[tuple[Case, Trace]]:
+  """Yields what each case selects while the answers of a task are decoded.
+
+  Args:
+    model, params, task, n_tokens, wanted, at_once: as those of `accuracy.measure`.
+    n_requests: R, instances of the evaluation split.
+    steps: n, of an answer, from its first on; fewer where the shortest answer has fewer.
+
+  Raises:
+    ValueError: the shortest answer has no more steps than working sets are made of.
+  """
+  parts: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
+  lengths: list[np.ndarray] = []
+  for batch, case, found in accuracy.replays(
+    model, params, task, n_tokens, wanted, n_requests, at_once, QUESTION + steps
+  ):
+    selected = jax.device_get(found.selected)
+    n = min(steps, int(batch.answers.sum(1).min()))
+    first = batch.answers.argmax(1)
+    parts[case.name] += [of[i : i + n] for of, i in zip(selected, first, strict=True)]
+    if case is wanted[0]:
+      lengths.append(batch.start + first)
+  n = min(len(of) for of in parts[wanted[0].name])
+  if n <= MOST:
+    raise ValueError(f"{n} steps of an answer of {task} at {n_tokens} tokens are too few: curves need more than {MOST}")
+  for case in wanted:
+    selected = np.stack([of[:n] for of in parts[case.name]])
+    before = np.concatenate(lengths).astype(np.int32)
+    yield case, Trace(selected, before, case.config.cache.block_tokens, case.name, model.name, task)
+
+
+def reuse(trace: Trace) -> Row:
+  """How much of a selection comes back.
+
+  Returns:
+    By layer and KV head, over the steps that have MOST steps before them: "blocks" [L, K], the mean of |S_t|; and with
+    w = 1 to MOST last "overlap" [L, K, MOST], the sum of |S_t and (S_t-1 or ... S_t-w)| by that of |S_t|, and
+    "working_set" [L, K, MOST], the sum of |S_t or ... S_t-w+1| by that of |S_t|.
+  """
+  n_requests, n, n_layers, n_heads, _ = trace.selected.shape
+  shape = n_layers, n_heads, MOST + 1
+  cell = np.arange(n_layers * n_heads).reshape(n_layers, n_heads, 1) * (MOST + 1)
+
+  def by_age(age: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Counts [L, K, MOST + 1] of the blocks `which` [R, L, K, N] by age, the last of MOST and more."""
+    return np.bincount((np.minimum(age, MOST) + cell)[which], minlength=cell.size * (MOST + 1)).reshape(shape)
+
+  overlap, union = np.zeros((2, *shape), int)
+  last = np.full(trace.selected[:, 0].shape, -MOST - 1)  # the step that selected a block last
+  for t in range(n):
+    now, before = trace.selected[:, t], t - 1 - last
+    last[now] = t
+    if t >= MOST:
+      overlap += by_age(before, now)
+      union += by_age(t - last, np.ones_like(now))
+  total = overlap.sum(-1)  # [L, K]
+  curves = {"overlap": overlap, "working_set": union}
+  told = {key: (of[..., :MOST].cumsum(-1) / total[..., None]).round(4).tolist() for key, of in curves.items()}
+  return {"blocks": (total / ((n - MOST) * n_requests)).round(3).tolist()} | told

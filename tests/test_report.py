@@ -1,0 +1,104 @@
+"""What is made of rows: comparisons with known answers, and tables that tell what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from sparse_serve_jax.evaluation import report, selections
+from tests.test_traces import drifting
+
+
+def row(task: str, family: str, at: float, accuracy: float, blocks: float, group: str = "retrieval", **more) -> dict:
+  each = {"accuracy": [1.0] * round(10 * accuracy) + [0.0] * round(10 - 10 * accuracy), "nats": [1.0, 2.0, 4.0]}
+  told = dict(task=task, group=group, tokens=1024, case=f"{family} {at:g}", family=family, at=at)
+  return told | dict(accuracy=accuracy, nats=2.0, blocks=blocks, bytes=blocks / 32, mass=0.9, each=each) | more
+
+
+def stop(family: str, at: float, accuracy: float, blocks: float, violations: int = 0, task: str = "a") -> dict:
+  by_head = {"mean": [[blocks - 1, blocks + 1]], "quantiles": [[[blocks, blocks]]] * 5}
+  counts = dict(pairs=1000, violations=violations, short=violations // 2)
+  return row(task, family, at, accuracy, blocks, by_head=by_head, **counts)
+
+
+ROWS = [
+  row("a", "dense", 1, 1.0, 32),
+  row("a", "cuboid_mean", 128, 0.5, 4),
+  row("a", "cuboid_mean", 512, 1.0, 16),
+  row("a", "cuboid_mean", 1024, 1.0, 32),
+  stop("psa", 0.5, 0.9, 4, 100),
+  stop("psa", 0.9, 1.0, 8, 50),
+  stop("psa, min_max", 0.5, 0.9, 5, 90),
+  stop("certified", 0.5, 1.0, 20),
+  row("b", "dense", 1, 0.5, 32),
+  row("b", "cuboid_mean", 128, 0.4, 4),
+  row("b", "cuboid_mean", 512, 0.5, 16),
+  stop("psa", 0.5, 0.4, 4, 100, task="b"),
+  stop("psa", 0.9, 0.4, 8, 50, task="b"),
+  row("c", "dense", 1, 0.0, 32, "global"),
+  row("c", "cuboid_mean", 128, 0.0, 4, "global"),
+]
+
+
+def test_psa_against_fixed():
+  found = {(entry["of"], entry["level"]): entry for entry in report.psa_against_fixed(ROWS)}
+  a = found["a", 0.98]
+  assert (a["psa"]["at"], a["fixed"]["at"], a["dense"]["blocks"]) == (0.9, 512, 32)
+  assert a["fixed_by_psa"] == {"blocks": 2, "bytes": 2} and a["dense_by_psa"] == {"blocks": 4, "bytes": 4}
+  b = found["b", 0.98]
+  assert b["psa"] is None and b["fixed"]["at"] == 512 and b["fixed_by_psa"] is b["dense_by_psa"] is None
+  # Of the means, 0.75 for dense, only settings that both tasks have: 1024 tokens is none.
+  mean = found["mean of retrieval", 0.99]
+  assert mean["dense"]["accuracy"] == 0.75 and mean["fixed"]["at"] == 512 and mean["psa"] is None
+  c = found["c", 0.99]
+  assert c["psa"] is c["fixed"] is None
+  lines = report.markdown(report.summary(ROWS, [])).splitlines()
+  assert any(line.startswith("| b | 98% | 50.0% | 32.0 | none reaches it |") for line in lines)
+  assert any(line.startswith("| c | 98% | 0.0% | 32.0 | dense is never right |") for line in lines)
+
+
+def test_levels_are_reached_in_spite_of_rounding():
+  rows = [row("a", "dense", 1, 0.5, 32), row("a", "psa", 0.9, 0.98 * 0.5 - 1e-12, 8)]
+  assert next(report.psa_against_fixed(rows))["psa"]["at"] == 0.9
+
+
+def test_stop_rules():
+  first, second = report.stop_rules([r for r in ROWS if r["task"] == "a"])
+  assert first["threshold"] == 0.5 and first["cost"] == 4 and first["certified"]["violations"] == 0
+  assert first["psa"] == {"blocks": 4, "mass": 0.9, "pairs": 1000, "violations": 100, "short": 50}
+  assert second["threshold"] == 0.9 and second["cost"] is None and "certified" not in second
+  assert list(report.certified(ROWS)) == [{"pairs": 1000, "violations": 0, "tolerance": 1e-4}]
+  both = next(entry for entry in report.stop_rules(ROWS) if entry["threshold"] == 0.9)
+  assert (both["psa"]["pairs"], both["psa"]["violations"]) == (2000, 100)
+
+
+def test_likelihoods_and_accuracies():
+  sparse = row("text", "psa", 0.9, 0.2, 8, "text", nats=2.5)
+  sparse["each"]["nats"] = [1.5, 2.5, 4.5]
+  (dense, psa) = report.likelihoods([row("text", "dense", 1, 0.3, 32, "text"), sparse])
+  assert dense["more"] == 0 and psa["more"] == 0.5
+  np.testing.assert_allclose(psa["interval"], (0.5, 0.5))
+  told = {(entry["group"], entry["case"]): entry for entry in report.accuracies(ROWS)}
+  worse = told["retrieval", "cuboid_mean 128"]
+  assert worse["more"] == pytest.approx(-0.3) and worse["interval"][0] < -0.3 < worse["interval"][1] < 0
+  assert ("retrieval", "cuboid_mean 1024") not in told
+
+
+def test_the_interval_is_paired():
+  dense, worse = [1] * 80 + [0] * 20, [0] * 10 + [1] * 70 + [0] * 20
+  low, high = report.interval(worse, dense)
+  assert low < -0.1 < high < -0.03
+  assert report.interval(dense, dense) == (0, 0)
+
+
+def test_every_part_of_a_summary_has_a_table():
+  reuse = selections.reuse(drifting()) | dict(task="recite", tokens=1024, case="psa 0.9", requests=2, traced=44)
+  rows = [*ROWS, row("text", "dense", 1, 0.3, 32, "text")]
+  told = report.summary(rows, [reuse])
+  assert all(told.values()) and json.loads(json.dumps(told)) == json.loads(json.dumps(told, allow_nan=False))
+  assert report.markdown(told).count("\n## ") == len(told) - 1
+  overlap = np.array(reuse["overlap"])[..., 11]
+  assert overlap.min() < told["reuse"][0]["overlap"]["12"] < overlap.max()
+  assert report.nearest_threshold([0.5, 0.9, 0.98]) == 0.98  # 0.95 by default
