@@ -113,9 +113,12 @@ def _train(run: trainer.Trainer, tokenizer: Tokenizer, out: pathlib.Path) -> Non
       bar.update(step - bar.n)
       if step % _LOG_EVERY.value and step != config.steps:
         return
-      loss, right, norm = (float(x) for x in metrics)
+      loss, norm = float(metrics.loss), float(metrics.grad_norm)
+      counts = zip(data.SOURCES, metrics.right.tolist(), metrics.answers.tolist(), strict=True)
+      right = {source: n / answers for source, n, answers in counts if answers}
       rate = seen / (time.monotonic() - began)
-      bar.set_postfix_str(f"loss {loss:.3f}, answers {right:.1%}, {rate / 1e3:.0f}k tokens/s")
+      answers = ", ".join(f"{source} {share:.1%}" for source, share in right.items())
+      bar.set_postfix_str(f"loss {loss:.3f}, answers: {answers}, {rate / 1e3:.0f}k tokens/s")
       row = dict(step=step, tokens=batch.weights.shape[1], loss=loss, answers=right, grad_norm=norm, tokens_per_s=rate)
       file.write(json.dumps(row) + "\n")
       file.flush()

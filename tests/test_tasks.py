@@ -30,7 +30,7 @@ LENGTHS = (256, 1024, 4096, 16384)
 
 def parts(prompt: str) -> tuple[str, str]:
   context, question = prompt.rsplit("\nQuestion: ", 1)
-  return context, question.removesuffix(" Answer:")
+  return context, question.split(" Answer:")[0]
 
 
 # Oracles: what a reader of the prompt answers, by task.
@@ -87,11 +87,11 @@ def _count(context: str, question: str) -> str:
 
 
 def _values(context: str, _: str) -> str:
-  return ", ".join(re.findall(r": (\d+)$", context, re.MULTILINE))
+  return ", ".join(re.findall(r": (\d+)\b", context))
 
 
 def _sorted(context: str, _: str) -> str:
-  return ", ".join(sorted(context.splitlines(), key=lambda line: int(line.split(":")[0])))
+  return ", ".join(sorted(context.split(", "), key=lambda line: int(line.split(":")[0])))
 
 
 ORACLES: dict[str, Callable[[str, str], str]] = {
@@ -207,7 +207,7 @@ def test_keys_and_values_are_of_the_kind_named():
     ("key_value_uuid", uuid, uuid),
   ):
     instance = make(task, 512, 0, WORDS, split="eval")
-    assert re.search(rf" of {key}\? Answer:$", instance.prompt) and re.fullmatch(value, instance.answers[0]), task
+    assert re.search(rf" of {key}\? Answer:", instance.prompt) and re.fullmatch(value, instance.answers[0]), task
 
 
 def test_another_length_hides_another_needle():
@@ -223,7 +223,7 @@ def test_length(task: str, length: int):
     assert instance.n_tokens >= (0.97 if length >= 1024 else 0.85) * length
     assert len(WORDS.encode(instance.prompt)) + instance.max_new_tokens == instance.n_tokens
     begin, end = instance.span
-    assert instance.text[begin:end] == instance.completion and instance.text[:begin].endswith(" Answer:")
+    assert instance.text[begin:end] == instance.completion and " Answer:" in instance.text[begin - 120 : begin]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -50,16 +50,17 @@ def shortened(*stages: Stage) -> TrainConfig:
 def test_sequences_are_functions_of_their_seed(source: str, seed: int):
   config, tokenizer = dataclasses.replace(TOY, sources=Sources(**{source: 1.0})), ByteTokenizer()
   make = lambda seed: data.sequence(config, tokenizer, 400, np.random.default_rng(seed))  # noqa: E731
-  (tokens, weights), again, other = make(seed), make(seed), make(seed + 1)
+  (tokens, weights, index), again, other = make(seed), make(seed), make(seed + 1)
+  assert data.SOURCES[index] == source
   assert tokens.shape == (401,) and weights.shape == (400,) and tokens.dtype == np.int32 and weights.dtype == np.float32
   assert tokens.tolist() == again[0].tolist() != other[0].tolist() and weights.tolist() == again[1].tolist()
   assert ((tokens >= 0) & (tokens < tokenizer.vocab_size)).all()
   context = np.float32(config.context_weight)
   of_answers = {float(w) for w in weights} - {0.0, float(context)}
   assert of_answers == (set() if source == "text" else {float(weights.max())})
-  if source == "tasks":  # the whole answer weighs a twentieth of the sequence, or its tokens 1 each
+  if source == "tasks":  # the whole answer weighs a fifth of the sequence, or its tokens 1 each
     n_answer = (weights >= 1).sum()
-    assert weights.max() == pytest.approx(max(1, 20 / n_answer))
+    assert weights.max() == pytest.approx(max(1, 80 / n_answer))
   elif source != "text":
     assert weights.max() == 1
 
@@ -128,12 +129,15 @@ def test_the_loss_is_the_weighted_mean():
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, MODEL.vocab_size, (2, 9)).astype(np.int32)
   weights = rng.choice([0.0, 0.25, 1.0], (2, 8)).astype(np.float32)
-  nats, right = trainer.loss(MODEL, params, data.Batch(tokens, weights))
+  nats, (answers, right) = trainer.loss(MODEL, params, data.Batch(tokens, weights, np.array([3, 1], np.int32)))
   log_p = jax.nn.log_softmax(jnp.stack([forward(MODEL, params, row[:-1]) for row in tokens]))
   picked = np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0]
   assert nats == pytest.approx(-(weights * picked).sum() / weights.sum(), rel=1e-4)
   hits = np.asarray(log_p.argmax(-1)) == tokens[:, 1:]
-  assert right == pytest.approx(hits[weights == 1].mean())
+  for i, row in (3, 0), (1, 1):
+    of_row = weights[row] == 1
+    assert (int(answers[i]), int(right[i])) == (of_row.sum(), hits[row][of_row].sum())
+  assert int(answers.sum()) == (weights == 1).sum()
 
 
 @pytest.mark.slow
@@ -198,9 +202,9 @@ def test_only_norms_do_not_decay():
 RUN = {
   "model": {
     "vocab_size": 600, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 64,
-    "max_context": 256, "tie_embeddings": True, "dtype": "float32",
+    "max_context": 320, "tie_embeddings": True, "dtype": "float32",
   },
-  "stages": [{"tokens": 128, "sequences": 2, "steps": 3}, {"tokens": 256, "sequences": 2, "steps": 2}],
+  "stages": [{"tokens": 128, "sequences": 2, "steps": 3}, {"tokens": 320, "sequences": 2, "steps": 2}],
   "sources": {"text": 1, "tasks": 2},
   "optimizer": {"warmup_steps": 1},
 }  # fmt: skip
@@ -215,16 +219,17 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_program_in_two_pieces(tmp_path):
   """The second goes on where the first stopped, measures accuracies and leaves a model that others can load."""
   (tmp_path / "run.json").write_text(json.dumps(RUN))
-  arguments = f"--config={tmp_path / 'run.json'}", f"--out={tmp_path / 'run'}", "--lengths=256", "--instances=2"
+  arguments = f"--config={tmp_path / 'run.json'}", f"--out={tmp_path / 'run'}", "--lengths=320", "--instances=2"
   first = start(*arguments, "--seconds=0")
   assert json.loads(first.stdout.splitlines()[-1]) == {"steps": 1, "of": 5}, first.stderr
   refused = start(*arguments)
   assert refused.returncode == 1 and "--resume goes on with it" in refused.stderr.splitlines()[-1]
   second = start(*arguments, "--resume", "--log_every=2")
+  assert second.returncode == 0, second.stderr
   result = json.loads(second.stdout.splitlines()[-1])
-  assert result["steps"] == 5 and len(result["accuracy"]["256"]) > 10
+  assert result["steps"] == 5 and len(result["accuracy"]["320"]) > 10
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  assert [row["step"] for row in rows] == [2, 4, 5] and rows[-1]["tokens"] == 256
+  assert [row["step"] for row in rows] == [2, 4, 5] and rows[-1]["tokens"] == 320
   model = load_model(tmp_path / "run" / "hf")
   assert model.config.n_layers == 2 and model.eos_token_ids == (1,)
   assert model.tokenizer.decode(model.tokenizer.encode("a needle\n")) == "a needle\n"
@@ -233,7 +238,7 @@ def test_the_program_in_two_pieces(tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds max_context=256"),
+    ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds max_context=320"),
     ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, got Stage"),
     ({"sources": {"text": 0}}, "one is more, got Sources"),
     ({"sources": {"tex": 1}}, "unknown key 'tex'"),

@@ -125,12 +125,14 @@ def _hide(units: list[str], needles: Sequence[str], at: Sequence[float]) -> tupl
 def _ask(
   context: str,
   question: str,
+  lead: str,
   answers: Sequence[str],
   depths: Sequence[float] = (),
   completion: str | None = None,
 ) -> Draft:
+  """The prompt ends with how the answer begins, as RULER's do (its `answer_prefix`): what comes then is the value."""
   completion = ", ".join(answers) if completion is None else completion
-  return Draft(f"{context}\nQuestion: {question} Answer:", f" {completion}\n", tuple(answers), tuple(depths))
+  return Draft(f"{context}\nQuestion: {question} Answer:{lead}", f" {completion}\n", tuple(answers), tuple(depths))
 
 
 # Families
@@ -158,11 +160,12 @@ def codes(
     if n_values > 1:
       at.sort()  # the answers are in the order of the text
     units = _Taken(_every(every, map(_code, keys, codes), units) if every else units)
-    question = f"what {'is the' if len(answers) == 1 else 'are the'} special code{'s' * (len(answers) > 1)} of"
+    code, verb = ("special code", "is") if len(answers) == 1 else ("special codes", "are")
+    of = f"{code} of {', '.join(asked)}"
 
     def write(n: int) -> Draft:
       context, depths = _hide(units(n), needles, at)
-      return _ask(context, f"{question} {', '.join(asked)}?", answers, depths)
+      return _ask(context, f"what {verb} the {of}?", f" The {of} {verb}", answers, depths)
 
     return write
 
@@ -180,7 +183,7 @@ def pairs(keys: texts.Text, values: texts.Text) -> Family:
       asked = int(at * n)
       key, value = pairs(n)[asked]
       depth = sum(map(len, lines[:asked])) / sum(map(len, lines))
-      return _ask("".join(lines)[:-1], f"what is the value of {key}?", [value], [depth])
+      return _ask("".join(lines)[:-1], f"what is the value of {key}?", f"\n{key}:", [value], [depth])
 
     return write
 
@@ -197,12 +200,13 @@ def variables(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Dra
 
   def write(n: int) -> Draft:
     context, depths = _hide(units(n), needles, at)
-    return _ask(context, f"which variables are equal to {values[0]}?", names[:4], depths[:4])
+    question, lead = f"which variables are equal to {values[0]}?", f" The variables equal to {values[0]} are"
+    return _ask(context, question, lead, names[:4], depths[:4])
 
   return write
 
 
-_FACTS = (  # what is said of a person, in two ways, and the question
+_FACTS = (  # what is said of a person, in two ways, and the question; an answer begins in the first of the ways
   (("{} went to {}.", "{} made a journey to {}."), "where did {} go?"),
   (("{} bought the {}.", "{} paid for the {}."), "what did {} buy?"),
   (("{} talked with {}.", "{} had a talk with {}."), "who did {} talk with?"),
@@ -224,7 +228,9 @@ def questions(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Dra
 
   def write(n: int) -> Draft:
     context, depths = _hide(units(n), [sentence for sentence, _ in needles], at)
-    return _ask(context, _FACTS[kind][1].format(person), [needles[kind][1]], [depths[kind]])
+    ways, question = _FACTS[kind]
+    lead = " " + ways[0].format(person, "").removesuffix(" .")
+    return _ask(context, question.format(person), lead, [needles[kind][1]], [depths[kind]])
 
   return write
 
@@ -242,7 +248,7 @@ def two_hops(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draf
 
   def write(n: int) -> Draft:
     context, depths = _hide(units(n), told(*asked), at)
-    return _ask(context, f"where is the {thing}?", [place], [depths[1]])
+    return _ask(context, f"where is the {thing}?", f" The {thing} is at", [place], [depths[1]])
 
   return write
 
@@ -257,7 +263,8 @@ def copy(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
     cue, following = listed[first : first + 4], listed[first + 4 : first + 10]
     context = " ".join(listed)
     depth = len(" ".join([*listed[:first], ""])) / (len(context) + 1)
-    return _ask(context, f"what follows {' '.join(cue)}?", following, [depth], " ".join(following))
+    given = " ".join(cue)
+    return _ask(context, f"what follows {given}?", f" {given}", following, [depth], " ".join(following))
 
   return write
 
@@ -282,7 +289,7 @@ def classification(rng: np.random.Generator, text: texts.Text) -> Callable[[int]
     label, order = examples(n)[like]
     item = " ".join(words[label][order[i]] for i in (2, 0, 3))
     depth = sum(map(len, lines[:like])) / sum(map(len, lines))
-    return _ask("".join(lines)[:-1], f"what is the label of {item}?", [labels[label]], [depth])
+    return _ask("".join(lines)[:-1], f"what is the label of {item}?", f"\n{item}:", [labels[label]], [depth])
 
   return write
 
@@ -296,7 +303,8 @@ def common(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]
     each = max(4, n // 40)
     listed = np.random.default_rng(order).permutation(common * each + rare(n - 5 * each)).tolist()
     answers = sorted(common, key=listed.index)
-    return _ask(" ".join(listed), "which five words are the most common in the list?", answers)
+    question, lead = "which five words are the most common in the list?", " The five most common words are"
+    return _ask(" ".join(listed), question, lead, answers)
 
   return write
 
@@ -310,7 +318,8 @@ def frequent(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draf
     counts = [count for count in counts if count]
     counts += [1] * (n - sum(counts))
     listed = np.random.default_rng(order).permutation(np.repeat(words(len(counts)), counts)).tolist()
-    return _ask(" ".join(listed), "which three words are the most frequent in the list?", words(3))
+    question, lead = "which three words are the most frequent in the list?", " The three most frequent words are"
+    return _ask(" ".join(listed), question, lead, words(3))
 
   return write
 
@@ -322,18 +331,19 @@ def count(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   at, units = rng.random(len(rings)).tolist(), _Taken(text(rng))
 
   def write(n: int) -> Draft:
-    return _ask(_hide(units(n), rings, at)[0], f"how many times does the bell of {towns[0]} ring?", [str(times[0])])
+    question, lead = f"how many times does the bell of {towns[0]} ring?", " The number of times is"
+    return _ask(_hide(units(n), rings, at)[0], question, lead, [str(times[0])])
 
   return write
 
 
 def recite(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
-  """A list of pairs; all the values are to be written, in order."""
+  """A list of pairs, to be written once more."""
   pairs = _Taken(zip(word_keys(rng), numbers(rng), strict=True))
 
   def write(n: int) -> Draft:
-    lines = "\n".join(f"{key}: {value}" for key, value in pairs(n))
-    return _ask(lines, "what are the values of all keys in order?", [value for _, value in pairs(n)])
+    listed = ", ".join(f"{key}: {value}" for key, value in pairs(n))
+    return _ask(listed, "what is the list?", "", [value for _, value in pairs(n)], completion=listed)
 
   return write
 
@@ -343,10 +353,9 @@ def renumber(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draf
   order, keys = int(rng.integers(2**32)), _Taken(word_keys(rng))
 
   def write(n: int) -> Draft:
-    lines = [f"{i}: {key}" for i, key in enumerate(keys(n), 1)]
+    items = [f"{i}: {key}" for i, key in enumerate(keys(n), 1)]
     shuffled = np.random.default_rng(order).permutation(n).tolist()
-    return _ask(
-      "\n".join(lines[i] for i in shuffled), "what is the list in order?", keys(n), completion=", ".join(lines)
-    )
+    listed = ", ".join(items[i] for i in shuffled)
+    return _ask(listed, "what is the list in order?", "", keys(n), completion=", ".join(items))
 
   return write

@@ -3,7 +3,8 @@
 The exercises have an answer in almost every token, so that a model finds the circuits of retrieval early:
 
   repeat   random tokens in runs, each run again at a later place: copy what followed the last time
-  recall   keys and values of random tokens; then the keys again in another order: give the value of each
+  recall   keys and values of random tokens; then the keys again in another order: give the value of each. A key is of
+           few distinct tokens, so that only all of it tells it
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import numpy as np
 from sparse_serve_jax import processes
 from sparse_serve_jax.evaluation import tasks, text
 from sparse_serve_jax.models.tokenizer import Tokenizer
-from sparse_serve_jax.training.config import TrainConfig
+from sparse_serve_jax.training.config import Sources, TrainConfig
 
-ANSWER_SHARE = 0.05
+SOURCES = tuple(field.name for field in dataclasses.fields(Sources))
+ANSWER_SHARE = 0.2
 
 
 class Batch(NamedTuple):
@@ -28,15 +30,16 @@ class Batch(NamedTuple):
 
   tokens: np.ndarray  # [B, T + 1] int32
   weights: np.ndarray  # [B, T] float32
+  sources: np.ndarray  # [B] int32, indices of SOURCES
 
 
 def sequence(
   config: TrainConfig, tokenizer: Tokenizer, n_tokens: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens int32 [n_tokens + 1] and weights float32 [n_tokens] of one sequence, padded with weight 0."""
-  shares = dataclasses.asdict(config.sources)
-  p = np.array(list(shares.values()))
-  source = rng.choice(list(shares), p=p / p.sum())
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """Tokens int32 [n_tokens + 1] and weights float32 [n_tokens] of one sequence, padded with weight 0; its source."""
+  shares = np.array(dataclasses.astuple(config.sources))
+  index = int(rng.choice(len(SOURCES), p=shares / shares.sum()))
+  source = SOURCES[index]
   n = n_tokens + 1
   if source in ("repeat", "recall"):
     ids, answer = (_repeat if source == "repeat" else _recall)(rng, n, tokenizer.vocab_size)
@@ -51,7 +54,7 @@ def sequence(
   weights[: len(ids)] = np.where(answer, 1.0, 0.0 if source in ("repeat", "recall") else config.context_weight)
   if source == "tasks":
     weights[: len(ids)][answer] *= max(1.0, ANSWER_SHARE * n_tokens / answer.sum())
-  return tokens, weights[1:]
+  return tokens, weights[1:], index
 
 
 def _repeat(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,17 +70,16 @@ def _repeat(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
 
 
 def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs of a key and a value, of 1 to 3 and 1 to 6 tokens in this sequence; then all of them in another order."""
-  n_key, n_value = int(rng.integers(1, 4)), int(rng.integers(1, 7))
+  """Pairs of a key and a value, each of 1 to 6 tokens in this sequence; then all of them in another order."""
+  n_key, n_value = int(rng.integers(1, 7)), int(rng.integers(1, 7))
   n_pairs = max(1, n // 2 // (n_key + n_value))
   alphabet = rng.permutation(vocab)
   if n_key == 1:
     n_pairs = min(n_pairs, vocab)
     keys = alphabet[:n_pairs, None]
-  else:  # few distinct tokens, so that only all of a key tell it
+  else:
     few = alphabet[: max(8, int(2 * n_pairs ** (1 / n_key)))]
-    codes = rng.permutation(len(few) ** n_key)[:n_pairs]
-    keys = few[np.stack(np.unravel_index(codes, (len(few),) * n_key), 1)]
+    keys = rng.permutation(np.unique(few[rng.integers(len(few), size=(n_pairs, n_key))], axis=0))
     n_pairs = len(keys)
   pairs = np.concatenate([keys, rng.integers(0, vocab, (n_pairs, n_value))], 1)
   order = rng.permutation(n_pairs)
@@ -107,7 +109,8 @@ def batch(config: TrainConfig, tokenizer: Tokenizer, step: int) -> Batch:
     sequence(config, tokenizer, stage.tokens, np.random.default_rng([config.seed, step, i]))
     for i in range(stage.sequences)
   ]
-  return Batch(np.stack([tokens for tokens, _ in made]), np.stack([weights for _, weights in made]))
+  tokens, weights, sources = zip(*made, strict=True)
+  return Batch(np.stack(tokens), np.stack(weights), np.array(sources, np.int32))
 
 
 def batches(config: TrainConfig, tokenizer: Tokenizer, first_step: int, workers: int) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.training.config import Optimizer, TrainConfig
-from sparse_serve_jax.training.data import Batch
+from sparse_serve_jax.training.data import SOURCES, Batch
 
 SAVE_EVERY = 60.0  # seconds
 
@@ -35,7 +35,8 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
   loss: jax.Array  # nats a token, weighted
-  accuracy: jax.Array  # of the tokens of weight 1 and more: answers
+  answers: jax.Array  # [len(SOURCES)] int32, tokens of weight 1 and more
+  right: jax.Array  # [len(SOURCES)] int32, of these, the most likely ones
   grad_norm: jax.Array
 
 
@@ -72,15 +73,17 @@ def forward(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> jax.Ar
   return llama.logits(cfg, params, x, None)
 
 
-def loss(cfg: ModelConfig, params: llama.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Weighted mean cross entropy in nats, and the share of the answers' tokens that are the most likely."""
-  tokens, weights = jnp.asarray(batch.tokens), jnp.asarray(batch.weights)
+def loss(cfg: ModelConfig, params: llama.Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Weighted mean cross entropy in nats; `answers` and `right` of StepMetrics."""
+  tokens, weights, sources = map(jnp.asarray, batch)
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
   logits, targets = forward(cfg, params, tokens[:, :-1]), tokens[:, 1:]
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   answers = weights >= 1
-  right = (answers & (logits.argmax(-1) == targets)).sum() / jnp.maximum(answers.sum(), 1)
-  return (weights * nats).sum() / jnp.maximum(weights.sum(), 1), right
+  of_source = sources[None] == jnp.arange(len(SOURCES))[:, None]  # [sources, B]
+  count = lambda tokens: jnp.where(of_source, tokens.sum(1)[None], 0).sum(1)  # noqa: E731
+  right = answers & (logits.argmax(-1) == targets)
+  return (weights * nats).sum() / jnp.maximum(weights.sum(), 1), (count(answers), count(right))
 
 
 def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformation:
@@ -138,11 +141,11 @@ class Trainer:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
       f = jax.value_and_grad(functools.partial(loss, config.model), has_aux=True)
-      (nats, right), grads = f(state.params, batch)
+      (nats, (answers, right)), grads = f(state.params, batch)
       with jax.numpy_dtype_promotion("standard"):  # optax counts on it
         updates, opt = optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-      return TrainState(state.step + 1, params, opt), StepMetrics(nats, right, optax.tree.norm(grads))
+      return TrainState(state.step + 1, params, opt), StepMetrics(nats, answers, right, optax.tree.norm(grads))
 
     self._step = jax.jit(step, donate_argnums=0)
     if (last := self._checkpoints.latest_step()) is None:
