@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from experiments import cli
 from sparse_serve_jax import runtime
 from sparse_serve_jax.evaluation import accuracy, methods, report, selections, tasks
-from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row
+from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
 from sparse_serve_jax.models import Model, load_model
 from sparse_serve_jax.serving import workload
 
@@ -52,6 +52,7 @@ _TRACE_STEPS = flags.DEFINE_integer(
   "trace_steps", 256, "Of the part selections: decode steps of an answer at most.", lower_bound=selections.MOST + 1
 )
 _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Of a batch of instances.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", 4, "Processes that make instances.", lower_bound=0)
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
 
 
@@ -129,8 +130,8 @@ def _main() -> None:
 def _measure(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Case], rows: Rows) -> None:
   """Adds the rows of a task and length that are missing."""
   if left := rows.left(task, n_tokens, wanted):
-    options = _INSTANCES.value, max(1, _TOKENS.value // n_tokens), _STEPS.value
-    for case, row in accuracy.measure(model, params, task, n_tokens, left, *options):
+    sample = Sample(task, n_tokens, _INSTANCES.value, max(1, _TOKENS.value // n_tokens), _STEPS.value)
+    for case, row in accuracy.measure(model, params, sample, left, _WORKERS.value):
       rows.add(task, n_tokens, case, row)
 
 
@@ -141,8 +142,8 @@ def _trace(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Cas
     folder = rows.file.parent / "traces"
     folder.mkdir(exist_ok=True)
     # Longer steps than those of the other parts, hence fewer at once.
-    options = _REQUESTS.value, max(1, _TOKENS.value // n_tokens // 2), _TRACE_STEPS.value
-    for case, trace in selections.measure(model, params, task, n_tokens, left, *options):
+    sample = Sample(task, n_tokens, _REQUESTS.value, max(1, _TOKENS.value // n_tokens // 2), _TRACE_STEPS.value)
+    for case, trace in selections.measure(model, params, sample, left):
       if not case.stops:
         trace.save(folder / f"{task}_{n_tokens}_{case.at:g}.npz")
       rows.add(task, n_tokens, case, selections.reuse(trace) | dict(traced=trace.selected.shape[1]))

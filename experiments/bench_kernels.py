@@ -27,7 +27,6 @@ from experiments import timing
 from experiments.timing import Baselines, Effort, Report, Row, Timing
 from pallas_kernels.digest import cuboid_mean
 from pallas_kernels.score import box
-from sparse_serve_jax.memory import kv_cache
 
 _OPS = flags.DEFINE_list("ops", None, "Which ops; by default all.")
 _IMPLEMENTATION = flags.DEFINE_enum(
@@ -83,10 +82,8 @@ class Bench:
   @functools.cached_property
   def pool(self) -> jax.Array:
     """[K, 1, M, 2, S, D] of random blocks, in host memory if this device has one of its own."""
-    shape, host = (self.heads, 1, self.n_pool, 2, self.size, self.depth), timing.host_sharding()
-    on_host = kv_cache.host_memory_kind() is not None
-    make = (lambda: kernels.empty(shape, jnp.bfloat16)) if on_host else (lambda: jnp.zeros(shape, jnp.bfloat16))
-    pool = jax.jit(make, out_shardings=host)()
+    shape = self.heads, 1, self.n_pool, 2, self.size, self.depth
+    pool = jax.device_put(np.zeros(shape, jnp.bfloat16), timing.host_sharding())
     timing.fill_pool(pool)
     return pool
 

@@ -6,7 +6,7 @@ Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.
 """
 
 from pallas_kernels.attend import attend
-from pallas_kernels.copy import empty, gather_blocks, load_blocks, place_blocks, store_blocks
+from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import prefill_attention
@@ -22,7 +22,6 @@ __all__ = [
   "Reads",
   "attend",
   "commit",
-  "empty",
   "eviction_order",
   "gather_blocks",
   "load_blocks",

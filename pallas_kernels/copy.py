@@ -20,13 +20,6 @@ LANES = 32  # entries of a list looked at together: one warp's worth, so looking
 PART_BYTES = 16 << 10  # held in registers at a time: 128 bytes in each of 128 threads
 
 
-def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-  """An uninitialised array, made by a kernel that writes nothing: pinned host memory never passes through HBM."""
-  return triton.call(
-    lambda _: None, out_shape=jax.ShapeDtypeStruct(shape, dtype), implementation="triton", name="empty"
-  )()
-
-
 def load_blocks(
   pool: jax.Array,
   slots: jax.Array,

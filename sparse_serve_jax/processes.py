@@ -28,6 +28,7 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
     yield from map(function, items)
     return
   context = multiprocessing.get_context("forkserver")  # a fork of a process that runs JAX may hang
+  context.set_forkserver_preload([getattr(function, "func", function).__module__])  # imported once, not by every worker
   pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (function,))
   waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
   try:

@@ -27,29 +27,29 @@ def model() -> Model:
 
 def test_the_steps_of_an_answer(model):
   """What a step predicts is the token after its own; the first steps are the question's."""
-  batch = accuracy.Instances.of(model, "multi_key", 640, range(3), 192)
-  assert batch.tokens.shape[1] % 64 == 0 and batch.answers.shape == (3, 96)
+  batch = accuracy.Instances.of(model.tokenizer, "multi_key", 640, range(3), 192)
+  assert batch.tokens.shape[1] % 64 == 0 and batch.answers.shape == (3, 192)
   for tokens, start, answers in zip(batch.tokens, batch.start, batch.answers, strict=True):
     text = model.tokenizer.decode(tokens[: int(np.flatnonzero(tokens)[-1]) + 1])
     assert model.tokenizer.decode(tokens[start:]).startswith("\nQuestion: what is the special code of")
     steps = np.flatnonzero(answers)
     assert steps.tolist() == list(range(steps[0], steps[-1] + 1))
     answer = model.tokenizer.decode(tokens[start + steps + 1])
-    assert answer.strip().isdigit() and answer == text[text.rindex("Answer:") + len("Answer:") :]
+    assert answer.strip().isdigit() and answer == text[text.rindex(" is ") + len(" is") :]
 
 
 def test_what_a_setting_reads(model):
   """Bytes and blocks of hand-computed cases; the oracle's mass is the most that a budget can have."""
-  batch = accuracy.Instances.of(model, "single_text", 640, range(4), 96)
+  batch = accuracy.Instances.of(model.tokenizer, "single_text", 640, range(4), 192)
   dense = replay.prefill(CFG, model.params, batch.tokens)
   rows = {}
   families = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa"
   every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5])
   for case in [case for case in every if case.family in families]:
     setting = replay.Setting.of(case.config)
-    found = replay.replay(CFG, case.program, model.params, setting, dense, batch.tokens, batch.start, 96)
+    found = replay.replay(CFG, case.program, model.params, setting, dense, batch.tokens, batch.start, 192)
     rows[case.family] = accuracy.summary(model, case, batch, jax.device_get(found))
-  steps = batch.start[:, None] + np.arange(96)
+  steps = batch.start[:, None] + np.arange(192)
   exist = ((steps // 32) * batch.answers).sum(1) / batch.answers.sum(1)
   np.testing.assert_allclose(rows["dense"]["blocks"], exist)
   np.testing.assert_allclose(rows["dense"]["bytes"], 1)
@@ -64,11 +64,14 @@ def test_what_a_setting_reads(model):
 
 def test_ordinary_text(model):
   """Dense nats are those of a forward pass over the whole text; an instance is right by the share of its tokens."""
-  batch = accuracy.Instances.of_text(model, 300, range(2), 96)
+  batch = accuracy.Instances.of_text(model.tokenizer, 300, range(2), 96)
   assert batch.answers.all() and batch.answers.shape == (2, 96) and batch.tokens.shape == (2, 320)
-  assert accuracy.Instances.of_text(model, 100, range(1), 96).answers.shape == (1, 50)  # half of it at most
+  assert accuracy.Instances.of_text(model.tokenizer, 100, range(1), 96).answers.shape == (1, 50)  # half of it at most
   wanted = list(accuracy.cases(["cuboid_mean"], [128], []))[:2]
-  told = {case.family: row for case, row in accuracy.measure(model, model.params, "text", 300, wanted, 2, 2, 96)}
+  told = {
+    case.family: row
+    for case, row in accuracy.measure(model, model.params, accuracy.Sample("text", 300, 2, 2, 96), wanted)
+  }
   logits = jax.vmap(lambda ids: forward(CFG, model.params, ids))(batch.tokens[:, :300])
   at = batch.start[:, None] + np.arange(96)
   chosen, target = np.take_along_axis(np.asarray(logits), at[..., None], 1), batch.tokens[np.arange(2)[:, None], at + 1]
@@ -82,7 +85,10 @@ def test_ordinary_text(model):
 def test_blocks_by_head_and_claims(model):
   """Of a case that stops; another claims nothing."""
   wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], [0.9]) if case.family in ("cuboid_mean", "psa")]
-  rows = {case.family: row for case, row in accuracy.measure(model, model.params, "text", 512, wanted, 4, 2, 96)}
+  rows = {
+    case.family: row
+    for case, row in accuracy.measure(model, model.params, accuracy.Sample("text", 512, 4, 2, 96), wanted)
+  }
   assert "by_head" not in rows["cuboid_mean"] and "pairs" not in rows["cuboid_mean"]
   psa = rows["psa"]
   mean, quantiles = np.array(psa["by_head"]["mean"]), np.array(psa["by_head"]["quantiles"])

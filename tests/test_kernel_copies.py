@@ -178,10 +178,8 @@ def test_copies_with_a_pool_in_host_memory():
   whole = NamedSharding(mesh, PartitionSpec())
   host = NamedSharding(mesh, PartitionSpec("tp"), memory_kind=kv_cache.host_memory_kind())
   each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-  make = each(lambda: kernels.empty((K, L, M, 2, S, D), jnp.bfloat16), in_specs=(), out_specs=host.spec)
-  pool = jax.jit(make, out_shardings=host)()
   canary = tagged(K, L, M, 2, S, D, dtype="bfloat16")
-  pool = jax.device_put(canary, host) if pool.sharding.memory_kind == "pinned_host" else pool
+  pool = jax.device_put(canary, host)
   source, slots = tagged(K, 1, n, 2, S, D, dtype="bfloat16", seed=1), tagged(K * n, 2, S, D, dtype="bfloat16", seed=2)
   rng = np.random.default_rng(5)
   blocks, ids, slot = (rng.permutation(x).astype(np.int32) for x in (M, n, K * n))

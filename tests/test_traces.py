@@ -77,8 +77,8 @@ def test_the_steps_of_an_answer():
   """A trace begins with the first token of the answer, whatever the question's length."""
   model = Model(CFG, init_params(CFG, 0), ByteTokenizer(), (257,), "tiny")
   wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], []) if case.family == "cuboid_mean"]
-  ((case, trace),) = selections.measure(model, model.params, "recite", 640, wanted, 3, 2, 40)
-  batch = accuracy.Instances.of(model, "recite", 640, range(3), 192)
+  ((case, trace),) = selections.measure(model, model.params, accuracy.Sample("recite", 640, 3, 2, 40), wanted)
+  batch = accuracy.Instances.of(model.tokenizer, "recite", 640, range(3), 192)
   assert case.name == trace.method == "cuboid_mean 128" and trace.selected.shape == (3, 40, 2, 2, 20)
   assert trace.lengths.tolist() == (batch.start + batch.answers.argmax(1)).tolist()
   n_blocks = (trace.lengths[:, None] + np.arange(40)) // 32
@@ -87,4 +87,4 @@ def test_the_steps_of_an_answer():
     for step, last in zip(of, blocks, strict=True):
       assert step[..., 0].all() and step[..., last - 1].all() and not step[..., last:].any()  # sink and window
   with pytest.raises(ValueError, match="20 steps of an answer of recite at 640 tokens are too few"):
-    next(selections.measure(model, model.params, "recite", 640, wanted, 1, 1, 20))
+    next(selections.measure(model, model.params, accuracy.Sample("recite", 640, 1, 1, 20), wanted))

@@ -11,19 +11,22 @@ What is measured is a row for each task, length and setting; `report` makes tabl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from sparse_serve_jax import processes
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, override
 from sparse_serve_jax.evaluation import methods, replay, tasks
 from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.models import Model
+from sparse_serve_jax.models.tokenizer import Tokenizer
 
 BLOCK_TOKENS = (32, 16, 64)  # the first is that of all other comparisons
 STEP_BUCKETS = (96, 192)  # steps are padded to one of these, or to the most there may be
@@ -112,16 +115,16 @@ class Instances:
   by_token: bool = False  # an instance is right by the share of its tokens, and not as a whole
 
   @classmethod
-  def of(cls, model: Model, task: str, n_tokens: int, seeds: range, most_steps: int) -> Instances:
+  def of(cls, tokenizer: Tokenizer, task: str, n_tokens: int, seeds: range, most_steps: int) -> Instances:
     width = -(-n_tokens // max(BLOCK_TOKENS)) * max(BLOCK_TOKENS)
     tokens, start, end = np.zeros((len(seeds), width), np.int32), [], []
     first_answer = []
     for row, seed in zip(tokens, seeds, strict=True):
-      instance = tasks.make(task, n_tokens, seed, model.tokenizer, split="eval")
-      ids, n_prompt = instance.encode(model.tokenizer)
+      instance = tasks.make(task, n_tokens, seed, tokenizer, split="eval")
+      ids, n_prompt = instance.encode(tokenizer)
       row[: len(ids)] = ids
       context = instance.prompt.rindex("\nQuestion:")
-      start.append(len(model.tokenizer.encode(instance.prompt[:context])))
+      start.append(len(tokenizer.encode(instance.prompt[:context])))
       first_answer.append(n_prompt)
       end.append(len(ids))
     needed = max(b - a for a, b in zip(start, end, strict=True)) - 1
@@ -133,7 +136,7 @@ class Instances:
     return cls(tokens, np.array(start, np.int32), answers)
 
   @classmethod
-  def of_text(cls, model: Model, n_tokens: int, seeds: range, most_steps: int) -> Instances:
+  def of_text(cls, tokenizer: Tokenizer, n_tokens: int, seeds: range, most_steps: int) -> Instances:
     """Beginnings of texts that no training saw: `training.data` seeds its own with a step number instead of the CRC.
 
     The last tokens are the answer, at most a half.
@@ -142,28 +145,35 @@ class Instances:
     tokens, n = np.zeros((len(seeds), width), np.int32), min(most_steps, n_tokens // 2)
     for row, seed in zip(tokens, seeds, strict=True):
       rng = np.random.default_rng([1, zlib.crc32(TEXT.encode()), n_tokens, seed])
-      row[:n_tokens] = model.tokenizer.encode(texts.document(rng, n_tokens))[:n_tokens]  # a word is a token or more
+      row[:n_tokens] = tokenizer.encode(texts.document(rng, n_tokens))[:n_tokens]  # a word is a token or more
     start = np.full(len(seeds), n_tokens - n - 1, np.int32)
     return cls(tokens, start, np.ones((len(seeds), n), bool), by_token=True)
 
 
+class Sample(NamedTuple):
+  """Instances of a task at a length, and how they are run."""
+
+  task: str  # a name in `tasks.TASKS`, or TEXT
+  tokens: int  # of prompt and answer
+  instances: int  # of the evaluation split, from its first on
+  at_once: int  # of a batch
+  steps: int  # decode steps at most; a longer answer is judged by its beginning
+
+  def batch(self, tokenizer: Tokenizer, first: int) -> Instances:
+    seeds = range(first, min(first + self.at_once, self.instances))
+    if self.task == TEXT:
+      return Instances.of_text(tokenizer, self.tokens, seeds, self.steps)
+    return Instances.of(tokenizer, self.task, self.tokens, seeds, self.steps)
+
+
 def replays(
-  model: Model,
-  params: Any,
-  task: str,
-  n_tokens: int,
-  wanted: Sequence[Case],
-  n_instances: int,
-  at_once: int,
-  steps: int,
+  model: Model, params: Any, sample: Sample, wanted: Sequence[Case], workers: int = 0
 ) -> Iterator[tuple[Instances, Case, replay.Replay]]:
   """Yields, for each batch of instances, the replay of each case, on the device. Arguments as those of `measure`."""
-  for first in tqdm(range(0, n_instances, at_once), desc=f"{task} {n_tokens}", leave=False, disable=None):
-    seeds = range(first, min(first + at_once, n_instances))
-    if task == TEXT:
-      batch = Instances.of_text(model, n_tokens, seeds, steps)
-    else:
-      batch = Instances.of(model, task, n_tokens, seeds, steps)
+  firsts = range(0, sample.instances, sample.at_once)
+  batches = processes.ahead(functools.partial(sample.batch, model.tokenizer), firsts, workers)
+  name = f"{sample.task} {sample.tokens}"
+  for batch in tqdm(batches, desc=name, total=len(firsts), leave=False, disable=None):
     dense = replay.prefill(model.config, params, batch.tokens)
     for case in wanted:
       setting, n = replay.Setting.of(case.config), batch.answers.shape[1]
@@ -175,16 +185,9 @@ def replays(
 
 
 def measure(
-  model: Model,
-  params: Any,
-  task: str,
-  n_tokens: int,
-  wanted: Sequence[Case],
-  n_instances: int,
-  at_once: int,
-  steps: int,
+  model: Model, params: Any, sample: Sample, wanted: Sequence[Case], workers: int = 0
 ) -> Iterator[tuple[Case, Row]]:
-  """Yields what there is to tell of each case at a task and length.
+  """Yields what there is to tell of each case.
 
   A row has of what `summary` tells means over instances, and sums of counts; under "each" accuracy and nats of every
   instance; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over all
@@ -193,16 +196,13 @@ def measure(
   Args:
     model: the model.
     params: its parameters on the device.
-    task: a name in `tasks.TASKS`, or TEXT.
-    n_tokens: of prompt and answer.
+    sample: the instances.
     wanted: the settings.
-    n_instances: of the evaluation split, from its first on.
-    at_once: instances of a batch.
-    steps: decode steps at most; a longer answer is judged by its beginning.
+    workers: processes that make instances ahead; 0: this one does.
   """
   parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
   blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
-  for batch, case, found in replays(model, params, task, n_tokens, wanted, n_instances, at_once, steps):
+  for batch, case, found in replays(model, params, sample, wanted, workers):
     found = jax.device_get(found._replace(selected=None))  # by far the largest
     parts[case.name].append(summary(model, case, batch, found))
     if case.stops:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from sparse_serve_jax.evaluation import accuracy
-from sparse_serve_jax.evaluation.accuracy import Case, Row
+from sparse_serve_jax.evaluation.accuracy import Case, Row, Sample
 from sparse_serve_jax.models import Model
 
 MOST = 32  # w of the curves is 1 to this
@@ -68,44 +68,32 @@ class Trace:
       raise ValueError(f"{file} is no trace of selections: {error}") from error
 
 
-def measure(
-  model: Model,
-  params: Any,
-  task: str,
-  n_tokens: int,
-  wanted: Sequence[Case],
-  n_requests: int,
-  at_once: int,
-  steps: int,
-) -> Iterator[tuple[Case, Trace]]:
-  """Yields what each case selects while the answers of a task are decoded.
+def measure(model: Model, params: Any, sample: Sample, wanted: Sequence[Case]) -> Iterator[tuple[Case, Trace]]:
+  """Yields what each case selects while the answers of a sample are decoded; its `steps`, n, are those of an answer.
 
-  Args:
-    model, params, task, n_tokens, wanted, at_once: as those of `accuracy.measure`.
-    n_requests: R, instances of the evaluation split.
-    steps: n, of an answer, from its first on; fewer where the shortest answer has fewer.
+  They are fewer where the shortest answer has fewer. Other arguments as those of `accuracy.measure`.
 
   Raises:
     ValueError: the shortest answer has no more steps than working sets are made of.
   """
   parts: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
   lengths: list[np.ndarray] = []
-  for batch, case, found in accuracy.replays(
-    model, params, task, n_tokens, wanted, n_requests, at_once, QUESTION + steps
-  ):
+  with_question = sample._replace(steps=QUESTION + sample.steps)
+  for batch, case, found in accuracy.replays(model, params, with_question, wanted):
     selected = jax.device_get(found.selected)
-    n = min(steps, int(batch.answers.sum(1).min()))
+    n = min(sample.steps, int(batch.answers.sum(1).min()))
     first = batch.answers.argmax(1)
     parts[case.name] += [of[i : i + n] for of, i in zip(selected, first, strict=True)]
     if case is wanted[0]:
       lengths.append(batch.start + first)
   n = min(len(of) for of in parts[wanted[0].name])
   if n <= MOST:
-    raise ValueError(f"{n} steps of an answer of {task} at {n_tokens} tokens are too few: curves need more than {MOST}")
+    of = f"an answer of {sample.task} at {sample.tokens} tokens"
+    raise ValueError(f"{n} steps of {of} are too few: curves need more than {MOST}")
   for case in wanted:
     selected = np.stack([of[:n] for of in parts[case.name]])
     before = np.concatenate(lengths).astype(np.int32)
-    yield case, Trace(selected, before, case.config.cache.block_tokens, case.name, model.name, task)
+    yield case, Trace(selected, before, case.config.cache.block_tokens, case.name, model.name, sample.task)
 
 
 def reuse(trace: Trace) -> Row:

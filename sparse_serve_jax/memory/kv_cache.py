@@ -14,10 +14,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import pallas_kernels as kernels
 from pallas_kernels import residency
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 
@@ -172,21 +172,16 @@ def create(shape: CacheShape, mesh: Mesh) -> KVCache:
 
   shardings = cache_shardings(mesh, shape.offload)
   cache = jax.jit(empty, out_shardings=shardings.replace(pool=None))()
-  return cache.replace(pool=_create_pool(shape, mesh, shardings.pool))
+  return cache.replace(pool=_create_pool(shape, shardings.pool))
 
 
-def _create_pool(shape: CacheShape, mesh: Mesh, sharding: Any) -> jax.Array:
-  dims = (shape.K, shape.L, shape.M, 2, shape.S, shape.D)
+def _create_pool(shape: CacheShape, sharding: Any) -> jax.Array:
+  dims, dtype = (shape.K, shape.L, shape.M, 2, shape.S, shape.D), jnp.dtype(shape.dtype)
   if sharding.memory_kind != "pinned_host":
-    return jax.jit(lambda: jnp.zeros(dims, shape.dtype), out_shardings=sharding)()
-  # Made device by device: of a program over a mesh, XLA makes the whole result in device memory first.
-  local = (shape.K // mesh.size, *dims[1:])
-
-  def one(device: Any) -> jax.Array:
-    on_host = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-    return jax.jit(lambda: kernels.empty(local, shape.dtype), out_shardings=on_host)()
-
-  return jax.make_array_from_single_device_arrays(dims, sharding, [one(device) for device in mesh.devices.flat])
+    return jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)()
+  # A program would make it in device memory first, which may be smaller. These zeros are memory that the host has not
+  # written yet: no second pool, and quick to copy.
+  return jax.device_put(np.zeros(dims, dtype), sharding)
 
 
 def working_sets(cache: KVCache, tables: jax.Array, n_blocks: jax.Array, steps: jax.Array, w: int) -> jax.Array:
