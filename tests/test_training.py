@@ -81,13 +81,16 @@ def test_a_key_recalls_its_value():
     tokens, answer = data._recall(np.random.default_rng(seed), 600, vocab=5000)
     first = int(np.flatnonzero(answer)[0])
     half = next(n for n in range(first, 0, -1) if sorted(tokens[:n]) == sorted(tokens[n : 2 * n]))
-    n_key = first - half
+    before = first - half  # of a key and what follows every key
     n_value = next(i for i in range(first, len(answer)) if not answer[i]) - first
-    pairs = tokens[:half].reshape(-1, n_key + n_value)
-    values = {tuple(pair[:n_key]): tuple(pair[n_key:]) for pair in pairs.tolist()}
-    asked = tokens[half : 2 * half].reshape(-1, n_key + n_value).tolist()
-    assert len(values) == len(pairs) and all(values[tuple(pair[:n_key])] == tuple(pair[n_key:]) for pair in asked)
-    sizes.add((n_key, n_value))
+    width = int(np.diff(np.flatnonzero(np.diff(answer.astype(int)) == 1))[0])
+    pairs = tokens[:half].reshape(-1, width)
+    value = slice(before, before + n_value)
+    values = {tuple(pair[:before]): pair[value] for pair in pairs.tolist()}
+    asked = tokens[half : 2 * half].reshape(-1, width).tolist()
+    assert len(values) == len(pairs) and all(values[tuple(pair[:before])] == pair[value] for pair in asked)
+    assert len({tuple(pair[before + n_value :]) for pair in pairs.tolist()}) == 1
+    sizes.add((before, n_value, width))
   assert len(sizes) > 8
 
 

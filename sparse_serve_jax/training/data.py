@@ -4,7 +4,8 @@ The exercises have an answer in almost every token, so that a model finds the ci
 
   repeat   random tokens in runs, each run again at a later place: copy what followed the last time
   recall   keys and values of random tokens; then the keys again in another order: give the value of each. A key is of
-           few distinct tokens, so that only all of it tells it
+           few distinct tokens, so that only all of it tells it, and the same tokens follow every key and every value,
+           as marks do in a list
 """
 
 from __future__ import annotations
@@ -70,9 +71,15 @@ def _repeat(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
 
 
 def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs of a key and a value, each of 1 to 6 tokens in this sequence; then all of them in another order."""
-  n_key, n_value = int(rng.integers(1, 7)), int(rng.integers(1, 7))
-  n_pairs = max(1, n // 2 // (n_key + n_value))
+  """Pairs of a key and a value, each of 1 to 6 tokens in this sequence; then all of them in another order.
+
+  Up to three tokens, the same in all pairs, follow the key, and others the value.
+  """
+  n_key, n_value = rng.integers(1, 7, 2).tolist()
+  after_key, after_value = (rng.integers(0, vocab, size) for size in rng.integers(0, 4, 2))
+  start = n_key + len(after_key)  # of the value
+  width = start + n_value + len(after_value)
+  n_pairs = max(1, n // 2 // width)
   alphabet = rng.permutation(vocab)
   if n_key == 1:
     n_pairs = min(n_pairs, vocab)
@@ -81,10 +88,12 @@ def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
     few = alphabet[: max(8, int(2 * n_pairs ** (1 / n_key)))]
     keys = rng.permutation(np.unique(few[rng.integers(len(few), size=(n_pairs, n_key))], axis=0))
     n_pairs = len(keys)
-  pairs = np.concatenate([keys, rng.integers(0, vocab, (n_pairs, n_value))], 1)
+  each = lambda tokens: np.broadcast_to(tokens, (n_pairs, len(tokens)))  # noqa: E731
+  values = rng.integers(0, vocab, (n_pairs, n_value))
+  pairs = np.concatenate([keys, each(after_key), values, each(after_value)], 1)
   order = rng.permutation(n_pairs)
-  known = np.zeros((2, n_pairs, n_key + n_value), bool)
-  known[1, :, n_key:] = True
+  known = np.zeros((2, n_pairs, width), bool)
+  known[1, :, start : start + n_value] = True
   return np.concatenate([pairs.ravel(), pairs[order].ravel()])[:n], known.ravel()[:n]
 
 
