@@ -1,10 +1,10 @@
-"""A few rungs of the ladder side by side, on a tiny random model: no download, a couple of minutes on a laptop.
+"""A few rungs of the ladder side by side, by default on a tiny random model: a couple of minutes on a laptop.
 
-  python -m experiments.demo
+  python -m experiments.demo [MODEL DIRECTORY]
 
-Six long prompts are served four times within one HBM budget far below the size of their KV: dense and sparse attention
-with all KV in HBM, so that requests wait for it, then with the KV in DRAM. Every rung first runs once to compile. The
-last line of stdout is one JSON object.
+Six questions about long texts are served four times within one HBM budget, a third of the size of their KV: with dense
+and sparse attention and all KV in HBM, so that requests wait for it, then with the KV in DRAM. Every rung first runs
+once to compile. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,54 +18,63 @@ from tqdm import tqdm
 
 from sparse_serve_jax import runtime
 from sparse_serve_jax.config import EngineConfig, load_config, override
-from sparse_serve_jax.models import Model, load_model
-from sparse_serve_jax.serving import metrics, workload
+from sparse_serve_jax.evaluation import tasks
+from sparse_serve_jax.models import Model, llama, load_model
+from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.request import Request
 
-N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 2048, 24
-# The KV of six prompts is 12.4 MiB: without offload this HBM holds one request at a time.
-CHANGES = [
-  "sparse.token_budget=512",
-  "cache.rows=8",
-  "cache.hbm_bytes=4MiB",
-  "cache.dram_bytes=16MiB",
-  "scheduler.max_context=2112",
-]
+TASKS = ("single_text", "multi_key", "key_value")
+N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS, BUDGET = 6, 2048, 24, 512
 RUNGS = ("dense", "sparse", "sparse_serve", "psa")
 
 Row = dict[str, int | float | str | None]
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  if len(argv) > 2:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[2:])}")
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
-  model = load_model("random:tiny")
-  items = workload.needle(model.tokenizer, N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS)
+  try:
+    model = load_model(*argv[1:] or ["random:tiny"], dtype="float32")
+  except ValueError as error:
+    raise app.UsageError(str(error)) from None
+  names = [TASKS[i % len(TASKS)] for i in range(N_PROMPTS)]
+  asked = [tasks.make(name, PROMPT_TOKENS, i, model.tokenizer, split="eval") for i, name in enumerate(names)]
   rows: dict[str, Row] = {}
   outputs: dict[str, list[list[int]]] = {}
   for name in tqdm(RUNGS, unit="rung", disable=None):
-    rows[name], outputs[name] = measure(override(load_config(name), CHANGES), model, items)
+    rows[name], outputs[name] = measure(override(load_config(name), changes(model)), model, asked)
+    rows[name]["answers right"] = _share_right(outputs[name], asked, model)
     rows[name]["tokens as dense"] = _share_equal(outputs[name], outputs["dense"])
-  print(f"{N_PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new tokens each, model {model.name}")
+  of = f"{N_PROMPTS} questions about texts of {PROMPT_TOKENS} tokens ({', '.join(TASKS)})"
+  print(f"{of}, {NEW_TOKENS} new tokens each, model {model.name}")
   print(metrics.table(rows))
   print(
-    "dense and sparse serve one request after another, as HBM holds the KV of one. The others serve all from DRAM, so\n"
-    "a token of theirs waits for other prompts too. psa has no token budget: 95 % of the evenly spread attention of\n"
-    "random weights is most blocks. This is a CPU and no trained model: neither speed nor accuracy."
+    "dense and sparse serve few requests at a time, as HBM holds the KV of few. The others serve all from DRAM, so a\n"
+    "token of theirs waits for other prompts too. psa has no token budget: it reads what 95 % of the attention takes,\n"
+    "of random weights, which spread it evenly, most blocks. Random weights answer nothing, and a CPU shows no speed."
   )
   print(json.dumps(rows), flush=True)
 
 
-def measure(config: EngineConfig, model: Model, items: Sequence[workload.Item]) -> tuple[Row, list[list[int]]]:
-  """Serves the items twice with one executor, the second time with everything compiled: returns that one's numbers."""
+def changes(model: Model) -> list[str]:
+  """What makes the rungs comparable: HBM for the KV of two requests less tails and the like, DRAM for all."""
+  cfg, tokens = model.config, PROMPT_TOKENS + 64
+  kv_bytes = tokens * 2 * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers * llama.dtype_of(cfg).itemsize  # of a request
+  memory = f"cache.hbm_bytes={2 * kv_bytes}", f"cache.dram_bytes={(N_PROMPTS + 1) * kv_bytes}"
+  return [f"sparse.token_budget={BUDGET}", "cache.rows=8", *memory, f"scheduler.max_context={tokens}"]
+
+
+def measure(config: EngineConfig, model: Model, asked: Sequence[tasks.Instance]) -> tuple[Row, list[list[int]]]:
+  """Serves the prompts twice with one executor, the second time all compiled: returns the numbers of that."""
   executor = JaxExecutor(config, model)
-  _serve(Engine(config, model, executor), items)
+  prompts = [model.tokenizer.encode(instance.prompt) for instance in asked]
+  _serve(Engine(config, model, executor), prompts)
   engine = Engine(config, model, executor)
-  requests = _serve(engine, items)
+  requests = _serve(engine, prompts)
   summary, usage = metrics.summarize(requests, engine.usage), engine.usage
   row: Row = {
     "ms to first token": _ms(summary.ttft_mean_s),
@@ -80,10 +89,16 @@ def measure(config: EngineConfig, model: Model, items: Sequence[workload.Item]) 
   return row, [request.output_tokens for request in requests]
 
 
-def _serve(engine: Engine, items: Sequence[workload.Item]) -> list[Request]:
-  requests = [engine.add_request(item.prompt, item.max_new_tokens, ignore_eos=True) for item in items]
+def _serve(engine: Engine, prompts: Sequence[list[int]]) -> list[Request]:
+  requests = [engine.add_request(prompt, NEW_TOKENS, ignore_eos=True) for prompt in prompts]
   engine.run()
   return requests
+
+
+def _share_right(outputs: list[list[int]], asked: Sequence[tasks.Instance], model: Model) -> float:
+  texts = [model.tokenizer.decode(tokens) for tokens in outputs]
+  right = [tasks.TASKS[of.task].score(text, of) for text, of in zip(texts, asked, strict=True)]
+  return float(np.mean(right))
 
 
 def _share_equal(outputs: list[list[int]], expected: list[list[int]]) -> float:

@@ -229,22 +229,22 @@ def test_mistakes_end_in_one_line(arguments, message, capsys):
 
 @pytest.mark.slow
 def test_the_demos_rungs(capsys, monkeypatch):
-  n, n_prompt, n_new, size = 3, 512, 4, 32
-  hbm = 900_000  # without offload room for one of the three requests
-  monkeypatch.setattr(demo, "N_PROMPTS", n)
-  monkeypatch.setattr(demo, "PROMPT_TOKENS", n_prompt)
-  monkeypatch.setattr(demo, "NEW_TOKENS", n_new)
-  changes = ["sparse.token_budget=256", "cache.rows=4", f"cache.hbm_bytes={hbm}", "cache.dram_bytes=2MiB"]
-  monkeypatch.setattr(demo, "CHANGES", [*changes, "scheduler.max_context=544"])
+  n, n_prompt, n_new, size = 3, 1024, 4, 32
+  for name, value in dict(N_PROMPTS=n, PROMPT_TOKENS=n_prompt, NEW_TOKENS=n_new, BUDGET=256).items():
+    monkeypatch.setattr(demo, name, value)
   demo.main(["demo"])
   *printed, last = capsys.readouterr().out.splitlines()
   rungs = json.loads(last)
   assert list(rungs) == printed[1].split() == ["dense", "sparse", "sparse_serve", "psa"]
 
   model = load_model("random:tiny")
-  items = demo.workload.needle(model.tokenizer, n, n_prompt, n_new)
+  hbm = int(re.findall(r"hbm_bytes=(\d+)", " ".join(demo.changes(model)))[0])  # without offload room for one request
+  prompts = [
+    demo.tasks.make(name, n_prompt, i, model.tokenizer, split="eval").prompt for i, name in enumerate(demo.TASKS)
+  ]
+  lengths = [len(model.tokenizer.encode(prompt)) for prompt in prompts]
   per_block = model.config.n_layers * model.config.n_kv_heads
-  full = sum((len(item.prompt) + step) // size for item in items for step in range(n_new - 1)) * per_block
+  full = sum((length + step) // size for length in lengths for step in range(n_new - 1)) * per_block
   in_budget = n * (n_new - 1) * (256 // size) * per_block
   assert rungs["dense"]["blocks attended"] == full
   assert rungs["sparse"]["blocks attended"] == rungs["sparse_serve"]["blocks attended"] == in_budget < full
@@ -255,8 +255,16 @@ def test_the_demos_rungs(capsys, monkeypatch):
     assert (row["blocks loaded"] > 0) == offloads == (row["DRAM KV bytes"] > hbm)
     assert 0 < row["HBM hit rate"] < 1 if offloads else row["HBM hit rate"] == 1
     assert min(row["ms to first token"], row["ms per token"], row["tokens per s"]) > 0
+    assert row["answers right"] == 0  # random weights
   assert rungs["dense"]["tokens as dense"] == 1
   assert rungs["sparse"]["tokens as dense"] == rungs["sparse_serve"]["tokens as dense"]
+
+
+def test_share_right():
+  model = load_model("random:tiny")
+  asked = [demo.tasks.make("multi_key", 512, seed, model.tokenizer, split="eval") for seed in range(2)]
+  outputs = [model.tokenizer.encode(text, add_special_tokens=False) for text in (asked[0].completion + "and", " 1\n")]
+  assert demo._share_right(outputs, asked, model) == 0.5
 
 
 def test_share_equal():
