@@ -104,14 +104,16 @@ def _main() -> None:
   lengths, text_lengths, budgets = (_numbers(flag, int) for flag in (_LENGTHS, _TEXT_LENGTHS, _BUDGETS))
   wanted = list(accuracy.cases(names, budgets, _numbers(_THRESHOLDS, float)))
   model = load_model(_MODEL.value)
-  if too_long := [n for n in [*lengths, *text_lengths] if n > model.config.max_context]:
+  asked = [*(text_lengths if "text" in parts else []), *(lengths if {"tasks", "selections"} & set(parts) else [])]
+  if too_long := [n for n in asked if n > model.config.max_context]:
     raise ValueError(f"the model's context is {model.config.max_context} tokens, too short for {too_long}")
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   # A checkpoint that was trained on has another final norm.
   name = f"{model.name} {zlib.crc32(np.asarray(model.params['final_norm']).tobytes()):08x}"
-  rows = Rows(out / "results.jsonl", dict(model=name, instances=_INSTANCES.value, steps=_STEPS.value))
-  reuse = Rows(out / "reuse.jsonl", dict(model=name, requests=_REQUESTS.value, trace_steps=_TRACE_STEPS.value))
+  of = dict(model=name, prompts=_prompts(model))
+  rows = Rows(out / "results.jsonl", of | dict(instances=_INSTANCES.value, steps=_STEPS.value))
+  reuse = Rows(out / "reuse.jsonl", of | dict(requests=_REQUESTS.value, trace_steps=_TRACE_STEPS.value))
   params = jax.device_put(model.params)
   if "selections" in parts:  # the shorter parts first
     for n_tokens in lengths:
@@ -125,6 +127,12 @@ def _main() -> None:
       for task in of_tasks:
         _measure(model, params, task, n_tokens, wanted, rows)
   _report(out, rows.all, reuse.all)
+
+
+def _prompts(model: Model) -> str:
+  """Another one when tasks are written in another way."""
+  each = [tasks.make(name, 2048, 0, model.tokenizer, split="eval").text for name in tasks.TASKS]
+  return f"{zlib.crc32(''.join(each).encode()):08x}"
 
 
 def _measure(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Case], rows: Rows) -> None:

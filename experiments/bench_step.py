@@ -41,7 +41,9 @@ _CASES = flags.DEFINE_list("cases", ["64x10240", "20x32768"], "Requests x tokens
 _MISSES = flags.DEFINE_list("misses", ["0", "0.02", "0.1"], "Shares of the slots in use that are emptied.")
 _DENSE = flags.DEFINE_list("dense_batches", ["1", "8", "32", "64"], "Rows of the layers without attention.")
 _SET = flags.DEFINE_multi_string(
-  "set", [], "Overrides of what a case sets itself (see Case.of), such as cache.hbm_bytes=8GiB; not of sparse.policy."
+  "set",
+  [],
+  "Overrides of what cases set themselves (Case.all_of), such as cache.hbm_bytes=8GiB; not of sparse.policy.",
 )
 _STEPS = flags.DEFINE_integer("steps", 20, "Of a call.", lower_bound=1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also launches and time of every kernel, a layer.")
@@ -77,6 +79,8 @@ class Case:
     sizes = {name: re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name) for name in names}
     if wrong := [name for name, match in sizes.items() if not match]:
       raise ValueError(f"--cases: {wrong[0]!r} is not <requests>x<tokens>")
+    if not sizes:
+      return {}
     counts = {name: (int(match[1]), int(match[2])) for name, match in sizes.items() if match}
     given = [*(_SMOKE_SET if flags.FLAGS.smoke else []), *_SET.value]
     base = override(load_config("sparse_serve"), given)
@@ -96,12 +100,14 @@ class Case:
     return {name: cls(n, tokens, config(tokens)) for name, (n, tokens) in counts.items()}
 
 
-def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape:
-  """Of the one cache that serves all cases.
+def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | None:
+  """Of the one cache that serves all cases; None if there are none.
 
   Raises:
     ValueError: a case does not fit it.
   """
+  if not cases:
+    return None
   config = next(iter(cases.values())).config
   shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
   for name, case in cases.items():
@@ -156,6 +162,12 @@ def evict(maps: kernels.Maps, clock: jax.Array, *, share: jax.Array, first: jax.
   slot_of = maps.slot_of.ravel().at[block].set(-1, mode="drop").reshape(maps.slot_of.shape)
   block_of, last_used = (jnp.where(drop, -1, x) for x in (maps.block_of, maps.last_used))
   return maps._replace(slot_of=slot_of, block_of=block_of, last_used=last_used), jnp.copy(first)
+
+
+def emptied(maps: kernels.Maps) -> kernels.Maps:
+  """Maps of slots that hold nothing."""
+  nothing = jax.tree.map(lambda x: jnp.full_like(x, -1), maps)
+  return nothing._replace(last_selected=jnp.full_like(maps.last_selected, kernels.NEVER))
 
 
 def seconds(f: Callable[[], Any], n: int) -> float:
@@ -241,6 +253,7 @@ class Bench:
     decode: Any = programs(Setup.of(self.cfg, config, self.implementation), self.mesh).decode
     cache, (batch, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
     self.cache = None  # until it is whole again
+    cache = cache.replace(maps=emptied(cache.maps))
     program = lambda cache: decode(self.params, cache, batch)  # noqa: E731
     steps = Steps(program, functools.partial(evict, share=share), cache)
     del cache
@@ -302,7 +315,7 @@ def dense_part(cfg: ModelConfig, params: llama.Params, n_rows: int, report: Repo
 
 def main(argv: list[str]) -> None:
   smoke = flags.FLAGS.smoke
-  names, batches = (["2x128"], ["2"]) if smoke else (_CASES.value, _DENSE.value)
+  names, batches = (["2x128", "1x256"], ["2"]) if smoke else (_CASES.value, _DENSE.value)
   try:
     cfg = read_config(ModelConfig, find_config("models", "tiny" if smoke else _MODEL.value))
     cases = Case.all_of(cfg, names)
@@ -315,10 +328,11 @@ def main(argv: list[str]) -> None:
   params = random_params(cfg, mesh)
   for n in batches:
     report.add("dense part", f"batch {n}", functools.partial(dense_part, cfg, params, n, report))
-  bench = Bench(cfg, params, mesh, shape, report)
-  for name, case in cases.items():
-    for policy, share in [*(("topk", share) for share in misses), ("psa", 0.0)]:
-      report.add("step", f"{policy} {name} miss {share:.0%}", functools.partial(bench.run, case, policy, share))
+  if shape:
+    bench = Bench(cfg, params, mesh, shape, report)
+    for name, case in cases.items():
+      for policy, share in [*(("topk", share) for share in misses), ("psa", 0.0)]:
+        report.add("step", f"{policy} {name} miss {share:.0%}", functools.partial(bench.run, case, policy, share))
   report.close()
 
 

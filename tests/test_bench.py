@@ -81,23 +81,28 @@ def test_bench_kernels_of_some_ops():
   assert {name.partition("-")[0] for name in results} == {"select"}
 
 
+POLICIES = ("topk", 0), ("topk", 50), ("psa", 0)
+
+
 def test_bench_step(tmp_path):
   arguments = "--commit=abc", "--steps=4", "--misses=0,0.5", "--profile"
   _, results = run("bench_step", f"--out={tmp_path}", *arguments)
   check(results, tmp_path / "step.jsonl")
-  cases = ("topk 2x128 miss 0%", "topk 2x128 miss 50%", "psa 2x128 miss 0%")
+  cases = [f"{policy} {n} miss {share}%" for n in ("2x128", "1x256") for policy, share in POLICIES]
   assert list(results) == ["dense part-batch 2", *(f"step-{case}" for case in cases)]
   cfg = read_config(ModelConfig, find_config("models", "tiny"))
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llama.empty_params(cfg)))
   unread = 0 if cfg.tie_embeddings else (cfg.vocab_size - 2) * cfg.d_model * 4  # of the embedding: two rows are read
   assert results["dense part-batch 2"]["moved"] == {"hbm": weights - unread}
-  whole, half, psa = (results[f"step-{case}"] for case in cases)
-  for row in (whole, half, psa):
+  whole, half, _, other, *_ = rows = [results[f"step-{case}"] for case in cases]
+  for row in rows:
     assert row["recompiled"] == 0
     assert row["floor_us"] == pytest.approx(sum(row["floors_us"].values()))
   # Two rows of 15 full blocks, of which the budget of 64 tokens reads eight; 2 heads in 4 layers.
   assert whole["blocks_attended"] == half["blocks_attended"] == 2 * 2 * 4 * 8
   assert whole["miss_rate"] == 0 and 0.35 < half["miss_rate"] < 0.65
+  # The other case's cache is this one's, but nothing of the one before is in its slots.
+  assert whole["slots_in_use"] == 2 * other["slots_in_use"] == 128
   assert half["moved"]["h2d"] == pytest.approx(half["miss_rate"] * 128 * 2 * 8 * 16 * 4)
 
 

@@ -19,7 +19,7 @@ def row(task: str, family: str, at: float, accuracy: float, blocks: float, group
 
 def stop(family: str, at: float, accuracy: float, blocks: float, violations: int = 0, task: str = "a") -> dict:
   by_head = {"mean": [[blocks - 1, blocks + 1]], "quantiles": [[[blocks, blocks]]] * 5}
-  counts = dict(pairs=1000, violations=violations, short=violations // 2)
+  counts = dict(pairs=1000, stopped=800, violations=violations, short=violations // 2)
   return row(task, family, at, accuracy, blocks, by_head=by_head, **counts)
 
 
@@ -52,11 +52,12 @@ def test_psa_against_fixed():
   # Of the means, 0.75 for dense, only settings that both tasks have: 1024 tokens is none.
   mean = found["mean of retrieval", 0.99]
   assert mean["dense"]["accuracy"] == 0.75 and mean["fixed"]["at"] == 512 and mean["psa"] is None
+  assert b["fails"]["at"] == 128 and a["fails_by_psa"]["blocks"] == 0.5
   c = found["c", 0.99]
   assert c["psa"] is c["fixed"] is None
   lines = report.markdown(report.summary(ROWS, [])).splitlines()
   assert any(line.startswith("| b | 98% | 50.0% | 32.0 | none reaches it |") for line in lines)
-  assert any(line.startswith("| c | 98% | 0.0% | 32.0 | dense is never right |") for line in lines)
+  assert any(line.startswith("| c | 98% | 0.0% | 32.0 | dense does not solve it |") for line in lines)
 
 
 def test_levels_are_reached_in_spite_of_rounding():
@@ -67,7 +68,7 @@ def test_levels_are_reached_in_spite_of_rounding():
 def test_stop_rules():
   first, second = report.stop_rules([r for r in ROWS if r["task"] == "a"])
   assert first["threshold"] == 0.5 and first["cost"] == 4 and first["certified"]["violations"] == 0
-  assert first["psa"] == {"blocks": 4, "mass": 0.9, "pairs": 1000, "violations": 100, "short": 50}
+  assert first["psa"] == {"blocks": 4, "mass": 0.9, "pairs": 1000, "stopped": 800, "violations": 100, "short": 50}
   assert second["threshold"] == 0.9 and second["cost"] is None and "certified" not in second
   assert list(report.certified(ROWS)) == [{"pairs": 1000, "violations": 0, "tolerance": 1e-4}]
   both = next(entry for entry in report.stop_rules(ROWS) if entry["threshold"] == 0.9)
@@ -88,9 +89,11 @@ def test_likelihoods_and_accuracies():
 
 def test_the_interval_is_paired():
   dense, worse = [1] * 80 + [0] * 20, [0] * 10 + [1] * 70 + [0] * 20
-  low, high = report.interval(worse, dense)
+  low, high = report.interval([worse], [dense])
   assert low < -0.1 < high < -0.03
-  assert report.interval(dense, dense) == (0, 0)
+  assert report.interval([dense], [dense]) == (0, 0)
+  # Tasks are given, not drawn: of one that always and one that never fails nothing is uncertain.
+  np.testing.assert_allclose(report.interval([[0] * 10, [1] * 10], [[1] * 10, [1] * 10]), (-0.5, -0.5))
 
 
 def test_every_part_of_a_summary_has_a_table():

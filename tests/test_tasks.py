@@ -180,6 +180,20 @@ def test_the_answer_is_in_the_needle_and_nowhere_else(task: str):
       assert not any(re.search(rf"\b{answer}\b", context) for answer in instance.answers)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_prompt_ends_with_how_the_answer_begins(task: str):
+  """In words of the question; where the context says it in the same words, it does so once."""
+  others = set("The the at bought is number of talked to went with".split())
+  for seed in range(10):
+    instance = make(task, 1024, seed, WORDS, split="eval")
+    context, end = instance.prompt.rsplit("\nQuestion: ", 1)
+    question, lead = end.split(" Answer:")
+    assert set(re.findall(r"[\w-]+", lead)) <= set(re.findall(r"[\w-]+", question)) | others
+    if task.startswith(("single", "multi_key", "key_value", "copy")):
+      said = f"{lead}{instance.completion.rstrip()}".strip()
+      assert context.count(said) == 1, said
+
+
 @pytest.mark.parametrize("task", RETRIEVAL)
 def test_depth_is_uniform(task: str):
   depths = [d for seed in range(500) for d in make(task, 1024, seed, WORDS, split="train").depths]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from sparse_serve_jax import processes
 from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.config import EngineConfig, override
+from sparse_serve_jax.config import EngineConfig, SparseConfig, override
 from sparse_serve_jax.evaluation import methods, replay, tasks
 from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.models import Model
@@ -32,6 +33,7 @@ BLOCK_TOKENS = (32, 16, 64)  # the first is that of all other comparisons
 STEP_BUCKETS = (96, 192)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
+DEFAULT = SparseConfig().method
 
 # What a stop test claims may exceed the true mass by this in float32: logits of up to some hundred nats are wrong by up
 # to 1e-4, so masses by such a share, and a share p of two masses by p (1 - p) <= 1/4 of both errors.
@@ -66,7 +68,7 @@ class Case:
 
 def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[float]) -> Iterator[Case]:
   """Dense; every method at every budget; the axes with the default method; PSA at every threshold, with two rankings,
-  the second of them also with a certified stop.
+  the second of them also with a certified stop; for comparison with PSA, the default method between the budgets too.
   """
 
   def case(
@@ -82,6 +84,9 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
     return Case(family, at, override(EngineConfig(), [*base, *changes]), oracle, certified)
 
   yield case("dense", 1, "sparse.policy=dense")
+  for low, high in itertools.pairwise(budgets):
+    if DEFAULT in names and (between := (low + high) // 2 // max(BLOCK_TOKENS) * max(BLOCK_TOKENS)) > low:
+      yield case(DEFAULT, between, f"sparse.token_budget={between}")
   for budget in budgets:
     of = f"sparse.token_budget={budget}"
     for name in names:
@@ -89,7 +94,7 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
         rest = max(0, budget - BLOCK_TOKENS[0])
         yield case("sinks and window", budget, of, f"sparse.window_tokens={rest}")
       elif name != "top_p":
-        method = "cuboid_mean" if name == "oracle" else name
+        method = DEFAULT if name == "oracle" else name
         yield case(name, budget, of, f"sparse.method={method}", oracle=name == "oracle")
     yield case("no sinks, no window", budget, of, "sparse.sink_tokens=0", "sparse.window_tokens=0")
     yield case("two layers dense", budget, of, "sparse.dense_layers=2")
@@ -220,27 +225,30 @@ def measure(
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:
   """One number an instance of each quantity, over its answer's steps, layers and heads; counts are integers.
 
-  Of a case that stops, "pairs" counts those of a token and a query head, in every layer; "violations" those for which
-  the stop test claimed more than the true mass; and "short" those that got less than the threshold.
+  Of a case that stops, "pairs" counts those of a token and a query head, in every layer; "stopped" those with blocks
+  left unread; "violations" those for which the stop test claimed more than the true mass (PSA's where it stopped, the
+  certified one in any test, made or not); and "short" those that got less than the threshold.
   """
   cfg, size = model.config, case.config.cache.block_tokens
   answers = batch.answers
   mean = lambda x: (x * answers).sum(1) / answers.sum(1)  # noqa: E731  x [B, n]
   attended = found.blocks.mean((2, 3))  # [B, n]
-  exist = (batch.start[:, None] + np.arange(answers.shape[1])[None]) // size
+  exist = (batch.start[:, None] + np.arange(answers.shape[1])[None]) // size  # [B, n]
   block, digest = 2 * size * cfg.head_dim, get_method(case.config.sparse.method).vectors * cfg.head_dim
-  digest = 0 if case.family in ("dense", "sinks and window") else digest  # which need none
+  digest = 0 if case.oracle or case.family in ("dense", "sinks and window") else digest  # which need none
+  digest *= 1 - case.config.sparse.dense_layers / cfg.n_layers
   told = {
     "accuracy": mean(found.right) if batch.by_token else (found.right | ~answers).all(1),
     "nats": mean(found.nats),
     "blocks": mean(attended),
-    "bytes": mean((attended * block + exist * digest) / (exist * block)),
+    "bytes": mean((attended * block + exist * digest) / np.maximum(exist * block, 1)),  # 0 where only a tail is
     "mass": mean(found.mass.mean((2, 3, 4))),
   }
   if case.stops:
     count = lambda x: (x.sum((2, 3, 4)) * answers).sum(1)  # noqa: E731  x [B, n, L, K, G]
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
     told["pairs"] = count(np.ones_like(found.mass, int))
+    told["stopped"] = count((found.blocks < exist[..., None, None])[..., None] & np.ones_like(found.mass, bool))
     told["violations"] = count(found.excess > TOLERANCE)
     told["short"] = count(found.mass < case.config.sparse.threshold - TOLERANCE)
   return told

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from sparse_serve_jax.models import Model
 
 MOST = 32  # w of the curves is 1 to this
 QUESTION = 96  # decode steps at most before the answer's
+# What numpy, zipfile and zlib raise for a file that is no trace, or a damaged one.
+_BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Trace:
         about = json.loads(str(arrays["about"]))
         selected = np.unpackbits(arrays["selected"], axis=-1, count=about.pop("steps")).astype(bool)
         return cls(np.moveaxis(selected, -1, 1), arrays["lengths"], **about)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
       raise ValueError(f"{file} is no trace of selections: {error}") from error
 
 

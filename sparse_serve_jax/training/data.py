@@ -1,11 +1,11 @@
 """Training sequences, each a pure function of a seed: text, generated tasks, and two kinds of exercise in token ids.
 
-The exercises have an answer in almost every token, so that a model finds the circuits of retrieval early:
+Of the exercises a sixth of the tokens and more are answers, so that a model finds the circuits of retrieval early:
 
   repeat   random tokens in runs, each run again at a later place: copy what followed the last time
   recall   keys and values of random tokens; then the keys again in another order: give the value of each. A key is of
-           few distinct tokens, so that only all of it tells it, and the same tokens follow every key and every value,
-           as marks do in a list
+           few distinct tokens, so that its last token or two do not tell it, and the same tokens follow every key and
+           every value, as marks do in a list
 """
 
 from __future__ import annotations

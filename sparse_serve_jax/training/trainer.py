@@ -147,7 +147,7 @@ class Trainer:
         params: Any = optax.apply_updates(state.params, updates)
       return TrainState(state.step + 1, params, opt), StepMetrics(nats, answers, right, optax.tree.norm(grads))
 
-    self._step = jax.jit(step, donate_argnums=0)
+    self._step = jax.jit(step, donate_argnums=0, out_shardings=whole)
     if (last := self._checkpoints.latest_step()) is None:
       self.state = new()
     else:
