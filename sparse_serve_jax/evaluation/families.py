@@ -58,10 +58,10 @@ _WORDS = [*texts.ADJECTIVES, *_ITEMS]
 _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
 
 
-def word_keys(rng: np.random.Generator) -> Iterator[str]:
+def things(rng: np.random.Generator) -> Iterator[str]:
   """Adjective and noun, 420,000 of them."""
   for i in _unique(rng, len(texts.ADJECTIVES) * len(_ITEMS)):
-    yield f"{texts.ADJECTIVES[i % len(texts.ADJECTIVES)]}-{_ITEMS[i // len(texts.ADJECTIVES)]}"
+    yield f"{texts.ADJECTIVES[i % len(texts.ADJECTIVES)]} {_ITEMS[i // len(texts.ADJECTIVES)]}"
 
 
 def numbers(rng: np.random.Generator) -> Iterator[str]:
@@ -78,10 +78,6 @@ def _invented(rng: np.random.Generator) -> Iterator[str]:
   """Words of three syllables that mean nothing, 512,000 of them."""
   s, n = _SYLLABLES, len(_SYLLABLES)
   return (s[i % n] + s[i // n % n] + s[i // n**2] for i in _unique(rng, n**3))
-
-
-def _things(rng: np.random.Generator) -> Iterator[str]:
-  return (key.replace("-", " ") for key in word_keys(rng))
 
 
 def _places(rng: np.random.Generator) -> Iterator[str]:
@@ -152,7 +148,7 @@ def codes(
   """n_keys keys are asked for, each with n_values codes. Every `every`-th unit, if not 0, is another key's code."""
 
   def family(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
-    keys, codes, units = word_keys(rng), values(rng), (haystack or text)(rng)
+    keys, codes, units = things(rng), values(rng), (haystack or text)(rng)
     asked = list(itertools.islice(keys, n_keys))
     answers = list(itertools.islice(codes, n_keys * n_values))
     needles = [_code(asked[i // n_values], answer) for i, answer in enumerate(answers)]
@@ -179,11 +175,11 @@ def pairs(keys: texts.Text, values: texts.Text) -> Family:
     at, pairs = rng.random(), _Taken(zip(keys(rng), values(rng), strict=True))
 
     def write(n: int) -> Draft:
-      lines = [f"{key}: {value}\n" for key, value in pairs(n)]
+      lines = [f"- {key}: {value}\n" for key, value in pairs(n)]
       asked = int(at * n)
       key, value = pairs(n)[asked]
       depth = sum(map(len, lines[:asked])) / sum(map(len, lines))
-      return _ask("".join(lines)[:-1], f"what is the value of {key}?", f"\n{key}:", [value], [depth])
+      return _ask("".join(lines)[:-1], f"what is the value of {key}?", f"\n- {key}:", [value], [depth])
 
     return write
 
@@ -215,7 +211,7 @@ _FACTS = (  # what is said of a person, in two ways, and the question; an answer
 
 def questions(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Of the three facts about a person one is asked for. Every fourth sentence is a fact about somebody else."""
-  people, objects = _people(rng), (_places(rng), _things(rng), _people(rng))
+  people, objects = _people(rng), (_places(rng), things(rng), _people(rng))
 
   def fact(person: str, kind: int) -> tuple[str, str]:
     what = next(objects[kind])
@@ -237,7 +233,7 @@ def questions(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Dra
 
 def two_hops(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Who took a thing and where they went are told apart; asked is where the thing is."""
-  told_of, at = zip(_people(rng), _things(rng), _places(rng), strict=True), rng.random(2).tolist()
+  told_of, at = zip(_people(rng), things(rng), _places(rng), strict=True), rng.random(2).tolist()
 
   def told(person: str, thing: str, place: str) -> list[str]:
     return [f" {person} took the {thing}.", f" {person} went to {place}."]
@@ -284,12 +280,12 @@ def classification(rng: np.random.Generator, text: texts.Text) -> Callable[[int]
   examples = _Taken(example() for _ in itertools.count())
 
   def write(n: int) -> Draft:
-    lines = [" ".join(words[label][i] for i in order[:3]) + f": {labels[label]}\n" for label, order in examples(n)]
+    lines = [f"- {' '.join(words[label][i] for i in order[:3])}: {labels[label]}\n" for label, order in examples(n)]
     like = int(at * n)
     label, order = examples(n)[like]
     item = " ".join(words[label][order[i]] for i in (2, 0, 3))
     depth = sum(map(len, lines[:like])) / sum(map(len, lines))
-    return _ask("".join(lines)[:-1], f"what is the label of {item}?", f"\n{item}:", [labels[label]], [depth])
+    return _ask("".join(lines)[:-1], f"what is the label of {item}?", f"\n- {item}:", [labels[label]], [depth])
 
   return write
 
@@ -339,7 +335,7 @@ def count(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
 
 def recite(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """A list of pairs, to be written once more."""
-  pairs = _Taken(zip(word_keys(rng), numbers(rng), strict=True))
+  pairs = _Taken(zip(things(rng), numbers(rng), strict=True))
 
   def write(n: int) -> Draft:
     listed = ", ".join(f"{key}: {value}" for key, value in pairs(n))
@@ -350,7 +346,7 @@ def recite(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]
 
 def renumber(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """A numbered list out of order, to be written in order."""
-  order, keys = int(rng.integers(2**32)), _Taken(word_keys(rng))
+  order, keys = int(rng.integers(2**32)), _Taken(key.replace(" ", "-") for key in things(rng))
 
   def write(n: int) -> Draft:
     items = [f"{i}: {key}" for i, key in enumerate(keys(n), 1)]

@@ -158,7 +158,7 @@ TASKS: dict[str, Task] = {
     Task("multi_key", "retrieval", families.codes(every=2), _exact),
     Task("multi_value", "retrieval", families.codes(n_values=4, every=4), _found),
     Task("multi_query", "retrieval", families.codes(n_keys=4, every=4), _found),
-    Task("key_value", "retrieval", families.pairs(families.word_keys, families.numbers), _exact),
+    Task("key_value", "retrieval", families.pairs(families.things, families.numbers), _exact),
     Task("key_value_uuid", "retrieval", families.pairs(families.uuids, families.uuids), _exact),
     Task("variable_tracking", "retrieval", families.variables, _found),
     Task("question", "retrieval", families.questions, _exact),
