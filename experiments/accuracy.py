@@ -29,7 +29,8 @@ from absl import app, flags, logging
 
 from experiments import cli
 from sparse_serve_jax import runtime
-from sparse_serve_jax.evaluation import accuracy, methods, report, selections, tasks
+from sparse_serve_jax.attention import METHODS
+from sparse_serve_jax.evaluation import accuracy, report, selections, tasks
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
 from sparse_serve_jax.models import Model, load_model
 from sparse_serve_jax.serving import workload
@@ -46,7 +47,7 @@ _INSTANCES = flags.DEFINE_integer("instances", 200, "Of every task and length.",
 _REQUESTS = flags.DEFINE_integer("requests", 4, "Of the part selections: instances of a long answer.", lower_bound=1)
 _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99"], "Of PSA.")
-_METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(methods.METHODS)}, oracle, window; all.")
+_METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(METHODS)}, oracle, window; all.")
 _STEPS = flags.DEFINE_integer("steps", 192, "Decode steps at most; a longer answer is judged by its beginning.")
 _TRACE_STEPS = flags.DEFINE_integer(
   "trace_steps", 256, "Of the part selections: decode steps of an answer at most.", lower_bound=selections.MOST + 1
@@ -100,7 +101,7 @@ def _main() -> None:
   logging.set_verbosity(logging.WARNING)
   parts = _chosen("parts", _PARTS.value, PARTS)
   of_tasks = _chosen("tasks", _TASKS.value, list(tasks.TASKS))
-  names = _chosen("methods", _METHODS.value, [*methods.METHODS, "oracle", "window"])
+  names = _chosen("methods", _METHODS.value, [*METHODS, "oracle", "window"])
   lengths, text_lengths, budgets = (_numbers(flag, int) for flag in (_LENGTHS, _TEXT_LENGTHS, _BUDGETS))
   wanted = list(accuracy.cases(names, budgets, _numbers(_THRESHOLDS, float)))
   model = load_model(_MODEL.value)

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from sparse_serve_jax.attention import methods
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.evaluation import accuracy, methods, replay, selections
+from sparse_serve_jax.evaluation import accuracy, replay, selections
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, save_hf
 
 CFG = ModelConfig(

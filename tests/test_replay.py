@@ -9,12 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.evaluation import methods
 from sparse_serve_jax.evaluation import replay as replays
 from sparse_serve_jax.evaluation.accuracy import TOLERANCE
 from tests.tiny import config, new_engine, prompt_of, tiny_model
 
-assert "top_p" in methods.METHODS  # by importing it
 S, N_NEW, LENGTHS = 8, 20, (150, 93, 201)
 POLICIES = {
   "dense": ["sparse.policy=dense"],

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from sparse_serve_jax import processes
 from sparse_serve_jax.attention import get_method
+from sparse_serve_jax.attention.methods import TOP_P
 from sparse_serve_jax.config import EngineConfig, SparseConfig, override
-from sparse_serve_jax.evaluation import methods, replay, tasks
+from sparse_serve_jax.evaluation import replay, tasks
 from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.tokenizer import Tokenizer
@@ -102,7 +103,7 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
     for size in BLOCK_TOKENS[1:]:
       yield case(f"blocks of {size}", budget, of, block_tokens=size)
   if "top_p" in names:
-    yield case("top_p", methods.TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
+    yield case("top_p", TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
   for threshold in thresholds:
     of = "sparse.policy=psa", f"sparse.threshold={threshold}"
     yield case("psa", threshold, *of)
