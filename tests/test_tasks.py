@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def _pairs(context: str, question: str) -> str:
 
 def _variables(context: str, question: str) -> str:
   equal = {question.removesuffix("?").split()[-1]: None}  # in order
-  for name, source in re.findall(r"Let (\w+) = (\w+)\.", context):
+  for source, name in re.findall(r"Copy (\w+) into (\w+)\.", context):
     equal |= {name: None} if source in equal else {}
   return ", ".join(equal)
 
@@ -125,6 +126,24 @@ def test_an_oracle_solves_it(task: str):
     assert score(ORACLES[task](*parts(instance.prompt)), instance) == 1.0, (length, seed)
     assert score(instance.completion, instance) == 1.0
     assert score(instance.completion + "The next sentence.", instance) == 1.0
+
+
+def test_further_questions_are_of_the_same_context():
+  asked = {}
+  for task in TASKS:
+    instance = make(task, 4096, 0, WORDS, split="train", n_more=20)
+    context, _ = parts(instance.prompt)
+    for question, completion in instance.more:
+      answers = tuple(re.split(", | " if len(instance.answers) > 1 else ", ", completion.strip()))
+      assert len(answers) == len(instance.answers) and completion != instance.completion
+      answered = ORACLES[task](*parts(f"{context}\n{question}"))
+      assert TASKS[task].score(answered, dataclasses.replace(instance, answers=answers)) == 1.0, (task, question)
+    assert len(set(instance.more)) == len(instance.more)
+    assert dataclasses.replace(instance, more=()) == make(task, 4096, 0, WORDS, split="train")
+    asked[task] = len(instance.more)
+  without = {task for task in TASKS if task.startswith("single") or TASKS[task].group != "retrieval"}
+  assert {task for task, n in asked.items() if n == 0} == without
+  assert all(asked[task] == 20 for task in ("multi_key", "key_value", "question", "copy", "classification"))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -75,12 +75,16 @@ def test_a_repeated_run_can_be_copied():
       assert tokens[before + 1] == tokens[i]
 
 
-def test_a_key_recalls_its_value():
-  sizes = set()
-  for seed in range(30):
+def test_a_key_recalls_its_value_and_a_list_itself():
+  sizes, lists = set(), 0
+  for seed in range(40):
     tokens, answer = data._recall(np.random.default_rng(seed), 600, vocab=5000)
     first = int(np.flatnonzero(answer)[0])
     half = next(n for n in range(first, 0, -1) if sorted(tokens[:n]) == sorted(tokens[n : 2 * n]))
+    if tokens[:half].tolist() == tokens[half : 2 * half].tolist():
+      lists += 1
+      assert 1 <= first - half <= 6 and answer[first:].all()  # all but the first key
+      continue
     before = first - half  # of a key and what follows every key
     n_value = next(i for i in range(first, len(answer)) if not answer[i]) - first
     width = int(np.diff(np.flatnonzero(np.diff(answer.astype(int)) == 1))[0])
@@ -91,7 +95,21 @@ def test_a_key_recalls_its_value():
     assert len(values) == len(pairs) and all(values[tuple(pair[:before])] == pair[value] for pair in asked)
     assert len({tuple(pair[before + n_value :]) for pair in pairs.tolist()}) == 1
     sizes.add((before, n_value, width))
-  assert len(sizes) > 8
+  assert len(sizes) > 8 and 4 < lists < 20
+
+
+def test_a_context_is_asked_about_as_often_as_there_is_room():
+  tokenizer, n_questions = ByteTokenizer(), []
+  for seed in range(30):
+    ids, answer = data._task(np.random.default_rng(seed), 8000, tokenizer)
+    assert len(ids) <= 8000
+    asked, *others = (tokenizer.decode(ids.tolist())).split("Question: ")[1:]
+    begins = np.flatnonzero(np.diff(answer.astype(int)) == 1)
+    assert len(begins) == len(others) + 1
+    for question in (asked, *others):
+      assert " Answer:" in question and question.endswith("\n")
+    n_questions.append(len(begins))
+  assert 1 in n_questions and max(n_questions) > 10
 
 
 def test_workers_make_the_same_batches():

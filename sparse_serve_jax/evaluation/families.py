@@ -1,7 +1,8 @@
-"""The families of tasks: keys, values, filler, and how a prompt is written of them."""
+"""The families of tasks: keys, values, filler, and how a context is written of them and asked about."""
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,14 +12,21 @@ import numpy as np
 from sparse_serve_jax.evaluation import text as texts
 
 
-class Draft(NamedTuple):
+class Asked(NamedTuple):
+  """A question about a context; its answer begins in the prompt and goes on in the completion."""
+
   prompt: str
   completion: str
   answers: tuple[str, ...]
   depths: tuple[float, ...]
 
 
-# Draws what is hidden, and returns how to write a prompt of n units; more units begin with the fewer.
+class Draft(NamedTuple):
+  context: str
+  asked: Iterator[Asked]  # one or more: the first is the task, the others are like it
+
+
+# Draws what is hidden, and returns how to write a context of n units; more units begin with the fewer.
 Family = Callable[[np.random.Generator, texts.Text], Callable[[int], Draft]]
 
 
@@ -31,6 +39,9 @@ class _Taken:
   def __call__(self, n: int) -> list:
     self._kept.extend(itertools.islice(self._units, max(0, n - len(self._kept))))
     return self._kept[:n]
+
+  def __iter__(self) -> Iterator:
+    return (self(i + 1)[i] for i in itertools.count())
 
 
 # Keys, values and content
@@ -100,6 +111,17 @@ def _every(n: int, rare: Iterator[str], usual: Iterator[str]) -> Iterator[str]:
   return (next(rare if i % n == n - 1 else usual) for i in itertools.count())
 
 
+def _mixed(rng: np.random.Generator, groups: Iterator[list]) -> Iterator:
+  """The items of eight groups at a time, in random order."""
+  while True:
+    items = list(itertools.chain.from_iterable(itertools.islice(groups, 8)))
+    yield from (items[i] for i in rng.permutation(len(items)))
+
+
+def _shuffled(order: int, n: int) -> list[int]:
+  return np.random.default_rng(order).permutation(n).tolist()
+
+
 def _hide(units: list[str], needles: Sequence[str], at: Sequence[float]) -> tuple[str, tuple[float, ...]]:
   """Puts each needle among the units, `at` from 0 for the beginning to 1 for the end; a tie keeps the needles' order.
 
@@ -119,23 +141,14 @@ def _hide(units: list[str], needles: Sequence[str], at: Sequence[float]) -> tupl
 
 
 def _ask(
-  context: str,
-  question: str,
-  lead: str,
-  answers: Sequence[str],
-  depths: Sequence[float] = (),
-  completion: str | None = None,
-) -> Draft:
+  question: str, lead: str, answers: Sequence[str], depths: Sequence[float] = (), completion: str | None = None
+) -> Asked:
   """The prompt ends with how the answer begins, as RULER's do (its `answer_prefix`): what comes then is the value."""
   completion = ", ".join(answers) if completion is None else completion
-  return Draft(f"{context}\nQuestion: {question} Answer:{lead}", f" {completion}\n", tuple(answers), tuple(depths))
+  return Asked(f"Question: {question} Answer:{lead}", f" {completion}\n", tuple(answers), tuple(depths))
 
 
 # Families
-
-
-def _code(key: str, value: str) -> str:
-  return f" The special code of {key} is {value}."
 
 
 def codes(
@@ -145,23 +158,39 @@ def codes(
   values: texts.Text = numbers,
   haystack: texts.Text | None = None,
 ) -> Family:
-  """n_keys keys are asked for, each with n_values codes. Every `every`-th unit, if not 0, is another key's code."""
+  """n_keys keys are asked for, each with n_values codes. Every `every`-th unit, if not 0, is a code of other keys."""
+  code, verb = ("special code", "is") if n_keys * n_values == 1 else ("special codes", "are")
+
+  def told(key: str, value: str) -> str:
+    return f" The special code of {key} is {value}."
+
+  def question(keys: Sequence[str], answers: Sequence[str], depths: Sequence[float] = ()) -> Asked:
+    of = f"{code} of {', '.join(keys)}"
+    return _ask(f"what {verb} the {of}?", f" The {of} {verb}", answers, depths)
 
   def family(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
-    keys, codes, units = things(rng), values(rng), (haystack or text)(rng)
-    asked = list(itertools.islice(keys, n_keys))
-    answers = list(itertools.islice(codes, n_keys * n_values))
-    needles = [_code(asked[i // n_values], answer) for i, answer in enumerate(answers)]
+    keys, codes, units, order = things(rng), values(rng), (haystack or text)(rng), int(rng.integers(2**32))
+    hidden = [(key, next(codes)) for key in itertools.islice(keys, n_keys) for _ in range(n_values)]
+    needles = [told(*pair) for pair in hidden]
     at = rng.random(len(needles)).tolist()
     if n_values > 1:
       at.sort()  # the answers are in the order of the text
-    units = _Taken(_every(every, map(_code, keys, codes), units) if every else units)
-    code, verb = ("special code", "is") if len(answers) == 1 else ("special codes", "are")
-    of = f"{code} of {', '.join(asked)}"
+    others = _Taken(_mixed(rng, ([(key, next(codes)) for _ in range(n_values)] for key in keys)))
+    units = _Taken(_every(every, itertools.starmap(told, others), units) if every else units)
+
+    def asked(n: int, depths: Sequence[float]) -> Iterator[Asked]:
+      yield question(list(dict(hidden)), [value for _, value in hidden], depths)
+      values_of: dict[str, list[str]] = {}
+      for key, value in others(n // every) if every else ():
+        values_of.setdefault(key, []).append(value)
+      whole = [key for key, found in values_of.items() if len(found) == n_values]
+      mixed = [whole[i] for i in _shuffled(order, len(whole))]
+      for some in zip(*[iter(mixed)] * n_keys, strict=False):
+        yield question(some, [value for key in some for value in values_of[key]])
 
     def write(n: int) -> Draft:
       context, depths = _hide(units(n), needles, at)
-      return _ask(context, f"what {verb} the {of}?", f" The {of} {verb}", answers, depths)
+      return Draft(context, asked(n, depths))
 
     return write
 
@@ -172,32 +201,45 @@ def pairs(keys: texts.Text, values: texts.Text) -> Family:
   """The whole context is a list of pairs, one of which is asked for."""
 
   def family(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
-    at, pairs = rng.random(), _Taken(zip(keys(rng), values(rng), strict=True))
+    at, order = rng.random(), int(rng.integers(2**32))
+    pairs = _Taken(zip(keys(rng), values(rng), strict=True))
 
     def write(n: int) -> Draft:
       lines = [f"- {key}: {value}\n" for key, value in pairs(n)]
-      asked = int(at * n)
-      key, value = pairs(n)[asked]
-      depth = sum(map(len, lines[:asked])) / sum(map(len, lines))
-      return _ask("".join(lines)[:-1], f"what is the value of {key}?", f"\n- {key}:", [value], [depth])
+      begins = [0, *itertools.accumulate(map(len, lines))]
+
+      def question(i: int) -> Asked:
+        key, value = pairs(n)[i]
+        return _ask(f"what is the value of {key}?", f"\n- {key}:", [value], [begins[i] / begins[-1]])
+
+      return Draft("".join(lines)[:-1], map(question, _beginning_with(int(at * n), _shuffled(order, n))))
 
     return write
 
   return family
 
 
+def _beginning_with(first: int, items: list[int]) -> Iterator[int]:
+  return itertools.chain([first], (i for i in items if i != first))
+
+
 def variables(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
-  """Three chains of four variables in noise: each but the first is set to the one before."""
+  """Three chains of four variables in noise: into each but the first goes a copy of the one before."""
   names, values = list(itertools.islice(_invented(rng), 12)), list(itertools.islice(numbers(rng), 3))
   chains = [[value, *names[4 * i : 4 * i + 4]] for i, value in enumerate(values)]
-  needles = [f" Let {name} = {source}." for chain in chains for source, name in itertools.pairwise(chain)]
+  needles = [f" Copy {source} into {name}." for chain in chains for source, name in itertools.pairwise(chain)]
   at = np.sort(rng.random((3, 4)), axis=1).ravel().tolist()
   units = _Taken(noise(rng))
 
   def write(n: int) -> Draft:
     context, depths = _hide(units(n), needles, at)
-    question, lead = f"which variables are equal to {values[0]}?", f" The variables equal to {values[0]} are"
-    return _ask(context, question, lead, names[:4], depths[:4])
+
+    def question(i: int) -> Asked:
+      value, *names = chains[i]
+      lead = f" The variables equal to {value} are"
+      return _ask(f"which variables are equal to {value}?", lead, names, depths[4 * i : 4 * i + 4])
+
+    return Draft(context, map(question, range(3)))
 
   return write
 
@@ -211,56 +253,68 @@ _FACTS = (  # what is said of a person, in two ways, and the question; an answer
 
 def questions(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Of the three facts about a person one is asked for. Every fourth sentence is a fact about somebody else."""
-  people, objects = _people(rng), (_places(rng), things(rng), _people(rng))
+  people, objects, order = _people(rng), (_places(rng), things(rng), _people(rng)), int(rng.integers(2**32))
 
-  def fact(person: str, kind: int) -> tuple[str, str]:
-    what = next(objects[kind])
-    return " " + _FACTS[kind][0][rng.integers(2)].format(person, what), what
+  def told(person: str, kind: int, what: str) -> str:
+    return " " + _FACTS[kind][0][rng.integers(2)].format(person, what)
+
+  def question(person: str, kind: int, what: str, depths: Sequence[float] = ()) -> Asked:
+    ways, asked = _FACTS[kind]
+    return _ask(asked.format(person), " " + ways[0].format(person, "").removesuffix(" ."), [what], depths)
 
   person, kind, at = next(people), int(rng.integers(3)), rng.random(3).tolist()
-  needles = [fact(person, i) for i in range(3)]
-  others = (fact(other, int(rng.integers(3)))[0] for other in people)
-  units = _Taken(_every(4, others, text(rng)))
+  facts = [(person, i, next(objects[i])) for i in range(3)]
+  needles = list(itertools.starmap(told, facts))
+  others = _Taken((other, i, next(objects[i])) for other in people for i in [int(rng.integers(3))])
+  units = _Taken(_every(4, itertools.starmap(told, others), text(rng)))
 
   def write(n: int) -> Draft:
-    context, depths = _hide(units(n), [sentence for sentence, _ in needles], at)
-    ways, question = _FACTS[kind]
-    lead = " " + ways[0].format(person, "").removesuffix(" .")
-    return _ask(context, question.format(person), lead, [needles[kind][1]], [depths[kind]])
+    context, depths = _hide(units(n), needles, at)
+    more = others(n // 4)
+    asked = itertools.starmap(question, (more[i] for i in _shuffled(order, len(more))))
+    return Draft(context, itertools.chain([question(*facts[kind], [depths[kind]])], asked))
 
   return write
 
 
 def two_hops(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Who took a thing and where they went are told apart; asked is where the thing is."""
-  told_of, at = zip(_people(rng), things(rng), _places(rng), strict=True), rng.random(2).tolist()
+  facts, at = zip(_people(rng), things(rng), _places(rng), strict=True), rng.random(2).tolist()
+  order = int(rng.integers(2**32))
 
   def told(person: str, thing: str, place: str) -> list[str]:
     return [f" {person} took the {thing}.", f" {person} went to {place}."]
 
-  _, thing, place = asked = next(told_of)
-  others = (sentence for facts in told_of for sentence in told(*facts))
-  units = _Taken(_every(4, others, text(rng)))
+  def question(thing: str, place: str, depths: Sequence[float] = ()) -> Asked:
+    return _ask(f"where is the {thing}?", f" The {thing} is at", [place], depths)
+
+  first = next(facts)
+  others = _Taken(_mixed(rng, ([(sentence, fact) for sentence in told(*fact)] for fact in facts)))
+  units = _Taken(_every(4, (sentence for sentence, _ in others), text(rng)))
 
   def write(n: int) -> Draft:
-    context, depths = _hide(units(n), told(*asked), at)
-    return _ask(context, f"where is the {thing}?", f" The {thing} is at", [place], [depths[1]])
+    context, depths = _hide(units(n), told(*first), at)
+    said = collections.Counter(fact for _, fact in others(n // 4))
+    whole = [fact for fact, count in said.items() if count == 2]
+    asked = (question(*whole[i][1:]) for i in _shuffled(order, len(whole)))
+    return Draft(context, itertools.chain([question(*first[1:], [depths[1]])], asked))
 
   return write
 
 
 def copy(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Random words: four that stand somewhere among them are given, the six that follow them there are asked for."""
-  at, words = rng.random(), _Taken(texts.rounds(rng, _WORDS))
+  at, order, words = rng.random(), int(rng.integers(2**32)), _Taken(texts.rounds(rng, _WORDS))
 
   def write(n: int) -> Draft:
     listed = words(n)
-    first = int(at * (n - 9))
-    cue, following = listed[first : first + 4], listed[first + 4 : first + 10]
-    context = " ".join(listed)
-    depth = len(" ".join([*listed[:first], ""])) / (len(context) + 1)
-    given = " ".join(cue)
-    return _ask(context, f"what follows {given}?", f" {given}", following, [depth], " ".join(following))
+    begins = [0, *itertools.accumulate(len(word) + 1 for word in listed)]
+
+    def question(i: int) -> Asked:
+      cue, following = " ".join(listed[i : i + 4]), listed[i + 4 : i + 10]
+      return _ask(f"what follows {cue}?", f" {cue}", following, [begins[i] / begins[-1]], " ".join(following))
+
+    return Draft(" ".join(listed), map(question, _beginning_with(int(at * (n - 9)), _shuffled(order, n - 9))))
 
   return write
 
@@ -272,7 +326,7 @@ def classification(rng: np.random.Generator, text: texts.Text) -> Callable[[int]
   """
   words = rng.permutation(_ITEMS)[:320].reshape(40, 8).tolist()
   labels = rng.permutation(texts.ADJECTIVES)[:40].tolist()
-  at = rng.random()
+  at, shuffle = rng.random(), int(rng.integers(2**32))
 
   def example() -> tuple[int, list[int]]:
     return int(rng.integers(40)), rng.permutation(8).tolist()
@@ -281,11 +335,14 @@ def classification(rng: np.random.Generator, text: texts.Text) -> Callable[[int]
 
   def write(n: int) -> Draft:
     lines = [f"- {' '.join(words[label][i] for i in order[:3])}: {labels[label]}\n" for label, order in examples(n)]
-    like = int(at * n)
-    label, order = examples(n)[like]
-    item = " ".join(words[label][order[i]] for i in (2, 0, 3))
-    depth = sum(map(len, lines[:like])) / sum(map(len, lines))
-    return _ask("".join(lines)[:-1], f"what is the label of {item}?", f"\n- {item}:", [labels[label]], [depth])
+    begins = [0, *itertools.accumulate(map(len, lines))]
+
+    def question(i: int) -> Asked:
+      label, order = examples(n)[i]
+      item = " ".join(words[label][order[j]] for j in (2, 0, 3))
+      return _ask(f"what is the label of {item}?", f"\n- {item}:", [labels[label]], [begins[i] / begins[-1]])
+
+    return Draft("".join(lines)[:-1], map(question, _beginning_with(int(at * n), _shuffled(shuffle, n))))
 
   return write
 
@@ -300,7 +357,7 @@ def common(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]
     listed = np.random.default_rng(order).permutation(common * each + rare(n - 5 * each)).tolist()
     answers = sorted(common, key=listed.index)
     question, lead = "which five words are the most common in the list?", " The five most common words are"
-    return _ask(" ".join(listed), question, lead, answers)
+    return Draft(" ".join(listed), iter([_ask(question, lead, answers)]))
 
   return write
 
@@ -315,7 +372,7 @@ def frequent(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draf
     counts += [1] * (n - sum(counts))
     listed = np.random.default_rng(order).permutation(np.repeat(words(len(counts)), counts)).tolist()
     question, lead = "which three words are the most frequent in the list?", " The three most frequent words are"
-    return _ask(" ".join(listed), question, lead, words(3))
+    return Draft(" ".join(listed), iter([_ask(question, lead, words(3))]))
 
   return write
 
@@ -328,7 +385,7 @@ def count(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
 
   def write(n: int) -> Draft:
     question, lead = f"how many times does the bell of {towns[0]} ring?", " The number of times is"
-    return _ask(_hide(units(n), rings, at)[0], question, lead, [str(times[0])])
+    return Draft(_hide(units(n), rings, at)[0], iter([_ask(question, lead, [str(times[0])])]))
 
   return write
 
@@ -338,8 +395,9 @@ def recite(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]
   pairs = _Taken(zip(things(rng), numbers(rng), strict=True))
 
   def write(n: int) -> Draft:
-    listed = ", ".join(f"{key}: {value}" for key, value in pairs(n))
-    return _ask(listed, "what is the list?", "", [value for _, value in pairs(n)], completion=listed)
+    listed, (first, _) = ", ".join(f"{key}: {value}" for key, value in pairs(n)), pairs(n)[0]
+    question, lead, values = f"what is the list from {first} on?", f" {first}:", [value for _, value in pairs(n)]
+    return Draft(listed, iter([_ask(question, lead, values, completion=listed.removeprefix(f"{first}: "))]))
 
   return write
 
@@ -350,8 +408,7 @@ def renumber(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draf
 
   def write(n: int) -> Draft:
     items = [f"{i}: {key}" for i, key in enumerate(keys(n), 1)]
-    shuffled = np.random.default_rng(order).permutation(n).tolist()
-    listed = ", ".join(items[i] for i in shuffled)
-    return _ask(listed, "what is the list in order?", "", keys(n), completion=", ".join(items))
+    listed, completion = ", ".join(items[i] for i in _shuffled(order, n)), ", ".join(items).removeprefix("1: ")
+    return Draft(listed, iter([_ask("what is the list from 1 on?", " 1:", keys(n), completion=completion)]))
 
   return write

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import re
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 
 from sparse_serve_jax.evaluation import families
 from sparse_serve_jax.evaluation import text as texts
-from sparse_serve_jax.evaluation.families import Draft, Family
+from sparse_serve_jax.evaluation.families import Asked, Draft, Family
 
 
 class Tokenizer(Protocol):
@@ -37,6 +38,7 @@ class Instance:
   depths: tuple[float, ...]  # where in the context each needle begins, in [0, 1]; empty where the answer has no place
   n_tokens: int  # of prompt and completion together
   max_new_tokens: int  # of the completion
+  more: tuple[tuple[str, str], ...] = ()  # what comes after the completion: further questions, each with its completion
 
   @property
   def text(self) -> str:
@@ -72,11 +74,13 @@ def make(
   *,
   split: Literal["train", "eval"],
   text: texts.Text = texts.sentences,
+  n_more: int = 0,
 ) -> Instance:
   """Makes an instance whose prompt and completion together are at most, and close to, `length` tokens.
 
   Close: no more is left than 2 % or one unit of the content (a sentence, a line). What is made depends on nothing but
-  the arguments. The ordinary text between needles comes from `text`.
+  the arguments. The ordinary text between needles comes from `text`. Up to n_more further questions about the same
+  context are beyond `length`; some tasks have none.
 
   Raises:
     ValueError: no such task or split, a negative seed, or a length that even the smallest instance exceeds.
@@ -89,38 +93,40 @@ def make(
     raise ValueError(f"a length is 1 token or more and a seed not negative, got {length=}, {seed=}")
   entropy = [("train", "eval").index(split), zlib.crc32(task.encode()), length, seed]
   write = TASKS[task].family(np.random.default_rng(entropy), text)
-  draft, n_tokens = _fit(task, write, length, tokenizer)
-  n_completion = len(tokenizer.encode(draft.completion)) - len(tokenizer.encode(""))
-  return Instance(task, *draft, n_tokens, n_completion)
+  (context, asked), first, n_tokens = _fit(task, write, length, tokenizer)
+  n_completion = len(tokenizer.encode(first.completion)) - len(tokenizer.encode(""))
+  more = tuple((other.prompt, other.completion) for other in itertools.islice(asked, n_more))
+  return Instance(task, f"{context}\n{first.prompt}", *first[1:], n_tokens, n_completion, more)
 
 
-def _fit(task: str, write: Callable[[int], Draft], length: int, tokenizer: Tokenizer) -> tuple[Draft, int]:
+def _fit(task: str, write: Callable[[int], Draft], length: int, tokenizer: Tokenizer) -> tuple[Draft, Asked, int]:
   """Finds how many units of content fit: two samples give the tokens of a unit, then a bracketed secant search.
 
   Of all these about two are texts of full length.
   """
 
-  def measured(n: int) -> tuple[Draft, int]:
+  def measured(n: int) -> tuple[Draft, Asked, int]:
     draft = write(n)
-    return draft, len(tokenizer.encode(draft.prompt + draft.completion))
+    first = next(draft.asked)
+    return draft, first, len(tokenizer.encode(f"{draft.context}\n{first.prompt}{first.completion}"))
 
   fits = TASKS[task].min_units
-  best, used = measured(fits)
+  *best, used = measured(fits)
   if used > length:
     raise ValueError(f"{task} takes at least {used} tokens with this tokenizer and seed, got {length=}")
   sample = max(8, length // 64)
-  per_unit = max(1.0, (measured(fits + sample)[1] - used) / sample)
+  per_unit = max(1.0, (measured(fits + sample)[-1] - used) / sample)
   too_many = length + 1  # a unit is a token or more
   while too_many - fits > 1 and length - used > 0.02 * length:
     n = fits + round((0.99 * length - used) / per_unit)
     n = min(max(n, fits + 1), too_many - 1)
-    draft, tokens = measured(n)
+    *draft, tokens = measured(n)
     per_unit = max(1.0, (tokens - used) / (n - fits))
     if tokens <= length:
       best, used, fits = draft, tokens, n
     else:
       too_many = n
-  return best, used
+  return *best, used
 
 
 def _answer(prediction: str) -> str:

@@ -1,11 +1,12 @@
 """Training sequences, each a pure function of a seed: text, generated tasks, and two kinds of exercise in token ids.
 
-Of the exercises a sixth of the tokens and more are answers, so that a model finds the circuits of retrieval early:
+A task's context is asked about as often as there is room for: one answer to 16k tokens would teach next to nothing. Of
+the exercises a sixth of the tokens and more are answers, so that a model finds the circuits of retrieval early:
 
   repeat   random tokens in runs, each run again at a later place: copy what followed the last time
-  recall   keys and values of random tokens; then the keys again in another order: give the value of each. A key is of
-           few distinct tokens, so that its last token or two do not tell it, and the same tokens follow every key and
-           every value, as marks do in a list
+  recall   keys and values of random tokens; then the keys again in another order: give the value of each; or the whole
+           list once more. A key is of few distinct tokens, so that its last token or two do not tell it, and the same
+           tokens follow every key and every value, as marks do in a list
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from sparse_serve_jax.training.config import Sources, TrainConfig
 
 SOURCES = tuple(field.name for field in dataclasses.fields(Sources))
 ANSWER_SHARE = 0.2
+MOST_FOR_QUESTIONS = 0.3  # of a sequence, beyond the first
+FEWEST_FOR_QUESTIONS = 64  # tokens; most take 25 to 40
+LIST_SHARE = 0.25  # of what is recalled
 
 
 class Batch(NamedTuple):
@@ -71,7 +75,7 @@ def _repeat(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
 
 
 def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs of a key and a value, each of 1 to 6 tokens in this sequence; then all of them in another order.
+  """Pairs of a key and a value, each of 1 to 6 tokens in this sequence; then all of them in the same or another order.
 
   Up to three tokens, the same in all pairs, follow the key, and others the value.
   """
@@ -91,23 +95,39 @@ def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
   each = lambda tokens: np.broadcast_to(tokens, (n_pairs, len(tokens)))  # noqa: E731
   values = rng.integers(0, vocab, (n_pairs, n_value))
   pairs = np.concatenate([keys, each(after_key), values, each(after_value)], 1)
-  order = rng.permutation(n_pairs)
   known = np.zeros((2, n_pairs, width), bool)
-  known[1, :, start : start + n_value] = True
+  if rng.random() < LIST_SHARE:
+    order = np.arange(n_pairs)
+    known[1], known[1, 0, :n_key] = True, False
+  else:
+    order = rng.permutation(n_pairs)
+    known[1, :, start : start + n_value] = True
   return np.concatenate([pairs.ravel(), pairs[order].ravel()])[:n], known.ravel()[:n]
 
 
 def _task(rng: np.random.Generator, n: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """A generated task, at most n tokens."""
+  """A generated task, and as many more questions about its context as n tokens hold."""
   last: ValueError | None = None
+  room = int(rng.uniform(0, MOST_FOR_QUESTIONS) * n)
+  room = room if room >= FEWEST_FOR_QUESTIONS else 0
   for name in rng.permutation(sorted(tasks.TASKS)):
-    try:
-      instance = tasks.make(name, n, int(rng.integers(1 << 31)), tokenizer, split="train")
+    make = functools.partial(tasks.make, name, seed=int(rng.integers(1 << 31)), tokenizer=tokenizer, split="train")
+    try:  # a question with its answer takes ten tokens or more
+      instance = make(n - room, n_more=room // 10)
+      if room and not instance.more:
+        instance = make(n)
     except ValueError as error:  # it takes more tokens
       last = error
       continue
     ids, n_prompt = instance.encode(tokenizer)
-    return np.array(ids), np.arange(len(ids)) >= n_prompt
+    answer = [i >= n_prompt for i in range(len(ids))]
+    for question, completion in instance.more:
+      asked, answered = (tokenizer.encode(part, add_special_tokens=False) for part in (question, completion))
+      if len(ids) + len(asked) + len(answered) > n:
+        break
+      ids += asked + answered
+      answer += [False] * len(asked) + [True] * len(answered)
+    return np.array(ids), np.array(answer)
   raise ValueError(f"no task fits {n} tokens") from last
 
 
