@@ -48,7 +48,7 @@ _REQUESTS = flags.DEFINE_integer("requests", 4, "Of the part selections: instanc
 _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99"], "Of PSA.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(METHODS)}, oracle, window; all.")
-_STEPS = flags.DEFINE_integer("steps", 192, "Decode steps at most; a longer answer is judged by its beginning.")
+_STEPS = flags.DEFINE_integer("steps", 96, "Decode steps at most; a longer answer is judged by its beginning.")
 _TRACE_STEPS = flags.DEFINE_integer(
   "trace_steps", 256, "Of the part selections: decode steps of an answer at most.", lower_bound=selections.MOST + 1
 )

@@ -113,13 +113,13 @@ def _train(run: trainer.Trainer, tokenizer: Tokenizer, out: pathlib.Path) -> Non
       bar.update(step - bar.n)
       if step % _LOG_EVERY.value and step != config.steps:
         return
-      loss, norm = float(metrics.loss), float(metrics.grad_norm)
+      losses = {name: float(getattr(metrics, name)) for name in ("loss", "digest_loss", "grad_norm")}
       counts = zip(data.SOURCES, metrics.right.tolist(), metrics.answers.tolist(), strict=True)
       right = {source: n / answers for source, n, answers in counts if answers}
       rate = seen / (time.monotonic() - began)
       answers = ", ".join(f"{source} {share:.1%}" for source, share in right.items())
-      bar.set_postfix_str(f"loss {loss:.3f}, answers: {answers}, {rate / 1e3:.0f}k tokens/s")
-      row = dict(step=step, tokens=batch.weights.shape[1], loss=loss, answers=right, grad_norm=norm, tokens_per_s=rate)
+      bar.set_postfix_str(f"loss {losses['loss']:.3f}, answers: {answers}, {rate / 1e3:.0f}k tokens/s")
+      row = dict(step=step, tokens=batch.weights.shape[1], **losses, answers=right, tokens_per_s=rate)
       file.write(json.dumps(row) + "\n")
       file.flush()
 
@@ -131,7 +131,7 @@ def accuracies(model: Model, lengths: list[int], n_instances: int) -> Iterator[t
 
   One forward pass over prompt and answer tells it: as long as every token is the answer's, decoding sees the same.
   """
-  right = jax.jit(lambda params, tokens: trainer.forward(model.config, params, tokens).argmax(-1))
+  right = jax.jit(lambda params, tokens: trainer.forward(model.config, params, tokens)[0].argmax(-1))
   params, names = jax.device_put(model.params), sorted(tasks.TASKS)
   jobs = itertools.product(lengths, names, range(n_instances))
   made = processes.ahead(functools.partial(_evaluation, model.tokenizer), jobs, _WORKERS.value)

@@ -111,7 +111,8 @@ class SparseConfig:
 
   policy: Literal["dense", "topk", "psa"] = "topk"
   method: str = "cuboid_mean"  # a name in attention.methods.METHODS
-  # topk: attended tokens a step, sinks and window included. Every policy: how much of a prompt's end enters slots.
+  # topk: attended tokens a step, sinks and window included. Every policy: how much of the end of a prompt, or of each
+  # piece that it is cut into, enters slots.
   token_budget: int = 2048
   sink_tokens: int = 64  # always attended, as in ArkVale (two blocks of 32)
   window_tokens: int = 64  # the newest full blocks, always attended

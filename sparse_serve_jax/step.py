@@ -1,7 +1,7 @@
 """The main path: one decode step, one prefill segment, each a pure function jitted with the cache donated.
 
   decode_step      embed -> for each layer: qkv, append to the tail, attend to selected blocks where they lie, MLP
-                   -> logits, sample -> finished tails go to the pool
+                   -> finished tails go to the pool -> logits, sample
   prefill_segment  some layers of a piece of a prompt -> its KV into the pool, digests made, the newest into slots
 
 Both are per-device code under `shard_map` over the mesh axis "tp"; `Programs` wraps them.
@@ -40,7 +40,7 @@ class Setup:
   model: ModelConfig
   selector: Selector
   dense_layers: int
-  newest_blocks: int  # of a prompt, that enter slots: as many as one step reads
+  newest_blocks: int  # of a piece of a prompt, that enter slots (the next one reads them there): of one step
   working_set_steps: int
   offload: bool
   implementation: str  # of the kernels: "xla", "triton" or "interpret"

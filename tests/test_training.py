@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import subprocess
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.digest import cuboid_mean
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import ByteTokenizer, forward, load_model
 from sparse_serve_jax.training import data, trainer
@@ -140,7 +142,7 @@ def test_the_tokenizer_keeps_digits_and_lines_apart():
 def test_the_forward_pass_is_the_models():
   params = trainer.init_params(MODEL, jax.random.key(0))
   tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (3, 40)).astype(np.int32)
-  batched = trainer.forward(MODEL, params, tokens)
+  batched, _ = trainer.forward(MODEL, params, tokens)
   for row, expected in zip(batched, tokens, strict=True):
     np.testing.assert_allclose(row, forward(MODEL, params, expected), rtol=1e-4, atol=1e-4)
 
@@ -150,7 +152,9 @@ def test_the_loss_is_the_weighted_mean():
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, MODEL.vocab_size, (2, 9)).astype(np.int32)
   weights = rng.choice([0.0, 0.25, 1.0], (2, 8)).astype(np.float32)
-  nats, (answers, right) = trainer.loss(MODEL, params, data.Batch(tokens, weights, np.array([3, 1], np.int32)))
+  batch = data.Batch(tokens, weights, np.array([3, 1], np.int32))
+  nats, found = trainer.loss(TOY, params, batch, jax.random.key(0))
+  answers, right = found["answers"], found["right"]
   log_p = jax.nn.log_softmax(jnp.stack([forward(MODEL, params, row[:-1]) for row in tokens]))
   picked = np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0]
   assert nats == pytest.approx(-(weights * picked).sum() / weights.sum(), rel=1e-4)
@@ -159,6 +163,39 @@ def test_the_loss_is_the_weighted_mean():
     of_row = weights[row] == 1
     assert (int(answers[i]), int(right[i])) == (of_row.sum(), hits[row][of_row].sum())
   assert int(answers.sum()) == (weights == 1).sum()
+
+
+def test_the_digest_loss_is_a_divergence_of_block_masses():
+  """Against loops, one query after the other."""
+  rng, (n_tokens, n_heads, n_group, depth, size) = np.random.default_rng(0), (45, 2, 3, 8, 4)
+  q, k = rng.normal(size=(2, n_tokens, n_heads, n_group, depth)), 2 * rng.normal(size=(2, n_tokens, n_heads, depth))
+  at, scale, expected = np.array([[44, 17, 30], [12, 3, 41]]), depth**-0.5, []
+  for b, i, head in itertools.product(range(2), range(3), range(n_heads)):
+    position = at[b, i]
+    p = np.exp(scale * q[b, position, head] @ k[b, : position + 1, head].T)  # [G, tokens]
+    free = range(1, position // size - 1)
+    blocks = [slice(size * j, size * (j + 1)) for j in free]
+    if not blocks:
+      expected += [0.0, 0.0]
+      continue
+    mass = np.array([(p[:, block].sum(1) / p.sum(1)).mean() for block in blocks])
+    for rule in (lambda x: x.mean(0, keepdims=True), lambda x: np.asarray(cuboid_mean(jnp.asarray(x)))):
+      digests = [rule(k[b, block, head]) for block in blocks]
+      products = [[np.maximum(one * d[0], one * d[-1]).sum() for d in digests] for one in q[b, position, head]]
+      scores = scale * np.mean(products, 0)
+      log_q = scores - np.log(np.exp(scores).sum())
+      expected.append((mass * (np.log(mass / mass.sum()) - log_q)).sum())
+  found = trainer.digest_loss(*map(jnp.float32, (q, k)), at=jnp.asarray(at), block_tokens=size)
+  assert found == pytest.approx(np.mean(expected), rel=1e-4) and found > 0.01
+
+
+def test_keys_that_are_alike_in_a_block_are_foretold():
+  rng = np.random.default_rng(0)
+  q, k = rng.normal(size=(1, 64, 2, 1, 8)), np.repeat(rng.normal(size=(1, 8, 2, 8)), 8, axis=1)
+  loss = functools.partial(trainer.digest_loss, at=jnp.array([[63, 50]]), block_tokens=8)
+  assert loss(jnp.float32(q), jnp.float32(k)) == pytest.approx(0, abs=1e-6)
+  grads = jax.grad(loss, argnums=(0, 1))(jnp.float32(q), jnp.float32(rng.normal(size=k.shape)))
+  assert all(np.isfinite(g).all() and np.abs(g).max() > 1e-4 for g in grads)
 
 
 @pytest.mark.slow

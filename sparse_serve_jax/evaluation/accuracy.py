@@ -31,7 +31,7 @@ from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.tokenizer import Tokenizer
 
 BLOCK_TOKENS = (32, 16, 64)  # the first is that of all other comparisons
-STEP_BUCKETS = (96, 192)  # steps are padded to one of these, or to the most there may be
+STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
 DEFAULT = SparseConfig().method

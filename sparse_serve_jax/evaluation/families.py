@@ -1,4 +1,4 @@
-"""The families of tasks: keys, values, filler, and how a context is written of them and asked about."""
+"""The families of tasks: how a context is written of keys, values and filler, and asked about."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_serve_jax.evaluation import content
 from sparse_serve_jax.evaluation import text as texts
 
 
@@ -42,68 +43,6 @@ class _Taken:
 
   def __iter__(self) -> Iterator:
     return (self(i + 1)[i] for i in itertools.count())
-
-
-# Keys, values and content
-
-
-def _unique(rng: np.random.Generator, size: int) -> Iterator[int]:
-  """Yields different numbers below `size`, which is to be far more than are taken."""
-  seen = set()
-  while True:
-    for i in rng.integers(size, size=256).tolist():
-      if i not in seen:
-        seen.add(i)
-        yield i
-
-
-_NOISE = (
-  " The rain falls on the roof.",
-  " The clock ticks in the hall.",
-  " A cart rolls down the lane.",
-  " Nothing else happens here.",
-)
-_KINDS = "Bay Hill Lane Park Pier Street".split()
-_ITEMS = [word for word in dict.fromkeys(texts.NOUNS) if word not in set(texts.ADJECTIVES)]
-_WORDS = [*texts.ADJECTIVES, *_ITEMS]
-_SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
-
-
-def things(rng: np.random.Generator) -> Iterator[str]:
-  """Adjective and noun, 420,000 of them."""
-  for i in _unique(rng, len(texts.ADJECTIVES) * len(_ITEMS)):
-    yield f"{texts.ADJECTIVES[i % len(texts.ADJECTIVES)]} {_ITEMS[i // len(texts.ADJECTIVES)]}"
-
-
-def numbers(rng: np.random.Generator) -> Iterator[str]:
-  """Of five digits; the project's own text has no number above 2,100."""
-  return (str(10_000 + i) for i in _unique(rng, 90_000))
-
-
-def uuids(rng: np.random.Generator) -> Iterator[str]:
-  """48 random bits each, as three groups of hexadecimal digits."""
-  return (f"{i >> 32:04x}-{i >> 16 & 0xFFFF:04x}-{i & 0xFFFF:04x}" for i in _unique(rng, 2**48))
-
-
-def _invented(rng: np.random.Generator) -> Iterator[str]:
-  """Words of three syllables that mean nothing, 512,000 of them."""
-  s, n = _SYLLABLES, len(_SYLLABLES)
-  return (s[i % n] + s[i // n % n] + s[i // n**2] for i in _unique(rng, n**3))
-
-
-def _places(rng: np.random.Generator) -> Iterator[str]:
-  """6,000 of them; the project's own text has towns only."""
-  return (f"{texts.TOWNS[i // 6]} {_KINDS[i % 6]}" for i in _unique(rng, 6 * len(texts.TOWNS)))
-
-
-def _people(rng: np.random.Generator) -> Iterator[str]:
-  """First and last name, 200,000 of them; the project's own text has first names only."""
-  n = len(texts.NAMES)
-  return (f"{texts.NAMES[i % n]} {texts.TOWNS[i // n]}" for i in _unique(rng, n * len(texts.TOWNS)))
-
-
-def noise(rng: np.random.Generator) -> Iterator[str]:
-  return itertools.cycle(_NOISE)
 
 
 def _every(n: int, rare: Iterator[str], usual: Iterator[str]) -> Iterator[str]:
@@ -155,7 +94,7 @@ def codes(
   n_keys: int = 1,
   n_values: int = 1,
   every: int = 0,
-  values: texts.Text = numbers,
+  values: texts.Text = content.numbers,
   haystack: texts.Text | None = None,
 ) -> Family:
   """n_keys keys are asked for, each with n_values codes. Every `every`-th unit, if not 0, is a code of other keys."""
@@ -169,7 +108,7 @@ def codes(
     return _ask(f"what {verb} the {of}?", f" The {of} {verb}", answers, depths)
 
   def family(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
-    keys, codes, units, order = things(rng), values(rng), (haystack or text)(rng), int(rng.integers(2**32))
+    keys, codes, units, order = content.things(rng), values(rng), (haystack or text)(rng), int(rng.integers(2**32))
     hidden = [(key, next(codes)) for key in itertools.islice(keys, n_keys) for _ in range(n_values)]
     needles = [told(*pair) for pair in hidden]
     at = rng.random(len(needles)).tolist()
@@ -225,11 +164,11 @@ def _beginning_with(first: int, items: list[int]) -> Iterator[int]:
 
 def variables(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Three chains of four variables in noise: into each but the first goes a copy of the one before."""
-  names, values = list(itertools.islice(_invented(rng), 12)), list(itertools.islice(numbers(rng), 3))
+  names, values = list(itertools.islice(content.invented(rng), 12)), list(itertools.islice(content.numbers(rng), 3))
   chains = [[value, *names[4 * i : 4 * i + 4]] for i, value in enumerate(values)]
   needles = [f" Copy {source} into {name}." for chain in chains for source, name in itertools.pairwise(chain)]
   at = np.sort(rng.random((3, 4)), axis=1).ravel().tolist()
-  units = _Taken(noise(rng))
+  units = _Taken(content.noise(rng))
 
   def write(n: int) -> Draft:
     context, depths = _hide(units(n), needles, at)
@@ -253,7 +192,8 @@ _FACTS = (  # what is said of a person, in two ways, and the question; an answer
 
 def questions(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Of the three facts about a person one is asked for. Every fourth sentence is a fact about somebody else."""
-  people, objects, order = _people(rng), (_places(rng), things(rng), _people(rng)), int(rng.integers(2**32))
+  people, order = content.people(rng), int(rng.integers(2**32))
+  objects = content.places(rng), content.things(rng), content.people(rng)
 
   def told(person: str, kind: int, what: str) -> str:
     return " " + _FACTS[kind][0][rng.integers(2)].format(person, what)
@@ -279,7 +219,7 @@ def questions(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Dra
 
 def two_hops(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Who took a thing and where they went are told apart; asked is where the thing is."""
-  facts, at = zip(_people(rng), things(rng), _places(rng), strict=True), rng.random(2).tolist()
+  facts, at = zip(content.people(rng), content.things(rng), content.places(rng), strict=True), rng.random(2).tolist()
   order = int(rng.integers(2**32))
 
   def told(person: str, thing: str, place: str) -> list[str]:
@@ -304,7 +244,7 @@ def two_hops(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draf
 
 def copy(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """Random words: four that stand somewhere among them are given, the six that follow them there are asked for."""
-  at, order, words = rng.random(), int(rng.integers(2**32)), _Taken(texts.rounds(rng, _WORDS))
+  at, order, words = rng.random(), int(rng.integers(2**32)), _Taken(texts.rounds(rng, content.WORDS))
 
   def write(n: int) -> Draft:
     listed = words(n)
@@ -324,7 +264,7 @@ def classification(rng: np.random.Generator, text: texts.Text) -> Callable[[int]
 
   The new item has two words of one of the examples, the other way round, and another word of the same label.
   """
-  words = rng.permutation(_ITEMS)[:320].reshape(40, 8).tolist()
+  words = rng.permutation(content.ITEMS)[:320].reshape(40, 8).tolist()
   labels = rng.permutation(texts.ADJECTIVES)[:40].tolist()
   at, shuffle = rng.random(), int(rng.integers(2**32))
 
@@ -349,7 +289,7 @@ def classification(rng: np.random.Generator, text: texts.Text) -> Callable[[int]
 
 def common(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """A list of words: each of five makes up 1/40 of it, or 4 words; 1,328 others come equally often, up to one."""
-  order, words = int(rng.integers(2**32)), rng.permutation(_WORDS).tolist()
+  order, words = int(rng.integers(2**32)), rng.permutation(content.WORDS).tolist()
   common, rare = words[:5], _Taken(texts.rounds(rng, words[5:]))
 
   def write(n: int) -> Draft:
@@ -364,7 +304,7 @@ def common(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]
 
 def frequent(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """A list of invented words: the r-th makes up the share 6 / (pi r)^2, the zeta distribution of exponent 2."""
-  order, words = int(rng.integers(2**32)), _Taken(_invented(rng))
+  order, words = int(rng.integers(2**32)), _Taken(content.invented(rng))
 
   def write(n: int) -> Draft:
     counts = [int(n * 6 / (np.pi * r) ** 2) for r in range(1, int(n**0.5) + 1)]
@@ -392,7 +332,7 @@ def count(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
 
 def recite(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """A list of pairs, to be written once more."""
-  pairs = _Taken(zip(things(rng), numbers(rng), strict=True))
+  pairs = _Taken(zip(content.things(rng), content.numbers(rng), strict=True))
 
   def write(n: int) -> Draft:
     listed, (first, _) = ", ".join(f"{key}: {value}" for key, value in pairs(n)), pairs(n)[0]
@@ -404,7 +344,7 @@ def recite(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]
 
 def renumber(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
   """A numbered list out of order, to be written in order."""
-  order, keys = int(rng.integers(2**32)), _Taken(key.replace(" ", "-") for key in things(rng))
+  order, keys = int(rng.integers(2**32)), _Taken(key.replace(" ", "-") for key in content.things(rng))
 
   def write(n: int) -> Draft:
     items = [f"{i}: {key}" for i, key in enumerate(keys(n), 1)]

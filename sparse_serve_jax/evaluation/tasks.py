@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from sparse_serve_jax.evaluation import families
+from sparse_serve_jax.evaluation import content, families
 from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.evaluation.families import Asked, Draft, Family
 
@@ -105,22 +105,22 @@ def _fit(task: str, write: Callable[[int], Draft], length: int, tokenizer: Token
   Of all these about two are texts of full length.
   """
 
-  def measured(n: int) -> tuple[Draft, Asked, int]:
+  def measured(n: int) -> tuple[tuple[Draft, Asked], int]:
     draft = write(n)
     first = next(draft.asked)
-    return draft, first, len(tokenizer.encode(f"{draft.context}\n{first.prompt}{first.completion}"))
+    return (draft, first), len(tokenizer.encode(f"{draft.context}\n{first.prompt}{first.completion}"))
 
   fits = TASKS[task].min_units
-  *best, used = measured(fits)
+  best, used = measured(fits)
   if used > length:
     raise ValueError(f"{task} takes at least {used} tokens with this tokenizer and seed, got {length=}")
   sample = max(8, length // 64)
-  per_unit = max(1.0, (measured(fits + sample)[-1] - used) / sample)
+  per_unit = max(1.0, (measured(fits + sample)[1] - used) / sample)
   too_many = length + 1  # a unit is a token or more
   while too_many - fits > 1 and length - used > 0.02 * length:
     n = fits + round((0.99 * length - used) / per_unit)
     n = min(max(n, fits + 1), too_many - 1)
-    *draft, tokens = measured(n)
+    draft, tokens = measured(n)
     per_unit = max(1.0, (tokens - used) / (n - fits))
     if tokens <= length:
       best, used, fits = draft, tokens, n
@@ -158,14 +158,14 @@ def _in_order(prediction: str, instance: Instance) -> float:
 TASKS: dict[str, Task] = {
   task.name: task
   for task in (
-    Task("single_noise", "retrieval", families.codes(haystack=families.noise), _exact),
+    Task("single_noise", "retrieval", families.codes(haystack=content.noise), _exact),
     Task("single_text", "retrieval", families.codes(), _exact),
-    Task("single_uuid", "retrieval", families.codes(values=families.uuids), _exact),
+    Task("single_uuid", "retrieval", families.codes(values=content.uuids), _exact),
     Task("multi_key", "retrieval", families.codes(every=2), _exact),
     Task("multi_value", "retrieval", families.codes(n_values=4, every=4), _found),
     Task("multi_query", "retrieval", families.codes(n_keys=4, every=4), _found),
-    Task("key_value", "retrieval", families.pairs(families.things, families.numbers), _exact),
-    Task("key_value_uuid", "retrieval", families.pairs(families.uuids, families.uuids), _exact),
+    Task("key_value", "retrieval", families.pairs(content.things, content.numbers), _exact),
+    Task("key_value_uuid", "retrieval", families.pairs(content.uuids, content.uuids), _exact),
     Task("variable_tracking", "retrieval", families.variables, _found),
     Task("question", "retrieval", families.questions, _exact),
     Task("question_two_hops", "retrieval", families.two_hops, _exact),

@@ -53,6 +53,7 @@ class TrainConfig:
   # In the loss, of a token that is no answer. An answer's weighs 1; of a task, at least so that the whole answer weighs
   # as much as ANSWER_SHARE of the sequence would: else a short answer to a long prompt would hardly count.
   context_weight: float = 0.1
+  digest_weight: float = 0.0  # in the loss, of `trainer.digest_loss`
   seed: int = 0
 
   @property

@@ -17,12 +17,15 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sparse_serve_jax.attention.methods import METHODS, Method
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.training.config import Optimizer, TrainConfig
 from sparse_serve_jax.training.data import SOURCES, Batch
 
 SAVE_EVERY = 60.0  # seconds
+DIGEST_QUERIES = 32  # of a sequence
+DIGEST_BLOCK_TOKENS = 32
 
 
 class TrainState(NamedTuple):
@@ -35,6 +38,7 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
   loss: jax.Array  # nats a token, weighted
+  digest_loss: jax.Array  # nats; 0 where it does not count
   answers: jax.Array  # [len(SOURCES)] int32, tokens of weight 1 and more
   right: jax.Array  # [len(SOURCES)] int32, of these, the most likely ones
   grad_norm: jax.Array
@@ -59,31 +63,95 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> llama.Params:
   return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def forward(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> jax.Array:
-  """tokens [B, T] -> logits float32 [B, T, V], by dense causal attention."""
+def forward(
+  cfg: ModelConfig, params: llama.Params, tokens: jax.Array, look: Callable[..., jax.Array] = lambda *_: jnp.float32(0)
+) -> tuple[jax.Array, jax.Array]:
+  """By dense causal attention.
+
+  Args:
+    cfg: the model.
+    params: its parameters.
+    tokens: [B, T] int32.
+    look: what to tell of a layer's queries [B, T, K, G, D] and keys [B, T, K, D], a scalar.
+
+  Returns:
+    Logits float32 [B, T, V], and the mean over layers of what `look` tells.
+  """
   cos_sin = llama.rope(cfg, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
 
   def layer(x, lp):
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     o = llama.causal_attention(cfg, q, k, v)
-    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), None
+    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), look(q, k)
 
   # Unrolled, as a loop would stack what each layer keeps for the backward pass.
-  x, _ = lax.scan(layer, llama.embed(params, tokens), params["layers"], unroll=cfg.n_layers)
-  return llama.logits(cfg, params, x, None)
+  x, told = lax.scan(layer, llama.embed(params, tokens), params["layers"], unroll=cfg.n_layers)
+  return llama.logits(cfg, params, x, None), told.mean()
 
 
-def loss(cfg: ModelConfig, params: llama.Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Weighted mean cross entropy in nats; `answers` and `right` of StepMetrics."""
+def digest_loss(q: jax.Array, k: jax.Array, *, at: jax.Array, block_tokens: int) -> jax.Array:
+  """How badly digests foretell which blocks get attention: nats, weighted by the share of mass that is at stake.
+
+  Of a token and KV head, attention's mass by block is one distribution over the blocks before it, and what its scores
+  would give is another, each a mean over query heads, as selection takes it; told is the Kullback-Leibler divergence,
+  times the mass of all these blocks. The first block and the two newest, which selection reads anyway, are left out. Of
+  two rules, the mean of both. What attention does is the target, not to be changed: no gradient goes through it.
+
+  Args:
+    q: [B, T, K, G, D].
+    k: [B, T, K, D].
+    at: [B, n] int32, the queries that are looked at.
+    block_tokens: S; blocks at the end of T that are not full are left out.
+  """
+  scale, n_blocks = q.shape[-1] ** -0.5, k.shape[1] // block_tokens
+  q = jnp.take_along_axis(q, at[:, :, None, None, None], 1).swapaxes(1, 2)  # [B, K, n, G, D]
+  k = k.swapaxes(1, 2)  # [B, K, T, D]
+  blocks = k[:, :, : n_blocks * block_tokens].reshape(*k.shape[:2], n_blocks, block_tokens, -1)  # [B, K, N, S, D]
+
+  logits = scale * jnp.einsum("bkngd,bktd->bkngt", q, k, preferred_element_type=jnp.float32)
+  token, block = (jnp.arange(n)[(None,) * 4] for n in (k.shape[2], n_blocks))  # along the last of five axes
+  at = at[:, None, :, None, None]
+  logits = jnp.where(token <= at, logits, -jnp.inf)
+  by_block = logits[..., : n_blocks * block_tokens].reshape(*logits.shape[:-1], n_blocks, block_tokens)
+  total = jax.nn.logsumexp(logits, -1, keepdims=True)
+  free = (block > 0) & (block < at // block_tokens - 1)  # [B, 1, n, 1, N]
+  mass = jnp.where(free, jnp.exp(jax.nn.logsumexp(by_block, -1) - total), 0.0)
+  mass = lax.stop_gradient(mass.mean(3))  # [B, K, n, N]
+  share = mass / jnp.maximum(mass.sum(-1, keepdims=True), 1e-9)
+
+  def divergence(method: Method) -> jax.Array:
+    digests = method.summarize(blocks).astype(jnp.float32)[:, :, None]  # [B, K, 1, N, E, D]
+    scores = scale * method.score(q.astype(jnp.float32), digests).mean(3)
+    scores = jnp.where(free[:, :, :, 0], scores, -1e9)
+    return (mass * (jnp.log(jnp.maximum(share, 1e-20)) - jax.nn.log_softmax(scores, -1))).sum(-1).mean()
+
+  return (divergence(METHODS["cuboid_mean"]) + divergence(METHODS["mean"])) / 2
+
+
+def loss(config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+  """What is minimised, and all of StepMetrics but the norm.
+
+  That is the weighted mean cross entropy in nats, and `config.digest_weight` times `digest_loss` of DIGEST_QUERIES
+  queries of each sequence, those that predict answers before others, otherwise at random by `key`.
+  """
+  cfg = config.model
   tokens, weights, sources = map(jnp.asarray, batch)
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
-  logits, targets = forward(cfg, params, tokens[:, :-1]), tokens[:, 1:]
+  looks = {}
+  if config.digest_weight:
+    order = (weights > config.context_weight) + jax.random.uniform(key, weights.shape)
+    at = lax.top_k(order, min(DIGEST_QUERIES, weights.shape[1]))[1]
+    looks["look"] = functools.partial(digest_loss, at=at, block_tokens=DIGEST_BLOCK_TOKENS)
+  logits, of_digests = forward(cfg, params, tokens[:, :-1], **looks)
+  targets = tokens[:, 1:]
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   answers = weights >= 1
   of_source = sources[None] == jnp.arange(len(SOURCES))[:, None]  # [sources, B]
   count = lambda tokens: jnp.where(of_source, tokens.sum(1)[None], 0).sum(1)  # noqa: E731
   right = answers & (logits.argmax(-1) == targets)
-  return (weights * nats).sum() / jnp.maximum(weights.sum(), 1), (count(answers), count(right))
+  of_tokens = (weights * nats).sum() / jnp.maximum(weights.sum(), 1)
+  found = dict(loss=of_tokens, digest_loss=of_digests, answers=count(answers), right=count(right))
+  return of_tokens + config.digest_weight * of_digests, found
 
 
 def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformation:
@@ -140,12 +208,12 @@ class Trainer:
       return jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-      f = jax.value_and_grad(functools.partial(loss, config.model), has_aux=True)
-      (nats, (answers, right)), grads = f(state.params, batch)
+      f = jax.value_and_grad(functools.partial(loss, config), has_aux=True)
+      (_, found), grads = f(state.params, batch, jax.random.fold_in(jax.random.key(config.seed), state.step))
       with jax.numpy_dtype_promotion("standard"):  # optax counts on it
         updates, opt = optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-      return TrainState(state.step + 1, params, opt), StepMetrics(nats, answers, right, optax.tree.norm(grads))
+      return TrainState(state.step + 1, params, opt), StepMetrics(**found, grad_norm=optax.tree.norm(grads))
 
     self._step = jax.jit(step, donate_argnums=0, out_shardings=whole)
     if (last := self._checkpoints.latest_step()) is None:
