@@ -42,10 +42,10 @@ Cases = Iterator[tuple[str, Callable[[], Row]]]
 class Bench:
   """The shapes, the rates and the arrays that cases share. `pick` chooses between a real size and one for --smoke."""
 
-  def __init__(self, report: Report, smoke: bool, implementation: str):
-    self.pick = lambda real, tiny: tiny if smoke else real
+  def __init__(self, report: Report):
+    self.pick = lambda real, tiny: tiny if report.smoke else real
     self.effort, self.ceilings = report.effort, report.ceilings
-    self.kernel, self.xla = dict(implementation=implementation), dict(implementation="xla")
+    self.kernel, self.xla = dict(implementation=report.implementation), dict(implementation="xla")
     self.heads, self.group, self.depth, self.size = self.pick((8, 4, 128, 32), (2, 2, 16, 8))  # K, G, D, S
     self.block_bytes = 2 * self.size * self.depth * 2
     self.digest_bytes = 2 * self.depth * 2  # E = 2
@@ -154,13 +154,8 @@ def residency(b: Bench) -> Cases:
     return jnp.asarray(np.where(changes, np.take_along_axis(rest[None], turn, -1), kept))
 
   def empty():
-    of_block = jnp.full((b.heads, n_layers, n_pool), -1)
-    return kernels.Maps(
-      slot_of=of_block,
-      block_of=jnp.full(n_slots, -1),
-      last_used=jnp.asarray(-1 - b.distinct(n_slots, n_slots)),
-      last_selected=jnp.full_like(of_block, kernels.NEVER),
-    )
+    maps = kernels.Maps.empty(b.heads, n_layers, n_pool, n_slots)
+    return maps._replace(last_used=jnp.asarray(-1 - b.distinct(n_slots, n_slots)))
 
   def step(state, blocks, _, **options):
     maps, clock = state
@@ -186,8 +181,8 @@ def residency(b: Bench) -> Cases:
     def layer_of(options):
       f, state = functools.partial(step, **options), (empty(), jnp.int32(1))
       whole, _, (missed,) = timing.measure(f, [()], b.effort, state=state, shared=blocks)
-      us, best = ((x - y) / n_used for x, y in ((whole.us, sorting.us), (whole.best_us, sorting.best_us)))
-      alone = dataclasses.replace(whole, us=us, best_us=best)
+      us, best = ((x - sorting.us) / n_used for x in (whole.us, whole.best_us))
+      alone = dataclasses.replace(whole, us=us, best_us=best, spread=whole.spread * whole.us / (us * n_used))
       return alone, float(missed.mean()) / n / n_used
 
     mine, missed = layer_of(b.kernel)
@@ -304,6 +299,10 @@ def copy(b: Bench) -> Cases:
     blocks = jax.device_put([np.ones(width, jnp.bfloat16)] * n, start)
     chosen, staging = b.distinct(pages.shape[0], n), jax.device_put(jnp.zeros((n, width), jnp.bfloat16), start)
 
+    def memcpy_each():
+      slots, to = b.blocks(b.n_slots), b.distinct(b.n_slots, n)
+      return timing.clock(timing.memcpy_each(loads, pages, chosen, slots, to, b.block_bytes), b.effort)
+
     def staged(workers):
       memory, parts = rows_of(pages), np.array_split(np.arange(n), timing.COPY_THREADS)
       if loads:
@@ -315,7 +314,8 @@ def copy(b: Bench) -> Cases:
 
     with concurrent.futures.ThreadPoolExecutor(timing.COPY_THREADS) as workers:
       baselines = {
-        "one by one": lambda: timing.clock(lambda: jax.device_put(blocks, end), b.effort),
+        "memcpy each": memcpy_each,
+        "device_put each": lambda: timing.clock(lambda: jax.device_put(blocks, end), b.effort),
         "staged": lambda: timing.clock(lambda: staged(workers), b.effort),
       }
       return b.row(kernel(loads, n), {"h2d" if loads else "d2h": n * b.block_bytes}, baselines)
@@ -340,13 +340,18 @@ def prefill(b: Bench) -> Cases:
       return b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2)), prefix
 
     def contiguous():
-      kv = lambda: b.random(1, before + n, b.heads, b.depth)  # noqa: E731
-      variants = b.variants(lambda: (b.random(1, n, queries, b.depth), kv(), kv()))
-      attention = functools.partial(jax.nn.dot_product_attention, is_causal=not before, implementation=b.attention)
-      return b.time(lambda state, _, qkv: (state, attention(*qkv)), variants)
+      kv = lambda n: [b.random(1, n, b.heads, b.depth) for _ in range(2)]  # noqa: E731
+      variants = b.variants(lambda: (b.random(1, n, queries, b.depth), kv(n), kv(before) if before else None))
+      attention = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
+
+      def calls(state, _, inputs):
+        q, piece, prefix = inputs
+        return state, (attention(q, *piece, is_causal=True), attention(q, *prefix) if before else None)
+
+      return b.time(calls, variants)
 
     measured = b.time(op, b.variants(inputs), shared=(b.pool, b.blocks(b.n_slots)))
-    name = f"{b.attention}, contiguous" + (", unmasked" if before else "")
+    name = f"{b.attention}, contiguous" + (", two calls" if before else "")
     hbm = 4 * n * (queries + b.heads) * b.depth + b.heads * n_before * b.block_bytes
     moved = dict(hbm=hbm, flops=4 * n * (before + n / 2) * queries * b.depth)
     return b.row(measured, moved, {name: contiguous})
@@ -359,11 +364,11 @@ OPS = {f.__name__: f for f in (digest, score, select, residency, attend, copy, p
 
 
 def main(argv: list[str]) -> None:
-  ops = _OPS.value or list(OPS)
+  ops = list(dict.fromkeys(_OPS.value or OPS))
   if unknown := [name for name in ops if name not in OPS]:
     raise app.UsageError(f"--ops: no {', '.join(unknown)}; there are {', '.join(OPS)}")
-  report = timing.start(argv, "kernels.jsonl", Effort(_CALLS.value, _SECONDS.value))
-  bench = Bench(report, flags.FLAGS.smoke, _IMPLEMENTATION.value or timing.default_implementation())
+  report = timing.start(argv, "kernels.jsonl", Effort(_CALLS.value, _SECONDS.value), _IMPLEMENTATION.value)
+  bench = Bench(report)
   for name in ops:
     for case, make in OPS[name](bench):
       report.add(name, case, make)

@@ -2,10 +2,11 @@
 
   python -m experiments.bench_step --out=/tmp/bench --cases=64x10240,20x32768
 
-A case is <requests>x<tokens of each>. The same step is repeated, so that all it selects is in slots, and before each
-repetition a share of the slots it used is emptied: what misses is random, how much is known. The floor of a step is
-weights + digests + the sum over layers of the slower of HBM and PCIe. Further rows: a progressive step, and the layers
-without attention. The last line of stdout is one JSON object; the folder of --out gets step.jsonl, a row a case.
+A case is <requests>x<tokens of each>. Batches have the shapes that an engine for just that case dispatches: rows and
+block tables padded. The same step is repeated, so that all it selects is in slots, and before each repetition a share
+of the slots it used is emptied: what misses is random, how much is known. The floor of a step is weights + digests +
+the sum over layers of the slower of HBM and PCIe, of the requests alone. Further rows: a progressive step, and the
+layers without attention. The last line of stdout is one JSON object; the folder of --out gets step.jsonl, a row a case.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,7 @@ import pallas_kernels as kernels
 from experiments import timing
 from experiments.timing import Effort, Report, Row, Timing
 from sparse_serve_jax.attention import get_method
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, load_config, override, read_config
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import CacheShape, KVCache
@@ -38,17 +41,24 @@ from sparse_serve_jax.step import DecodeBatch, Setup, programs
 
 _MODEL = flags.DEFINE_string("model", "llama3-8b", "A name in configs/models, or a JSON file.")
 _CASES = flags.DEFINE_list("cases", ["64x10240", "20x32768"], "Requests x tokens of each.")
-_MISSES = flags.DEFINE_list("misses", ["0", "0.02", "0.1"], "Shares of the slots in use that are emptied.")
+_MISSES = flags.DEFINE_list("misses", ["0", "0.02", "0.1"], "Shares of the slots in use that are emptied, in [0, 1].")
 _DENSE = flags.DEFINE_list("dense_batches", ["1", "8", "32", "64"], "Rows of the layers without attention.")
 _SET = flags.DEFINE_multi_string(
   "set",
   [],
-  "Overrides of what cases set themselves (Case.all_of), such as cache.hbm_bytes=8GiB; not of sparse.policy.",
+  "Overrides of what cases set themselves (Case.all_of), such as cache.hbm_bytes=8GiB; not of sparse.policy, "
+  "sparse.dense_layers, implementation or tp.",
 )
 _STEPS = flags.DEFINE_integer("steps", 20, "Of a call.", lower_bound=1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also launches and time of every kernel, a layer.")
 timing.define_flags()
 
+_FIXED = {  # what --set may not change, and why
+  "sparse.policy": "every row has its own",
+  "implementation": "it is the device's",
+  "tp": "one device is timed",
+}
+_SMOKE_SIZES = {"2x128": (2, 128), "1x256": (1, 256)}
 _SMOKE_SET = [
   *("cache.block_tokens=8", "cache.hbm_bytes=512KiB"),
   *("sparse.token_budget=64", "sparse.sink_tokens=8", "sparse.window_tokens=8"),
@@ -61,43 +71,77 @@ class Case:
 
   n_rows: int
   n_tokens: int  # of each; the last block is half full, in the tail
-  config: EngineConfig
+  config: EngineConfig  # its own, but for the cache
 
   @property
   def n_blocks(self) -> int:
     return self.n_tokens // self.config.cache.block_tokens
 
+  def padded(self, cfg: ModelConfig) -> tuple[int, int]:
+    """Rows and table width of the batch that an engine makes of it."""
+    buckets = Buckets.of(self.config, cfg.n_layers, self.config.scheduler.max_context or cfg.max_context)
+    return buckets.batch(self.n_rows), buckets.table(self.n_blocks)
+
   @classmethod
-  def all_of(cls, cfg: ModelConfig, names: Sequence[str]) -> dict[str, Self]:
-    """From "<requests>x<tokens>". One cache serves them all: 20 GiB of HBM, a pool that just holds the largest.
+  def all_of(cls, cfg: ModelConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Self]:
+    """From requests and tokens of each. One cache serves them all: 20 GiB of HBM, a pool that just holds the largest.
 
     A psa reads about as much as topk.
 
     Raises:
-      ValueError: a name is no such thing.
+      ValueError: --set is wrong, or a case has no full block.
     """
-    sizes = {name: re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name) for name in names}
-    if wrong := [name for name, match in sizes.items() if not match]:
-      raise ValueError(f"--cases: {wrong[0]!r} is not <requests>x<tokens>")
+    given = [*(_SMOKE_SET if flags.FLAGS.smoke else []), *_SET.value]
+    keys = [assignment.partition("=")[0].strip() for assignment in given]
+    if fixed := [key for key in keys if key in _FIXED]:
+      raise ValueError(f"--set: not {fixed[0]}: {_FIXED[fixed[0]]}")
+    base = override(load_config("sparse_serve"), given)
+    if base.sparse.dense_layers:
+      raise ValueError("--set: not sparse.dense_layers: floors take all layers to be alike")
     if not sizes:
       return {}
-    counts = {name: (int(match[1]), int(match[2])) for name, match in sizes.items() if match}
-    given = [*(_SMOKE_SET if flags.FLAGS.smoke else []), *_SET.value]
-    base = override(load_config("sparse_serve"), given)
-    size, rows = base.cache.block_tokens, max(n for n, _ in counts.values())
+    size, rows = base.cache.block_tokens, max(n for n, _ in sizes.values())
+    if short := [name for name, (_, tokens) in sizes.items() if tokens < 2 * size]:
+      raise ValueError(f"--cases: {short[0]} has no full block of {size} tokens before its tail")
     token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
     defaults = [
-      *(f"cache.rows={rows}", f"scheduler.max_batch={rows}"),
-      f"scheduler.max_context={max(tokens for _, tokens in counts.values())}",
-      f"cache.dram_bytes={max(n * (tokens // size) for n, tokens in counts.values()) * size * token_bytes}",
+      f"cache.rows={rows}",
+      f"cache.dram_bytes={max(n * (tokens // size) for n, tokens in sizes.values()) * size * token_bytes}",
       "cache.hbm_bytes=20GiB",
     ]
 
-    def config(tokens: int) -> EngineConfig:
+    def config(n: int, tokens: int) -> EngineConfig:
       threshold = f"sparse.threshold={min(1.0, base.sparse.token_budget / tokens)}"
-      return override(base, [*defaults, threshold, *given, "sparse.policy=topk"])
+      limits = f"scheduler.max_batch={n}", f"scheduler.max_context={tokens}"
+      return override(base, [*defaults, *limits, threshold, *given, "sparse.policy=topk"])
 
-    return {name: cls(n, tokens, config(tokens)) for name, (n, tokens) in counts.items()}
+    return {name: cls(n, tokens, config(n, tokens)) for name, (n, tokens) in sizes.items()}
+
+
+def case_size(text: str) -> tuple[int, int]:
+  """Requests and tokens of each, of an entry of --cases."""
+  match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+  if not match:
+    raise ValueError(f"--cases: {text!r} is not <requests>x<tokens>")
+  return int(match[1]), int(match[2])
+
+
+def batch_size(text: str) -> int:
+  """An entry of --dense_batches."""
+  if not re.fullmatch(r"[1-9]\d*", text):
+    raise ValueError(f"--dense_batches: {text!r} is no number of rows")
+  return int(text)
+
+
+def miss_share(text: str) -> float:
+  """An entry of --misses."""
+  try:
+    share = float(text)
+  except ValueError:
+    share = math.nan
+  if not 0 <= share <= 1:
+    raise ValueError(f"--misses: {text!r} is no share in [0, 1]")
+  return share
 
 
 def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | None:
@@ -108,9 +152,11 @@ def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | Non
   """
   if not cases:
     return None
-  config = next(iter(cases.values())).config
-  shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
+  configs = [case.config for case in cases.values()]
+  shapes = [CacheShape.of(cfg, config, get_method(config.sparse.method).vectors) for config in configs]
+  shape = max(shapes, key=lambda shape: shape.slab_tokens)
   for name, case in cases.items():
+    case.padded(cfg)
     if case.n_rows > shape.R or case.n_rows * case.n_blocks > shape.M:
       needed, there = f"{case.n_rows} requests of {case.n_blocks} blocks", f"{shape.R} rows and {shape.M} blocks"
       raise ValueError(f"{name}: {needed} do not fit {there}")
@@ -162,12 +208,6 @@ def evict(maps: kernels.Maps, clock: jax.Array, *, share: jax.Array, first: jax.
   slot_of = maps.slot_of.ravel().at[block].set(-1, mode="drop").reshape(maps.slot_of.shape)
   block_of, last_used = (jnp.where(drop, -1, x) for x in (maps.block_of, maps.last_used))
   return maps._replace(slot_of=slot_of, block_of=block_of, last_used=last_used), jnp.copy(first)
-
-
-def emptied(maps: kernels.Maps) -> kernels.Maps:
-  """Maps of slots that hold nothing."""
-  nothing = jax.tree.map(lambda x: jnp.full_like(x, -1), maps)
-  return nothing._replace(last_selected=jnp.full_like(maps.last_selected, kernels.NEVER))
 
 
 def seconds(f: Callable[[], Any], n: int) -> float:
@@ -226,18 +266,21 @@ class Bench:
     self, cfg: ModelConfig, params: llama.Params, mesh: jax.sharding.Mesh, shape: CacheShape, report: Report
   ):
     self.cfg, self.params, self.mesh, self.shape, self.report = cfg, params, mesh, shape, report
-    self.implementation = timing.default_implementation()
     self.cache: Any = None
 
   def inputs(self, case: Case) -> tuple[DecodeBatch, Callable[..., Any]]:
     """The batch of every step, and `evict` with its tokens."""
     rng, n, size = np.random.default_rng(0), case.n_rows, self.shape.S
-    tables = rng.permutation(self.shape.M)[: n * case.n_blocks].reshape(n, case.n_blocks)
+    n_rows, width = case.padded(self.cfg)
+    real = np.arange(n_rows) < n
+    column = lambda values, fill=0: np.where(real, values, fill).astype(np.int32)  # noqa: E731
+    tables = np.full((n_rows, width), -1, np.int32)
+    tables[:n, : case.n_blocks] = rng.permutation(self.shape.M)[: n * case.n_blocks].reshape(n, -1)
     batch = DecodeBatch(
-      rows=np.arange(n, dtype=np.int32),
-      positions=np.full(n, case.n_blocks * size - size // 2, np.int32),  # no tail fills
-      steps=np.ones(n, np.int32),
-      tables=tables.astype(np.int32),
+      rows=column(np.arange(n_rows), self.shape.R),
+      positions=column(case.n_blocks * size - size // 2),  # no tail fills
+      steps=column(1),
+      tables=tables,
       sampling=None,
     )
     whole = NamedSharding(self.mesh, P())
@@ -250,10 +293,10 @@ class Bench:
   def run(self, case: Case, policy: str, share: float) -> Row:
     """Times steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
     config, n = override(case.config, [f"sparse.policy={policy}"]), _STEPS.value
-    decode: Any = programs(Setup.of(self.cfg, config, self.implementation), self.mesh).decode
+    decode: Any = programs(Setup.of(self.cfg, config, self.report.implementation), self.mesh).decode
     cache, (batch, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
     self.cache = None  # until it is whole again
-    cache = cache.replace(maps=emptied(cache.maps))
+    cache = cache.replace(maps=kernels.Maps.empty(self.shape.K, self.shape.L, self.shape.M, self.shape.P))
     program = lambda cache: decode(self.params, cache, batch)  # noqa: E731
     steps = Steps(program, functools.partial(evict, share=share), cache)
     del cache
@@ -263,7 +306,10 @@ class Bench:
     compiled = decode._cache_size()  # private to jax, which has no public count of the programs of a jit
     timed = Timing.of([seconds(steps.step, n) - seconds(steps.evicted, n) for _ in range(self.report.effort.calls)], n)
     dispatched, alone = steps.one_by_one(n)
+    n_rows, width = batch.tables.shape
     others = {
+      "padded_rows": n_rows,
+      "padded_blocks": width,
       "host_clock_us": alone.us,
       "dispatch_us": dispatched.us,
       "recompiled": decode._cache_size() - compiled,
@@ -314,13 +360,16 @@ def dense_part(cfg: ModelConfig, params: llama.Params, n_rows: int, report: Repo
 
 
 def main(argv: list[str]) -> None:
-  smoke = flags.FLAGS.smoke
-  names, batches = (["2x128", "1x256"], ["2"]) if smoke else (_CASES.value, _DENSE.value)
   try:
-    cfg = read_config(ModelConfig, find_config("models", "tiny" if smoke else _MODEL.value))
-    cases = Case.all_of(cfg, names)
+    cfg = read_config(ModelConfig, find_config("models", _MODEL.value))
+    sizes = {text: case_size(text) for text in _CASES.value}
+    batches = list(dict.fromkeys(map(batch_size, _DENSE.value)))
+    misses = {f"{100 * share:g}%": share for share in map(miss_share, _MISSES.value)}
+    if flags.FLAGS.smoke:
+      cfg = read_config(ModelConfig, find_config("models", "tiny"))
+      sizes, batches = _SMOKE_SIZES, [2]
+    cases = Case.all_of(cfg, sizes)
     shape = cache_shape(cfg, cases)
-    batches, misses = [int(n) for n in batches], [float(share) for share in _MISSES.value]
   except ValueError as error:
     raise app.UsageError(str(error)) from None
   report = timing.start(argv, "step.jsonl", Effort())
@@ -331,8 +380,8 @@ def main(argv: list[str]) -> None:
   if shape:
     bench = Bench(cfg, params, mesh, shape, report)
     for name, case in cases.items():
-      for policy, share in [*(("topk", share) for share in misses), ("psa", 0.0)]:
-        report.add("step", f"{policy} {name} miss {share:.0%}", functools.partial(bench.run, case, policy, share))
+      for policy, percent, share in [*(("topk", *miss) for miss in misses.items()), ("psa", "0%", 0.0)]:
+        report.add("step", f"{policy} {name} miss {percent}", functools.partial(bench.run, case, policy, share))
   report.close()
 
 

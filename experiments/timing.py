@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import datetime
 import gzip
+import itertools
 import json
 import math
 import pathlib
@@ -152,6 +153,42 @@ def fill_pool(pool: jax.Array) -> None:
     list(threads.map(fill, range(0, memory.size, source.size)))
 
 
+def memcpy_each(
+  loads: bool, host: jax.Array, blocks: np.ndarray, device: jax.Array, slots: np.ndarray, n_bytes: int
+) -> Callable[[], None]:
+  """What copies blocks of `n_bytes`, one call of the CUDA driver each, and then waits.
+
+  From `blocks` [n] of `host`, which is pinned, to `slots` [n] of `device`, or back; nothing else may use these arrays.
+
+  Raises:
+    NotImplementedError: there is no NVIDIA GPU.
+    RuntimeError: the driver failed. What is returned raises it too.
+  """
+  if jax.default_backend() != "gpu":
+    raise NotImplementedError("needs an NVIDIA GPU")
+  cuda, arrays = ctypes.CDLL("libcuda.so.1"), jax.block_until_ready((host, device))
+
+  def function(name: str, *types: Any) -> Callable[..., int]:
+    f = getattr(cuda, name)
+    f.argtypes, f.restype = types, ctypes.c_int
+    return f
+
+  def check(*codes: int) -> None:
+    if any(codes):
+      raise RuntimeError(f"the CUDA driver returned {next(filter(None, codes))}")
+
+  handle, address, context = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p()
+  check(function("cuInit", ctypes.c_uint)(0))
+  check(function("cuDevicePrimaryCtxRetain", ctypes.POINTER(handle), ctypes.c_int)(ctypes.byref(context), 0))
+  check(function("cuCtxSetCurrent", handle)(context))
+  name = "cuMemcpyHtoDAsync_v2" if loads else "cuMemcpyDtoHAsync_v2"  # to, from, bytes, stream
+  copy, synchronize = function(name, address, address, ctypes.c_size_t, handle), function("cuStreamSynchronize", handle)
+  at = lambda array, ids: (array.unsafe_buffer_pointer() + ids.astype(np.int64) * n_bytes).tolist()  # noqa: E731
+  ends = at(device, slots), at(host, blocks)
+  calls = [(*to_from, n_bytes, None) for to_from in zip(*(ends if loads else ends[::-1]), strict=True)]
+  return lambda _alive=arrays: check(*itertools.starmap(copy, calls), synchronize(None))
+
+
 def _in_space_of(new: jax.Array, old: jax.Array) -> jax.Array:
   """A kernel's result is typed as device memory; a loop's carry keeps its type."""
   space = jax.typeof(old).memory_space
@@ -206,10 +243,6 @@ def host_sharding() -> SingleDeviceSharding:
   return SingleDeviceSharding(jax.devices()[0], memory_kind=kv_cache.host_memory_kind())
 
 
-def default_implementation() -> str:
-  return "triton" if jax.default_backend() == "gpu" else "xla"
-
-
 def row(timing: Timing, floor_us: float, moved: Mapping[str, float], **others: Any) -> Row:
   """A result: the time, the floor of what had to move (as named by `floor_us`), and the floor's share of the time."""
   return dataclasses.asdict(timing) | {"floor_us": floor_us, "fraction": floor_us / timing.us, "moved": moved} | others
@@ -235,8 +268,10 @@ def define_flags() -> None:
   )
 
 
-def start(argv: Sequence[str], file_name: str, effort: Effort) -> Report:
+def start(argv: Sequence[str], file_name: str, effort: Effort, implementation: str | None = None) -> Report:
   """What every benchmark begins with: checks the command line, sets JAX up, measures the device's rates.
+
+  `implementation` is that of the ops; by default triton on a GPU, else xla.
 
   Raises:
     app.UsageError: there are arguments that are no flags, `file_name` in --out cannot be written, or there is
@@ -257,17 +292,20 @@ def start(argv: Sequence[str], file_name: str, effort: Effort) -> Report:
   if not smoke and jax.default_backend() != "gpu":
     raise app.UsageError(f"needs an NVIDIA GPU, JAX runs on {jax.default_backend()}; --smoke tries it anywhere")
   effort = SMOKE if smoke else effort
-  return Report(file, Ceilings.measure(effort), effort, commit)
+  implementation = implementation or ("triton" if jax.default_backend() == "gpu" else "xla")
+  return Report(file, Ceilings.measure(effort), effort, implementation, commit)
 
 
 class Report:
-  """How long and against what is measured, and what comes of it.
+  """How long, of which implementation and against what is measured, and what comes of it.
 
   Prints a table for each op as its rows come; a JSON line each goes to `file`, with where and when it was.
   """
 
-  def __init__(self, file: pathlib.Path | None, ceilings: Ceilings, effort: Effort, commit: str | None):
-    self.ceilings, self.effort = ceilings, effort
+  def __init__(
+    self, file: pathlib.Path | None, ceilings: Ceilings, effort: Effort, implementation: str, commit: str | None
+  ):
+    self.ceilings, self.effort, self.implementation, self.smoke = ceilings, effort, implementation, effort == SMOKE
     self.results: dict[str, Row] = {}
     self._file, self._op = file, ""
     self._stamp = {
@@ -275,6 +313,8 @@ class Report:
       "device": jax.devices()[0].device_kind,
       "jax": jax.__version__,
       "commit": commit or _commit(),
+      "implementation": implementation,
+      "smoke": self.smoke,
       "ceilings": dataclasses.asdict(ceilings),
     }
     print(json.dumps(self._stamp), flush=True)
@@ -297,6 +337,8 @@ class Report:
 
   def close(self) -> None:
     """Prints all rows as one JSON object; ends the process with 1 if one is missing."""
+    if self.smoke:
+      print("\nsmoke: times mean nothing")
     print(json.dumps(self.results), flush=True)
     if any("error" in result for result in self.results.values()):
       sys.exit(1)

@@ -25,6 +25,10 @@ from pallas_kernels.residency import Reads
 
 LOG2_E = math.log2(math.e)
 LEAST_HEADS = 16  # rows of the smallest matrix product of a tensor core; fewer query heads are padded with copies
+HIT_PROGRAMS = 512  # for the hits of all lists, if these are long enough: fill every SM several times over
+SPLIT_BLOCKS = 4  # of a list, for each of the programs that its hits are split over; shorter splits are not worth it
+MISS_PROGRAMS = 64  # at most: keep PCIe busy and leave most SMs alone
+WARP_BYTES = 8 << 10  # of a block, keys and values, for each warp; from 2 to 8 warps
 
 
 def attend(
@@ -54,10 +58,12 @@ def attend(
     slots: [P, 2, S, D]; P may be 0: every block is then read from the pool.
     layer: scalar int32.
     reads: the blocks [B, K, n] and where they lie, from `residency.propose`: one group for a list that is read whole,
-      groups in descending order of score for a progressive one. Entries at and beyond `count` are not read.
+      groups in descending order of score for a progressive one. Those at and beyond `count` are not read: propose got
+      -1 there.
     count: [B, K] int32, at most n.
     always: the first blocks of a list that are read without a stop test (sinks and window); whole groups of `reads`.
-    threshold: epsilon of PSA in (0, 1], or None to read all `count` blocks.
+    threshold: epsilon of PSA in (0, 1], or None to read all `count` blocks. The test is made between groups, of
+      propose(group=...): a list of one group is read whole.
     scale: multiplies the dot products.
     implementation: "xla", "triton" or "interpret".
 
@@ -66,11 +72,15 @@ def attend(
     donated.
 
   Raises:
-    ValueError: `threshold` is out of range, or `reads` is not grouped as `threshold` and `always` need it.
+    ValueError: `threshold` is out of range, lists have no blocks, or `reads` is not grouped as `threshold` and `always`
+      need it.
     NotImplementedError: a kernel was asked for and S or D is not a power of two.
   """
+  triton.check(implementation, S=tail.shape[4], D=tail.shape[5])
   if threshold is not None and not 0 < threshold <= 1:
     raise ValueError(f"{threshold=} is not in (0, 1]")
+  if reads.blocks.shape[-1] == 0:
+    raise ValueError("lists of 0 blocks")
   if threshold is None and reads.n_hits.shape[-1] != 1:
     raise ValueError(f"a list that is read whole is one group of blocks, not {reads.n_hits.shape[-1]}")
   if threshold is not None and reads.n_hits.shape[-1] > 1 and always % reads.group:
@@ -78,7 +88,6 @@ def attend(
   options = dict(always=always, threshold=threshold, scale=scale)
   if implementation == "xla":
     return _attend_xla(q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options)
-  triton.power_of_two(S=tail.shape[4], D=tail.shape[5])
   return _attend_kernel(
     q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options, implementation=implementation
   )
@@ -122,7 +131,8 @@ def _attend_xla(
     lse_min = jnp.minimum(lse_min, jnp.where(ranked, by_block.lse, jnp.inf).min(2))
     used = used + live.sum(-1, dtype=jnp.int32)
     left = (count - used)[..., None]
-    # Before the first ranked block lse_min is infinite, so log P_acc is -inf.
+    # Before the first ranked block lse_min is infinite, so log P_acc is -inf; with none left as well, NaN: no test
+    # passes, and `left` alone says stop.
     seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
     stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
     if n_slots:
@@ -145,8 +155,8 @@ class Tiling:
   """How the work is cut into programs.
 
   A (row, KV head) of a list that is read whole is cut into `splits` programs for its hits; its misses are the work of
-  one of `miss_programs`, few and first in line, so that PCIe is busy from the start without filling the SMs. With 5
-  stages two blocks are on their way while one is multiplied.
+  one of `miss_programs`, few and first in line, so that PCIe is busy from the start without filling the SMs. A block is
+  two loads, keys and values: with 5 stages two blocks are on their way while one is multiplied.
   """
 
   splits: int
@@ -157,11 +167,11 @@ class Tiling:
   @classmethod
   def of(cls, n_lists: int, n: int, block_bytes: int, has_slots: bool, progressive: bool) -> Tiling:
     """For `n_lists` = B x K lists of up to `n` blocks."""
-    num_warps = min(8, max(2, block_bytes // 8192))
+    num_warps = min(8, max(2, block_bytes // WARP_BYTES))
     if progressive:  # each stop test needs all blocks before it
       return cls(splits=1, miss_programs=0, num_warps=num_warps)
-    splits = max(1, min(-(-512 // n_lists), -(-n // 4)))
-    return cls(splits=splits, miss_programs=min(64, n_lists) if has_slots else 0, num_warps=num_warps)
+    splits = max(1, min(-(-HIT_PROGRAMS // n_lists), -(-n // SPLIT_BLOCKS)))
+    return cls(splits=splits, miss_programs=min(MISS_PROGRAMS, n_lists) if has_slots else 0, num_warps=num_warps)
 
   def grid(self, n_lists: int) -> int:
     return self.miss_programs + n_lists * self.splits
@@ -183,7 +193,7 @@ def _attend_kernel(
   def kernel(
     layer_ref, rows_ref, tail_tokens_ref, blocks_ref, slot_ref, n_hits_ref, count_ref, q_ref, tail_ref, pool_ref, *refs
   ):
-    o_ref, m_ref, l_ref, used_ref, smallest_ref, slots_ref = refs[1:]
+    o_ref, m_ref, l_ref, used_ref, smallest_ref, slots_ref = refs[1:]  # refs[0], `held`, is slots_ref: one memory
     layer = layer_ref[0]
     of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
     zero = (jnp.zeros((heads, depth)), jnp.full((heads,), -jnp.inf), jnp.zeros((heads,)), jnp.full((heads,), jnp.inf))
@@ -281,6 +291,7 @@ def _attend_kernel(
         seen, unseen = m + jnp.log2(l), smallest + jnp.log2((n - stop).astype(jnp.float32))
         high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
         log2_p = seen - (high + jnp.log2(1.0 + jnp.exp2(low - high)))
+        # NaN, of an infinite `smallest` and none left, is not above the threshold; `stop` is then n anyway.
         enough = jnp.min((log2_p > log2_threshold).astype(jnp.int32))
         return stop, jnp.where(enough == 1, stop, n), acc
 
@@ -312,7 +323,7 @@ def _attend_kernel(
       jax.ShapeDtypeStruct(held.shape, held.dtype),
     ),
     grid=(tiling.grid(n_lists),),
-    input_output_aliases={10: 5},
+    input_output_aliases={10: 5},  # `held`, the last operand, is the last result
     implementation=implementation,
     num_warps=tiling.num_warps,
     num_stages=tiling.num_stages,

@@ -1,6 +1,7 @@
 """Block copies between the pool (host memory), the slots (HBM) and arrays of a step.
 
 FlashH2D and the direct save of SparseServe, section 3.2: one kernel a list of blocks, no staging, no call per block.
+A kernel of blocks whose S or D is not a power of two is a NotImplementedError.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def load_blocks(
     slot: [B, K, n] int32, distinct; -1: nothing to do.
     implementation: "xla", "triton" or "interpret".
   """
+  triton.check(implementation, S=pool.shape[4], D=pool.shape[5])
   if implementation == "xla":
     return _load_blocks_xla(pool, slots, layer, blocks, slot)
   n_heads, n = blocks.shape[1:]
@@ -74,10 +76,11 @@ def gather_blocks(
     slot: [K, n] int32.
     implementation: "xla", "triton" or "interpret".
   """
+  size, depth = pool.shape[4:]
+  triton.check(implementation, S=size, D=depth)
   if implementation == "xla":
     return _gather_blocks_xla(pool, slots, layer, blocks, slot)
   n_heads, n = blocks.shape
-  size, depth = pool.shape[4:]
 
   def wanted(e, _layer, blocks_ref, *_):
     return blocks_ref[e] >= -1
@@ -130,6 +133,7 @@ def store_blocks(
     blocks: [n] int32, DRAM block of each; -1: nothing to do.
     implementation: "xla", "triton" or "interpret".
   """
+  triton.check(implementation, S=pool.shape[4], D=pool.shape[5])
   if implementation == "xla":
     return _store_blocks_xla(pool, source, layer, source_ids, blocks)
   (n_heads, n_layers), n = source.shape[:2], blocks.shape[0]
@@ -162,8 +166,7 @@ def place_blocks(
     slot: [K, Ls, n] int32, distinct; -1: nothing to do.
     implementation: "xla", "triton" or "interpret".
   """
-  if slots.shape[0] == 0:
-    return slots
+  triton.check(implementation, S=slots.shape[2], D=slots.shape[3])
   if implementation == "xla":
     return _place_blocks_xla(slots, source, source_ids, slot)
   n_layers, n = slot.shape[1:]
@@ -193,7 +196,8 @@ def _run(
 ) -> Any:
   """Runs `copy(e, *refs)` for every entry e < n with `wanted(e, *refs)`.
 
-  Entries are dealt out to the programs in turn. An entry that is not wanted costs its share of one vector load.
+  Entries are dealt out to the programs in turn. An entry that is not wanted costs its share of one vector load. Without
+  entries, or places to copy them to, nothing runs.
 
   Args:
     name: of the kernel.
@@ -205,7 +209,9 @@ def _run(
     out: shape of the results. The last operand itself: the result is that one, updated in place.
     implementation: "triton" or "interpret".
   """
-  programs = min(programs, n)
+  in_place, programs = out is operands[-1], min(programs, n)
+  if n == 0 or (in_place and out.size == 0):
+    return out if in_place else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
 
   def kernel(*refs):
     program, lane = pl.program_id(0), jnp.arange(LANES, dtype=jnp.int32)
@@ -223,7 +229,6 @@ def _run(
 
     jax.lax.fori_loop(0, -(-n // (LANES * programs)), look, None)
 
-  in_place = out is operands[-1]
   return triton.call(
     kernel,
     out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype) if in_place else out,
@@ -283,7 +288,8 @@ def _store_blocks_xla(pool, source, layer, source_ids, blocks) -> jax.Array:
     write = lambda: jax.lax.dynamic_update_slice(pool, kv, (0, layer, blocks[i], 0, 0, 0))  # noqa: E731
     return jax.lax.cond(blocks[i] >= 0, write, lambda: pool)
 
-  return jax.lax.fori_loop(0, blocks.shape[0], store_one, pool)
+  n = blocks.shape[0]
+  return jax.lax.fori_loop(0, n, store_one, pool) if n else pool
 
 
 def _place_blocks_xla(slots, source, source_ids, slot) -> jax.Array:
@@ -293,4 +299,5 @@ def _place_blocks_xla(slots, source, source_ids, slot) -> jax.Array:
     to = slot[:, :, i]
     return slots.at[jnp.where(to >= 0, to, slots.shape[0])].set(kv, mode="drop")
 
-  return jax.lax.fori_loop(0, source_ids.shape[0], place_one, slots)
+  n = source_ids.shape[0]
+  return jax.lax.fori_loop(0, n, place_one, slots) if n else slots

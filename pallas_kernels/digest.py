@@ -17,13 +17,19 @@ WARP_VALUES = 4096  # keys of a block in one warp's registers, 128 a thread: no 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """A rule that kernels run too: keys [..., S, D] in float32 -> the E vectors [..., D] of their digest."""
+  """A rule that kernels run too: keys [..., S, D] in float32 -> the E vectors [..., D] of their digest.
 
-  vectors: Callable[[jax.Array], tuple[jax.Array, ...]]  # apart, since a kernel cannot stack what it writes
+  `vectors` is made of elementwise functions and reductions over S: a kernel has no slices, sorts or medians.
+  """
+
+  vectors: Callable[[jax.Array], tuple[jax.Array, ...]]  # a tuple, since a kernel cannot stack what it writes
 
   def __call__(self, keys: jax.Array) -> jax.Array:
     """Digests [..., E, D] of keys [..., S, D], of the same dtype."""
-    return jnp.stack(self.vectors(keys.astype(jnp.float32)), -2).astype(keys.dtype)
+    vectors = self.vectors(keys.astype(jnp.float32))
+    if not isinstance(vectors, tuple):
+      raise ValueError(f"Rule.vectors returns a tuple of E vectors, not a {type(vectors).__name__}")
+    return jnp.stack(vectors, -2).astype(keys.dtype)
 
 
 def _cuboid_mean(keys: jax.Array) -> tuple[jax.Array, ...]:
@@ -62,11 +68,18 @@ def store_digests(
     implementation: "xla", "triton" or "interpret".
 
   Raises:
+    ValueError: the rule makes other digests than `digest` holds, or `Rule.vectors` no tuple.
     NotImplementedError: a kernel was asked for, and the rule is no `Rule`, or S or D is not a power of two.
   """
   n_heads, n_layers, _, _, size, depth = source.shape
   n = blocks.shape[0]
-  if digest.shape[3] == 0 or n == 0:
+  triton.check(implementation, S=size, D=depth)
+  if digest.shape[3] == 0:
+    return digest
+  made = jax.eval_shape(rule, jax.ShapeDtypeStruct((size, depth), source.dtype)).shape
+  if made != digest.shape[3:]:
+    raise ValueError(f"the rule makes a digest {list(made)} of a block, and these are {list(digest.shape[3:])}")
+  if n == 0:
     return digest
   if implementation == "xla":
     keys = source[:, :, :, 0].at[:, :, source_ids].get(mode="clip")  # [K, Ls, n, S, D]
@@ -76,7 +89,6 @@ def store_digests(
 
   if not isinstance(rule, Rule):
     raise NotImplementedError(f"a kernel runs a digest.Rule, not {rule}; use implementation='xla'")
-  triton.power_of_two(S=size, D=depth)
   per_program = min(n, pl.next_power_of_2(pl.cdiv(n_heads * n_layers * n, PROGRAMS)))
 
   def kernel(layer_ref, ids_ref, blocks_ref, source_ref, _, digest_ref):

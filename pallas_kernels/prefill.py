@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import triton
 from pallas_kernels.copy import gather_blocks
 from pallas_kernels.partial import Partial, merge
 
@@ -45,8 +46,10 @@ def prefill_attention(
       "triton", which is the GPU's path: there it is cuDNN's in 16 bits, and in float32, which cuDNN lacks, XLA's.
 
   Raises:
-    NotImplementedError: "triton" in 16 bits with a D that cuDNN lacks.
+    NotImplementedError: "triton" in 16 bits with a D that cuDNN lacks, or a kernel is to read the prefix, and S or D is
+      not a power of two.
   """
+  triton.check(implementation)
   depth, cudnn = q.shape[-1], implementation == "triton" and q.dtype.itemsize == 2
   if cudnn and (depth % 8 or depth > 256):
     raise NotImplementedError(

@@ -1,9 +1,10 @@
 """Which block is in which slot: `propose` looks listed blocks up and finds slots for those that miss, `commit` makes
-true what attention then did. Least recently used goes first, in the order that stood when the program began.
+true what attention then did. Least recently used goes first, in the order that stood when the step began. A step is one
+jitted call that runs layers, of a decode batch or of a piece of a prompt.
 
-That order, `eviction_order`, is one sort of the slots a program, not one a layer. Everything a program touches becomes
+That order, `eviction_order`, is one sort of the slots a step, not one a layer. Everything a step touches becomes
 younger than everything it has not, so the order of what is untouched stays exact; what has been touched is passed over.
-Each call of a program (its layers) goes on where the calls before it have come to, and gives a slot up once at most.
+Each call of a step (its layers) goes on where the calls before it have come to, and gives a slot up once at most.
 
 Maps, of one device:
   slot_of        [K, L, M] int32   slot that holds a block, -1 if none
@@ -27,9 +28,7 @@ from pallas_kernels import triton
 
 NEVER = -(1 << 30)  # last_selected of a block nobody selected; NEVER + w does not overflow
 CHUNK = 64  # ranks that take their victims together, before the next ranks of any row
-LOOKS = (
-  32  # places that a miss looks at for a slot; where nearly all slots are in use, a walk over them would take long
-)
+LOOKS = 32  # places that a miss looks at for a slot; where nearly all are in use, a walk over them would take long
 
 
 class Maps(NamedTuple):
@@ -38,12 +37,19 @@ class Maps(NamedTuple):
   last_used: jax.Array
   last_selected: jax.Array
 
+  @classmethod
+  def empty(cls, n_heads: int, n_layers: int, n_pool: int, n_slots: int) -> Maps:
+    """Of K, L, M and P: nothing is in a slot, nothing has been selected."""
+    of_block = functools.partial(jnp.full, (n_heads, n_layers, n_pool), dtype=jnp.int32)
+    of_slot = functools.partial(jnp.full, n_slots, dtype=jnp.int32)
+    return cls(of_block(-1), of_slot(-1), of_slot(-1), of_block(NEVER))
+
 
 class EvictionOrder(NamedTuple):
   """The slots in the order in which they are given up."""
 
   slots: jax.Array  # [P] int32, the least recently used first, ties to the lowest
-  since: jax.Array  # int32, the first stamp of the program: a slot used since then is no victim any more
+  since: jax.Array  # int32, the first stamp of the step: a slot used since then is no victim any more
 
 
 class Reads(NamedTuple):
@@ -72,7 +78,7 @@ class Reads(NamedTuple):
 
 
 def eviction_order(maps: Maps, since: jax.Array) -> EvictionOrder:
-  """The order of eviction of a program whose stamps begin at `since`."""
+  """The order of eviction of a step whose stamps begin at `since`."""
   ids = jnp.arange(maps.last_used.shape[0], dtype=jnp.int32)
   age = jnp.where(maps.last_used == -1, jnp.iinfo(jnp.int32).min, maps.last_used - since)
   return EvictionOrder(jax.lax.sort((age, ids), num_keys=1, is_stable=True)[1], since)
@@ -95,23 +101,27 @@ def propose(
 ) -> Reads:
   """Where the listed blocks are, and slots for those that miss.
 
-  Misses get the oldest slots that the program has not taken yet, in order of rank by chunks of ranks. A slot that holds
-  a block of the call, or has been used since the program began, is passed over: of m misses, the t-th looks at places
+  Misses get the oldest slots that the step has not taken yet, in order of rank by chunks of ranks. A slot that holds
+  a block of the call, or has been used since the step began, is passed over: of m misses, the t-th looks at places
   t, t + m, t + 2m ... from `taken` on, LOOKS of them. A miss that finds none there is read but not kept.
 
   Args:
     maps: of one device.
-    order: from `eviction_order`, at the beginning of the program.
+    order: from `eviction_order`, at the beginning of the step.
     layer: scalar int32, or [n].
-    blocks: [B, K, n] int32, -1: nothing; most critical first along n.
-    taken: int32 of any shape; its sum is how many misses the program has given slots before.
+    blocks: [B, K, n] int32, most critical first along n; -1: nothing. Beyond the end of a shorter list all are -1: hits
+      change places, so that anything else there can come before the list's own blocks.
+    taken: int32 of any shape; its sum is how many misses the step has given slots before.
     group: blocks that may change places, so that hits come first; a power of two, or None for the whole list.
     implementation: "xla", "triton" or "interpret".
 
   Raises:
-    ValueError: `group` is not a power of two.
+    ValueError: `group` is not a power of two, or lists have no blocks.
   """
+  triton.check(implementation)
   n = blocks.shape[-1]
+  if n == 0:
+    raise ValueError("lists of 0 blocks")
   group = n if group is None else min(group, n)
   if group < 1 or (group != n and group & (group - 1)):
     raise ValueError(f"{group=} is not a power of two")
@@ -139,6 +149,7 @@ def commit(
   A block beyond `used` was neither read nor copied, so its slot still holds what it held. `stamp` is like `layer`;
   `step` [B] int32 is each request's own step number.
   """
+  triton.check(implementation)
   if implementation == "xla":
     return _commit_xla(maps, layer, reads, used, stamp, step)
   return _commit_kernel(maps, layer, reads, used, stamp, step, implementation)

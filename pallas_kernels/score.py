@@ -23,10 +23,13 @@ class Linear:
   """A rule that is linear in the digest, which kernels run too: score = sum_e weight(q, e) . digest_e.
 
   The mean over query heads is then linear as well: one weight vector for all of them.
+
+  `weight(q, e)` is elementwise. XLA gives it q [..., D] and one e after the other; a kernel both as [E * D], the query
+  repeated for each vector. So `if e == 0` fails there: write `jnp.where(e == 0, ...)`.
   """
 
   vectors: int  # E
-  weight: Callable[[jax.Array, jax.Array | int], jax.Array]  # of q [..., D] for digest vector e
+  weight: Callable[[jax.Array, jax.Array | int], jax.Array]
 
   def __call__(self, q: jax.Array, digests: jax.Array) -> jax.Array:
     """q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]."""
@@ -72,16 +75,18 @@ def score(
     [B, K, N] float32, -inf for blocks that do not exist.
 
   Raises:
-    ValueError: the digests have not the E vectors that a `Linear` rule reads.
-    NotImplementedError: a kernel was asked for, and the rule is not `Linear` or D not a power of two.
+    ValueError: `reduce` is another name, or the digests have not the E vectors that a `Linear` rule reads.
+    NotImplementedError: a kernel was asked for, and the rule is not `Linear`, or E or D not a power of two.
   """
+  triton.check(implementation, E=digest.shape[3], D=digest.shape[4])
+  if reduce not in ("mean", "max"):
+    raise ValueError(f"{reduce=} is neither 'mean' nor 'max'")
   if isinstance(rule, Linear) and digest.shape[3] != rule.vectors:
     raise ValueError(f"the rule reads {rule.vectors} vectors of a digest, and these have {digest.shape[3]}")
   options = dict(rule=rule, reduce=reduce, sinks=sinks, window=window)
   if implementation != "xla":
     if not isinstance(rule, Linear):
       raise NotImplementedError(f"a kernel runs a score.Linear rule, not {rule}; use implementation='xla'")
-    triton.power_of_two(D=q.shape[-1])
     return _score_kernel(q, digest, layer, tables, n_blocks, **options, implementation=implementation)
   k = jnp.arange(digest.shape[0])[None, :, None]
   gathered = digest[k, layer, tables[:, None, :]].astype(jnp.float32)  # [B, K, N, E, D]

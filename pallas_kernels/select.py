@@ -32,6 +32,7 @@ def select(scores: jax.Array, k: int, *, implementation: str = "xla") -> tuple[j
     NotImplementedError: a kernel was asked for, and a row is too long for one: see `fits`.
   """
   n = scores.shape[-1]
+  triton.check(implementation)
   if not 1 <= k <= n:
     raise ValueError(f"{k=} of {n} scores")
   n_padded, k_padded = pl.next_power_of_2(n), pl.next_power_of_2(k)

@@ -19,6 +19,23 @@ except ImportError:  # a jax without the backend: only XLA's implementations wor
   plgpu: Any = None
 
 
+def check(implementation: str, **sizes: int) -> None:
+  """Checks what an op is asked for, before anything else; `sizes` are those that a kernel's tiles take from its arrays.
+
+  Raises:
+    ValueError: `implementation` is no name of one.
+    NotImplementedError: it names a kernel, and a size is not a power of two or this jax lacks the backend.
+  """
+  if implementation not in ("xla", "triton", "interpret"):
+    raise ValueError(f"{implementation=} is none of 'xla', 'triton', 'interpret'")
+  if implementation == "xla":
+    return
+  if plgpu is None:
+    raise NotImplementedError("this jax has no Pallas Triton backend; use implementation='xla'")
+  if odd := {name: size for name, size in sizes.items() if size & (size - 1)}:
+    raise NotImplementedError(f"kernels need powers of two, not {odd}; use implementation='xla'")
+
+
 def call(kernel: Callable[..., None], *, implementation: str, num_warps: int = 4, num_stages: int = 2, **kwargs: Any):
   """`pl.pallas_call` of a kernel for the GPU, whole arrays passed by reference (no block specs).
 
@@ -28,30 +45,11 @@ def call(kernel: Callable[..., None], *, implementation: str, num_warps: int = 4
     num_warps: of a program.
     num_stages: of its pipelined loops.
     **kwargs: of `pl.pallas_call`.
-
-  Raises:
-    ValueError: `implementation` is another name.
-    NotImplementedError: this jax has no Pallas Triton backend.
   """
-  if implementation not in ("triton", "interpret"):
-    raise ValueError(f"{implementation=} is none of 'xla', 'triton', 'interpret'")
-  if plgpu is None:
-    raise NotImplementedError("this jax has no Pallas Triton backend; use implementation='xla'")
   if implementation == "interpret":
     return pl.pallas_call(kernel, interpret=True, **kwargs)
   params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
   return pl.pallas_call(kernel, compiler_params=params, **kwargs)
-
-
-def power_of_two(**sizes: int) -> None:
-  """Checks sizes that a kernel's tiles take from the arrays.
-
-  Raises:
-    NotImplementedError: one is not a power of two.
-  """
-  odd = {name: size for name, size in sizes.items() if size & (size - 1)}
-  if odd:
-    raise NotImplementedError(f"kernels need powers of two, not {odd}; use implementation='xla'")
 
 
 def dot(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:

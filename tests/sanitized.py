@@ -43,7 +43,7 @@ def ops():
   slot = P - 1 - distinct(K * L * B, K, L, B)
   slot = jnp.where(slot % 3 == 1, -1, slot)  # the last slot stays
   blocks = jnp.stack([distinct(M, B, N) for _ in range(K)], 1).at[1, :, -1].set(-1)
-  maps = kernels.Maps(jnp.full((K, L, M), -1), jnp.full(P, -1), jnp.full(P, -1), jnp.full((K, L, M), kernels.NEVER))
+  maps = kernels.Maps.empty(K, L, M, P)
   steps, used = jnp.arange(B), jnp.full((B, K), N)
 
   def step(implementation, threshold=None, group=None):

@@ -20,6 +20,7 @@ from sparse_serve_jax.models import llama
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = {"us", "best_us", "spread", "floor_us", "fraction", "moved"}
+NO_GPU = "NotImplementedError: needs an NVIDIA GPU"
 CEILINGS = Ceilings(hbm=4e12, hbm_read=4.4e12, h2d=5e10, d2h=2.5e10, flops=5e14)
 
 
@@ -46,6 +47,8 @@ def numbers(value: object) -> list[float]:
   """All numbers in rows of rows."""
   if isinstance(value, dict):
     return [number for part in value.values() for number in numbers(part)]
+  if value == NO_GPU:
+    return []
   assert isinstance(value, int | float), value  # text would be an error's
   return [value]
 
@@ -59,6 +62,7 @@ def check(results: dict[str, dict], file: Path) -> None:
   for row, result in zip(written, results.values(), strict=True):
     assert result.items() <= row.items()
     assert row["device"] == "cpu" and row["jax"] and row["commit"] == "abc" and row["ceilings"]["hbm"] > 0
+    assert row["smoke"] and row["implementation"] == "xla"
 
 
 # -------------------------------------------------------------------------------------------------------- the programs
@@ -70,22 +74,25 @@ def test_bench_kernels(tmp_path):
   ops = ["digest", "score", "select", "residency", "attend", "copy", "prefill"]
   assert list(dict.fromkeys(name.partition("-")[0] for name in results)) == ops
   assert [line.split()[0] for line in lines if " baselines (us)" in line] == ops
+  assert lines[-1] == "smoke: times mean nothing"
   assert all(row["baselines"] for name, row in results.items() if not name.startswith("residency"))
+  assert all(results[f"copy-{name} 16"]["baselines"]["memcpy each"] == NO_GPU for name in ("load", "store"))
   assert 0.05 < results["residency-2x2x4 miss 30%"]["miss_rate"] < 0.8  # lists of four blocks
   assert 0 < results["attend-2x8 miss 30%"]["miss_rate"] < 1
   assert results["attend-dense 2x64 tokens"]["moved"] == {"hbm": 2 * 2 * 9 * 512}
 
 
 def test_bench_kernels_of_some_ops():
-  _, results = run("bench_kernels", "--ops=select")
+  lines, results = run("bench_kernels", "--ops=select,select", "--implementation=interpret")
   assert {name.partition("-")[0] for name in results} == {"select"}
+  assert json.loads(lines[0])["implementation"] == "interpret"
 
 
-POLICIES = ("topk", 0), ("topk", 50), ("psa", 0)
+POLICIES = ("topk", 0), ("topk", 50.5), ("psa", 0)
 
 
 def test_bench_step(tmp_path):
-  arguments = "--commit=abc", "--steps=4", "--misses=0,0.5", "--profile"
+  arguments = "--commit=abc", "--steps=4", "--misses=0,0.505,0.5050", "--profile"
   _, results = run("bench_step", f"--out={tmp_path}", *arguments)
   check(results, tmp_path / "step.jsonl")
   cases = [f"{policy} {n} miss {share}%" for n in ("2x128", "1x256") for policy, share in POLICIES]
@@ -97,6 +104,7 @@ def test_bench_step(tmp_path):
   whole, half, _, other, *_ = rows = [results[f"step-{case}"] for case in cases]
   for row in rows:
     assert row["recompiled"] == 0
+    assert (row["padded_rows"], row["padded_blocks"]) == (8, 16 if row in rows[:3] else 32)
     assert row["floor_us"] == pytest.approx(sum(row["floors_us"].values()))
   # Two rows of 15 full blocks, of which the budget of 64 tokens reads eight; 2 heads in 4 layers.
   assert whole["blocks_attended"] == half["blocks_attended"] == 2 * 2 * 4 * 8
@@ -107,16 +115,26 @@ def test_bench_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("program", "argument", "message"),
+  ("program", "arguments", "message"),
   [
     ("bench_kernels", "--ops=scores", "--ops: no scores; there are digest, score,"),
     ("bench_kernels", f"--out={__file__}", f"--out={__file__} cannot be written: "),
-    ("bench_step", "--cases=64x", "--cases: '64x' is not <requests>x<tokens>"),
+    ("bench_step", "--smoke --cases=64x", "--cases: '64x' is not <requests>x<tokens>"),
+    ("bench_step", "--cases=2x128,2x16", "--cases: 2x16 has no full block of 32 tokens"),
+    ("bench_step", "--smoke --dense_batches=0", "--dense_batches: '0' is no number of rows"),
+    ("bench_step", "--smoke --model=llama", "no models configuration 'llama'; there are: "),
+    ("bench_step", "--misses=0,abc", "--misses: 'abc' is no share in [0, 1]"),
+    ("bench_step", "--misses=nan", "--misses: 'nan' is no share in [0, 1]"),
+    ("bench_step", "--smoke --set=sparse.policy=dense", "--set: not sparse.policy: every row has its own"),
+    ("bench_step", "--smoke --set=implementation=xla", "--set: not implementation: it is the device's"),
+    ("bench_step", "--smoke --set=tp=2", "--set: not tp: one device is timed"),
+    ("bench_step", "--smoke --set=sparse.dense_layers=1", "--set: not sparse.dense_layers: floors take all layers"),
+    ("bench_step", "--set=scheduler.max_batch=32", "batch of rows 64 exceeds the largest bucket, 32"),
     ("bench_step", "--set=cache.dram_bytes=1GiB", "64 requests of 320 blocks do not fit 64 rows and 256 blocks"),
   ],
 )
-def test_a_mistake_is_told_in_a_line(program, argument, message):
-  done = start(program, argument)
+def test_a_mistake_is_told_in_a_line(program, arguments, message):
+  done = start(program, *arguments.split())
   assert done.returncode == 1 and message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
@@ -166,7 +184,7 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
   def fails():
     raise ValueError("no room\nfor it")
 
-  report = Report(tmp_path / "rows.jsonl", CEILINGS, timing.SMOKE, commit=None)
+  report = Report(tmp_path / "rows.jsonl", CEILINGS, timing.SMOKE, "xla", commit=None)
   report.add("op", "bad", fails)
   report.add(
     "op", "good", lambda: timing.row(Timing(50, 40, 0.1, 8), 20, {"h2d": 2**20}, baselines={"other": 60.0}, n=3)
@@ -176,12 +194,12 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
   assert exit.value.code == 1
   said = capsys.readouterr()
   assert said.err == "op bad: ValueError: no room\n"
-  stamp, _, titles, bad, good, last = said.out.splitlines()
+  stamp, _, titles, bad, good, _, smoke, last = said.out.splitlines()
   assert json.loads(stamp)["ceilings"]["h2d"] == 5e10
   assert titles.split() == ["op", "us", "±", "MiB", "floor", "share", "baselines", "(us)"]
   assert bad.split() == "bad failed: ValueError: no room".split()
   assert good.split() == ["good", "50.0", "10%", "1.0", "20.0", "0.40", "other", "60,", "[n]", "3"]
-  assert list(json.loads(last)) == ["op-bad", "op-good"]
+  assert smoke == "smoke: times mean nothing" and list(json.loads(last)) == ["op-bad", "op-good"]
   assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
 
 

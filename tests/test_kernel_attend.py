@@ -359,3 +359,13 @@ def test_groups_must_fit_the_stop_test():
     laid = lay_out(case, np.full((1, 2), 4), group)
     with pytest.raises(ValueError, match=message):
       attend_program("xla", case.scale, always, threshold)(*laid.arguments)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_lists_have_blocks(threshold: float | None, implementation: str):
+  case = random_case(0, Shape(1, 8, 16), [Row(4, 1)], 4)
+  *arguments, reads, count = lay_out(case, np.full((1, 2), 4), 4).arguments
+  none = reads._replace(blocks=reads.blocks[..., :0], slot=reads.slot[..., :0])
+  with pytest.raises(ValueError, match="lists of 0 blocks"):
+    attend_program(implementation, case.scale, 0, threshold)(*arguments, none, count)

@@ -170,6 +170,38 @@ def test_place_blocks(case: Lists, implementation: str, programs: int | None, fe
   assert program(slots[:0], source, source_ids, np.full_like(slot, -1)).shape == (0, 2, S, D)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_to_copy(implementation: str):
+  pool, slots = tagged(2, L, M, 2, 8, 16), tagged(4, 2, 8, 16)
+  none = functools.partial(np.zeros, dtype=np.int32)
+  ops = kernels.load_blocks, kernels.gather_blocks, kernels.store_blocks, kernels.place_blocks
+  load, gather, store, place = (jitted(op, implementation) for op in ops)
+  for dims in ((0, 2, 3), (3, 2, 0)):
+    assert_same_bits(load(pool, slots, np.int32(0), none(dims), none(dims)), slots)
+  one = none((1, 2, 3))
+  assert load(pool, slots[:0], np.int32(0), one, one - 1).shape == (0, 2, 8, 16)
+  for of in (slots, slots[:0]):
+    k, v = gather(pool, of, np.int32(0), none((2, 0)), none((2, 0)))
+    assert k.shape == v.shape == (0, 2, 16) and k.dtype == v.dtype == pool.dtype
+  assert_same_bits(store(pool, pool, np.int32(0), none(0), none(0)), pool)
+  assert_same_bits(place(slots, pool, none(0), none((2, L, 0))), slots)
+
+
+def test_copies_refuse_what_they_cannot_do():
+  pool, one, listed = jnp.zeros((1, 1, 1, 2, 8, 24)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 1, 1), jnp.int32)
+  for copies in (
+    lambda slots, **on: kernels.load_blocks(pool, slots, 0, listed, listed, **on),
+    lambda slots, **on: kernels.gather_blocks(pool, slots, 0, listed[0], listed[0], **on),
+    lambda _, **on: kernels.store_blocks(pool, pool, 0, one, one, **on),
+    lambda slots, **on: kernels.place_blocks(slots, pool, one, listed, **on),
+  ):
+    for slots in (pool[0, 0], pool[0, 0, :0]):
+      with pytest.raises(NotImplementedError, match="'D': 24"):
+        copies(slots, implementation="triton")
+      with pytest.raises(ValueError, match="implementation='cuda' is none of"):
+        copies(slots, implementation="cuda")
+
+
 @pytest.mark.gpu
 def test_copies_with_a_pool_in_host_memory():
   """Blocks go to the pool and come back, which stays where it is and is updated in place."""
@@ -349,3 +381,5 @@ def test_prefill_names_a_head_dimension_that_cudnn_lacks():
   q, kv, pool = jnp.zeros((8, 1, 1, 12), jnp.bfloat16), jnp.zeros((8, 1, 12)), jnp.zeros((1, 1, 1, 2, 8, 12))
   with pytest.raises(NotImplementedError, match="not 12"):
     kernels.prefill_attention(q, kv, kv, pool, pool[0, 0], 0, None, 0, scale=1.0, implementation="triton")
+  with pytest.raises(ValueError, match="implementation='cuda' is none of"):
+    kernels.prefill_attention(q, kv, kv, pool, pool[0, 0], 0, None, 0, scale=1.0, implementation="cuda")

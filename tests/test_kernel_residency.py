@@ -214,6 +214,12 @@ def test_blocks_never_reached_are_not_taken_for_resident(implementation: str):
   assert after.last_selected[0, 0, [1, 8, 2]].tolist() == [6, 0, NEVER]
 
 
+def test_empty_maps():
+  maps = Maps.empty(2, 3, 5, 4)
+  Residency(2, 3, 5, 4).assert_equal(maps)
+  assert all(x.dtype == np.int32 and not x.weak_type for x in maps)
+
+
 def test_release_forgets_all_layers_and_heads():
   maps = empty_maps(2, 2, 5, 8)
   every = np.broadcast_to(np.array([[[3], [3]]], np.int32), (1, 2, 1))
@@ -263,6 +269,12 @@ def test_stamps_wrap_around(implementation: str):
 def test_groups_are_powers_of_two():
   with pytest.raises(ValueError, match="group=3 is not a power of two"):
     propose(empty_maps(1, 1, 9, 3), ids([1, 2, 3, 4]), 0, "xla", group=3)
+
+
+@every_implementation
+def test_lists_have_blocks(implementation: str):
+  with pytest.raises(ValueError, match="lists of 0 blocks"):
+    propose(empty_maps(1, 1, 9, 3), ids([]), 0, implementation)
 
 
 @every_implementation

@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels as kernels
 from pallas_kernels import digest
-from pallas_kernels.score import box, dot
+from pallas_kernels.score import Linear, box, dot
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, assert_rows_close, assert_same_bits
 
 RULES = {"cuboid_mean": 2, "min_max": 2, "mean": 1}
@@ -112,14 +112,32 @@ def test_rules_of_a_user():
     kernels.score(q, actual, 0, tables, one + 2, rule=twice, implementation="triton")
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_digest_has_the_vectors_that_its_rule_makes(implementation: str):
+  source, one = jnp.zeros((1, 1, 1, 2, 8, 16)), jnp.zeros(1, jnp.int32)
+  store = functools.partial(kernels.store_digests, implementation=implementation)
+  with pytest.raises(ValueError, match=r"makes a digest \[2, 16\] of a block, and these are \[1, 16\]"):
+    store(jnp.zeros((1, 1, 3, 1, 16)), source, 0, one, one, rule=digest.min_max)
+  with pytest.raises(ValueError, match="a tuple of E vectors, not a"):
+    store(jnp.zeros((1, 1, 3, 1, 16)), source, 0, one, one, rule=digest.Rule(lambda keys: keys.mean(-2)))
+
+
 def test_what_an_op_cannot_do_is_said():
   q, tables, n_blocks = jnp.ones((1, 1, 1, 24)), jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
   with pytest.raises(ValueError, match="reads 1 vectors of a digest, and these have 2"):
     kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=dot)
+  with pytest.raises(ValueError, match="reduce='median' is neither 'mean' nor 'max'"):
+    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=box, reduce="median")
+  with pytest.raises(NotImplementedError, match="'E': 3"):
+    three = Linear(3, box.weight)
+    kernels.score(q, jnp.ones((1, 1, 3, 3, 24)), 0, tables, n_blocks, rule=three, implementation="triton")
   with pytest.raises(NotImplementedError, match="'D': 24"):
     kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=box, implementation="interpret")
   with pytest.raises(ValueError, match="implementation='tritn' is none of"):
     kernels.score(q[..., :16], jnp.ones((1, 1, 3, 2, 16)), 0, tables, n_blocks, rule=box, implementation="tritn")
+  with pytest.raises(ValueError, match="implementation='cuda' is none of"):  # though nothing is to be done
+    source, one = jnp.zeros((1, 1, 1, 2, 8, 16)), jnp.zeros(1, jnp.int32)
+    kernels.store_digests(jnp.zeros((1, 1, 3, 0, 16)), source, 0, one, one, rule=digest.mean, implementation="cuda")
   with pytest.raises(NotImplementedError, match="40000 best of 40000"):
     kernels.select(jnp.zeros((1, 1, 40000)), 40000, implementation="interpret")
 

@@ -34,7 +34,9 @@ class KVCache(flax.struct.PyTreeNode):
   maps: residency.Maps  # which block is in which slot
   tail: jax.Array  # [K, L, R, 2, S, D], the unfinished block of every resident request
   last_token: jax.Array  # [R] int32, input of each resident request's next step
-  clock: jax.Array  # int32, programs run so far; stamps wrap around, and residency looks at differences only
+  # int32, programs run so far. Stamps wrap around, and residency looks at differences only, but for -1: an empty slot.
+  # A stamp that equals it, one in 2^32, makes a slot look empty: it is given up early, and nothing becomes wrong.
+  clock: jax.Array
 
   def stamp(self, layer: jax.Array | int) -> jax.Array:
     """Time of use, ascending through layers and programs."""
@@ -159,12 +161,7 @@ def create(shape: CacheShape, mesh: Mesh) -> KVCache:
       pool=None,  # pyright: ignore[reportArgumentType]  made apart: it may not fit the device
       slots=kv(shape.P),
       digest=jnp.zeros((*heads, shape.E, shape.D), shape.dtype),
-      maps=residency.Maps(
-        slot_of=jnp.full(heads, -1, jnp.int32),
-        block_of=jnp.full(shape.P, -1, jnp.int32),
-        last_used=jnp.full(shape.P, -1, jnp.int32),
-        last_selected=jnp.full(heads, residency.NEVER, jnp.int32),
-      ),
+      maps=residency.Maps.empty(*heads, shape.P),
       tail=kv(shape.K, shape.L, shape.R),
       last_token=jnp.zeros(shape.R, jnp.int32),
       clock=jnp.zeros((), jnp.int32),
