@@ -300,4 +300,4 @@ def _place_blocks_xla(slots, source, source_ids, slot) -> jax.Array:
     return slots.at[jnp.where(to >= 0, to, slots.shape[0])].set(kv, mode="drop")
 
   n = source_ids.shape[0]
-  return jax.lax.fori_loop(0, n, place_one, slots) if n else slots
+  return jax.lax.fori_loop(0, n, place_one, slots) if n and slots.size else slots

@@ -189,6 +189,27 @@ def test_the_digest_loss_is_a_divergence_of_block_masses():
   assert found == pytest.approx(np.mean(expected), rel=1e-4) and found > 0.01
 
 
+def test_the_loss_has_the_digests_of_what_predicts_answers(monkeypatch):
+  """Of all layers; as many queries as there are answers here."""
+  monkeypatch.setattr(trainer, "DIGEST_QUERIES", 3)
+  params, rng = trainer.init_params(MODEL, jax.random.key(0)), np.random.default_rng(0)
+  tokens, answers = rng.integers(0, MODEL.vocab_size, (2, 201)).astype(np.int32), np.array([[150, 199, 170]] * 2)
+  weights = np.full((2, 200), TOY.context_weight, np.float32)
+  np.put_along_axis(weights, answers, 1.0, 1)
+  batch, config = data.Batch(tokens, weights, np.zeros(2, np.int32)), dataclasses.replace(TOY, digest_weight=2.0)
+  look = functools.partial(trainer.digest_loss, at=jnp.asarray(answers), block_tokens=trainer.DIGEST_BLOCK_TOKENS)
+  _, expected = trainer.forward(MODEL, params, jnp.asarray(tokens[:, :-1]), look)
+  without, plain = trainer.loss(TOY, params, batch, jax.random.key(0))
+  total, found = trainer.loss(config, params, batch, jax.random.key(0))
+  assert (
+    expected > 1e-5 and found["digest_loss"] == pytest.approx(float(expected), rel=1e-4) and plain["digest_loss"] == 0
+  )
+  assert (
+    without == plain["loss"] == pytest.approx(float(found["loss"]))
+    and total == found["loss"] + 2 * found["digest_loss"]
+  )
+
+
 def test_keys_that_are_alike_in_a_block_are_foretold():
   rng = np.random.default_rng(0)
   q, k = rng.normal(size=(1, 64, 2, 1, 8)), np.repeat(rng.normal(size=(1, 8, 2, 8)), 8, axis=1)

@@ -87,6 +87,20 @@ def _ask(
   return Asked(f"Question: {question} Answer:{lead}", f" {completion}\n", tuple(answers), tuple(depths))
 
 
+def _listed(
+  units: Sequence[str], at: float, order: int, question: Callable[[int, float], Asked], after: int = 0
+) -> Draft:
+  """Units in a row, less their last character. All but the last `after` are asked for, the one `at` of them first.
+
+  `question` takes a unit's index and depth.
+  """
+  begins, n = [0, *itertools.accumulate(map(len, units))], len(units) - after
+  first = int(at * n)
+  rest = (i for i in _shuffled(order, n) if i != first)
+  asked = (question(i, begins[i] / begins[-1]) for i in itertools.chain([first], rest))
+  return Draft("".join(units)[:-1], asked)
+
+
 # Families
 
 
@@ -144,22 +158,17 @@ def pairs(keys: texts.Text, values: texts.Text) -> Family:
     pairs = _Taken(zip(keys(rng), values(rng), strict=True))
 
     def write(n: int) -> Draft:
-      lines = [f"- {key}: {value}\n" for key, value in pairs(n)]
-      begins = [0, *itertools.accumulate(map(len, lines))]
+      listed = pairs(n)
 
-      def question(i: int) -> Asked:
-        key, value = pairs(n)[i]
-        return _ask(f"what is the value of {key}?", f"\n- {key}:", [value], [begins[i] / begins[-1]])
+      def question(i: int, depth: float) -> Asked:
+        key, value = listed[i]
+        return _ask(f"what is the value of {key}?", f"\n- {key}:", [value], [depth])
 
-      return Draft("".join(lines)[:-1], map(question, _beginning_with(int(at * n), _shuffled(order, n))))
+      return _listed([f"- {key}: {value}\n" for key, value in listed], at, order, question)
 
     return write
 
   return family
-
-
-def _beginning_with(first: int, items: list[int]) -> Iterator[int]:
-  return itertools.chain([first], (i for i in items if i != first))
 
 
 def variables(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
@@ -248,13 +257,12 @@ def copy(rng: np.random.Generator, text: texts.Text) -> Callable[[int], Draft]:
 
   def write(n: int) -> Draft:
     listed = words(n)
-    begins = [0, *itertools.accumulate(len(word) + 1 for word in listed)]
 
-    def question(i: int) -> Asked:
+    def question(i: int, depth: float) -> Asked:
       cue, following = " ".join(listed[i : i + 4]), listed[i + 4 : i + 10]
-      return _ask(f"what follows {cue}?", f" {cue}", following, [begins[i] / begins[-1]], " ".join(following))
+      return _ask(f"what follows {cue}?", f" {cue}", following, [depth], " ".join(following))
 
-    return Draft(" ".join(listed), map(question, _beginning_with(int(at * (n - 9)), _shuffled(order, n - 9))))
+    return _listed([f"{word} " for word in listed], at, order, question, after=9)
 
   return write
 
@@ -275,14 +283,13 @@ def classification(rng: np.random.Generator, text: texts.Text) -> Callable[[int]
 
   def write(n: int) -> Draft:
     lines = [f"- {' '.join(words[label][i] for i in order[:3])}: {labels[label]}\n" for label, order in examples(n)]
-    begins = [0, *itertools.accumulate(map(len, lines))]
 
-    def question(i: int) -> Asked:
+    def question(i: int, depth: float) -> Asked:
       label, order = examples(n)[i]
       item = " ".join(words[label][order[j]] for j in (2, 0, 3))
-      return _ask(f"what is the label of {item}?", f"\n- {item}:", [labels[label]], [begins[i] / begins[-1]])
+      return _ask(f"what is the label of {item}?", f"\n- {item}:", [labels[label]], [depth])
 
-    return Draft("".join(lines)[:-1], map(question, _beginning_with(int(at * n), _shuffled(shuffle, n))))
+    return _listed(lines, at, shuffle, question)
 
   return write
 

@@ -39,7 +39,7 @@ class KVCache(flax.struct.PyTreeNode):
   clock: jax.Array
 
   def stamp(self, layer: jax.Array | int) -> jax.Array:
-    """Time of use, ascending through layers and programs."""
+    """Time of use, ascending through layers and steps."""
     return self.clock * self.tail.shape[1] + layer
 
 

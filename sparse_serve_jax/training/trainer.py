@@ -64,7 +64,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> llama.Params:
 
 
 def forward(
-  cfg: ModelConfig, params: llama.Params, tokens: jax.Array, look: Callable[..., jax.Array] = lambda *_: jnp.float32(0)
+  cfg: ModelConfig, params: llama.Params, tokens: jax.Array, look: Callable[..., jax.Array] | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """By dense causal attention.
 
@@ -72,7 +72,7 @@ def forward(
     cfg: the model.
     params: its parameters.
     tokens: [B, T] int32.
-    look: what to tell of a layer's queries [B, T, K, G, D] and keys [B, T, K, D], a scalar.
+    look: what to tell of a layer's queries [B, T, K, G, D] and keys [B, T, K, D], a scalar; None: 0.
 
   Returns:
     Logits float32 [B, T, V], and the mean over layers of what `look` tells.
@@ -82,7 +82,7 @@ def forward(
   def layer(x, lp):
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     o = llama.causal_attention(cfg, q, k, v)
-    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), look(q, k)
+    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), look(q, k) if look else jnp.float32(0)
 
   # Unrolled, as a loop would stack what each layer keeps for the backward pass.
   x, told = lax.scan(layer, llama.embed(params, tokens), params["layers"], unroll=cfg.n_layers)
@@ -137,12 +137,12 @@ def loss(config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array
   cfg = config.model
   tokens, weights, sources = map(jnp.asarray, batch)
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
-  looks = {}
+  look = None
   if config.digest_weight:
-    order = (weights > config.context_weight) + jax.random.uniform(key, weights.shape)
+    order = (weights > config.context_weight).astype(jnp.float32) + jax.random.uniform(key, weights.shape)
     at = lax.top_k(order, min(DIGEST_QUERIES, weights.shape[1]))[1]
-    looks["look"] = functools.partial(digest_loss, at=at, block_tokens=DIGEST_BLOCK_TOKENS)
-  logits, of_digests = forward(cfg, params, tokens[:, :-1], **looks)
+    look = functools.partial(digest_loss, at=at, block_tokens=DIGEST_BLOCK_TOKENS)
+  logits, of_digests = forward(cfg, params, tokens[:, :-1], look)
   targets = tokens[:, 1:]
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   answers = weights >= 1
