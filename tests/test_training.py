@@ -165,7 +165,7 @@ def test_the_loss_is_the_weighted_mean():
   assert int(answers.sum()) == (weights == 1).sum()
 
 
-def test_the_digest_loss_is_a_divergence_of_block_masses():
+def test_the_digest_loss_is_mass_in_blocks_that_do_not_stand_out():
   """Against loops, one query after the other."""
   rng, (n_tokens, n_heads, n_group, depth, size) = np.random.default_rng(0), (45, 2, 3, 8, 4)
   q, k = rng.normal(size=(2, n_tokens, n_heads, n_group, depth)), 2 * rng.normal(size=(2, n_tokens, n_heads, depth))
@@ -183,8 +183,8 @@ def test_the_digest_loss_is_a_divergence_of_block_masses():
       digests = [rule(k[b, block, head]) for block in blocks]
       products = [[np.maximum(one * d[0], one * d[-1]).sum() for d in digests] for one in q[b, position, head]]
       scores = scale * np.mean(products, 0)
-      log_q = scores - np.log(np.exp(scores).sum())
-      expected.append((mass * (np.log(mass / mass.sum()) - log_q)).sum())
+      z = (scores - scores.mean()) / np.sqrt(scores.var() + trainer.LEAST_SPREAD**2)
+      expected.append((mass * np.log1p(np.exp(trainer.STANDS_OUT - z))).sum())
   found = trainer.digest_loss(*map(jnp.float32, (q, k)), at=jnp.asarray(at), block_tokens=size)
   assert found == pytest.approx(np.mean(expected), rel=1e-4) and found > 0.01
 
@@ -210,13 +210,20 @@ def test_the_loss_has_the_digests_of_what_predicts_answers(monkeypatch):
   )
 
 
-def test_keys_that_are_alike_in_a_block_are_foretold():
-  rng = np.random.default_rng(0)
-  q, k = rng.normal(size=(1, 64, 2, 1, 8)), np.repeat(rng.normal(size=(1, 8, 2, 8)), 8, axis=1)
-  loss = functools.partial(trainer.digest_loss, at=jnp.array([[63, 50]]), block_tokens=8)
-  assert loss(jnp.float32(q), jnp.float32(k)) == pytest.approx(0, abs=1e-6)
-  grads = jax.grad(loss, argnums=(0, 1))(jnp.float32(q), jnp.float32(rng.normal(size=k.shape)))
+def test_a_block_that_is_attended_to_is_to_stand_out():
+  """What one query looks for is one key of a block, then all of it; and gradients reach queries and keys."""
+  rng, (n_tokens, size, depth) = np.random.default_rng(0), (256, 8, 16)
+  q, k = rng.normal(size=(1, n_tokens, 1, 2, depth)), rng.normal(size=(1, n_tokens, 1, depth))
+  q[0, 255] = q[0, 255, :, :1]
+  one, whole = k.copy(), k.copy()
+  one[0, 84], whole[0, 80:88] = 3 * q[0, 255, 0, 0], 3 * q[0, 255, 0, 0]
+  loss = functools.partial(trainer.digest_loss, at=jnp.array([[255]]), block_tokens=size)
+  found = [float(loss(jnp.float32(q), jnp.float32(keys))) for keys in (one, whole)]
+  assert found[1] < 0.5 * found[0] and found[1] < np.log(2) + 0.1
+  grads = jax.grad(loss, argnums=(0, 1))(jnp.float32(q), jnp.float32(one))
   assert all(np.isfinite(g).all() and np.abs(g).max() > 1e-4 for g in grads)
+  grads = jax.grad(functools.partial(loss, at=jnp.array([[9]])), argnums=(0, 1))(jnp.float32(q), jnp.float32(one))
+  assert all((np.asarray(g) == 0).all() for g in grads)  # no block is free to be chosen
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ from sparse_serve_jax.training.data import SOURCES, Batch
 SAVE_EVERY = 60.0  # seconds
 DIGEST_QUERIES = 32  # of a sequence
 DIGEST_BLOCK_TOKENS = 32
+STANDS_OUT = 3.0  # deviations; of a thousand scores at random, one is so high
+LEAST_SPREAD = 0.3  # of scores: a smaller one is none
 
 
 class TrainState(NamedTuple):
@@ -38,7 +40,7 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
   loss: jax.Array  # nats a token, weighted
-  digest_loss: jax.Array  # nats; 0 where it does not count
+  digest_loss: jax.Array  # 0 where it does not count
   answers: jax.Array  # [len(SOURCES)] int32, tokens of weight 1 and more
   right: jax.Array  # [len(SOURCES)] int32, of these, the most likely ones
   grad_norm: jax.Array
@@ -90,12 +92,16 @@ def forward(
 
 
 def digest_loss(q: jax.Array, k: jax.Array, *, at: jax.Array, block_tokens: int) -> jax.Array:
-  """How badly digests foretell which blocks get attention: nats, weighted by the share of mass that is at stake.
+  """How much of attention's mass lies in blocks whose digests do not stand out.
 
-  Of a token and KV head, attention's mass by block is one distribution over the blocks before it, and what its scores
-  would give is another, each a mean over query heads, as selection takes it; told is the Kullback-Leibler divergence,
-  times the mass of all these blocks. The first block and the two newest, which selection reads anyway, are left out. Of
-  two rules, the mean of both. What attention does is the target, not to be changed: no gradient goes through it.
+  Of a token and KV head, the sum over the blocks before it of
+
+    mass softplus(STANDS_OUT - z),    z = (score - mean) / deviation, over these blocks,
+
+  mass and score as means over query heads, as selection takes them. Only the order of scores selects, so that they are
+  measured by their own spread: a key among S cannot make its digest score what attention gives it, but it can make it
+  higher than the others' digests. The first block and the two newest, which selection reads anyway, are left out. Of
+  two rules, the mean of both. Where the mass lies is not to be changed: no gradient goes through it.
 
   Args:
     q: [B, T, K, G, D].
@@ -109,23 +115,25 @@ def digest_loss(q: jax.Array, k: jax.Array, *, at: jax.Array, block_tokens: int)
   blocks = k[:, :, : n_blocks * block_tokens].reshape(*k.shape[:2], n_blocks, block_tokens, -1)  # [B, K, N, S, D]
 
   logits = scale * jnp.einsum("bkngd,bktd->bkngt", q, k, preferred_element_type=jnp.float32)
-  token, block = (jnp.arange(n)[(None,) * 4] for n in (k.shape[2], n_blocks))  # along the last of five axes
-  at = at[:, None, :, None, None]
-  logits = jnp.where(token <= at, logits, -jnp.inf)
+  at = at[:, None, :, None]  # [B, 1, n, 1]
+  token, block = jnp.arange(k.shape[2])[(None,) * 4], jnp.arange(n_blocks)[(None,) * 3]
+  logits = jnp.where(token <= at[..., None], logits, -jnp.inf)
   by_block = logits[..., : n_blocks * block_tokens].reshape(*logits.shape[:-1], n_blocks, block_tokens)
   total = jax.nn.logsumexp(logits, -1, keepdims=True)
-  free = (block > 0) & (block < at // block_tokens - 1)  # [B, 1, n, 1, N]
-  mass = jnp.where(free, jnp.exp(jax.nn.logsumexp(by_block, -1) - total), 0.0)
-  mass = lax.stop_gradient(mass.mean(3))  # [B, K, n, N]
-  share = mass / jnp.maximum(mass.sum(-1, keepdims=True), 1e-9)
+  free = (block > 0) & (block < at // block_tokens - 1)  # [B, 1, n, N]
+  mass = jnp.exp(jax.nn.logsumexp(by_block, -1) - total).mean(3)  # [B, K, n, N]
+  mass = lax.stop_gradient(jnp.where(free, mass, 0.0))
+  n_free = jnp.maximum(free.sum(-1, keepdims=True), 1).astype(jnp.float32)
 
-  def divergence(method: Method) -> jax.Array:
+  def hidden(method: Method) -> jax.Array:
     digests = method.summarize(blocks).astype(jnp.float32)[:, :, None]  # [B, K, 1, N, E, D]
     scores = scale * method.score(q.astype(jnp.float32), digests).mean(3)
-    scores = jnp.where(free[:, :, :, 0], scores, -1e9)
-    return (mass * (jnp.log(jnp.maximum(share, 1e-20)) - jax.nn.log_softmax(scores, -1))).sum(-1).mean()
+    mean = jnp.where(free, scores, 0.0).sum(-1, keepdims=True) / n_free
+    over = jnp.where(free, scores - mean, 0.0)
+    z = over * lax.rsqrt((over**2).sum(-1, keepdims=True) / n_free + LEAST_SPREAD**2)
+    return (mass * jax.nn.softplus(STANDS_OUT - z)).sum(-1).mean()
 
-  return (divergence(METHODS["cuboid_mean"]) + divergence(METHODS["mean"])) / 2
+  return (hidden(METHODS["cuboid_mean"]) + hidden(METHODS["mean"])) / 2
 
 
 def loss(config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
