@@ -89,19 +89,17 @@ class Bench:
 
 
 def digest(b: Bench) -> Cases:
-  n = b.pick(512, 4)
-  ids = jnp.arange(n)
-
   def op(state, _, inputs, **options):
-    source, blocks = inputs
+    source, ids, blocks = inputs
     return kernels.store_digests(state, source, 0, ids, blocks, rule=cuboid_mean, **options), ()
 
-  def case():
-    variants = b.variants(lambda: (b.blocks(b.heads, 1, n), b.distinct(b.n_pool, n)))
+  def case(n):
+    variants = b.variants(lambda: (b.blocks(b.heads, 1, n), jnp.arange(n), b.distinct(b.n_pool, n)))
     moved = dict(hbm=b.heads * n * (b.block_bytes / 2 + b.digest_bytes))
     return b.row_of_digests(op, variants, moved)
 
-  yield f"{b.heads}x{n}", case
+  for n in b.pick([512, 4096], [4]):
+    yield f"{b.heads}x{n}", functools.partial(case, n)
 
 
 def score(b: Bench) -> Cases:

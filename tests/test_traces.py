@@ -39,7 +39,7 @@ def test_a_file_holds_all_of_a_trace(tmp_path):
   again = Trace.load(tmp_path / "trace.npz")
   np.testing.assert_array_equal(again.selected, trace.selected)
   assert again.selected.dtype == bool and again.lengths.tolist() == [300, 300]
-  assert (again.block_tokens, again.method, again.model, again.task) == (32, "cuboid_mean 128", "tiny", "recite")
+  assert (again.block_tokens, again.case, again.model, again.task) == (32, "cuboid_mean 128", "tiny", "recite")
   np.savez(tmp_path / "other.npz", x=np.arange(3))
   (tmp_path / "none.npz").write_bytes((tmp_path / "trace.npz").read_bytes()[:100])
   for name in ("other", "none", "missing"):
@@ -79,7 +79,7 @@ def test_the_steps_of_an_answer():
   wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], []) if case.family == "cuboid_mean"]
   ((case, trace),) = selections.measure(model, model.params, accuracy.Sample("recite", 640, 3, 2, 40), wanted)
   batch = accuracy.Instances.of(model.tokenizer, "recite", 640, range(3), 192)
-  assert case.name == trace.method == "cuboid_mean 128" and trace.selected.shape == (3, 40, 2, 2, 20)
+  assert case.name == trace.case == "cuboid_mean 128" and trace.selected.shape == (3, 40, 2, 2, 20)
   assert trace.lengths.tolist() == (batch.start + batch.answers.argmax(1)).tolist()
   n_blocks = (trace.lengths[:, None] + np.arange(40)) // 32
   assert (trace.selected.sum(-1) == 4).all()

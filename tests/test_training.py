@@ -184,7 +184,7 @@ def test_the_digest_loss_is_mass_in_blocks_that_do_not_stand_out():
       products = [[np.maximum(one * d[0], one * d[-1]).sum() for d in digests] for one in q[b, position, head]]
       scores = scale * np.mean(products, 0)
       z = (scores - scores.mean()) / np.sqrt(scores.var() + trainer.LEAST_SPREAD**2)
-      expected.append((mass * np.log1p(np.exp(trainer.STANDS_OUT - z))).sum())
+      expected.append((mass**2 * np.log1p(np.exp(trainer.STANDS_OUT - z))).sum())
   found = trainer.digest_loss(*map(jnp.float32, (q, k)), at=jnp.asarray(at), block_tokens=size)
   assert found == pytest.approx(np.mean(expected), rel=1e-4) and found > 0.01
 
@@ -196,11 +196,11 @@ def test_the_loss_has_the_digests_of_what_predicts_answers(monkeypatch):
   tokens, answers = rng.integers(0, MODEL.vocab_size, (2, 201)).astype(np.int32), np.array([[150, 199, 170]] * 2)
   weights = np.full((2, 200), TOY.context_weight, np.float32)
   np.put_along_axis(weights, answers, 1.0, 1)
-  batch, config = data.Batch(tokens, weights, np.zeros(2, np.int32)), dataclasses.replace(TOY, digest_weight=2.0)
+  batch = data.Batch(tokens, weights, np.zeros(2, np.int32))
   look = functools.partial(trainer.digest_loss, at=jnp.asarray(answers), block_tokens=trainer.DIGEST_BLOCK_TOKENS)
   _, expected = trainer.forward(MODEL, params, jnp.asarray(tokens[:, :-1]), look)
   without, plain = trainer.loss(TOY, params, batch, jax.random.key(0))
-  total, found = trainer.loss(config, params, batch, jax.random.key(0))
+  total, found = trainer.loss(TOY, params, batch, jax.random.key(0), digest_weight=2.0)
   assert (
     expected > 1e-5 and found["digest_loss"] == pytest.approx(float(expected), rel=1e-4) and plain["digest_loss"] == 0
   )
@@ -224,6 +224,14 @@ def test_a_block_that_is_attended_to_is_to_stand_out():
   assert all(np.isfinite(g).all() and np.abs(g).max() > 1e-4 for g in grads)
   grads = jax.grad(functools.partial(loss, at=jnp.array([[9]])), argnums=(0, 1))(jnp.float32(q), jnp.float32(one))
   assert all((np.asarray(g) == 0).all() for g in grads)  # no block is free to be chosen
+
+
+def test_digests_count_in_the_stages_that_say_so(tmp_path, monkeypatch):
+  monkeypatch.setattr(trainer, "DIGEST_BLOCK_TOKENS", 8)
+  config, found = shortened(Stage(64, 1, 2), Stage(64, 1, 2, digest_weight=1.0)), []
+  run = trainer.Trainer(config, tmp_path)
+  run.run(data.batches(config, Ids(), 0, 0), 1000, lambda step, metrics, _: found.append(float(metrics.digest_loss)))
+  assert found[:2] == [0, 0] and min(found[2:]) > 0
 
 
 @pytest.mark.slow
@@ -325,7 +333,8 @@ def test_the_program_in_two_pieces(tmp_path):
   ("change", "message"),
   [
     ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds max_context=320"),
-    ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, got Stage"),
+    ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, its digest_weight 0, got Stage"),
+    ({"stages": [{"tokens": 16, "sequences": 1, "steps": 1, "digest_weight": -1.0}]}, "digest_weight=-1.0"),
     ({"sources": {"text": 0}}, "one is more, got Sources"),
     ({"sources": {"tex": 1}}, "unknown key 'tex'"),
     ({"optimizer": {"warmup_steps": 3, "decay_steps": 3}}, "= 6 exceed the 5 steps"),

@@ -38,7 +38,7 @@ class Trace:
   selected: np.ndarray  # [R, n, L, K, N] bool: blocks attended, sinks and window included, the tail not
   lengths: np.ndarray  # [R] int32, tokens of a request before its first step; its full blocks are those of S tokens
   block_tokens: int  # S
-  method: str  # the case, such as "cuboid_mean 2048"
+  case: str  # such as "cuboid_mean 2048"
   model: str
   task: str
 
@@ -50,7 +50,7 @@ class Trace:
     return np.where(np.arange(ids.shape[-1]) < count[..., None], ids, np.int16(-1))
 
   def save(self, file: str | pathlib.Path) -> None:
-    about = {key: getattr(self, key) for key in ("block_tokens", "method", "model", "task")}
+    about = {key: getattr(self, key) for key in ("block_tokens", "case", "model", "task")}
     about["steps"] = self.selected.shape[1]
     packed = np.packbits(np.moveaxis(self.selected, 1, -1), -1)  # [R, L, K, N, n / 8]
     np.savez_compressed(file, selected=packed, lengths=self.lengths, about=np.array(json.dumps(about)))

@@ -17,6 +17,9 @@ class Stage:
   tokens: int  # of a sequence
   sequences: int  # of a step
   steps: int
+  digest_weight: float = (
+    0.0  # in the loss, of `trainer.digest_loss`; before a model retrieves it keeps it from learning to
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,6 @@ class TrainConfig:
   # In the loss, of a token that is no answer. An answer's weighs 1; of a task, at least so that the whole answer weighs
   # as much as ANSWER_SHARE of the sequence would: else a short answer to a long prompt would hardly count.
   context_weight: float = 0.1
-  digest_weight: float = 0.0  # in the loss, of `trainer.digest_loss`
   seed: int = 0
 
   @property
@@ -93,8 +95,8 @@ class TrainConfig:
 
   def __post_init__(self):
     for stage in self.stages:
-      if min(dataclasses.astuple(stage)) < 1:
-        raise ValueError(f"a stage's tokens, sequences and steps are at least 1, got {stage}")
+      if min(stage.tokens, stage.sequences, stage.steps) < 1 or stage.digest_weight < 0:
+        raise ValueError(f"a stage's tokens, sequences and steps are at least 1, its digest_weight 0, got {stage}")
     if (needed := self.optimizer.warmup_steps + self.optimizer.decay_steps) > self.steps:
       raise ValueError(f"warmup_steps + decay_steps = {needed} exceed the {self.steps} steps of the run")
     shares = dataclasses.astuple(self.sources)

@@ -24,7 +24,7 @@ from sparse_serve_jax.training.config import Optimizer, TrainConfig
 from sparse_serve_jax.training.data import SOURCES, Batch
 
 SAVE_EVERY = 60.0  # seconds
-DIGEST_QUERIES = 32  # of a sequence
+DIGEST_QUERIES = 128  # of a sequence
 DIGEST_BLOCK_TOKENS = 32
 STANDS_OUT = 3.0  # deviations; of a thousand scores at random, one is so high
 LEAST_SPREAD = 0.3  # of scores: a smaller one is none
@@ -96,12 +96,13 @@ def digest_loss(q: jax.Array, k: jax.Array, *, at: jax.Array, block_tokens: int)
 
   Of a token and KV head, the sum over the blocks before it of
 
-    mass softplus(STANDS_OUT - z),    z = (score - mean) / deviation, over these blocks,
+    mass^2 softplus(STANDS_OUT - z),    z = (score - mean) / deviation, over these blocks,
 
   mass and score as means over query heads, as selection takes them. Only the order of scores selects, so that they are
   measured by their own spread: a key among S cannot make its digest score what attention gives it, but it can make it
-  higher than the others' digests. The first block and the two newest, which selection reads anyway, are left out. Of
-  two rules, the mean of both. Where the mass lies is not to be changed: no gradient goes through it.
+  higher than the others' digests. Squared, as heads whose mass lies everywhere have no block to choose. The first block
+  and the two newest, which selection reads anyway, are left out. Of two rules, the mean of both. Where the mass lies is
+  not to be changed: no gradient goes through it.
 
   Args:
     q: [B, T, K, G, D].
@@ -131,22 +132,24 @@ def digest_loss(q: jax.Array, k: jax.Array, *, at: jax.Array, block_tokens: int)
     mean = jnp.where(free, scores, 0.0).sum(-1, keepdims=True) / n_free
     over = jnp.where(free, scores - mean, 0.0)
     z = over * lax.rsqrt((over**2).sum(-1, keepdims=True) / n_free + LEAST_SPREAD**2)
-    return (mass * jax.nn.softplus(STANDS_OUT - z)).sum(-1).mean()
+    return (mass**2 * jax.nn.softplus(STANDS_OUT - z)).sum(-1).mean()
 
   return (hidden(METHODS["cuboid_mean"]) + hidden(METHODS["mean"])) / 2
 
 
-def loss(config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+def loss(
+  config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array, digest_weight: float = 0.0
+) -> tuple[jax.Array, dict[str, Any]]:
   """What is minimised, and all of StepMetrics but the norm.
 
-  That is the weighted mean cross entropy in nats, and `config.digest_weight` times `digest_loss` of DIGEST_QUERIES
+  That is the weighted mean cross entropy in nats, and `digest_weight` times `digest_loss` of DIGEST_QUERIES
   queries of each sequence, those that predict answers before others, otherwise at random by `key`.
   """
   cfg = config.model
   tokens, weights, sources = map(jnp.asarray, batch)
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
   look = None
-  if config.digest_weight:
+  if digest_weight:
     order = (weights > config.context_weight).astype(jnp.float32) + jax.random.uniform(key, weights.shape)
     at = lax.top_k(order, min(DIGEST_QUERIES, weights.shape[1]))[1]
     look = functools.partial(digest_loss, at=at, block_tokens=DIGEST_BLOCK_TOKENS)
@@ -159,7 +162,7 @@ def loss(config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array
   right = answers & (logits.argmax(-1) == targets)
   of_tokens = (weights * nats).sum() / jnp.maximum(weights.sum(), 1)
   found = dict(loss=of_tokens, digest_loss=of_digests, answers=count(answers), right=count(right))
-  return of_tokens + config.digest_weight * of_digests, found
+  return of_tokens + digest_weight * of_digests, found
 
 
 def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformation:
@@ -215,15 +218,15 @@ class Trainer:
         params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
       return jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-      f = jax.value_and_grad(functools.partial(loss, config), has_aux=True)
+    def step(state: TrainState, batch: Batch, digest_weight: float) -> tuple[TrainState, StepMetrics]:
+      f = jax.value_and_grad(functools.partial(loss, config, digest_weight=digest_weight), has_aux=True)
       (_, found), grads = f(state.params, batch, jax.random.fold_in(jax.random.key(config.seed), state.step))
       with jax.numpy_dtype_promotion("standard"):  # optax counts on it
         updates, opt = optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
       return TrainState(state.step + 1, params, opt), StepMetrics(**found, grad_norm=optax.tree.norm(grads))
 
-    self._step = jax.jit(step, donate_argnums=0, out_shardings=whole)
+    self._step = jax.jit(step, static_argnums=2, donate_argnums=0, out_shardings=whole)
     if (last := self._checkpoints.latest_step()) is None:
       self.state = new()
     else:
@@ -248,7 +251,8 @@ class Trainer:
     end, save_at, waiting, done = time.monotonic() + seconds, time.monotonic() + SAVE_EVERY, None, self.step
     try:
       for batch in batches:
-        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split))
+        weight = self.config.stage_of(done).digest_weight
+        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split), weight)
         done += 1
         if waiting is not None:
           jax.block_until_ready(waiting[0])
