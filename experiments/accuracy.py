@@ -46,7 +46,7 @@ _TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Of the part
 _INSTANCES = flags.DEFINE_integer("instances", 200, "Of every task and length.", lower_bound=2)
 _REQUESTS = flags.DEFINE_integer("requests", 4, "Of the part selections: instances of a long answer.", lower_bound=1)
 _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
-_THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99"], "Of PSA.")
+_THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.9", "0.95", "0.99", "0.999", "0.9999"], "Of PSA.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(METHODS)}, oracle, window; all.")
 _STEPS = flags.DEFINE_integer("steps", 96, "Decode steps at most; a longer answer is judged by its beginning.")
 _TRACE_STEPS = flags.DEFINE_integer(
