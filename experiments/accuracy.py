@@ -83,7 +83,7 @@ class Rows:
 
   def add(self, task: str, n_tokens: int, case: Case, told: Row) -> None:
     group = TEXT if task == TEXT else tasks.TASKS[task].group
-    key = dict(task=task, group=group, tokens=n_tokens, case=case.name, family=case.family, at=case.at)
+    key = dict(task=task, group=group, tokens=n_tokens, case=case.name, series=case.series, at=case.at)
     self.all.append(key | told | self.setting)
     with self.file.open("a", encoding="utf-8") as lines:
       lines.write(json.dumps(self.all[-1]) + "\n")
@@ -146,7 +146,7 @@ def _measure(model: Model, params: Any, task: str, n_tokens: int, wanted: list[C
 
 def _trace(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Case], rows: Rows) -> None:
   """Adds the rows of a task and length that are missing, and for each budget a trace."""
-  wanted = [case for case in wanted if case.family in (report.FIXED, "psa")]
+  wanted = [case for case in wanted if case.series in (accuracy.DEFAULT_METHOD, accuracy.PSA)]
   if left := rows.left(task, n_tokens, wanted):
     folder = rows.file.parent / "traces"
     folder.mkdir(exist_ok=True)
@@ -159,14 +159,14 @@ def _trace(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Cas
 
 
 def _report(out: pathlib.Path, rows: list[Row], reuse: list[Row]) -> None:
-  """Writes tables, summary and plots, and prints tables and summary."""
+  """Writes and prints tables and summary, and writes plots."""
   told = report.summary(rows, reuse)
   table = report.markdown(told)
   (out / "results.md").write_text(table, encoding="utf-8")
   (out / "summary.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-  _plot(out, told, reuse)
   print(table)
   print(json.dumps({key: value for key, value in told.items() if key != "psa_by_head"}), flush=True)
+  _plot(out, told, reuse)
 
 
 def _plot(out: pathlib.Path, told: dict[str, list[Row]], reuse: list[Row]) -> None:

@@ -17,11 +17,11 @@ from matplotlib import pyplot as plt
 
 
 def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path) -> None:
-  """A group's mean accuracy against the share of dense's bytes that is read, a line for each family of settings."""
+  """A group's mean accuracy against the share of dense's bytes that is read, a line for each series."""
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  for family in dict.fromkeys(row["family"] for row in accuracies):
-    line = sorted((row["bytes"], row["accuracy"]) for row in accuracies if row["family"] == family)
-    axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=family)
+  for series in dict.fromkeys(row["series"] for row in accuracies):
+    line = sorted((row["bytes"], row["accuracy"]) for row in accuracies if row["series"] == series)
+    axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=series)
   axes.set(xscale="log", xlabel="bytes read, of dense", ylabel="accuracy", ylim=(0, 1.02))
   axes.legend(fontsize=7, ncols=2)
   _save(figure, file)
@@ -45,8 +45,7 @@ def reuse(rows: Sequence[Row], file: pathlib.Path) -> None:
   figure, axes = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
   for axis, key, label in zip(axes[0], ("overlap", "working_set"), ("overlap", "working set / selection"), strict=True):
     for row in rows:
-      blocks = np.array(row["blocks"])[..., None]
-      curve = (np.array(row[key]) * blocks).sum((0, 1)) / blocks.sum()
+      curve = report.reuse_curve(row, key)
       axis.plot(np.arange(1, len(curve) + 1), curve, label=row["case"])
     axis.set(xlabel="steps w", ylabel=label)
   axes[0, 0].legend(fontsize=7, ncols=2)

@@ -44,12 +44,12 @@ def test_what_a_setting_reads(model):
   batch = accuracy.Instances.of(model.tokenizer, "single_text", 640, range(4), 192)
   dense = replay.prefill(CFG, model.params, batch.tokens)
   rows = {}
-  families = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa"
+  series = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa"
   every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5])
-  for case in [case for case in every if case.family in families]:
+  for case in [case for case in every if case.series in series]:
     setting = replay.Setting.of(case.config)
     found = replay.replay(CFG, case.program, model.params, setting, dense, batch.tokens, batch.start, 192)
-    rows[case.family] = accuracy.summary(model, case, batch, jax.device_get(found))
+    rows[case.series] = accuracy.summary(model, case, batch, jax.device_get(found))
   steps = batch.start[:, None] + np.arange(192)
   exist = ((steps // 32) * batch.answers).sum(1) / batch.answers.sum(1)
   np.testing.assert_allclose(rows["dense"]["blocks"], exist)
@@ -58,7 +58,7 @@ def test_what_a_setting_reads(model):
   np.testing.assert_allclose(rows["cuboid_mean"]["blocks"], 4)
   np.testing.assert_allclose(rows["cuboid_mean"]["bytes"], 4 / exist + 1 / 32, rtol=1e-2)
   np.testing.assert_allclose(rows["blocks of 16"]["bytes"], 8 / (exist * 2) + 1 / 16, rtol=5e-2)
-  mass = {family: row["mass"].mean() for family, row in rows.items()}
+  mass = {series: row["mass"].mean() for series, row in rows.items()}
   assert max(mass["cuboid_mean"], mass["random"], mass["sinks and window"]) < mass["oracle"] < 1
   assert 4 <= rows["psa"]["blocks"].mean() < rows["dense"]["blocks"].mean()
 
@@ -70,7 +70,7 @@ def test_ordinary_text(model):
   assert accuracy.Instances.of_text(model.tokenizer, 100, range(1), 96).answers.shape == (1, 50)  # half of it at most
   wanted = list(accuracy.cases(["cuboid_mean"], [128], []))[:2]
   told = {
-    case.family: row
+    case.series: row
     for case, row in accuracy.measure(model, model.params, accuracy.Sample("text", 300, 2, 2, 96), wanted)
   }
   logits = jax.vmap(lambda ids: forward(CFG, model.params, ids))(batch.tokens[:, :300])
@@ -85,9 +85,9 @@ def test_ordinary_text(model):
 
 def test_blocks_by_head_and_claims(model):
   """Of a case that stops; another claims nothing."""
-  wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], [0.9]) if case.family in ("cuboid_mean", "psa")]
+  wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], [0.9]) if case.series in ("cuboid_mean", "psa")]
   rows = {
-    case.family: row
+    case.series: row
     for case, row in accuracy.measure(model, model.params, accuracy.Sample("text", 512, 4, 2, 96), wanted)
   }
   assert "by_head" not in rows["cuboid_mean"] and "pairs" not in rows["cuboid_mean"]

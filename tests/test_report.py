@@ -11,16 +11,16 @@ from sparse_serve_jax.evaluation import report, selections
 from tests.test_traces import drifting
 
 
-def row(task: str, family: str, at: float, accuracy: float, blocks: float, group: str = "retrieval", **more) -> dict:
+def row(task: str, series: str, at: float, accuracy: float, blocks: float, group: str = "retrieval", **more) -> dict:
   each = {"accuracy": [1.0] * round(10 * accuracy) + [0.0] * round(10 - 10 * accuracy), "nats": [1.0, 2.0, 4.0]}
-  told = dict(task=task, group=group, tokens=1024, case=f"{family} {at:g}", family=family, at=at)
+  told = dict(task=task, group=group, tokens=1024, case=f"{series} {at:g}", series=series, at=at)
   return told | dict(accuracy=accuracy, nats=2.0, blocks=blocks, bytes=blocks / 32, mass=0.9, each=each) | more
 
 
-def stop(family: str, at: float, accuracy: float, blocks: float, violations: int = 0, task: str = "a") -> dict:
+def stop(series: str, at: float, accuracy: float, blocks: float, violations: int = 0, task: str = "a") -> dict:
   by_head = {"mean": [[blocks - 1, blocks + 1]], "quantiles": [[[blocks, blocks]]] * 5}
   counts = dict(pairs=1000, stopped=800, violations=violations, short=violations // 2)
-  return row(task, family, at, accuracy, blocks, by_head=by_head, **counts)
+  return row(task, series, at, accuracy, blocks, by_head=by_head, **counts)
 
 
 ROWS = [

@@ -76,7 +76,7 @@ def test_reuse_is_that_of_sets():
 def test_the_steps_of_an_answer():
   """A trace begins with the first token of the answer, whatever the question's length."""
   model = Model(CFG, init_params(CFG, 0), ByteTokenizer(), (257,), "tiny")
-  wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], []) if case.family == "cuboid_mean"]
+  wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], []) if case.series == "cuboid_mean"]
   ((case, trace),) = selections.measure(model, model.params, accuracy.Sample("recite", 640, 3, 2, 40), wanted)
   batch = accuracy.Instances.of(model.tokenizer, "recite", 640, range(3), 192)
   assert case.name == trace.case == "cuboid_mean 128" and trace.selected.shape == (3, 40, 2, 2, 20)

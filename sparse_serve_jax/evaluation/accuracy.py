@@ -34,7 +34,10 @@ BLOCK_TOKENS = (32, 16, 64)  # the first is that of all other comparisons
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
-DEFAULT = SparseConfig().method
+DEFAULT_METHOD = SparseConfig().method
+
+# Series that tables name; those of budgets have their method's name, or the axis's.
+DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
 
 # What a stop test claims may exceed the true mass by this in float32: logits of up to some hundred nats are wrong by up
 # to 1e-4, so masses by such a share, and a share p of two masses by p (1 - p) <= 1/4 of both errors.
@@ -45,9 +48,9 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One setting; `family` is a line of a plot, `at` a point of it."""
+  """One setting: a point of a series, that is of a line of a plot, at a budget in tokens, a threshold or 1."""
 
-  family: str
+  series: str
   at: float
   config: EngineConfig
   oracle: bool = False
@@ -55,7 +58,7 @@ class Case:
 
   @property
   def name(self) -> str:
-    return f"{self.family} {self.at:g}"
+    return f"{self.series} {self.at:g}"
 
   @property
   def program(self) -> replay.Program:
@@ -66,14 +69,21 @@ class Case:
     """Whether a test, and no budget, says how much is attended to."""
     return self.config.sparse.policy == "psa"
 
+  @property
+  def digest_vectors(self) -> int:
+    """Vectors that are read of each block to rank them: none where nothing is ranked, or by true mass."""
+    unranked = self.oracle or self.series in (DENSE, WINDOW)
+    return 0 if unranked else get_method(self.config.sparse.method).vectors
+
 
 def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[float]) -> Iterator[Case]:
-  """Dense; every method at every budget; the axes with the default method; PSA at every threshold, with two rankings,
-  the second of them also with a certified stop; for comparison with PSA, the default method between the budgets too.
+  """Dense; every method at every budget; PSA at every threshold, with two rankings, the second of them also with a
+  certified stop. If the default method is among `names`, it is taken between the budgets too, for comparison with PSA,
+  and along the axes.
   """
 
   def case(
-    family: str,
+    series: str,
     at: float,
     *changes: str,
     oracle: bool = False,
@@ -82,33 +92,34 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
   ) -> Case:
     small = f"sparse.sink_tokens={block_tokens}", f"sparse.window_tokens={block_tokens}"
     base = [f"cache.block_tokens={block_tokens}", *small, "sparse.policy=topk"]
-    return Case(family, at, override(EngineConfig(), [*base, *changes]), oracle, certified)
+    return Case(series, at, override(EngineConfig(), [*base, *changes]), oracle, certified)
 
-  yield case("dense", 1, "sparse.policy=dense")
+  yield case(DENSE, 1, "sparse.policy=dense")
   for low, high in itertools.pairwise(budgets):
-    if DEFAULT in names and (between := (low + high) // 2 // max(BLOCK_TOKENS) * max(BLOCK_TOKENS)) > low:
-      yield case(DEFAULT, between, f"sparse.token_budget={between}")
+    if DEFAULT_METHOD in names and (between := (low + high) // 2 // max(BLOCK_TOKENS) * max(BLOCK_TOKENS)) > low:
+      yield case(DEFAULT_METHOD, between, f"sparse.token_budget={between}")
   for budget in budgets:
     of = f"sparse.token_budget={budget}"
     for name in names:
       if name == "window":
         rest = max(0, budget - BLOCK_TOKENS[0])
-        yield case("sinks and window", budget, of, f"sparse.window_tokens={rest}")
+        yield case(WINDOW, budget, of, f"sparse.window_tokens={rest}")
       elif name != "top_p":
-        method = DEFAULT if name == "oracle" else name
+        method = DEFAULT_METHOD if name == "oracle" else name
         yield case(name, budget, of, f"sparse.method={method}", oracle=name == "oracle")
-    yield case("no sinks, no window", budget, of, "sparse.sink_tokens=0", "sparse.window_tokens=0")
-    yield case("two layers dense", budget, of, "sparse.dense_layers=2")
-    yield case("best query head", budget, of, "sparse.group_reduce=max")
-    for size in BLOCK_TOKENS[1:]:
-      yield case(f"blocks of {size}", budget, of, block_tokens=size)
+    if DEFAULT_METHOD in names:
+      yield case("no sinks, no window", budget, of, "sparse.sink_tokens=0", "sparse.window_tokens=0")
+      yield case("two layers dense", budget, of, "sparse.dense_layers=2")
+      yield case("best query head", budget, of, "sparse.group_reduce=max")
+      for size in BLOCK_TOKENS[1:]:
+        yield case(f"blocks of {size}", budget, of, block_tokens=size)
   if "top_p" in names:
     yield case("top_p", TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
   for threshold in thresholds:
     of = "sparse.policy=psa", f"sparse.threshold={threshold}"
-    yield case("psa", threshold, *of)
-    yield case("psa, min_max", threshold, *of, "sparse.method=min_max")
-    yield case("certified", threshold, *of, "sparse.method=min_max", certified=True)
+    yield case(PSA, threshold, *of)
+    yield case(PSA_MIN_MAX, threshold, *of, "sparse.method=min_max")
+    yield case(CERTIFIED, threshold, *of, "sparse.method=min_max", certified=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +246,7 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
   mean = lambda x: (x * answers).sum(1) / answers.sum(1)  # noqa: E731  x [B, n]
   attended = found.blocks.mean((2, 3))  # [B, n]
   exist = (batch.start[:, None] + np.arange(answers.shape[1])[None]) // size  # [B, n]
-  block, digest = 2 * size * cfg.head_dim, get_method(case.config.sparse.method).vectors * cfg.head_dim
-  digest = 0 if case.oracle or case.family in ("dense", "sinks and window") else digest  # which need none
+  block, digest = 2 * size * cfg.head_dim, case.digest_vectors * cfg.head_dim
   digest *= 1 - case.config.sparse.dense_layers / cfg.n_layers
   told = {
     "accuracy": mean(found.right) if batch.by_token else (found.right | ~answers).all(1),

@@ -1,23 +1,33 @@
 """What the rows of the accuracy experiment say: numbers for machines (`summary`), tables of them (`markdown`).
 
 A row of `rows` is of one task, length and case: what `accuracy.measure` tells, with the keys task, group, tokens, case,
-family and at. A row of `reuse` is what `selections.reuse` tells, with the keys task, tokens, case, and
+series and at. A row of `reuse` is what `selections.reuse` tells, with the keys task, tokens, case, and
 requests and traced, how many requests and steps of each it is of.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from sparse_serve_jax.config import SparseConfig
-from sparse_serve_jax.evaluation.accuracy import DEFAULT, QUANTILES, TEXT, TOLERANCE, Row
+from sparse_serve_jax.evaluation.accuracy import (
+  CERTIFIED,
+  DEFAULT_METHOD,
+  DENSE,
+  PSA,
+  PSA_MIN_MAX,
+  QUANTILES,
+  TEXT,
+  TOLERANCE,
+  Row,
+)
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
-FIXED = DEFAULT  # the family of fixed budgets that PSA is compared with
 SOLVED = 0.5  # dense accuracy from which on a task counts as solved
 WINDOWS = (1, 2, 4, 8, 12, 16, 32)  # steps w that are shown of working sets; 12 is SparseServe's
 
@@ -56,7 +66,7 @@ def accuracies(rows: Sequence[Row]) -> Iterator[Row]:
   """Means over the tasks of each group, by length and case; "more" accuracy than dense, and its 95 % "interval"."""
   for n_tokens, group, chosen in _by_group(rows):
     means = [] if group == TEXT else _means(chosen)
-    dense = next((mean for mean in means if mean["family"] == "dense"), None)
+    dense = next((mean for mean in means if mean["series"] == DENSE), None)
     if dense is not None:
       for mean in means:
         more = interval(_each_accuracy(chosen, mean["case"]), _each_accuracy(chosen, dense["case"]))
@@ -77,30 +87,35 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
   """
   for n_tokens, group, of_group in _by_group(rows):
     by_task = {task: [row for row in of_group if row["task"] == task] for task in _values(of_group, "task")}
-    dense_of = {row["task"]: row["accuracy"] for row in of_group if row["family"] == "dense"}
+    dense_of = {row["task"]: row["accuracy"] for row in of_group if row["series"] == DENSE}
     solved = [row for row in of_group if dense_of.get(row["task"], 0) >= SOLVED]
     for name, chosen in (by_task | {f"mean of {group}": solved}).items():
       means = _means(chosen)
-      dense = next((case for case in means if case["family"] == "dense"), None)
+      dense = next((case for case in means if case["series"] == DENSE), None)
       if group == TEXT or dense is None:
         continue
       for level in LEVELS:
-        least: dict[str, Row | None] = {"dense": dense}
-        for key, family in (("psa", "psa"), ("fixed", FIXED)):
-          ours = [case for case in means if case["family"] == family and dense["accuracy"] >= SOLVED]
-          reach = [case for case in ours if level * dense["accuracy"] <= case["accuracy"] + 1e-9]
-          least[key] = best = min(reach, key=lambda case: case["blocks"], default=None)
-        fewer = [case for case in ours if best is None or case["blocks"] < best["blocks"]]  # of the fixed budgets
-        least["fails"] = max(fewer, key=lambda case: case["blocks"], default=None)
+        asked = level * dense["accuracy"] if dense["accuracy"] >= SOLVED else math.inf
+        psa, _ = _least(means, PSA, asked)
+        fixed, fails = _least(means, DEFAULT_METHOD, asked)
+        least = {"dense": dense, "psa": psa, "fixed": fixed, "fails": fails}
         ratios = {f"{key}_by_psa": _ratios(least[key], least["psa"]) for key in ("fixed", "fails", "dense")}
         yield dict(tokens=n_tokens, of=name, level=level) | least | ratios
+
+
+def _least(means: Sequence[Row], series: str, accuracy: float) -> tuple[Row | None, Row | None]:
+  """Of a series the case with the fewest blocks that is so accurate, and the one with the next fewer, which is not."""
+  ordered = sorted((case for case in means if case["series"] == series), key=lambda case: case["blocks"])
+  first = next((i for i, case in enumerate(ordered) if case["accuracy"] + 1e-9 >= accuracy), len(ordered))
+  found, fails = ordered[first : first + 1], ordered[:first][-1:]
+  return (found[0] if found else None), (fails[0] if fails else None)
 
 
 def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
   """What PSA's estimate is worth and what a guarantee costs, by length, group and threshold.
 
   Yields:
-    "tokens", "group", "threshold", and for each family of cases that stops: mean "blocks" and "mass", and the counts
+    "tokens", "group", "threshold", and for each series of cases that stops: mean "blocks" and "mass", and the counts
     "pairs", "stopped", "violations" and "short" of `accuracy.summary`, over all tasks; "cost", blocks of the certified
     stop as a multiple of the estimate's on the same ranking. The estimate is first asked after one group of ranked
     blocks, the certified stop before it.
@@ -109,17 +124,17 @@ def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
     stopping = [row for row in of_group if "pairs" in row]
     for threshold in _values(stopping, "at"):
       chosen = [row for row in stopping if row["at"] == threshold]
-      told: Row = {mean["family"]: {key: mean[key] for key in ("blocks", "mass")} for mean in _means(chosen)}
-      for family, of in told.items():
+      told: Row = {mean["series"]: {key: mean[key] for key in ("blocks", "mass")} for mean in _means(chosen)}
+      for series, of in told.items():
         for key in ("pairs", "stopped", "violations", "short"):
-          of[key] = sum(row[key] for row in chosen if row["family"] == family)
-      cost = _ratios(told.get("certified"), told.get("psa, min_max"), ("blocks",))
+          of[key] = sum(row[key] for row in chosen if row["series"] == series)
+      cost = _ratios(told.get(CERTIFIED), told.get(PSA_MIN_MAX), ("blocks",))
       yield dict(tokens=n_tokens, group=group, threshold=threshold) | told | dict(cost=cost and cost["blocks"])
 
 
 def certified(rows: Sequence[Row]) -> Iterator[Row]:
   """All "pairs" and "violations" of the certified stop, whatever length, task and threshold; none is to be violated."""
-  if chosen := [row for row in rows if row["family"] == "certified"]:
+  if chosen := [row for row in rows if row["series"] == CERTIFIED]:
     yield {key: sum(row[key] for row in chosen) for key in ("pairs", "violations")} | dict(tolerance=TOLERANCE)
 
 
@@ -131,7 +146,7 @@ def psa_by_head(rows: Sequence[Row]) -> Iterator[Row]:
     both are means over the tasks.
   """
   for n_tokens, group, of_group in _by_group(rows):
-    of_psa = [row for row in of_group if row["family"] == "psa"]
+    of_psa = [row for row in of_group if row["series"] == PSA]
     for threshold in _values(of_psa, "at"):
       ours = [row["by_head"] for row in of_psa if row["at"] == threshold]
       mean = {key: np.mean([of[key] for of in ours], 0).round(3).tolist() for key in ("mean", "quantiles")}
@@ -141,7 +156,7 @@ def psa_by_head(rows: Sequence[Row]) -> Iterator[Row]:
 def likelihoods(rows: Sequence[Row]) -> Iterator[Row]:
   """Nats a token of ordinary text, by length and case; "more" than dense, with the 95 % "interval" of that."""
   for _, group, chosen in _by_group(rows):
-    dense = next((row for row in chosen if row["family"] == "dense"), None)
+    dense = next((row for row in chosen if row["series"] == DENSE), None)
     if group == TEXT and dense is not None:
       for row in chosen:
         told = {key: row[key] for key in ("tokens", "case", "nats", "accuracy", "blocks", "bytes", "mass")}
@@ -152,12 +167,16 @@ def likelihoods(rows: Sequence[Row]) -> Iterator[Row]:
 def reused(row: Row) -> Row:
   """A row of `reuse`, its layers and heads together (each by the blocks it selects), at some windows."""
   told = {key: row[key] for key in ("task", "tokens", "case", "requests", "traced")}
-  blocks = np.array(row["blocks"])  # [L, K]
-  told["blocks"] = float(blocks.mean())
+  told["blocks"] = float(np.mean(row["blocks"]))
   for key in ("overlap", "working_set"):
-    curve = (np.array(row[key]) * blocks[..., None]).sum((0, 1)) / blocks.sum()
-    told[key] = {str(w): round(float(curve[w - 1]), 4) for w in WINDOWS}
+    told[key] = {str(w): round(float(reuse_curve(row, key)[w - 1]), 4) for w in WINDOWS}
   return told
+
+
+def reuse_curve(row: Row, key: str) -> np.ndarray:
+  """A curve over w of a row of `reuse`, its layers and heads together, each by the blocks it selects."""
+  blocks = np.array(row["blocks"])  # [L, K]
+  return (np.array(row[key]) * blocks[..., None]).sum((0, 1)) / blocks.sum()
 
 
 def nearest_threshold(thresholds: Sequence[float]) -> float:
@@ -183,7 +202,7 @@ def _means(rows: Sequence[Row]) -> list[Row]:
     ours = [row for row in rows if row["case"] == name]
     if len(ours) == n_tasks:
       mean = {key: float(np.mean([row[key] for row in ours])) for key in ("accuracy", "blocks", "bytes", "mass")}
-      means.append(dict(case=name, family=ours[0]["family"], at=ours[0]["at"], tasks=n_tasks) | mean)
+      means.append(dict(case=name, series=ours[0]["series"], at=ours[0]["at"], tasks=n_tasks) | mean)
   return means
 
 
@@ -239,12 +258,12 @@ def _psa_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 
 
 def _stop_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
-  for family in ("psa", "psa, min_max", "certified"):
-    if family in of:
-      ours = of[family]
-      cells = [f"{family} {of['threshold']:g}", f"{ours['blocks']:.1f}", f"{ours['mass']:.3f}", f"{ours['pairs']:,}"]
+  for series in (PSA, PSA_MIN_MAX, CERTIFIED):
+    if series in of:
+      ours = of[series]
+      cells = [f"{series} {of['threshold']:g}", f"{ours['blocks']:.1f}", f"{ours['mass']:.3f}", f"{ours['pairs']:,}"]
       cells += [f"{ours['stopped'] / ours['pairs']:.1%}", f"{ours['violations']:,}"]
-      cost = f"{of['cost']:.2f}" if family == "certified" and of["cost"] else ""
+      cost = f"{of['cost']:.2f}" if series == CERTIFIED and of["cost"] else ""
       yield [*cells, f"{ours['short'] / ours['pairs']:.1%}", cost]
 
 
@@ -277,7 +296,7 @@ _SECTIONS = {
     _accuracy_cells,
   ),
   "psa_against_fixed": (
-    f"The cheapest PSA threshold and the cheapest {FIXED} budget (tokens) that reach a share of dense accuracy",
+    f"The cheapest PSA threshold and the cheapest {DEFAULT_METHOD} budget (tokens) for a share of dense accuracy",
     (
       *("of", "share", "dense", "blocks", "PSA at", "accuracy", "blocks", "budget", "accuracy", "blocks"),
       *("fixed / PSA: blocks", "bytes", "dense / PSA: blocks", "bytes"),
