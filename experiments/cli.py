@@ -1,4 +1,4 @@
-"""How the commands that serve a model end."""
+"""How commands end."""
 
 from __future__ import annotations
 

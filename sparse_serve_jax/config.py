@@ -55,7 +55,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape of a llama-family decoder; the names in brackets are `docs/alphabet.md`'s."""
+  """Shape of a llama-family decoder; the letters beside the fields are `docs/alphabet.md`'s."""
 
   vocab_size: int  # V
   d_model: int  # d
@@ -248,8 +248,7 @@ def from_dict(cls: type[Config], data: Mapping[str, Any], section: str = "") -> 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
   """`config` with assignments such as "sparse.token_budget=4096" or "cache.hbm_bytes=8GiB" applied together."""
-  data = dataclasses.asdict(config)
-  leaves = _leaves(type(config))
+  data, leaves = dataclasses.asdict(config), _leaves(type(config))
   for assignment in assignments:
     key, equals, text = (part.strip() for part in assignment.partition("="))
     if not equals:
@@ -298,9 +297,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
   """`value` as the type `hint` of the field `where`, or ValueError."""
   if _is_section(hint):
     return value if isinstance(value, hint) else from_dict(hint, value, where)
+  if typing.get_origin(hint) is tuple:  # of any number of one type
+    if not isinstance(value, (list, tuple)):
+      raise ValueError(f"{where}: expected a list, got {value!r} ({type(value).__name__})")
+    return tuple(_convert(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
   if typing.get_origin(hint) is Literal:
-    choices = typing.get_args(hint)
-    if value not in choices:
+    if value not in (choices := typing.get_args(hint)):
       raise ValueError(f"{where}: expected one of {', '.join(choices)}, got {value!r}")
     return value
   if hint is int and isinstance(value, str) and where.endswith("_bytes"):
@@ -348,8 +350,7 @@ def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   keys = [key for key, _ in pairs]
-  twice = sorted({key for key in keys if keys.count(key) > 1})
-  if twice:
+  if twice := sorted({key for key in keys if keys.count(key) > 1}):
     raise ValueError(f"key given twice: {', '.join(twice)}")
   return dict(pairs)
 

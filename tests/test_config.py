@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
   "serving": (EngineConfig, functools.partial(read_config, EngineConfig)),
   "models": (ModelConfig, functools.partial(read_config, ModelConfig)),
-  "training": (TrainConfig, TrainConfig.read),
+  "training": (TrainConfig, functools.partial(read_config, TrainConfig)),
 }
 LADDER = ("dense", "sparse", "sparse_offload", "sparse_serve", "psa")
 SHAPE = dict(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_context=512)

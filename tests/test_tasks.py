@@ -255,8 +255,7 @@ def test_length(task: str, length: int):
     assert instance.n_tokens == len(WORDS.encode(instance.text)) <= length
     assert instance.n_tokens >= (0.97 if length >= 1024 else 0.85) * length
     assert len(WORDS.encode(instance.prompt)) + instance.max_new_tokens == instance.n_tokens
-    begin, end = instance.span
-    assert instance.text[begin:end] == instance.completion and " Answer:" in instance.text[begin - 120 : begin]
+    assert " Answer:" in instance.prompt[-120:]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.digest import cuboid_mean
-from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.config import ModelConfig, read_config
 from sparse_serve_jax.models import ByteTokenizer, forward, load_model
 from sparse_serve_jax.training import data, trainer
 from sparse_serve_jax.training.config import Optimizer, Sources, Stage, TrainConfig
@@ -311,17 +311,17 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_program_in_two_pieces(tmp_path):
-  """The second goes on where the first stopped, measures accuracies and leaves a model that others can load."""
+  """The second goes on where the first stopped and leaves a model that others can load."""
   (tmp_path / "run.json").write_text(json.dumps(RUN))
-  arguments = f"--config={tmp_path / 'run.json'}", f"--out={tmp_path / 'run'}", "--lengths=320", "--instances=2"
+  arguments = f"--config={tmp_path / 'run.json'}", f"--out={tmp_path / 'run'}", "--verbose"
   first = start(*arguments, "--seconds=0")
   assert json.loads(first.stdout.splitlines()[-1]) == {"steps": 1, "of": 5}, first.stderr
-  refused = start(*arguments)
-  assert refused.returncode == 1 and "--resume goes on with it" in refused.stderr.splitlines()[-1]
+  refused = start(*arguments[:2])
+  assert refused.returncode == 2 and "--resume goes on with it" in refused.stderr.splitlines()[-1]
   second = start(*arguments, "--resume", "--log_every=2")
   assert second.returncode == 0, second.stderr
   result = json.loads(second.stdout.splitlines()[-1])
-  assert result["steps"] == 5 and len(result["accuracy"]["320"]) > 10
+  assert result == {"steps": 5, "of": 5}
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [2, 4, 5] and rows[-1]["tokens"] == 320
   model = load_model(tmp_path / "run" / "hf")
@@ -338,12 +338,16 @@ def test_the_program_in_two_pieces(tmp_path):
     ({"sources": {"text": 0}}, "one is more, got Sources"),
     ({"sources": {"tex": 1}}, "unknown key 'tex'"),
     ({"optimizer": {"warmup_steps": 3, "decay_steps": 3}}, "= 6 exceed the 5 steps"),
-    ({"stage": []}, "expected the keys"),
+    ({"stage": []}, "unknown key 'stage'"),
+    ({"stages": {}}, "stages: expected a list"),
+    ({"stages": [{"tokens": 128, "sequences": 2, "steps": "3"}]}, r"stages\[0\].steps: expected int"),
+    ({"context_weight": 1.0}, "context_weight=1.0 is not in"),
+    ({"stages": []}, "one stage or more"),
   ],
 )
 def test_a_wrong_configuration_is_told(tmp_path, change, message):
   file = tmp_path / "run.json"
   file.write_text(json.dumps(RUN | change))
   with pytest.raises(ValueError, match=message) as error:
-    TrainConfig.read(file)
+    read_config(TrainConfig, file)
   assert str(file) in str(error.value)

@@ -1,7 +1,7 @@
 """Tasks that need the whole of a long context, generated: the families of RULER (arXiv 2404.06654) and a few more.
 
 A model can be trained on them (`split="train"`) and then measured (`split="eval"`): the two never share a seed. What is
-asked for stands at a depth uniform over the context, so accuracy can be told by depth.
+asked for stands at a depth uniform over the context.
 """
 
 from __future__ import annotations
@@ -48,11 +48,6 @@ class Instance:
     """The tokens of prompt and completion, each encoded by itself, and how many are the prompt's."""
     prompt = tokenizer.encode(self.prompt)
     return prompt + tokenizer.encode(self.completion, add_special_tokens=False), len(prompt)
-
-  @property
-  def span(self) -> tuple[int, int]:
-    """The characters of `text` that are the completion: first, and one past the last."""
-    return len(self.prompt), len(self.text)
 
 
 @dataclasses.dataclass(frozen=True)

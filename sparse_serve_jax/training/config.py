@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
-from typing import Any, Self
 
-from sparse_serve_jax.config import ModelConfig, from_dict
+from sparse_serve_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +14,8 @@ class Stage:
   tokens: int  # of a sequence
   sequences: int  # of a step
   steps: int
-  digest_weight: float = (
-    0.0  # in the loss, of `trainer.digest_loss`; before a model retrieves it keeps it from learning to
-  )
+  # In the loss, of `trainer.digest_loss`. Not before a model retrieves: with it, it did not learn to.
+  digest_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +47,9 @@ class TrainConfig:
 
   model: ModelConfig  # its dtype is that of the products; parameters are float32
   stages: tuple[Stage, ...]
-  optimizer: Optimizer
   sources: Sources
-  # In the loss, of a token that is no answer. An answer's weighs 1; of a task, at least so that the whole answer weighs
-  # as much as ANSWER_SHARE of the sequence would: else a short answer to a long prompt would hardly count.
-  context_weight: float = 0.1
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  context_weight: float = 0.1  # in the loss, of a token that is no answer; an answer's is 1 or more (data.ANSWER_SHARE)
   seed: int = 0
 
   @property
@@ -70,30 +64,9 @@ class TrainConfig:
       step -= stage.steps
     raise ValueError(f"{step=} is beyond the {self.steps} steps of the run")
 
-  @classmethod
-  def read(cls, file: str | pathlib.Path) -> Self:
-    """Reads a JSON file of these fields.
-
-    Raises:
-      ValueError: it is no such file, a key is unknown or lacking, or a value is out of range.
-    """
-    file = pathlib.Path(file)
-    try:
-      raw = json.loads(file.read_text())
-      known = {field.name for field in dataclasses.fields(cls)}
-      if not isinstance(raw, dict) or set(raw) - known or not {"model", "stages"} <= set(raw):
-        raise ValueError(f"expected the keys {sorted(known)}, of which model and stages must be there")
-      parts: dict[str, Any] = raw | {
-        "model": from_dict(ModelConfig, raw["model"]),
-        "stages": tuple(from_dict(Stage, stage) for stage in raw["stages"]),
-        "optimizer": from_dict(Optimizer, raw.get("optimizer", {})),
-        "sources": from_dict(Sources, raw.get("sources", {})),
-      }
-      return cls(**parts)
-    except (OSError, ValueError, TypeError) as error:
-      raise ValueError(f"{file}: {error}") from None
-
   def __post_init__(self):
+    if not self.stages:
+      raise ValueError("a run has one stage or more")
     for stage in self.stages:
       if min(stage.tokens, stage.sequences, stage.steps) < 1 or stage.digest_weight < 0:
         raise ValueError(f"a stage's tokens, sequences and steps are at least 1, its digest_weight 0, got {stage}")
@@ -102,5 +75,7 @@ class TrainConfig:
     shares = dataclasses.astuple(self.sources)
     if min(shares) < 0 or sum(shares) <= 0:
       raise ValueError(f"sources are shares of at least 0, and one is more, got {self.sources}")
+    if not 0 <= self.context_weight < 1:
+      raise ValueError(f"context_weight={self.context_weight} is not in [0, 1): 1 is an answer's")
     if longest := [stage.tokens for stage in self.stages if stage.tokens > self.model.max_context]:
       raise ValueError(f"a stage of {max(longest)} tokens exceeds max_context={self.model.max_context}")

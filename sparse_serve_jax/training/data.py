@@ -24,9 +24,11 @@ from sparse_serve_jax.models.tokenizer import Tokenizer
 from sparse_serve_jax.training.config import Sources, TrainConfig
 
 SOURCES = tuple(field.name for field in dataclasses.fields(Sources))
+# The answer of a task weighs as much as this share of its sequence's tokens: else a short answer to a long prompt would
+# hardly count. A token of it weighs max(1, ANSWER_SHARE n_tokens / n_answer).
 ANSWER_SHARE = 0.2
-MOST_FOR_QUESTIONS = 0.3  # of a sequence, beyond the first
-FEWEST_FOR_QUESTIONS = 64  # tokens; most take 25 to 40
+MAX_MORE_SHARE = 0.3  # share of a sequence that is kept for further questions
+MIN_MORE_TOKENS = 64  # a question with its answer mostly takes 25 to 40
 LIST_SHARE = 0.25  # of what is recalled
 
 
@@ -108,8 +110,8 @@ def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
 def _task(rng: np.random.Generator, n: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """A generated task, and as many more questions about its context as n tokens hold."""
   last: ValueError | None = None
-  room = int(rng.uniform(0, MOST_FOR_QUESTIONS) * n)
-  room = room if room >= FEWEST_FOR_QUESTIONS else 0
+  room = int(rng.uniform(0, MAX_MORE_SHARE) * n)
+  room = room if room >= MIN_MORE_TOKENS else 0
   for name in rng.permutation(sorted(tasks.TASKS)):
     make = functools.partial(tasks.make, name, seed=int(rng.integers(1 << 31)), tokenizer=tokenizer, split="train")
     try:  # a question with its answer takes ten tokens or more
