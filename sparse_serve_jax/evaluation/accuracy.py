@@ -2,7 +2,7 @@
 
 Instances of generated tasks are answered with dense attention up to their question; question and answer are decode
 steps with sparse attention (`replay`). An instance is right if every token of its answer is the most likely one: what
-greedy decoding would give. `TEXT` is one more task, of ordinary text: its last tokens are the answer, and what counts
+greedy decoding would give. That is stricter than `tasks.Task.score`, which gives parts for lists. `TEXT` is one more task, of ordinary text: its last tokens are the answer, and what counts
 is their likelihood.
 
 What is measured is a row for each task, length and setting; `report` makes tables of rows.
