@@ -46,7 +46,7 @@ _TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Of the part
 _INSTANCES = flags.DEFINE_integer("instances", 200, "Of every task and length.", lower_bound=2)
 _REQUESTS = flags.DEFINE_integer("requests", 4, "Of the part selections: instances of a long answer.", lower_bound=1)
 _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
-_THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.9", "0.95", "0.99", "0.999", "0.9999"], "Of PSA.")
+_THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99", "0.999"], "Of PSA.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(METHODS)}, oracle, window; all.")
 _STEPS = flags.DEFINE_integer("steps", 96, "Decode steps at most; a longer answer is judged by its beginning.")
 _TRACE_STEPS = flags.DEFINE_integer(
@@ -56,9 +56,11 @@ _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Of a batch of instanc
 _WORKERS = flags.DEFINE_integer("workers", 4, "Processes that make instances.", lower_bound=0)
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
 
+FORMAT = 1  # of rows; another one when they tell other things, or the same in another way
+
 
 class Rows:
-  """The rows of one setting in a .jsonl file, one for each task, length and case."""
+  """The rows of one run in a .jsonl file, one for each task, length and case."""
 
   def __init__(self, file: pathlib.Path, setting: Row):
     """Reads what is there.
@@ -77,16 +79,29 @@ class Rows:
         raise ValueError(f"{file} has rows of another run, give another --out: {other}, not {setting}")
 
   def left(self, task: str, n_tokens: int, wanted: Sequence[Case]) -> list[Case]:
-    """The cases without a row."""
-    done = {row["case"] for row in self.all if (row["task"], row["tokens"]) == (task, n_tokens)}
+    """The cases without a row.
+
+    Raises:
+      ValueError: a row's case of the same name was configured in another way.
+    """
+    done = {row["case"]: row["config"] for row in self.all if (row["task"], row["tokens"]) == (task, n_tokens)}
+    if other := [case.name for case in wanted if done.get(case.name, _crc(case)) != _crc(case)]:
+      raise ValueError(f"{self.file} has rows of another {', '.join(other)}, give another --out")
     return [case for case in wanted if case.name not in done]
 
   def add(self, task: str, n_tokens: int, case: Case, told: Row) -> None:
     group = TEXT if task == TEXT else tasks.TASKS[task].group
-    key = dict(task=task, group=group, tokens=n_tokens, case=case.name, series=case.series, at=case.at)
+    key = dict(
+      task=task, group=group, tokens=n_tokens, case=case.name, series=case.series, at=case.at, config=_crc(case)
+    )
     self.all.append(key | told | self.setting)
     with self.file.open("a", encoding="utf-8") as lines:
       lines.write(json.dumps(self.all[-1]) + "\n")
+
+
+def _crc(case: Case) -> str:
+  """Of all that a case is."""
+  return f"{zlib.crc32(repr(case).encode()):08x}"
 
 
 def main(argv: list[str]) -> None:
@@ -112,7 +127,7 @@ def _main() -> None:
   out.mkdir(parents=True, exist_ok=True)
   # A checkpoint that was trained on has another final norm.
   name = f"{model.name} {zlib.crc32(np.asarray(model.params['final_norm']).tobytes()):08x}"
-  of = dict(model=name, prompts=_prompts(model))
+  of = dict(model=name, prompts=_prompts(model), format=FORMAT)
   rows = Rows(out / "results.jsonl", of | dict(instances=_INSTANCES.value, steps=_STEPS.value))
   reuse = Rows(out / "reuse.jsonl", of | dict(requests=_REQUESTS.value, trace_steps=_TRACE_STEPS.value))
   params = jax.device_put(model.params)
@@ -196,7 +211,7 @@ def _chosen(flag: str, given: list[str], known: Sequence[str]) -> Sequence[str]:
 
 def _numbers(flag: flags.FlagHolder, kind: type) -> list:
   try:
-    return [kind(text) for text in flag.value]
+    return sorted({kind(text) for text in flag.value})
   except ValueError:
     raise ValueError(f"--{flag.name}: {','.join(flag.value)} are not numbers") from None
 

@@ -4,6 +4,7 @@ r"""Trains a small model that retrieves over long contexts, from nothing, in pie
 
 The folder of --out gets a tokenizer, checkpoints, metrics.jsonl (a line every --log_every steps) and, at the end of
 training or of --seconds, hf/: the model as a Hugging Face directory. What that answers with dense attention tells
+(of long answers, whether they begin right)
 
   python -m experiments.accuracy --model=/tmp/reference/hf --out=/tmp/dense --parts=tasks --methods= --thresholds= \
     --lengths=2048,4096,8192,16384
@@ -75,8 +76,8 @@ def _main() -> None:
 def _claim(config: TrainConfig, out: pathlib.Path) -> None:
   """Writes the run's configuration, or refuses to go on with a run of another."""
   file, text = out / "config.json", to_json(config) + "\n"
-  if file.exists() and file.read_text() != text:
-    raise ValueError(f"{file} is of a run with another configuration than --config={_CONFIG.value}")
+  if (file.read_text() if file.exists() else "") != text and (out / "checkpoints").exists():
+    raise ValueError(f"the run in {out} has another configuration ({file.name}) than --config={_CONFIG.value}")
   file.write_text(text)
 
 

@@ -52,9 +52,11 @@ def test_psa_against_fixed():
   # Of the means, 0.75 for dense, only settings that both tasks have: 1024 tokens is none.
   mean = found["mean of retrieval", 0.99]
   assert mean["dense"]["accuracy"] == 0.75 and mean["fixed"]["at"] == 512 and mean["psa"] is None
-  assert b["fails"]["at"] == 128 and a["fails_by_psa"]["blocks"] == 0.5
+  assert b["fixed_fails"]["at"] == 128 and b["psa_fails"]["at"] == 0.9
+  assert a["at_least"]["blocks"] == 0.5 and a["at_most"]["blocks"] == 4 and a["psa_fails"]["at"] == 0.5
+  assert a["psa"]["sure"] == 1 and mean["fixed"]["sure"] == 1
   c = found["c", 0.99]
-  assert c["psa"] is c["fixed"] is None
+  assert c["psa"] is c["fixed"] is c["fixed_fails"] is c["psa_fails"] is None
   lines = report.markdown(report.summary(ROWS, [])).splitlines()
   assert any(line.startswith("| b | 98% | 50.0% | 32.0 | none reaches it |") for line in lines)
   assert any(line.startswith("| c | 98% | 0.0% | 32.0 | dense does not solve it |") for line in lines)
@@ -63,6 +65,16 @@ def test_psa_against_fixed():
 def test_levels_are_reached_in_spite_of_rounding():
   rows = [row("a", "dense", 1, 0.5, 32), row("a", "psa", 0.9, 0.98 * 0.5 - 1e-12, 8)]
   assert next(report.psa_against_fixed(rows))["psa"]["at"] == 0.9
+
+
+def test_how_sure_it_is_that_a_level_is_reached():
+  """98 of 100, where dense has all: exactly 98 %, so that about half of the draws are there, and 95 % nearly all."""
+  dense, psa = row("a", "dense", 1, 1.0, 32), row("a", "psa", 0.9, 0.98, 8)
+  dense["each"]["accuracy"], psa["each"]["accuracy"] = [1.0] * 100, [1.0] * 98 + [0.0] * 2
+  found = {entry["level"]: entry for entry in report.psa_against_fixed([dense, psa])}
+  assert 0.4 < found[0.98]["psa"]["sure"] < 0.8 and found[0.99]["psa"] is None
+  drawn = report.draws([psa["each"]["accuracy"]], [dense["each"]["accuracy"]], 0.95)
+  assert drawn.mean() == pytest.approx(0.03, abs=1e-3) and 0.95 < (drawn >= 0).mean() < 1
 
 
 def test_stop_rules():

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import re
 import time
+import zlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -256,6 +257,23 @@ def test_length(task: str, length: int):
     assert instance.n_tokens >= (0.97 if length >= 1024 else 0.85) * length
     assert len(WORDS.encode(instance.prompt)) + instance.max_new_tokens == instance.n_tokens
     assert " Answer:" in instance.prompt[-120:]
+
+
+class Prepends:
+  """Words, of which the first has a space before it whatever the text begins with, as Llama 2's."""
+
+  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    return [0] * add_special_tokens + [zlib.crc32(word.encode()) for word in re.findall(r" ?[^ ]+| ", " " + text)]
+
+
+@pytest.mark.parametrize("tokenizer", [Prepends(), ByteTokenizer()])
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_to_be_answered_is_what_greedy_decoding_would_write(task: str, tokenizer):
+  """Prompt and completion are the tokens of the whole text, whatever a tokenizer makes of the completion alone."""
+  instance = make(task, 1024, 0, tokenizer, split="eval")
+  ids, n_prompt = instance.encode(tokenizer)
+  assert ids == tokenizer.encode(instance.text) and ids[:n_prompt] == tokenizer.encode(instance.prompt)
+  assert 0 < n_prompt < len(ids) <= 1024
 
 
 @pytest.mark.parametrize("task", TASKS)

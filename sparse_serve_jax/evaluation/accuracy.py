@@ -2,8 +2,8 @@
 
 Instances of generated tasks are answered with dense attention up to their question; question and answer are decode
 steps with sparse attention (`replay`). An instance is right if every token of its answer is the most likely one: what
-greedy decoding would give. That is stricter than `tasks.Task.score`, which gives parts for lists. `TEXT` is one more task, of ordinary text: its last tokens are the answer, and what counts
-is their likelihood.
+greedy decoding would give. That is stricter than `tasks.Task.score`, which gives parts for lists. `TEXT` is one more
+task, of ordinary text: its last tokens are the answer, and what counts is their likelihood.
 
 What is measured is a row for each task, length and setting; `report` makes tables of rows.
 """
@@ -39,8 +39,8 @@ DEFAULT_METHOD = SparseConfig().method
 # Series that tables name; those of budgets have their method's name, or the axis's.
 DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
 
-# What a stop test claims may exceed the true mass by this in float32: logits of up to some hundred nats are wrong by up
-# to 1e-4, so masses by such a share, and a share p of two masses by p (1 - p) <= 1/4 of both errors.
+# What a stop test claims may exceed the true mass by this: a share is exp(a - b) of two logarithms of masses, and where
+# logits reach some hundred nats float32 has steps of 3e-5 there. Thresholds beyond 0.999 are too near to 1 for it.
 TOLERANCE = 1e-4
 
 Row = dict[str, Any]

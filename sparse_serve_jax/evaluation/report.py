@@ -8,7 +8,6 @@ requests and traced, how many requests and steps of each it is of.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,20 +31,28 @@ SOLVED = 0.5  # dense accuracy from which on a task counts as solved
 WINDOWS = (1, 2, 4, 8, 12, 16, 32)  # steps w that are shown of working sets; 12 is SparseServe's
 
 
-def interval(values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-  """95 % interval of the mean difference from dense, by the paired bootstrap.
+def draws(
+  values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], level: float = 1.0, seed: int = 0
+) -> np.ndarray:
+  """Means of values - level dense in 10,000 draws of the paired bootstrap, [10000].
 
   Args:
     values: of each task, of each instance. Instances are drawn within their task, and the tasks weigh the same.
     dense: the same instances'.
+    level: what of dense they are compared with.
     seed: of the draws.
   """
   rng, drawn = np.random.default_rng(seed), np.zeros(10_000)
   for ours, theirs in zip(values, dense, strict=True):
-    difference = np.array(ours, float) - np.array(theirs, float)
+    difference = np.array(ours, float) - level * np.array(theirs, float)
     for part in np.array_split(drawn, 10):  # views
       part += difference[rng.integers(0, len(difference), (len(part), len(difference)))].mean(1) / len(values)
-  low, high = np.quantile(drawn, (0.025, 0.975))
+  return drawn
+
+
+def interval(values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> tuple[float, float]:
+  """95 % interval of the mean difference from dense; where no instance differs, nothing."""
+  low, high = np.quantile(draws(values, dense), (0.025, 0.975))
   return float(low), float(high)
 
 
@@ -80,35 +87,52 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
   Yields:
     "tokens", "of" (a task, or "mean of" the tasks of a group that dense solves) and "level". Under "dense", "psa" and
     "fixed" the case with the fewest blocks whose accuracy reaches the level, None where none does; "at" is its
-    threshold, or its budget in tokens. Under "fails" the next smaller budget, which does not reach it: what is needed
-    lies between the two. Under "fixed_by_psa", "fails_by_psa" and "dense_by_psa" ratios of blocks and of bytes with
-    digests, None likewise. Dense attends to all full blocks. Of a task that dense does not solve "psa" and "fixed" are
-    None.
+    threshold, or its budget in tokens, and "sure" in how many of the bootstrap's draws it reaches the level. Under
+    "psa_fails" and "fixed_fails" the next with fewer blocks, which does not reach it: what is needed lies between the
+    two. Ratios of blocks, and of bytes with digests, None likewise: "fixed_by_psa" and "dense_by_psa" of these cases,
+    "at_least" of the budget that fails by PSA, "at_most" of the budget by PSA that fails. Dense attends to all full
+    blocks. Of a task that dense does not solve all but "dense" are None.
   """
   for n_tokens, group, of_group in _by_group(rows):
     by_task = {task: [row for row in of_group if row["task"] == task] for task in _values(of_group, "task")}
     dense_of = {row["task"]: row["accuracy"] for row in of_group if row["series"] == DENSE}
-    solved = [row for row in of_group if dense_of.get(row["task"], 0) >= SOLVED]
-    for name, chosen in (by_task | {f"mean of {group}": solved}).items():
+    of_solved = [row for row in of_group if dense_of.get(row["task"], 0) >= SOLVED]
+    for name, chosen in (by_task | {f"mean of {group}": of_solved}).items():
       means = _means(chosen)
       dense = next((case for case in means if case["series"] == DENSE), None)
       if group == TEXT or dense is None:
         continue
       for level in LEVELS:
-        asked = level * dense["accuracy"] if dense["accuracy"] >= SOLVED else math.inf
-        psa, _ = _least(means, PSA, asked)
-        fixed, fails = _least(means, DEFAULT_METHOD, asked)
-        least = {"dense": dense, "psa": psa, "fixed": fixed, "fails": fails}
-        ratios = {f"{key}_by_psa": _ratios(least[key], least["psa"]) for key in ("fixed", "fails", "dense")}
-        yield dict(tokens=n_tokens, of=name, level=level) | least | ratios
+        solved = dense["accuracy"] >= SOLVED
+        psa, psa_fails, fixed, fixed_fails = (
+          case
+          for series in (PSA, DEFAULT_METHOD)
+          for case in (_least(chosen, series, level) if solved else (None, None))
+        )
+        cases = dict(dense=dense, psa=psa, psa_fails=psa_fails, fixed=fixed, fixed_fails=fixed_fails)
+        ratios = {
+          "fixed_by_psa": _ratios(fixed, psa),
+          "dense_by_psa": _ratios(dense, psa),
+          "at_least": _ratios(fixed_fails, psa),
+          "at_most": _ratios(fixed, psa_fails),
+        }
+        yield dict(tokens=n_tokens, of=name, level=level) | cases | ratios
 
 
-def _least(means: Sequence[Row], series: str, accuracy: float) -> tuple[Row | None, Row | None]:
-  """Of a series the case with the fewest blocks that is so accurate, and the one with the next fewer, which is not."""
-  ordered = sorted((case for case in means if case["series"] == series), key=lambda case: case["blocks"])
-  first = next((i for i, case in enumerate(ordered) if case["accuracy"] + 1e-9 >= accuracy), len(ordered))
-  found, fails = ordered[first : first + 1], ordered[:first][-1:]
-  return (found[0] if found else None), (fails[0] if fails else None)
+def _least(rows: Sequence[Row], series: str, level: float) -> tuple[Row | None, Row | None]:
+  """Of a series the case with the fewest blocks that reaches a level of dense accuracy, with how "sure" that is; and
+  the one with the next fewer, which does not.
+  """
+  means = sorted(_means(rows), key=lambda case: case["blocks"])
+  dense = next(case for case in means if case["series"] == DENSE)
+  ordered = [case for case in means if case["series"] == series]
+  reach = [case["accuracy"] + 1e-9 >= level * dense["accuracy"] for case in ordered]
+  first = reach.index(True) if True in reach else len(ordered)
+  fails = ordered[first - 1] if first else None
+  if first == len(ordered):
+    return None, fails
+  ours, theirs = (_each_accuracy(rows, case["case"]) for case in (ordered[first], dense))
+  return ordered[first] | {"sure": float((draws(ours, theirs, level) >= -1e-9).mean())}, fails
 
 
 def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
@@ -249,11 +273,13 @@ def _psa_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
   cells = [of["of"], f"{of['level']:.0%}", f"{of['dense']['accuracy']:.1%}", f"{of['dense']['blocks']:.1f}"]
   for case in (of["psa"], of["fixed"]):
     none = "none reaches it" if of["dense"]["accuracy"] >= SOLVED else "dense does not solve it"
-    cells += [none, "", ""] if case is None else [f"{case['at']:g}", f"{case['accuracy']:.1%}", f"{case['blocks']:.1f}"]
-  low, fixed, dense = (of[f"{key}_by_psa"] for key in ("fails", "fixed", "dense"))
+    cells += [none, "", ""]
+    if case is not None:
+      cells[-3:] = [f"{case['at']:g}", f"{case['accuracy']:.1%} ({case['sure']:.0%})", f"{case['blocks']:.1f}"]
+  fixed, dense = of["fixed_by_psa"], of["dense_by_psa"]
   for key in ("blocks", "bytes"):
-    at_least = "0" if low is None else f"{low[key]:.2f}"
-    cells.append("-" if fixed is None else f"{at_least} to {fixed[key]:.2f}")
+    low, high = ("?" if ratio is None else f"{ratio[key]:.2f}" for ratio in (of["at_least"], of["at_most"]))
+    cells.append("-" if fixed is None else f"{fixed[key]:.2f} ({low} to {high})")
   yield [*cells, *("-" if dense is None else f"{dense[key]:.2f}" for key in ("blocks", "bytes"))]
 
 
@@ -290,13 +316,15 @@ def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 # Of each key of a summary: title, head of the tables, what there is a table for, lines of an entry.
 _SECTIONS = {
   "accuracies": (
-    "Accuracy by setting, mean over tasks, and its difference from dense with the 95 % interval",
+    "Accuracy by setting, mean over tasks, and its difference from dense with the 95 % interval (of no width where no "
+    "instance differs, though of 200 alike up to 1.5 % of all may differ)",
     ("setting", "accuracy", "more", "interval", "blocks", "bytes of dense", "mass"),
     ("tokens", "group"),
     _accuracy_cells,
   ),
   "psa_against_fixed": (
-    f"The cheapest PSA threshold and the cheapest {DEFAULT_METHOD} budget (tokens) for a share of dense accuracy",
+    f"The cheapest PSA threshold and the cheapest {DEFAULT_METHOD} budget (tokens) for a share of dense accuracy, in "
+    "brackets how sure that is; ratios at these, in brackets between the next cheaper ones, which do not reach it",
     (
       *("of", "share", "dense", "blocks", "PSA at", "accuracy", "blocks", "budget", "accuracy", "blocks"),
       *("fixed / PSA: blocks", "bytes", "dense / PSA: blocks", "bytes"),

@@ -45,9 +45,13 @@ class Instance:
     return self.prompt + self.completion
 
   def encode(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """The tokens of prompt and completion, each encoded by itself, and how many are the prompt's."""
-    prompt = tokenizer.encode(self.prompt)
-    return prompt + tokenizer.encode(self.completion, add_special_tokens=False), len(prompt)
+    """The tokens of `text`, and with how many of them those of the prompt alone agree.
+
+    The completion is not encoded by itself: some tokenizers write a space before whatever they are given.
+    """
+    whole, alone = tokenizer.encode(self.text), tokenizer.encode(self.prompt)
+    differ = (i for i, (ours, other) in enumerate(zip(whole, alone, strict=False)) if ours != other)
+    return whole, next(differ, min(len(whole), len(alone)))
 
 
 @dataclasses.dataclass(frozen=True)
