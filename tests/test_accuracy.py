@@ -47,8 +47,7 @@ def test_what_a_setting_reads(model):
   series = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa"
   every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5])
   for case in [case for case in every if case.series in series]:
-    setting = replay.Setting.of(case.config)
-    found = replay.replay(CFG, case.program, model.params, setting, dense, batch.tokens, batch.start, 192)
+    found = accuracy.replayed(model, model.params, case, dense, batch)
     rows[case.series] = accuracy.summary(model, case, batch, jax.device_get(found))
   steps = batch.start[:, None] + np.arange(192)
   exist = ((steps // 32) * batch.answers).sum(1) / batch.answers.sum(1)

@@ -33,8 +33,8 @@ def replayed(
   for row, ids in zip(tokens, sequences, strict=True):
     row[: len(ids)] = ids
   dense = replays.prefill(model.config, model.params, tokens)
-  program, setting = replays.Program.of(conf, certified=certified), replays.Setting.of(conf)
-  return replays.replay(model.config, program, model.params, setting, dense, tokens, np.array(starts, np.int32), n)
+  start = np.array(starts, np.int32)
+  return replays.replay(model.config, model.params, conf, dense, tokens, start, n, certified=certified)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -74,9 +74,9 @@ class Attention:
 
   def run(self, threshold: float, *changes: str, method: str = "min_max", certified: bool = True) -> list[np.ndarray]:
     """Blocks read, mass, estimate, excess; selected."""
-    program = replays.Program(get_method(method), "mean", 2, S, certified)
+    program = replays._Program(get_method(method), "mean", 2, S, certified)
     conf = config("sparse.policy=psa", f"sparse.threshold={threshold}", *changes, block_tokens=S)
-    setting = replays.Setting.of(conf)
+    setting = replays._Setting.of(conf)
     at = self.q, self.keys, self.values, self.positions
     return [np.asarray(x) for x in replays._attend(program, setting, jnp.int32(0), *at, self.q.shape[-1] ** -0.5)[1]]
 
@@ -122,4 +122,4 @@ def test_no_violation_in_a_model():
   found = replayed("gqa4-bias", conf, [prompt_of(n, n) for n in (230, 201)], [150, 140], 60, certified=True)
   assert np.asarray(found.excess).max() <= TOLERANCE and np.asarray(found.mass).min() > 0.6
   with pytest.raises(ValueError, match="needs the bound that min_max digests give, not cuboid_mean"):
-    replays.Program.of(config("sparse.policy=psa", block_tokens=S), certified=True)
+    replayed("gqa2", config("sparse.policy=psa", block_tokens=S), [prompt_of(99, 0)], [50], 9, certified=True)

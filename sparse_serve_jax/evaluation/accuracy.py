@@ -61,10 +61,6 @@ class Case:
     return f"{self.series} {self.at:g}"
 
   @property
-  def program(self) -> replay.Program:
-    return replay.Program.of(self.config, oracle=self.oracle, certified=self.certified)
-
-  @property
   def stops(self) -> bool:
     """Whether a test, and no budget, says how much is attended to."""
     return self.config.sparse.policy == "psa"
@@ -193,12 +189,13 @@ def replays(
   for batch in tqdm(batches, desc=name, total=len(firsts), leave=False, disable=None):
     dense = replay.prefill(model.config, params, batch.tokens)
     for case in wanted:
-      setting, n = replay.Setting.of(case.config), batch.answers.shape[1]
-      yield (
-        batch,
-        case,
-        replay.replay(model.config, case.program, params, setting, dense, batch.tokens, batch.start, n),
-      )
+      yield batch, case, replayed(model, params, case, dense, batch)
+
+
+def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:
+  """The replay of a case over the prefill of a batch, on the device."""
+  n, options = batch.answers.shape[1], dict(oracle=case.oracle, certified=case.certified)
+  return replay.replay(model.config, params, case.config, dense, batch.tokens, batch.start, n, **options)
 
 
 def measure(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparse_serve_jax.attention.decode import Selector
@@ -24,7 +25,7 @@ from sparse_serve_jax.models import llama
 ALL = 1 << 30  # blocks: no limit
 
 
-class Program(NamedTuple):
+class _Program(NamedTuple):
   """The part of a configuration that is compiled in."""
 
   method: Method | None  # None is the oracle: blocks are ranked by their true attention mass
@@ -34,12 +35,7 @@ class Program(NamedTuple):
   certified: bool = False  # the stop test counts an upper bound of what is unread, not PSA's estimate of it
 
   @classmethod
-  def of(cls, config: EngineConfig, *, oracle: bool = False, certified: bool = False) -> Program:
-    """The program of a configuration.
-
-    Raises:
-      ValueError: certified, and the method's score is no bound.
-    """
+  def of(cls, config: EngineConfig, oracle: bool, certified: bool) -> _Program:
     selector, name = Selector.of(config), "oracle" if oracle else config.sparse.method
     if certified and name != "min_max":
       raise ValueError(f"a certified stop needs the bound that min_max digests give, not {name}")
@@ -47,7 +43,7 @@ class Program(NamedTuple):
     return cls(method, selector.reduce, selector.group_blocks, config.cache.block_tokens, certified)
 
 
-class Setting(NamedTuple):
+class _Setting(NamedTuple):
   """The part of a configuration that is an argument of the program; counts are int32, of blocks."""
 
   budget: jax.Array  # sinks and window included
@@ -57,7 +53,7 @@ class Setting(NamedTuple):
   threshold: jax.Array  # float32, PSA's epsilon; above 1: no stop test
 
   @classmethod
-  def of(cls, config: EngineConfig) -> Setting:
+  def of(cls, config: EngineConfig) -> _Setting:
     selector, sparse = Selector.of(config), config.sparse
     return cls(
       budget=jnp.int32(ALL if selector.limit is None else selector.limit),
@@ -100,37 +96,48 @@ def prefill(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> Prefil
   return Prefill(*lax.scan(layer, llama.embed(params, tokens), params["layers"])[1])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 7))
 def replay(
   cfg: ModelConfig,
-  program: Program,
   params: llama.Params,
-  setting: Setting,
+  config: EngineConfig,
   dense: Prefill,
-  tokens: jax.Array,
-  start: jax.Array,
+  tokens: np.ndarray,
+  start: np.ndarray,
   n_steps: int,
+  *,
+  oracle: bool = False,
+  certified: bool = False,
 ) -> Replay:
-  """Runs decode steps over a prefill.
+  """Runs decode steps over a prefill. Only what `_Program` holds of a configuration is compiled anew.
 
   Args:
     cfg: the model.
-    program: how blocks are ranked; its S divides T.
     params: of the model.
-    setting: how much is attended to.
+    config: how much is attended to, and how it is selected; its S divides T.
     dense: of the sequences.
     tokens: [B, T] int32, padded.
     start: [B] int32, the position of the first token that is a decode step's input, at least 1.
     n_steps: n; steps are at start, start + 1, ...
+    oracle: blocks are ranked by their true attention mass.
+    certified: the stop test counts an upper bound of what is unread, not PSA's estimate of it.
 
   Returns:
     Replay, of the predictions of tokens start + 1, start + 2, ...
+
+  Raises:
+    ValueError: certified, and the method's score is no bound.
   """
+  program = _Program.of(config, oracle, certified)
+  return _replay(cfg, program, params, _Setting.of(config), dense, tokens, start, n_steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 7))
+def _replay(cfg, program: _Program, params, setting: _Setting, dense, tokens, start, n_steps) -> Replay:
   one = functools.partial(_replay_one, cfg, program, params, setting, n_steps)
   return jax.vmap(one, in_axes=(1, 0, 0))(dense, tokens, start)
 
 
-def _replay_one(cfg, program: Program, params, setting: Setting, n_steps, dense, tokens, start) -> Replay:
+def _replay_one(cfg, program: _Program, params, setting: _Setting, n_steps, dense, tokens, start) -> Replay:
   at = start + jnp.arange(n_steps, dtype=jnp.int32)  # [n]
   positions = jnp.minimum(at, tokens.shape[0] - 1)
   cos_sin = llama.rope(cfg, positions)
@@ -160,7 +167,7 @@ class _Ranked(NamedTuple):
   bound: jax.Array | None  # [n, K, G, N] by block, log of a mass that it cannot exceed, -inf if it does not exist
 
 
-def _attend(program: Program, setting: Setting, layer, q, keys, values, positions, scale):
+def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positions, scale):
   """One layer: q [n, K, G, D] over keys, values [T, K, D] -> o [n, K, G, D] and the last fields of Replay."""
   (n, n_heads, n_group, _), size = q.shape, program.block_tokens
   n_blocks = positions // size  # full blocks of each step
@@ -191,7 +198,7 @@ def _attend(program: Program, setting: Setting, layer, q, keys, values, position
   return o, (used, mass, estimate, worst if program.certified else estimate - mass, selected)
 
 
-def _rank(program: Program, setting: Setting, layer, q, keys, n_blocks, exists, mass, scale) -> _Ranked:
+def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, exists, mass, scale) -> _Ranked:
   """As `pallas_kernels.score` and `select`: sinks and window first, ties to the lowest block."""
   by_head = mass  # [n, K, G, N]
   if program.method is not None:
