@@ -31,6 +31,7 @@ from experiments import cli
 from sparse_serve_jax import runtime
 from sparse_serve_jax.attention import METHODS
 from sparse_serve_jax.evaluation import accuracy, report, selections, tasks
+from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
 from sparse_serve_jax.models import Model, load_model
 from sparse_serve_jax.serving import workload
@@ -48,6 +49,7 @@ _REQUESTS = flags.DEFINE_integer("requests", 4, "Of the part selections: instanc
 _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99", "0.999"], "Of PSA.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Of {', '.join(METHODS)}, oracle, window; all.")
+_TEXT = flags.DEFINE_string("text", None, "A UTF-8 file that ordinary text is taken from; by default it is generated.")
 _STEPS = flags.DEFINE_integer("steps", 96, "Decode steps at most; a longer answer is judged by its beginning.")
 _TRACE_STEPS = flags.DEFINE_integer(
   "trace_steps", 256, "Of the part selections: decode steps of an answer at most.", lower_bound=selections.MOST + 1
@@ -147,14 +149,15 @@ def _main() -> None:
 
 def _prompts(model: Model) -> str:
   """Another one when tasks are written in another way."""
-  each = [tasks.make(name, 2048, 0, model.tokenizer, split="eval").text for name in tasks.TASKS]
+  text = texts.user_text(_TEXT.value) if _TEXT.value else texts.sentences
+  each = [tasks.make(name, 2048, 0, model.tokenizer, split="eval", text=text).text for name in tasks.TASKS]
   return f"{zlib.crc32(''.join(each).encode()):08x}"
 
 
 def _measure(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Case], rows: Rows) -> None:
   """Adds the rows of a task and length that are missing."""
   if left := rows.left(task, n_tokens, wanted):
-    sample = Sample(task, n_tokens, _INSTANCES.value, max(1, _TOKENS.value // n_tokens), _STEPS.value)
+    sample = Sample(task, n_tokens, _INSTANCES.value, max(1, _TOKENS.value // n_tokens), _STEPS.value, _TEXT.value)
     for case, row in accuracy.measure(model, params, sample, left, _WORKERS.value):
       rows.add(task, n_tokens, case, row)
 
@@ -166,7 +169,9 @@ def _trace(model: Model, params: Any, task: str, n_tokens: int, wanted: list[Cas
     folder = rows.file.parent / "traces"
     folder.mkdir(exist_ok=True)
     # Longer steps than those of the other parts, hence fewer at once.
-    sample = Sample(task, n_tokens, _REQUESTS.value, max(1, _TOKENS.value // n_tokens // 2), _TRACE_STEPS.value)
+    sample = Sample(
+      task, n_tokens, _REQUESTS.value, max(1, _TOKENS.value // n_tokens // 2), _TRACE_STEPS.value, _TEXT.value
+    )
     for case, trace in selections.measure(model, params, sample, left):
       if not case.stops:
         trace.save(folder / f"{task}_{n_tokens}_{case.at:g}.npz")

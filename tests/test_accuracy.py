@@ -62,6 +62,16 @@ def test_what_a_setting_reads(model):
   assert 4 <= rows["psa"]["blocks"].mean() < rows["dense"]["blocks"].mean()
 
 
+def test_text_of_a_file(model, tmp_path):
+  """Needles stand in it, and it is the text whose likelihood is told."""
+  (tmp_path / "own.txt").write_text("One sentence of mine. " * 3)
+  for task in "single_text", "text":
+    sample = accuracy.Sample(task, 640, 1, 1, 192, text=str(tmp_path / "own.txt"))
+    (ids,) = sample.batch(model.tokenizer, 0).tokens
+    words = model.tokenizer.decode(ids[ids > 0])
+    assert words.count("One sentence of mine.") > 10 and ("special code" in words) == (task != "text")
+
+
 def test_ordinary_text(model):
   """Dense nats are those of a forward pass over the whole text; an instance is right by the share of its tokens."""
   batch = accuracy.Instances.of_text(model.tokenizer, 300, range(2), 96)
@@ -151,6 +161,7 @@ def test_a_run_goes_on(model, tmp_path):
     "--methods=cuboid": "--methods: no cuboid; there are cuboid_mean",
     "--lengths=2048": "the model's context is 1024 tokens, too short for [2048]",
     "--budgets=many": "--budgets: many are not numbers",
+    "--text=none.txt": "none.txt is missing",
     "--instances=4": "has rows of another run",
     "--thresholds=0.5,0.5,0.9": "has rows of another dense 1",
   }.items():

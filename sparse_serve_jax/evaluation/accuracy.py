@@ -128,12 +128,20 @@ class Instances:
   by_token: bool = False  # an instance is right by the share of its tokens, and not as a whole
 
   @classmethod
-  def of(cls, tokenizer: Tokenizer, task: str, n_tokens: int, seeds: range, most_steps: int) -> Instances:
+  def of(
+    cls,
+    tokenizer: Tokenizer,
+    task: str,
+    n_tokens: int,
+    seeds: range,
+    most_steps: int,
+    text: texts.Text = texts.sentences,
+  ) -> Instances:
     width = -(-n_tokens // max(BLOCK_TOKENS)) * max(BLOCK_TOKENS)
     tokens, start, end = np.zeros((len(seeds), width), np.int32), [], []
     first_answer = []
     for row, seed in zip(tokens, seeds, strict=True):
-      instance = tasks.make(task, n_tokens, seed, tokenizer, split="eval")
+      instance = tasks.make(task, n_tokens, seed, tokenizer, split="eval", text=text)
       ids, n_prompt = instance.encode(tokenizer)
       row[: len(ids)] = ids
       context = instance.prompt.rindex("\nQuestion:")
@@ -149,7 +157,9 @@ class Instances:
     return cls(tokens, np.array(start, np.int32), answers)
 
   @classmethod
-  def of_text(cls, tokenizer: Tokenizer, n_tokens: int, seeds: range, most_steps: int) -> Instances:
+  def of_text(
+    cls, tokenizer: Tokenizer, n_tokens: int, seeds: range, most_steps: int, text: texts.Text = texts.sentences
+  ) -> Instances:
     """Beginnings of texts that no training saw: `training.data` seeds its own with a step number instead of the CRC.
 
     The last tokens are the answer, at most a half.
@@ -158,7 +168,7 @@ class Instances:
     tokens, n = np.zeros((len(seeds), width), np.int32), min(most_steps, n_tokens // 2)
     for row, seed in zip(tokens, seeds, strict=True):
       rng = np.random.default_rng([1, zlib.crc32(TEXT.encode()), n_tokens, seed])
-      row[:n_tokens] = tokenizer.encode(texts.document(rng, n_tokens))[:n_tokens]  # a word is a token or more
+      row[:n_tokens] = tokenizer.encode(texts.document(rng, n_tokens, text))[:n_tokens]  # a word is a token or more
     start = np.full(len(seeds), n_tokens - n - 1, np.int32)
     return cls(tokens, start, np.ones((len(seeds), n), bool), by_token=True)
 
@@ -171,12 +181,14 @@ class Sample(NamedTuple):
   instances: int  # of the evaluation split, from its first on
   at_once: int  # of a batch
   steps: int  # decode steps at most; a longer answer is judged by its beginning
+  text: str | None = None  # a file that sentences are taken from; None: they are generated
 
   def batch(self, tokenizer: Tokenizer, first: int) -> Instances:
     seeds = range(first, min(first + self.at_once, self.instances))
+    text = texts.user_text(self.text) if self.text else texts.sentences
     if self.task == TEXT:
-      return Instances.of_text(tokenizer, self.tokens, seeds, self.steps)
-    return Instances.of(tokenizer, self.task, self.tokens, seeds, self.steps)
+      return Instances.of_text(tokenizer, self.tokens, seeds, self.steps, text)
+    return Instances.of(tokenizer, self.task, self.tokens, seeds, self.steps, text)
 
 
 def replays(
