@@ -47,6 +47,21 @@ def pytest_runtest_setup(item: pytest.Item):
       pytest.skip(f"needs a GPU, JAX runs on {jax.default_backend()}")
 
 
+MOST_MAPS = 20_000  # of memory of one process
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
+  """Forgets compiled programs between files when there are many.
+
+  XLA's programs on a CPU are a few memory maps each. Linux gives a process 65,530, and where they end XLA crashes.
+  """
+  maps = Path("/proc/self/maps")
+  if nextitem and nextitem.path != item.path and maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def longbench_dir(pytestconfig: pytest.Config) -> Path:
   """The folder that holds LongBench's data/; skips where none is given."""
