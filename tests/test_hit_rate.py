@@ -107,14 +107,7 @@ def ours(trace: np.ndarray, n_slots: int) -> float:
 
 
 @pytest.mark.parametrize("slots", [0.5, 1.1, 2.0, 3.0])  # times what a step selects
-@pytest.mark.parametrize(
-  "make",
-  [
-    drifting,
-    recorded,
-    pytest.param(reference, marks=pytest.mark.skipif(not REFERENCE.exists(), reason=f"needs {REFERENCE.name}")),
-  ],
-)
+@pytest.mark.parametrize("make", [drifting, recorded, reference])
 def test_hit_rate_is_that_of_exact_lru(make, slots: float):
   """Never 1 % below it, mostly far above it where it thrashes.
 

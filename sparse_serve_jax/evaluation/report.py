@@ -103,12 +103,8 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
       if group == TEXT or dense is None:
         continue
       for level in LEVELS:
-        solved = dense["accuracy"] >= SOLVED
-        psa, psa_fails, fixed, fixed_fails = (
-          case
-          for series in (PSA, DEFAULT_METHOD)
-          for case in (_least(chosen, series, level) if solved else (None, None))
-        )
+        psa, psa_fails = _least(chosen, means, dense, PSA, level)
+        fixed, fixed_fails = _least(chosen, means, dense, DEFAULT_METHOD, level)
         cases = dict(dense=dense, psa=psa, psa_fails=psa_fails, fixed=fixed, fixed_fails=fixed_fails)
         ratios = {
           "fixed_by_psa": _ratios(fixed, psa),
@@ -119,20 +115,21 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
         yield dict(tokens=n_tokens, of=name, level=level) | cases | ratios
 
 
-def _least(rows: Sequence[Row], series: str, level: float) -> tuple[Row | None, Row | None]:
+def _least(
+  rows: Sequence[Row], means: Sequence[Row], dense: Row, series: str, level: float
+) -> tuple[Row | None, Row | None]:
   """Of a series the case with the fewest blocks that reaches a level of dense accuracy, with how "sure" that is; and
-  the one with the next fewer, which does not.
+  the one with the next fewer, which does not. Neither, of what dense does not solve.
   """
-  means = sorted(_means(rows), key=lambda case: case["blocks"])
-  dense = next(case for case in means if case["series"] == DENSE)
-  ordered = [case for case in means if case["series"] == series]
-  reach = [case["accuracy"] + 1e-9 >= level * dense["accuracy"] for case in ordered]
-  first = reach.index(True) if True in reach else len(ordered)
-  fails = ordered[first - 1] if first else None
-  if first == len(ordered):
-    return None, fails
-  ours, theirs = (_each_accuracy(rows, case["case"]) for case in (ordered[first], dense))
-  return ordered[first] | {"sure": float((draws(ours, theirs, level) >= -1e-9).mean())}, fails
+  if dense["accuracy"] < SOLVED:
+    return None, None
+  fails = None
+  for case in sorted((case for case in means if case["series"] == series), key=lambda case: case["blocks"]):
+    if case["accuracy"] + 1e-9 >= level * dense["accuracy"]:
+      drawn = draws(_each_accuracy(rows, case["case"]), _each_accuracy(rows, dense["case"]), level)
+      return case | {"sure": float((drawn >= -1e-9).mean())}, fails
+    fails = case
+  return None, fails
 
 
 def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:

@@ -147,16 +147,16 @@ def loss(
   """
   cfg = config.model
   tokens, weights, sources = map(jnp.asarray, batch)
+  answers = weights >= 1
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
   look = None
   if digest_weight:
-    order = (weights > config.context_weight).astype(jnp.float32) + jax.random.uniform(key, weights.shape)
+    order = answers.astype(jnp.float32) + jax.random.uniform(key, weights.shape)
     at = lax.top_k(order, min(DIGEST_QUERIES, weights.shape[1]))[1]
     look = functools.partial(digest_loss, at=at, block_tokens=DIGEST_BLOCK_TOKENS)
   logits, of_digests = forward(cfg, params, tokens[:, :-1], look)
   targets = tokens[:, 1:]
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  answers = weights >= 1
   of_source = sources[None] == jnp.arange(len(SOURCES))[:, None]  # [sources, B]
   count = lambda tokens: jnp.where(of_source, tokens.sum(1)[None], 0).sum(1)  # noqa: E731
   right = answers & (logits.argmax(-1) == targets)
