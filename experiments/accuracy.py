@@ -58,7 +58,7 @@ _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Of a batch of instanc
 _WORKERS = flags.DEFINE_integer("workers", 4, "Processes that make instances.", lower_bound=0)
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
 
-FORMAT = 1  # of rows; another one when they tell other things, or the same in another way
+FORMAT = 2  # of rows; another one when they tell other things, or the same in another way
 
 
 class Rows:

@@ -105,7 +105,8 @@ def _train(run: trainer.Trainer, tokenizer: Tokenizer, out: pathlib.Path) -> Non
       bar.update(step - bar.n)
       if step % _LOG_EVERY.value and step != config.steps:
         return
-      losses = {name: float(getattr(metrics, name)) for name in ("loss", "digest_loss", "grad_norm")}
+      losses = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm)}
+      losses |= {name: float(x) for name, x in metrics.attention.items()}
       counts = zip(data.SOURCES, metrics.right.tolist(), metrics.answers.tolist(), strict=True)
       right = {source: n / answers for source, n, answers in counts if answers}
       rate = seen / (time.monotonic() - began)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax.evaluation import report, selections
+from sparse_serve_jax.evaluation.accuracy import TOLERANCE
 from tests.test_traces import drifting
 
 
@@ -82,7 +83,7 @@ def test_stop_rules():
   assert first["threshold"] == 0.5 and first["cost"] == 4 and first["certified"]["violations"] == 0
   assert first["psa"] == {"blocks": 4, "mass": 0.9, "pairs": 1000, "stopped": 800, "violations": 100, "short": 50}
   assert second["threshold"] == 0.9 and second["cost"] is None and "certified" not in second
-  assert list(report.certified(ROWS)) == [{"pairs": 1000, "violations": 0, "tolerance": 1e-4}]
+  assert list(report.certified(ROWS)) == [{"pairs": 1000, "violations": 0, "tolerance": TOLERANCE}]
   both = next(entry for entry in report.stop_rules(ROWS) if entry["threshold"] == 0.9)
   assert (both["psa"]["pairs"], both["psa"]["violations"]) == (2000, 100)
 

@@ -164,7 +164,7 @@ class _Ranked(NamedTuple):
 
   ids: jax.Array  # [n, K, N]
   count: jax.Array  # [n, K], blocks that may be read
-  bound: jax.Array | None  # [n, K, G, N] by block, log of a mass that it cannot exceed, -inf if it does not exist
+  bound: jax.Array | None  # [n, K, G, N] by block, log of a share that it cannot exceed, -inf if it does not exist
 
 
 def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positions, scale):
@@ -180,31 +180,35 @@ def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positi
   by_block = jax.nn.logsumexp(logits, -1)  # [n, K, G, N]
   tail = jax.nn.logsumexp(jnp.where(in_tail[:, None, None], logits, -jnp.inf), (-2, -1))  # [n, K, G]
 
-  total = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(exists[:, None, None], by_block, -jnp.inf), -1))
-  mass = jnp.exp(by_block - total[..., None])
-  ranked = _rank(program, setting, layer, q, keys, n_blocks, exists, mass, scale)
+  # From here on, logs of shares of the whole mass: of large logits, sums would be off by as much as these are rounded.
+  largest = jnp.maximum(tail, jnp.where(exists[:, None, None], by_block, -jnp.inf).max(-1))
+  of_largest = jnp.where(exists[:, None, None], by_block - largest[..., None], -jnp.inf)
+  total = jnp.logaddexp(tail - largest, jax.nn.logsumexp(of_largest, -1))
+  log_share = lambda x: x - largest[..., None] - total[..., None]  # noqa: E731
+  by_block, tail = log_share(by_block), log_share(tail[..., None])[..., 0]
+  ranked = _rank(program, setting, layer, q, keys, n_blocks, exists, jnp.exp(by_block), log_share, scale)
   threshold = jnp.where(layer < setting.dense_layers, 2.0, setting.threshold)
   # No stop test may leave out sinks and window, rounded up to whole groups.
   always = -(-(setting.sinks + setting.window) // program.group) * program.group
-  used, estimate, worst = _stop(program.group, threshold, always, ranked, by_block, tail, total)
+  used, estimate, worst = _stop(program.group, threshold, always, ranked, by_block, tail)
   rank = jnp.argsort(ranked.ids, -1)
   selected = rank < used[..., None]  # [n, K, N]
 
   attended = (selected[..., None] | in_tail[:, None])[:, :, None]  # [n, K, 1, N, S]
   p = jax.nn.softmax(jnp.where(attended, logits, -jnp.inf).reshape(n, n_heads, n_group, -1), -1)
   o = jnp.einsum("nkgt,tkd->nkgd", p, values.astype(jnp.float32), precision=precision)
-  read = jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(selected[:, :, None], by_block, -jnp.inf), -1))
-  mass = jnp.exp(read - total)
+  mass = jnp.exp(jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(selected[:, :, None], by_block, -jnp.inf), -1)))
   return o, (used, mass, estimate, worst if program.certified else estimate - mass, selected)
 
 
-def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, exists, mass, scale) -> _Ranked:
+def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, exists, mass, log_share, scale) -> _Ranked:
   """As `pallas_kernels.score` and `select`: sinks and window first, ties to the lowest block."""
   by_head = mass  # [n, K, G, N]
   if program.method is not None:
     blocks = keys.swapaxes(0, 1).reshape(keys.shape[1], -1, program.block_tokens, keys.shape[2])  # [K, N, S, D]
     digests = program.method.summarize(blocks)  # [K, N, E, D]
-    by_head = program.method.score(q.astype(jnp.float32), digests.astype(jnp.float32)[None])
+    queries, digests = q.astype(jnp.float32), digests.astype(jnp.float32)
+    by_head = program.method.score(queries, digests[None])
   scores = by_head.max(2) if program.reduce == "max" else by_head.mean(2)
   block, last = jnp.arange(scores.shape[-1])[None], n_blocks[:, None]
   always = (block < setting.sinks) | (block >= last - setting.window)
@@ -219,13 +223,16 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, exists
     count = jnp.where(layer < setting.dense_layers, count, counted)
   if not program.certified:
     return _Ranked(ids, count, None)
-  # No key of a block has a larger product with q than the score, and there are S of them.
-  bound = by_head * scale + math.log(program.block_tokens)
+  # No key of a block has a larger product with q than the score, and there are S of them. Of D float32 products both
+  # are sums, each off by at most D 2^-24 of the products' sizes (Higham, Accuracy and Stability, section 3.1).
+  sizes = jnp.einsum("nkgd,kbd->nkgb", jnp.abs(queries), jnp.abs(digests).max(2), precision=lax.Precision.HIGHEST)
+  off = 2 * q.shape[-1] * 2.0**-24 * sizes
+  bound = log_share((by_head + off) * scale + math.log(program.block_tokens))
   return _Ranked(ids, count, jnp.where(exists[:, None, None], bound, -jnp.inf))
 
 
-def _stop(group, threshold, always, ranked: _Ranked, by_block, tail, total) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The stop test after each group of blocks.
+def _stop(group, threshold, always, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The stop test after each group of blocks; `by_block` and `tail` are logs of shares of the whole mass.
 
   The share of mass it goes by is PSA's P_acc, which takes every block left for as heavy as the lightest one read; or by
   `ranked.bound` one that the true share cannot be below.
@@ -253,5 +260,5 @@ def _stop(group, threshold, always, ranked: _Ranked, by_block, tail, total) -> t
   used = jnp.minimum(jnp.argmax(enough, -1) + 1, ranked.count)
   last = jnp.maximum(used - 1, 0)[:, :, None, None]
   p, tested = jnp.exp(log_p), real & at_end[:, :, None]
-  worst = jnp.where(tested, p - jnp.exp(seen - total[..., None]), -1.0).max(-1)
+  worst = jnp.where(tested, p - jnp.exp(seen), -1.0).max(-1)
   return used, jnp.take_along_axis(p, jnp.broadcast_to(last, (*p.shape[:3], 1)), -1)[..., 0], worst

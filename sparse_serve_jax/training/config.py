@@ -8,14 +8,22 @@ from sparse_serve_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionWeights:
+  """In the loss, of `attention_losses.LOSSES` of the same names."""
+
+  digest: float = 0.0  # not before a model retrieves: with it, it did not learn to
+  sharpness: float = 0.0
+  diffuseness: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
   """Steps at one length; a curriculum goes from short to long."""
 
   tokens: int  # of a sequence
   sequences: int  # of a step
   steps: int
-  # In the loss, of `trainer.digest_loss`. Not before a model retrieves: with it, it did not learn to.
-  digest_weight: float = 0.0
+  attention: AttentionWeights = dataclasses.field(default_factory=AttentionWeights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +76,8 @@ class TrainConfig:
     if not self.stages:
       raise ValueError("a run has one stage or more")
     for stage in self.stages:
-      if min(stage.tokens, stage.sequences, stage.steps) < 1 or stage.digest_weight < 0:
-        raise ValueError(f"a stage's tokens, sequences and steps are at least 1, its digest_weight 0, got {stage}")
+      if min(stage.tokens, stage.sequences, stage.steps) < 1 or min(dataclasses.astuple(stage.attention)) < 0:
+        raise ValueError(f"a stage's tokens, sequences and steps are at least 1, its weights 0, got {stage}")
     if (needed := self.optimizer.warmup_steps + self.optimizer.decay_steps) > self.steps:
       raise ValueError(f"warmup_steps + decay_steps = {needed} exceed the {self.steps} steps of the run")
     shares = dataclasses.astuple(self.sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -17,17 +18,14 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_serve_jax.attention.methods import METHODS, Method
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.training.config import Optimizer, TrainConfig
+from sparse_serve_jax.training.attention_losses import LOSSES
+from sparse_serve_jax.training.config import Optimizer, Stage, TrainConfig
 from sparse_serve_jax.training.data import SOURCES, Batch
 
 SAVE_EVERY = 60.0  # seconds
-DIGEST_QUERIES = 128  # of a sequence
-DIGEST_BLOCK_TOKENS = 32
-STANDS_OUT = 3.0  # deviations; of a thousand scores at random, one is so high
-LEAST_SPREAD = 0.3  # of scores: a smaller one is none
+LOOKED_AT = 128  # tokens of a sequence whose attention is looked at
 
 
 class TrainState(NamedTuple):
@@ -40,7 +38,7 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
   loss: jax.Array  # nats a token, weighted
-  digest_loss: jax.Array  # 0 where it does not count
+  attention: dict[str, jax.Array]  # of `attention_losses.LOSSES` those that count
   answers: jax.Array  # [len(SOURCES)] int32, tokens of weight 1 and more
   right: jax.Array  # [len(SOURCES)] int32, of these, the most likely ones
   grad_norm: jax.Array
@@ -66,15 +64,15 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> llama.Params:
 
 
 def forward(
-  cfg: ModelConfig, params: llama.Params, tokens: jax.Array, look: Callable[..., jax.Array] | None = None
-) -> tuple[jax.Array, jax.Array]:
+  cfg: ModelConfig, params: llama.Params, tokens: jax.Array, look: Callable[..., Any] | None = None
+) -> tuple[jax.Array, Any]:
   """By dense causal attention.
 
   Args:
     cfg: the model.
     params: its parameters.
     tokens: [B, T] int32.
-    look: what to tell of a layer's queries [B, T, K, G, D] and keys [B, T, K, D], a scalar; None: 0.
+    look: what to tell of a layer's queries [B, T, K, G, D] and keys [B, T, K, D], any tree.
 
   Returns:
     Logits float32 [B, T, V], and the mean over layers of what `look` tells.
@@ -84,85 +82,42 @@ def forward(
   def layer(x, lp):
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     o = llama.causal_attention(cfg, q, k, v)
-    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), look(q, k) if look else jnp.float32(0)
+    return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), look(q, k) if look else ()
 
   # Unrolled, as a loop would stack what each layer keeps for the backward pass.
   x, told = lax.scan(layer, llama.embed(params, tokens), params["layers"], unroll=cfg.n_layers)
-  return llama.logits(cfg, params, x, None), told.mean()
-
-
-def digest_loss(q: jax.Array, k: jax.Array, *, at: jax.Array, block_tokens: int) -> jax.Array:
-  """How much of attention's mass lies in blocks whose digests do not stand out.
-
-  Of a token and KV head, the sum over the blocks before it of
-
-    mass^2 softplus(STANDS_OUT - z),    z = (score - mean) / deviation, over these blocks,
-
-  mass and score as means over query heads, as selection takes them. Only the order of scores selects, so that they are
-  measured by their own spread: a key among S cannot make its digest score what attention gives it, but it can make it
-  higher than the others' digests. Squared, as heads whose mass lies everywhere have no block to choose. The first block
-  and the two newest, which selection reads anyway, are left out. Of two rules, the mean of both. Where the mass lies is
-  not to be changed: no gradient goes through it.
-
-  Args:
-    q: [B, T, K, G, D].
-    k: [B, T, K, D].
-    at: [B, n] int32, the queries that are looked at.
-    block_tokens: S; blocks at the end of T that are not full are left out.
-  """
-  scale, n_blocks = q.shape[-1] ** -0.5, k.shape[1] // block_tokens
-  q = jnp.take_along_axis(q, at[:, :, None, None, None], 1).swapaxes(1, 2)  # [B, K, n, G, D]
-  k = k.swapaxes(1, 2)  # [B, K, T, D]
-  blocks = k[:, :, : n_blocks * block_tokens].reshape(*k.shape[:2], n_blocks, block_tokens, -1)  # [B, K, N, S, D]
-
-  logits = scale * jnp.einsum("bkngd,bktd->bkngt", q, k, preferred_element_type=jnp.float32)
-  at = at[:, None, :, None]  # [B, 1, n, 1]
-  token, block = jnp.arange(k.shape[2])[(None,) * 4], jnp.arange(n_blocks)[(None,) * 3]
-  logits = jnp.where(token <= at[..., None], logits, -jnp.inf)
-  by_block = logits[..., : n_blocks * block_tokens].reshape(*logits.shape[:-1], n_blocks, block_tokens)
-  total = jax.nn.logsumexp(logits, -1, keepdims=True)
-  free = (block > 0) & (block < at // block_tokens - 1)  # [B, 1, n, N]
-  mass = jnp.exp(jax.nn.logsumexp(by_block, -1) - total).mean(3)  # [B, K, n, N]
-  mass = lax.stop_gradient(jnp.where(free, mass, 0.0))
-  n_free = jnp.maximum(free.sum(-1, keepdims=True), 1).astype(jnp.float32)
-
-  def hidden(method: Method) -> jax.Array:
-    digests = method.summarize(blocks).astype(jnp.float32)[:, :, None]  # [B, K, 1, N, E, D]
-    scores = scale * method.score(q.astype(jnp.float32), digests).mean(3)
-    mean = jnp.where(free, scores, 0.0).sum(-1, keepdims=True) / n_free
-    over = jnp.where(free, scores - mean, 0.0)
-    z = over * lax.rsqrt((over**2).sum(-1, keepdims=True) / n_free + LEAST_SPREAD**2)
-    return (mass**2 * jax.nn.softplus(STANDS_OUT - z)).sum(-1).mean()
-
-  return (hidden(METHODS["cuboid_mean"]) + hidden(METHODS["mean"])) / 2
+  return llama.logits(cfg, params, x, None), jax.tree.map(lambda x: x.mean(0), told)
 
 
 def loss(
-  config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array, digest_weight: float = 0.0
+  config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array, stage: Stage
 ) -> tuple[jax.Array, dict[str, Any]]:
   """What is minimised, and all of StepMetrics but the norm.
 
-  That is the weighted mean cross entropy in nats, and `digest_weight` times `digest_loss` of DIGEST_QUERIES
-  queries of each sequence, those that predict answers before others, otherwise at random by `key`.
+  That is the weighted mean cross entropy in nats, and as much as the stage says of the losses of attention at LOOKED_AT
+  tokens of each sequence: those that predict answers before others, otherwise at random by `key`.
   """
   cfg = config.model
   tokens, weights, sources = map(jnp.asarray, batch)
   answers = weights >= 1
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
-  look = None
-  if digest_weight:
-    order = answers.astype(jnp.float32) + jax.random.uniform(key, weights.shape)
-    at = lax.top_k(order, min(DIGEST_QUERIES, weights.shape[1]))[1]
-    look = functools.partial(digest_loss, at=at, block_tokens=DIGEST_BLOCK_TOKENS)
-  logits, of_digests = forward(cfg, params, tokens[:, :-1], look)
+  order = answers.astype(jnp.float32) + jax.random.uniform(key, weights.shape)
+  at = lax.top_k(order, min(LOOKED_AT, weights.shape[1]))[1]
+
+  weights_of = {name: weight for name, weight in dataclasses.asdict(stage.attention).items() if weight}
+
+  def look(q: jax.Array, k: jax.Array) -> dict[str, jax.Array]:
+    return {name: LOSSES[name](q, k, at) for name in weights_of}
+
+  logits, of_attention = forward(cfg, params, tokens[:, :-1], look)
   targets = tokens[:, 1:]
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   of_source = sources[None] == jnp.arange(len(SOURCES))[:, None]  # [sources, B]
   count = lambda tokens: jnp.where(of_source, tokens.sum(1)[None], 0).sum(1)  # noqa: E731
   right = answers & (logits.argmax(-1) == targets)
   of_tokens = (weights * nats).sum() / jnp.maximum(weights.sum(), 1)
-  found = dict(loss=of_tokens, digest_loss=of_digests, answers=count(answers), right=count(right))
-  return of_tokens + digest_weight * of_digests, found
+  total = of_tokens + sum(weight * of_attention[name] for name, weight in weights_of.items())
+  return total, dict(loss=of_tokens, attention=of_attention, answers=count(answers), right=count(right))
 
 
 def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformation:
@@ -218,8 +173,8 @@ class Trainer:
         params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
       return jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
 
-    def step(state: TrainState, batch: Batch, digest_weight: float) -> tuple[TrainState, StepMetrics]:
-      f = jax.value_and_grad(functools.partial(loss, config, digest_weight=digest_weight), has_aux=True)
+    def step(state: TrainState, batch: Batch, stage: Stage) -> tuple[TrainState, StepMetrics]:
+      f = jax.value_and_grad(functools.partial(loss, config, stage=stage), has_aux=True)
       (_, found), grads = f(state.params, batch, jax.random.fold_in(jax.random.key(config.seed), state.step))
       with jax.numpy_dtype_promotion("standard"):  # optax counts on it
         updates, opt = optimizer.update(grads, state.optimizer, state.params)
@@ -251,8 +206,8 @@ class Trainer:
     end, save_at, waiting, done = time.monotonic() + seconds, time.monotonic() + SAVE_EVERY, None, self.step
     try:
       for batch in batches:
-        weight = self.config.stage_of(done).digest_weight
-        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split), weight)
+        stage = self.config.stage_of(done)
+        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split), stage)
         done += 1
         if waiting is not None:
           jax.block_until_ready(waiting[0])
