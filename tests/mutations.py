@@ -187,8 +187,8 @@ MUTATIONS = [
   Mutation(
     "the certified bound takes a block for one key",
     "sparse_serve_jax/evaluation/replay.py",
-    "by_head * scale + math.log(program.block_tokens)",
-    "by_head * scale",
+    "(by_head + off) * scale + math.log(program.block_tokens)",
+    "(by_head + off) * scale",
     ("tests/test_replay.py::test_the_certified_share_is_a_lower_bound",),
   ),
   Mutation(

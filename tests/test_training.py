@@ -238,18 +238,19 @@ def test_the_loss_has_what_the_stage_says_of_attention(monkeypatch):
   weights = np.full((2, 200), TOY.context_weight, np.float32)
   np.put_along_axis(weights, answers, 1.0, 1)
   batch, at = data.Batch(tokens, weights, np.zeros(2, np.int32)), jnp.asarray(answers)
-  look = lambda q, k: [of(q, k, at) for of in attention_losses.LOSSES.values()]  # noqa: E731
+  look = lambda q, k: {name: of(q, k, at) for name, of in attention_losses.LOSSES.items()}  # noqa: E731
   _, expected = trainer.forward(MODEL, params, jnp.asarray(tokens[:, :-1]), look)
-  assert min(expected) > 1e-5
+  assert min(expected.values()) > 1e-5
 
   def loss(**weights: float) -> tuple:
     return trainer.loss(TOY, params, batch, jax.random.key(0), Stage(200, 2, 1, AttentionWeights(**weights)))
 
   nats, plain = loss()
   assert nats == plain["loss"] and not plain["attention"]
-  total, found = loss(digest=2.0, sharpness=3.0, diffuseness=4.0)
-  np.testing.assert_allclose([*found["attention"].values()], expected, rtol=1e-4)
-  assert total == pytest.approx(float(nats + jnp.dot(jnp.array([2.0, 3.0, 4.0]), jnp.stack(expected))), rel=1e-4)
+  of_stage = {"digest": 2.0, "sharpness": 3.0, "diffuseness": 4.0}
+  total, found = loss(**of_stage)
+  assert found["attention"] == {name: pytest.approx(float(x), rel=1e-4) for name, x in expected.items()}
+  assert total == pytest.approx(float(nats + sum(of_stage[name] * x for name, x in expected.items())), rel=1e-4)
   assert [*loss(sharpness=1.0)[1]["attention"]] == ["sharpness"]
 
 
