@@ -84,7 +84,7 @@ class Attention:
 @given(
   seed=st.integers(0, 1 << 30),
   spread=st.sampled_from([0.0, 0.01, 0.3, 3.0]),
-  sharpness=st.sampled_from([0.1, 2.0, 30.0, 1000.0]),
+  sharpness=st.sampled_from([0.1, 2.0, 30.0, 300.0]),
   dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
 )
 def test_the_certified_share_is_a_lower_bound(seed: int, spread: float, sharpness: float, dtype):

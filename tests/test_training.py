@@ -153,7 +153,7 @@ def test_the_loss_is_the_weighted_mean():
   tokens = rng.integers(0, MODEL.vocab_size, (2, 9)).astype(np.int32)
   weights = rng.choice([0.0, 0.25, 1.0], (2, 8)).astype(np.float32)
   batch = data.Batch(tokens, weights, np.array([3, 1], np.int32))
-  nats, found = trainer.loss(TOY, params, batch, jax.random.key(0), Stage(8, 2, 1))
+  nats, found = trainer.loss(TOY, params, batch, jax.random.key(0), AttentionWeights())
   answers, right = found["answers"], found["right"]
   log_p = jax.nn.log_softmax(jnp.stack([forward(MODEL, params, row[:-1]) for row in tokens]))
   picked = np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0]
@@ -243,7 +243,7 @@ def test_the_loss_has_what_the_stage_says_of_attention(monkeypatch):
   assert min(expected.values()) > 1e-5
 
   def loss(**weights: float) -> tuple:
-    return trainer.loss(TOY, params, batch, jax.random.key(0), Stage(200, 2, 1, AttentionWeights(**weights)))
+    return trainer.loss(TOY, params, batch, jax.random.key(0), AttentionWeights(**weights))
 
   nats, plain = loss()
   assert nats == plain["loss"] and not plain["attention"]

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.training.attention_losses import LOSSES
-from sparse_serve_jax.training.config import Optimizer, Stage, TrainConfig
+from sparse_serve_jax.training.config import AttentionWeights, Optimizer, TrainConfig
 from sparse_serve_jax.training.data import SOURCES, Batch
 
 SAVE_EVERY = 60.0  # seconds
@@ -90,11 +90,11 @@ def forward(
 
 
 def loss(
-  config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array, stage: Stage
+  config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array, attention: AttentionWeights
 ) -> tuple[jax.Array, dict[str, Any]]:
   """What is minimised, and all of StepMetrics but the norm.
 
-  That is the weighted mean cross entropy in nats, and as much as the stage says of the losses of attention at LOOKED_AT
+  That is the weighted mean cross entropy in nats, and by their weights the losses of attention at LOOKED_AT
   tokens of each sequence: those that predict answers before others, otherwise at random by `key`.
   """
   cfg = config.model
@@ -104,7 +104,7 @@ def loss(
   order = answers.astype(jnp.float32) + jax.random.uniform(key, weights.shape)
   at = lax.top_k(order, min(LOOKED_AT, weights.shape[1]))[1]
 
-  weights_of = {name: weight for name, weight in dataclasses.asdict(stage.attention).items() if weight}
+  weights_of = {name: weight for name, weight in dataclasses.asdict(attention).items() if weight}
 
   def look(q: jax.Array, k: jax.Array) -> dict[str, jax.Array]:
     return {name: LOSSES[name](q, k, at) for name in weights_of}
@@ -173,8 +173,8 @@ class Trainer:
         params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
       return jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
 
-    def step(state: TrainState, batch: Batch, stage: Stage) -> tuple[TrainState, StepMetrics]:
-      f = jax.value_and_grad(functools.partial(loss, config, stage=stage), has_aux=True)
+    def step(state: TrainState, batch: Batch, attention: AttentionWeights) -> tuple[TrainState, StepMetrics]:
+      f = jax.value_and_grad(functools.partial(loss, config, attention=attention), has_aux=True)
       (_, found), grads = f(state.params, batch, jax.random.fold_in(jax.random.key(config.seed), state.step))
       with jax.numpy_dtype_promotion("standard"):  # optax counts on it
         updates, opt = optimizer.update(grads, state.optimizer, state.params)
@@ -206,8 +206,8 @@ class Trainer:
     end, save_at, waiting, done = time.monotonic() + seconds, time.monotonic() + SAVE_EVERY, None, self.step
     try:
       for batch in batches:
-        stage = self.config.stage_of(done)
-        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split), stage)
+        weights = self.config.stage_of(done).attention
+        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split), weights)
         done += 1
         if waiting is not None:
           jax.block_until_ready(waiting[0])
