@@ -19,7 +19,7 @@ CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor
 
 .PHONY: help demo test test-gpu lint format constraints clean
 help:
-	@echo 'make demo         the rungs of the ladder side by side on a tiny model'
+	@echo 'make demo         the rungs of the ladder side by side on the reference model'
 	@echo 'make test         ruff, pyright and every test that needs no GPU'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make format       lays out the code as `make test` wants it'

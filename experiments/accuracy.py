@@ -199,6 +199,8 @@ def _plot(out: pathlib.Path, told: dict[str, list[Row]], reuse: list[Row]) -> No
     return names
 
   for name, entries in by(told["accuracies"], "group", "tokens").items():
+    if len(entries) == 1:  # dense alone
+      continue
     plots.accuracy_by_bytes(entries, out / f"accuracy_{name}.png")
   for name, entries in by(told["psa_by_head"], "group", "tokens").items():
     plots.blocks_by_head(plots.nearest(entries), out / f"psa_{name}.png")

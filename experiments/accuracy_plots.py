@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 
 from sparse_serve_jax.evaluation import report
 from sparse_serve_jax.evaluation.accuracy import Row
@@ -15,15 +16,18 @@ from sparse_serve_jax.evaluation.accuracy import Row
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+# Ten colors, then the same dashed, so that no two of up to twenty lines look alike.
+plt.rcParams["axes.prop_cycle"] = cycler(linestyle=["-", ":"]) * plt.rcParams["axes.prop_cycle"]
+
 
 def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path) -> None:
   """A group's mean accuracy against the share of dense's bytes that is read, a line for each series."""
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
   for series in dict.fromkeys(row["series"] for row in accuracies):
     line = sorted((row["bytes"], row["accuracy"]) for row in accuracies if row["series"] == series)
     axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=series)
   axes.set(xscale="log", xlabel="bytes read, of dense", ylabel="accuracy", ylim=(0, 1.02))
-  axes.legend(fontsize=7, ncols=2)
+  figure.legend(fontsize=7, loc="outside right upper")
   _save(figure, file)
 
 
@@ -42,13 +46,13 @@ def blocks_by_head(of_psa: Row, file: pathlib.Path) -> None:
 
 def reuse(rows: Sequence[Row], file: pathlib.Path) -> None:
   """Rows of `selections.reuse` at one task and length: the curves over w, and layers and heads of the middle row."""
-  figure, axes = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
+  figure, axes = plt.subplots(2, 2, figsize=(10.5, 8), layout="constrained")
   for axis, key, label in zip(axes[0], ("overlap", "working_set"), ("overlap", "working set / selection"), strict=True):
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["series"], row["at"])):
       curve = report.reuse_curve(row, key)
       axis.plot(np.arange(1, len(curve) + 1), curve, label=row["case"])
     axis.set(xlabel="steps w", ylabel=label)
-  axes[0, 0].legend(fontsize=7, ncols=2)
+  figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
   row = rows[len(rows) // 2]
   _heat_map(figure, axes[1, 0], np.array(row["overlap"])[..., 0], f"{row['case']}: overlap with the step before")
   _heat_map(figure, axes[1, 1], np.array(row["working_set"])[..., 11], f"{row['case']}: working set, w = 12")

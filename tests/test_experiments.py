@@ -128,6 +128,15 @@ def test_what_else_the_readme_names_exists():
   assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M)) <= set(targets)
 
 
+@pytest.mark.slow
+def test_the_readmes_python_finds_the_answer(capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  (example,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+  exec(compile(example, "README.md", "exec"), {})
+  text, answers, _ = capsys.readouterr().out.rsplit("\n", 2)
+  assert text.strip() == ast.literal_eval(answers.strip())[0]
+
+
 def test_the_kernels_readme_runs(capsys):
   (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "pallas_kernels" / "README.md").read_text(), re.M | re.S)
   exec(compile(example, "pallas_kernels/README.md", "exec"), {})
@@ -232,7 +241,7 @@ def test_the_demos_rungs(capsys, monkeypatch):
   n, n_prompt, n_new, size = 3, 1024, 4, 32
   for name, value in dict(N_PROMPTS=n, PROMPT_TOKENS=n_prompt, NEW_TOKENS=n_new, BUDGET=256).items():
     monkeypatch.setattr(demo, name, value)
-  demo.main(["demo"])
+  demo.main(["demo", "random:tiny"])
   *printed, last = capsys.readouterr().out.splitlines()
   rungs = json.loads(last)
   assert list(rungs) == printed[1].split() == ["dense", "sparse", "sparse_serve", "psa"]
@@ -269,4 +278,5 @@ def test_share_right():
 
 def test_share_equal():
   assert demo._share_equal([[1, 2], [3, 4]], [[1, 9], [3, 4]]) == 0.75
+  assert demo._share_equal([[1, 2, 5], [3, 4, 6]], [[1, 9, 0], [3, 0, 7]], end=[0]) == 2 / 3  # 1, 9 and 3 count
   assert np.isclose(demo._share_equal([[1]], [[2]]), 0)

@@ -17,8 +17,8 @@ from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.evaluation.selections import Trace
 from sparse_serve_jax.models import llama
 
-# A file that experiments.accuracy wrote to its traces/.
-REFERENCE = Path(__file__).resolve().parent / "goldens" / "traces" / "reference.npz"
+# Written by experiments.accuracy, as all in that folder.
+REFERENCE = Path(__file__).resolve().parent.parent / "models" / "reference" / "traces" / "recite_16384_2048.npz"
 
 K, N, BLOCKS, STEPS = 2, 64, 8, 48  # heads, blocks of a request, selected of them, decode steps
 
