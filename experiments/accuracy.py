@@ -12,7 +12,7 @@ Three parts, of which --parts chooses:
 The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts and reuse.jsonl of
 the third, traces/*.npz, and made of these results.md, summary.json and plots. What the rows are is said by
 `sparse_serve_jax.evaluation`: accuracy.measure, selections.reuse and report. What is there is not run again. The last
-line of stdout is one JSON object, summary.json without its longest part.
+line of stdout is one JSON object, summary.json without its longest parts.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Of a batch of instanc
 _WORKERS = flags.DEFINE_integer("workers", 4, "Processes that make instances.", lower_bound=0)
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
 
+_LONG = ("by_task", "psa_by_head")  # in summary.json only
 FORMAT = 2  # of rows; another one when they tell other things, or the same in another way
 
 
@@ -185,7 +186,7 @@ def _report(out: pathlib.Path, rows: list[Row], reuse: list[Row]) -> None:
   (out / "results.md").write_text(table, encoding="utf-8")
   (out / "summary.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
   print(table)
-  print(json.dumps({key: value for key, value in told.items() if key != "psa_by_head"}), flush=True)
+  print(json.dumps({key: value for key, value in told.items() if key not in _LONG}), flush=True)
   _plot(out, told, reuse)
 
 

@@ -16,7 +16,7 @@ from sparse_serve_jax.evaluation.accuracy import Row
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Ten colors, then the same dashed, so that no two of up to twenty lines look alike.
+# Ten colors, then the same dotted, so that no two of up to twenty lines look alike.
 plt.rcParams["axes.prop_cycle"] = cycler(linestyle=["-", ":"]) * plt.rcParams["axes.prop_cycle"]
 
 

@@ -45,20 +45,20 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(str(error)) from None
   names = [TASKS[i % len(TASKS)] for i in range(N_PROMPTS)]
   asked = [tasks.make(name, PROMPT_TOKENS, i, model.tokenizer, split="eval") for i, name in enumerate(names)]
+  lengths = [len(model.tokenizer.encode(of.completion, add_special_tokens=False)) for of in asked]
   rows: dict[str, Row] = {}
   outputs: dict[str, list[list[int]]] = {}
   for name in tqdm(RUNGS, unit="rung", disable=None):
     rows[name], outputs[name] = measure(override(load_config(name), changes(model)), model, asked)
     rows[name]["answers right"] = _share_right(outputs[name], asked, model)
-    rows[name]["tokens as dense"] = _share_equal(outputs[name], outputs["dense"], model.eos_token_ids)
+    rows[name]["tokens as dense"] = _share_equal(outputs[name], outputs["dense"], lengths)
   of = f"{N_PROMPTS} questions about texts of {PROMPT_TOKENS} tokens ({', '.join(TASKS)})"
   print(f"{of}, {NEW_TOKENS} new tokens each, model {model.name}")
   print(metrics.table(rows))
   print(
     "dense and sparse serve few requests at a time, as HBM holds the KV of few. The others serve all from DRAM, so a\n"
     "token of theirs waits for other prompts too. psa has no token budget: it reads until it estimates that it has\n"
-    "95 % of the attention. Tokens as dense are counted up to the end of the answer that dense gives.\n"
-    "A CPU shows no speed."
+    "95 % of the attention. Answers are compared up to their end. A CPU shows no speed."
   )
   print(json.dumps(rows), flush=True)
 
@@ -104,13 +104,10 @@ def _share_right(outputs: list[list[int]], asked: Sequence[tasks.Instance], mode
   return float(np.mean(right))
 
 
-def _share_equal(outputs: list[list[int]], expected: list[list[int]], end: Sequence[int] = ()) -> float:
-  """Of the other rung's tokens, up to the end of its texts, those that are the same here."""
-  same: list[bool] = []
-  for ours, theirs in zip(outputs, expected, strict=True):
-    n = next((i for i, token in enumerate(theirs) if token in end), len(theirs))
-    same += [a == b for a, b in zip(ours[:n], theirs[:n], strict=True)]
-  return float(np.mean(same)) if same else 1.0
+def _share_equal(outputs: list[list[int]], expected: list[list[int]], lengths: Sequence[int]) -> float:
+  """Of the other rung's answers, of so many tokens each, the tokens that are the same here."""
+  same = [np.equal(a[:n], b[:n]) for a, b, n in zip(outputs, expected, lengths, strict=True)]
+  return float(np.concatenate(same).mean())
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -86,7 +86,7 @@ class ModelConfig:
     return self.n_heads // self.n_kv_heads
 
 
-BLOCK_TOKENS = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
+BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,8 @@ class CacheConfig:
 
   def __post_init__(self):
     _check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "rows"))
-    if self.block_tokens not in BLOCK_TOKENS:
-      raise ValueError(f"block_tokens={self.block_tokens} is not one of {BLOCK_TOKENS}")
+    if self.block_tokens not in BLOCK_SIZES:
+      raise ValueError(f"block_tokens={self.block_tokens} is not one of {BLOCK_SIZES}")
 
 
 @dataclasses.dataclass(frozen=True)

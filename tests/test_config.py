@@ -338,5 +338,5 @@ def test_budget_holds_sinks_and_window():
 
 
 def test_block_sizes_are_powers_of_two():
-  assert all(size & (size - 1) == 0 for size in config_lib.BLOCK_TOKENS)
-  assert CacheConfig().block_tokens in config_lib.BLOCK_TOKENS
+  assert all(size & (size - 1) == 0 for size in config_lib.BLOCK_SIZES)
+  assert CacheConfig().block_tokens in config_lib.BLOCK_SIZES

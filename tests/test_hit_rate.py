@@ -18,7 +18,7 @@ from sparse_serve_jax.evaluation.selections import Trace
 from sparse_serve_jax.models import llama
 
 # Written by experiments.accuracy, as all in that folder.
-REFERENCE = Path(__file__).resolve().parent.parent / "models" / "reference" / "traces" / "recite_16384_2048.npz"
+TRACE = Path(__file__).resolve().parent.parent / "models" / "reference" / "traces" / "recite_16384_2048.npz"
 
 K, N, BLOCKS, STEPS = 2, 64, 8, 48  # heads, blocks of a request, selected of them, decode steps
 
@@ -58,7 +58,7 @@ def recorded(rows: int, layers: int) -> np.ndarray:
 
 def reference(rows: int, layers: int) -> np.ndarray:
   """Selections of a trained model within a budget while it writes long answers, a request a row."""
-  ids = Trace.load(REFERENCE).ids()[:STEPS, :layers, :rows]
+  ids = Trace.load(TRACE).ids()[:STEPS, :layers, :rows]
   return ids[..., : (ids >= 0).all((0, 1, 2, 3)).sum()].astype(int)  # where a step had fewer blocks, the first ones
 
 

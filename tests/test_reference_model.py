@@ -26,7 +26,7 @@ def model():
   return load_model(demo.REFERENCE, dtype="float32")
 
 
-def test_it_is_what_the_recipe_makes(model):
+def test_its_shape_is_the_recipes(model):
   recipe = read_config(TrainConfig, find_config("training", "reference")).model
   assert dataclasses.replace(model.config, dtype=recipe.dtype) == recipe
   assert load_model(demo.REFERENCE).config.dtype == recipe.dtype

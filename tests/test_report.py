@@ -9,7 +9,7 @@ import pytest
 
 from sparse_serve_jax.evaluation import report, selections
 from sparse_serve_jax.evaluation.accuracy import TOLERANCE
-from tests.test_traces import drifting
+from tests.test_selections import drifting
 
 
 def row(task: str, series: str, at: float, accuracy: float, blocks: float, group: str = "retrieval", **more) -> dict:
@@ -20,7 +20,7 @@ def row(task: str, series: str, at: float, accuracy: float, blocks: float, group
 
 def stop(series: str, at: float, accuracy: float, blocks: float, violations: int = 0, task: str = "a") -> dict:
   by_head = {"mean": [[blocks - 1, blocks + 1]], "quantiles": [[[blocks, blocks]]] * 5}
-  counts = dict(pairs=1000, stopped=800, violations=violations, short=violations // 2)
+  counts = dict(pairs=1000, stopped=800, violations=violations, short=violations // 2, estimate_error=0.01 * at)
   return row(task, series, at, accuracy, blocks, by_head=by_head, **counts)
 
 
@@ -81,11 +81,21 @@ def test_how_sure_it_is_that_a_level_is_reached():
 def test_stop_rules():
   first, second = report.stop_rules([r for r in ROWS if r["task"] == "a"])
   assert first["threshold"] == 0.5 and first["cost"] == 4 and first["certified"]["violations"] == 0
-  assert first["psa"] == {"blocks": 4, "mass": 0.9, "pairs": 1000, "stopped": 800, "violations": 100, "short": 50}
+  counts = {"pairs": 1000, "stopped": 800, "violations": 100, "short": 50}
+  assert first["psa"] == {"blocks": 4, "mass": 0.9, "estimate_error": 0.005} | counts
   assert second["threshold"] == 0.9 and second["cost"] is None and "certified" not in second
   assert list(report.certified(ROWS)) == [{"pairs": 1000, "violations": 0, "tolerance": TOLERANCE}]
   both = next(entry for entry in report.stop_rules(ROWS) if entry["threshold"] == 0.9)
   assert (both["psa"]["pairs"], both["psa"]["violations"]) == (2000, 100)
+
+
+def test_by_task():
+  found = {(entry["group"], entry["case"]): entry["of"] for entry in report.by_task(ROWS)}
+  assert found["retrieval", "cuboid_mean 1024"] == {"a": {"accuracy": 1.0, "blocks": 32}}
+  assert found["retrieval", "psa 0.9"]["b"] == {"accuracy": 0.4, "blocks": 8}
+  lines = report.markdown(report.summary(ROWS, [])).splitlines()
+  assert "| setting | a | b |" in lines and "| setting | c |" in lines
+  assert "| cuboid_mean 1024 | 100.0% (32) |  |" in lines and "| psa 0.9 | 100.0% (8) | 40.0% (8) |" in lines
 
 
 def test_likelihoods_and_accuracies():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import subprocess
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.digest import cuboid_mean
 from sparse_serve_jax.config import ModelConfig, read_config
 from sparse_serve_jax.models import ByteTokenizer, forward, load_model
 from sparse_serve_jax.training import attention_losses, data, trainer
-from sparse_serve_jax.training.config import AttentionWeights, Optimizer, Sources, Stage, TrainConfig
+from sparse_serve_jax.training.config import AttentionLossWeights, Optimizer, Sources, Stage, TrainConfig
 from sparse_serve_jax.training.vocabulary import train_tokenizer
 
 MODEL = ModelConfig(
@@ -153,7 +151,7 @@ def test_the_loss_is_the_weighted_mean():
   tokens = rng.integers(0, MODEL.vocab_size, (2, 9)).astype(np.int32)
   weights = rng.choice([0.0, 0.25, 1.0], (2, 8)).astype(np.float32)
   batch = data.Batch(tokens, weights, np.array([3, 1], np.int32))
-  nats, found = trainer.loss(TOY, params, batch, jax.random.key(0), AttentionWeights())
+  nats, found = trainer.loss(TOY, params, batch, jax.random.key(0), AttentionLossWeights())
   answers, right = found["answers"], found["right"]
   log_p = jax.nn.log_softmax(jnp.stack([forward(MODEL, params, row[:-1]) for row in tokens]))
   picked = np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0]
@@ -165,74 +163,11 @@ def test_the_loss_is_the_weighted_mean():
   assert int(answers.sum()) == (weights == 1).sum()
 
 
-def test_the_digest_loss_is_mass_in_blocks_that_do_not_stand_out(monkeypatch):
-  """Against loops, one query after the other."""
-  rng, (n_tokens, n_heads, n_group, depth, size) = np.random.default_rng(0), (45, 2, 3, 8, 4)
-  q, k = rng.normal(size=(2, n_tokens, n_heads, n_group, depth)), 2 * rng.normal(size=(2, n_tokens, n_heads, depth))
-  at, scale, expected = np.array([[44, 17, 30], [12, 3, 41]]), depth**-0.5, []
-  for b, i, head in itertools.product(range(2), range(3), range(n_heads)):
-    position = at[b, i]
-    p = np.exp(scale * q[b, position, head] @ k[b, : position + 1, head].T)  # [G, tokens]
-    free = range(1, position // size - 1)
-    blocks = [slice(size * j, size * (j + 1)) for j in free]
-    if not blocks:
-      expected += [0.0, 0.0]
-      continue
-    mass = np.array([(p[:, block].sum(1) / p.sum(1)).mean() for block in blocks])
-    for rule in (lambda x: x.mean(0, keepdims=True), lambda x: np.asarray(cuboid_mean(jnp.asarray(x)))):
-      digests = [rule(k[b, block, head]) for block in blocks]
-      products = [[np.maximum(one * d[0], one * d[-1]).sum() for d in digests] for one in q[b, position, head]]
-      scores = scale * np.mean(products, 0)
-      z = (scores - scores.mean()) / np.sqrt(scores.var() + attention_losses.LEAST_SPREAD**2)
-      expected.append((mass**2 * np.log1p(np.exp(attention_losses.STANDS_OUT - z))).sum())
-  monkeypatch.setattr(attention_losses, "BLOCK_TOKENS", size)
-  found = attention_losses.digest(*map(jnp.float32, (q, k)), jnp.asarray(at))
-  assert found == pytest.approx(np.mean(expected), rel=1e-4) and found > 0.01
-
-
-def test_sharpness_is_what_attention_is_too_far_from_uniform(monkeypatch):
-  """Against loops; attention that lies evenly, or to 99 % in one place and evenly elsewhere, is not too far."""
-  monkeypatch.setattr(attention_losses, "SHARPEST", 2.0)
-  rng, depth, at = np.random.default_rng(0), 8, np.array([[44, 17, 0], [12, 3, 41]])
-  q, k = 3 * rng.normal(size=(2, 45, 2, 3, depth)), rng.normal(size=(2, 45, 2, depth))
-  expected = []
-  for b, i, head, group in itertools.product(range(2), range(3), range(2), range(3)):
-    logits = k[b, : at[b, i] + 1, head] @ q[b, at[b, i], head, group] / np.sqrt(depth)
-    log_p = logits - np.log(np.exp(logits).sum())
-    expected.append(max(0.0, (-np.log(log_p.size) - log_p).mean() - 2.0))
-  assert 0.2 < np.mean([x > 0 for x in expected]) < 0.8
-  found = attention_losses.sharpness(jnp.float32(q), jnp.float32(k), jnp.asarray(at))
-  assert found == pytest.approx(np.mean(expected), rel=1e-4)
-  monkeypatch.undo()
-  one = np.zeros_like(k)
-  one[:, 1, :, 0] = np.log(99 * 44) * np.sqrt(depth)
-  q[..., 0] = 1.0
-  for keys, too_far in (np.zeros_like(k), False), (one, False), (2 * one, True):
-    found = attention_losses.sharpness(jnp.float32(q), jnp.float32(keys), jnp.full((2, 1), 44))
-    assert (found > 0.1) if too_far else (found == 0)
-
-
-def test_diffuseness_is_the_mass_outside_few_blocks(monkeypatch):
-  """Against loops; the block that is not full yet, and the last one of the sequence, are blocks too."""
-  size, depth, at = 4, 8, np.array([[44, 17, 0], [12, 3, 41]])
-  monkeypatch.setattr(attention_losses, "BLOCK_TOKENS", size)
-  monkeypatch.setattr(attention_losses, "FEW", 3)
-  rng = np.random.default_rng(0)
-  q, k, expected = rng.normal(size=(2, 45, 2, 3, depth)), rng.normal(size=(2, 45, 2, depth)), []
-  for b, i, head in itertools.product(range(2), range(3), range(2)):
-    p = np.exp(k[b, : at[b, i] + 1, head] @ q[b, at[b, i], head].T / np.sqrt(depth))  # [tokens, G]
-    p = (p / p.sum(0)).mean(1)
-    by_block = sorted(p[start : start + size].sum() for start in range(0, p.size, size))
-    expected.append(sum(by_block[:-3]))
-  found = attention_losses.diffuseness(jnp.float32(q), jnp.float32(k), jnp.asarray(at))
-  assert found == pytest.approx(np.mean(expected), rel=1e-4) and 0.1 < found < 0.9
-
-
 def test_the_loss_has_what_the_stage_says_of_attention(monkeypatch):
   """Where answers are predicted, as many as there are here; of all layers."""
-  monkeypatch.setattr(trainer, "LOOKED_AT", 3)
-  monkeypatch.setattr(attention_losses, "SHARPEST", 0.0)
-  monkeypatch.setattr(attention_losses, "FEW", 2)
+  monkeypatch.setattr(trainer, "QUERIES_PER_SEQUENCE", 3)
+  monkeypatch.setattr(attention_losses, "MAX_KL_NATS", 0.0)
+  monkeypatch.setattr(attention_losses, "TOP_BLOCKS", 2)
   params, rng = trainer.init_params(MODEL, jax.random.key(0)), np.random.default_rng(0)
   tokens, answers = rng.integers(0, MODEL.vocab_size, (2, 201)).astype(np.int32), np.array([[150, 199, 170]] * 2)
   weights = np.full((2, 200), TOY.context_weight, np.float32)
@@ -243,7 +178,7 @@ def test_the_loss_has_what_the_stage_says_of_attention(monkeypatch):
   assert min(expected.values()) > 1e-5
 
   def loss(**weights: float) -> tuple:
-    return trainer.loss(TOY, params, batch, jax.random.key(0), AttentionWeights(**weights))
+    return trainer.loss(TOY, params, batch, jax.random.key(0), AttentionLossWeights(**weights))
 
   nats, plain = loss()
   assert nats == plain["loss"] and not plain["attention"]
@@ -254,26 +189,9 @@ def test_the_loss_has_what_the_stage_says_of_attention(monkeypatch):
   assert [*loss(sharpness=1.0)[1]["attention"]] == ["sharpness"]
 
 
-def test_a_block_that_is_attended_to_is_to_stand_out(monkeypatch):
-  """What one query looks for is one key of a block, then all of it; and gradients reach queries and keys."""
-  rng, (n_tokens, size, depth) = np.random.default_rng(0), (256, 8, 16)
-  q, k = rng.normal(size=(1, n_tokens, 1, 2, depth)), rng.normal(size=(1, n_tokens, 1, depth))
-  q[0, 255] = q[0, 255, :, :1]
-  one, whole = k.copy(), k.copy()
-  one[0, 84], whole[0, 80:88] = 3 * q[0, 255, 0, 0], 3 * q[0, 255, 0, 0]
-  monkeypatch.setattr(attention_losses, "BLOCK_TOKENS", size)
-  loss = functools.partial(attention_losses.digest, at=jnp.array([[255]]))
-  found = [float(loss(jnp.float32(q), jnp.float32(keys))) for keys in (one, whole)]
-  assert found[1] < 0.5 * found[0] and found[1] < np.log(2) + 0.1
-  grads = jax.grad(loss, argnums=(0, 1))(jnp.float32(q), jnp.float32(one))
-  assert all(np.isfinite(g).all() and np.abs(g).max() > 1e-4 for g in grads)
-  grads = jax.grad(functools.partial(loss, at=jnp.array([[9]])), argnums=(0, 1))(jnp.float32(q), jnp.float32(one))
-  assert all((np.asarray(g) == 0).all() for g in grads)  # no block is free to be chosen
-
-
 def test_attention_counts_in_the_stages_that_say_so(tmp_path, monkeypatch):
   monkeypatch.setattr(attention_losses, "BLOCK_TOKENS", 8)
-  config, found = shortened(Stage(64, 1, 2), Stage(64, 1, 2, AttentionWeights(digest=1.0))), []
+  config, found = shortened(Stage(64, 1, 2), Stage(64, 1, 2, AttentionLossWeights(digest=1.0))), []
   run = trainer.Trainer(config, tmp_path)
   run.run(data.batches(config, Ids(), 0, 0), 1000, lambda step, metrics, _: found.append(metrics.attention))
   assert not any(found[:2]) and all(of["digest"] > 0 for of in found[2:]) and len(found) == 4
@@ -317,6 +235,13 @@ def test_what_a_failure_leaves(tmp_path):
   with pytest.raises(OSError, match="no more"):
     run.run(batches(), 1000)
   assert trainer.Trainer(config, tmp_path).step == 3
+
+
+def test_a_run_starts_from_parameters(tmp_path):
+  other = trainer.init_params(MODEL, jax.random.key(7))
+  given = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), other)  # as a shipped model has them
+  run = trainer.Trainer(TOY, tmp_path, start_from=given)
+  jax.tree.map(np.testing.assert_array_equal, run.state.params, jax.tree.map(lambda x: x.astype(np.float32), given))
 
 
 def test_parameters_of_another_model_are_refused(tmp_path):
@@ -382,7 +307,7 @@ def test_the_program_in_two_pieces(tmp_path):
   [
     ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds max_context=320"),
     ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, its weights 0, got Stage"),
-    ({"stages": [{"tokens": 16, "sequences": 1, "steps": 1, "attention": {"digest": -1.0}}]}, "digest=-1.0"),
+    ({"stages": [{"tokens": 16, "sequences": 1, "steps": 1, "attention_loss": {"digest": -1.0}}]}, "digest=-1.0"),
     ({"sources": {"text": 0}}, "one is more, got Sources"),
     ({"sources": {"tex": 1}}, "unknown key 'tex'"),
     ({"optimizer": {"warmup_steps": 3, "decay_steps": 3}}, "= 6 exceed the 5 steps"),

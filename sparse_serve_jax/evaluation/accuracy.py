@@ -30,7 +30,7 @@ from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.tokenizer import Tokenizer
 
-BLOCK_TOKENS = (32, 16, 64)  # the first is that of all other comparisons
+BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
@@ -84,7 +84,7 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
     *changes: str,
     oracle: bool = False,
     certified: bool = False,
-    block_tokens: int = BLOCK_TOKENS[0],
+    block_tokens: int = BLOCK_SIZES[0],
   ) -> Case:
     small = f"sparse.sink_tokens={block_tokens}", f"sparse.window_tokens={block_tokens}"
     base = [f"cache.block_tokens={block_tokens}", *small, "sparse.policy=topk"]
@@ -92,13 +92,13 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
 
   yield case(DENSE, 1, "sparse.policy=dense")
   for low, high in itertools.pairwise(budgets):
-    if DEFAULT_METHOD in names and (between := (low + high) // 2 // max(BLOCK_TOKENS) * max(BLOCK_TOKENS)) > low:
+    if DEFAULT_METHOD in names and (between := (low + high) // 2 // max(BLOCK_SIZES) * max(BLOCK_SIZES)) > low:
       yield case(DEFAULT_METHOD, between, f"sparse.token_budget={between}")
   for budget in budgets:
     of = f"sparse.token_budget={budget}"
     for name in names:
       if name == "window":
-        rest = max(0, budget - BLOCK_TOKENS[0])
+        rest = max(0, budget - BLOCK_SIZES[0])
         yield case(WINDOW, budget, of, f"sparse.window_tokens={rest}")
       elif name != "top_p":
         method = DEFAULT_METHOD if name == "oracle" else name
@@ -107,7 +107,7 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
       yield case("no sinks, no window", budget, of, "sparse.sink_tokens=0", "sparse.window_tokens=0")
       yield case("two layers dense", budget, of, "sparse.dense_layers=2")
       yield case("best query head", budget, of, "sparse.group_reduce=max")
-      for size in BLOCK_TOKENS[1:]:
+      for size in BLOCK_SIZES[1:]:
         yield case(f"blocks of {size}", budget, of, block_tokens=size)
   if "top_p" in names:
     yield case("top_p", TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
@@ -137,7 +137,7 @@ class Instances:
     most_steps: int,
     text: texts.Text = texts.sentences,
   ) -> Instances:
-    width = -(-n_tokens // max(BLOCK_TOKENS)) * max(BLOCK_TOKENS)
+    width = -(-n_tokens // max(BLOCK_SIZES)) * max(BLOCK_SIZES)
     tokens, start, end = np.zeros((len(seeds), width), np.int32), [], []
     first_answer = []
     for row, seed in zip(tokens, seeds, strict=True):
@@ -164,7 +164,7 @@ class Instances:
 
     The last tokens are the answer, at most a half.
     """
-    width = -(-n_tokens // max(BLOCK_TOKENS)) * max(BLOCK_TOKENS)
+    width = -(-n_tokens // max(BLOCK_SIZES)) * max(BLOCK_SIZES)
     tokens, n = np.zeros((len(seeds), width), np.int32), min(most_steps, n_tokens // 2)
     for row, seed in zip(tokens, seeds, strict=True):
       rng = np.random.default_rng([1, zlib.crc32(TEXT.encode()), n_tokens, seed])

@@ -60,6 +60,7 @@ def summary(rows: Sequence[Row], reuse: Sequence[Row]) -> dict[str, list[Row]]:
   """Everything but the rows themselves; each entry says what it is."""
   return {
     "accuracies": list(accuracies(rows)),
+    "by_task": list(by_task(rows)),
     "psa_against_fixed": list(psa_against_fixed(rows)),
     "stop_rules": list(stop_rules(rows)),
     "certified": list(certified(rows)),
@@ -79,6 +80,15 @@ def accuracies(rows: Sequence[Row]) -> Iterator[Row]:
         more = interval(_each_accuracy(chosen, mean["case"]), _each_accuracy(chosen, dense["case"]))
         told = dict(more=mean["accuracy"] - dense["accuracy"], interval=more)
         yield dict(tokens=n_tokens, group=group) | mean | told
+
+
+def by_task(rows: Sequence[Row]) -> Iterator[Row]:
+  """By length, group and case, of each task "accuracy" and "blocks"."""
+  for n_tokens, group, chosen in _by_group(rows):
+    for case in dict.fromkeys(row["case"] for row in chosen if group != TEXT):
+      ours = sorted((row for row in chosen if row["case"] == case), key=lambda row: row["task"])
+      of = {row["task"]: {key: row[key] for key in ("accuracy", "blocks")} for row in ours}
+      yield dict(tokens=n_tokens, group=group, case=case, of=of)
 
 
 def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
@@ -136,10 +146,10 @@ def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
   """What PSA's estimate is worth and what a guarantee costs, by length, group and threshold.
 
   Yields:
-    "tokens", "group", "threshold", and for each series of cases that stops: mean "blocks" and "mass", and the counts
-    "pairs", "stopped", "violations" and "short" of `accuracy.summary`, over all tasks; "cost", blocks of the certified
-    stop as a multiple of the estimate's on the same ranking. The estimate is first asked after one group of ranked
-    blocks, the certified stop before it.
+    "tokens", "group", "threshold", and for each series of cases that stops: mean "blocks", "mass" and "estimate_error",
+    by which its estimate of the mass is too high, and the counts "pairs", "stopped", "violations" and "short" of
+    `accuracy.summary`, over all tasks; "cost", blocks of the certified stop as a multiple of the estimate's on the same
+    ranking. The estimate is first asked after one group of ranked blocks, the certified stop before it.
   """
   for n_tokens, group, of_group in _by_group(rows):
     stopping = [row for row in of_group if "pairs" in row]
@@ -147,8 +157,10 @@ def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
       chosen = [row for row in stopping if row["at"] == threshold]
       told: Row = {mean["series"]: {key: mean[key] for key in ("blocks", "mass")} for mean in _means(chosen)}
       for series, of in told.items():
+        ours = [row for row in chosen if row["series"] == series]
+        of["estimate_error"] = float(np.mean([row["estimate_error"] for row in ours]))
         for key in ("pairs", "stopped", "violations", "short"):
-          of[key] = sum(row[key] for row in chosen if row["series"] == series)
+          of[key] = sum(row[key] for row in ours)
       cost = _ratios(told.get(CERTIFIED), told.get(PSA_MIN_MAX), ("blocks",))
       yield dict(tokens=n_tokens, group=group, threshold=threshold) | told | dict(cost=cost and cost["blocks"])
 
@@ -246,16 +258,17 @@ def markdown(told: dict[str, list[Row]]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-def _section(entries: list[Row], title: str, head: Sequence[str], split: Sequence[str], cells: Any) -> str:
-  """A title, and a table of entries for each combination of the values under `split`."""
+def _section(entries: list[Row], title: str, head: Any, split: Sequence[str], cells: Any) -> str:
+  """A title, and a table of entries for each combination of the values under `split`; `head` may depend on them."""
   parts = [f"## {title}"]
   for values in dict.fromkeys(tuple(entry[key] for key in split) for entry in entries):
     chosen = [entry for entry in entries if tuple(entry[key] for key in split) == values]
     lines = [line for entry in chosen for line in cells(entry, chosen)]
     named = zip(split, values, strict=True)
     name = ", ".join(f"{value} tokens" if key == "tokens" else str(value) for key, value in named)
-    rule = "|".join(["---", *["--:"] * (len(head) - 1)])
-    table = [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
+    names = head if isinstance(head, tuple) else head(chosen)
+    rule = "|".join(["---", *["--:"] * (len(names) - 1)])
+    table = [f"| {' | '.join(names)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
     parts += [f"### {name}", "\n".join(table)] if name else ["\n".join(table)]
   return "\n\n".join(parts)
 
@@ -264,6 +277,15 @@ def _accuracy_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
   low, high = of["interval"]
   cells = [of["case"], f"{of['accuracy']:.1%}", f"{of['more']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
   yield [*cells, f"{of['blocks']:.1f}", f"{of['bytes']:.1%}", f"{of['mass']:.3f}"]
+
+
+def _task_head(all_of: list[Row]) -> list[str]:
+  return ["setting", *dict.fromkeys(task for entry in all_of for task in entry["of"])]
+
+
+def _task_cells(of: Row, all_of: list[Row]) -> Iterator[list[str]]:
+  each = [of["of"].get(task) for task in _task_head(all_of)[1:]]
+  yield [of["case"], *("" if one is None else f"{one['accuracy']:.1%} ({one['blocks']:.0f})" for one in each)]
 
 
 def _psa_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
@@ -285,7 +307,7 @@ def _stop_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
     if series in of:
       ours = of[series]
       cells = [f"{series} {of['threshold']:g}", f"{ours['blocks']:.1f}", f"{ours['mass']:.3f}", f"{ours['pairs']:,}"]
-      cells += [f"{ours['stopped'] / ours['pairs']:.1%}", f"{ours['violations']:,}"]
+      cells += [f"{ours['estimate_error']:+.3f}", f"{ours['stopped'] / ours['pairs']:.1%}", f"{ours['violations']:,}"]
       cost = f"{of['cost']:.2f}" if series == CERTIFIED and of["cost"] else ""
       yield [*cells, f"{ours['short'] / ours['pairs']:.1%}", cost]
 
@@ -311,14 +333,15 @@ def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 
 
 # Of each key of a summary: title, head of the tables, what there is a table for, lines of an entry.
-_SECTIONS = {
+_SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
   "accuracies": (
     "Accuracy by setting, mean over tasks, and its difference from dense with the 95 % interval (of no width where no "
     "instance differs, though of 200 alike up to 1.5 % of all may differ)",
-    ("setting", "accuracy", "more", "interval", "blocks", "bytes of dense", "mass"),
+    ("setting", "accuracy", "vs dense", "interval", "blocks", "bytes of dense", "mass"),
     ("tokens", "group"),
     _accuracy_cells,
   ),
+  "by_task": ("Accuracy of each task, in brackets blocks attended", _task_head, ("tokens", "group"), _task_cells),
   "psa_against_fixed": (
     f"The cheapest PSA threshold and the cheapest {DEFAULT_METHOD} budget (tokens) for a share of dense accuracy, in "
     "brackets how sure that is; ratios at these, in brackets between the next cheaper ones, which do not reach it",
@@ -332,8 +355,9 @@ _SECTIONS = {
   "stop_rules": (
     "Stop tests: (token, query head) pairs, in every layer; of these stopped with blocks unread, those whose mass was "
     "claimed to be more than it is (PSA where it stopped, the certified stop in any test, made or not), or is below "
-    "the threshold; blocks of the certified stop as a multiple of the estimate's on the same ranking (cost)",
-    ("setting", "blocks", "mass", "pairs", "stopped", "claimed more", "below threshold", "cost"),
+    "the threshold; the mean of claimed less true mass; blocks of the certified stop as a multiple of the estimate's "
+    "on the same ranking (cost)",
+    ("setting", "blocks", "mass", "pairs", "claimed - true", "stopped", "claimed more", "below threshold", "cost"),
     ("tokens", "group"),
     _stop_cells,
   ),
@@ -351,7 +375,7 @@ _SECTIONS = {
   ),
   "text": (
     "Ordinary text: nats a token, difference from dense with its 95 % interval",
-    ("setting", "nats", "more", "interval", "next token right", "blocks", "bytes of dense", "mass"),
+    ("setting", "nats", "vs dense", "interval", "next token right", "blocks", "bytes of dense", "mass"),
     ("tokens",),
     _text_cells,
   ),

@@ -8,7 +8,7 @@ from sparse_serve_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionWeights:
+class AttentionLossWeights:
   """In the loss, of `attention_losses.LOSSES` of the same names."""
 
   digest: float = 0.0  # not before a model retrieves: with it, it did not learn to
@@ -23,7 +23,7 @@ class Stage:
   tokens: int  # of a sequence
   sequences: int  # of a step
   steps: int
-  attention: AttentionWeights = dataclasses.field(default_factory=AttentionWeights)
+  attention_loss: AttentionLossWeights = dataclasses.field(default_factory=AttentionLossWeights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TrainConfig:
     if not self.stages:
       raise ValueError("a run has one stage or more")
     for stage in self.stages:
-      if min(stage.tokens, stage.sequences, stage.steps) < 1 or min(dataclasses.astuple(stage.attention)) < 0:
+      if min(stage.tokens, stage.sequences, stage.steps) < 1 or min(dataclasses.astuple(stage.attention_loss)) < 0:
         raise ValueError(f"a stage's tokens, sequences and steps are at least 1, its weights 0, got {stage}")
     if (needed := self.optimizer.warmup_steps + self.optimizer.decay_steps) > self.steps:
       raise ValueError(f"warmup_steps + decay_steps = {needed} exceed the {self.steps} steps of the run")

@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.training.attention_losses import LOSSES
-from sparse_serve_jax.training.config import AttentionWeights, Optimizer, TrainConfig
+from sparse_serve_jax.training.config import AttentionLossWeights, Optimizer, TrainConfig
 from sparse_serve_jax.training.data import SOURCES, Batch
 
 SAVE_EVERY = 60.0  # seconds
-LOOKED_AT = 128  # tokens of a sequence whose attention is looked at
+QUERIES_PER_SEQUENCE = 128  # tokens of a sequence whose attention is looked at
 
 
 class TrainState(NamedTuple):
@@ -90,11 +90,11 @@ def forward(
 
 
 def loss(
-  config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array, attention: AttentionWeights
+  config: TrainConfig, params: llama.Params, batch: Batch, key: jax.Array, attention_loss: AttentionLossWeights
 ) -> tuple[jax.Array, dict[str, Any]]:
   """What is minimised, and all of StepMetrics but the norm.
 
-  That is the weighted mean cross entropy in nats, and by their weights the losses of attention at LOOKED_AT
+  That is the weighted mean cross entropy in nats, and by their weights the losses of attention at QUERIES_PER_SEQUENCE
   tokens of each sequence: those that predict answers before others, otherwise at random by `key`.
   """
   cfg = config.model
@@ -102,12 +102,12 @@ def loss(
   answers = weights >= 1
   params = jax.tree.map(lambda x: x.astype(llama.dtype_of(cfg)), params)
   order = answers.astype(jnp.float32) + jax.random.uniform(key, weights.shape)
-  at = lax.top_k(order, min(LOOKED_AT, weights.shape[1]))[1]
+  at = lax.top_k(order, min(QUERIES_PER_SEQUENCE, weights.shape[1]))[1]
 
-  weights_of = {name: weight for name, weight in dataclasses.asdict(attention).items() if weight}
+  loss_weights = {name: weight for name, weight in dataclasses.asdict(attention_loss).items() if weight}
 
   def look(q: jax.Array, k: jax.Array) -> dict[str, jax.Array]:
-    return {name: LOSSES[name](q, k, at) for name in weights_of}
+    return {name: LOSSES[name](q, k, at) for name in loss_weights}
 
   logits, of_attention = forward(cfg, params, tokens[:, :-1], look)
   targets = tokens[:, 1:]
@@ -116,7 +116,7 @@ def loss(
   count = lambda tokens: jnp.where(of_source, tokens.sum(1)[None], 0).sum(1)  # noqa: E731
   right = answers & (logits.argmax(-1) == targets)
   of_tokens = (weights * nats).sum() / jnp.maximum(weights.sum(), 1)
-  total = of_tokens + sum(weight * of_attention[name] for name, weight in weights_of.items())
+  total = of_tokens + sum(weight * of_attention[name] for name, weight in loss_weights.items())
   return total, dict(loss=of_tokens, attention=of_attention, answers=count(answers), right=count(right))
 
 
@@ -173,8 +173,8 @@ class Trainer:
         params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
       return jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
 
-    def step(state: TrainState, batch: Batch, attention: AttentionWeights) -> tuple[TrainState, StepMetrics]:
-      f = jax.value_and_grad(functools.partial(loss, config, attention=attention), has_aux=True)
+    def step(state: TrainState, batch: Batch, attention_loss: AttentionLossWeights) -> tuple[TrainState, StepMetrics]:
+      f = jax.value_and_grad(functools.partial(loss, config, attention_loss=attention_loss), has_aux=True)
       (_, found), grads = f(state.params, batch, jax.random.fold_in(jax.random.key(config.seed), state.step))
       with jax.numpy_dtype_promotion("standard"):  # optax counts on it
         updates, opt = optimizer.update(grads, state.optimizer, state.params)
@@ -206,8 +206,8 @@ class Trainer:
     end, save_at, waiting, done = time.monotonic() + seconds, time.monotonic() + SAVE_EVERY, None, self.step
     try:
       for batch in batches:
-        weights = self.config.stage_of(done).attention
-        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split), weights)
+        loss_weights = self.config.stage_of(done).attention_loss
+        self.state, metrics = self._step(self.state, jax.device_put(batch, self._split), loss_weights)
         done += 1
         if waiting is not None:
           jax.block_until_ready(waiting[0])
