@@ -25,8 +25,12 @@ def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path) -> None:
   figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
   for series in dict.fromkeys(row["series"] for row in accuracies):
     line = sorted((row["bytes"], row["accuracy"]) for row in accuracies if row["series"] == series)
-    axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=series)
-  axes.set(xscale="log", xlabel="bytes read, of dense", ylabel="accuracy", ylim=(0, 1.02))
+    style: dict[str, Any] = (
+      dict(marker="*", markersize=9, linestyle="") if len(line) == 1 else dict(marker="o", markersize=3)
+    )
+    axes.plot(*zip(*line, strict=True), label=series, **style)
+  title = f"{accuracies[0]['group']}, {accuracies[0]['tokens']} tokens, mean of {accuracies[0]['tasks']} tasks"
+  axes.set(xscale="log", xlabel="bytes read, of dense", ylabel="accuracy", ylim=(0, 1.02), title=title)
   figure.legend(fontsize=7, loc="outside right upper")
   _save(figure, file)
 

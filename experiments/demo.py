@@ -53,22 +53,34 @@ def main(argv: list[str]) -> None:
     rows[name]["answers right"] = _share_right(outputs[name], asked, model)
     rows[name]["tokens as dense"] = _share_equal(outputs[name], outputs["dense"], lengths)
   of = f"{N_PROMPTS} questions about texts of {PROMPT_TOKENS} tokens ({', '.join(TASKS)})"
-  print(f"{of}, {NEW_TOKENS} new tokens each, model {model.name}")
+  hbm, all_kv = (f"{n * _kv_bytes(model) / 1e6:.0f} MB" for n in (2, N_PROMPTS))
+  print(f"{of}, {NEW_TOKENS} new tokens each, model {model.name}; at most {hbm} of HBM for their {all_kv} of KV")
   print(metrics.table(rows))
   print(
     "dense and sparse serve few requests at a time, as HBM holds the KV of few. The others serve all from DRAM, so a\n"
     "token of theirs waits for other prompts too. psa has no token budget: it reads until it estimates that it has\n"
-    "95 % of the attention. Answers are compared up to their end. A CPU shows no speed."
+    "95 % of the attention. Blocks count for each layer and KV head; answers are compared up to their end. A CPU\n"
+    "shows no speed."
   )
   print(json.dumps(rows), flush=True)
 
 
 def changes(model: Model) -> list[str]:
   """What makes the rungs comparable: HBM for the KV of two requests less tails and the like, DRAM for all."""
-  cfg, tokens = model.config, PROMPT_TOKENS + 64
-  kv_bytes = tokens * 2 * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers * llama.dtype_of(cfg).itemsize  # of a request
+  kv_bytes = _kv_bytes(model)
   memory = f"cache.hbm_bytes={2 * kv_bytes}", f"cache.dram_bytes={(N_PROMPTS + 1) * kv_bytes}"
-  return [f"sparse.token_budget={BUDGET}", "cache.rows=8", *memory, f"scheduler.max_context={tokens}"]
+  return [f"sparse.token_budget={BUDGET}", "cache.rows=8", *memory, f"scheduler.max_context={_tokens()}"]
+
+
+def _tokens() -> int:
+  """Of a request at most."""
+  return PROMPT_TOKENS + 64
+
+
+def _kv_bytes(model: Model) -> int:
+  """Of a request at most."""
+  cfg = model.config
+  return _tokens() * 2 * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers * llama.dtype_of(cfg).itemsize
 
 
 def measure(config: EngineConfig, model: Model, asked: Sequence[tasks.Instance]) -> tuple[Row, list[list[int]]]:

@@ -101,7 +101,8 @@ def test_the_readmes_experiment_runs(tmp_path):
 
 
 def test_the_readmes_commands_parse():
-  commands = commands_in_readme()
+  # Others define the same flags in another process; below it is tested that there are such flags.
+  commands = [command for command in commands_in_readme() if command[2] == "experiments.serve"]
   assert commands
   for _, _, name, *arguments in commands:
     module = importlib.import_module(name)
@@ -237,15 +238,15 @@ def test_mistakes_end_in_one_line(arguments, message, capsys):
 
 @pytest.mark.slow
 def test_the_demos_rungs(capsys, monkeypatch):
-  n, n_prompt, n_new, size = 3, 1024, 4, 32
+  n, n_prompt, n_new, size = 3, 1024, 8, 32
   for name, value in dict(N_PROMPTS=n, PROMPT_TOKENS=n_prompt, NEW_TOKENS=n_new, BUDGET=256).items():
     monkeypatch.setattr(demo, name, value)
-  demo.main(["demo", "random:tiny"])
+  demo.main(["demo"])
   *printed, last = capsys.readouterr().out.splitlines()
   rungs = json.loads(last)
   assert list(rungs) == printed[1].split() == ["dense", "sparse", "sparse_serve", "psa"]
 
-  model = load_model("random:tiny")
+  model = load_model(demo.REFERENCE, dtype="float32")
   hbm = int(re.findall(r"hbm_bytes=(\d+)", " ".join(demo.changes(model)))[0])  # without offload room for one request
   prompts = [
     demo.tasks.make(name, n_prompt, i, model.tokenizer, split="eval").prompt for i, name in enumerate(demo.TASKS)
@@ -263,9 +264,7 @@ def test_the_demos_rungs(capsys, monkeypatch):
     assert (row["blocks loaded"] > 0) == offloads == (row["DRAM KV bytes"] > hbm)
     assert 0 < row["HBM hit rate"] < 1 if offloads else row["HBM hit rate"] == 1
     assert min(row["ms to first token"], row["ms per token"], row["tokens per s"]) > 0
-    assert row["answers right"] == 0  # random weights
-  assert rungs["dense"]["tokens as dense"] == 1
-  assert rungs["sparse"]["tokens as dense"] == rungs["sparse_serve"]["tokens as dense"]
+    assert row["answers right"] == row["tokens as dense"] == 1
 
 
 def test_share_right():

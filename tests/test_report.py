@@ -63,6 +63,13 @@ def test_psa_against_fixed():
   assert any(line.startswith("| c | 98% | 0.0% | 32.0 | dense does not solve it |") for line in lines)
 
 
+def test_what_was_not_measured_is_not_compared():
+  dense = row("a", "dense", 1, 1.0, 32)
+  assert not list(report.psa_against_fixed([dense, row("a", "random", 128, 0.1, 4)]))
+  line = report.markdown(report.summary([dense, stop("psa", 0.9, 1.0, 8)], [])).split("| a | 98% |")[1].split("\n")[0]
+  assert "not measured" in line and "none reaches it" not in line
+
+
 def test_levels_are_reached_in_spite_of_rounding():
   rows = [row("a", "dense", 1, 0.5, 32), row("a", "psa", 0.9, 0.98 * 0.5 - 1e-12, 8)]
   assert next(report.psa_against_fixed(rows))["psa"]["at"] == 0.9

@@ -307,6 +307,7 @@ def test_the_program_in_two_pieces(tmp_path):
   [
     ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds max_context=320"),
     ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, its weights 0, got Stage"),
+    ({"optimizer": {"learning_rate": -1.0}}, "learning_rate=-1.0"),
     ({"stages": [{"tokens": 16, "sequences": 1, "steps": 1, "attention_loss": {"digest": -1.0}}]}, "digest=-1.0"),
     ({"sources": {"text": 0}}, "one is more, got Sources"),
     ({"sources": {"tex": 1}}, "unknown key 'tex'"),

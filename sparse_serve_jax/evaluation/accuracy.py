@@ -1,9 +1,10 @@
 """How accuracy depends on what is attended to: settings, and what replayed decode steps tell.
 
 Instances of generated tasks are answered with dense attention up to their question; question and answer are decode
-steps with sparse attention (`replay`). An instance is right if every token of its answer is the most likely one: what
-greedy decoding would give. That is stricter than `tasks.Task.score`, which gives parts for lists. `TEXT` is one more
-task, of ordinary text: its last tokens are the answer, and what counts is their likelihood.
+steps with sparse attention (`replay`). That is harsher than serving, where the question is part of the prompt and is
+read densely: an answer of a token or two would otherwise say nothing of sparse attention. An instance is right if every
+token of its answer is the most likely one, which is stricter than `tasks.Task.score`, which gives parts for lists.
+`TEXT` is one more task, of ordinary text: its last tokens are the answer, and what counts is their likelihood.
 
 What is measured is a row for each task, length and setting; `report` makes tables of rows.
 """
@@ -198,10 +199,12 @@ def replays(
   firsts = range(0, sample.instances, sample.at_once)
   batches = processes.ahead(functools.partial(sample.batch, model.tokenizer), firsts, workers)
   name = f"{sample.task} {sample.tokens}"
-  for batch in tqdm(batches, desc=name, total=len(firsts), leave=False, disable=None):
-    dense = replay.prefill(model.config, params, batch.tokens)
-    for case in wanted:
-      yield batch, case, replayed(model, params, case, dense, batch)
+  with tqdm(desc=name, total=len(firsts) * len(wanted), unit="setting", leave=False, disable=None) as bar:
+    for batch in batches:
+      dense = replay.prefill(model.config, params, batch.tokens)
+      for case in wanted:
+        yield batch, case, replayed(model, params, case, dense, batch)
+        bar.update()
 
 
 def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:

@@ -1,9 +1,9 @@
 """What sparse attention does to a model's predictions, many settings on one prefill.
 
 A sequence is run once with dense attention. Then its last tokens are run again as decode steps, with sparse attention,
-over the dense keys and values of what precedes them: as the engine would, whose tokens and counts of blocks these are,
-but all steps at once, since each layer's keys of all of them are there when the layer begins. Every key is looked at
-and what is not selected is masked, so the true attention mass comes with it.
+over the dense keys and values of what precedes them. Tokens and counts of blocks are those of the engine's decode steps
+over such a cache, but all steps are made at once, since each layer's keys of all of them are there when the layer
+begins. Every key is looked at and what is not selected is masked, so the true attention mass comes with it.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
     for name, chosen in (by_task | {f"mean of {group}": of_solved}).items():
       means = _means(chosen)
       dense = next((case for case in means if case["series"] == DENSE), None)
-      if group == TEXT or dense is None:
+      if group == TEXT or dense is None or not {case["series"] for case in means} & {PSA, DEFAULT_METHOD}:
         continue
       for level in LEVELS:
         psa, psa_fails = _least(chosen, means, dense, PSA, level)
@@ -290,9 +290,9 @@ def _task_cells(of: Row, all_of: list[Row]) -> Iterator[list[str]]:
 
 def _psa_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
   cells = [of["of"], f"{of['level']:.0%}", f"{of['dense']['accuracy']:.1%}", f"{of['dense']['blocks']:.1f}"]
-  for case in (of["psa"], of["fixed"]):
-    none = "none reaches it" if of["dense"]["accuracy"] >= SOLVED else "dense does not solve it"
-    cells += [none, "", ""]
+  for case, fails in ((of["psa"], of["psa_fails"]), (of["fixed"], of["fixed_fails"])):
+    none = "none reaches it" if fails else "not measured"
+    cells += [none if of["dense"]["accuracy"] >= SOLVED else "dense does not solve it", "", ""]
     if case is not None:
       cells[-3:] = [f"{case['at']:g}", f"{case['accuracy']:.1%} ({case['sure']:.0%})", f"{case['blocks']:.1f}"]
   fixed, dense = of["fixed_by_psa"], of["dense_by_psa"]
@@ -336,7 +336,7 @@ def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
   "accuracies": (
     "Accuracy by setting, mean over tasks, and its difference from dense with the 95 % interval (of no width where no "
-    "instance differs, though of 200 alike up to 1.5 % of all may differ)",
+    "instance differs, though where n are alike up to 3 / n of all may differ)",
     ("setting", "accuracy", "vs dense", "interval", "blocks", "bytes of dense", "mass"),
     ("tokens", "group"),
     _accuracy_cells,

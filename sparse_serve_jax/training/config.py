@@ -78,6 +78,8 @@ class TrainConfig:
     for stage in self.stages:
       if min(stage.tokens, stage.sequences, stage.steps) < 1 or min(dataclasses.astuple(stage.attention_loss)) < 0:
         raise ValueError(f"a stage's tokens, sequences and steps are at least 1, its weights 0, got {stage}")
+    if self.optimizer.learning_rate <= 0 or min(self.optimizer.warmup_steps, self.optimizer.decay_steps) < 0:
+      raise ValueError(f"learning_rate is more than 0, warmup_steps and decay_steps at least 0, got {self.optimizer}")
     if (needed := self.optimizer.warmup_steps + self.optimizer.decay_steps) > self.steps:
       raise ValueError(f"warmup_steps + decay_steps = {needed} exceed the {self.steps} steps of the run")
     shares = dataclasses.astuple(self.sources)
