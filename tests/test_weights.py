@@ -267,6 +267,7 @@ def test_a_saved_checkpoint_comes_back(name, tmp_path):
   model = models.load_model(GOLDENS / name)
   models.save_hf(model, tmp_path / "saved", shard_bytes=8192)
   shards = sorted((tmp_path / "saved").glob("*.safetensors"))
+  assert all(file.stat().st_mode & 0o444 == 0o444 for file in shards)
   assert len(shards) > 3 and re.fullmatch(r"model-00001-of-\d{5}.safetensors", shards[0].name)
   tensors = {}
   for shard in shards:

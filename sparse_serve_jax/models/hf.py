@@ -166,8 +166,8 @@ def write_params(directory: pathlib.Path, cfg: ModelConfig, params: llama.Params
     tensors = {name: np.empty(shape, view.dtype) for name, (shape, view) in shard.items()}
     for name, (_, view) in shard.items():
       _copy(tensors[name].reshape(view.shape), view)
-    # Not save_file, whose files only their owner can read.
-    (directory / filename).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    safetensors.numpy.save_file(tensors, directory / filename, metadata={"format": "pt"})
+    (directory / filename).chmod(0o644)  # the library leaves it to its owner alone
     weight_map |= dict.fromkeys(shard, filename)
   total = sum(view.nbytes for _, _, view in _views(cfg, params))
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}

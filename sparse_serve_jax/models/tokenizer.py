@@ -82,11 +82,9 @@ class FileTokenizer:
   def save(self, directory: pathlib.Path) -> None:
     self._core.save(str(directory / "tokenizer.json"))
     # The class by which transformers reads a tokenizer.json of any kind.
-    settings = (
-      {"tokenizer_class": "PreTrainedTokenizerFast"}
-      | self._special
-      | ({} if self._template is None else {"chat_template": self._template})
-    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._special
+    if self._template is not None:
+      settings["chat_template"] = self._template
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
