@@ -36,6 +36,7 @@ from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, load_config, override, read_config
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import CacheShape, KVCache
+from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.step import DecodeBatch, Setup, programs
 
@@ -373,7 +374,7 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     raise app.UsageError(str(error)) from None
   report = timing.start(argv, "step.jsonl", Effort())
-  mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+  mesh = make_mesh(1)
   params = random_params(cfg, mesh)
   for n in batches:
     report.add("dense part", f"batch {n}", functools.partial(dense_part, cfg, params, n, report))

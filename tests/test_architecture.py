@@ -17,6 +17,7 @@ RANKS = {
   "pallas_kernels": 0,
   f"{PACKAGE}.config": 1,
   f"{PACKAGE}.runtime": 1,
+  f"{PACKAGE}.mesh": 1,
   f"{PACKAGE}.processes": 1,
   f"{PACKAGE}.buckets": 2,
   f"{PACKAGE}.models": 3,

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparse_serve_jax import models
 from sparse_serve_jax.config import ModelConfig, RopeConfig, find_config, read_config
+from sparse_serve_jax.mesh import AXIS, make_mesh
 from sparse_serve_jax.models import llama
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -144,19 +145,27 @@ def test_two_devices_equal_one(name, vocab):
   cfg = dataclasses.replace(random_model(name).config, vocab_size=vocab)
   params = models.init_params(cfg, 0)
   tokens = np.arange(40, dtype=np.int32) * 7 % vocab
-  mesh, specs = Mesh(np.asarray(jax.devices()[:2]), "tp"), models.param_specs(cfg, 2)
+  mesh, specs = make_mesh(2), models.param_specs(cfg, 2)
   sharded = jax.device_put(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
   local = sharded["layers"]["wqkv"].addressable_shards[0].data
   assert local.shape[2] == cfg.n_kv_heads // 2
   # The gathered vocabulary is the same on both devices, which the check of varying axes cannot know.
   two = jax.shard_map(
-    functools.partial(models.forward, cfg, axis="tp"),
+    functools.partial(models.forward, cfg, axis=AXIS),
     mesh=mesh,
     in_specs=(specs, PartitionSpec()),
     out_specs=PartitionSpec(),
     check_vma=False,
   )
   np.testing.assert_allclose(jax.jit(two)(sharded, tokens), run(cfg, params, tokens), atol=1e-4)
+
+
+def test_a_mesh_has_devices_that_there_are():
+  n = len(jax.devices())
+  assert make_mesh(1) == make_mesh(1) and make_mesh(n).size == n and make_mesh(1).axis_names == (AXIS,)
+  for wrong in (0, n + 1):
+    with pytest.raises(ValueError, match=f"tp={wrong} is not within the {n} devices"):
+      make_mesh(wrong)
 
 
 def test_specs_refuse_what_does_not_divide():

@@ -28,6 +28,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from sparse_serve_jax.config import ModelConfig, RopeConfig
+from sparse_serve_jax.mesh import AXIS
 
 Params = dict[str, Any]  # leaves are arrays; see param_shapes
 
@@ -61,20 +62,20 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 
 def param_specs(cfg: ModelConfig, tp: int) -> Params:
-  """The tree of PartitionSpecs on the mesh axis "tp": KV heads and d_ff are split, and the vocabulary where it divides.
+  """PartitionSpecs for a mesh of `tp` devices. KV heads and d_ff are split, and the vocabulary where `tp` divides it.
 
   Raises:
     ValueError: `tp` does not divide the KV heads or d_ff.
   """
   if cfg.n_kv_heads % tp or cfg.d_ff % tp:
     raise ValueError(f"tp={tp} must divide n_kv_heads={cfg.n_kv_heads} and d_ff={cfg.d_ff}")
-  split = {"wqkv": 2, "bqkv": 1, "wo": 1, "w_gate_up": 3, "w_down": 1}  # leaf -> the dimension on "tp"
+  split = {"wqkv": 2, "bqkv": 1, "wo": 1, "w_gate_up": 3, "w_down": 1}  # leaf -> the dimension that is split
   if cfg.vocab_size % tp == 0:
     split["lm_head"] = 1
 
   def spec(path, _shape):
     dim = split.get(path[-1].key)
-    return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "tp")
+    return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, AXIS)
 
   return jax.tree_util.tree_map_with_path(spec, param_shapes(cfg), is_leaf=lambda s: isinstance(s, tuple))
 
