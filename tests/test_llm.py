@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax import LLM
-from sparse_serve_jax.models import ByteTokenizer, forward
+from sparse_serve_jax.models import ByteTokenizer, forward, place_params
 from sparse_serve_jax.serving.engine import Engine
 from tests.tiny import SMALL_SERVING
 
@@ -63,7 +63,8 @@ def test_tokens_are_those_of_the_model(llm: LLM):
   ids = ByteTokenizer().encode(TEXT)
   n_prompt = len(ids)
   assert n_prompt + N <= llm.config.sparse.token_budget
-  step = jax.jit(lambda tokens: forward(llm.model.config, llm.model.params, tokens))
+  params = place_params(llm.model)
+  step = jax.jit(lambda tokens: forward(llm.model.config, params, tokens))
   for _ in range(N):
     ids.append(int(step(np.array(ids + [0] * (64 - len(ids)), np.int32))[len(ids) - 1].argmax()))
   assert generated(llm, TEXT) == [ids[n_prompt:]]

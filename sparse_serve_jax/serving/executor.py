@@ -16,7 +16,7 @@ from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import CacheShape
-from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.models import Model, llama, place_params
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
   Capacity,
@@ -90,8 +90,7 @@ class JaxExecutor:
       )
     self.programs = programs(setup, self.mesh)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
-    specs = llama.param_specs(cfg, config.tp)
-    self.params = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(self.mesh, s)), model.params, specs)
+    self.params = place_params(model, self.mesh)
     self.cache = kv_cache.create(self.shape, self.mesh)
     self.capacity = Capacity(
       pool_blocks=self.shape.M,
