@@ -190,7 +190,7 @@ def test_an_interrupted_read_leaves_the_engine_working(llm: LLM, expected, monke
 @pytest.mark.parametrize("n", [1, 2, 7])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("device gone")])
 def test_an_interrupted_dispatch_makes_a_new_engine(llm: LLM, expected, n, error):
-  engine = llm.engine
+  engine, weights = llm.engine, llm.engine._executor.params["embed"]
   Interrupted(engine._executor, "submit", n, error)
   with pytest.raises(type(error)) as caught:
     generated(llm)
@@ -199,6 +199,7 @@ def test_an_interrupted_dispatch_makes_a_new_engine(llm: LLM, expected, n, error
     engine.add_request([1], 1)
   assert generated(llm) == expected
   assert llm.engine is not engine and not llm.engine.has_work
+  assert llm.engine._executor.params["embed"] is weights  # not read again
 
 
 def test_configuration_and_overrides_may_be_dicts(llm: LLM):
