@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags, logging
 
@@ -33,7 +32,7 @@ from sparse_serve_jax.attention import METHODS
 from sparse_serve_jax.evaluation import accuracy, report, selections, tasks
 from sparse_serve_jax.evaluation import text as texts
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
-from sparse_serve_jax.models import Model, load_model
+from sparse_serve_jax.models import Model, load_model, place_params
 from sparse_serve_jax.serving import workload
 
 PARTS = ("tasks", "text", "selections")
@@ -133,7 +132,7 @@ def _main() -> None:
   of = dict(model=name, prompts=_prompts(model), format=FORMAT)
   rows = Rows(out / "results.jsonl", of | dict(instances=_INSTANCES.value, steps=_STEPS.value))
   reuse = Rows(out / "reuse.jsonl", of | dict(requests=_REQUESTS.value, trace_steps=_TRACE_STEPS.value))
-  params = jax.device_put(model.params)
+  params = place_params(model)
   if "selections" in parts:  # the shorter parts first
     for n_tokens in lengths:
       for task in [task.name for task in tasks.TASKS.values() if task.group == "long_output"]:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax.config import EngineConfig, load_config, override
-from sparse_serve_jax.models import load_model
+from sparse_serve_jax.mesh import make_mesh
+from sparse_serve_jax.models import load_model, place_params
 from sparse_serve_jax.models.tokenizer import Message
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
@@ -52,6 +53,7 @@ class LLM:
     self.config = override(load_config(config), overrides)
     self.model = load_model(path_or_name, dtype=dtype)
     _ = self.engine  # what does not fit is refused now
+    self._weights = place_params(self.model, make_mesh(self.config.tp))  # the engine's, and those of the next one
 
   @functools.cached_property
   def engine(self) -> Engine:

@@ -15,7 +15,7 @@ from pallas_kernels.residency import NEVER, Maps
 from pallas_kernels.score import box
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.evaluation.selections import Trace
-from sparse_serve_jax.models import llama
+from sparse_serve_jax.models import init_params, llama
 
 # Written by experiments.accuracy, as all in that folder.
 TRACE = Path(__file__).resolve().parent.parent / "models" / "reference" / "traces" / "recite_16384_2048.npz"
@@ -36,7 +36,7 @@ def drifting(rows: int, layers: int) -> np.ndarray:
 def recorded(rows: int, layers: int) -> np.ndarray:
   """Selections by cuboid-mean of a model with random weights while it reads random text, a request a row."""
   cfg = read_config(ModelConfig, find_config("models", "tiny"))
-  params, size = llama.init_params(cfg, 0), 8
+  params, size = init_params(cfg, 0), 8
   assert cfg.n_kv_heads == K and cfg.n_layers >= layers
 
   def select(tokens):

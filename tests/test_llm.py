@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax import LLM
-from sparse_serve_jax.models import ByteTokenizer, forward
+from sparse_serve_jax.models import ByteTokenizer, forward, place_params
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.tiny import SMALL_SERVING
 
 N = 10
@@ -34,7 +35,7 @@ def expected(llm: LLM) -> list[list[int]]:
 
 def tokens_of(llm: LLM, *prompts: list[int], **options) -> list[list[int]]:
   """What an engine of its own makes of each prompt, alone."""
-  engine, outputs = Engine(llm.config, llm.model), []
+  engine, outputs = Engine(JaxExecutor(llm.config, llm.model)), []
   for prompt in prompts:
     request = engine.add_request(prompt, **{"max_new_tokens": N, "ignore_eos": True, **options})
     engine.run()
@@ -63,7 +64,8 @@ def test_tokens_are_those_of_the_model(llm: LLM):
   ids = ByteTokenizer().encode(TEXT)
   n_prompt = len(ids)
   assert n_prompt + N <= llm.config.sparse.token_budget
-  step = jax.jit(lambda tokens: forward(llm.model.config, llm.model.params, tokens))
+  params = place_params(llm.model)
+  step = jax.jit(lambda tokens: forward(llm.model.config, params, tokens))
   for _ in range(N):
     ids.append(int(step(np.array(ids + [0] * (64 - len(ids)), np.int32))[len(ids) - 1].argmax()))
   assert generated(llm, TEXT) == [ids[n_prompt:]]

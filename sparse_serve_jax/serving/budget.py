@@ -13,12 +13,13 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.models import llama
+from sparse_serve_jax.models import Model, is_placed, llama
 from sparse_serve_jax.step import MLP_TILE
 
 _LOGIT_ARRAYS = 8  # float32 [B, V] that a step which draws tokens holds at once: sorts of all logits
@@ -72,23 +73,23 @@ def _prefill_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, c
   return stream + attention + mlp
 
 
-def check(needs: Needs, n_devices: int, placed: bool) -> None:
-  """Compares needs with what there is now; `placed`: the weights are on the devices already.
+def check(needs: Needs, model: Model, mesh: Mesh) -> None:
+  """Compares needs with what there is now. Weights that are on the devices already take nothing more.
 
   Raises:
     ValueError: they do not fit; the message has all numbers.
   """
   device = jax.devices()[0]
   parts = {"weights": needs.weights, "KV (cache.hbm_bytes)": needs.kv, f"activations ({needs.text})": needs.activations}
-  on_device = sum(parts.values()) - (needs.weights if placed else 0)
-  stats = device.memory_stats()
-  if stats and "bytes_limit" in stats:
-    free = lambda: _free_on(device)  # noqa: E731
-    _refuse(on_device, free, f"a device ({device.device_kind})", parts, "cache.hbm_bytes")
-    _refuse(needs.pool, host_bytes_free, "the host", {"the pool (cache.dram_bytes)": needs.pool}, "cache.dram_bytes")
+  on_device = sum(parts.values()) - (needs.weights if is_placed(model, mesh) else 0)
+  pool = {"the pool (cache.dram_bytes)": needs.pool}
+  if _device_bytes_free() is not None:
+    _refuse(on_device, _device_bytes_free, f"a device ({device.device_kind})", parts, "cache.hbm_bytes")
+    _refuse(needs.pool, host_bytes_free, "the host", pool, "cache.dram_bytes")
   else:  # the devices are the host
-    parts = {name: n_devices * n for name, n in parts.items()} | {"the pool (cache.dram_bytes)": needs.pool}
-    _refuse(n_devices * on_device + needs.pool, host_bytes_free, "the host", parts, "cache.dram_bytes, cache.hbm_bytes")
+    parts = {name: mesh.size * n for name, n in parts.items()} | pool
+    on_host = mesh.size * on_device + needs.pool
+    _refuse(on_host, host_bytes_free, "the host", parts, "cache.dram_bytes, cache.hbm_bytes")
 
 
 def _refuse(needed: int, free: Callable[[], int | None], where: str, parts: dict[str, int], lower: str) -> None:
@@ -105,8 +106,9 @@ def _refuse(needed: int, free: Callable[[], int | None], where: str, parts: dict
   )
 
 
-def _free_on(device: jax.Device) -> int | None:
-  stats = device.memory_stats() or {}
+def _device_bytes_free() -> int | None:
+  """Of what JAX may use of a device; None where that is not limited apart from the host's memory."""
+  stats = jax.devices()[0].memory_stats() or {}
   return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
 
 

@@ -17,7 +17,7 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
-from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.models import Model, llama, place_params
 from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
@@ -110,9 +110,8 @@ class JaxExecutor:
     implementation = _implementation(config, cfg.head_dim)
     self.programs = programs(Setup.of(cfg, config, implementation), self.mesh)
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
-    budget.check(budget.Needs.of(cfg, self.shape, self.buckets, config.tp, cudnn), config.tp, placed=False)
-    specs = llama.param_specs(cfg, config.tp)
-    self.params = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(self.mesh, s)), model.params, specs)
+    budget.check(budget.Needs.of(cfg, self.shape, self.buckets, config.tp, cudnn), model, self.mesh)
+    self.params = place_params(model, self.mesh)
     self.cache = kv_cache.create(self.shape, self.mesh)
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
