@@ -11,6 +11,7 @@ import pytest
 from sparse_serve_jax import LLM
 from sparse_serve_jax.models import ByteTokenizer, forward, place_params
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.tiny import SMALL_SERVING
 
 N = 10
@@ -34,7 +35,7 @@ def expected(llm: LLM) -> list[list[int]]:
 
 def tokens_of(llm: LLM, *prompts: list[int], **options) -> list[list[int]]:
   """What an engine of its own makes of each prompt, alone."""
-  engine, outputs = Engine(llm.config, llm.model), []
+  engine, outputs = Engine(JaxExecutor(llm.config, llm.model)), []
   for prompt in prompts:
     request = engine.add_request(prompt, **{"max_new_tokens": N, "ignore_eos": True, **options})
     engine.run()

@@ -163,10 +163,10 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   whole.mkdir()
   parts.mkdir()
-  assert len(predict(Run(release, names, whole), Engine(config, model, executor), max_live=4)) == 11
+  assert len(predict(Run(release, names, whole), Engine(executor), max_live=4)) == 11
 
   for n in (2, 4):
-    engine = Engine(config, model, executor)
+    engine = Engine(executor)
     assert len(predict(Run(release, names, parts), engine, max_live=4, n=n)) == n
     engine.cancel_all()
     engine.run()
@@ -174,7 +174,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
       file.write('{"pred": "killed while it wr')
   run = Run(release, names, parts)
   assert run.n_rows == 11 and 0 < run.n_done <= 6
-  assert len(predict(run, Engine(config, model, executor), max_live=2)) == 11 - run.n_done
+  assert len(predict(run, Engine(executor), max_live=2)) == 11 - run.n_done
   assert [file.read_bytes() for file in sorted(parts.iterdir())] == [f.read_bytes() for f in sorted(whole.iterdir())]
   assert len({row["pred"] for row in lines_of(parts)["qasper"]}) > 2
 

@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from experiments import serve
 from sparse_serve_jax import runtime
 from sparse_serve_jax.config import EngineConfig, ModelConfig, from_dict
-from sparse_serve_jax.memory.kv_cache import CacheShape
+from sparse_serve_jax.memory.shape import CacheShape
 from tests.tiny import SMALL_SERVING
 
 

@@ -16,7 +16,7 @@ from sparse_serve_jax.models.llama import (
   qkv,
   rope,
 )
-from sparse_serve_jax.models.placement import place_params
+from sparse_serve_jax.models.placement import is_placed, place_params
 from sparse_serve_jax.models.sampling import ban, sample
 from sparse_serve_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sparse_serve_jax.models.weights import Model, load_model, save_hf, save_model
@@ -31,6 +31,7 @@ __all__ = [
   "embed",
   "forward",
   "init_params",
+  "is_placed",
   "layer_params",
   "load_model",
   "logits",

@@ -39,11 +39,23 @@ def place_params(model: Model, mesh: Mesh | None = None) -> llama.Params:
   return jax.tree.map(lambda leaf, spec: _place(leaf, NamedSharding(mesh, spec)), model.params, specs)
 
 
+def is_placed(model: Model, mesh: Mesh) -> bool:
+  """Whether `place_params` would return arrays that are on the devices already."""
+  specs = llama.param_specs(model.config, mesh.size)
+  there = jax.tree.map(lambda leaf, spec: _placed(leaf, NamedSharding(mesh, spec)) is not None, model.params, specs)
+  return all(jax.tree.leaves(there))
+
+
+def _placed(leaf: Leaf | np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array | None:
+  placed = leaf.placed.get(sharding) if isinstance(leaf, Leaf) else None
+  return None if placed is None or placed.is_deleted() else placed
+
+
 def _place(leaf: Leaf | np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
   if not isinstance(leaf, Leaf):
     return _put(leaf, sharding)
-  placed = leaf.placed.get(sharding)
-  if placed is None or placed.is_deleted():
+  placed = _placed(leaf, sharding)
+  if placed is None:
     by_layer = leaf.stacked and leaf.nbytes > WHOLE_BYTES
     placed = _put_by_layer(leaf, sharding) if by_layer else _put(np.asarray(leaf), sharding)
     leaf.placed[sharding] = placed
