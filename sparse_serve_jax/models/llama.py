@@ -232,7 +232,7 @@ def _norm(cfg: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
   return h.astype(x.dtype) * _trailing(weight, x.ndim)
 
 
-def _trailing(a: jax.Array | np.ndarray, ndim: int) -> jax.Array:
+def _trailing(a: jax.Array | np.ndarray, ndim: int) -> jax.Array | np.ndarray:
   """`a` with leading ones up to `ndim` dimensions."""
   return jnp.reshape(a, (1,) * (ndim - a.ndim) + a.shape)
 
