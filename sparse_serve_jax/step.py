@@ -118,13 +118,13 @@ def decode_step(
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     cache = cache.replace(tail=_append(cache.tail, i, batch, k, v))
-    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, order, counts[1], setup.implementation)
+    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, victims, counts[1], setup.implementation)
     x = llama.attention_out(lp, x, o, AXIS)
     return llama.mlp(cfg, lp, x, AXIS), cache, counts + attended
 
   # No layer writes the pool, so it stays out of the loops' carry.
   pool, cache = cache.pool, cache.replace(pool=None)
-  order = kernels.eviction_order(cache.maps, cache.stamp(0))
+  victims = _victims(cache)
   x = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip"))
   cos_sin = llama.rope(cfg, batch.positions)
   carry = x, cache, jnp.zeros((2, x.shape[0], cache.tail.shape[0]), jnp.int32)
@@ -136,12 +136,18 @@ def decode_step(
       carry = jax.lax.fori_loop(first, end, functools.partial(layer, selector), carry)
   x, cache, counts = carry
 
-  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, order, counts[1])
+  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, victims, counts[1])
   logits = llama.logits(cfg, params, x, AXIS)
   tokens = _sample(logits, batch.positions + 1, batch.sampling)
   last_token = cache.last_token.at[batch.rows].set(tokens, mode="drop")
   counts = jax.lax.psum(jnp.append(counts.sum((1, 2)), _slots_in_use(cache)), AXIS)
   return cache.replace(last_token=last_token, clock=cache.clock + 1), tokens, counts
+
+
+def _victims(cache: KVCache) -> kernels.Victims:
+  """The slots in the order in which the step that begins gives them up."""
+  since = cache.stamp(0)
+  return kernels.victims(kernels.ages(cache.maps, since), since)
 
 
 def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
@@ -153,19 +159,19 @@ def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
 
 
 def _save_tails(
-  setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array, order: kernels.EvictionOrder, taken: jax.Array
+  setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array, victims: kernels.Victims, given: jax.Array
 ) -> KVCache:
   """Copies the tails that filled to the pool and to slots, and makes their digests, in all layers at once."""
   n_heads, n_layers, n_resident = cache.tail.shape[:3]
   layers = jnp.arange(n_layers)  # the ranks of this list
   blocks = jnp.broadcast_to(new_block[:, None, None], (new_block.shape[0], n_heads, n_layers))
   options = dict(implementation=setup.implementation)
-  reads = kernels.propose(cache.maps, order, layers, blocks, taken=taken, group=1, **options)
-  used = jnp.full(blocks.shape[:2], n_layers)
-  maps = kernels.commit(cache.maps, layers, reads, used, cache.stamp(layers), batch.steps, **options)
+  whole = jnp.full(blocks.shape[:2], n_layers)
+  located = kernels.propose(cache.maps, victims, layers, blocks, whole, given=given, group=1, **options)
+  maps = kernels.commit(cache.maps, layers, located, whole, cache.stamp(layers), batch.steps, **options)
 
   rows = jnp.minimum(batch.rows, n_resident - 1)
-  slot = jnp.moveaxis(reads.slot, 0, 2)  # [K, L, B]
+  slot = jnp.moveaxis(located.place, 0, 2)  # [K, L, B]
   pool = kernels.store_blocks(cache.pool, cache.tail, 0, rows, new_block, **options)
   slots = kernels.place_blocks(cache.slots, cache.tail, rows, slot, **options)
   digest = _store_digests(setup, cache.digest, cache.tail, 0, rows, new_block)
@@ -195,25 +201,15 @@ def prefill_segment(
     prefix = None
     if batch.prefix is not None:
       slot = jnp.where(batch.prefix >= 0, cache.maps.slot_of[:, i, batch.prefix], -1)  # [K, N]
-      prefix = jnp.broadcast_to(batch.prefix, slot.shape), slot
-      loaded += ((prefix[0] >= 0) & (slot < 0)).sum(dtype=jnp.int32) if setup.offload else 0
-    o = kernels.prefill_attention(
-      q,
-      k,
-      v,
-      cache.pool,
-      cache.slots,
-      i,
-      prefix,
-      batch.start,
-      scale=cfg.head_dim**-0.5,
-      implementation=setup.implementation,
-    )
-    cache = _save_piece(setup, cache, i, batch, k, v, order)
+      blocks = jnp.broadcast_to(batch.prefix, slot.shape)
+      prefix = kernels.Prefix(cache.pool, cache.slots, i, blocks, slot, batch.start)
+      loaded += ((blocks >= 0) & (slot < 0)).sum(dtype=jnp.int32) if setup.offload else 0
+    o = kernels.prefill_attention(q, k, v, prefix, implementation=setup.implementation)
+    cache = _save_piece(setup, cache, i, batch, k, v, victims)
     x = llama.attention_out(lp, x, o, AXIS)
     return _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x), cache, loaded
 
-  order = kernels.eviction_order(cache.maps, cache.stamp(0))
+  victims = _victims(cache)
   end = batch.first_layer + batch.n_layers
   x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, (x, cache, jnp.int32(0)))
 
@@ -229,7 +225,7 @@ def prefill_segment(
 
 
 def _save_piece(
-  setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array, order: kernels.EvictionOrder
+  setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array, victims: kernels.Victims
 ) -> KVCache:
   """One layer of a piece, k, v [C, K, D]: full blocks to the pool, the newest also to slots, the rest to the tail."""
   n_heads, size = k.shape[1], cache.tail.shape[4]
@@ -239,12 +235,12 @@ def _save_piece(
   newest = (ids >= n_full - setup.newest_blocks) & (batch.blocks >= 0)
   blocks = jnp.broadcast_to(jnp.where(newest, batch.blocks, -1)[::-1], (1, n_heads, n))  # the newest first
   options = dict(implementation=setup.implementation)
-  taken = (layer - batch.first_layer) * newest.sum(dtype=jnp.int32) * n_heads  # by the layers before, at most
-  reads = kernels.propose(cache.maps, order, layer, blocks, taken=taken, group=1, **options)
-  used, never = jnp.full((1, n_heads), n), jnp.full(1, kernels.NEVER)
-  maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), never, **options)
+  given = (layer - batch.first_layer) * newest.sum(dtype=jnp.int32) * n_heads  # by the layers before, at most
+  whole, never = jnp.full((1, n_heads), n), jnp.full(1, kernels.NEVER)
+  located = kernels.propose(cache.maps, victims, layer, blocks, whole, given=given, group=1, **options)
+  maps = kernels.commit(cache.maps, layer, located, whole, cache.stamp(layer), never, **options)
 
-  source, slot = kv[:, None], reads.slot[0, :, ::-1][:, None]  # [K, 1, n, ...]
+  source, slot = kv[:, None], located.place[0, :, ::-1][:, None]  # [K, 1, n, ...]
   pool = kernels.store_blocks(cache.pool, source, layer, ids, batch.blocks, **options)
   slots = kernels.place_blocks(cache.slots, source, ids, slot, **options)
   if setup.host_pool:  # a kernel's result is typed as device memory; the loop's carry is not

@@ -65,19 +65,22 @@ class Selector:
     return None if self.threshold is None else self.group_blocks
 
   @property
-  def always(self) -> int:
-    """The first blocks of a list that no stop test may leave out: sinks and window, rounded up to whole groups."""
-    return 0 if self.group is None else -(-(self.sinks + self.window) // self.group) * self.group
+  def stop(self) -> kernels.Stop | None:
+    """The stop test. It may not leave out sinks and window, rounded up to whole groups."""
+    if self.threshold is None:
+      return None
+    untested = -(-(self.sinks + self.window) // self.group_blocks) * self.group_blocks
+    return kernels.Stop(self.threshold, untested)
 
   def select(
     self, q: jax.Array, cache: KVCache, layer: jax.Array, at: LayerRows, implementation: str
   ) -> tuple[jax.Array, jax.Array]:
-    """DRAM blocks [B, K, n] in the order they are attended to, -1 beyond their count, and the count [B, K]."""
+    """DRAM blocks [B, K, n] in the order they are attended to, -1 beyond their length, and the length [B, K]."""
     n_rows, n_heads = q.shape[:2]
     width = at.tables.shape[1]
     if self.limit is None:
       ids = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (n_rows, n_heads, width))
-      count = jnp.broadcast_to(at.n_blocks[:, None], (n_rows, n_heads))
+      length = jnp.broadcast_to(at.n_blocks[:, None], (n_rows, n_heads))
     else:
       n = min(self.limit, width)
       scores = kernels.score(
@@ -86,17 +89,14 @@ class Selector:
         layer,
         at.tables,
         at.n_blocks,
-        rule=self.method.score,
-        reduce=self.reduce,
-        sinks=self.sinks,
-        window=self.window,
+        kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window),
         implementation=self.method.runs_on(implementation),
       )
       ranked, ids = kernels.select(scores, n, implementation=implementation if fits(width, n) else "xla")
-      count = jnp.broadcast_to(jnp.minimum(at.n_blocks, n)[:, None], (n_rows, n_heads))
-      count = self.method.budget(ranked, count)
+      length = jnp.broadcast_to(jnp.minimum(at.n_blocks, n)[:, None], (n_rows, n_heads))
+      length = self.method.budget(ranked, length)
     blocks = jnp.take_along_axis(at.tables[:, None], ids, -1)
-    return jnp.where(jnp.arange(blocks.shape[-1])[None, None] < count[..., None], blocks, -1), count
+    return jnp.where(jnp.arange(blocks.shape[-1])[None, None] < length[..., None], blocks, -1), length
 
 
 def decode_attention(
@@ -106,45 +106,25 @@ def decode_attention(
   layer: jax.Array,
   at: LayerRows,
   pool: jax.Array,
-  order: kernels.EvictionOrder,
-  taken: jax.Array,
+  victims: kernels.Victims,
+  given: jax.Array,
   implementation: str,
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Attention of q [B, K, G, D] over each row's selected blocks and tail.
 
   `cache` is without its pool, which is passed apart: no layer writes it, so it need not be carried through the layers.
-  `order` are those of the step, `taken` the misses [B, K] of the layers before.
+  `victims` are the step's, `given` the misses [B, K] of the layers before.
 
   Returns:
     o [B, K, G, D] float32; the cache with residency and slots updated; int32 [2, B, K]: blocks attended, and of these
     missed.
   """
-  blocks, count = selector.select(q, cache, layer, at, implementation)
-  reads = kernels.propose(
-    cache.maps,
-    order,
-    layer,
-    blocks,
-    taken=taken,
-    group=selector.group,
-    implementation=implementation,
-  )
-  partial, used, slots = kernels.attend(
-    q,
-    cache.tail,
-    at.rows,
-    at.tail_tokens,
-    pool,
-    cache.slots,
-    layer,
-    reads,
-    count,
-    always=selector.always,
-    threshold=selector.threshold,
-    scale=q.shape[-1] ** -0.5,
-    implementation=implementation,
-  )
-  maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), at.steps, implementation=implementation)
+  on = dict(implementation=implementation)
+  blocks, length = selector.select(q, cache, layer, at, implementation)
+  located = kernels.propose(cache.maps, victims, layer, blocks, length, given=given, group=selector.group, **on)
+  tails = kernels.Tails(cache.tail, at.rows, at.tail_tokens)
+  partial, attended, slots = kernels.attend(q, tails, pool, cache.slots, layer, located, selector.stop, **on)
+  maps = kernels.commit(cache.maps, layer, located, attended, cache.stamp(layer), at.steps, **on)
   has_slots = slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
-  missed = reads.missed(used) if has_slots else jnp.zeros_like(used)
-  return partial.output, cache.replace(slots=slots, maps=maps), jnp.stack([used, missed])
+  missed = located.missed(attended) if has_slots else jnp.zeros_like(attended)
+  return partial.output, cache.replace(slots=slots, maps=maps), jnp.stack([attended, missed])
