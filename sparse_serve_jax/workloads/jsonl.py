@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,7 +80,8 @@ def read(config: WorkloadConfig) -> Source:
   config.refuse("tasks", "chat_template", "seed")
   if not config.path:
     raise ValueError("a workload of jsonl needs path, the file of prompts")
-  rows = [_row(f"{config.path}:{n}", n, row) for n, row in _limited(config)]
+  lines = itertools.islice(files.read_lines(config.path), config.limit or None)
+  rows = [_row(f"{config.path}:{line}", line, row) for line, row in lines]
   if not rows:
     raise ValueError(f"{config.path} holds no prompt")
   first: dict[str, str] = {}
@@ -94,10 +94,6 @@ def read(config: WorkloadConfig) -> Source:
     return [_item(config, row, tokenizer) for row in rows]
 
   return items
-
-
-def _limited(config: WorkloadConfig):
-  return itertools.islice(files.read_lines(pathlib.Path(config.path)), config.limit or None)
 
 
 def _row(where: str, line: int, row: dict[str, Any]) -> _Row:
