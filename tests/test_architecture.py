@@ -37,6 +37,9 @@ WITHOUT_JAX = [
   f"{PACKAGE}.serving.request",
   f"{PACKAGE}.serving.plan",
   f"{PACKAGE}.serving.metrics",
+  f"{PACKAGE}.serving.clock",
+  f"{PACKAGE}.serving.run",
+  f"{PACKAGE}.serving.loop",
   f"{PACKAGE}.serving.workload",
   f"{PACKAGE}.memory.allocator",
 ]
