@@ -40,6 +40,7 @@ WITHOUT_JAX = [
   f"{PACKAGE}.serving.clock",
   f"{PACKAGE}.serving.run",
   f"{PACKAGE}.serving.loop",
+  f"{PACKAGE}.serving.timeline",
   f"{PACKAGE}.serving.workload",
   f"{PACKAGE}.memory.allocator",
 ]
