@@ -26,6 +26,7 @@ RANKS = {
   f"{PACKAGE}.serving": 5,
   f"{PACKAGE}.llm": 6,
   PACKAGE: 7,
+  f"{PACKAGE}.results": 8,
   f"{PACKAGE}.evaluation": 8,
   f"{PACKAGE}.training": 9,
   "experiments": 10,
