@@ -28,13 +28,13 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import cli
-from sparse_serve_jax import runtime
+from sparse_serve_jax import runtime, tasks
 from sparse_serve_jax.attention import METHODS
-from sparse_serve_jax.evaluation import accuracy, report, selections, tasks
-from sparse_serve_jax.evaluation import text as texts
+from sparse_serve_jax.evaluation import accuracy, report, selections
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
 from sparse_serve_jax.models import Model, load_model
 from sparse_serve_jax.serving import workload
+from sparse_serve_jax.tasks import text as texts
 
 PARTS = ("tasks", "text", "selections")
 

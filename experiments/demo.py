@@ -17,9 +17,8 @@ import numpy as np
 from absl import app, logging
 from tqdm import tqdm
 
-from sparse_serve_jax import runtime
+from sparse_serve_jax import runtime, tasks
 from sparse_serve_jax.config import EngineConfig, load_config, override
-from sparse_serve_jax.evaluation import tasks
 from sparse_serve_jax.models import Model, llama, load_model
 from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.serving.engine import Engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax.config import EngineConfig, load_config, override
@@ -35,20 +35,19 @@ class LLM:
   def __init__(
     self,
     path_or_name: str | pathlib.Path,
-    config: str | pathlib.Path | EngineConfig = "sparse_serve",
-    overrides: Iterable[str] = (),
+    config: str | pathlib.Path | Mapping[str, Any] | EngineConfig = "sparse_serve",
+    overrides: str | Iterable[str] | Mapping[str, Any] = (),
     dtype: str | None = None,
   ):
     """Loads model and configuration.
 
     Args:
       path_or_name: a directory, or "random:<shape>"; see `load_model`.
-      config: a name in configs/serving, a JSON file, or the configuration itself.
-      overrides: assignments such as "cache.hbm_bytes=8GiB".
+      config: a name in configs/serving, a JSON file, a dict of what such a file holds, or the configuration itself.
+      overrides: assignments such as "cache.hbm_bytes=8GiB", or a dict such as {"cache.hbm_bytes": "8GiB"}.
       dtype: "float32" or "bfloat16"; None keeps the model's own.
     """
-    overrides = [overrides] if isinstance(overrides, str) else overrides
-    self.config = override(config if isinstance(config, EngineConfig) else load_config(config), overrides)
+    self.config = override(load_config(config), overrides)
     self.model = load_model(path_or_name, dtype=dtype)
     _ = self.engine  # what does not fit is refused now
 

@@ -18,6 +18,7 @@ RANKS = {
   f"{PACKAGE}.config": 1,
   f"{PACKAGE}.runtime": 1,
   f"{PACKAGE}.processes": 1,
+  f"{PACKAGE}.tasks": 1,
   f"{PACKAGE}.buckets": 2,
   f"{PACKAGE}.models": 3,
   f"{PACKAGE}.attention": 3,
@@ -27,8 +28,8 @@ RANKS = {
   f"{PACKAGE}.llm": 6,
   PACKAGE: 7,
   f"{PACKAGE}.results": 8,
-  f"{PACKAGE}.evaluation": 8,
-  f"{PACKAGE}.training": 9,
+  f"{PACKAGE}.training": 8,
+  f"{PACKAGE}.evaluation": 9,
   "experiments": 10,
 }
 
@@ -44,6 +45,7 @@ WITHOUT_JAX = [
   f"{PACKAGE}.serving.timeline",
   f"{PACKAGE}.serving.workload",
   f"{PACKAGE}.memory.allocator",
+  f"{PACKAGE}.tasks",
 ]
 
 FILE_LINES = 400

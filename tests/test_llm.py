@@ -200,6 +200,12 @@ def test_an_interrupted_dispatch_makes_a_new_engine(llm: LLM, expected, n, error
   assert llm.engine is not engine and not llm.engine.has_work
 
 
+def test_configuration_and_overrides_may_be_dicts(llm: LLM):
+  changes = dict(assignment.split("=") for assignment in SMALL_SERVING)
+  values = {key: int(text) if text.isdigit() else text for key, text in changes.items()}
+  assert LLM("random:tiny", {"extends": "sparse_serve"}, values).config == llm.config
+
+
 def test_what_does_not_fit_is_refused_when_it_is_loaded():
   with pytest.raises(ValueError, match="cache.hbm_bytes=1000 is below the minimum of [0-9]+ bytes"):
     LLM("random:tiny", overrides=[*SMALL_SERVING, "cache.hbm_bytes=1000"])

@@ -2,6 +2,8 @@
 
 A model can be trained on them (`split="train"`) and then measured (`split="eval"`): the two never share a seed. What is
 asked for stands at a depth uniform over the context.
+
+text, content -> families -> TASKS: ordinary text and what is hidden in it; contexts and questions; instances and scores
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from sparse_serve_jax.evaluation import content, families
-from sparse_serve_jax.evaluation import text as texts
-from sparse_serve_jax.evaluation.families import Asked, Draft, Family
+from sparse_serve_jax.tasks import content, families
+from sparse_serve_jax.tasks import text as texts
+from sparse_serve_jax.tasks.families import Asked, Draft, Family
 
 
 class Tokenizer(Protocol):
