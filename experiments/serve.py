@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 import sparse_serve_jax
 from experiments import cli
-from sparse_serve_jax import runtime
+from sparse_serve_jax import runtime, workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model, load_model
-from sparse_serve_jax.serving import metrics, workload
+from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.workloads import Item, Refused, WorkloadConfig
 
 _CONFIG = flags.DEFINE_string("config", "sparse_serve", "A name in configs/serving, or a JSON file.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides of the configuration, such as cache.hbm_bytes=8GiB.")
@@ -46,15 +47,15 @@ _LIMIT = flags.DEFINE_integer(
   "limit", None, "Requests: longbench per file, needle (8 by default), jsonl.", lower_bound=1
 )
 _MAX_PROMPT = flags.DEFINE_integer("max_prompt_tokens", None, "Longer prompts lose their middle.", lower_bound=2)
+_CHAT = flags.DEFINE_bool(
+  "chat_template", True, "longbench: use the model's chat template, in the tasks that take one."
+)
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
 _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default all arrive at once.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of random weights, generated prompts and arrivals.", lower_bound=0)
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
 _OUT = flags.DEFINE_string("out", None, "Folder for requests.jsonl and config.json.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
-
-_LONGEST_OUTPUT = 512  # of LongBench's tasks
-_DEFAULT_OUTPUT = 32  # needle, and rows of jsonl that do not say
 
 
 def main(argv: list[str]) -> None:
@@ -68,12 +69,12 @@ def _main() -> None:
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   config = override(load_config(_CONFIG.value), _SET.value)
+  workload = _workload()
+  source = workloads.read(workload)
   model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
   engine = Engine(config, model)
-  items = _items(model, engine.max_request_tokens)
-  if not items:
-    raise ValueError(f"--workload={_WORKLOAD.value} holds no prompt")
-  arrivals = workload.arrival_times(len(items), _RATE.value, _SEED.value)
+  items = source(model.tokenizer, engine.max_request_tokens)
+  arrivals = workloads.arrival_times(workload.arrivals, len(items))
   with contextlib.ExitStack() as stack:
     on_row = _no_row
     if _OUT.value is not None:
@@ -93,7 +94,7 @@ def _main() -> None:
 
 def serve(
   engine: Engine,
-  items: Sequence[workload.Item],
+  items: Sequence[Item | Refused],
   arrivals: np.ndarray,
   ignore_eos: bool,
   on_row: Callable[[dict[str, Any]], None],
@@ -111,9 +112,7 @@ def serve(
       while coming and coming[0][1] <= time.monotonic():
         item, arrival = coming.popleft()
         try:
-          engine.add_request(
-            item.prompt, item.max_new_tokens, ignore_eos=ignore_eos, request_id=item.id, arrival_time=float(arrival)
-          )
+          _add(engine, item, ignore_eos, float(arrival))
         except ValueError as error:
           refused += 1
           bar.write(f"refused: {error}", file=sys.stderr)
@@ -128,25 +127,34 @@ def serve(
   return metrics.summarize(ended, engine.usage).to_dict() | {"refused": refused, "elapsed_s": time.monotonic() - start}
 
 
-def _items(model: Model, max_request_tokens: int) -> list[workload.Item]:
-  """The workload, outputs capped by --max_new_tokens."""
-  tokenizer, limit, cap = model.tokenizer, _LIMIT.value, _MAX_NEW.value
-  n_output = cap or _DEFAULT_OUTPUT
-  if _WORKLOAD.value == "longbench":
-    if _LONGBENCH.value is None:
-      raise ValueError("--workload=longbench needs --longbench_dir")
-    room = max(2, max_request_tokens - min(cap or _LONGEST_OUTPUT, _LONGEST_OUTPUT))
-    items = workload.longbench(tokenizer, _LONGBENCH.value, _MAX_PROMPT.value or room, limit)
-  elif _WORKLOAD.value == "jsonl":
-    if _JSONL.value is None:
-      raise ValueError("--workload=jsonl needs --jsonl")
-    items = workload.jsonl(tokenizer, _JSONL.value, n_output, limit, _MAX_PROMPT.value)
-  else:
-    n_prompt = min(_PROMPT.value, _MAX_PROMPT.value or _PROMPT.value)
-    items = workload.needle(tokenizer, limit or 8, n_prompt, n_output, _SEED.value)
-  return [
-    dataclasses.replace(item, max_new_tokens=min(item.max_new_tokens, cap or item.max_new_tokens)) for item in items
-  ]
+def _add(engine: Engine, item: Item | Refused, ignore_eos: bool, arrival: float) -> None:
+  if isinstance(item, Refused):
+    raise ValueError(f"request {item.id!r}: {item}")
+  options = {"ignore_eos": ignore_eos, **item.options}
+  engine.add_request(item.prompt, item.max_new_tokens, request_id=item.id, arrival_time=arrival, **options)
+
+
+def _workload() -> WorkloadConfig:
+  """That of --workload, changed by the other flags."""
+  name = _WORKLOAD.value
+  path = {"longbench": _LONGBENCH, "jsonl": _JSONL}.get(name)
+  if path is not None and path.value is None:
+    raise ValueError(f"--workload={name} needs --{path.name}")
+  tokens = _MAX_PROMPT.value
+  if name == "needle":
+    tokens = min(_PROMPT.value, tokens or _PROMPT.value)
+  changes = {
+    "path": None if path is None else path.value,
+    "limit": _LIMIT.value,
+    "prompt_tokens": tokens,
+    "max_new_tokens": _MAX_NEW.value,
+    "chat_template": _CHAT.value if name == "longbench" else None,
+    "seed": _SEED.value if name == "needle" else None,
+    "arrivals.process": None if _RATE.value is None else "poisson",
+    "arrivals.rate": _RATE.value,
+    "arrivals.seed": _SEED.value,
+  }
+  return override(workloads.load_workload(name), {key: value for key, value in changes.items() if value is not None})
 
 
 def _no_row(row: dict[str, Any]) -> None:
@@ -178,10 +186,10 @@ def _row(request: Request, start: float) -> dict[str, Any]:
   }
 
 
-def _refused_row(item: workload.Item, error: str) -> dict[str, Any]:
+def _refused_row(item: Item | Refused, error: str) -> dict[str, Any]:
   return {
     "request_id": item.id,
-    "prompt_tokens": len(item.prompt),
+    "prompt_tokens": len(item.prompt) if isinstance(item, Item) else None,
     "output_token_ids": [],
     "finish_reason": "refused",
     "error": error,

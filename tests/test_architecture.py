@@ -18,7 +18,10 @@ RANKS = {
   f"{PACKAGE}.config": 1,
   f"{PACKAGE}.runtime": 1,
   f"{PACKAGE}.processes": 1,
+  f"{PACKAGE}.files": 1,
+  f"{PACKAGE}.tokenizing": 1,
   f"{PACKAGE}.tasks": 1,
+  f"{PACKAGE}.workloads": 2,
   f"{PACKAGE}.buckets": 2,
   f"{PACKAGE}.models": 3,
   f"{PACKAGE}.attention": 3,
@@ -43,9 +46,9 @@ WITHOUT_JAX = [
   f"{PACKAGE}.serving.run",
   f"{PACKAGE}.serving.loop",
   f"{PACKAGE}.serving.timeline",
-  f"{PACKAGE}.serving.workload",
   f"{PACKAGE}.memory.allocator",
   f"{PACKAGE}.tasks",
+  f"{PACKAGE}.workloads",
 ]
 
 FILE_LINES = 400
