@@ -29,6 +29,7 @@ RANKS = {
   f"{PACKAGE}.results": 8,
   f"{PACKAGE}.evaluation": 8,
   f"{PACKAGE}.training": 9,
+  f"{PACKAGE}.benchmarks": 9,
   "experiments": 10,
 }
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import timing
-from experiments.timing import Ceilings, Effort, Report, Timing
+from sparse_serve_jax.benchmarks import timing
+from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.models import llama
 
@@ -27,7 +27,7 @@ CEILINGS = Ceilings(hbm=4e12, hbm_read=4.4e12, h2d=5e10, d2h=2.5e10, flops=5e14)
 def start(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
   quick = "--xla_backend_optimization_level=0"  # it compiles more than it computes
   return subprocess.run(
-    [sys.executable, "-m", f"experiments.{program}", *arguments],
+    [sys.executable, "-m", f"sparse_serve_jax.benchmarks.{program.removeprefix('bench_')}", *arguments],
     cwd=ROOT,
     env=os.environ | {"XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu"},
     capture_output=True,

@@ -1,6 +1,6 @@
 """Times of the ops at the 8B shape, beside what would be used instead, on one NVIDIA GPU.
 
-  python -m experiments.bench_kernels --out=/tmp/bench --ops=score,attend
+  python -m sparse_serve_jax.benchmarks.kernels --out=/tmp/bench --ops=score,attend
 
 A table an op: time (median over calls; ±: their spread), bytes that must move, their floor at rates measured in the
 same run, its share of the time, the same work by other means. The last line of stdout is one JSON object, {"op-case":
@@ -23,10 +23,10 @@ from absl import app, flags
 from jax import lax
 
 import pallas_kernels as kernels
-from experiments import timing
-from experiments.timing import Baselines, Effort, Report, Row, Timing
 from pallas_kernels.digest import cuboid_mean
 from pallas_kernels.score import box
+from sparse_serve_jax.benchmarks import timing
+from sparse_serve_jax.benchmarks.timing import Baselines, Effort, Report, Row, Timing
 
 _OPS = flags.DEFINE_list("ops", None, "Which ops; by default all.")
 _IMPLEMENTATION = flags.DEFINE_enum(

@@ -1,6 +1,6 @@
 """Times of whole decode steps of a model with random weights, against what their bytes need, on one NVIDIA GPU.
 
-  python -m experiments.bench_step --out=/tmp/bench --cases=64x10240,20x32768
+  python -m sparse_serve_jax.benchmarks.step --out=/tmp/bench --cases=64x10240,20x32768
 
 A case is <requests>x<tokens of each>. Batches have the shapes that an engine for just that case dispatches: rows and
 block tables padded. The same step is repeated, so that all it selects is in slots, and before each repetition a share
@@ -29,9 +29,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
-from experiments import timing
-from experiments.timing import Effort, Report, Row, Timing
 from sparse_serve_jax.attention import get_method
+from sparse_serve_jax.benchmarks import timing
+from sparse_serve_jax.benchmarks.timing import Effort, Report, Row, Timing
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, load_config, override, read_config
 from sparse_serve_jax.memory import kv_cache
