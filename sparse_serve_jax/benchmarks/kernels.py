@@ -1,10 +1,6 @@
 """Times of the ops at the 8B shape, beside what would be used instead, on one NVIDIA GPU.
 
-  python -m sparse_serve_jax.benchmarks.kernels --out=/tmp/bench --ops=score,attend
-
-A table an op: time (median over calls; ±: their spread), bytes that must move, their floor at rates measured in the
-same run, its share of the time, the same work by other means. The last line of stdout is one JSON object, {"op-case":
-{"us", "floor_us", "fraction", ...}}; the folder of --out gets kernels.jsonl. `--smoke` is to try it on any machine.
+An op is a function of `OPS`, which yields cases: a name, and what makes a row of it (`timing.row`).
 """
 
 from __future__ import annotations
@@ -13,28 +9,19 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from jax import lax
 
 import pallas_kernels as kernels
 from pallas_kernels.digest import cuboid_mean
 from pallas_kernels.score import box
 from sparse_serve_jax.benchmarks import timing
-from sparse_serve_jax.benchmarks.timing import Baselines, Effort, Report, Row, Timing
-
-_OPS = flags.DEFINE_list("ops", None, "Which ops; by default all.")
-_IMPLEMENTATION = flags.DEFINE_enum(
-  "implementation", None, ["xla", "triton", "interpret"], "Of the ops; by default triton on a GPU, else xla."
-)
-_CALLS = flags.DEFINE_integer("calls", 5, "Timed calls of a case.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 0.05, "Of one call, in which an op is repeated.", lower_bound=0)
-timing.define_flags()
+from sparse_serve_jax.benchmarks.timing import Baselines, Report, Row, Timing
 
 Cases = Iterator[tuple[str, Callable[[], Row]]]
 
@@ -192,6 +179,22 @@ def residency(b: Bench) -> Cases:
     yield f"{rows}x{b.heads}x{n} miss {miss:.0%}", functools.partial(case, miss)
 
 
+def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any], rows: int, n: int) -> Row:
+  """A case of `attend`, whose functions it takes: the pool lies in device memory, and there are no slots."""
+  nowhere, no_hits = np.full((rows, b.heads, n), -1, np.int32), np.zeros((rows, b.heads, 1), np.int32)
+  variants = b.variants(lambda: inputs_of(rows, n, rows * n, nowhere, no_hits))
+  measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, rows * n), n)
+
+  def contiguous():
+    kv = [b.random(rows, n * b.size, b.heads, b.depth) for _ in range(2)]
+    queries = [q.reshape(rows, 1, -1, b.depth) for q, _ in variants]
+    attention = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
+    return b.time(lambda state, kv, q: (state, attention(q, *kv)), queries, shared=kv)
+
+  moved = dict(hbm=rows * b.heads * (n + 1) * b.block_bytes)
+  return b.row(measured, moved, {f"{b.attention}, contiguous": contiguous})
+
+
 def attend(b: Bench) -> Cases:
   scale, zero = b.depth**-0.5, jnp.int32(0)
 
@@ -243,25 +246,10 @@ def attend(b: Bench) -> Cases:
     rates = dict(miss_rate=float(missed / read), blocks_read=float(read / rows / b.heads))
     return b.row(measured, moved, baselines, **rates)
 
-  def dense(rows, n):
-    """The pool lies in device memory, and there are no slots."""
-    nowhere, no_hits = np.full((rows, b.heads, n), -1, np.int32), np.zeros((rows, b.heads, 1), np.int32)
-    variants = b.variants(lambda: inputs_of(rows, n, rows * n, nowhere, no_hits))
-    measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, rows * n), n)
-
-    def contiguous():
-      kv = [b.random(rows, n * b.size, b.heads, b.depth) for _ in range(2)]
-      queries = [q.reshape(rows, 1, -1, b.depth) for q, _ in variants]
-      attention = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
-      return b.time(lambda state, kv, q: (state, attention(q, *kv)), queries, shared=kv)
-
-    moved = dict(hbm=rows * b.heads * (n + 1) * b.block_bytes)
-    return b.row(measured, moved, {f"{b.attention}, contiguous": contiguous})
-
   for rows, n, miss in b.pick([(64, 64, 0), (8, 64, 0), (64, 64, 0.02), (64, 64, 0.1), (64, 16, 1)], [(2, 8, 0.3)]):
     yield f"{rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss)
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
-    yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense, rows, n)
+    yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
     yield f"psa {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, threshold)
 
@@ -361,17 +349,9 @@ def prefill(b: Bench) -> Cases:
 OPS = {f.__name__: f for f in (digest, score, select, residency, attend, copy, prefill)}
 
 
-def main(argv: list[str]) -> None:
-  ops = list(dict.fromkeys(_OPS.value or OPS))
-  if unknown := [name for name in ops if name not in OPS]:
-    raise app.UsageError(f"--ops: no {', '.join(unknown)}; there are {', '.join(OPS)}")
-  report = timing.start(argv, "kernels.jsonl", Effort(_CALLS.value, _SECONDS.value), _IMPLEMENTATION.value)
+def measure(report: Report, ops: Iterable[str]) -> None:
+  """Adds the rows of every case of these ops to the report."""
   bench = Bench(report)
   for name in ops:
     for case, make in OPS[name](bench):
       report.add(name, case, make)
-  report.close()
-
-
-if __name__ == "__main__":
-  app.run(main)

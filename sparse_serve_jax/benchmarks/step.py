@@ -1,12 +1,9 @@
 """Times of whole decode steps of a model with random weights, against what their bytes need, on one NVIDIA GPU.
 
-  python -m sparse_serve_jax.benchmarks.step --out=/tmp/bench --cases=64x10240,20x32768
-
-A case is <requests>x<tokens of each>. Batches have the shapes that an engine for just that case dispatches: rows and
-block tables padded. The same step is repeated, so that all it selects is in slots, and before each repetition a share
-of the slots it used is emptied: what misses is random, how much is known. The floor of a step is weights + digests +
-the sum over layers of the slower of HBM and PCIe, of the requests alone. Further rows: a progressive step, and the
-layers without attention. The last line of stdout is one JSON object; the folder of --out gets step.jsonl, a row a case.
+Batches have the shapes that an engine for just that case dispatches: rows and block tables padded. The same step is
+repeated, so that all it selects is in slots, and before each repetition a share of the slots it used is emptied: what
+misses is random, how much is known. The floor of a step is weights + digests + the sum over layers of the slower of HBM
+and PCIe, of the requests alone. Further rows: a progressive step, and the layers without attention.
 """
 
 from __future__ import annotations
@@ -14,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -23,7 +18,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,35 +25,22 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels as kernels
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.benchmarks import timing
-from sparse_serve_jax.benchmarks.timing import Effort, Report, Row, Timing
+from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
 from sparse_serve_jax.buckets import Buckets
-from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, load_config, override, read_config
+from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.kv_cache import CacheShape, KVCache
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.step import DecodeBatch, Setup, programs
 
-_MODEL = flags.DEFINE_string("model", "llama3-8b", "A name in configs/models, or a JSON file.")
-_CASES = flags.DEFINE_list("cases", ["64x10240", "20x32768"], "Requests x tokens of each.")
-_MISSES = flags.DEFINE_list("misses", ["0", "0.02", "0.1"], "Shares of the slots in use that are emptied, in [0, 1].")
-_DENSE = flags.DEFINE_list("dense_batches", ["1", "8", "32", "64"], "Rows of the layers without attention.")
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Overrides of what cases set themselves (Case.all_of), such as cache.hbm_bytes=8GiB; not of sparse.policy, "
-  "sparse.dense_layers, implementation or tp.",
-)
-_STEPS = flags.DEFINE_integer("steps", 20, "Of a call.", lower_bound=1)
-_PROFILE = flags.DEFINE_bool("profile", False, "Also launches and time of every kernel, a layer.")
-timing.define_flags()
-
-_FIXED = {  # what --set may not change, and why
+_FIXED = {  # what may not be overridden, and why
   "sparse.policy": "every row has its own",
   "implementation": "it is the device's",
   "tp": "one device is timed",
 }
-_SMOKE_SIZES = {"2x128": (2, 128), "1x256": (1, 256)}
-_SMOKE_SET = [
+# Whether it runs, with the model "tiny".
+SMOKE_SIZES = {"2x128": (2, 128), "1x256": (1, 256)}
+SMOKE_CHANGES = [
   *("cache.block_tokens=8", "cache.hbm_bytes=512KiB"),
   *("sparse.token_budget=64", "sparse.sink_tokens=8", "sparse.window_tokens=8"),
 ]
@@ -83,26 +64,25 @@ class Case:
     return buckets.batch(self.n_rows), buckets.table(self.n_blocks)
 
   @classmethod
-  def all_of(cls, cfg: ModelConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Self]:
+  def all_of(cls, cfg: ModelConfig, sizes: Mapping[str, tuple[int, int]], given: Sequence[str]) -> dict[str, Self]:
     """From requests and tokens of each. One cache serves them all: 20 GiB of HBM, a pool that just holds the largest.
 
-    A psa reads about as much as topk.
+    A psa reads about as much as topk. `given` overrides that.
 
     Raises:
-      ValueError: --set is wrong, or a case has no full block.
+      ValueError: `given` is wrong, or a case has no full block.
     """
-    given = [*(_SMOKE_SET if flags.FLAGS.smoke else []), *_SET.value]
     keys = [assignment.partition("=")[0].strip() for assignment in given]
     if fixed := [key for key in keys if key in _FIXED]:
-      raise ValueError(f"--set: not {fixed[0]}: {_FIXED[fixed[0]]}")
+      raise ValueError(f"{fixed[0]} cannot be set: {_FIXED[fixed[0]]}")
     base = override(load_config("sparse_serve"), given)
     if base.sparse.dense_layers:
-      raise ValueError("--set: not sparse.dense_layers: floors take all layers to be alike")
+      raise ValueError("sparse.dense_layers cannot be set: floors take all layers to be alike")
     if not sizes:
       return {}
     size, rows = base.cache.block_tokens, max(n for n, _ in sizes.values())
     if short := [name for name, (_, tokens) in sizes.items() if tokens < 2 * size]:
-      raise ValueError(f"--cases: {short[0]} has no full block of {size} tokens before its tail")
+      raise ValueError(f"{short[0]} has no full block of {size} tokens before its tail")
     token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
     defaults = [
       f"cache.rows={rows}",
@@ -116,32 +96,6 @@ class Case:
       return override(base, [*defaults, *limits, threshold, *given, "sparse.policy=topk"])
 
     return {name: cls(n, tokens, config(n, tokens)) for name, (n, tokens) in sizes.items()}
-
-
-def case_size(text: str) -> tuple[int, int]:
-  """Requests and tokens of each, of an entry of --cases."""
-  match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-  if not match:
-    raise ValueError(f"--cases: {text!r} is not <requests>x<tokens>")
-  return int(match[1]), int(match[2])
-
-
-def batch_size(text: str) -> int:
-  """An entry of --dense_batches."""
-  if not re.fullmatch(r"[1-9]\d*", text):
-    raise ValueError(f"--dense_batches: {text!r} is no number of rows")
-  return int(text)
-
-
-def miss_share(text: str) -> float:
-  """An entry of --misses."""
-  try:
-    share = float(text)
-  except ValueError:
-    share = math.nan
-  if not 0 <= share <= 1:
-    raise ValueError(f"--misses: {text!r} is no share in [0, 1]")
-  return share
 
 
 def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | None:
@@ -290,9 +244,9 @@ class Bench:
     jitted = jax.jit(evict, static_argnames="n_layers", out_shardings=placed)
     return batch, functools.partial(jitted, first=jax.device_put(tokens, whole), n_layers=self.cfg.n_layers)
 
-  def run(self, case: Case, policy: str, share: float) -> Row:
-    """Times steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
-    config, n = override(case.config, [f"sparse.policy={policy}"]), _STEPS.value
+  def run(self, case: Case, policy: str, share: float, n: int, profile: bool) -> Row:
+    """Times n steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
+    config = override(case.config, [f"sparse.policy={policy}"])
     decode: Any = programs(Setup.of(self.cfg, config, self.report.implementation), self.mesh).decode
     cache, (batch, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
     self.cache = None  # until it is whole again
@@ -313,7 +267,7 @@ class Bench:
       "host_clock_us": alone.us,
       "dispatch_us": dispatched.us,
       "recompiled": decode._cache_size() - compiled,
-      "kernels_a_layer": steps.profile(n, self.cfg.n_layers) if _PROFILE.value else {},
+      "kernels_a_layer": steps.profile(n, self.cfg.n_layers) if profile else {},
     }
     self.cache = steps.cache
     attended, missed, in_use = np.mean([np.asarray(counts) for counts in steps.counts], 0).tolist()
@@ -359,31 +313,33 @@ def dense_part(cfg: ModelConfig, params: llama.Params, n_rows: int, report: Repo
   return timing.row(measured, report.ceilings.floor_us(**moved), moved)
 
 
-def main(argv: list[str]) -> None:
-  try:
-    cfg = read_config(ModelConfig, find_config("models", _MODEL.value))
-    sizes = {text: case_size(text) for text in _CASES.value}
-    batches = list(dict.fromkeys(map(batch_size, _DENSE.value)))
-    misses = {f"{100 * share:g}%": share for share in map(miss_share, _MISSES.value)}
-    if flags.FLAGS.smoke:
-      cfg = read_config(ModelConfig, find_config("models", "tiny"))
-      sizes, batches = _SMOKE_SIZES, [2]
-    cases = Case.all_of(cfg, sizes)
-    shape = cache_shape(cfg, cases)
-  except ValueError as error:
-    raise app.UsageError(str(error)) from None
-  report = timing.start(argv, "step.jsonl", Effort())
+def measure(
+  report: Report,
+  cfg: ModelConfig,
+  cases: Mapping[str, Case],
+  misses: Mapping[str, float],
+  batches: Sequence[int],
+  n_steps: int,
+  profile: bool,
+) -> None:
+  """Adds the rows of all cases to the report.
+
+  Args:
+    report: what it goes to.
+    cfg: the model.
+    cases: what steps are of; they fit one cache.
+    misses: shares of the slots in use that are emptied, by how they are called.
+    batches: rows of the layers without attention.
+    n_steps: of a call.
+    profile: also launches and time of every kernel, a layer.
+  """
   mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
   params = random_params(cfg, mesh)
   for n in batches:
     report.add("dense part", f"batch {n}", functools.partial(dense_part, cfg, params, n, report))
-  if shape:
+  if shape := cache_shape(cfg, cases):
     bench = Bench(cfg, params, mesh, shape, report)
     for name, case in cases.items():
       for policy, percent, share in [*(("topk", *miss) for miss in misses.items()), ("psa", "0%", 0.0)]:
-        report.add("step", f"{policy} {name} miss {percent}", functools.partial(bench.run, case, policy, share))
-  report.close()
-
-
-if __name__ == "__main__":
-  app.run(main)
+        row = functools.partial(bench.run, case, policy, share, n_steps, profile)
+        report.add("step", f"{policy} {name} miss {percent}", row)
