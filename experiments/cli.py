@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -79,6 +80,45 @@ def define_verbose() -> flags.FlagHolder[bool]:
     return flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
 
 
+def define_benchmark() -> tuple[flags.FlagHolder[Any], flags.FlagHolder[Any], flags.FlagHolder[Any]]:
+  """--out, which may be left out; --commit and --smoke."""
+  out = define_out("Folder for rows as JSON lines; they are added to what is there.", required=False)
+  with group("Results"):
+    commit = flags.DEFINE_string("commit", None, "What rows are stamped with where there is no git to ask.")
+    smoke = flags.DEFINE_bool(
+      "smoke", False, "Tiny shapes of its own, few repetitions, any machine: whether it runs, not how fast."
+    )
+  return out, commit, smoke
+
+
+def file_in(out: flags.FlagHolder[Any], name: str) -> pathlib.Path | None:
+  """A file in the folder of --out; None if there is no folder."""
+  return None if out.value is None else pathlib.Path(out.value) / name
+
+
+def chosen(flag: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
+  """What a list of names chooses, each once and in the order given; "all" stands for all that is known.
+
+  Raises:
+    ValueError: a name is unknown.
+  """
+  if unknown := [name for name in given if name not in known and name != "all"]:
+    raise ValueError(f"--{flag}: no {', '.join(unknown)}; there are {', '.join(known)}")
+  return list(dict.fromkeys(name for one in given for name in (known if one == "all" else [one])))
+
+
+def numbers(flag: flags.FlagHolder[Any], kind: type[int] | type[float]) -> list[Any]:
+  """The numbers of a list, ascending, each once.
+
+  Raises:
+    ValueError: they are none.
+  """
+  try:
+    return sorted({kind(text) for text in flag.value})
+  except ValueError:
+    raise ValueError(f"--{flag.name}: {','.join(flag.value)} are not numbers") from None
+
+
 # ---------------------------------------------------------------------------------------------------------- beginnings
 
 
@@ -122,7 +162,7 @@ def help_of(module: ModuleType) -> str:
   for name in [name for name in flags.FLAGS if name in own]:
     flag = own[name]
     title = "--[no]" if flag.boolean else "--"
-    text = f"{title}{name}  {flag.help}"
+    text = re.sub(r";\s*repeat this option.*", " It can be repeated.", f"{title}{name}  {flag.help}")  # absl's
     if flag.default not in (None, False, [], ""):
       text += f" (default: {str(flag.default_as_str).strip(chr(39))})"
     lines = textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)

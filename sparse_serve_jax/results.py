@@ -21,7 +21,7 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax import __version__
@@ -52,32 +52,35 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   return folder
 
 
-def claim(path: str | os.PathLike[str], setting: Mapping[str, Any]) -> pathlib.Path:
+def claim(
+  path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequence[str] = ("*.jsonl",)
+) -> pathlib.Path:
   """Makes a folder hold the run of one setting only, and notes who went on with it now.
 
-  A folder without rows is taken, and one of the same setting is gone on with.
+  A folder without results is taken, and one of the same setting is gone on with.
 
   Args:
     path: of the folder, which is made if it is not there.
     setting: what decides whether two runs are the same; values of JSON, and dataclasses of these.
+    kept: patterns of the files (empty ones do not count) and folders that are results.
 
   Returns:
     The folder.
 
   Raises:
-    ValueError: the folder holds another run (the difference is told, with both values), or rows of one that is not
-      known; or `make_folder` refuses the path.
+    ValueError: the folder holds results of another run (the difference is told, with both values), or of one that is
+      not known; or `make_folder` refuses the path.
   """
   folder, setting = make_folder(path), _plain(setting)
-  file = folder / RUN_FILE
-  parts = []
-  if file.exists():
+  file, parts = folder / RUN_FILE, []
+  found = [path.name for pattern in kept for path in folder.glob(pattern) if path.is_dir() or path.stat().st_size]
+  if found and not file.exists():
+    raise ValueError(f"{folder} has {found[0]} but no {RUN_FILE} that says what made it: choose another folder")
+  if found:
     before = read_json(file)
     if told := differences(before.get("setting", {}), setting):
       raise ValueError(f"{folder} holds another run, choose another folder: {'; '.join(told)}")
     parts = before.get("parts", [])
-  elif any(folder.glob("*.jsonl")):
-    raise ValueError(f"{folder} has .jsonl files but no {RUN_FILE} that says what made them: choose another folder")
   replace_json(file, {"setting": setting, "parts": [*parts, provenance()]})
   return folder
 

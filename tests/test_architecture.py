@@ -33,6 +33,7 @@ RANKS = {
   f"{PACKAGE}.results": 8,
   f"{PACKAGE}.training": 8,
   f"{PACKAGE}.evaluation": 9,
+  f"{PACKAGE}.benchmarks": 9,
   "experiments": 10,
 }
 

@@ -28,6 +28,7 @@ def parts_of(folder: Path) -> list[dict]:
 def test_a_folder_is_made_and_gone_on_with(tmp_path):
   setting = {"config": load_config("psa"), "limit": 3, "sizes": (1, 2)}
   assert claim(tmp_path / "a" / "b", setting) == tmp_path / "a" / "b"
+  (tmp_path / "a" / "b" / "rows.jsonl").write_text("{}\n")
   claim(str(tmp_path / "a" / "b"), setting)
   written = json.loads((tmp_path / "a" / "b" / "run.json").read_text())
   assert written["setting"]["config"] == json.loads(json.dumps(dataclasses.asdict(load_config("psa"))))
@@ -43,6 +44,7 @@ def test_a_folder_is_made_and_gone_on_with(tmp_path):
 def test_another_run_is_refused_with_the_difference(tmp_path):
   config = load_config("psa")
   claim(tmp_path, {"config": config, "model": "tiny", "limit": None, "rate": 2})
+  Rows(tmp_path / "rows.jsonl").append({})
   before = (tmp_path / "run.json").read_bytes()
   other = {"config": override(config, ["sparse.threshold=0.5"]), "model": "tiny", "limit": 4, "seed": None}
   with pytest.raises(ValueError) as error:
@@ -57,15 +59,28 @@ def test_another_run_is_refused_with_the_difference(tmp_path):
 def test_rows_of_unknown_origin_are_not_gone_on_with(tmp_path):
   (tmp_path / "log.txt").write_text("made by a shell before the run began")
   (tmp_path / "rows.jsonl").write_text("{}\n")
-  with pytest.raises(ValueError, match=r"has \.jsonl files but no run\.json that says what made them"):
+  with pytest.raises(ValueError, match=r"has rows\.jsonl but no run\.json that says what made it"):
     claim(tmp_path, {})
   assert not (tmp_path / "run.json").exists()
   (tmp_path / "rows.jsonl").unlink()
   claim(tmp_path, {})
 
 
+def test_a_run_that_left_no_results_makes_room(tmp_path):
+  """It failed before its first row, so that a corrected command takes the folder."""
+  claim(tmp_path, {"steps": 8})
+  (tmp_path / "rows.jsonl").touch()
+  claim(tmp_path, {"steps": 48})
+  assert json.loads((tmp_path / "run.json").read_text())["setting"] == {"steps": 48} and len(parts_of(tmp_path)) == 1
+  (tmp_path / "checkpoints").mkdir()
+  claim(tmp_path, {"steps": 9})
+  with pytest.raises(ValueError, match="steps was 9 and is 10"):
+    claim(tmp_path, {"steps": 10}, kept=["checkpoints"])
+
+
 def test_a_damaged_run_file_is_named(tmp_path):
   (tmp_path / "run.json").write_text('{"setting": ')
+  (tmp_path / "rows.jsonl").write_text("{}\n")
   with pytest.raises(ValueError, match=r"run\.json:1: not JSON"):
     claim(tmp_path, {})
 
