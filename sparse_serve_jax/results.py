@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax import __version__
-from sparse_serve_jax.serving.workload import read_json, read_lines
+from sparse_serve_jax.files import read_json, read_lines
 
 RUN_FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "numpy")
@@ -52,9 +52,7 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   return folder
 
 
-def claim(
-  path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequence[str] = ("*.jsonl",)
-) -> pathlib.Path:
+def claim(path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequence[str] = ("*.jsonl",)) -> pathlib.Path:
   """Makes a folder hold the run of one setting only, and notes who went on with it now.
 
   A folder without results is taken, and one of the same setting is gone on with.

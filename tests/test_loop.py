@@ -33,6 +33,10 @@ def held(executor: FakeExecutor) -> threading.Event:
   return free
 
 
+def causes(error: BaseException | None) -> list[BaseException]:
+  return [error, *causes(error.__cause__)] if error else []
+
+
 def test_tokens_come_one_by_one_and_the_request_at_the_end():
   engine, _ = fake_engine()
   with Loop(engine) as loop:
@@ -118,28 +122,46 @@ def test_an_engine_that_fails_ends_all_streams(where, error):
       raise error
     return works(plan)
 
+  def broken():
+    raise error
+
   setattr(executor, where, failing)
+  executor.reset = broken  # for good
   loop = Loop(engine)
   streams = [loop.submit([i], max_new_tokens=30) for i in range(5)]  # some wait for a row, and are told too
+  outcomes = []
 
   def read():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError) as raised:
       list(streams[0])
+    outcomes.append(raised.value)
 
   reader = threading.Thread(target=read, daemon=True)
   reader.start()
   for stream in streams:
-    with pytest.raises(RuntimeError, match="the engine has failed: .*(device gone|from far below)") as raised:
+    with pytest.raises(RuntimeError, match="has failed: .*(device gone|from far below)") as raised:
       stream.result(SOON)
-    assert raised.value.__cause__ is error
-    with pytest.raises(RuntimeError, match="the engine has failed"):
+    assert error in causes(raised.value)
+    with pytest.raises(RuntimeError, match="has failed"):
       list(stream)
   reader.join(SOON)
-  assert not reader.is_alive() and loop.failed and loop.live == 0
+  assert not reader.is_alive() and error in causes(outcomes[0])
+  loop._thread.join(SOON)
+  assert loop.failed and loop.live == 0
   for call in (lambda: loop.submit([1]), loop.drain):
     with pytest.raises(RuntimeError, match="the engine has failed"):
       call()
   loop.cancel(streams[0])
+  loop.close()
+
+
+def test_an_engine_that_was_broken_before_takes_nothing():
+  engine, _ = fake_engine()
+  engine._failure = OSError("device gone")
+  loop = Loop(engine)
+  loop._thread.join(SOON)
+  with pytest.raises(RuntimeError, match="device gone"):
+    loop.submit([1])
   loop.close()
 
 
@@ -167,6 +189,8 @@ def test_close_cancels_what_lives():
   closing.start()
   while not loop._closing:
     time.sleep(0.001)
+  with pytest.raises(RuntimeError, match="draining or closed"):
+    loop.submit([1])
   free.set()
   closing.join(SOON)
   for i, stream in enumerate(streams):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 
 import numpy as np
@@ -11,9 +12,9 @@ import pytest
 from sparse_serve_jax.serving.clock import Virtual, Wall
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request, State
-from sparse_serve_jax.serving.run import Refusal, Served, serve
-from sparse_serve_jax.serving.workload import Item
-from tests.fake_engine import VOCAB, FakeExecutor, continuation, fake_engine
+from sparse_serve_jax.serving.run import Refusal, Served, row, serve
+from sparse_serve_jax.workloads import Item, Refused
+from tests.fake_engine import VOCAB, FakeExecutor, FakeModel, continuation, fake_engine
 
 
 def simulated(**changes) -> tuple[Engine, FakeExecutor, Virtual]:
@@ -92,9 +93,44 @@ def test_what_is_refused_is_handed_out_with_the_reason_and_the_rest_runs():
   served = serve(engine, items, np.zeros(3), clock, ended.append)
   long, foreign, good = ended
   assert isinstance(long, Refusal) and isinstance(foreign, Refusal) and isinstance(good, Request)
-  assert (long.item, foreign.item) == (items[0], items[2])
+  assert [(end.id, end.prompt_tokens) for end in (long, foreign)] == [("long", 90), ("foreign", 1)]
   assert "93, but only 64 tokens would fit" in long.error and "outside the vocabulary" in foreign.error
   assert (served.summary.requests, served.refused) == (1, 2)
+
+
+def test_what_its_source_refuses_is_handed_out_when_it_is_due():
+  engine, _, clock = simulated()
+  items = [Refused("broken", "in.jsonl:7", "no text"), item("good", [1], 3)]
+  ended: list[Request | Refusal] = []
+  served = serve(engine, items, [0.0, 0.0], clock, ended.append)
+  assert ended[0] == Refusal("broken", None, "in.jsonl:7: no text")
+  assert (served.refused, served.summary.requests) == (1, 1)
+
+
+def test_rows_by_hand():
+  engine, _, clock = simulated()
+  ended: list[Request | Refusal] = []
+  serve(engine, [item("a", [1, 2], 2), item("b", [], 3)], [0.0, 0.0], clock, ended.append)
+  refused, a = (row(end, start=90.0) for end in ended)
+  assert json.loads(json.dumps(a)) == a
+  assert a == {
+    "request_id": "a",
+    "prompt_tokens": 2,
+    "output_token_ids": continuation([1, 2], 2),
+    "finish_reason": "length",
+    "arrival_s": 10,
+    "scheduled_s": 10,
+    "first_token_s": 11,
+    "token_s": [11, 12],
+    "finish_s": 12,
+  }
+  assert refused == {
+    "request_id": "b",
+    "prompt_tokens": 0,
+    "output_token_ids": [],
+    "finish_reason": "refused",
+    "error": "request 'b': the prompt is empty, at least one token is needed",
+  }
 
 
 def test_all_refused():
@@ -118,6 +154,18 @@ def test_errors_are_counted():
   assert (served.failed, served.summary.requests) == (1, 0)
 
 
+def test_an_item_says_how_it_is_drawn():
+  engine, _, clock = simulated()
+  prompt = np.array([3, 4, 5], np.int32)
+  stop = continuation(prompt.tolist(), 3)[2]
+  engine._model = FakeModel(eos_token_ids=(stop,))
+  items = [Item(str(i), prompt, 5, options) for i, options in enumerate([{}, {"ignore_eos": False}])]
+  ended: list[Request] = []
+  serve(engine, items, np.zeros(2), clock, ended.append, ignore_eos=True)
+  reasons = {request.id: request.finish_reason for request in ended}
+  assert reasons == {"0": "length", "1": "stop"}
+
+
 def test_an_interruption_cancels_what_lives():
   """What was handed out stays; what lives ends, and is not handed out."""
   engine, _, clock = simulated()
@@ -138,16 +186,17 @@ def test_an_interruption_cancels_what_lives():
   assert (left.id, left.finish_reason) == ("long", "cancelled")
 
 
-def test_an_engine_that_fails_says_why():
-  """And not that it cannot cancel."""
+def test_an_interruption_within_an_iteration():
+  """Nothing can be cancelled then, and that is not what is told."""
   engine, executor, clock = simulated()
 
-  def failing(plan):
-    raise OSError("device gone")
+  def interrupted(plan):
+    raise KeyboardInterrupt
 
-  executor.submit = failing
-  with pytest.raises(OSError, match="device gone"):
+  executor.submit = interrupted
+  with pytest.raises(KeyboardInterrupt):
     serve(engine, [item("a", [1], 2)], [0.0], clock, lambda end: None)
+  assert engine.failed
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ class Loop:
     loop is to end.
     """
     with self._changed:
-      self._changed.wait_for(lambda: self._closing or self._notes or self._engine.has_work)
+      self._changed.wait_for(lambda: self._closing or self._notes or self._engine.has_work or self._engine.failed)
       notes, self._notes = self._notes, deque()
       closing = self._closing
     for what, stream in notes:
@@ -220,8 +220,6 @@ class Loop:
     try:
       request = self._engine.add_request(stream._prompt, on_token=stream._take, **stream._options)
     except Exception as error:
-      if self._engine.failed:
-        raise
       self._end(stream, error)
     else:
       stream._request = request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,14 +13,15 @@ from sparse_serve_jax.serving.clock import Clock
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.metrics import Summary, summarize
 from sparse_serve_jax.serving.request import Request
-from sparse_serve_jax.serving.workload import Item
+from sparse_serve_jax.workloads import Item, Refused
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-  """An item that could never run, and why."""
+  """What could never run, and why: its source says so, or the engine."""
 
-  item: Item
+  id: str
+  prompt_tokens: int | None  # None: it has no tokens
   error: str
 
 
@@ -40,7 +42,7 @@ class Served:
 
 def serve(
   engine: Engine,
-  items: Sequence[Item],
+  items: Sequence[Item | Refused],
   arrivals: Sequence[float] | np.ndarray,
   clock: Clock,
   on_end: Callable[[Request | Refusal], None],
@@ -53,11 +55,11 @@ def serve(
 
   Args:
     engine: idle.
-    items: what to ask for.
+    items: what to ask for, and what its source refuses.
     arrivals: seconds after the start, ascending, one for each item.
     clock: the engine's.
-    on_end: is given each request when it ends, and each item that is refused when it arrives.
-    ignore_eos: the model's EOS tokens are output like others.
+    on_end: is given each request when it ends, and a refusal of what cannot run when it is due.
+    ignore_eos: the model's EOS tokens are output like others, if an item does not say otherwise.
 
   Raises:
     ValueError: there is not one arrival for each item, or they do not ascend.
@@ -70,13 +72,9 @@ def serve(
     while coming or engine.has_work:
       while coming and coming[0][1] <= clock.now():
         item, arrival = coming.popleft()
-        try:
-          engine.add_request(
-            item.prompt, item.max_new_tokens, ignore_eos=ignore_eos, request_id=item.id, arrival_time=arrival
-          )
-        except ValueError as error:
+        if refusal := _add(engine, item, arrival, ignore_eos):
           refused += 1
-          on_end(Refusal(item, str(error)))
+          on_end(refusal)
       if engine.has_work:
         for request in engine.step():
           ended.append(request)
@@ -90,6 +88,45 @@ def serve(
     raise
   failed = sum(request.finish_reason == "error" for request in ended)
   return Served(summarize(ended, engine.usage), refused, failed, clock.now() - start)
+
+
+def row(end: Request | Refusal, start: float) -> dict[str, Any]:
+  """What became of an item, as JSON values; times are seconds since `start`."""
+  if isinstance(end, Refusal):
+    return {
+      "request_id": end.id,
+      "prompt_tokens": end.prompt_tokens,
+      "output_token_ids": [],
+      "finish_reason": "refused",
+      "error": end.error,
+    }
+
+  def since(at: float | None) -> float | None:
+    return None if at is None else at - start
+
+  made = {
+    "request_id": end.id,
+    "prompt_tokens": len(end.prompt),
+    "output_token_ids": list(end.output_tokens),
+    "finish_reason": end.finish_reason,
+    "arrival_s": since(end.arrival_time),
+    "scheduled_s": since(end.scheduled_time),
+    "first_token_s": since(end.first_token_time),
+    "token_s": [since(at) for at in end.token_times],
+    "finish_s": since(end.finish_time),
+  }
+  return made if end.error is None else made | {"error": str(end.error)}
+
+
+def _add(engine: Engine, item: Item | Refused, arrival: float, ignore_eos: bool) -> Refusal | None:
+  if isinstance(item, Refused):
+    return Refusal(item.id, None, str(item))
+  options = {"ignore_eos": ignore_eos, **item.options}
+  try:
+    engine.add_request(item.prompt, item.max_new_tokens, request_id=item.id, arrival_time=arrival, **options)
+  except ValueError as error:
+    return Refusal(item.id, len(item.prompt), str(error))
+  return None
 
 
 def _checked(arrivals: Sequence[float] | np.ndarray, n: int) -> np.ndarray:
