@@ -86,8 +86,8 @@ def measure(config: EngineConfig, model: Model, asked: Sequence[tasks.Instance])
   """Serves the prompts twice with one executor, the second time all compiled: returns the numbers of that."""
   executor = JaxExecutor(config, model)
   prompts = [model.tokenizer.encode(instance.prompt) for instance in asked]
-  _serve(Engine(config, model, executor), prompts)
-  engine = Engine(config, model, executor)
+  _serve(Engine(executor), prompts)
+  engine = Engine(executor)
   requests = _serve(engine, prompts)
   summary, usage = metrics.summarize(requests, engine.usage), engine.usage
   row: Row = {

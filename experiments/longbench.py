@@ -92,6 +92,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
 
   from sparse_serve_jax.models import load_model
   from sparse_serve_jax.serving.engine import Engine
+  from sparse_serve_jax.serving.executor import JaxExecutor
 
   model = load_model(_MODEL.value, dtype=_DTYPE.value)
   chat = _CHAT.value
@@ -100,7 +101,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
       model.tokenizer.apply_chat_template([{"role": "user", "content": ""}])
     except ValueError as error:
       raise ValueError(f"{error}; or give --nochat_template") from error
-  engine = Engine(config, model)
+  engine = Engine(JaxExecutor(config, model))
   max_prompt = _MAX_PROMPT.value or release.room_for_prompts(model.tokenizer, engine.max_request_tokens, chat)
   setting = {
     "config": dataclasses.asdict(config),

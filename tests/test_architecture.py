@@ -31,8 +31,10 @@ RANKS = {
   f"{PACKAGE}.serving": 5,
   f"{PACKAGE}.llm": 6,
   PACKAGE: 7,
+  f"{PACKAGE}.results": 8,
   f"{PACKAGE}.training": 8,
   f"{PACKAGE}.evaluation": 9,
+  f"{PACKAGE}.benchmarks": 9,
   "experiments": 10,
 }
 
@@ -42,6 +44,10 @@ WITHOUT_JAX = [
   f"{PACKAGE}.serving.request",
   f"{PACKAGE}.serving.plan",
   f"{PACKAGE}.serving.metrics",
+  f"{PACKAGE}.serving.clock",
+  f"{PACKAGE}.serving.run",
+  f"{PACKAGE}.serving.loop",
+  f"{PACKAGE}.serving.timeline",
   f"{PACKAGE}.memory.allocator",
   f"{PACKAGE}.tasks",
   f"{PACKAGE}.workloads",

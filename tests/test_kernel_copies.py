@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as kernels
 from pallas_kernels import copy, prefill
-from sparse_serve_jax.memory import kv_cache
+from sparse_serve_jax.memory import host_pool
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, assert_rows_close, assert_same_bits
 
 
@@ -208,7 +208,7 @@ def test_copies_with_a_pool_in_host_memory():
   K, L, M, S, D, n = 2, 2, 64, 32, 128, 48
   mesh = jax.make_mesh((1,), ("tp",))
   whole = NamedSharding(mesh, PartitionSpec())
-  host = NamedSharding(mesh, PartitionSpec("tp"), memory_kind=kv_cache.host_memory_kind())
+  host = NamedSharding(mesh, PartitionSpec("tp"), memory_kind=host_pool.memory_kind())
   each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
   canary = tagged(K, L, M, 2, S, D, dtype="bfloat16")
   pool = jax.device_put(canary, host)

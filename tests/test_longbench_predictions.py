@@ -18,10 +18,11 @@ from sparse_serve_jax import workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.evaluation import longbench
 from sparse_serve_jax.evaluation.longbench import Release, Run
+from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Capacity, DecodeRow, Plan, PrefillWork, StepResult, StepStats
+from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, StepResult, StepStats
 from sparse_serve_jax.workloads import WorkloadConfig
 from sparse_serve_jax.workloads.longbench import SLACK
 from tests.longbench import (
@@ -44,7 +45,11 @@ class Script:
   """A device that says what it is told, a text for each request, then EOS; and an underscore for what is banned."""
 
   def __init__(self, answer: Callable[[str], str], rows: int = 4):
-    self.capacity = Capacity(256, 0, rows, 384, n_layers=1, n_kv_heads=1, block_bytes=1, fixed_hbm_bytes=0)
+    config = types.SimpleNamespace(vocab_size=BYTES.vocab_size)
+    self.config, self.model = small_config(), types.SimpleNamespace(config=config, eos_token_ids=(EOS,))
+    self.shape = CacheShape(
+      K=1, L=1, M=256, P=0, R=rows, S=8, D=4, E=0, dtype="float32", offload=False, max_context=384, slab_tokens=0
+    )
     self._answer = answer
     self.prompts: dict[str, str] = {}
 
@@ -69,8 +74,7 @@ def small_config() -> EngineConfig:
 
 
 def scripted(answer: Callable[[str], str]) -> Engine:
-  config = types.SimpleNamespace(vocab_size=BYTES.vocab_size)
-  return Engine(small_config(), types.SimpleNamespace(config=config, eos_token_ids=(EOS,)), Script(answer))
+  return Engine(Script(answer))
 
 
 def said(request_id: str) -> str:

@@ -210,7 +210,7 @@ def replays(
 def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:
   """The replay of a case over the prefill of a batch, on the device."""
   n, options = batch.answers.shape[1], dict(oracle=case.oracle, certified=case.certified)
-  return replay.replay(model.config, params, case.config, dense, batch.tokens, batch.start, n, **options)
+  return replay.replay(model.config, params, case.config, dense, batch.start, n, **options)
 
 
 def measure(
