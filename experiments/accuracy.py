@@ -27,13 +27,12 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import cli
-from sparse_serve_jax import runtime
+from sparse_serve_jax import files, runtime, tasks
 from sparse_serve_jax.attention import METHODS
-from sparse_serve_jax.evaluation import accuracy, report, selections, tasks
-from sparse_serve_jax.evaluation import text as texts
+from sparse_serve_jax.evaluation import accuracy, report, selections
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
 from sparse_serve_jax.models import Model, load_model, place_params
-from sparse_serve_jax.serving import workload
+from sparse_serve_jax.tasks import text as texts
 
 PARTS = ("tasks", "text", "selections")
 
@@ -75,7 +74,7 @@ class Rows:
     if lines and not lines[-1].endswith("\n"):  # a run was ended while it wrote
       file.write_text("".join(lines[:-1]), encoding="utf-8")
       lines.pop()
-    self.all: list[Row] = [row for _, row in workload.read_lines(file)] if lines else []
+    self.all: list[Row] = [row for _, row in files.read_lines(file)] if lines else []
     for row in self.all:
       if (other := {key: row.get(key) for key in setting}) != setting:
         raise ValueError(f"{file} has rows of another run, give another --out: {other}, not {setting}")

@@ -1,23 +1,219 @@
-"""How commands end."""
+"""What commands share: flags, --help, and how they end.
+
+  _MODEL, _DTYPE = cli.define_model(default="random:tiny")
+  _OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)
+  with cli.group("The workload"):
+    _LIMIT = flags.DEFINE_integer("limit", None, "Requests to serve.", lower_bound=1)
+
+  def main() -> int | None:  # the exit status; None is 0
+    ...
+
+  if __name__ == "__main__":
+    cli.run(main, interrupted="the same command goes on from {out}")
+
+A command ends with 2 and one line on stderr for what the user can mend, a wrong flag or a ValueError; with 130 when it
+is interrupted. A second interrupt ends it at once, even while it waits for a device.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import pathlib
+import re
+import signal
 import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from absl import flags
+
+flags.disclaim_key_flags()  # those that functions below define are their caller's
+
+_HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
+_INTERRUPTED = 128 + signal.SIGINT
+_groups: dict[str, str] = {}  # title of the group that a flag belongs to, by its name
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
 
 
 @contextlib.contextmanager
-def endings(verbose: bool, interrupted: str):
+def group(title: str) -> Iterator[None]:
+  """Flags that are defined inside stand under this title in --help."""
+  before = set(flags.FLAGS)
+  yield
+  _groups.update(dict.fromkeys([name for name in flags.FLAGS if name not in before], title))
+
+
+def define_model(default: str | None = None) -> tuple[flags.FlagHolder[Any], flags.FlagHolder[Any]]:
+  """--model, which has to be given if it has no default, and --dtype."""
+  kinds = "A model directory." if default is None else "A model directory, or random:<name in configs/models>."
+  with group("The model"):
+    model = flags.DEFINE_string("model", default, kinds, required=default is None)
+    dtype = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in.")
+  return model, dtype
+
+
+def define_serving() -> tuple[flags.FlagHolder[str], flags.FlagHolder[list[str]]]:
+  """--config and --set: of what `load_config` and `override` take."""
+  with group("How it is served"):
+    config = flags.DEFINE_string("config", "sparse_serve", "A name in configs/serving, or a JSON file.")
+    changes = flags.DEFINE_multi_string("set", [], "Overrides of the configuration, such as cache.hbm_bytes=8GiB.")
+  return config, changes
+
+
+def define_out(what: str, required: bool = True) -> flags.FlagHolder[Any]:
+  """--out, a folder that holds `what`."""
+  with group("Results"):
+    out = flags.DEFINE_string("out", None, what, required=required)
+  flags.register_validator(out, lambda path: path != "", "a folder needs a name")
+  return out
+
+
+def define_verbose() -> flags.FlagHolder[bool]:
+  """--verbose, which `run` reads."""
+  with group("Results"):
+    return flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
+
+
+def define_benchmark() -> tuple[flags.FlagHolder[Any], flags.FlagHolder[Any], flags.FlagHolder[Any]]:
+  """--out, which may be left out; --commit and --smoke."""
+  out = define_out("Folder for rows as JSON lines; they are added to what is there.", required=False)
+  with group("Results"):
+    commit = flags.DEFINE_string("commit", None, "What rows are stamped with where there is no git to ask.")
+    smoke = flags.DEFINE_bool(
+      "smoke", False, "Tiny shapes of its own, few repetitions, any machine: whether it runs, not how fast."
+    )
+  return out, commit, smoke
+
+
+def file_in(out: flags.FlagHolder[Any], name: str) -> pathlib.Path | None:
+  """A file in the folder of --out; None if there is no folder."""
+  return None if out.value is None else pathlib.Path(out.value) / name
+
+
+def chosen(flag: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
+  """What a list of names chooses, each once and in the order given; "all" stands for all that is known.
+
+  Raises:
+    ValueError: a name is unknown.
+  """
+  if unknown := [name for name in given if name not in known and name != "all"]:
+    raise ValueError(f"--{flag}: no {', '.join(unknown)}; there are {', '.join(known)}")
+  return list(dict.fromkeys(name for one in given for name in (known if one == "all" else [one])))
+
+
+def numbers(flag: flags.FlagHolder[Any], kind: type[int] | type[float]) -> list[Any]:
+  """The numbers of a list, ascending, each once.
+
+  Raises:
+    ValueError: they are none.
+  """
+  try:
+    return sorted({kind(text) for text in flag.value})
+  except ValueError:
+    raise ValueError(f"--{flag.name}: {','.join(flag.value)} are not numbers") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- beginnings
+
+
+def run(
+  main: Callable[..., int | None],
+  arguments: Sequence[str] = (),
+  interrupted: str = "",
+  argv: Sequence[str] | None = None,
+) -> NoReturn:
+  """Parses the command line, calls `main` and ends the process. The main thread calls it.
+
+  Args:
+    main: gets what is given for `arguments`. What it returns is the exit status, None is 0. The docstring of its module
+      is what --help shows.
+    arguments: names of what may be given besides flags, each of which may be left out.
+    interrupted: what to say then; {out} is the folder of results. Nothing is said where none was given.
+    argv: the command line, by default the process's; its first entry is the program.
+  """
+  argv = sys.argv if argv is None else argv
+  _second_interrupt_ends()
+  module = sys.modules[main.__module__]
+  if _HELP & set(argv[1:]):
+    print(help_of(module))
+    sys.exit(0)
+  try:
+    given = flags.FLAGS(list(argv))[1:]
+    if len(given) > len(arguments):
+      raise flags.Error(f"unexpected arguments: {' '.join(given[len(arguments) :])}")
+  except flags.Error as error:
+    sys.exit(_mistake(f"{_in_a_line(error)}; --help shows what there is"))
+  values = flags.FLAGS.flag_values_dict()
+  told = interrupted.format(out=values["out"]) if values.get("out") else ""
+  with endings(values.get("verbose", False), f"; {told}" if told else ""):
+    sys.exit(main(*given) or 0)
+
+
+def help_of(module: ModuleType) -> str:
+  """What --help prints: the docstring of a command, and its flags in groups."""
+  titles: dict[str, list[str]] = {}
+  own = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(module)}
+  for name in [name for name in flags.FLAGS if name in own]:
+    flag = own[name]
+    title = "--[no]" if flag.boolean else "--"
+    text = re.sub(r";\s*repeat this option.*", " It can be repeated.", f"{title}{name}  {flag.help}")  # absl's
+    if flag.default not in (None, False, [], ""):
+      text += f" (default: {str(flag.default_as_str).strip(chr(39))})"
+    lines = textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
+    titles.setdefault(_groups.get(name, "Other flags"), []).extend(lines)
+  parts = [(module.__doc__ or "").rstrip(), *("\n".join([f"{title}:", *lines]) for title, lines in titles.items())]
+  return "\n\n".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- endings
+
+
+@contextlib.contextmanager
+def endings(verbose: bool, interrupted: str) -> Iterator[None]:
   """Ends the process with 130 when it is interrupted, which `interrupted` adds to, and with 2 and a line on stderr for
-  what the user can mend; `verbose` shows where that comes from.
+  what the user can mend; `verbose` shows where that comes from. `run` does this for a whole command.
   """
   try:
     yield
   except KeyboardInterrupt:
     print(f"interrupted{interrupted}", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(_INTERRUPTED)
   except (ValueError, NotImplementedError, OSError) as error:
     if verbose:
       raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(_mistake(_in_a_line(error)))
+
+
+def _mistake(text: str) -> int:
+  print(f"error: {text}", file=sys.stderr)
+  return 2
+
+
+def _in_a_line(error: BaseException) -> str:
+  return re.sub(r"\s*\n\s*", " ", str(error).strip())
+
+
+def _second_interrupt_ends() -> None:
+  """From now on, a second SIGINT ends the process at once.
+
+  Python raises KeyboardInterrupt only when the main thread runs its code: not while it waits for a device. So another
+  thread counts the signals, of which the interpreter tells at once.
+  """
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+  signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+  def watch() -> None:
+    seen = 0
+    while True:
+      seen += os.read(read, 64).count(signal.SIGINT)
+      if seen > 1:
+        os._exit(_INTERRUPTED)
+
+  threading.Thread(target=watch, name="interrupts", daemon=True).start()

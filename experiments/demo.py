@@ -17,9 +17,8 @@ import numpy as np
 from absl import app, logging
 from tqdm import tqdm
 
-from sparse_serve_jax import runtime
+from sparse_serve_jax import runtime, tasks
 from sparse_serve_jax.config import EngineConfig, load_config, override
-from sparse_serve_jax.evaluation import tasks
 from sparse_serve_jax.models import Model, llama, load_model
 from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.serving.engine import Engine
@@ -87,8 +86,8 @@ def measure(config: EngineConfig, model: Model, asked: Sequence[tasks.Instance])
   """Serves the prompts twice with one executor, the second time all compiled: returns the numbers of that."""
   executor = JaxExecutor(config, model)
   prompts = [model.tokenizer.encode(instance.prompt) for instance in asked]
-  _serve(Engine(config, model, executor), prompts)
-  engine = Engine(config, model, executor)
+  _serve(Engine(executor), prompts)
+  engine = Engine(executor)
   requests = _serve(engine, prompts)
   summary, usage = metrics.summarize(requests, engine.usage), engine.usage
   row: Row = {

@@ -22,11 +22,11 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from experiments import cli
-from sparse_serve_jax import __version__, runtime
+from sparse_serve_jax import __version__, files, runtime
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.evaluation import longbench
 from sparse_serve_jax.evaluation.scorers import CodeSim
-from sparse_serve_jax.serving import metrics, workload
+from sparse_serve_jax.serving import metrics
 
 _CONFIG = flags.DEFINE_string("config", "sparse_serve", "A name in configs/serving, or a JSON file.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides of the configuration, such as cache.hbm_bytes=8GiB.")
@@ -92,6 +92,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
 
   from sparse_serve_jax.models import load_model
   from sparse_serve_jax.serving.engine import Engine
+  from sparse_serve_jax.serving.executor import JaxExecutor
 
   model = load_model(_MODEL.value, dtype=_DTYPE.value)
   chat = _CHAT.value
@@ -100,7 +101,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
       model.tokenizer.apply_chat_template([{"role": "user", "content": ""}])
     except ValueError as error:
       raise ValueError(f"{error}; or give --nochat_template") from error
-  engine = Engine(config, model)
+  engine = Engine(JaxExecutor(config, model))
   max_prompt = _MAX_PROMPT.value or release.room_for_prompts(model.tokenizer, engine.max_request_tokens, chat)
   setting = {
     "config": dataclasses.asdict(config),
@@ -134,7 +135,7 @@ def _claim(folder: pathlib.Path, setting: Mapping[str, Any], about: Mapping[str,
       raise ValueError(f"{folder} has .jsonl files but no config.json that says what made them: give another --out")
     file.write_text(json.dumps({**setting, **about}, indent=2) + "\n")
     return
-  made, wanted = _leaves(workload.read_json(file)), _leaves(json.loads(json.dumps(setting)))
+  made, wanted = _leaves(files.read_json(file)), _leaves(json.loads(json.dumps(setting)))
   changed = [f"{key} was {made.get(key)!r} and is {value!r}" for key, value in wanted.items() if made.get(key) != value]
   if changed:
     raise ValueError(f"{folder} holds predictions of another setting, give another --out: {'; '.join(changed)}")

@@ -99,6 +99,9 @@ class FakeExecutor:
     self.most_outstanding = max(self.most_outstanding, len(self.outstanding))
     return _Dispatched(self, plan)
 
+  def wait(self) -> None:
+    """Nothing runs here but inside `execute`."""
+
   def forget(self, request_id: str) -> None:
     self.forgotten.append(request_id)
 

@@ -31,12 +31,14 @@ from sparse_serve_jax.config import (
   to_json,
 )
 from sparse_serve_jax.training.config import TrainConfig
+from sparse_serve_jax.workloads import ArrivalConfig, WorkloadConfig, load_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
   "serving": (EngineConfig, functools.partial(read_config, EngineConfig)),
   "models": (ModelConfig, functools.partial(read_config, ModelConfig)),
   "training": (TrainConfig, functools.partial(read_config, TrainConfig)),
+  "workloads": (WorkloadConfig, load_workload),
 }
 LADDER = ("dense", "sparse", "sparse_offload", "sparse_serve", "psa")
 SHAPE = dict(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_context=512)
@@ -111,6 +113,7 @@ def test_every_field_is_read():
         read.add(node.attr)
       waiting.extend(ast.iter_child_nodes(node))
   classes = [RopeConfig, ModelConfig, CacheConfig, SparseConfig, SchedulerConfig, EngineConfig]
+  classes += [ArrivalConfig, WorkloadConfig]
   idle = [f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in read]
   assert not idle
 

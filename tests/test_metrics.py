@@ -65,7 +65,7 @@ def test_without_offload_the_pool_lies_in_hbm():
 def test_nothing_to_average():
   summary = metrics.summarize([], metrics.Usage(SHAPE))
   assert (summary.requests, summary.ttft_mean_s, summary.tbt_p99_s, summary.throughput_tok_s) == (0, None, None, None)
-  assert summary.hbm_hit_rate == 1.0
+  assert summary.hbm_hit_rate is None  # no block was attended to
   one = metrics.summarize([request(0.0, 0.5, [2.0])], metrics.Usage(SHAPE))
   assert (one.tbt_mean_s, one.ttft_mean_s, one.throughput_tok_s) == (None, 2.0, 0.5)
   assert json.loads(json.dumps(one.to_dict()))["tbt_mean_s"] is None

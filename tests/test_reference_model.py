@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import demo
-from sparse_serve_jax import LLM
+from sparse_serve_jax import LLM, tasks
 from sparse_serve_jax.config import find_config, read_config
-from sparse_serve_jax.evaluation import accuracy, tasks
+from sparse_serve_jax.evaluation import accuracy
 from sparse_serve_jax.evaluation.accuracy import Sample
 from sparse_serve_jax.evaluation.selections import Trace
 from sparse_serve_jax.models import load_model, place_params

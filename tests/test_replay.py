@@ -34,7 +34,7 @@ def replayed(
     row[: len(ids)] = ids
   dense = replays.prefill(model.config, model.params, tokens)
   start = np.array(starts, np.int32)
-  return replays.replay(model.config, model.params, conf, dense, tokens, start, n, certified=certified)
+  return replays.replay(model.config, model.params, conf, dense, start, n, certified=certified)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -78,7 +78,7 @@ class Attention:
     conf = config("sparse.policy=psa", f"sparse.threshold={threshold}", *changes, block_tokens=S)
     setting = replays._Setting.of(conf)
     at = self.q, self.keys, self.values, self.positions
-    return [np.asarray(x) for x in replays._attend(program, setting, jnp.int32(0), *at, self.q.shape[-1] ** -0.5)[1]]
+    return [np.asarray(x) for x in replays._attend(program, setting, jnp.int32(0), *at)[1]]
 
 
 @given(

@@ -77,10 +77,11 @@ class Replay(NamedTuple):
 
 
 class Prefill(NamedTuple):
-  """Keys and values [L, B, T, K, D] of whole sequences, by dense attention."""
+  """Whole sequences, run with dense attention."""
 
-  keys: jax.Array
-  values: jax.Array
+  tokens: jax.Array  # [B, T] int32, padded
+  keys: jax.Array  # [L, B, T, K, D]
+  values: jax.Array  # [L, B, T, K, D]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -93,7 +94,7 @@ def prefill(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> Prefil
     o = llama.causal_attention(cfg, q, k, v)
     return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), (k, v)
 
-  return Prefill(*lax.scan(layer, llama.embed(params, tokens), params["layers"])[1])
+  return Prefill(tokens, *lax.scan(layer, llama.embed(params, tokens), params["layers"])[1])
 
 
 def replay(
@@ -101,7 +102,6 @@ def replay(
   params: llama.Params,
   config: EngineConfig,
   dense: Prefill,
-  tokens: np.ndarray,
   start: np.ndarray,
   n_steps: int,
   *,
@@ -114,8 +114,7 @@ def replay(
     cfg: the model.
     params: of the model.
     config: how much is attended to, and how it is selected; its S divides T.
-    dense: of the sequences.
-    tokens: [B, T] int32, padded.
+    dense: the sequences.
     start: [B] int32, the position of the first token that is a decode step's input, at least 1.
     n_steps: n; steps are at start, start + 1, ...
     oracle: blocks are ranked by their true attention mass.
@@ -128,16 +127,18 @@ def replay(
     ValueError: certified, and the method's score is no bound.
   """
   program = _Program.of(config, oracle, certified)
-  return _replay(cfg, program, params, _Setting.of(config), dense, tokens, start, n_steps)
+  return _replay(cfg, program, params, _Setting.of(config), dense, start, n_steps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 7))
-def _replay(cfg, program: _Program, params, setting: _Setting, dense, tokens, start, n_steps) -> Replay:
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+def _replay(cfg, program: _Program, params, setting: _Setting, dense: Prefill, start, n_steps) -> Replay:
   one = functools.partial(_replay_one, cfg, program, params, setting, n_steps)
-  return jax.vmap(one, in_axes=(1, 0, 0))(dense, tokens, start)
+  return jax.vmap(one, in_axes=(Prefill(tokens=0, keys=1, values=1), 0))(dense, start)
 
 
-def _replay_one(cfg, program: _Program, params, setting: _Setting, n_steps, dense, tokens, start) -> Replay:
+def _replay_one(cfg, program: _Program, params, setting: _Setting, n_steps, dense: Prefill, start) -> Replay:
+  """Of one sequence: tokens [T], keys and values [L, T, K, D]."""
+  tokens = dense.tokens
   at = start + jnp.arange(n_steps, dtype=jnp.int32)  # [n]
   positions = jnp.minimum(at, tokens.shape[0] - 1)
   cos_sin = llama.rope(cfg, positions)
@@ -147,7 +148,7 @@ def _replay_one(cfg, program: _Program, params, setting: _Setting, n_steps, dens
     lp, keys, values = inputs
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     keys, values = keys.at[at].set(k, mode="drop"), values.at[at].set(v, mode="drop")
-    o, found = _attend(program, setting, index, q, keys, values, positions, cfg.head_dim**-0.5)
+    o, found = _attend(program, setting, index, q, keys, values, positions)
     x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None)
     return (x, index + 1), found
 
@@ -167,12 +168,34 @@ class _Ranked(NamedTuple):
   bound: jax.Array | None  # [n, K, G, N] by block, log of a share that it cannot exceed, -inf if it does not exist
 
 
-def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positions, scale):
+class _Mass(NamedTuple):
+  """The whole attention mass of a step and query head, as a log in two parts.
+
+  What is compared are logs of shares of it: of large logits, sums would be off by as much as these are rounded.
+  """
+
+  largest: jax.Array  # [n, K, G], of the logs of its parts
+  rest: jax.Array  # [n, K, G], log of the whole less `largest`
+
+  @classmethod
+  def of(cls, by_block: jax.Array, tail: jax.Array, exists: jax.Array) -> _Mass:
+    """From logs of the masses of blocks [n, K, G, N], which exist [n, N] or count for nothing, and of the tail."""
+    exists = exists[:, None, None]
+    largest = jnp.maximum(tail, jnp.where(exists, by_block, -jnp.inf).max(-1))
+    of_largest = jnp.where(exists, by_block - largest[..., None], -jnp.inf)
+    return cls(largest, jnp.logaddexp(tail - largest, jax.nn.logsumexp(of_largest, -1)))
+
+  def log_share(self, x: jax.Array) -> jax.Array:
+    """Of logs of masses [n, K, G, N]."""
+    return x - self.largest[..., None] - self.rest[..., None]
+
+
+def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positions):
   """One layer: q [n, K, G, D] over keys, values [T, K, D] -> o [n, K, G, D] and the last fields of Replay."""
-  (n, n_heads, n_group, _), size = q.shape, program.block_tokens
+  (n, n_heads, n_group, depth), size = q.shape, program.block_tokens
   n_blocks = positions // size  # full blocks of each step
   precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-  logits = jnp.einsum("nkgd,tkd->nkgt", q, keys, precision=precision, preferred_element_type=jnp.float32) * scale
+  logits = jnp.einsum("nkgd,tkd->nkgt", q, keys, precision=precision, preferred_element_type=jnp.float32) * depth**-0.5
   logits = logits.reshape(n, n_heads, n_group, -1, size)  # [n, K, G, N, S]
   block = jnp.arange(logits.shape[3])
   exists = block[None] < n_blocks[:, None]  # [n, N]
@@ -180,13 +203,9 @@ def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positi
   by_block = jax.nn.logsumexp(logits, -1)  # [n, K, G, N]
   tail = jax.nn.logsumexp(jnp.where(in_tail[:, None, None], logits, -jnp.inf), (-2, -1))  # [n, K, G]
 
-  # From here on, logs of shares of the whole mass: of large logits, sums would be off by as much as these are rounded.
-  largest = jnp.maximum(tail, jnp.where(exists[:, None, None], by_block, -jnp.inf).max(-1))
-  of_largest = jnp.where(exists[:, None, None], by_block - largest[..., None], -jnp.inf)
-  total = jnp.logaddexp(tail - largest, jax.nn.logsumexp(of_largest, -1))
-  log_share = lambda x: x - largest[..., None] - total[..., None]  # noqa: E731
-  by_block, tail = log_share(by_block), log_share(tail[..., None])[..., 0]
-  ranked = _rank(program, setting, layer, q, keys, n_blocks, exists, jnp.exp(by_block), log_share, scale)
+  whole = _Mass.of(by_block, tail, exists)
+  by_block, tail = whole.log_share(by_block), whole.log_share(tail[..., None])[..., 0]
+  ranked = _rank(program, setting, layer, q, keys, n_blocks, by_block, whole)
   threshold = jnp.where(layer < setting.dense_layers, 2.0, setting.threshold)
   # No stop test may leave out sinks and window, rounded up to whole groups.
   always = -(-(setting.sinks + setting.window) // program.group) * program.group
@@ -201,9 +220,13 @@ def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positi
   return o, (used, mass, estimate, worst if program.certified else estimate - mass, selected)
 
 
-def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, exists, mass, log_share, scale) -> _Ranked:
-  """As `pallas_kernels.score` and `select`: sinks and window first, ties to the lowest block."""
-  by_head = mass  # [n, K, G, N]
+def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_block: jax.Array, whole: _Mass) -> _Ranked:
+  """As `pallas_kernels.score` and `select`: sinks and window first, ties to the lowest block.
+
+  `by_block` are logs of the blocks' shares of the `whole` mass; shape comments are those of `_attend`.
+  """
+  exists = jnp.arange(by_block.shape[-1])[None] < n_blocks[:, None]  # [n, N]
+  by_head = jnp.exp(by_block)  # [n, K, G, N]
   if program.method is not None:
     blocks = keys.swapaxes(0, 1).reshape(keys.shape[1], -1, program.block_tokens, keys.shape[2])  # [K, N, S, D]
     digests = program.method.summarize(blocks)  # [K, N, E, D]
@@ -227,7 +250,7 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, exists
   # are sums, each off by at most D 2^-24 of the products' sizes (Higham, Accuracy and Stability, section 3.1).
   sizes = jnp.einsum("nkgd,kbd->nkgb", jnp.abs(queries), jnp.abs(digests).max(2), precision=lax.Precision.HIGHEST)
   off = 2 * q.shape[-1] * 2.0**-24 * sizes
-  bound = log_share((by_head + off) * scale + math.log(program.block_tokens))
+  bound = whole.log_share((by_head + off) * q.shape[-1] ** -0.5 + math.log(program.block_tokens))
   return _Ranked(ids, count, jnp.where(exists[:, None, None], bound, -jnp.inf))
 
 

@@ -38,9 +38,9 @@ class Usage:
     self._peak_pool = max(self._peak_pool, blocks_in_use)
 
   @property
-  def hbm_hit_rate(self) -> float:
-    """1 - blocks that decode read from DRAM / blocks it attended to; 1 if it attended to none."""
-    return 1 - self.blocks_missed / self.blocks_attended if self.blocks_attended else 1.0
+  def hbm_hit_rate(self) -> float | None:
+    """1 - blocks that decode read from DRAM / blocks it attended to; None if it attended to none."""
+    return 1 - self.blocks_missed / self.blocks_attended if self.blocks_attended else None
 
   @property
   def peak_hbm_kv_bytes(self) -> int:
@@ -74,7 +74,7 @@ class Summary:
   tbt_p99_s: float | None
   throughput_tok_s: float | None
   scheduling_delay_mean_s: float | None
-  hbm_hit_rate: float
+  hbm_hit_rate: float | None
   blocks_attended: int
   blocks_loaded: int
   blocks_saved: int

@@ -1,5 +1,5 @@
-"""What the benchmarks share: their command line, times taken inside one jit, rates measured in the same run, tables and
-rows, and what the profiler says of kernels.
+"""What the benchmarks share: times taken inside one jit, rates measured in the same run, tables and rows, and what the
+profiler says of kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import math
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +24,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 
-from sparse_serve_jax import runtime
-from sparse_serve_jax.memory import kv_cache
-
-flags.disclaim_key_flags()  # those of `define_flags` are its caller's
+from sparse_serve_jax import results, runtime
+from sparse_serve_jax.memory import host_pool
 
 Row = dict[str, Any]
 Op = Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, shared, inputs) -> (state, result)
@@ -240,7 +236,7 @@ def device_sharding() -> SingleDeviceSharding:
 
 
 def host_sharding() -> SingleDeviceSharding:
-  return SingleDeviceSharding(jax.devices()[0], memory_kind=kv_cache.host_memory_kind())
+  return SingleDeviceSharding(jax.devices()[0], memory_kind=host_pool.memory_kind())
 
 
 def row(timing: Timing, floor_us: float, moved: Mapping[str, float], **others: Any) -> Row:
@@ -259,60 +255,49 @@ def measure_baselines(baselines: Baselines) -> dict[str, float | str]:
   return found
 
 
-def define_flags() -> None:
-  """The flags of every benchmark."""
-  flags.DEFINE_string("out", None, "Folder for rows as JSON lines; they are added to what is there.")
-  flags.DEFINE_string("commit", None, "What rows are stamped with where there is no git to ask.")
-  flags.DEFINE_bool(
-    "smoke", False, "Tiny shapes of its own, few repetitions, any machine: whether it runs, not how fast."
-  )
+def start(
+  effort: Effort, file: pathlib.Path | None, implementation: str | None = None, commit: str | None = None
+) -> Report:
+  """What every benchmark begins with: sets JAX up and measures the device's rates.
 
-
-def start(argv: Sequence[str], file_name: str, effort: Effort, implementation: str | None = None) -> Report:
-  """What every benchmark begins with: checks the command line, sets JAX up, measures the device's rates.
-
-  `implementation` is that of the ops; by default triton on a GPU, else xla.
+  Args:
+    effort: how long is measured.
+    file: a .jsonl file that rows are added to; its folder is made.
+    implementation: of the ops; by default triton on a GPU, else xla.
+    commit: what rows are stamped with; by default that of the checkout, if there is one.
 
   Raises:
-    app.UsageError: there are arguments that are no flags, `file_name` in --out cannot be written, or there is
-      no GPU and no --smoke.
+    ValueError: the folder of `file` cannot be written to.
+    NotImplementedError: there is no GPU, and `effort` is not SMOKE.
   """
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  out, smoke, commit = (flags.FLAGS[name].value for name in ("out", "smoke", "commit"))
-  file = pathlib.Path(out) / file_name if out else None
+  rows = None
   if file is not None:
-    try:
-      file.parent.mkdir(parents=True, exist_ok=True)
-      file.open("a").close()
-    except OSError as error:
-      raise app.UsageError(f"--out={out} cannot be written: {error}") from None
+    results.make_folder(file.parent)
+    rows = results.Rows(file)
   runtime.configure()
-  logging.set_verbosity(logging.WARNING)
-  if not smoke and jax.default_backend() != "gpu":
-    raise app.UsageError(f"needs an NVIDIA GPU, JAX runs on {jax.default_backend()}; --smoke tries it anywhere")
-  effort = SMOKE if smoke else effort
+  if effort != SMOKE and jax.default_backend() != "gpu":
+    raise NotImplementedError(f"needs an NVIDIA GPU, JAX runs on {jax.default_backend()}; --smoke tries it anywhere")
   implementation = implementation or ("triton" if jax.default_backend() == "gpu" else "xla")
-  return Report(file, Ceilings.measure(effort), effort, implementation, commit)
+  return Report(rows, Ceilings.measure(effort), effort, implementation, commit)
 
 
 class Report:
   """How long, of which implementation and against what is measured, and what comes of it.
 
-  Prints a table for each op as its rows come; a JSON line each goes to `file`, with where and when it was.
+  Prints a table for each op as its rows come; each goes to `rows` too, with where and when it was.
   """
 
   def __init__(
-    self, file: pathlib.Path | None, ceilings: Ceilings, effort: Effort, implementation: str, commit: str | None
+    self, rows: results.Rows | None, ceilings: Ceilings, effort: Effort, implementation: str, commit: str | None
   ):
     self.ceilings, self.effort, self.implementation, self.smoke = ceilings, effort, implementation, effort == SMOKE
     self.results: dict[str, Row] = {}
-    self._file, self._op = file, ""
+    self._rows, self._op = rows, ""
     self._stamp = {
       "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
       "device": jax.devices()[0].device_kind,
       "jax": jax.__version__,
-      "commit": commit or _commit(),
+      "commit": commit or results.commit(),
       "implementation": implementation,
       "smoke": self.smoke,
       "ceilings": dataclasses.asdict(ceilings),
@@ -327,21 +312,19 @@ class Report:
       result = {"error": _in_short(error)}
       print(f"{op} {case}: {result['error']}", file=sys.stderr)
     self.results[f"{op}-{case}"] = result
-    if self._file is not None:
-      with self._file.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"op": op, "case": case, **result, **self._stamp}) + "\n")
+    if self._rows is not None:
+      self._rows.append({"op": op, "case": case, **result, **self._stamp})
     if op != self._op:
       print(f"\n{op:<34}{'us':>10} {'±':>5} {'MiB':>8} {'floor':>9} {'share':>6}  baselines (us)")
       self._op = op
     print(f"  {case:<32}{_columns(result)}", flush=True)
 
-  def close(self) -> None:
-    """Prints all rows as one JSON object; ends the process with 1 if one is missing."""
+  def close(self) -> int:
+    """Prints all rows as one JSON object. Returns the exit status, 1 if one is missing."""
     if self.smoke:
       print("\nsmoke: times mean nothing")
     print(json.dumps(self.results), flush=True)
-    if any("error" in result for result in self.results.values()):
-      sys.exit(1)
+    return int(any("error" in result for result in self.results.values()))
 
 
 _COLUMNS = ("us", "best_us", "spread", "repetitions", "floor_us", "fraction", "moved", "baselines")
@@ -360,15 +343,6 @@ def _columns(result: Row) -> str:
 
 def _in_short(error: Exception) -> str:
   return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
-
-
-def _commit() -> str:
-  """Of the checkout that this file lies in, with a "+" when it was changed since."""
-  try:
-    git = ["git", "describe", "--always", "--dirty=+"]
-    return subprocess.run(git, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-  except OSError:
-    return ""
 
 
 def profile(run: Callable[[], Any], without: str) -> dict[str, tuple[int, float]]:

@@ -1,0 +1,1 @@
+"""What takes how long, and how much of that its bytes need: `timing` measures, `kernels` and `step` are measured."""

@@ -1,0 +1,181 @@
+"""A run's folder: what made it, and rows of results that stay readable whenever the run ends.
+
+  out = results.make_folder(path)  # at once, so that a wrong path is told before anything is loaded
+  results.claim(out, {"config": config, "model": model.config})
+  rows = results.Rows(out / "requests.jsonl")
+  done = {row["request_id"] for row in rows.all}  # by the runs before this one
+  rows.append({"request_id": "needle-3", "tokens": [1, 2]})
+
+`run.json` of the folder holds under "setting" what decides that two runs are the same, and under "parts" what only
+informs, an entry for each time that somebody went on with it: time, command line, git commit, versions, device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparse_serve_jax import __version__
+from sparse_serve_jax.files import read_json, read_lines
+
+RUN_FILE = "run.json"
+PACKAGES = ("jax", "jaxlib", "numpy")
+_ABSENT = object()
+
+
+def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Makes a folder, unless it is there, in which files can be written.
+
+  Raises:
+    ValueError: the path is empty or a file's, or nothing can be written there.
+  """
+  if not os.fspath(path):
+    raise ValueError("a folder of results needs a name, got an empty one")
+  folder = pathlib.Path(path)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is a file, results need a folder")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"{folder} cannot be made: {error.strerror}") from None
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise ValueError(f"{folder} cannot be written to")
+  return folder
+
+
+def claim(path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequence[str] = ("*.jsonl",)) -> pathlib.Path:
+  """Makes a folder hold the run of one setting only, and notes who went on with it now.
+
+  A folder without results is taken, and one of the same setting is gone on with.
+
+  Args:
+    path: of the folder, which is made if it is not there.
+    setting: what decides whether two runs are the same; values of JSON, and dataclasses of these.
+    kept: patterns of the files (empty ones do not count) and folders that are results.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: the folder holds results of another run (the difference is told, with both values), or of one that is
+      not known; or `make_folder` refuses the path.
+  """
+  folder, setting = make_folder(path), _plain(setting)
+  file, parts = folder / RUN_FILE, []
+  found = [path.name for pattern in kept for path in folder.glob(pattern) if path.is_dir() or path.stat().st_size]
+  if found and not file.exists():
+    raise ValueError(f"{folder} has {found[0]} but no {RUN_FILE} that says what made it: choose another folder")
+  if found:
+    before = read_json(file)
+    if told := differences(before.get("setting", {}), setting):
+      raise ValueError(f"{folder} holds another run, choose another folder: {'; '.join(told)}")
+    parts = before.get("parts", [])
+  replace_json(file, {"setting": setting, "parts": [*parts, provenance()]})
+  return folder
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """What differs between two settings, by dotted names in order, with both values."""
+  was, now = _leaves(before), _leaves(now)
+  show = lambda value: "absent" if value is _ABSENT else repr(value)  # noqa: E731
+  both = {key: (was.get(key, _ABSENT), now.get(key, _ABSENT)) for key in was | now}
+  return [f"{key} was {show(old)} and is {show(new)}" for key, (old, new) in both.items() if old != new]
+
+
+def provenance() -> dict[str, Any]:
+  """When, by what and on what this process runs. JAX chooses its devices, if it has not yet."""
+  import jax
+
+  device = jax.devices()[0]
+  return {
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": sys.argv,
+    "commit": commit(),
+    "versions": {
+      "sparse_serve_jax": __version__,
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in PACKAGES},
+    },
+    "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+  }
+
+
+def commit() -> str | None:
+  """The commit of the checkout that this package lies in, with a "+" if it was changed since; None: in no checkout."""
+  here = pathlib.Path(__file__)
+
+  def git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()
+
+  try:
+    # A package that is installed within somebody's checkout is not of it.
+    return git("describe", "--always", "--dirty=+") if git("ls-files", "--error-unmatch", here.name) else None
+  except OSError:  # there is no git
+    return None
+
+
+def replace_json(file: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file in one piece: whenever the process ends, the old file or the new one is there."""
+  partial = file.with_name(f"{file.name}.partial")
+  partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  partial.replace(file)
+
+
+class Rows:
+  """Rows in a .jsonl file, a JSON object a line, that is only ever appended to, by whole lines."""
+
+  def __init__(self, file: pathlib.Path):
+    """Reads what is there. A last line without its end, as a run that was killed leaves it, is removed.
+
+    Raises:
+      ValueError: a line is no JSON object; names file and line.
+    """
+    self.file = file
+    self.all: list[dict[str, Any]] = []
+    if file.exists():
+      _remove_unfinished_line(file)
+      self.all = [row for _, row in read_lines(file)]
+
+  def append(self, *rows: Mapping[str, Any]) -> None:
+    """Adds rows to the file, all in one piece, and to `all`."""
+    if rows:
+      with self.file.open("ab", buffering=0) as file:
+        file.write(b"".join(map(_line, rows)))
+      self.all += map(dict, rows)
+
+
+def _remove_unfinished_line(file: pathlib.Path) -> None:
+  text = file.read_bytes()
+  whole = text.rfind(b"\n") + 1
+  if whole != len(text):
+    with file.open("r+b") as opened:
+      opened.truncate(whole)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+  try:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+  except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+    return (json.dumps(row) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+  """The value as a JSON file gives it back."""
+  return json.loads(json.dumps(value, default=lambda other: dataclasses.asdict(other)))
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+  """Dotted name -> value of everything in nested objects; an empty object is a value."""
+  if not isinstance(value, Mapping) or (path and not value):
+    return {path: value}
+  return {k: v for key, part in value.items() for k, v in _leaves(part, f"{path}.{key}" if path else key).items()}

@@ -1,0 +1,151 @@
+"""How commands begin and end, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROGRAM = '''"""Does what it is told.
+
+  python program.py [WORD]
+"""
+
+import ctypes, pathlib, sys, time
+from absl import flags
+from experiments import cli
+from sparse_serve_jax import results
+
+_OUT = cli.define_out("Folder of rows.jsonl.", required=False)
+_VERBOSE = cli.define_verbose()
+with cli.group("What is done"):
+  _KINDS = flags.DEFINE_list("kinds", ["a", "b"], "Kinds of things.")
+  _FAST = flags.DEFINE_bool("fast", False, "Does it at once.")
+_LEVEL = flags.DEFINE_integer("level", 3, "Of detail.", lower_bound=1)
+
+
+def wait_for_ever():
+  """As for a device: no Python runs, whatever signals come."""
+  mutex = ctypes.create_string_buffer(64)
+  for _ in range(2):
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def main(word="none"):
+  if word == "fail":
+    raise ValueError("no such\\n  thing")
+  if word == "status":
+    return 1
+  if word in ("rows", "work", "cleanup"):
+    rows = results.Rows(results.make_folder(_OUT.value) / "rows.jsonl")
+    rows.append({"i": 0})
+    print("begun", flush=True)
+    try:
+      if word == "work":
+        wait_for_ever()
+      while True:
+        rows.append({"i": 1})
+        time.sleep(0.001)
+    finally:
+      print("ends", flush=True)
+      if word == "cleanup":
+        wait_for_ever()
+  print(word, _KINDS.value, _LEVEL.value)
+
+
+if __name__ == "__main__":
+  cli.run(main, arguments=["WORD"], interrupted="go on with {out}")
+'''
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+  file = tmp_path_factory.mktemp("cli") / "program.py"
+  file.write_text(PROGRAM)
+  return file
+
+
+def begin(program: Path, *arguments: str) -> subprocess.Popen[str]:
+  path = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; "
+  command = [sys.executable, "-c", path + "runpy.run_path(sys.argv[0], run_name='__main__')", str(program), *arguments]
+  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(program: Path, *arguments: str) -> tuple[int, str, str]:
+  with begin(program, *arguments) as process:
+    out, err = process.communicate(timeout=60)
+  return process.returncode, out, err
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(program, flag):
+  code, out, err = run(program, flag)
+  assert code == 0 and not err
+  assert out == (
+    "Does what it is told.\n\n  python program.py [WORD]\n\n"
+    "Results:\n  --out  Folder of rows.jsonl.\n  --[no]verbose  Show where an error comes from.\n\n"
+    "What is done:\n  --kinds  Kinds of things. (default: a,b)\n  --[no]fast  Does it at once.\n\n"
+    "Other flags:\n  --level  Of detail. (default: 3)\n"
+  )
+
+
+def test_what_is_given(program):
+  assert run(program, "--kinds=c", "word", "--level=4") == (0, "word ['c'] 4\n", "")
+  assert run(program, "status")[0] == 1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--levle=4"], "Unknown command line flag 'levle'. Did you mean: level ?; --help shows what there is"),
+    (["--level=0"], "flag --level=0: 0 is not a positive integer; --help shows what there is"),
+    (["--out="], "flag --out=: a folder needs a name; --help shows what there is"),
+    (["one", "two", "three"], "unexpected arguments: two three; --help shows what there is"),
+    (["fail"], "no such thing"),
+    (["rows", f"--out={__file__}"], f"{__file__} is a file, results need a folder"),
+  ],
+)
+def test_a_mistake_is_one_line(program, arguments, message):
+  assert run(program, *arguments) == (2, "", f"error: {message}\n")
+
+
+def test_verbose_shows_where_an_error_comes_from(program):
+  code, _, err = run(program, "fail", "--verbose")
+  assert code == 1 and "Traceback" in err and err.endswith("ValueError: no such\n  thing\n")
+
+
+def test_an_interrupted_command_keeps_its_rows(program, tmp_path):
+  with begin(program, "rows", f"--out={tmp_path}") as process:
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+  assert (process.returncode, out, err) == (130, "ends\n", f"interrupted; go on with {tmp_path}\n")
+  first, *others = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+  assert first == {"i": 0} and len(others) > 9 and all(row == {"i": 1} for row in others)
+
+
+@pytest.mark.parametrize("where", ["work", "cleanup"])
+def test_a_second_interrupt_ends_at_once(program, tmp_path, where):
+  """Though the main thread waits where no Python runs."""
+  with begin(program, where, f"--out={tmp_path}") as process:
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    time.sleep(0.3)  # until it waits
+    process.send_signal(signal.SIGINT)
+    if where == "cleanup":
+      assert process.stdout.readline() == "ends\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+      process.wait(timeout=0.5)
+    process.send_signal(signal.SIGINT)
+    try:
+      assert process.wait(timeout=10) == 130
+    finally:
+      process.kill()
+  assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0]) == {"i": 0}
