@@ -114,29 +114,30 @@ def decode_step(
   new_block = jnp.where(at.tail_tokens == size, new_block, -1)  # of the tails that this token fills
 
   def layer(selector, i, carry):
-    x, cache, counts = carry
+    x, cache, counts, given = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     cache = cache.replace(tail=_append(cache.tail, i, batch, k, v))
-    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, victims, counts[1], setup.implementation)
+    on = setup.implementation
+    o, cache, attended, given = decode_attention(selector, q, cache, i, at, pool, victims, given, on)
     x = llama.attention_out(lp, x, o, AXIS)
-    return llama.mlp(cfg, lp, x, AXIS), cache, counts + attended
+    return llama.mlp(cfg, lp, x, AXIS), cache, counts + attended, given
 
   # No layer writes the pool, so it stays out of the loops' carry.
   pool, cache = cache.pool, cache.replace(pool=None)
-  victims = _victims(cache)
+  cache, victims = _begin(cache)
   x = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip"))
   cos_sin = llama.rope(cfg, batch.positions)
-  carry = x, cache, jnp.zeros((2, x.shape[0], cache.tail.shape[0]), jnp.int32)
+  carry = x, cache, jnp.zeros((2, x.shape[0], cache.tail.shape[0]), jnp.int32), jnp.int32(0)
   for first, end, selector in (
     (0, setup.dense_layers, setup.selector.dense),
     (setup.dense_layers, cfg.n_layers, setup.selector),
   ):
     if first < end:
       carry = jax.lax.fori_loop(first, end, functools.partial(layer, selector), carry)
-  x, cache, counts = carry
+  x, cache, counts, given = carry
 
-  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, victims, counts[1])
+  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, victims, given)
   logits = llama.logits(cfg, params, x, AXIS)
   tokens = _sample(logits, batch.positions + 1, batch.sampling)
   last_token = cache.last_token.at[batch.rows].set(tokens, mode="drop")
@@ -144,10 +145,11 @@ def decode_step(
   return cache.replace(last_token=last_token, clock=cache.clock + 1), tokens, counts
 
 
-def _victims(cache: KVCache) -> kernels.Victims:
-  """The slots in the order in which the step that begins gives them up."""
+def _begin(cache: KVCache) -> tuple[KVCache, kernels.Victims]:
+  """The cache as a step begins, and the slots in the order in which it gives them up."""
   since = cache.stamp(0)
-  return kernels.victims(kernels.ages(cache.maps, since), since)
+  maps = kernels.saturate(cache.maps, since)
+  return cache.replace(maps=maps), kernels.victims(kernels.ages(maps, since), since)
 
 
 def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
@@ -209,7 +211,7 @@ def prefill_segment(
     x = llama.attention_out(lp, x, o, AXIS)
     return _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x), cache, loaded
 
-  victims = _victims(cache)
+  cache, victims = _begin(cache)
   end = batch.first_layer + batch.n_layers
   x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, (x, cache, jnp.int32(0)))
 

@@ -109,15 +109,15 @@ def decode_attention(
   victims: kernels.Victims,
   given: jax.Array,
   implementation: str,
-) -> tuple[jax.Array, KVCache, jax.Array]:
+) -> tuple[jax.Array, KVCache, jax.Array, jax.Array]:
   """Attention of q [B, K, G, D] over each row's selected blocks and tail.
 
   `cache` is without its pool, which is passed apart: no layer writes it, so it need not be carried through the layers.
-  `victims` are the step's, `given` the misses [B, K] of the layers before.
+  `victims` are the step's, `given` how many of the first of them the layers before have used, int32.
 
   Returns:
     o [B, K, G, D] float32; the cache with residency and slots updated; int32 [2, B, K]: blocks attended, and of these
-    missed.
+    missed; `given` for the next layer.
   """
   on = dict(implementation=implementation)
   blocks, length = selector.select(q, cache, layer, at, implementation)
@@ -127,4 +127,5 @@ def decode_attention(
   maps = kernels.commit(cache.maps, layer, located, attended, cache.stamp(layer), at.steps, **on)
   has_slots = slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
   missed = located.missed(attended) if has_slots else jnp.zeros_like(attended)
-  return partial.output, cache.replace(slots=slots, maps=maps), jnp.stack([attended, missed])
+  given = given + located.given(attended)
+  return partial.output, cache.replace(slots=slots, maps=maps), jnp.stack([attended, missed]), given
