@@ -12,6 +12,7 @@ import pytest
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.loop import Loop
 from tests.fake_engine import VOCAB, FakeExecutor, continuation, fake_engine, fake_executor
+from tests.tiny import config, greedy, new_engine, prompt_of, tiny_model
 
 SOON = 20.0  # seconds within which whatever ends has ended
 
@@ -283,3 +284,13 @@ def test_an_idle_loop_costs_nothing():
     before = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before < 0.1
+
+
+@pytest.mark.slow
+def test_the_devices_are_used_from_the_thread():
+  """JAX keeps some of its settings for each thread."""
+  model = tiny_model("gqa2")
+  prompts = [prompt_of(n, i) for i, n in enumerate((9, 30, 17))]
+  with Loop(new_engine(config(), model)) as loop:
+    streams = [loop.submit(prompt, max_new_tokens=6, ignore_eos=True) for prompt in prompts]
+    assert [list(stream) for stream in streams] == [greedy("gqa2", tuple(prompt), 6) for prompt in prompts]
