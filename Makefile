@@ -17,10 +17,11 @@ INSTALLED_GPU := $(VENV)/.installed-gpu
 CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor)'); \
   while ! test -f constraints/py3$$n.txt; do n=$$((n - 1)); test $$n -gt 10 || exit 1; done; echo constraints/py3$$n.txt)
 
-.PHONY: help demo test test-gpu lint format constraints clean
+.PHONY: help demo test soak test-gpu lint format constraints clean
 help:
 	@echo 'make demo         the rungs of the ladder side by side on the reference model'
 	@echo 'make test         ruff, pyright and every test that needs no GPU'
+	@echo 'make soak         thousands of requests while devices fail: some minutes'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make format       lays out the code as `make test` wants it'
 	@echo 'make constraints  renews the pinned versions: PYTHON=python3.12 [JAX=0.11.2]'
@@ -30,7 +31,10 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m experiments.demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
+	$(BIN)/python -m pytest -n 2 -m 'not gpu and not soak' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak $(PYTEST_FLAGS) tests
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) tests

@@ -125,8 +125,8 @@ class StepCounts(NamedTuple):
 class StepOutput(NamedTuple):
   """What a program tells the host."""
 
-  tokens: jax.Array  # [B] int32, NOT_FINITE where logits are not; of a prefill [1], meant if its last layer was run
-  counts: jax.Array  # [4] int32, the fields of StepCounts
+  tokens: Any  # [B] int32, NOT_FINITE where logits are not; of a prefill [1], meant if its last layer was run
+  counts: Any  # [4] int32, the fields of StepCounts
 
 
 def decode_step(

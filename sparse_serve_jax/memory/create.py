@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from pallas_kernels import Maps
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache, cache_shardings
@@ -36,7 +38,7 @@ def create(shape: CacheShape, mesh: Mesh) -> KVCache:
   return KVCache(pool, jax.jit(empty, out_shardings=shardings.hot)())
 
 
-def _create_pool(dims: tuple[int, ...], dtype: str, sharding: NamedSharding) -> jax.Array:
+def _create_pool(dims: tuple[int, ...], dtype: str, sharding: Any) -> jax.Array:
   """A pool whose values may be anything: a block is written before it is read."""
   if sharding.memory_kind != "pinned_host":
     return jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import residency
+import pallas_kernels as kernels
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.mesh import AXIS
 
@@ -25,7 +25,7 @@ class Hot(flax.struct.PyTreeNode):
 
   slots: jax.Array  # [P, 2, S, D], shared by all layers, heads and requests; P = 0 without offload
   digest: jax.Array  # [K, L, M, E, D], what selection reads
-  maps: residency.Maps  # which block is in which slot
+  maps: kernels.Maps  # which block is in which slot
   tail: jax.Array  # [K, L, R, 2, S, D], the unfinished block of every lane
   tables: jax.Array  # [R, N] int32, pool block of every block of a lane, written at admission; -1 beyond its end
   last_token: jax.Array  # [R] int32, input of each lane's next step
@@ -53,7 +53,7 @@ def cache_specs() -> KVCache:
   """The PartitionSpec of every array of the cache: split by KV head or by slot, or whole on every device."""
   split: Any = P(AXIS)
   whole: Any = P()
-  maps = residency.Maps(*[split] * 4)
+  maps = kernels.Maps(*[split] * 4)
   return KVCache(split, Hot(split, split, maps, split, tables=whole, last_token=whole, clock=whole))
 
 
@@ -71,7 +71,7 @@ def admit(hot: Hot, lane: jax.Array, table: jax.Array) -> Hot:
 
 def release(hot: Hot, freed: jax.Array) -> Hot:
   """Forgets that the pool's blocks `freed` [n] int32 (-1: nothing) were in slots."""
-  return hot.replace(maps=residency.release(hot.maps, freed))
+  return hot.replace(maps=kernels.release(hot.maps, freed))
 
 
 def working_sets(hot: Hot, lanes: jax.Array, n_blocks: jax.Array, steps: jax.Array, width: int, w: int) -> jax.Array:

@@ -53,7 +53,7 @@ class _Exporter:
     return _HOST, self._device_id
 
   def __dlpack__(self, **_: Any) -> Any:
-    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule: Any = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     return capsule(self._address, b"dltensor", None)
 

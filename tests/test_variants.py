@@ -1,0 +1,110 @@
+"""A variant is one entry in a table and one function: here each is added from outside the package, and served with."""
+
+from __future__ import annotations
+
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.score import dot
+from sparse_serve_jax.attention.methods import METHODS, Method
+from sparse_serve_jax.memory.eviction import EVICTIONS
+from sparse_serve_jax.memory.loads import LOADS
+from sparse_serve_jax.memory.saves import SAVES
+from sparse_serve_jax.serving import run
+from sparse_serve_jax.serving.clock import Wall
+from sparse_serve_jax.workloads import ARRIVALS, WORKLOADS, Item, WorkloadConfig
+from sparse_serve_jax.workloads.arrivals import ArrivalConfig, arrival_times
+from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
+
+PROMPTS = [prompt_of(n, seed=n) for n in (90, 61, 40)]
+
+
+def oracle(n: int) -> list[list[int]]:
+  return [greedy("gqa2", tuple(prompt), n) for prompt in PROMPTS]
+
+
+def add_selection_method(monkeypatch) -> None:
+  """Ranks blocks by their last key."""
+  method = Method(vectors=1, summarize=lambda keys: keys[..., -1:, :], score=dot)
+  monkeypatch.setitem(METHODS, "last_key", method)
+
+
+def add_eviction_policy(monkeypatch) -> None:
+  """Most recently used goes first, empty slots before all."""
+
+  def mru(maps, since):
+    return jnp.where(maps.block_of < 0, jnp.iinfo(jnp.int32).min, since - maps.last_used)
+
+  monkeypatch.setitem(EVICTIONS, "mru", mru)
+
+
+def add_arrival_process(monkeypatch) -> None:
+  """One request a period, like a clock."""
+
+  def regular(n, rate, seed):
+    return np.arange(n) / rate
+
+  monkeypatch.setitem(ARRIVALS, "regular", regular)
+
+
+def add_workload(monkeypatch) -> None:
+  """Counting prompts of one length."""
+
+  def counting(config):
+    def source(tokenizer, max_request_tokens):
+      prompts = (np.arange(i, i + config.prompt_tokens, dtype=np.int32) % 96 for i in range(config.limit))
+      return [Item(f"count-{i}", prompt, config.max_new_tokens) for i, prompt in enumerate(prompts)]
+
+    return source
+
+  monkeypatch.setitem(WORKLOADS, "counting", counting)
+
+
+@pytest.mark.parametrize("add", [add_selection_method, add_eviction_policy, add_arrival_process, add_workload])
+def test_a_variant_costs_fifteen_lines(add):
+  assert len(inspect.getsource(add).splitlines()) <= 15
+
+
+def test_a_selection_method(monkeypatch):
+  add_selection_method(monkeypatch)
+  whole, _ = serve(config("sparse.method=last_key"), tiny_model(), PROMPTS, 12)
+  assert whole == oracle(12)
+  some, engine = serve(config("sparse.method=last_key", "sparse.token_budget=48"), tiny_model(), PROMPTS, 12)
+  assert some != whole and engine.usage.blocks_attended > 0
+
+
+def test_an_eviction_policy(monkeypatch):
+  """Tokens do not depend on it, what misses does."""
+  add_eviction_policy(monkeypatch)
+  loaded = {}
+  for name in ("lru", "mru"):
+    conf = with_slots(config(f"cache.eviction={name}", "sparse.token_budget=64"), 40, tiny_model())
+    tokens, engine = serve(conf, tiny_model(), PROMPTS, 12)
+    loaded[name] = engine.usage.blocks_loaded, tokens
+  assert loaded["mru"][1] == loaded["lru"][1]
+  assert loaded["mru"][0] != loaded["lru"][0]
+
+
+def test_an_arrival_process_and_a_workload(monkeypatch):
+  add_arrival_process(monkeypatch)
+  add_workload(monkeypatch)
+  arrivals = ArrivalConfig(process="regular", rate=50.0)
+  workload = WorkloadConfig(source="counting", limit=4, prompt_tokens=20, max_new_tokens=5, arrivals=arrivals)
+  engine, clock = new_engine(config(), tiny_model()), Wall()
+  items = WORKLOADS["counting"](workload)(None, engine.max_request_tokens)
+  rows = []
+  times = arrival_times(arrivals, len(items))
+  served = run.serve(engine, items, times, clock, rows.append)
+  assert served.summary.requests == len(rows) == 4
+  assert times.tolist() == [0.0, 0.02, 0.04, 0.06]
+
+
+@pytest.mark.parametrize(
+  ("changed", "table"), [("cache.eviction", EVICTIONS), ("cache.load", LOADS), ("cache.save", SAVES)]
+)
+def test_an_unknown_name_is_refused_with_those_there_are(changed, table):
+  with pytest.raises(ValueError, match=rf"unknown {changed} 'nope'; known: {', '.join(sorted(table))}"):
+    new_engine(config(f"{changed}=nope"), tiny_model())
