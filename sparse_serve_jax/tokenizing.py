@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 
+@runtime_checkable
 class Encoder(Protocol):
   """What measures a length. Special tokens that `encode` adds are part of it."""
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
 
+@runtime_checkable
 class Tokenizer(Encoder, Protocol):
   """Text to token ids and back."""
 

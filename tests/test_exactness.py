@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.models import Model, forward, init_params
+from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import Plan
@@ -161,7 +161,7 @@ def test_bfloat16(device):
   logits in bfloat16 lie from those in float32.
   """
   cfg = dataclasses.replace(SHAPES["gqa2"], dtype="bfloat16")
-  model = Model(config=cfg, params=init_params(cfg, 0), tokenizer=None, eos_token_ids=(), name="bfloat16")
+  model = Model(config=cfg, params=init_params(cfg, 0), tokenizer=ByteTokenizer(), eos_token_ids=(), name="bfloat16")
   conf = config("scheduler.batch_control=none")
   roomy, _ = serve(conf, model, PROMPTS, N)
   tight, engine = serve(with_slots(conf, 13, model), model, PROMPTS, N)

@@ -13,7 +13,7 @@ import numpy as np
 from sparse_serve_jax.config import EngineConfig, ModelConfig, override
 from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.models import Model, forward, init_params
+from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 
@@ -55,7 +55,7 @@ SMALL_SERVING = [
 @functools.cache
 def tiny_model(shape: str = "gqa2", seed: int = 0) -> Model:
   cfg = SHAPES[shape]
-  return Model(config=cfg, params=init_params(cfg, seed), tokenizer=None, eos_token_ids=(), name=shape)
+  return Model(config=cfg, params=init_params(cfg, seed), tokenizer=ByteTokenizer(), eos_token_ids=(), name=shape)
 
 
 def prompt_of(n: int, seed: int = 0) -> list[int]:
