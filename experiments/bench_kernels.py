@@ -217,8 +217,8 @@ def attend(b: Bench) -> Cases:
     n, group = blocks.shape[-1], blocks.shape[-1] // n_hits.shape[-1]
     hit = np.arange(n) % group < np.repeat(n_hits, group, -1)
     length = np.full(blocks.shape[:2], n, np.int32)
-    located = kernels.Located(blocks, np.where(hit, at, -1), np.where(hit, -1, at), n_hits, length)
-    return jax.tree.map(jnp.asarray, located)
+    lists = blocks, np.where(hit, at, -1), np.where(hit, -1, at), n_hits, length
+    return kernels.Located(*map(jnp.asarray, lists))
 
   def inputs_of(rows, n, n_pool, at, n_hits):
     """Queries, and a list of blocks that is the same for all heads of a row."""
@@ -342,8 +342,8 @@ def prefill(b: Bench) -> Cases:
     n_before, queries = before // b.size, b.heads * b.group
 
     def op(state, shared, inputs):
-      (pool, slots), (q, k, v, at) = shared, inputs
-      prefix = kernels.Prefix(pool, slots, jnp.int32(0), *at, jnp.int32(before)) if before else None
+      (pool, slots), (q, k, v, (blocks, slot)) = shared, inputs
+      prefix = kernels.Prefix(pool, slots, jnp.int32(0), blocks, slot, jnp.int32(before)) if before else None
       return state, kernels.prefill_attention(q, k, v, prefix, **b.kernel)
 
     def inputs():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
 
@@ -47,23 +48,23 @@ mean = Rule(lambda keys: (keys.mean(-2),))
 
 
 def store_digests(
-  digest: jax.Array,
-  source: jax.Array,
-  layer: jax.Array | int,
-  source_ids: jax.Array,
-  blocks: jax.Array,
+  digest: Float[Array, "K L M E D"],
+  source: Float[Array, "K Ls n_source 2 S D"],
+  layer: Int32[Array, ""] | int,
+  source_ids: Int32[Array, " n"],
+  blocks: Int32[Array, " n"],
   *,
   rule: Callable[[jax.Array], jax.Array],
   implementation: str = "xla",
-) -> jax.Array:
+) -> Float[Array, "K L M E D"]:
   """Writes the digests of finished blocks; returns `digest`, updated in place when donated.
 
   Args:
-    digest: [K, L, M, E, D]; E = 0, nothing selects: returned as it is.
-    source: [K, Ls, n_source, 2, S, D], blocks of the Ls layers that begin at `layer`; only keys are read.
-    layer: scalar int32.
-    source_ids: [n] int32, which of the source's blocks.
-    blocks: [n] int32, distinct, DRAM block of each; -1: nothing to do.
+    digest: E = 0, nothing selects: returned as it is.
+    source: blocks of the Ls layers that begin at `layer`; only keys are read.
+    layer: the first one.
+    source_ids: which of the source's blocks.
+    blocks: distinct, DRAM block of each; -1: nothing to do.
     rule: keys [..., S, D] -> digests [..., E, D]: for a kernel a `Rule`, for XLA any function.
     implementation: "xla", "triton" or "interpret".
 

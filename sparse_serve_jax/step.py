@@ -40,7 +40,7 @@ class Setup:
   model: ModelConfig
   selector: Selector
   dense_layers: int
-  newest_blocks: int  # of a piece of a prompt, that enter slots (the next one reads them there): of one step
+  newest_blocks: int  # at most so many blocks of a piece of a prompt enter slots, where the next piece reads them
   working_set_steps: int
   offload: bool
   implementation: str  # of the kernels: "xla", "triton" or "interpret"

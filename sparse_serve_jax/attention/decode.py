@@ -112,7 +112,7 @@ def decode_attention(
 ) -> tuple[jax.Array, KVCache, jax.Array, jax.Array]:
   """Attention of q [B, K, G, D] over each row's selected blocks and tail.
 
-  `cache` is without its pool, which is passed apart: no layer writes it, so it need not be carried through the layers.
+  The pool is an argument of its own and no part of `cache`: no layer writes it, so no loop has to carry it.
   `victims` are the step's, `given` how many of the first of them the layers before have used, int32.
 
   Returns:
