@@ -164,11 +164,12 @@ def residency(b: Bench) -> Cases:
     whole, steps = jnp.full((rows, b.heads), n), jnp.full(rows, clock)
 
     def layer(i, carry):
-      maps, missed = carry
-      located = kernels.propose(maps, victims, i, now, whole, given=missed, **options)
-      return kernels.commit(maps, i, located, whole, since + i, steps, **options), missed + located.missed(whole)
+      maps, given, missed = carry
+      located = kernels.propose(maps, victims, i, now, whole, given=given, **options)
+      maps = kernels.commit(maps, i, located, whole, since + i, steps, **options)
+      return maps, given + located.given(whole), missed + located.missed(whole)
 
-    maps, missed = lax.fori_loop(0, n_used, layer, (maps, jnp.zeros_like(whole)))
+    maps, _, missed = lax.fori_loop(0, n_used, layer, (maps, jnp.int32(0), jnp.zeros_like(whole)))
     return (maps, clock + 1), missed
 
   def sort(state, maps, last_used):

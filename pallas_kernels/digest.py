@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -91,23 +92,8 @@ def store_digests(
   if not isinstance(rule, Rule):
     raise NotImplementedError(f"a kernel runs a digest.Rule, not {rule}; use implementation='xla'")
   per_program = min(n, pl.next_power_of_2(pl.cdiv(n_heads * n_layers * n, PROGRAMS)))
-
-  def kernel(layer_ref, ids_ref, blocks_ref, source_ref, _, digest_ref):
-    j, k = pl.program_id(1), pl.program_id(2)
-    first = pl.program_id(0) * per_program
-
-    def one(i, _):
-      block = blocks_ref[i]
-
-      @pl.when(block >= 0)
-      def _():
-        for e, vector in enumerate(rule.vectors(source_ref[k, j, ids_ref[i], 0].astype(jnp.float32))):
-          digest_ref[k, layer_ref[0] + j, block, e] = vector.astype(digest.dtype)
-
-    jax.lax.fori_loop(first, jnp.minimum(first + per_program, n), one, None)
-
   return triton.call(
-    kernel,
+    functools.partial(_store, rule, per_program),
     out_shape=jax.ShapeDtypeStruct(digest.shape, digest.dtype),
     grid=(pl.cdiv(n, per_program), n_layers, n_heads),
     input_output_aliases={4: 0},
@@ -115,3 +101,28 @@ def store_digests(
     num_warps=min(8, pl.next_power_of_2(pl.cdiv(size * depth, WARP_VALUES))),
     name="store_digests",
   )(jnp.reshape(layer, 1).astype(jnp.int32), source_ids, blocks, source, digest)
+
+
+def _store(
+  rule: Rule,
+  per_program: int,
+  layer_ref,  # [1]
+  ids_ref,  # [n]
+  blocks_ref,  # [n]
+  source_ref,  # [K, Ls, n_source, 2, S, D]
+  _,  # digest_ref: one memory
+  digest_ref,  # [K, L, M, E, D]
+):
+  """The digests of `per_program` blocks of one layer and head."""
+  n, j, k = blocks_ref.shape[0], pl.program_id(1), pl.program_id(2)
+  first = pl.program_id(0) * per_program
+
+  def one(i, _):
+    block = blocks_ref[i]
+
+    @pl.when(block >= 0)
+    def _():
+      for e, vector in enumerate(rule.vectors(source_ref[k, j, ids_ref[i], 0].astype(jnp.float32))):
+        digest_ref[k, layer_ref[0] + j, block, e] = vector.astype(digest_ref.dtype)
+
+  jax.lax.fori_loop(first, jnp.minimum(first + per_program, n), one, None)
