@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
 from pallas_kernels.copy import read_blocks
@@ -35,9 +36,9 @@ WARP_BYTES = 8 << 10  # of a block, keys and values, for each warp; from 2 to 8 
 class Tails(NamedTuple):
   """The unfinished last blocks, and which of them each row of the batch has."""
 
-  kv: jax.Array  # [K, L, R, 2, S, D], of all resident requests
-  lanes: jax.Array  # [B] int32, which request; R and beyond is padding, whose `tokens` is 0
-  tokens: jax.Array  # [B] int32, tokens of the tail to attend to
+  kv: Float[Array, "K L R 2 S D"]  # of all resident requests
+  lanes: Int32[Array, " B"]  # which request; R and beyond is padding, whose `tokens` is 0
+  tokens: Int32[Array, " B"]  # tokens of the tail to attend to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +56,24 @@ class Stop:
 
 
 def attend(
-  q: jax.Array,
+  q: Float[Array, "B K G D"],
   tails: Tails,
-  pool: jax.Array,
-  slots: jax.Array,
-  layer: jax.Array,
+  pool: Float[Array, "K L M 2 S D"],
+  slots: Float[Array, "P 2 S D"],
+  layer: Int32[Array, ""] | int,
   located: Located,
   stop: Stop | None = None,
   *,
   implementation: str = "xla",
-) -> tuple[Partial, jax.Array, jax.Array]:
+) -> tuple[Partial, Int32[Array, "B K"], Float[Array, "P 2 S D"]]:
   """Attends to a row's tail and to the first blocks of its list. Products are scaled by D ** -0.5.
 
   Args:
-    q: [B, K, G, D].
+    q: the queries.
     tails: where each row's tail lies.
-    pool: [K, L, M, 2, S, D], every finished block; host memory when offloading.
-    slots: [P, 2, S, D]; P may be 0: every block is then read from the pool.
-    layer: scalar int32.
+    pool: every finished block; host memory when offloading.
+    slots: P may be 0: every block is then read from the pool.
+    layer: of the pool and the tails.
     located: the lists and where their blocks lie, from `residency.propose`: one group for a list that is read whole,
       groups in descending order of score for a progressive one. What lies beyond a list's length is not read.
     stop: when a progressive list ends; the test is made between groups, of propose(group=...). None: lists are read
@@ -80,7 +81,7 @@ def attend(
     implementation: "xla", "triton" or "interpret".
 
   Returns:
-    Partial of [B, K, G, D]; how many blocks were attended [B, K] int32, the first ones; `slots` with those of them in
+    Partial of [B, K, G, D]; how many blocks were attended, the first ones of each list; `slots` with those of them in
     it that missed and have a place, in place when donated.
 
   Raises:
@@ -117,16 +118,16 @@ def _attend_xla(q, tails, pool, slots, layer, located, stop) -> tuple[Partial, j
   acc = partial_attention(q, last[:, :, 0], last[:, :, 1], in_tail, scale)
 
   size = min(WITHOUT_TESTS, n) if stop is None else located.group
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, -n % size)), constant_values=-1)  # noqa: E731
-  blocks, all_slots, all_places = pad(located.blocks), pad(located.slot), pad(located.place)
+  whole = ((0, 0), (0, 0), (0, -n % size))
+  lists = [jnp.pad(x, whole, constant_values=-1) for x in (located.blocks, located.slot, located.place)]
 
   def step(carry):
     """Attends to the next `size` ranks of every (row, head) that has not stopped."""
     start, acc, lse_min, attended, stopped, slots = carry
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 2)  # noqa: E731
+    blocks, slot, place = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in lists)
     rank = start + jnp.arange(size)[None, None]
     live = (rank < length[..., None]) & ~stopped[..., None]  # [B, K, size]
-    kv = read_blocks(pool, slots, layer, cut(blocks), cut(all_slots))
+    kv = read_blocks(pool, slots, layer, blocks, slot)
     valid = jnp.broadcast_to(live[..., None], kv.shape[:3] + kv.shape[4:5])
     by_block = partial_attention(
       q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :], valid, scale
@@ -142,7 +143,6 @@ def _attend_xla(q, tails, pool, slots, layer, located, stop) -> tuple[Partial, j
     seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
     stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
     if n_slots:
-      place = cut(all_places)
       slots = slots.at[jnp.where(live & (place >= 0), place, n_slots)].set(kv, mode="drop")
     return start + size, acc, lse_min, attended, stopped, slots
 
@@ -184,151 +184,238 @@ class Tiling:
     return self.miss_programs + n_lists * self.splits
 
 
+class _Refs(NamedTuple):
+  """What a kernel reads, and then what it writes. The last of both are one memory."""
+
+  layer: Any  # [1]
+  lanes: Any  # [B]
+  tokens: Any  # [B]
+  blocks: Any  # [B, K, n]
+  slot: Any  # [B, K, n]
+  place: Any  # [B, K, n]
+  n_hits: Any  # [B, K, n / group]
+  length: Any  # [B, K]
+  q: Any  # [B, K, G, D]
+  tail: Any  # [K, L, R, 2, S, D]
+  pool: Any  # [K, L, M, 2, S, D]
+  held: Any  # [P, 2, S, D]
+  o: Any  # [parts, B, K, G, D], of each part of a list its own
+  m: Any  # [parts, B, K, G]
+  l: Any  # [parts, B, K, G]
+  attended: Any  # [B, K]
+  smallest: Any  # [B, K, G]
+  slots: Any  # [P, 2, S, D]
+
+  @property
+  def n_lists(self) -> int:
+    return self.length.shape[0] * self.length.shape[1]
+
+
+class _Acc(NamedTuple):
+  """A partial result, logarithms to base 2; query heads are padded to [heads]."""
+
+  o: jax.Array  # [heads, D]
+  m: jax.Array  # [heads]
+  l: jax.Array  # [heads]
+  smallest: jax.Array  # [heads], log of the smallest mass of a ranked block
+
+
+class _List(NamedTuple):
+  """A list as a program sees it."""
+
+  b: jax.Array
+  k: jax.Array
+  queries: jax.Array  # [heads, D]
+
+
+class _Program:
+  """What the programs of all kernels do: loops over ranks [first, end) of a list, each acc -> acc.
+
+  `ranked` says whether the blocks count for the smallest mass; None where nobody asks for it.
+  """
+
+  def __init__(self, refs: _Refs):
+    n_group, depth = refs.q.shape[2:]
+    heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
+    self.refs, self.layer, self.scale = refs, refs.layer[0], depth**-0.5
+    self.of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
+    infinite = functools.partial(jnp.full, (heads,))
+    self.zero = _Acc(jnp.zeros((heads, depth)), infinite(-jnp.inf), jnp.zeros((heads,)), infinite(jnp.inf))
+
+  def open(self, i: jax.Array) -> _List:
+    """List `i` of B x K."""
+    n_heads = self.refs.q.shape[1]
+    b, k = jax.lax.div(i, n_heads), jax.lax.rem(i, n_heads)
+    return _List(b, k, self.refs.q[b, k, self.of_head])
+
+  def close(self, of: _List, part: jax.Array | int, acc: _Acc) -> None:
+    """Writes what is known of part of a list."""
+    at = part, of.b, of.k, self.of_head
+    self.refs.o[at], self.refs.m[at] = acc.o, acc.m * (1 / LOG2_E)
+    self.refs.l[at] = acc.l
+
+  def update(self, of: _List, acc: _Acc, keys, values, ranked=None, valid=None) -> _Acc:
+    """One block more, keys and values [S, D], of which `valid` [S] count."""
+    o, m, l, smallest = acc
+    s = triton.dot(of.queries, keys, trans_b=True) * (self.scale * LOG2_E)  # [heads, S]
+    if valid is not None:
+      s = jnp.where(valid[None], s, -jnp.inf)
+      values = jnp.where(valid[:, None], values, jnp.zeros_like(values))  # 0 * NaN is NaN
+    top = jnp.maximum(m, s.max(1))
+    p, old = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+    mass = p.sum(1)
+    if ranked is not None:
+      smallest = jnp.where(ranked, jnp.minimum(smallest, top + jnp.log2(mass)), smallest)
+    o = o * old[:, None] + triton.dot(p.astype(values.dtype), values)
+    return _Acc(o, top, l * old + mass, smallest)
+
+  def read_tail(self, of: _List, acc: _Acc, wanted: jax.Array | bool) -> _Acc:
+    tail = self.refs.tail
+    lane = jnp.minimum(self.refs.lanes[of.b], tail.shape[2] - 1)
+    n, block_tokens = self.refs.tokens[of.b], tail.shape[4]
+
+    def body(_, acc):
+      keys, values = tail[of.k, self.layer, lane, 0], tail[of.k, self.layer, lane, 1]
+      return self.update(of, acc, keys, values, valid=jnp.arange(block_tokens) < n)
+
+    return jax.lax.fori_loop(0, (wanted & (n > 0)).astype(jnp.int32), body, acc)
+
+  def read_hits(self, of: _List, first, end, acc: _Acc, ranked=None) -> _Acc:
+    slots = self.refs.slots
+
+    def body(i, acc):
+      at = self.refs.slot[of.b, of.k, i]
+      return self.update(of, acc, slots[at, 0], slots[at, 1], ranked)
+
+    return jax.lax.fori_loop(first, end, body, acc)
+
+  def read_misses(self, of: _List, first, end, acc: _Acc, ranked=None) -> _Acc:
+    """Copies the blocks to their places, too."""
+    pool, slots = self.refs.pool, self.refs.slots
+
+    def body(i, acc):
+      block, to = self.refs.blocks[of.b, of.k, i], self.refs.place[of.b, of.k, i]
+
+      def read(half):  # one half at a time takes fewer registers
+        x = pool[of.k, self.layer, block, half]
+        triton.store(slots.at[jnp.maximum(to, 0), jnp.int32(half)], x, mask=jnp.broadcast_to(to >= 0, x.shape))
+        return x
+
+      return self.update(of, acc, read(0), read(1), ranked)
+
+    return jax.lax.fori_loop(first, end, body, acc)
+
+  def read_pool(self, of: _List, first, end, acc: _Acc, ranked=None) -> _Acc:
+    """Reads the blocks where there are no slots."""
+    pool = self.refs.pool
+
+    def body(i, acc):
+      block = self.refs.blocks[of.b, of.k, i]
+      return self.update(of, acc, pool[of.k, self.layer, block, 0], pool[of.k, self.layer, block, 1], ranked)
+
+    return jax.lax.fori_loop(first, end, body, acc)
+
+
+def _read_split(tiling: Tiling, program: _Program, i: jax.Array, read, n_of) -> None:
+  """Part `i mod splits` of the first `n_of` blocks of a list; the first part has the tail too."""
+  part, i = jax.lax.rem(i, tiling.splits), jax.lax.div(i, tiling.splits)
+  of = program.open(i)
+  n = n_of(of)
+  share = jax.lax.div(n + (tiling.splits - 1), tiling.splits)
+  first = part * share
+  end = jnp.minimum(first + share, n)
+  program.close(of, part, read(of, first, end, program.read_tail(of, program.zero, part == 0)))
+
+
+def _whole_from_pool(tiling: Tiling, *refs) -> None:
+  """Lists that are read whole, where there are no slots."""
+  refs = _Refs(*refs)
+  program = _Program(refs)
+  _read_split(tiling, program, pl.program_id(0), program.read_pool, lambda of: refs.length[of.b, of.k])
+
+
+def _whole(tiling: Tiling, *refs) -> None:
+  """Lists that are read whole: the first programs have all the misses, the others the hits, split."""
+  refs = _Refs(*refs)
+  program, me = _Program(refs), pl.program_id(0)
+
+  def n_hits(of):
+    return jnp.minimum(refs.n_hits[of.b, of.k, 0], refs.length[of.b, of.k])
+
+  @pl.when(me < tiling.miss_programs)
+  def _():
+    """The misses of every `miss_programs`-th list."""
+
+    def body(j, _):
+      of = program.open(me + j * tiling.miss_programs)
+      misses = refs.n_hits[of.b, of.k, 0], refs.length[of.b, of.k]
+      program.close(of, tiling.splits, program.read_misses(of, *misses, program.zero))
+
+    left = refs.n_lists - me
+    jax.lax.fori_loop(0, jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs), body, None)
+
+  @pl.when(me >= tiling.miss_programs)
+  def _():
+    _read_split(tiling, program, me - tiling.miss_programs, program.read_hits, n_hits)
+
+
+def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
+  """A list, group by group, with the stop test between."""
+  refs = _Refs(*refs)
+  program, log2_threshold = _Program(refs), math.log2(stop.threshold)
+  of = program.open(pl.program_id(0))
+  n = refs.length[of.b, of.k]
+
+  def body(state):
+    i, _, acc = state
+    end, ranked = jnp.minimum(i + group, n), i >= stop.untested
+    if has_slots:
+      middle = jnp.minimum(i + refs.n_hits[of.b, of.k, jax.lax.div(i, group)], end)
+      acc = program.read_hits(of, i, middle, acc, ranked)
+      acc = program.read_misses(of, middle, end, acc, ranked)
+    else:
+      acc = program.read_pool(of, i, end, acc, ranked)
+    seen, unseen = acc.m + jnp.log2(acc.l), acc.smallest + jnp.log2((n - end).astype(jnp.float32))
+    high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
+    log2_p = seen - (high + jnp.log2(1.0 + jnp.exp2(low - high)))
+    # NaN, of an infinite `smallest` and none left, is not above the threshold; `end` is then n anyway.
+    enough = jnp.min((log2_p > log2_threshold).astype(jnp.int32))
+    return end, jnp.where(enough == 1, end, n), acc
+
+  start = jnp.int32(0), n, program.read_tail(of, program.zero, True)
+  i, end, acc = jax.lax.while_loop(lambda state: state[0] < state[1], body, start)
+  program.close(of, 0, acc)
+  # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
+  refs.attended[of.b, of.k], refs.smallest[of.b, of.k, program.of_head] = jnp.minimum(i, end), acc.smallest
+
+
 def _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation):
   n_rows, n_heads, n_group, depth = q.shape
-  block_tokens, n_lists = tails.kv.shape[4], n_rows * n_heads
-  progressive, has_slots, scale = stop is not None, slots.shape[0] > 0, depth**-0.5
-  log2_threshold, untested = (math.log2(stop.threshold), stop.untested) if progressive else (math.inf, 0)
+  n_lists, has_slots = n_rows * n_heads, slots.shape[0] > 0
   block_bytes = math.prod(pool.shape[3:]) * pool.dtype.itemsize
-  tiling = Tiling.of(n_lists, located.blocks.shape[2], block_bytes, has_slots, progressive)
+  tiling = Tiling.of(n_lists, located.blocks.shape[2], block_bytes, has_slots, stop is not None)
   parts = tiling.splits + (tiling.miss_programs > 0)
-  heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
+  if stop is not None:
+    kernel = functools.partial(_progressive, stop, located.group, has_slots)
+  else:
+    kernel = functools.partial(_whole if has_slots else _whole_from_pool, tiling)
   held = slots if has_slots else jnp.zeros((1, *slots.shape[1:]), slots.dtype)
 
-  def kernel(
-    layer_ref, lanes_ref, tokens_ref, blocks_ref, slot_ref, place_ref, n_hits_ref, length_ref, q_ref, tail_ref, *refs
-  ):
-    pool_ref, _, o_ref, m_ref, l_ref, attended_ref, smallest_ref, slots_ref = refs  # `held` is slots_ref: one memory
-    layer = layer_ref[0]
-    of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
-    zero = (jnp.zeros((heads, depth)), jnp.full((heads,), -jnp.inf), jnp.zeros((heads,)), jnp.full((heads,), jnp.inf))
+  def float32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def of_list(i):
-      """What a program does for list `i`: (b, k) and three loops over ranks [from, to) of it, each acc -> acc."""
-      b, k = jax.lax.div(i, n_heads), jax.lax.rem(i, n_heads)
-      queries = q_ref[b, k, of_head]  # [G, D]
-
-      def update(acc, keys, values, ranked, valid=None):
-        """One block, keys and values [S, D], into o [G, D], m, l and the smallest mass [G], logarithms to base 2."""
-        o, m, l, smallest = acc
-        s = triton.dot(queries, keys, trans_b=True) * (scale * LOG2_E)  # [G, S]
-        if valid is not None:
-          s = jnp.where(valid[None], s, -jnp.inf)
-          values = jnp.where(valid[:, None], values, jnp.zeros_like(values))  # 0 * NaN is NaN
-        top = jnp.maximum(m, s.max(1))
-        p, old = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
-        mass = p.sum(1)
-        if progressive:
-          smallest = jnp.where(ranked, jnp.minimum(smallest, top + jnp.log2(mass)), smallest)
-        o = o * old[:, None] + triton.dot(p.astype(values.dtype), values)
-        return o, top, l * old + mass, smallest
-
-      def read_tail(acc, wanted):
-        lane = jnp.minimum(lanes_ref[b], tail_ref.shape[2] - 1)
-        n = tokens_ref[b]
-
-        def body(_, acc):
-          keys, values = tail_ref[k, layer, lane, 0], tail_ref[k, layer, lane, 1]
-          return update(acc, keys, values, False, jnp.arange(block_tokens) < n)
-
-        return jax.lax.fori_loop(0, (wanted & (n > 0)).astype(jnp.int32), body, acc)
-
-      def read_hits(first, end, acc, ranked=False):
-        def body(i, acc):
-          if has_slots:
-            at = slot_ref[b, k, i]
-            return update(acc, slots_ref[at, 0], slots_ref[at, 1], ranked)
-          block = blocks_ref[b, k, i]
-          return update(acc, pool_ref[k, layer, block, 0], pool_ref[k, layer, block, 1], ranked)
-
-        return jax.lax.fori_loop(first, end, body, acc)
-
-      def read_misses(first, end, acc, ranked=False):
-        def body(i, acc):
-          block, to = blocks_ref[b, k, i], place_ref[b, k, i]
-
-          def read(half):  # one half at a time takes fewer registers
-            x = pool_ref[k, layer, block, half]
-            triton.store(slots_ref.at[jnp.maximum(to, 0), jnp.int32(half)], x, mask=jnp.broadcast_to(to >= 0, x.shape))
-            return x
-
-          return update(acc, read(0), read(1), ranked)
-
-        return jax.lax.fori_loop(first, end, body, acc)
-
-      return b, k, read_tail, read_hits, read_misses
-
-    def store(b, k, part, acc):
-      o_ref[part, b, k, of_head], m_ref[part, b, k, of_head] = acc[0], acc[1] * (1 / LOG2_E)
-      l_ref[part, b, k, of_head] = acc[2]
-
-    def hits_program(i):
-      """Part `i mod splits` of the hits of a list; the first part has the tail too."""
-      part, i = jax.lax.rem(i, tiling.splits), jax.lax.div(i, tiling.splits)
-      b, k, read_tail, read_hits, _ = of_list(i)
-      hits = jnp.minimum(n_hits_ref[b, k, 0], length_ref[b, k]) if has_slots else length_ref[b, k]
-      share = jax.lax.div(hits + (tiling.splits - 1), tiling.splits)
-      first = part * share
-      acc = read_hits(first, jnp.minimum(first + share, hits), read_tail(zero, part == 0))
-      store(b, k, part, acc)
-
-    def misses_program(program):
-      """The misses of every `miss_programs`-th list."""
-
-      def body(j, _):
-        b, k, _, _, read_misses = of_list(program + j * tiling.miss_programs)
-        store(b, k, tiling.splits, read_misses(n_hits_ref[b, k, 0], length_ref[b, k], zero))
-
-      left = n_lists - program
-      jax.lax.fori_loop(0, jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs), body, None)
-
-    def progressive_program(i):
-      b, k, read_tail, read_hits, read_misses = of_list(i)
-      n, group = length_ref[b, k], located.group
-
-      def body(state):
-        i, _, acc = state
-        stop, ranked = jnp.minimum(i + group, n), i >= untested
-        middle = jnp.minimum(i + n_hits_ref[b, k, jax.lax.div(i, group)], stop) if has_slots else stop
-        acc = read_hits(i, middle, acc, ranked)
-        acc = read_misses(middle, stop, acc, ranked) if has_slots else acc
-        _, m, l, smallest = acc
-        seen, unseen = m + jnp.log2(l), smallest + jnp.log2((n - stop).astype(jnp.float32))
-        high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
-        log2_p = seen - (high + jnp.log2(1.0 + jnp.exp2(low - high)))
-        # NaN, of an infinite `smallest` and none left, is not above the threshold; `stop` is then n anyway.
-        enough = jnp.min((log2_p > log2_threshold).astype(jnp.int32))
-        return stop, jnp.where(enough == 1, stop, n), acc
-
-      i, end, acc = jax.lax.while_loop(
-        lambda state: state[0] < state[1], body, (jnp.int32(0), n, read_tail(zero, True))
-      )
-      store(b, k, 0, acc)
-      # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
-      attended_ref[b, k], smallest_ref[b, k, of_head] = jnp.minimum(i, end), acc[3]
-
-    program = pl.program_id(0)
-    if progressive:
-      progressive_program(program)
-    elif tiling.miss_programs:
-      pl.when(program < tiling.miss_programs)(lambda: misses_program(program))
-      pl.when(program >= tiling.miss_programs)(lambda: hits_program(program - tiling.miss_programs))
-    else:
-      hits_program(program)
-
-  f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
   o, m, l, attended, _, held = triton.call(
     kernel,
     out_shape=(
-      f32(parts, n_rows, n_heads, n_group, depth),
-      f32(parts, n_rows, n_heads, n_group),
-      f32(parts, n_rows, n_heads, n_group),
+      float32(parts, n_rows, n_heads, n_group, depth),
+      float32(parts, n_rows, n_heads, n_group),
+      float32(parts, n_rows, n_heads, n_group),
       jax.ShapeDtypeStruct((n_rows, n_heads), jnp.int32),
-      f32(n_rows, n_heads, n_group),
+      float32(n_rows, n_heads, n_group),
       jax.ShapeDtypeStruct(held.shape, held.dtype),
     ),
     grid=(tiling.grid(n_lists),),
-    input_output_aliases={11: 5},  # `held`, the last operand, is the last result
+    input_output_aliases={_Refs._fields.index("held"): 5},
     implementation=implementation,
     num_warps=tiling.num_warps,
     num_stages=tiling.num_stages,
@@ -336,4 +423,4 @@ def _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation):
   )(jnp.reshape(layer, 1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held)
   # Part by part, so that XLA makes one elementwise kernel of it.
   partial = functools.reduce(merge, (Partial(o[i], m[i], l[i]) for i in range(parts)))
-  return partial, attended if progressive else located.length, held if has_slots else slots
+  return partial, located.length if stop is None else attended, held if has_slots else slots

@@ -1,7 +1,7 @@
 """Block copies between the pool (host memory), the slots (HBM) and arrays of a step.
 
-FlashH2D and the direct save of SparseServe, section 3.2: one kernel a list of blocks, no staging, no call per block.
-A kernel of blocks whose S or D is not a power of two is a NotImplementedError.
+FlashH2D and the direct save of SparseServe, section 3.2: one kernel copies a whole list of blocks, without staging and
+without a call for each. Kernels take powers of two for S and D; other sizes are a NotImplementedError.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
 
@@ -22,22 +23,22 @@ PART_BYTES = 16 << 10  # held in registers at a time: 128 bytes in each of 128 t
 
 
 def load_blocks(
-  pool: jax.Array,
-  slots: jax.Array,
-  layer: jax.Array,
-  blocks: jax.Array,
-  slot: jax.Array,
+  pool: Float[Array, "K L M 2 S D"],
+  slots: Float[Array, "P 2 S D"],
+  layer: Int32[Array, ""] | int,
+  blocks: Int32[Array, "B K n"],
+  slot: Int32[Array, "B K n"],
   *,
   implementation: str = "xla",
-) -> jax.Array:
+) -> Float[Array, "P 2 S D"]:
   """Copies blocks from the pool into their slots; returns `slots`, updated in place when donated.
 
   Args:
-    pool: [K, L, M, 2, S, D].
-    slots: [P, 2, S, D].
-    layer: scalar int32.
-    blocks: [B, K, n] int32; -1: nothing to do.
-    slot: [B, K, n] int32, distinct; -1: nothing to do.
+    pool: every finished block.
+    slots: written.
+    layer: of the pool.
+    blocks: -1: nothing to do.
+    slot: distinct; -1: nothing to do.
     implementation: "xla", "triton" or "interpret".
   """
   triton.check(implementation, S=pool.shape[4], D=pool.shape[5])
@@ -58,22 +59,22 @@ def load_blocks(
 
 
 def gather_blocks(
-  pool: jax.Array,
-  slots: jax.Array,
-  layer: jax.Array,
-  blocks: jax.Array,
-  slot: jax.Array,
+  pool: Float[Array, "K L M 2 S D"],
+  slots: Float[Array, "P 2 S D"],
+  layer: Int32[Array, ""] | int,
+  blocks: Int32[Array, "K n"],
+  slot: Int32[Array, "K n"],
   *,
   implementation: str = "xla",
-) -> tuple[jax.Array, jax.Array]:
-  """Keys and values [n * S, K, D] of one layer's blocks: from their slots, or from the pool where `slot` is -1.
+) -> tuple[Float[Array, "n*S K D"], Float[Array, "n*S K D"]]:
+  """Keys and values of one layer's blocks: from their slots, or from the pool where `slot` is -1.
 
   Args:
-    pool: [K, L, M, 2, S, D].
-    slots: [P, 2, S, D].
-    layer: scalar int32.
-    blocks: [K, n] int32; -1 gives zeros, anything below that whatever the memory holds.
-    slot: [K, n] int32.
+    pool: every finished block.
+    slots: copies of some of them.
+    layer: of the pool.
+    blocks: -1 gives zeros, anything below that whatever the memory holds.
+    slot: where each block is, or -1.
     implementation: "xla", "triton" or "interpret".
   """
   size, depth = pool.shape[4:]
@@ -115,22 +116,22 @@ def gather_blocks(
 
 
 def store_blocks(
-  pool: jax.Array,
-  source: jax.Array,
-  layer: jax.Array | int,
-  source_ids: jax.Array,
-  blocks: jax.Array,
+  pool: Float[Array, "K L M 2 S D"],
+  source: Float[Array, "K Ls n_source 2 S D"],
+  layer: Int32[Array, ""] | int,
+  source_ids: Int32[Array, " n"],
+  blocks: Int32[Array, " n"],
   *,
   implementation: str = "xla",
-) -> jax.Array:
+) -> Float[Array, "K L M 2 S D"]:
   """Writes finished blocks to the pool; returns it, updated in place when donated.
 
   Args:
-    pool: [K, L, M, 2, S, D].
-    source: [K, Ls, n_source, 2, S, D], blocks of the Ls layers that begin at `layer`.
-    layer: scalar int32.
-    source_ids: [n] int32, which of the source's blocks.
-    blocks: [n] int32, DRAM block of each; -1: nothing to do.
+    pool: written.
+    source: blocks of the Ls layers that begin at `layer`.
+    layer: the first one.
+    source_ids: which of the source's blocks.
+    blocks: DRAM block of each; -1: nothing to do.
     implementation: "xla", "triton" or "interpret".
   """
   triton.check(implementation, S=pool.shape[4], D=pool.shape[5])
@@ -153,17 +154,22 @@ def store_blocks(
 
 
 def place_blocks(
-  slots: jax.Array, source: jax.Array, source_ids: jax.Array, slot: jax.Array, *, implementation: str = "xla"
-) -> jax.Array:
+  slots: Float[Array, "P 2 S D"],
+  source: Float[Array, "K Ls n_source 2 S D"],
+  source_ids: Int32[Array, " n"],
+  slot: Int32[Array, "K Ls n"],
+  *,
+  implementation: str = "xla",
+) -> Float[Array, "P 2 S D"]:
   """Copies blocks that are on the device into slots; returns `slots`, updated in place when donated.
 
   Apart from `store_blocks` because XLA gives all results of one kernel the same memory space.
 
   Args:
-    slots: [P, 2, S, D].
-    source: [K, Ls, n_source, 2, S, D].
-    source_ids: [n] int32, which of the source's blocks.
-    slot: [K, Ls, n] int32, distinct; -1: nothing to do.
+    slots: written.
+    source: blocks of Ls layers.
+    source_ids: which of the source's blocks.
+    slot: distinct; -1: nothing to do.
     implementation: "xla", "triton" or "interpret".
   """
   triton.check(implementation, S=slots.shape[2], D=slots.shape[3])
@@ -217,9 +223,13 @@ def _run(
     program, lane = pl.program_id(0), jnp.arange(LANES, dtype=jnp.int32)
 
     def look(i, _):
-      entry = lambda at: (i * LANES + at) * programs + program  # noqa: E731
+      def entry(at):
+        return (i * LANES + at) * programs + program
+
+      def after(at):
+        return jnp.where(found & (lane > at), lane, LANES).min()
+
       found = (entry(lane) < n) & wanted(jnp.minimum(entry(lane), n - 1), *refs)
-      after = lambda at: jnp.where(found & (lane > at), lane, LANES).min()  # noqa: E731
 
       def step(at):
         copy(entry(at), *refs)
@@ -285,8 +295,8 @@ def _store_blocks_xla(pool, source, layer, source_ids, blocks) -> jax.Array:
 
   def store_one(i, pool):
     kv = jax.lax.dynamic_slice_in_dim(source, source_ids[i], 1, 2)  # [K, Ls, 1, 2, S, D]
-    write = lambda: jax.lax.dynamic_update_slice(pool, kv, (0, layer, blocks[i], 0, 0, 0))  # noqa: E731
-    return jax.lax.cond(blocks[i] >= 0, write, lambda: pool)
+    at = 0, layer, blocks[i], 0, 0, 0
+    return jax.lax.cond(blocks[i] >= 0, lambda: jax.lax.dynamic_update_slice(pool, kv, at), lambda: pool)
 
   n = blocks.shape[0]
   return jax.lax.fori_loop(0, n, store_one, pool) if n else pool

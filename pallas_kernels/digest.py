@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
 
@@ -47,23 +49,23 @@ mean = Rule(lambda keys: (keys.mean(-2),))
 
 
 def store_digests(
-  digest: jax.Array,
-  source: jax.Array,
-  layer: jax.Array | int,
-  source_ids: jax.Array,
-  blocks: jax.Array,
+  digest: Float[Array, "K L M E D"],
+  source: Float[Array, "K Ls n_source 2 S D"],
+  layer: Int32[Array, ""] | int,
+  source_ids: Int32[Array, " n"],
+  blocks: Int32[Array, " n"],
   *,
   rule: Callable[[jax.Array], jax.Array],
   implementation: str = "xla",
-) -> jax.Array:
+) -> Float[Array, "K L M E D"]:
   """Writes the digests of finished blocks; returns `digest`, updated in place when donated.
 
   Args:
-    digest: [K, L, M, E, D]; E = 0, nothing selects: returned as it is.
-    source: [K, Ls, n_source, 2, S, D], blocks of the Ls layers that begin at `layer`; only keys are read.
-    layer: scalar int32.
-    source_ids: [n] int32, which of the source's blocks.
-    blocks: [n] int32, distinct, DRAM block of each; -1: nothing to do.
+    digest: E = 0, nothing selects: returned as it is.
+    source: blocks of the Ls layers that begin at `layer`; only keys are read.
+    layer: the first one.
+    source_ids: which of the source's blocks.
+    blocks: distinct, DRAM block of each; -1: nothing to do.
     rule: keys [..., S, D] -> digests [..., E, D]: for a kernel a `Rule`, for XLA any function.
     implementation: "xla", "triton" or "interpret".
 
@@ -90,23 +92,8 @@ def store_digests(
   if not isinstance(rule, Rule):
     raise NotImplementedError(f"a kernel runs a digest.Rule, not {rule}; use implementation='xla'")
   per_program = min(n, pl.next_power_of_2(pl.cdiv(n_heads * n_layers * n, PROGRAMS)))
-
-  def kernel(layer_ref, ids_ref, blocks_ref, source_ref, _, digest_ref):
-    j, k = pl.program_id(1), pl.program_id(2)
-    first = pl.program_id(0) * per_program
-
-    def one(i, _):
-      block = blocks_ref[i]
-
-      @pl.when(block >= 0)
-      def _():
-        for e, vector in enumerate(rule.vectors(source_ref[k, j, ids_ref[i], 0].astype(jnp.float32))):
-          digest_ref[k, layer_ref[0] + j, block, e] = vector.astype(digest.dtype)
-
-    jax.lax.fori_loop(first, jnp.minimum(first + per_program, n), one, None)
-
   return triton.call(
-    kernel,
+    functools.partial(_store, rule, per_program),
     out_shape=jax.ShapeDtypeStruct(digest.shape, digest.dtype),
     grid=(pl.cdiv(n, per_program), n_layers, n_heads),
     input_output_aliases={4: 0},
@@ -114,3 +101,28 @@ def store_digests(
     num_warps=min(8, pl.next_power_of_2(pl.cdiv(size * depth, WARP_VALUES))),
     name="store_digests",
   )(jnp.reshape(layer, 1).astype(jnp.int32), source_ids, blocks, source, digest)
+
+
+def _store(
+  rule: Rule,
+  per_program: int,
+  layer_ref,  # [1]
+  ids_ref,  # [n]
+  blocks_ref,  # [n]
+  source_ref,  # [K, Ls, n_source, 2, S, D]
+  _,  # digest_ref: one memory
+  digest_ref,  # [K, L, M, E, D]
+):
+  """The digests of `per_program` blocks of one layer and head."""
+  n, j, k = blocks_ref.shape[0], pl.program_id(1), pl.program_id(2)
+  first = pl.program_id(0) * per_program
+
+  def one(i, _):
+    block = blocks_ref[i]
+
+    @pl.when(block >= 0)
+    def _():
+      for e, vector in enumerate(rule.vectors(source_ref[k, j, ids_ref[i], 0].astype(jnp.float32))):
+        digest_ref[k, layer_ref[0] + j, block, e] = vector.astype(digest_ref.dtype)
+
+  jax.lax.fori_loop(first, jnp.minimum(first + per_program, n), one, None)

@@ -15,16 +15,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 NEVER = -(1 << 30)  # last_selected of a block nobody selected; NEVER + w does not overflow
 OLDEST = -(1 << 30)  # the age that a slot is kept at
 
 
 class Maps(NamedTuple):
-  slot_of: jax.Array
-  block_of: jax.Array
-  last_used: jax.Array
-  last_selected: jax.Array
+  slot_of: Int32[Array, "K L M"]
+  block_of: Int32[Array, " P"]
+  last_used: Int32[Array, " P"]
+  last_selected: Int32[Array, "K L M"]
 
   @classmethod
   def empty(cls, n_heads: int, n_layers: int, n_pool: int, n_slots: int) -> Maps:
@@ -37,11 +38,11 @@ class Maps(NamedTuple):
 class Victims(NamedTuple):
   """The slots in the order in which they are given up."""
 
-  slots: jax.Array  # [P] int32
-  since: jax.Array  # int32, the first stamp of the step: a slot used since then is no victim any more
+  slots: Int32[Array, " P"]
+  since: Int32[Array, ""]  # the first stamp of the step: a slot used since then is no victim any more
 
 
-def saturate(maps: Maps, since: jax.Array) -> Maps:
+def saturate(maps: Maps, since: Int32[Array, ""]) -> Maps:
   """Maps in which no slot's stamp is more than 2^30 before `since`, the first stamp of a step.
 
   A stamp that is 2^31 old would look new. With this done at the beginning of every step none gets so old.
@@ -51,22 +52,22 @@ def saturate(maps: Maps, since: jax.Array) -> Maps:
   return maps._replace(last_used=jnp.where(idle, oldest, maps.last_used))
 
 
-def ages(maps: Maps, since: jax.Array) -> jax.Array:
-  """The key [P] int32 by which the least recently used slot is the first victim: an empty one, then the oldest stamp.
+def ages(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:
+  """The key by which the least recently used slot is the first victim: an empty one, then the oldest stamp.
 
   `since` is the first stamp of the step.
   """
   return jnp.where(maps.last_used == -1, jnp.iinfo(jnp.int32).min, maps.last_used - since)
 
 
-def victims(key: jax.Array, since: jax.Array) -> Victims:
-  """The order of a step whose stamps begin at `since`: the smallest `key` [P] int32 first, ties to the lowest slot."""
+def victims(key: Int32[Array, " P"], since: Int32[Array, ""]) -> Victims:
+  """The order of a step whose stamps begin at `since`: the smallest `key` first, ties to the lowest slot."""
   ids = jnp.arange(key.shape[0], dtype=jnp.int32)
   return Victims(jax.lax.sort((key, ids), num_keys=1, is_stable=True)[1], since)
 
 
-def release(maps: Maps, freed: jax.Array) -> Maps:
-  """Forgets the freed DRAM blocks [n] int32 (-1: nothing) in all layers and heads; their slots become empty."""
+def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
+  """Forgets the freed DRAM blocks (-1: nothing) in all layers and heads; their slots become empty."""
   n_pool = maps.slot_of.shape[2]
   n_slots = maps.last_used.shape[0]
   freed = jnp.where(freed >= 0, freed, n_pool)

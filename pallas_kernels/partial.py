@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -13,22 +14,22 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class Partial(NamedTuple):
   """Attention over part of the keys, not yet normalised.
 
-  `o` [..., D] = sum_j exp(s_j - m) v_j, `m` [...] = max_j s_j, `l` [...] = sum_j exp(s_j - m), all float32.
+  o = sum_j exp(s_j - m) v_j, m = max_j s_j, l = sum_j exp(s_j - m).
   Over no keys at all: o = 0, m = -inf, l = 0.
   """
 
-  o: jax.Array
-  m: jax.Array
-  l: jax.Array
+  o: Float32[Array, "*any D"]
+  m: Float32[Array, "*any"]
+  l: Float32[Array, "*any"]
 
   @property
-  def lse(self) -> jax.Array:
+  def lse(self) -> Float32[Array, "*any"]:
     """log of the summed mass sum_j exp(s_j); -inf where there were no keys."""
     return self.m + jnp.log(self.l)
 
   @property
-  def output(self) -> jax.Array:
-    """The attention output [..., D]; 0 where there were no keys."""
+  def output(self) -> Float32[Array, "*any D"]:
+    """The attention output; 0 where there were no keys."""
     return self.o / jnp.where(self.l == 0, 1.0, self.l)[..., None]
 
 
@@ -48,8 +49,14 @@ def merge_along(parts: Partial, axis: int) -> Partial:
   return Partial((parts.o * weight[..., None]).sum(axis), m, (parts.l * weight).sum(axis))
 
 
-def partial_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, scale: float) -> Partial:
-  """Attention of q [..., G, D] over k, v [..., T, D] where `valid` [..., T]; what is masked may hold NaN."""
+def partial_attention(
+  q: Float[Array, "*q G D"],
+  k: Float[Array, "*rows T D"],
+  v: Float[Array, "*rows T D"],
+  valid: Bool[Array, "*rows T"],
+  scale: float,
+) -> Partial:
+  """Attention of q over k and v where `valid`; what is masked may hold NaN. Leading axes broadcast."""
   # bf16 products are exact in float32, so this is what a tensor core accumulates.
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   s = jnp.einsum("...gd,...td->...gt", q, k, precision=_HIGHEST) * scale

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
 from pallas_kernels.copy import gather_blocks
@@ -19,28 +20,28 @@ CLEARED_TOKENS = 512  # after the prefix; cuDNN's tiles of keys are shorter, and
 class Prefix(NamedTuple):
   """What comes before a piece, in blocks of one layer."""
 
-  pool: jax.Array  # [K, L, M, 2, S, D]
-  slots: jax.Array  # [P, 2, S, D]
-  layer: jax.Array  # int32
-  blocks: jax.Array  # [K, N] int32, DRAM blocks; those beyond `tokens` may be anything
-  slot: jax.Array  # [K, N] int32, -1 where a block is to be read from the pool
-  tokens: jax.Array  # int32, a multiple of S
+  pool: Float[Array, "K L M 2 S D"]
+  slots: Float[Array, "P 2 S D"]
+  layer: Int32[Array, ""]
+  blocks: Int32[Array, "K N"]  # DRAM blocks; those beyond `tokens` may be anything
+  slot: Int32[Array, "K N"]  # -1 where a block is to be read from the pool
+  tokens: Int32[Array, ""]  # a multiple of S
 
 
 def prefill_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Float[Array, "C K G D"],
+  k: Float[Array, "C K D"],
+  v: Float[Array, "C K D"],
   prefix: Prefix | None = None,
   *,
   implementation: str = "xla",
-) -> jax.Array:
-  """Attention output [C, K, G, D] of the queries of a piece. Products are scaled by D ** -0.5.
+) -> Float[Array, "C K G D"]:
+  """Attention output of the queries of a piece. Products are scaled by D ** -0.5.
 
   Args:
-    q: [C, K, G, D].
-    k: [C, K, D], the piece's own keys; causal.
-    v: [C, K, D].
+    q: of the piece's tokens.
+    k: the piece's own keys; causal.
+    v: their values.
     prefix: what comes before the piece. None: it begins the prompt.
     implementation: "xla", "triton" or "interpret": of the reads from the pool. The attention is XLA's, but for
       "triton", which is the GPU's path: there it is cuDNN's in 16 bits, and in float32, which cuDNN lacks, XLA's.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import triton
 from pallas_kernels.maps import Maps, Victims, unused
@@ -29,11 +30,11 @@ LOOKS = 32  # places that a miss looks at for a slot; where nearly all are in us
 class Located(NamedTuple):
   """Blocks in the order in which attention reads them: group by group, and in a group those in slots first."""
 
-  blocks: jax.Array  # [B, K, n] int32, -1: nothing
-  slot: jax.Array  # [B, K, n] int32, where the block is; -1: a miss
-  place: jax.Array  # [B, K, n] int32, the slot that a miss may go to; -1: it is read but not kept, or it is a hit
-  n_hits: jax.Array  # [B, K, n / group] int32, the first blocks of each group that are in their slots
-  length: jax.Array  # [B, K] int32, blocks of the list
+  blocks: Int32[Array, "B K n"]  # -1: nothing
+  slot: Int32[Array, "B K n"]  # where the block is; -1: a miss
+  place: Int32[Array, "B K n"]  # the slot that a miss may go to; -1: it is read but not kept, or it is a hit
+  n_hits: Int32[Array, "B K groups"]  # the first blocks of each group that are in their slots
+  length: Int32[Array, "B K"]  # blocks of the list
 
   @property
   def group(self) -> int:
@@ -42,17 +43,17 @@ class Located(NamedTuple):
     return n if groups == 1 else pl.next_power_of_2(-(-n // groups))
 
   @property
-  def hit(self) -> jax.Array:
-    """[B, K, n] bool: whether the block is in its slot."""
+  def hit(self) -> Bool[Array, "B K n"]:
+    """Whether the block is in its slot."""
     return self.slot >= 0
 
-  def missed(self, attended: jax.Array) -> jax.Array:
-    """Of the first `attended` [B, K] blocks, whole groups or all of them, those that are in no slot: [B, K] int32."""
+  def missed(self, attended: Int32[Array, "B K"]) -> Int32[Array, "B K"]:
+    """Of the first `attended` blocks, whole groups or all of them, those that are in no slot."""
     begun = jnp.arange(self.n_hits.shape[-1])[None, None] * self.group < attended[..., None]
     return attended - jnp.where(begun, self.n_hits, 0).sum(-1)
 
-  def given(self, attended: jax.Array) -> jax.Array:
-    """By how much a step's `given` grows when the first `attended` [B, K] blocks were read: the sum of [B, K] int32.
+  def given(self, attended: Int32[Array, "B K"]) -> Int32[Array, "B K"]:
+    """By how much a step's `given` grows when the first `attended` blocks were read: the sum of what is returned.
 
     The misses of the groups that every list has read whole; a list that ended before a group has read it. All places
     up to there are used. Those of later groups may be, and the next call looks which.
@@ -69,11 +70,11 @@ class Located(NamedTuple):
 def propose(
   maps: Maps,
   victims: Victims,
-  layer: jax.Array,
-  blocks: jax.Array,
-  length: jax.Array,
+  layer: Int32[Array, ""] | Int32[Array, " n"] | int,
+  blocks: Int32[Array, "B K n"],
+  length: Int32[Array, "B K"],
   *,
-  given: jax.Array | int = 0,
+  given: Int32[Array, "*any"] | int = 0,
   group: int | None = None,
   implementation: str = "xla",
 ) -> Located:
@@ -95,11 +96,11 @@ def propose(
   Args:
     maps: of one device.
     victims: made at the beginning of the step.
-    layer: scalar int32, or [n].
-    blocks: [B, K, n] int32, most critical first along n; -1: nothing. Beyond the end of a shorter list all are -1: hits
+    layer: of the call, or of each rank.
+    blocks: most critical first along n; -1: nothing. Beyond the end of a shorter list all are -1: hits
       change places, so that anything else there can come before the list's own blocks.
-    length: [B, K] int32, blocks of each list; carried along.
-    given: int32 of any shape; its sum is how many of the first victims the step has used, by `Located.given`.
+    length: blocks of each list; carried along.
+    given: of any shape; its sum is how many of the first victims the step has used, by `Located.given`.
     group: blocks that may change places, so that hits come first; a power of two, or None for the whole list.
     implementation: "xla", "triton" or "interpret".
 
@@ -107,13 +108,13 @@ def propose(
     ValueError: `group` is not a power of two, or lists have no blocks.
   """
   triton.check(implementation)
-  n = blocks.shape[-1]
+  n_rows, n_heads, n = blocks.shape
   if n == 0:
     raise ValueError("lists of 0 blocks")
   group = n if group is None else min(group, n)
   if group < 1 or (group != n and group & (group - 1)):
     raise ValueError(f"{group=} is not a power of two")
-  cut = _Cut(*blocks.shape, group)
+  cut = _Cut(n_rows, n_heads, n, group)
   if maps.last_used.shape[0] == 0:
     nowhere = jnp.full_like(blocks, -1)
     return Located(blocks, nowhere, nowhere, jnp.zeros((*blocks.shape[:2], cut.n_groups), jnp.int32), length)
@@ -125,18 +126,18 @@ def propose(
 
 def commit(
   maps: Maps,
-  layer: jax.Array,
+  layer: Int32[Array, ""] | Int32[Array, " n"] | int,
   located: Located,
-  attended: jax.Array,
-  stamp: jax.Array,
-  step: jax.Array,
+  attended: Int32[Array, "B K"],
+  stamp: Int32[Array, ""] | Int32[Array, " n"],
+  step: Int32[Array, " B"],
   *,
   implementation: str = "xla",
 ) -> Maps:
-  """Maps after attention read the first `attended` [B, K] blocks of the lists; in place when donated.
+  """Maps after attention read the first `attended` blocks of the lists; in place when donated.
 
   A block beyond `attended` was neither read nor copied, so its slot still holds what it held. `stamp` is like `layer`;
-  `step` [B] int32 is each request's own step number.
+  `step` is each request's own step number.
   """
   triton.check(implementation)
   if implementation == "xla":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import triton
 
@@ -33,8 +34,11 @@ class Linear:
 
   def __call__(self, q: jax.Array, digests: jax.Array) -> jax.Array:
     """q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]."""
-    dot = lambda e: jnp.einsum("...gd,...nd->...gn", self.weight(q, e), digests[..., e, :], precision=_HIGHEST)  # noqa: E731
-    return sum(dot(e) for e in range(self.vectors))  # pyright: ignore[reportReturnType]  there is a first
+
+    def product(e):
+      return jnp.einsum("...gd,...nd->...gn", self.weight(q, e), digests[..., e, :], precision=_HIGHEST)
+
+    return sum(product(e) for e in range(self.vectors))  # pyright: ignore[reportReturnType]  there is a first
 
 
 # sum_d max(q_d upper_d, q_d lower_d): the largest dot product with a key of the box (Quest, ArkVale), as q+ u + q- l.
@@ -57,34 +61,34 @@ class Ranking:
     if self.reduce not in ("mean", "max"):
       raise ValueError(f"reduce={self.reduce!r} is neither 'mean' nor 'max'")
 
-  def forced(self, block: jax.Array, n_blocks: jax.Array) -> jax.Array:
+  def forced(self, block: Int32[Array, "*#b"], n_blocks: Int32[Array, "*#b"]) -> Bool[Array, "*any"]:
     """Whether blocks of a row of `n_blocks` are sinks or in the window."""
     return (block < self.sinks) | (block >= n_blocks - self.window)
 
 
 def score(
-  q: jax.Array,
-  digest: jax.Array,
-  layer: jax.Array,
-  tables: jax.Array,
-  n_blocks: jax.Array,
+  q: Float[Array, "B K G D"],
+  digest: Float[Array, "K L M E D"],
+  layer: Int32[Array, ""] | int,
+  tables: Int32[Array, "B N"],
+  n_blocks: Int32[Array, " B"],
   ranking: Ranking,
   *,
   implementation: str = "xla",
-) -> jax.Array:
+) -> Float32[Array, "B K N"]:
   """Scores of all blocks of all rows.
 
   Args:
-    q: [B, K, G, D].
-    digest: [K, L, M, E, D], of which `layer` is read at `tables`.
-    layer: scalar int32.
-    tables: [B, N] int32, DRAM block of every logical block; entries at and beyond `n_blocks` are not used.
-    n_blocks: [B] int32, full blocks of a row.
+    q: the queries.
+    digest: `layer` of it is read at `tables`.
+    layer: of the digests.
+    tables: DRAM block of every logical block; entries at and beyond `n_blocks` are not used.
+    n_blocks: full blocks of a row.
     ranking: the rule, and what is forced.
     implementation: "xla", "triton" or "interpret".
 
   Returns:
-    [B, K, N] float32, -inf for blocks that do not exist.
+    -inf for blocks that do not exist.
 
   Raises:
     ValueError: the digests have not the E vectors that a `Linear` rule reads.

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels import triton
 
@@ -16,16 +17,18 @@ SORTED_VALUES, SEARCHED_VALUES = 256, 1024  # for each warp to hold, while there
 LOWEST, HIGHEST = -(1 << 31), (1 << 31) - 1
 
 
-def select(scores: jax.Array, k: int, *, implementation: str = "xla") -> tuple[jax.Array, jax.Array]:
+def select(
+  scores: Float32[Array, "B K N"], k: int, *, implementation: str = "xla"
+) -> tuple[Float32[Array, "B K {k}"], Int32[Array, "B K {k}"]]:
   """The k highest scores of every row, descending; ties to the lowest id.
 
   Args:
-    scores: [B, K, N] float32, no NaN.
+    scores: no NaN.
     k: at most N.
     implementation: "xla", "triton" or "interpret".
 
   Returns:
-    The scores [B, K, k] and their logical ids int32 [B, K, k].
+    The scores and their logical ids.
 
   Raises:
     ValueError: k is not in [1, N].
@@ -94,7 +97,9 @@ def _write_highest(scores_ref, ids_ref, row: jax.Array, k: int):
   n = scores_ref.shape[1]
   i = jnp.arange(pl.next_power_of_2(n))
   keys = jnp.where(i < n, _key(scores_ref[row, jnp.minimum(i, n - 1)]), LOWEST)
-  count = lambda mask: jnp.sum(mask.astype(jnp.int32))  # noqa: E731
+
+  def count(mask):
+    return jnp.sum(mask.astype(jnp.int32))
 
   def halve(bounds):
     """At least k keys are >= low, fewer than k are > high."""

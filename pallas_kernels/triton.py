@@ -1,7 +1,8 @@
 """The only file that touches the Pallas Triton backend.
 
-The backend works in jax 0.10.2 to 0.12 and warns of its removal since 0.11.0; when it goes, this file is what has to
-change, and the XLA implementation of every op stays whatever happens.
+The backend works in jax 0.10.2 to 0.12 and warns of its removal since 0.11.0. When it goes every kernel has to be
+written anew: they rely on index gathers, masked stores, barriers and sorts in registers. The XLA implementation of
+every op stays whatever happens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ except ImportError:  # a jax without the backend: only XLA's implementations wor
 
 
 def check(implementation: str, **sizes: int) -> None:
-  """Checks what an op is asked for, before anything else; `sizes` are those that a kernel's tiles take from its arrays.
+  """Checks the implementation that an op is asked for. `sizes` are the dimensions that a kernel has as tiles.
 
   Raises:
     ValueError: `implementation` is no name of one.

@@ -46,7 +46,7 @@ class Setup:
   model: ModelConfig
   attention: DecodeAttention
   dense_layers: int
-  newest_blocks: int  # of a piece of a prompt, that enter slots (the next one reads them there): of one step
+  newest_blocks: int  # at most so many blocks of a piece of a prompt enter slots, where the next piece reads them
   working_set_steps: int
   saving: Saving
   eviction: Eviction

@@ -61,8 +61,8 @@ MUTATIONS = [
   Mutation(
     "the kernel's keys are values",
     "pallas_kernels/attend.py",
-    "triton.dot(queries, keys, trans_b=True)",
-    "triton.dot(queries, values, trans_b=True)",
+    "triton.dot(of.queries, keys, trans_b=True)",
+    "triton.dot(of.queries, values, trans_b=True)",
     (ATTEND_INTERPRET,),
   ),
   Mutation(
@@ -82,8 +82,8 @@ MUTATIONS = [
   Mutation(
     "a split of the hits leaves out its last block",
     "pallas_kernels/attend.py",
-    "jnp.minimum(first + share, hits)",
-    "jnp.minimum(first + share, hits) - 1",
+    "jnp.minimum(first + share, n)",
+    "jnp.minimum(first + share, n) - 1",
     (ATTEND_INTERPRET,),
   ),
   Mutation(

@@ -159,7 +159,7 @@ def test_no_circles():
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("pallas_kernels")])
 def test_kernels_stand_alone(name: str):
-  allowed = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
+  allowed = {"jax", "jaxtyping", "numpy", "pallas_kernels", *sys.stdlib_module_names}
   assert {module.partition(".")[0] for module in IMPORTS[name]} <= allowed
 
 

@@ -278,6 +278,30 @@ def test_stamps_wrap_around(implementation: str):
   assert located.place.tolist() == [[[2, 3, 1, -1]]]
 
 
+def test_a_slot_idle_for_long_never_looks_new():
+  """Beyond 2^31 stamps, and wherever the wrap comes: slot 0 is used once, slot 1 in every step."""
+  for start in (0, np.iinfo(np.int32).max - 3, -(1 << 30)):
+    maps, since = empty_maps(1, 1, 9, 2), start
+    maps = maps._replace(last_used=np.full(2, start, np.int32), block_of=np.arange(2, dtype=np.int32))
+    for _ in range(9):
+      since = int(np.int32(np.uint32((since + (1 << 29)) & 0xFFFFFFFF)))
+      maps = jax.jit(kernels.saturate)(maps, np.int32(since))
+      victims = programs("xla")[0](maps, np.int32(since))
+      assert victims.slots.tolist() == [0, 1]
+      maps = maps._replace(last_used=np.array([maps.last_used[0], since], np.int32))
+  kept = np.array([-1, 7, 5 - (1 << 30), 4 - (1 << 30)], np.int32)
+  saturated = kernels.saturate(empty_maps(1, 1, 9, 4)._replace(last_used=kept), np.int32(5)).last_used
+  assert saturated.tolist() == [-1, 7, 5 - (1 << 30), 5 - (1 << 30)]  # an empty slot stays one
+
+
+def test_given_are_the_misses_of_groups_that_all_lists_have_read():
+  length, n_hits = np.array([[8], [3], [0]], np.int32), np.array([[[1, 0, 2]], [[2, 0, 0]], [[0, 0, 0]]], np.int32)
+  nothing = np.full((3, 1, 12), -1, np.int32)
+  located = Located(nothing, nothing, nothing, n_hits, length)
+  for attended, expected in (((8, 3, 0), 7 - 2), ((4, 3, 0), 3 + 1), ((3, 3, 0), 0), ((8, 2, 0), 0)):
+    assert located.given(np.array(attended, np.int32)[:, None]) == expected
+
+
 def test_groups_are_powers_of_two():
   with pytest.raises(ValueError, match="group=3 is not a power of two"):
     propose(empty_maps(1, 1, 9, 3), ids([1, 2, 3, 4]), 0, "xla", group=3)

@@ -91,8 +91,7 @@ def test_store_digests_of_a_prompt_and_of_a_step(name: str):
 
 
 def test_store_digests_without_digests():
-  empty, source = np.zeros((1, 1, 3, 0, 4), np.float32), np.zeros((1, 1, 1, 2, 2, 4), np.float32)
-  one = np.zeros(1, np.int32)
+  empty, source, one = jnp.zeros((1, 1, 3, 0, 4)), jnp.zeros((1, 1, 1, 2, 2, 4)), jnp.zeros(1, jnp.int32)
   assert kernels.store_digests(empty, source, 0, one, one, rule=digest.mean, implementation="triton") is empty
 
 
@@ -200,8 +199,8 @@ def test_score_of_long_rows(rule: str, reduce: str, model: str):
 
 
 def test_score_without_sinks_and_window():
-  q, digests = np.ones((1, 1, 1, 2), np.float32), np.arange(8, dtype=np.float32).reshape(1, 1, 4, 1, 2)
-  actual = kernels.score(q, digests, 0, np.array([[3, 0, 2]], np.int32), np.array([2], np.int32), Ranking(dot))
+  q, digests = jnp.ones((1, 1, 1, 2)), jnp.arange(8, dtype=jnp.float32).reshape(1, 1, 4, 1, 2)
+  actual = kernels.score(q, digests, 0, jnp.array([[3, 0, 2]]), jnp.array([2]), Ranking(dot))
   assert actual.tolist() == [[[13.0, 1.0, -math.inf]]]
 
 

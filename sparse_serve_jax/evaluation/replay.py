@@ -208,8 +208,8 @@ def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positi
   ranked = _rank(program, setting, layer, q, keys, n_blocks, by_block, whole)
   threshold = jnp.where(layer < setting.dense_layers, 2.0, setting.threshold)
   # No stop test may leave out sinks and window, rounded up to whole groups.
-  always = -(-(setting.sinks + setting.window) // program.group) * program.group
-  used, estimate, worst = _stop(program.group, threshold, always, ranked, by_block, tail)
+  untested = -(-(setting.sinks + setting.window) // program.group) * program.group
+  used, estimate, worst = _stop(program.group, threshold, untested, ranked, by_block, tail)
   rank = jnp.argsort(ranked.ids, -1)
   selected = rank < used[..., None]  # [n, K, N]
 
@@ -234,8 +234,8 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_blo
     by_head = program.method.score(queries, digests[None])
   scores = by_head.max(2) if program.reduce == "max" else by_head.mean(2)
   block, last = jnp.arange(scores.shape[-1])[None], n_blocks[:, None]
-  always = (block < setting.sinks) | (block >= last - setting.window)
-  scores = jnp.where(always[:, None], jnp.inf, scores)
+  forced = (block < setting.sinks) | (block >= last - setting.window)
+  scores = jnp.where(forced[:, None], jnp.inf, scores)
   scores = jnp.where(exists[:, None], scores, -jnp.inf)
   ids = jnp.argsort(-scores, -1, stable=True)
   limit = jnp.where(layer < setting.dense_layers, ALL, setting.budget)
@@ -254,7 +254,7 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_blo
   return _Ranked(ids, count, jnp.where(exists[:, None, None], bound, -jnp.inf))
 
 
-def _stop(group, threshold, always, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _stop(group, threshold, untested, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The stop test after each group of blocks; `by_block` and `tail` are logs of shares of the whole mass.
 
   The share of mass it goes by is PSA's P_acc, which takes every block left for as heavy as the lightest one read; or by
@@ -271,14 +271,14 @@ def _stop(group, threshold, always, ranked: _Ranked, by_block, tail) -> tuple[ja
   seen = jnp.logaddexp(tail[..., None], lax.cumlogsumexp(lse, axis=lse.ndim - 1))  # [n, K, G, N]
   left = jnp.maximum(ranked.count[..., None] - (place + 1), 0)[:, :, None]  # after this place
   if ranked.bound is None:
-    smallest = lax.cummin(jnp.where(real & (place >= always)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
+    smallest = lax.cummin(jnp.where(real & (place >= untested)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
     unseen = jnp.where(left > 0, smallest + jnp.log(jnp.maximum(left, 1).astype(jnp.float32)), -jnp.inf)
   else:
     from_here = lax.cumlogsumexp(in_order(ranked.bound), axis=lse.ndim - 1, reverse=True)
     unseen = jnp.pad(from_here[..., 1:], [(0, 0)] * 3 + [(0, 1)], constant_values=-jnp.inf)
   log_p = seen - jnp.logaddexp(seen, unseen)
   at_end = (place % group == group - 1) | (place + 1 >= ranked.count[..., None])  # [n, K, N]
-  enough = (log_p > jnp.log(threshold)).all(2) & (place + 1 >= always)
+  enough = (log_p > jnp.log(threshold)).all(2) & (place + 1 >= untested)
   enough = at_end & (enough | (left[:, :, 0] == 0))
   used = jnp.minimum(jnp.argmax(enough, -1) + 1, ranked.count)
   last = jnp.maximum(used - 1, 0)[:, :, None, None]
