@@ -274,8 +274,9 @@ def test_the_program(tmp_path):
   assert printed["scores"] == result and list(result) == ["qasper", "trec_e"]
   assert printed["rows"] == {"qasper": 2, "trec_e": 2} and list(printed["errors"]) == ["samsum"]
   assert table[0].split() == ["score", "rows", *longbench.BINS]
-  assert [line.split()[0] for line in table[1:]] == [*result, *printed["averages"]]
-  setting = json.loads((out / "config.json").read_text())
+  assert [line.split()[0] for line in table[1:]] == [*result, "unofficial:"] and not printed["averages"]
+  assert table[-1].split(": ")[1].split("; ") == printed["unofficial"]
+  setting = json.loads((out / "run.json").read_text())["setting"]
   assert setting["config"]["scheduler"]["max_context"] == 384 and setting["model"]["name"] == "random:tiny"
   room = 384 - max(MAX_NEW.values()) - longbench.SLACK - len("<user>\n<assistant>")
   assert setting["prompts"]["max_tokens"] == room and setting["prompts"]["chat_template"] is True
@@ -291,7 +292,7 @@ def test_the_program(tmp_path):
   done = start(*arguments, "--tasks=lcc", "--set=sparse.token_budget=64", "--nochat_template")
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
-    f"error: {out} holds predictions of another setting, give another --out: "
+    f"error: {out} holds another run, choose another folder: "
     "config.sparse.token_budget was 384 and is 64; prompts.max_tokens was 326 and is 344; "
     "prompts.chat_template was True and is False\n"
   )
@@ -309,7 +310,11 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   assert done.returncode == 0 and not done.stderr, done.stderr
   printed = json.loads(done.stdout.splitlines()[-1])
   assert printed["scores"] == {"qasper": 83.33, "lcc": 36.0, "lcc_e": {"0-4k": None, "4-8k": 100.0, "8k+": None}}
-  assert printed["rows"] == {"qasper": 2, "lcc": 1, "lcc_e": 1} and set(printed["averages"].values()) == {None}
+  assert printed["rows"] == {"qasper": 2, "lcc": 1, "lcc_e": 1} and printed["averages"] == {}
+  assert printed["unofficial"] == [
+    *("2 of the 21 tasks of LongBench", "1 of the 13 tasks of LongBench-E", "2 rows of qasper, which has 200"),
+    *("1 rows of lcc, which has 500", "1 rows of lcc_e, which has 300", "code compared by indel"),
+  ]
   assert sorted(tmp_path.iterdir()) == before
 
   (tmp_path / "trec.jsonl").write_text("{}\n")
@@ -324,6 +329,7 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   ("arguments", "message"),
   [
     ([], "--longbench_dir and --out are needed, or --score_only"),
+    (["--score_only=absent", "--out="], "flag --out=: a folder needs a name"),
     (["--score_only=absent"], "absent holds no predictions"),
     (["--longbench_dir=absent", "--out=absent"], "dataset2prompt.json is missing"),
   ],
@@ -340,4 +346,4 @@ def test_a_folder_of_unknown_origin_is_not_gone_on_with(tmp_path):
   write_lines(tmp_path / "qasper.jsonl", [predicted("", "barge 0")])
   arguments = [f"--longbench_dir={bench}", f"--out={tmp_path}", *(f"--set={a}" for a in SMALL_SERVING)]
   done = start(*arguments)
-  assert done.returncode == 2 and "has .jsonl files but no config.json that says what made them" in done.stderr
+  assert done.returncode == 2 and "has qasper.jsonl but no run.json that says what made it" in done.stderr

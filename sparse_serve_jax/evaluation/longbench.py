@@ -20,8 +20,9 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sparse_serve_jax import results
 from sparse_serve_jax.evaluation import scorers
-from sparse_serve_jax.serving import workload
+from sparse_serve_jax.serving import metrics, workload
 from sparse_serve_jax.serving.request import Request
 
 if TYPE_CHECKING:  # both bring jax, and scoring needs none
@@ -39,7 +40,8 @@ class Task(NamedTuple):
   metric: Callable[..., float]
   category: str
   language: str  # "code" belongs to the English and to the Chinese part
-  extended: bool  # is in LongBench-E too
+  n_rows: int  # of the official file
+  n_rows_e: int  # of LongBench-E's, 0 where it has none
 
   @property
   def chat(self) -> bool:
@@ -55,30 +57,30 @@ class Task(NamedTuple):
 TASKS = {
   row[0]: Task(*row)
   for row in (
-    ("narrativeqa", scorers.qa_f1, "single-document QA", "en", False),
-    ("qasper", scorers.qa_f1, "single-document QA", "en", True),
-    ("multifieldqa_en", scorers.qa_f1, "single-document QA", "en", True),
-    ("multifieldqa_zh", scorers.qa_f1_zh, "single-document QA", "zh", False),
-    ("hotpotqa", scorers.qa_f1, "multi-document QA", "en", True),
-    ("2wikimqa", scorers.qa_f1, "multi-document QA", "en", True),
-    ("musique", scorers.qa_f1, "multi-document QA", "en", False),
-    ("dureader", scorers.rouge_zh, "multi-document QA", "zh", False),
-    ("gov_report", scorers.rouge, "summarization", "en", True),
-    ("qmsum", scorers.rouge, "summarization", "en", False),
-    ("multi_news", scorers.rouge, "summarization", "en", True),
-    ("vcsum", scorers.rouge_zh, "summarization", "zh", False),
-    ("trec", scorers.classification, "few-shot", "en", True),
-    ("triviaqa", scorers.qa_f1, "few-shot", "en", True),
-    ("samsum", scorers.rouge, "few-shot", "en", True),
-    ("lsht", scorers.classification, "few-shot", "zh", False),
-    ("passage_count", scorers.count, "synthetic", "en", True),
-    ("passage_retrieval_en", scorers.retrieval, "synthetic", "en", True),
-    ("passage_retrieval_zh", scorers.retrieval_zh, "synthetic", "zh", False),
-    ("lcc", scorers.code_sim, "code", "code", True),
-    ("repobench-p", scorers.code_sim, "code", "code", True),
+    ("narrativeqa", scorers.qa_f1, "single-document QA", "en", 200, 0),
+    ("qasper", scorers.qa_f1, "single-document QA", "en", 200, 224),
+    ("multifieldqa_en", scorers.qa_f1, "single-document QA", "en", 150, 150),
+    ("multifieldqa_zh", scorers.qa_f1_zh, "single-document QA", "zh", 200, 0),
+    ("hotpotqa", scorers.qa_f1, "multi-document QA", "en", 200, 300),
+    ("2wikimqa", scorers.qa_f1, "multi-document QA", "en", 200, 300),
+    ("musique", scorers.qa_f1, "multi-document QA", "en", 200, 0),
+    ("dureader", scorers.rouge_zh, "multi-document QA", "zh", 200, 0),
+    ("gov_report", scorers.rouge, "summarization", "en", 200, 300),
+    ("qmsum", scorers.rouge, "summarization", "en", 200, 0),
+    ("multi_news", scorers.rouge, "summarization", "en", 200, 294),
+    ("vcsum", scorers.rouge_zh, "summarization", "zh", 200, 0),
+    ("trec", scorers.classification, "few-shot", "en", 200, 300),
+    ("triviaqa", scorers.qa_f1, "few-shot", "en", 200, 300),
+    ("samsum", scorers.rouge, "few-shot", "en", 200, 300),
+    ("lsht", scorers.classification, "few-shot", "zh", 200, 0),
+    ("passage_count", scorers.count, "synthetic", "en", 200, 300),
+    ("passage_retrieval_en", scorers.retrieval, "synthetic", "en", 200, 300),
+    ("passage_retrieval_zh", scorers.retrieval_zh, "synthetic", "zh", 200, 0),
+    ("lcc", scorers.code_sim, "code", "code", 500, 300),
+    ("repobench-p", scorers.code_sim, "code", "code", 500, 300),
   )
 }
-NAMES = {"all": list(TASKS), "all_e": [f"{task.name}_e" for task in TASKS.values() if task.extended]}
+NAMES = {"all": list(TASKS), "all_e": [f"{task.name}_e" for task in TASKS.values() if task.n_rows_e]}
 
 
 def find_task(name: str) -> Task:
@@ -178,16 +180,15 @@ class Run:
     self.errors: dict[str, str] = {}
     self.n_rows = self.n_done = 0
     self._release, self._folder, self._limit = release, folder, limit
-    self._found: dict[str, list[dict[str, Any]]] = {}  # predictions by task
+    self._found: dict[str, results.Rows] = {}  # predictions by task
     for name in dict.fromkeys(names):
       with self._reported(name):
         with release.file(name).open("rb") as lines:
           n_rows = sum(1 for _ in itertools.islice(filter(bytes.strip, lines), limit))
-        self._found[name] = _whole_predictions(self._file(name))
+        self._found[name] = results.Rows(self._folder / f"{name}.jsonl")
         self.n_rows += n_rows
-        self.n_done += min(len(self._found[name]), n_rows)
-    self._n_written = {name: len(found) for name, found in self._found.items()}
-    self._held: dict[str, dict[int, str]] = defaultdict(dict)  # lines that wait for those before them
+        self.n_done += min(len(self._found[name].all), n_rows)
+    self._held: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)  # rows that wait for those before them
 
   def predict(
     self, engine: Engine, tokenizer: Tokenizer, max_prompt_tokens: int, chat: bool, max_live: int
@@ -222,27 +223,21 @@ class Run:
         for index, (line, row) in enumerate(itertools.islice(workload.read_lines(file), self._limit)):
           with _placed(f"{file}:{line}"):
             beside = {key: row[key] for key in ("answers", "all_classes", "length")}
-            if index < len(found):
-              if not found[index].items() >= beside.items():
-                raise ValueError(f"line {index + 1} of {self._file(name)} is a prediction for another row")
+            if index < len(found.all):  # by a run before this one: here rows are asked before they are written
+              if not found.all[index].items() >= beside.items():
+                raise ValueError(f"line {index + 1} of {found.file} is a prediction for another row")
               continue
             ids = encode_prompt(tokenizer, task, self._release.prompt(name, row), max_prompt_tokens, chat)
             request = engine.add_request(ids, n_new, request_id=f"{name}-{index}", **ending)
           yield _Asked(request, name, index, beside)
 
   def _write(self, asked: _Asked, prediction: str) -> None:
-    """Appends whole lines: this one and those that waited for it, or nothing yet."""
-    name, held, ready = asked.name, self._held[asked.name], ""
-    held[asked.index] = json.dumps({"pred": prediction} | asked.beside, ensure_ascii=False) + "\n"
-    while self._n_written[name] in held:
-      ready += held.pop(self._n_written[name])
-      self._n_written[name] += 1
-    if ready:
-      with self._file(name).open("a", encoding="utf-8", newline="\n") as file:
-        file.write(ready)
-
-  def _file(self, name: str) -> pathlib.Path:
-    return self._folder / f"{name}.jsonl"
+    """Appends this row and those that waited for it, or nothing yet."""
+    found, held, ready = self._found[asked.name], self._held[asked.name], []
+    held[asked.index] = {"pred": prediction} | asked.beside
+    while (index := len(found.all) + len(ready)) in held:
+      ready.append(held.pop(index))
+    found.append(*ready)
 
   @contextlib.contextmanager
   def _reported(self, name: str):
@@ -250,17 +245,6 @@ class Run:
       yield
     except ValueError as error:
       self.errors[name] = str(error)
-
-
-def _whole_predictions(file: pathlib.Path) -> list[dict[str, Any]]:
-  """The predictions there are. A last line without its end, cut short when a run was killed, is removed."""
-  if not file.exists():
-    return []
-  text = file.read_bytes()
-  whole = text[: text.rfind(b"\n") + 1]
-  if whole != text:
-    file.write_bytes(whole)
-  return [row for _, row in workload.read_lines(file)]
 
 
 @contextlib.contextmanager
@@ -335,8 +319,25 @@ def score_file(file: pathlib.Path, code_sim: scorers.CodeSim = "difflib") -> Sco
   return Score(len(rows), scores if extended else scores["any"] or 0.0)
 
 
-def averages(scores: Mapping[str, Score]) -> dict[str, float | None]:
-  """The averages in use, over LongBench without E. None where a task is missing.
+def unofficial(scores: Mapping[str, Score], code_sim: scorers.CodeSim = "difflib") -> list[str]:
+  """Why these are no official scores, in a few words each; nothing if they are of all rows of v1, of E or of both."""
+  told = []
+  for benchmark, names in (("LongBench", NAMES["all"]), ("LongBench-E", NAMES["all_e"])):
+    found = [name for name in names if name in scores]
+    if found and len(found) < len(names):
+      told.append(f"{len(found)} of the {len(names)} tasks of {benchmark}")
+  for name, score in scores.items():
+    task = find_task(name)
+    official = task.n_rows_e if name.endswith("_e") else task.n_rows
+    if score.n_rows != official:
+      told.append(f"{score.n_rows} rows of {name}, which has {official}")
+  if code_sim != "difflib" and any(find_task(name).metric is scorers.code_sim for name in scores):
+    told.append(f"code compared by {code_sim}")
+  return told
+
+
+def averages(scores: Mapping[str, Score]) -> dict[str, float]:
+  """The averages in use, over LongBench without E: those whose tasks are all there.
 
   category_mean_en, category_mean_zh: the official ones, the mean over six categories of the mean over a category's
   tasks in the language; code belongs to both. task_mean_en_code: the plain mean of the 16 tasks in English and code,
@@ -352,10 +353,20 @@ def averages(scores: Mapping[str, Score]) -> dict[str, float | None]:
   known = {name: score.value for name, score in scores.items() if isinstance(score.value, float)}
   return {
     name: round(_mean([_mean([known[task] for task in group]) for group in of]), 2)
-    if known.keys() >= set(itertools.chain(*of))
-    else None
     for name, of in groups.items()
+    if known.keys() >= set(itertools.chain(*of))
   }
+
+
+def table(scores: Mapping[str, Score]) -> str:
+  """Scores of v1 and averages in the first column, of LongBench-E in those of its bins."""
+  plain = {name: None if isinstance(score.value, dict) else score.value for name, score in scores.items()}
+  bins = {name: score.value for name, score in scores.items() if isinstance(score.value, dict)}
+  columns: dict[str, Mapping[str, Any]] = {"score": plain | averages(scores)}
+  columns["rows"] = {name: score.n_rows for name, score in scores.items()}
+  if bins:
+    columns |= {key: {name: value[key] for name, value in bins.items()} for key in BINS}
+  return metrics.table(columns)
 
 
 def _mean(values: list[float]) -> float:
