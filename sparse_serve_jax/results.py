@@ -52,9 +52,7 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   return folder
 
 
-def claim(
-  path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequence[str] = ("*.jsonl",)
-) -> pathlib.Path:
+def claim(path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequence[str] = ("*.jsonl",)) -> pathlib.Path:
   """Makes a folder hold the run of one setting only, and notes who went on with it now.
 
   A folder without results is taken, and one of the same setting is gone on with.
