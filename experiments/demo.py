@@ -24,8 +24,6 @@ token of theirs waits for other prompts too. psa has no token budget: it reads u
 95 % of the attention. Blocks count for each layer and KV head; answers are compared up to their end. A CPU
 shows no speed."""
 
-_VERBOSE = cli.define_verbose()
-
 
 def main(directory: str | None = None, of: ladder.Comparison | None = None) -> None:
   of = of or ladder.Comparison()
@@ -40,4 +38,5 @@ def main(directory: str | None = None, of: ladder.Comparison | None = None) -> N
 
 
 if __name__ == "__main__":
+  cli.define_verbose()
   cli.run(main, arguments=["MODEL DIRECTORY"])
