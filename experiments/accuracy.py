@@ -42,7 +42,9 @@ with cli.group("What is asked"):
 with cli.group("Settings"):
   _METHODS = flags.DEFINE_list("methods", ["all"], f"Some of {', '.join(METHODS)}, oracle, window; all.")
   _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
-  _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99", "0.999"], "Of PSA.")
+  _THRESHOLDS = flags.DEFINE_list(
+    "thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99", "0.999"], "Thresholds of PSA."
+  )
   _AXES = flags.DEFINE_list(
     "axes", None, f"Variations, some of {', '.join(AXES)}; all. By default all with --methods=all, else none."
   )

@@ -2,7 +2,10 @@
 
 text, content -> families -> tasks
                               generated tasks: ordinary text, what is hidden in it and asked, instances and their scores
-replay -> accuracy -> report  many settings answer the same instances; rows of each; tables and summaries of rows
+replay -> accuracy -> report, plots
+                              many settings answer the same instances; rows of each; tables, summaries and plots of rows
 selections                    which blocks successive steps select: traces, overlap, working sets
+study                         rows of accuracy and selections in a folder, of which what is there is not run again
+ladder                        rungs of the ladder side by side
 longbench -> scorers          LongBench's prompts, predictions and official scores
 """
