@@ -23,9 +23,9 @@ import sys
 from absl import flags
 
 from experiments import cli
-from sparse_serve_jax import results, runtime
+from sparse_serve_jax import results, runtime, tasks
 from sparse_serve_jax.attention import METHODS
-from sparse_serve_jax.evaluation import accuracy, report, selections, tasks
+from sparse_serve_jax.evaluation import accuracy, report, selections
 from sparse_serve_jax.evaluation.accuracy import AXES, TEXT
 from sparse_serve_jax.evaluation.study import Amounts, Study
 from sparse_serve_jax.models import load_model

@@ -80,6 +80,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   # Scoring alone needs none of these.
   from sparse_serve_jax.models import load_model
   from sparse_serve_jax.serving.engine import Engine
+  from sparse_serve_jax.serving.executor import JaxExecutor
 
   model, chat = load_model(_MODEL.value, dtype=_DTYPE.value), _CHAT.value
   if chat:
@@ -87,7 +88,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
       model.tokenizer.apply_chat_template([{"role": "user", "content": ""}])
     except ValueError as error:
       raise ValueError(f"{error}; or give --nochat_template") from error
-  engine = Engine(config, model)
+  engine = Engine(JaxExecutor(config, model))
   max_prompt = _MAX_PROMPT.value or release.room_for_prompts(model.tokenizer, engine.max_request_tokens, chat)
   prompts = {"sha256": release.digest, "max_tokens": max_prompt, "chat_template": chat}
   results.claim(out, {"config": config, "model": {"name": model.name, "config": model.config}, "prompts": prompts})

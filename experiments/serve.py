@@ -3,207 +3,167 @@
   python -m experiments.serve --config=sparse_serve --model=random:tiny --workload=needle --out=/tmp/run
 
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
-requests.jsonl, a row for each request as it ends, and config.json.
+requests.jsonl, a row for each request as it ends, with the text of its answer; timeline.json, which ui.perfetto.dev
+shows; and run.json, what the run was made by. The same command goes on with a run that was interrupted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
+import hashlib
 import json
 import pathlib
-import platform
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
-import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from tqdm import tqdm
 
-import sparse_serve_jax
 from experiments import cli
-from sparse_serve_jax import runtime
-from sparse_serve_jax.config import EngineConfig, load_config, override
+from sparse_serve_jax import results, runtime, workloads
+from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
 from sparse_serve_jax.models import Model, load_model
-from sparse_serve_jax.serving import metrics, workload
+from sparse_serve_jax.serving import metrics, run
+from sparse_serve_jax.serving.clock import Wall
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.serving.timeline import Timeline
+from sparse_serve_jax.workloads import Item, Refused
 
-_CONFIG = flags.DEFINE_string("config", "sparse_serve", "A name in configs/serving, or a JSON file.")
-_SET = flags.DEFINE_multi_string("set", [], "Overrides of the configuration, such as cache.hbm_bytes=8GiB.")
-_MODEL = flags.DEFINE_string("model", "random:tiny", "A model directory, or random:<name in configs/models>.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model; by default its own.")
-_WORKLOAD = flags.DEFINE_enum("workload", "needle", ["longbench", "needle", "jsonl"], "What to serve.")
-_LONGBENCH = flags.DEFINE_string("longbench_dir", None, "longbench: folder with config/ and data/.")
-_JSONL = flags.DEFINE_string("jsonl", None, 'jsonl: file of {"prompt": ...} or {"prompt_token_ids": ...}.')
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 2048, "needle: length of the prompts.", lower_bound=1)
-_LIMIT = flags.DEFINE_integer(
-  "limit", None, "Requests: longbench per file, needle (8 by default), jsonl.", lower_bound=1
-)
-_MAX_PROMPT = flags.DEFINE_integer("max_prompt_tokens", None, "Longer prompts lose their middle.", lower_bound=2)
-_MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
-_RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default all arrive at once.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of random weights, generated prompts and arrivals.", lower_bound=0)
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
-_OUT = flags.DEFINE_string("out", None, "Folder for requests.jsonl and config.json.")
-_VERBOSE = flags.DEFINE_bool("verbose", False, "Show where an error comes from.")
-
-_LONGEST_OUTPUT = 512  # of LongBench's tasks
-_DEFAULT_OUTPUT = 32  # needle, and rows of jsonl that do not say
-
-
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  with cli.endings(_VERBOSE.value, f"; rows so far are in {_OUT.value}" if _OUT.value else ""):
-    _main()
+_CONFIG, _SET = cli.define_serving()
+_MODEL, _DTYPE = cli.define_model(default="random:tiny")
+with cli.group("What is served"):
+  _WORKLOAD = flags.DEFINE_string(
+    "workload", None, "A name in configs/workloads, or a JSON file. By default needle, or what a flag below is for."
+  )
+  _JSONL = flags.DEFINE_string("jsonl", None, 'jsonl: file of {"prompt": ...} or {"prompt_token_ids": ...}.')
+  _LONGBENCH = flags.DEFINE_string("longbench_dir", None, "longbench: folder with config/ and data/.")
+  _LIMIT = flags.DEFINE_integer("limit", None, "Requests, for longbench of each task.", lower_bound=1)
+  _PROMPT = flags.DEFINE_integer(
+    "prompt_tokens", None, "Length of needle's prompts. Longer ones of the others lose their middle.", lower_bound=2
+  )
+  _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
+  _CHAT = flags.DEFINE_bool("chat_template", True, "longbench: the model's, around prompts of tasks that take one.")
+  _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default all arrive at once.")
+  _SEED = flags.DEFINE_integer("seed", 0, "Of random weights, generated prompts and arrivals.", lower_bound=0)
+  _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
+_OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
+_VERBOSE = cli.define_verbose()
 
 
-def _main() -> None:
+def main() -> int:
+  """Returns 1 if no request has finished."""
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   config = override(load_config(_CONFIG.value), _SET.value)
+  workload = _workload()
+  source = workloads.read(workload)
+  out, rows = _OUT.value and pathlib.Path(_OUT.value), None
+  if out:
+    results.claim(out, _setting(config, workload))
+    rows = results.Rows(out / "requests.jsonl")
+  before = rows.all[:] if rows else []
+  # All that is wrong with the command line, files or the folder is told by now.
   model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
-  engine = Engine(config, model)
-  items = _items(model, engine.max_request_tokens)
-  if not items:
-    raise ValueError(f"--workload={_WORKLOAD.value} holds no prompt")
-  arrivals = workload.arrival_times(len(items), _RATE.value, _SEED.value)
-  with contextlib.ExitStack() as stack:
-    on_row = _no_row
-    if _OUT.value is not None:
-      out = pathlib.Path(_OUT.value)
-      out.mkdir(parents=True, exist_ok=True)
-      (out / "config.json").write_text(json.dumps(_setting(config, model), indent=2) + "\n")
-      file = stack.enter_context((out / "requests.jsonl").open("w", encoding="utf-8"))
-      on_row = functools.partial(_write_row, file)
+  _check_fits(config, model.config)
+  clock = Wall()
+  timeline = Timeline(clock)
+  engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)
+  items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
+  with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
+    record = Record(model, timeline, rows, bar, clock.now())
     try:
-      summary = serve(engine, items, arrivals, _IGNORE_EOS.value, on_row)
-    except KeyboardInterrupt:
-      engine.wait()
-      raise
-  print(metrics.table({pathlib.Path(_CONFIG.value).stem: summary}))
-  print(json.dumps(summary), flush=True)
+      served = run.serve(engine, items, arrivals, clock, record, ignore_eos=_IGNORE_EOS.value)
+    finally:
+      if out:
+        timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
+  print(metrics.table({pathlib.Path(_CONFIG.value).stem: served.to_dict()}))
+  print(json.dumps(served.to_dict()), flush=True)
+  if before:
+    print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
+  return 0 if any(row["finish_reason"] in ("stop", "length") for row in before) or served.summary.requests else 1
 
 
-def serve(
-  engine: Engine,
-  items: Sequence[workload.Item],
-  arrivals: np.ndarray,
-  ignore_eos: bool,
-  on_row: Callable[[dict[str, Any]], None],
-) -> dict[str, int | float | None]:
-  """Adds the items as they arrive, steps until all have ended and hands out a row for each. Returns the summary.
-
-  A request that could never run is reported and counted as refused; the others run.
-  """
-  start = time.monotonic()
-  coming = deque(zip(items, start + arrivals, strict=True))
-  ended: list[Request] = []
-  refused = 0
-  with tqdm(total=len(items), unit="request", disable=None) as bar:
-    while coming or engine.has_work:
-      while coming and coming[0][1] <= time.monotonic():
-        item, arrival = coming.popleft()
-        try:
-          engine.add_request(
-            item.prompt, item.max_new_tokens, ignore_eos=ignore_eos, request_id=item.id, arrival_time=float(arrival)
-          )
-        except ValueError as error:
-          refused += 1
-          bar.write(f"refused: {error}", file=sys.stderr)
-          bar.update()
-          on_row(_refused_row(item, str(error)))
-      for request in engine.step():
-        ended.append(request)
-        bar.update()
-        on_row(_row(request, start))
-      if coming and not engine.has_work:
-        time.sleep(max(0.0, coming[0][1] - time.monotonic()))
-  return metrics.summarize(ended, engine.usage).to_dict() | {"refused": refused, "elapsed_s": time.monotonic() - start}
+def _workload() -> workloads.WorkloadConfig:
+  """What is to be served, by the flags."""
+  paths = {"jsonl": _JSONL, "longbench": _LONGBENCH}
+  implied = [name for name, flag in paths.items() if flag.value is not None]
+  config = workloads.load_workload(_WORKLOAD.value or (implied or ["needle"])[0])
+  for name in implied:
+    if name != config.source:
+      raise ValueError(f"--{paths[name].name} is for a workload of {name}, and this is one of {config.source}")
+  if config.source in paths and not (config.path or implied):
+    raise ValueError(f"a workload of {config.source} needs --{paths[config.source].name}")
+  poisson = config.arrivals.process == "all_at_once" and _RATE.value is not None
+  changes = {
+    "path": paths[config.source].value if implied else None,
+    "limit": _LIMIT.value,
+    "prompt_tokens": _PROMPT.value,
+    "max_new_tokens": _MAX_NEW.value,
+    "chat_template": None if _CHAT.value else False,
+    "seed": _SEED.value if config.source == "needle" else None,
+    "arrivals.process": "poisson" if poisson else None,
+    "arrivals.rate": _RATE.value,
+    "arrivals.seed": _SEED.value,
+  }
+  return override(config, {key: value for key, value in changes.items() if value is not None})
 
 
-def _items(model: Model, max_request_tokens: int) -> list[workload.Item]:
-  """The workload, outputs capped by --max_new_tokens."""
-  tokenizer, limit, cap = model.tokenizer, _LIMIT.value, _MAX_NEW.value
-  n_output = cap or _DEFAULT_OUTPUT
-  if _WORKLOAD.value == "longbench":
-    if _LONGBENCH.value is None:
-      raise ValueError("--workload=longbench needs --longbench_dir")
-    room = max(2, max_request_tokens - min(cap or _LONGEST_OUTPUT, _LONGEST_OUTPUT))
-    items = workload.longbench(tokenizer, _LONGBENCH.value, _MAX_PROMPT.value or room, limit)
-  elif _WORKLOAD.value == "jsonl":
-    if _JSONL.value is None:
-      raise ValueError("--workload=jsonl needs --jsonl")
-    items = workload.jsonl(tokenizer, _JSONL.value, n_output, limit, _MAX_PROMPT.value)
-  else:
-    n_prompt = min(_PROMPT.value, _MAX_PROMPT.value or _PROMPT.value)
-    items = workload.needle(tokenizer, limit or 8, n_prompt, n_output, _SEED.value)
-  return [
-    dataclasses.replace(item, max_new_tokens=min(item.max_new_tokens, cap or item.max_new_tokens)) for item in items
-  ]
-
-
-def _no_row(row: dict[str, Any]) -> None:
-  pass
-
-
-def _write_row(file: TextIO, row: dict[str, Any]) -> None:
-  """Writes a whole line at once, so that what was finished stays readable whenever the run ends."""
-  file.write(json.dumps(row) + "\n")
-  file.flush()
-
-
-def _row(request: Request, start: float) -> dict[str, Any]:
-  """A line of requests.jsonl. Times are seconds since the start of the run."""
-
-  def since(at: float | None) -> float | None:
-    return None if at is None else at - start
-
+def _setting(config: EngineConfig, workload: workloads.WorkloadConfig) -> dict[str, Any]:
+  """What rows of one folder have in common."""
+  path = pathlib.Path(workload.path)
   return {
-    "request_id": request.id,
-    "prompt_tokens": len(request.prompt),
-    "output_token_ids": request.output_tokens,
-    "finish_reason": request.finish_reason,
-    "arrival_s": since(request.arrival_time),
-    "scheduled_s": since(request.scheduled_time),
-    "first_token_s": since(request.first_token_time),
-    "token_s": [since(at) for at in request.token_times],
-    "finish_s": since(request.finish_time),
+    "config": config,
+    "model": {"name": _MODEL.value, "dtype": _DTYPE.value},
+    "workload": workload,
+    "prompts": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+    "seed": _SEED.value,
+    "ignore_eos": _IGNORE_EOS.value,
   }
 
 
-def _refused_row(item: workload.Item, error: str) -> dict[str, Any]:
-  return {
-    "request_id": item.id,
-    "prompt_tokens": len(item.prompt),
-    "output_token_ids": [],
-    "finish_reason": "refused",
-    "error": error,
-  }
+def _check_fits(config: EngineConfig, model: ModelConfig) -> None:
+  """Refuses what would be cut down to the model without a word."""
+  for key, value, limit in (
+    ("sparse.dense_layers", config.sparse.dense_layers, model.n_layers),
+    ("scheduler.max_context", config.scheduler.max_context, model.max_context),
+  ):
+    if value > limit:
+      raise ValueError(f"{key}={value} is beyond the model's {limit}")
 
 
-def _setting(config: EngineConfig, model: Model) -> dict[str, Any]:
-  """What a run can be repeated from, and where it ran."""
-  device = jax.devices()[0]
-  return {
-    "config": dataclasses.asdict(config),
-    "model": {"name": model.name, **dataclasses.asdict(model.config)},
-    "flags": {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])},
-    "versions": {
-      "python": platform.python_version(),
-      "sparse_serve_jax": sparse_serve_jax.__version__,
-      "jax": jax.__version__,
-      "numpy": np.__version__,
-    },
-    "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-  }
+def _left(
+  workload: workloads.WorkloadConfig, items: list[Item | Refused], before: list[dict[str, Any]]
+) -> tuple[list[Item | Refused], np.ndarray]:
+  """The items without a row, and when they arrive, in seconds: the first of them at once if it is not all."""
+  done = {row["request_id"] for row in before}
+  times = workloads.arrival_times(workload.arrivals, len(items))[[item.id not in done for item in items]]
+  return [item for item in items if item.id not in done], times - times.min(initial=np.inf) if done else times
+
+
+@dataclasses.dataclass
+class Record:
+  """Takes what has ended, as it ends: a row of the file, a line of the picture, a word on what went wrong."""
+
+  model: Model
+  timeline: Timeline
+  rows: results.Rows | None
+  bar: tqdm
+  start: float  # of the clock
+
+  def __call__(self, end: Request | run.Refusal) -> None:
+    row = run.row(end, self.start)
+    if isinstance(end, Request):
+      self.timeline.add(end)
+      row["text"] = self.model.tokenizer.decode(end.output_tokens)
+    if "error" in row:
+      self.bar.write(f"{row['finish_reason']}: {row['error']}", file=sys.stderr)
+    if self.rows is not None:
+      self.rows.append(row)
+    self.bar.update()
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, interrupted="rows so far are in {out}, and the same command goes on")

@@ -5,24 +5,28 @@ Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.
 "xla", jnp on any backend; "triton", the GPU's path; "interpret", its kernels run anywhere, slowly.
 """
 
-from pallas_kernels.attend import attend
+from pallas_kernels.attend import Stop, Tails, attend
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
 from pallas_kernels.partial import Partial, merge, merge_along
-from pallas_kernels.prefill import prefill_attention
-from pallas_kernels.residency import NEVER, EvictionOrder, Maps, Reads, commit, eviction_order, propose, release
-from pallas_kernels.score import score
+from pallas_kernels.prefill import Prefix, prefill_attention
+from pallas_kernels.residency import NEVER, Located, Maps, Victims, ages, commit, propose, release, victims
+from pallas_kernels.score import Ranking, score
 from pallas_kernels.select import select
 
 __all__ = [
   "NEVER",
-  "EvictionOrder",
+  "Located",
   "Maps",
   "Partial",
-  "Reads",
+  "Prefix",
+  "Ranking",
+  "Stop",
+  "Tails",
+  "Victims",
+  "ages",
   "attend",
   "commit",
-  "eviction_order",
   "gather_blocks",
   "load_blocks",
   "merge",
@@ -35,4 +39,5 @@ __all__ = [
   "select",
   "store_blocks",
   "store_digests",
+  "victims",
 ]

@@ -4,7 +4,7 @@ Blocks that miss are copied into the slots proposed for them in the same pass. W
 sparse attention (PSA, arXiv 2503.00392, section 2.2): groups of blocks come in descending order of score, and a
 (row, KV head) stops after a group once the estimated share of attention mass P_acc = A / (A + a_min * left) exceeds
 the threshold for every query head. A is the mass so far, a_min the smallest mass of a ranked block so far, `left` the
-number of blocks not yet read. The tail and the first `always` blocks (sinks and window, rounded up to whole groups)
+number of blocks not yet read. The tail and the first `untested` blocks (sinks and window, rounded up to whole groups)
 count in A but never in a_min. The test is strict: a threshold of 1 never stops.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.copy import read_blocks
 from pallas_kernels.partial import Partial, merge, merge_along, partial_attention
-from pallas_kernels.residency import Reads
+from pallas_kernels.residency import Located
 
 LOG2_E = math.log2(math.e)
 LEAST_HEADS = 16  # rows of the smallest matrix product of a tensor core; fewer query heads are padded with copies
@@ -31,123 +32,129 @@ MISS_PROGRAMS = 64  # at most: keep PCIe busy and leave most SMs alone
 WARP_BYTES = 8 << 10  # of a block, keys and values, for each warp; from 2 to 8 warps
 
 
+class Tails(NamedTuple):
+  """The unfinished last blocks, and which of them each row of the batch has."""
+
+  kv: jax.Array  # [K, L, R, 2, S, D], of all resident requests
+  lanes: jax.Array  # [B] int32, which request; R and beyond is padding, whose `tokens` is 0
+  tokens: jax.Array  # [B] int32, tokens of the tail to attend to
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+  """PSA's stop test, made after each group of a list."""
+
+  threshold: float  # epsilon, in (0, 1]
+  untested: int  # the first blocks of a list, read without a test (sinks and window); whole groups
+
+  def __post_init__(self):
+    if not 0 < self.threshold <= 1:
+      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    if self.untested < 0:
+      raise ValueError(f"untested={self.untested} blocks")
+
+
 def attend(
   q: jax.Array,
-  tail: jax.Array,
-  rows: jax.Array,
-  tail_tokens: jax.Array,
+  tails: Tails,
   pool: jax.Array,
   slots: jax.Array,
   layer: jax.Array,
-  reads: Reads,
-  count: jax.Array,
+  located: Located,
+  stop: Stop | None = None,
   *,
-  always: int,
-  threshold: float | None,
-  scale: float,
   implementation: str = "xla",
 ) -> tuple[Partial, jax.Array, jax.Array]:
-  """Attends to a row's tail and to the first blocks of its list.
+  """Attends to a row's tail and to the first blocks of its list. Products are scaled by D ** -0.5.
 
   Args:
     q: [B, K, G, D].
-    tail: [K, L, R, 2, S, D], read_tail blocks of resident requests.
-    rows: [B] int32, where each row's tail lies; values beyond R are padding and need `tail_tokens` 0.
-    tail_tokens: [B] int32, tokens of the tail to attend to.
+    tails: where each row's tail lies.
     pool: [K, L, M, 2, S, D], every finished block; host memory when offloading.
     slots: [P, 2, S, D]; P may be 0: every block is then read from the pool.
     layer: scalar int32.
-    reads: the blocks [B, K, n] and where they lie, from `residency.propose`: one group for a list that is read whole,
-      groups in descending order of score for a progressive one. Those at and beyond `count` are not read: propose got
-      -1 there.
-    count: [B, K] int32, at most n.
-    always: the first blocks of a list that are read without a stop test (sinks and window); whole groups of `reads`.
-    threshold: epsilon of PSA in (0, 1], or None to read all `count` blocks. The test is made between groups, of
-      propose(group=...): a list of one group is read whole.
-    scale: multiplies the dot products.
+    located: the lists and where their blocks lie, from `residency.propose`: one group for a list that is read whole,
+      groups in descending order of score for a progressive one. What lies beyond a list's length is not read.
+    stop: when a progressive list ends; the test is made between groups, of propose(group=...). None: lists are read
+      whole.
     implementation: "xla", "triton" or "interpret".
 
   Returns:
-    Partial of [B, K, G, D]; blocks used [B, K] int32; `slots` with the used misses in their slots, in place when
-    donated.
+    Partial of [B, K, G, D]; how many blocks were attended [B, K] int32, the first ones; `slots` with those of them in
+    it that missed and have a place, in place when donated.
 
   Raises:
-    ValueError: `threshold` is out of range, lists have no blocks, or `reads` is not grouped as `threshold` and `always`
-      need it.
+    ValueError: lists have no blocks, or are not grouped as `stop` needs it.
     NotImplementedError: a kernel was asked for and S or D is not a power of two.
   """
-  triton.check(implementation, S=tail.shape[4], D=tail.shape[5])
-  if threshold is not None and not 0 < threshold <= 1:
-    raise ValueError(f"{threshold=} is not in (0, 1]")
-  if reads.blocks.shape[-1] == 0:
+  triton.check(implementation, S=tails.kv.shape[4], D=tails.kv.shape[5])
+  n_groups = located.n_hits.shape[-1]
+  if located.blocks.shape[-1] == 0:
     raise ValueError("lists of 0 blocks")
-  if threshold is None and reads.n_hits.shape[-1] != 1:
-    raise ValueError(f"a list that is read whole is one group of blocks, not {reads.n_hits.shape[-1]}")
-  if threshold is not None and reads.n_hits.shape[-1] > 1 and always % reads.group:
-    raise ValueError(f"{always=} is not whole groups of {reads.group} blocks")
-  options = dict(always=always, threshold=threshold, scale=scale)
+  if stop is None and n_groups != 1:
+    raise ValueError(f"a list that is read whole is one group of blocks, not {n_groups}")
+  if stop is not None and n_groups > 1 and stop.untested % located.group:
+    raise ValueError(f"untested={stop.untested} blocks are not whole groups of {located.group}")
   if implementation == "xla":
-    return _attend_xla(q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options)
-  return _attend_kernel(
-    q, tail, rows, tail_tokens, pool, slots, layer, reads, count, **options, implementation=implementation
-  )
+    return _attend_xla(q, tails, pool, slots, layer, located, stop)
+  return _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation)
 
 
 WITHOUT_TESTS = 16  # blocks that XLA gathers at a time where no stop test limits it
 
 
-def _attend_xla(
-  q, tail, rows, tail_tokens, pool, slots, layer, reads, count, *, always, threshold, scale
-) -> tuple[Partial, jax.Array, jax.Array]:
-  n_rows, n_heads, n = reads.blocks.shape
-  n_slots = slots.shape[0]
-  log_threshold = math.inf if threshold is None else math.log(threshold)
+def _attend_xla(q, tails, pool, slots, layer, located, stop) -> tuple[Partial, jax.Array, jax.Array]:
+  n_rows, n_heads, n = located.blocks.shape
+  n_slots, length = slots.shape[0], located.length
+  log_threshold, untested = (math.inf, 0) if stop is None else (math.log(stop.threshold), stop.untested)
+  scale = q.shape[-1] ** -0.5
 
   head = jnp.arange(n_heads)[None]
-  last = tail[head, layer, jnp.clip(rows, 0, tail.shape[2] - 1)[:, None]]  # [B, K, 2, S, D]
-  in_tail = jnp.arange(tail.shape[4])[None] < tail_tokens[:, None]
-  in_tail = jnp.broadcast_to(in_tail[:, None], (n_rows, n_heads, tail.shape[4]))
+  n_lanes, block_tokens = tails.kv.shape[2], tails.kv.shape[4]
+  last = tails.kv[head, layer, jnp.clip(tails.lanes, 0, n_lanes - 1)[:, None]]  # [B, K, 2, S, D]
+  in_tail = jnp.arange(block_tokens)[None] < tails.tokens[:, None]
+  in_tail = jnp.broadcast_to(in_tail[:, None], (n_rows, n_heads, block_tokens))
   acc = partial_attention(q, last[:, :, 0], last[:, :, 1], in_tail, scale)
 
-  size = min(WITHOUT_TESTS, n) if threshold is None else reads.group
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, -n % size)))  # noqa: E731
-  blocks, all_slots, all_hits = pad(reads.blocks), pad(reads.slot), pad(reads.hit)
+  size = min(WITHOUT_TESTS, n) if stop is None else located.group
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, -n % size)), constant_values=-1)  # noqa: E731
+  blocks, all_slots, all_places = pad(located.blocks), pad(located.slot), pad(located.place)
 
   def step(carry):
     """Attends to the next `size` ranks of every (row, head) that has not stopped."""
-    start, acc, lse_min, used, stopped, slots = carry
+    start, acc, lse_min, attended, stopped, slots = carry
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 2)  # noqa: E731
     rank = start + jnp.arange(size)[None, None]
-    live = (rank < count[..., None]) & ~stopped[..., None]  # [B, K, size]
-    slot, hit = cut(all_slots), cut(all_hits)
-    kv = read_blocks(pool, slots, layer, cut(blocks), jnp.where(hit, slot, -1))
+    live = (rank < length[..., None]) & ~stopped[..., None]  # [B, K, size]
+    kv = read_blocks(pool, slots, layer, cut(blocks), cut(all_slots))
     valid = jnp.broadcast_to(live[..., None], kv.shape[:3] + kv.shape[4:5])
     by_block = partial_attention(
       q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :], valid, scale
     )  # o [B, K, size, G, D]
     acc = merge(acc, merge_along(by_block, 2))
     # Masses are kept as logarithms, so that one reference holds for all groups and nothing is rescaled.
-    ranked = (live & (rank >= always))[..., None]
+    ranked = (live & (rank >= untested))[..., None]
     lse_min = jnp.minimum(lse_min, jnp.where(ranked, by_block.lse, jnp.inf).min(2))
-    used = used + live.sum(-1, dtype=jnp.int32)
-    left = (count - used)[..., None]
+    attended = attended + live.sum(-1, dtype=jnp.int32)
+    left = (length - attended)[..., None]
     # Before the first ranked block lse_min is infinite, so log P_acc is -inf; with none left as well, NaN: no test
     # passes, and `left` alone says stop.
     seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
     stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
     if n_slots:
-      enters = live & ~hit & (slot >= 0)
-      slots = slots.at[jnp.where(enters, slot, n_slots)].set(kv, mode="drop")
-    return start + size, acc, lse_min, used, stopped, slots
+      place = cut(all_places)
+      slots = slots.at[jnp.where(live & (place >= 0), place, n_slots)].set(kv, mode="drop")
+    return start + size, acc, lse_min, attended, stopped, slots
 
   def more(carry):
     start, _, _, _, stopped, _ = carry
-    return ((start < count) & ~stopped).any()
+    return ((start < length) & ~stopped).any()
 
   lse_min = jnp.full(q.shape[:3], jnp.inf)
   zero = jnp.zeros(q.shape[:2], jnp.int32)
-  _, acc, _, used, _, slots = jax.lax.while_loop(more, step, (jnp.int32(0), acc, lse_min, zero, count <= 0, slots))
-  return acc, used, slots
+  start = jnp.int32(0), acc, lse_min, zero, length <= 0, slots
+  _, acc, _, attended, _, slots = jax.lax.while_loop(more, step, start)
+  return acc, attended, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,23 +184,21 @@ class Tiling:
     return self.miss_programs + n_lists * self.splits
 
 
-def _attend_kernel(
-  q, tail, rows, tail_tokens, pool, slots, layer, reads, count, *, always, threshold, scale, implementation
-):
+def _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation):
   n_rows, n_heads, n_group, depth = q.shape
-  block_tokens, n_lists = tail.shape[4], n_rows * n_heads
-  progressive, has_slots = threshold is not None, slots.shape[0] > 0
-  log2_threshold = math.log2(threshold) if progressive else math.inf
+  block_tokens, n_lists = tails.kv.shape[4], n_rows * n_heads
+  progressive, has_slots, scale = stop is not None, slots.shape[0] > 0, depth**-0.5
+  log2_threshold, untested = (math.log2(stop.threshold), stop.untested) if progressive else (math.inf, 0)
   block_bytes = math.prod(pool.shape[3:]) * pool.dtype.itemsize
-  tiling = Tiling.of(n_lists, reads.blocks.shape[2], block_bytes, has_slots, progressive)
+  tiling = Tiling.of(n_lists, located.blocks.shape[2], block_bytes, has_slots, progressive)
   parts = tiling.splits + (tiling.miss_programs > 0)
   heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
   held = slots if has_slots else jnp.zeros((1, *slots.shape[1:]), slots.dtype)
 
   def kernel(
-    layer_ref, rows_ref, tail_tokens_ref, blocks_ref, slot_ref, n_hits_ref, count_ref, q_ref, tail_ref, pool_ref, *refs
+    layer_ref, lanes_ref, tokens_ref, blocks_ref, slot_ref, place_ref, n_hits_ref, length_ref, q_ref, tail_ref, *refs
   ):
-    o_ref, m_ref, l_ref, used_ref, smallest_ref, slots_ref = refs[1:]  # refs[0], `held`, is slots_ref: one memory
+    pool_ref, _, o_ref, m_ref, l_ref, attended_ref, smallest_ref, slots_ref = refs  # `held` is slots_ref: one memory
     layer = layer_ref[0]
     of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
     zero = (jnp.zeros((heads, depth)), jnp.full((heads,), -jnp.inf), jnp.zeros((heads,)), jnp.full((heads,), jnp.inf))
@@ -219,11 +224,11 @@ def _attend_kernel(
         return o, top, l * old + mass, smallest
 
       def read_tail(acc, wanted):
-        row = jnp.minimum(rows_ref[b], tail_ref.shape[2] - 1)
-        n = tail_tokens_ref[b]
+        lane = jnp.minimum(lanes_ref[b], tail_ref.shape[2] - 1)
+        n = tokens_ref[b]
 
         def body(_, acc):
-          keys, values = tail_ref[k, layer, row, 0], tail_ref[k, layer, row, 1]
+          keys, values = tail_ref[k, layer, lane, 0], tail_ref[k, layer, lane, 1]
           return update(acc, keys, values, False, jnp.arange(block_tokens) < n)
 
         return jax.lax.fori_loop(0, (wanted & (n > 0)).astype(jnp.int32), body, acc)
@@ -240,7 +245,7 @@ def _attend_kernel(
 
       def read_misses(first, end, acc, ranked=False):
         def body(i, acc):
-          block, to = blocks_ref[b, k, i], slot_ref[b, k, i]
+          block, to = blocks_ref[b, k, i], place_ref[b, k, i]
 
           def read(half):  # one half at a time takes fewer registers
             x = pool_ref[k, layer, block, half]
@@ -261,7 +266,7 @@ def _attend_kernel(
       """Part `i mod splits` of the hits of a list; the first part has the tail too."""
       part, i = jax.lax.rem(i, tiling.splits), jax.lax.div(i, tiling.splits)
       b, k, read_tail, read_hits, _ = of_list(i)
-      hits = jnp.minimum(n_hits_ref[b, k, 0], count_ref[b, k]) if has_slots else count_ref[b, k]
+      hits = jnp.minimum(n_hits_ref[b, k, 0], length_ref[b, k]) if has_slots else length_ref[b, k]
       share = jax.lax.div(hits + (tiling.splits - 1), tiling.splits)
       first = part * share
       acc = read_hits(first, jnp.minimum(first + share, hits), read_tail(zero, part == 0))
@@ -272,18 +277,18 @@ def _attend_kernel(
 
       def body(j, _):
         b, k, _, _, read_misses = of_list(program + j * tiling.miss_programs)
-        store(b, k, tiling.splits, read_misses(n_hits_ref[b, k, 0], count_ref[b, k], zero))
+        store(b, k, tiling.splits, read_misses(n_hits_ref[b, k, 0], length_ref[b, k], zero))
 
       left = n_lists - program
       jax.lax.fori_loop(0, jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs), body, None)
 
     def progressive_program(i):
       b, k, read_tail, read_hits, read_misses = of_list(i)
-      n, group = count_ref[b, k], reads.group
+      n, group = length_ref[b, k], located.group
 
       def body(state):
         i, _, acc = state
-        stop, ranked = jnp.minimum(i + group, n), i >= always
+        stop, ranked = jnp.minimum(i + group, n), i >= untested
         middle = jnp.minimum(i + n_hits_ref[b, k, jax.lax.div(i, group)], stop) if has_slots else stop
         acc = read_hits(i, middle, acc, ranked)
         acc = read_misses(middle, stop, acc, ranked) if has_slots else acc
@@ -300,7 +305,7 @@ def _attend_kernel(
       )
       store(b, k, 0, acc)
       # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
-      used_ref[b, k], smallest_ref[b, k, of_head] = jnp.minimum(i, end), acc[3]
+      attended_ref[b, k], smallest_ref[b, k, of_head] = jnp.minimum(i, end), acc[3]
 
     program = pl.program_id(0)
     if progressive:
@@ -312,7 +317,7 @@ def _attend_kernel(
       hits_program(program)
 
   f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-  o, m, l, used, _, held = triton.call(
+  o, m, l, attended, _, held = triton.call(
     kernel,
     out_shape=(
       f32(parts, n_rows, n_heads, n_group, depth),
@@ -323,12 +328,12 @@ def _attend_kernel(
       jax.ShapeDtypeStruct(held.shape, held.dtype),
     ),
     grid=(tiling.grid(n_lists),),
-    input_output_aliases={10: 5},  # `held`, the last operand, is the last result
+    input_output_aliases={11: 5},  # `held`, the last operand, is the last result
     implementation=implementation,
     num_warps=tiling.num_warps,
     num_stages=tiling.num_stages,
     name="attend",
-  )(jnp.reshape(layer, 1), rows, tail_tokens, *reads, count, q, tail, pool, held)
+  )(jnp.reshape(layer, 1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held)
   # Part by part, so that XLA makes one elementwise kernel of it.
   partial = functools.reduce(merge, (Partial(o[i], m[i], l[i]) for i in range(parts)))
-  return partial, used if progressive else count, held if has_slots else slots
+  return partial, attended if progressive else located.length, held if has_slots else slots

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +16,32 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 CLEARED_TOKENS = 512  # after the prefix; cuDNN's tiles of keys are shorter, and it reads none that begins after the end
 
 
+class Prefix(NamedTuple):
+  """What comes before a piece, in blocks of one layer."""
+
+  pool: jax.Array  # [K, L, M, 2, S, D]
+  slots: jax.Array  # [P, 2, S, D]
+  layer: jax.Array  # int32
+  blocks: jax.Array  # [K, N] int32, DRAM blocks; those beyond `tokens` may be anything
+  slot: jax.Array  # [K, N] int32, -1 where a block is to be read from the pool
+  tokens: jax.Array  # int32, a multiple of S
+
+
 def prefill_attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  pool: jax.Array,
-  slots: jax.Array,
-  layer: jax.Array,
-  prefix: tuple[jax.Array, jax.Array] | None,
-  prefix_tokens: jax.Array,
+  prefix: Prefix | None = None,
   *,
-  scale: float,
   implementation: str = "xla",
 ) -> jax.Array:
-  """Attention output [C, K, G, D] of the queries of a piece.
+  """Attention output [C, K, G, D] of the queries of a piece. Products are scaled by D ** -0.5.
 
   Args:
     q: [C, K, G, D].
     k: [C, K, D], the piece's own keys; causal.
     v: [C, K, D].
-    pool: [K, L, M, 2, S, D].
-    slots: [P, 2, S, D].
-    layer: scalar int32.
-    prefix: what comes before the piece: DRAM blocks [K, N] int32 and their slots [K, N] int32, -1 where they are to be
-      read from the pool. None: the piece begins the prompt.
-    prefix_tokens: int32, tokens before the piece, a multiple of S. Blocks of `prefix` beyond them may be anything.
-    scale: multiplies the dot products.
+    prefix: what comes before the piece. None: it begins the prompt.
     implementation: "xla", "triton" or "interpret": of the reads from the pool. The attention is XLA's, but for
       "triton", which is the GPU's path: there it is cuDNN's in 16 bits, and in float32, which cuDNN lacks, XLA's.
 
@@ -55,22 +55,27 @@ def prefill_attention(
     raise NotImplementedError(
       f"cuDNN's attention needs a head dimension that is a multiple of 8 up to 256, not {depth}"
     )
-  earlier = None
+  earlier, n_earlier = None, None
   if prefix is not None:
-    (blocks, slot), size = prefix, pool.shape[4]
-    left = prefix_tokens // size - jnp.arange(blocks.shape[1])  # blocks of the prefix from each on
-    padding = jnp.where(left > -CLEARED_TOKENS // size, -1, -2)
-    blocks = jnp.where(left > 0, blocks, padding)
-    earlier = gather_blocks(pool, slots, layer, blocks, slot, implementation=implementation)
+    earlier, n_earlier = _gather(prefix, implementation), prefix.tokens
   if not cudnn:
-    return _prefill_attention_xla(q, k, v, earlier, prefix_tokens, scale=scale)
-  attended = _attention(q, k, v, None, scale)
+    return _prefill_attention_xla(q, k, v, earlier, n_earlier)
+  attended = _attention(q, k, v, None)
   if earlier is not None:
-    attended = merge(attended, _attention(q, *earlier, prefix_tokens, scale))
+    attended = merge(attended, _attention(q, *earlier, n_earlier))
   return attended.output.astype(q.dtype)
 
 
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | None, scale: float) -> Partial:
+def _gather(prefix: Prefix, implementation: str) -> tuple[jax.Array, jax.Array]:
+  """Keys and values [N * S, K, D] of the prefix, and zeros for as far as cuDNN may look beyond it."""
+  size = prefix.pool.shape[4]
+  left = prefix.tokens // size - jnp.arange(prefix.blocks.shape[1])  # blocks of the prefix from each on
+  padding = jnp.where(left > -CLEARED_TOKENS // size, -1, -2)
+  blocks = jnp.where(left > 0, prefix.blocks, padding)
+  return gather_blocks(prefix.pool, prefix.slots, prefix.layer, blocks, prefix.slot, implementation=implementation)
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | None) -> Partial:
   """cuDNN's attention of q [C, K, G, D] over k, v [t, K, D]: causal, or each over the first `n_keys`."""
   # Private: jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of q, which leaves no weights to merge by.
   try:
@@ -88,7 +93,7 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | Non
     v[None],
     q_seqlen=n_queries,
     kv_seqlen=n_read,
-    scale=scale,
+    scale=depth**-0.5,
     mask_type=cudnn.MaskType.CAUSAL if n_keys is None else cudnn.MaskType.PADDING,
     return_residual=True,
   )
@@ -100,23 +105,25 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | Non
   return Partial(o.reshape(q.shape).astype(jnp.float32), lse, jnp.ones_like(lse))
 
 
-def _prefill_attention_xla(q, k, v, prefix, prefix_tokens, *, scale, q_tile: int = 256) -> jax.Array:
-  """the prefix is gathered, keys and values [N * S, K, D], or None."""
+def _prefill_attention_xla(q, k, v, earlier, n_earlier, q_tile: int = 256) -> jax.Array:
+  """Attention to `earlier`, keys and values [N * S, K, D] of which `n_earlier` count, or None; and to k and v."""
   tokens, n_heads, n_group, depth = q.shape
-  before = 0
-  if prefix is not None:
-    before = prefix[0].shape[0]
-    k, v = (jnp.concatenate(x) for x in zip(prefix, (k, v), strict=True))
+  before, scale = 0, depth**-0.5
+  if earlier is None:
+    n_earlier = 0
+  else:
+    before = earlier[0].shape[0]
+    k, v = (jnp.concatenate(x) for x in zip(earlier, (k, v), strict=True))
   k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))  # [K, before + T, D]
   place = jnp.arange(k.shape[1])
-  v = jnp.where(((place < prefix_tokens) | (place >= before))[None, :, None], v, 0.0)  # 0 * NaN is NaN
+  v = jnp.where(((place < n_earlier) | (place >= before))[None, :, None], v, 0.0)  # 0 * NaN is NaN
   k, v = k.astype(jnp.float32), v.astype(jnp.float32)
   tile = math.gcd(tokens, q_tile)
 
   def one(start):
     queries = jax.lax.dynamic_slice_in_dim(q, start, tile, 0)  # [tile, K, G, D]
     at = (start + jnp.arange(tile))[:, None]
-    seen = (place[None] < prefix_tokens) | ((place[None] >= before) & (place[None] - before <= at))  # [tile, T]
+    seen = (place[None] < n_earlier) | ((place[None] >= before) & (place[None] - before <= at))  # [tile, T]
     by_head = jnp.moveaxis(queries, 0, 2).reshape(n_heads, n_group * tile, depth)  # rows of one head: G x tile
     s = jnp.einsum("kgd,ktd->kgt", by_head.astype(jnp.float32), k, precision=_HIGHEST) * scale
     p = jax.nn.softmax(jnp.where(jnp.tile(seen, (n_group, 1))[None], s, -jnp.inf), axis=-1)

@@ -43,17 +43,33 @@ box = Linear(2, lambda q, e: jnp.where(e == 0, jnp.maximum(q, 0), jnp.minimum(q,
 dot = Linear(1, lambda q, e: q)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+  """How blocks are ranked."""
+
+  # q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]: for a kernel a `Linear`, for XLA any function.
+  rule: Callable[[jax.Array, jax.Array], jax.Array]
+  reduce: str = "mean"  # or "max", over the G query heads of a KV head
+  sinks: int = 0  # the first blocks, forced: attended whatever their score, which is +inf
+  window: int = 0  # likewise the last full blocks
+
+  def __post_init__(self):
+    if self.reduce not in ("mean", "max"):
+      raise ValueError(f"reduce={self.reduce!r} is neither 'mean' nor 'max'")
+
+  def forced(self, block: jax.Array, n_blocks: jax.Array) -> jax.Array:
+    """Whether blocks of a row of `n_blocks` are sinks or in the window."""
+    return (block < self.sinks) | (block >= n_blocks - self.window)
+
+
 def score(
   q: jax.Array,
   digest: jax.Array,
   layer: jax.Array,
   tables: jax.Array,
   n_blocks: jax.Array,
+  ranking: Ranking,
   *,
-  rule: Callable[[jax.Array, jax.Array], jax.Array],
-  reduce: str = "mean",
-  sinks: int = 0,
-  window: int = 0,
   implementation: str = "xla",
 ) -> jax.Array:
   """Scores of all blocks of all rows.
@@ -64,42 +80,35 @@ def score(
     layer: scalar int32.
     tables: [B, N] int32, DRAM block of every logical block; entries at and beyond `n_blocks` are not used.
     n_blocks: [B] int32, full blocks of a row.
-    rule: q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]: for a kernel a `Linear`, for XLA any
-      function.
-    reduce: "mean" or "max" over the G query heads of a KV head.
-    sinks: the first blocks that are always attended, scored +inf.
-    window: likewise the last full blocks.
+    ranking: the rule, and what is forced.
     implementation: "xla", "triton" or "interpret".
 
   Returns:
     [B, K, N] float32, -inf for blocks that do not exist.
 
   Raises:
-    ValueError: `reduce` is another name, or the digests have not the E vectors that a `Linear` rule reads.
+    ValueError: the digests have not the E vectors that a `Linear` rule reads.
     NotImplementedError: a kernel was asked for, and the rule is not `Linear`, or E or D not a power of two.
   """
   triton.check(implementation, E=digest.shape[3], D=digest.shape[4])
-  if reduce not in ("mean", "max"):
-    raise ValueError(f"{reduce=} is neither 'mean' nor 'max'")
+  rule = ranking.rule
   if isinstance(rule, Linear) and digest.shape[3] != rule.vectors:
     raise ValueError(f"the rule reads {rule.vectors} vectors of a digest, and these have {digest.shape[3]}")
-  options = dict(rule=rule, reduce=reduce, sinks=sinks, window=window)
   if implementation != "xla":
     if not isinstance(rule, Linear):
       raise NotImplementedError(f"a kernel runs a score.Linear rule, not {rule}; use implementation='xla'")
-    return _score_kernel(q, digest, layer, tables, n_blocks, **options, implementation=implementation)
+    return _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation)
   k = jnp.arange(digest.shape[0])[None, :, None]
   gathered = digest[k, layer, tables[:, None, :]].astype(jnp.float32)  # [B, K, N, E, D]
   by_head = rule(q.astype(jnp.float32), gathered)  # [B, K, G, N]
-  scores = by_head.max(2) if reduce == "max" else by_head.mean(2)
+  scores = by_head.max(2) if ranking.reduce == "max" else by_head.mean(2)
   n = jnp.arange(tables.shape[1])[None]  # [1, N]
   last = n_blocks[:, None]
-  always = (n < sinks) | (n >= last - window)
-  scores = jnp.where(always[:, None], jnp.inf, scores)
+  scores = jnp.where(ranking.forced(n, last)[:, None], jnp.inf, scores)
   return jnp.where((n < last)[:, None], scores, -jnp.inf)
 
 
-def _score_kernel(q, digest, layer, tables, n_blocks, *, rule, reduce, sinks, window, implementation):
+def _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation):
   """One program scores one tile of a row's blocks against all query heads of one KV head."""
   n_rows, n_heads, n_group, depth = q.shape
   width = digest.shape[3] * depth  # a digest's E vectors, contiguous
@@ -110,21 +119,23 @@ def _score_kernel(q, digest, layer, tables, n_blocks, *, rule, reduce, sinks, wi
     k, b = pl.program_id(1), pl.program_id(2)
     start, last = pl.program_id(0) * tile, n_blocks_ref[b]
     i = jnp.minimum(start + jnp.arange(tile), n - 1)  # the last tile writes the last score several times
-    exists, always = i < last, (i < sinks) | (i >= last - window)
+    exists, forced = i < last, ranking.forced(i, last)
     channel = jnp.arange(width)
     heads = (q_ref[b, k, g, channel & (depth - 1)].astype(jnp.float32) for g in range(n_group))
-    weights = [rule.weight(head, channel // depth)[None] for head in heads]  # G times [1, E * D]
+    weights = [ranking.rule.weight(head, channel // depth)[None] for head in heads]  # G times [1, E * D]
 
     def products():
-      block = jnp.where(exists & ~always, tables_ref[b, i], 0)  # any block that can be read: its score is not used
+      block = jnp.where(exists & ~forced, tables_ref[b, i], 0)  # any block that can be read: its score is not used
       vectors = digest_ref[k, layer_ref[0], block].astype(jnp.float32)  # [tile, E * D]
-      if reduce == "mean":
+      if ranking.reduce == "mean":
         return jnp.sum(vectors * (sum(weights) / n_group), 1)
       return functools.reduce(jnp.maximum, [jnp.sum(vectors * w, 1) for w in weights])
 
-    ranked = (start < last - window) & (start + tile > sinks)  # otherwise no block of the tile needs its digest
+    ranked = (start < last - ranking.window) & (
+      start + tile > ranking.sinks
+    )  # otherwise no block of the tile needs its digest
     scores = jax.lax.cond(ranked, products, lambda: jnp.zeros(tile, jnp.float32))
-    scores_ref[b, k, i] = jnp.where(exists, jnp.where(always, jnp.inf, scores), -jnp.inf)
+    scores_ref[b, k, i] = jnp.where(exists, jnp.where(forced, jnp.inf, scores), -jnp.inf)
 
   return triton.call(
     kernel,

@@ -31,8 +31,11 @@ class Buckets:
   batches: tuple[int, ...]  # rows
 
   @classmethod
-  def of(cls, config: EngineConfig, n_layers: int, max_context: int) -> Buckets:
-    """Buckets for requests of up to `max_context` tokens."""
+  def of(cls, config: EngineConfig, n_layers: int, max_context: int, resumes: bool = False) -> Buckets:
+    """Buckets for requests of up to `max_context` tokens.
+
+    With `resumes` a prompt may begin after any of its blocks, so that what is left of it comes with any prefix.
+    """
     size, scheduler = config.cache.block_tokens, config.scheduler
     chunked = scheduler.prefill == "chunked"
     allowance, context = config.prefill_allowance(n_layers), _round_up(max_context, size)
@@ -48,6 +51,8 @@ class Buckets:
     chunks = [c for c in eighths if c - unit < max_context - least_prefix] if chunked or max_context > allowance else []
     if chunks:
       whole = sorted({*whole, *(c for c in (eighths if chunked else [full]) if c <= context)})
+    if resumes:
+      chunks, least_prefix = sorted({*chunks, *whole}), size
     blocks = context // size
     return cls(
       block_tokens=size,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -20,17 +20,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
-from sparse_serve_jax.attention.decode import LayerRows, Selector, decode_attention
+from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
+from sparse_serve_jax.attention.prefill import Before, prefill_attention
 from sparse_serve_jax.config import EngineConfig, ModelConfig
-from sparse_serve_jax.memory import kv_cache
-from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.memory import host_pool, kv_cache
+from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn
+from sparse_serve_jax.memory.kv_cache import Hot, KVCache
+from sparse_serve_jax.memory.loads import LOADS
+from sparse_serve_jax.memory.saves import SAVES, Saving, save_piece, save_tails
+from sparse_serve_jax.mesh import AXIS
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.models.sampling import ban, greedy, sample
+from sparse_serve_jax.variants import variant
 
 Array = Any  # of a batch: jax.Array in a program, numpy before
 
-AXIS = "tp"  # of the mesh
-MLP_TILE = 8192  # tokens; bounds the d_ff activations of a long prompt
+MLP_TILE = 8192  # tokens that go through the MLP at a time: bounds the d_ff activations of a long prompt
+NOT_FINITE = -1  # a row's token when its logits are not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,29 +44,42 @@ class Setup:
   """What is fixed when a program is compiled. Engines of equal setups share their programs."""
 
   model: ModelConfig
-  selector: Selector
+  attention: DecodeAttention
   dense_layers: int
   newest_blocks: int  # of a piece of a prompt, that enter slots (the next one reads them there): of one step
   working_set_steps: int
+  saving: Saving
+  eviction: Eviction
   offload: bool
   implementation: str  # of the kernels: "xla", "triton" or "interpret"
 
   @classmethod
   def of(cls, model: ModelConfig, config: EngineConfig, implementation: str) -> Setup:
+    """Raises ValueError if the configuration names a variant that there is not."""
+    cache, selector = config.cache, Selector.of(config)
+    saving = Saving(
+      save=variant(SAVES, cache.save, "cache.save"),
+      summarize=selector.method.summarize,
+      summarized_by=selector.method.runs_on(implementation),
+      implementation=implementation,
+      host_pool=cache.offload and host_pool.memory_kind() is not None,
+    )
     return cls(
       model=model,
-      selector=Selector.of(config),
+      attention=DecodeAttention(selector, variant(LOADS, cache.load, "cache.load"), implementation),
       dense_layers=min(config.sparse.dense_layers, model.n_layers),
       newest_blocks=config.budget_blocks,
       working_set_steps=config.scheduler.working_set_steps,
-      offload=config.cache.offload,
+      saving=saving,
+      eviction=variant(EVICTIONS, cache.eviction, "cache.eviction"),
+      offload=cache.offload,
       implementation=implementation,
     )
 
-  @property
-  def host_pool(self) -> bool:
-    """Whether the pool lies in memory that is not the device's own."""
-    return self.offload and kv_cache.host_memory_kind() is not None
+  def turn(self, hot: Hot) -> tuple[Hot, Turn]:
+    """The victims of a step that begins now, none of them given yet."""
+    since = hot.stamp(0)
+    return hot, Turn(kernels.victims(self.eviction(hot.maps, since), since), jnp.int32(0))
 
 
 class SamplingRows(flax.struct.PyTreeNode):
@@ -71,12 +90,11 @@ class SamplingRows(flax.struct.PyTreeNode):
 
 
 class DecodeBatch(flax.struct.PyTreeNode):
-  """The rows of a decode step; a padding row has `rows` = R."""
+  """The rows of a decode step; a padding row has the lane R."""
 
-  rows: Array  # [B] int32
+  lanes: Array  # [B] int32
   positions: Array  # [B] int32, tokens already cached
   steps: Array  # [B] int32, decode steps the request has made
-  tables: Array  # [B, N] int32
   # None if every row takes its most likely token, which is a program of its own: a branch in one would make the host
   # wait in every step.
   sampling: SamplingRows | None
@@ -90,58 +108,76 @@ class PrefillBatch(flax.struct.PyTreeNode):
   n_tokens: Array  # int32
   first_layer: Array  # int32
   n_layers: Array  # int32
-  row: Array  # int32
-  blocks: Array  # [C / S] int32, DRAM blocks of the piece; -1 where a block does not fill
-  prefix: Array | None  # [N] int32, the request's table up to `start`, padded with -1; None when the prompt begins
+  lane: Array  # int32
   sampling: SamplingRows
 
 
+class StepCounts(NamedTuple):
+  """What a program did, in blocks over all layers and heads of all devices. On the device one int32 [4]."""
+
+  attended: Any  # full blocks that decode attended to
+  missed: Any  # of these, read from the pool because no slot had them
+  loaded: Any  # all blocks read from the pool: those, those a load copied, and what came before a piece of a prompt
+  slots_used: Any  # slots that hold a block afterwards
+
+
+class StepOutput(NamedTuple):
+  """What a program tells the host."""
+
+  tokens: jax.Array  # [B] int32, NOT_FINITE where logits are not; of a prefill [1], meant if its last layer was run
+  counts: jax.Array  # [4] int32, the fields of StepCounts
+
+
 def decode_step(
-  setup: Setup, params: llama.Params, cache: KVCache, batch: DecodeBatch
-) -> tuple[KVCache, jax.Array, jax.Array]:
-  """One token for every row: the cache, tokens [B] int32, and int32 [3]: blocks attended, missed, slots in use."""
-  cfg = setup.model
-  n_resident, size = cache.tail.shape[2], cache.tail.shape[4]
-  real = batch.rows < n_resident
-  at = LayerRows(
-    rows=batch.rows,
-    tables=batch.tables,
+  setup: Setup, width: int, params: llama.Params, cache: KVCache, batch: DecodeBatch
+) -> tuple[KVCache, StepOutput]:
+  """One token for every row; the first `width` entries of block tables are looked at."""
+  cfg, pool = setup.model, cache.pool
+  hot, turn = setup.turn(cache.hot)
+  rows = _rows(hot, batch, width)
+
+  def layer(attention, i, carry):
+    x, hot, counts = carry
+    lp = llama.layer_params(params, i)
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
+    hot = hot.replace(tail=_append(hot.tail, i, batch, k, v))
+    o, hot, of_layer = attention(q, pool, hot, i, rows, turn._replace(given=counts.given))
+    x = llama.attention_out(lp, x, o, AXIS)
+    return llama.mlp(cfg, lp, x, AXIS), hot, jax.tree.map(jnp.add, counts, of_layer)
+
+  x = llama.embed(params, hot.last_token.at[batch.lanes].get(mode="clip"))
+  cos_sin = llama.rope(cfg, batch.positions)
+  carry = x, hot, Counts.zeros(x.shape[0], hot.tail.shape[0])
+  for first, end, attention in (
+    (0, setup.dense_layers, setup.attention.dense),
+    (setup.dense_layers, cfg.n_layers, setup.attention),
+  ):
+    if first < end:
+      carry = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
+  x, hot, counts = carry
+
+  size = hot.tail.shape[4]
+  new_block = jnp.take_along_axis(rows.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
+  filled = jnp.where(rows.tail_tokens == size, new_block, -1)
+  turn = turn._replace(given=counts.given)
+  cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
+  tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch.sampling)
+  hot = _next(cache.hot, batch.lanes, tokens)
+  missed = counts.missed.sum()
+  counts = StepCounts(counts.attended.sum(), missed, missed + counts.copied.sum(), _slots_used(hot))
+  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS))
+
+
+def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
+  n_lanes, size = hot.tail.shape[2], hot.tail.shape[4]
+  real = batch.lanes < n_lanes
+  return Rows(
+    lanes=batch.lanes,
+    tables=hot.tables.at[batch.lanes].get(mode="clip")[:, :width],
     n_blocks=jnp.where(real, batch.positions // size, 0),
     tail_tokens=jnp.where(real, batch.positions % size + 1, 0),
     steps=batch.steps,
   )
-  new_block = jnp.take_along_axis(batch.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
-  new_block = jnp.where(at.tail_tokens == size, new_block, -1)  # of the tails that this token fills
-
-  def layer(selector, i, carry):
-    x, cache, counts = carry
-    lp = llama.layer_params(params, i)
-    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
-    cache = cache.replace(tail=_append(cache.tail, i, batch, k, v))
-    o, cache, attended = decode_attention(selector, q, cache, i, at, pool, order, counts[1], setup.implementation)
-    x = llama.attention_out(lp, x, o, AXIS)
-    return llama.mlp(cfg, lp, x, AXIS), cache, counts + attended
-
-  # No layer writes the pool, so it stays out of the loops' carry.
-  pool, cache = cache.pool, cache.replace(pool=None)
-  order = kernels.eviction_order(cache.maps, cache.stamp(0))
-  x = llama.embed(params, cache.last_token.at[batch.rows].get(mode="clip"))
-  cos_sin = llama.rope(cfg, batch.positions)
-  carry = x, cache, jnp.zeros((2, x.shape[0], cache.tail.shape[0]), jnp.int32)
-  for first, end, selector in (
-    (0, setup.dense_layers, setup.selector.dense),
-    (setup.dense_layers, cfg.n_layers, setup.selector),
-  ):
-    if first < end:
-      carry = jax.lax.fori_loop(first, end, functools.partial(layer, selector), carry)
-  x, cache, counts = carry
-
-  cache = _save_tails(setup, cache.replace(pool=pool), batch, new_block, order, counts[1])
-  logits = llama.logits(cfg, params, x, AXIS)
-  tokens = _sample(logits, batch.positions + 1, batch.sampling)
-  last_token = cache.last_token.at[batch.rows].set(tokens, mode="drop")
-  counts = jax.lax.psum(jnp.append(counts.sum((1, 2)), _slots_in_use(cache)), AXIS)
-  return cache.replace(last_token=last_token, clock=cache.clock + 1), tokens, counts
 
 
 def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
@@ -149,116 +185,67 @@ def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
   head = jnp.arange(k.shape[1])[:, None]
   offset = batch.positions % tail.shape[4]
   kv = jnp.stack([k, v], 2).swapaxes(0, 1)  # [K, B, 2, D]
-  return tail.at[head, layer, batch.rows, :, offset].set(kv, mode="drop")
+  return tail.at[head, layer, batch.lanes, :, offset].set(kv, mode="drop")
 
 
-def _save_tails(
-  setup: Setup, cache: KVCache, batch: DecodeBatch, new_block: jax.Array, order: kernels.EvictionOrder, taken: jax.Array
-) -> KVCache:
-  """Copies the tails that filled to the pool and to slots, and makes their digests, in all layers at once."""
-  n_heads, n_layers, n_resident = cache.tail.shape[:3]
-  layers = jnp.arange(n_layers)  # the ranks of this list
-  blocks = jnp.broadcast_to(new_block[:, None, None], (new_block.shape[0], n_heads, n_layers))
-  options = dict(implementation=setup.implementation)
-  reads = kernels.propose(cache.maps, order, layers, blocks, taken=taken, group=1, **options)
-  used = jnp.full(blocks.shape[:2], n_layers)
-  maps = kernels.commit(cache.maps, layers, reads, used, cache.stamp(layers), batch.steps, **options)
-
-  rows = jnp.minimum(batch.rows, n_resident - 1)
-  slot = jnp.moveaxis(reads.slot, 0, 2)  # [K, L, B]
-  pool = kernels.store_blocks(cache.pool, cache.tail, 0, rows, new_block, **options)
-  slots = kernels.place_blocks(cache.slots, cache.tail, rows, slot, **options)
-  digest = _store_digests(setup, cache.digest, cache.tail, 0, rows, new_block)
-  return cache.replace(pool=pool, slots=slots, digest=digest, maps=maps)
+def _next(hot: Hot, lanes: jax.Array, tokens: jax.Array) -> Hot:
+  """After a program: its tokens [B] are the input of the next step of `lanes` [B]."""
+  last_token = hot.last_token.at[lanes].set(jnp.maximum(tokens, 0), mode="drop")
+  return hot.replace(last_token=last_token, clock=hot.clock + 1)
 
 
 def prefill_segment(
-  setup: Setup, params: llama.Params, cache: KVCache, x: jax.Array, batch: PrefillBatch
-) -> tuple[KVCache, jax.Array, jax.Array]:
+  setup: Setup, width: int, params: llama.Params, cache: KVCache, x: jax.Array, batch: PrefillBatch
+) -> tuple[KVCache, jax.Array, StepOutput]:
   """Runs some layers of one piece of a prompt.
 
   `x` [C, d] are the activations the piece's previous segment returned; layer 0 ignores them and embeds the tokens.
+  `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
-    The cache; x for the next segment; int32 [3]: the token that follows the piece if its last layer was run, earlier
-    blocks read from DRAM, slots in use.
+    The cache; x for the next segment; the token that follows the piece if its last layer was run.
   """
-  cfg = setup.model
+  cfg, size = setup.model, cache.hot.tail.shape[4]
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
   cos_sin = llama.rope(cfg, positions)
+  hot, turn = setup.turn(cache.hot)
+  table = hot.tables[batch.lane]
+  before = Before(table[:width], batch.start) if width else None
+  ids = jnp.arange(positions.shape[0] // size)
+  blocks = jnp.where(ids < batch.n_tokens // size, table.at[batch.start // size + ids].get(mode="clip"), -1)
+  n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)
 
   def layer(i, carry):
     x, cache, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
-    prefix = None
-    if batch.prefix is not None:
-      slot = jnp.where(batch.prefix >= 0, cache.maps.slot_of[:, i, batch.prefix], -1)  # [K, N]
-      prefix = jnp.broadcast_to(batch.prefix, slot.shape), slot
-      loaded += ((prefix[0] >= 0) & (slot < 0)).sum(dtype=jnp.int32) if setup.offload else 0
-    o = kernels.prefill_attention(
-      q,
-      k,
-      v,
-      cache.pool,
-      cache.slots,
-      i,
-      prefix,
-      batch.start,
-      scale=cfg.head_dim**-0.5,
-      implementation=setup.implementation,
+    o, read = prefill_attention(q, k, v, cache, i, before, setup.implementation)
+    kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
+    given = (i - batch.first_layer) * n_newest * kv.shape[0]  # by the layers before, at most
+    cache = save_piece(setup.saving, cache, kv, i, blocks, n_newest, turn._replace(given=given))
+    unfinished = jax.lax.dynamic_index_in_dim(
+      kv, jnp.minimum(batch.n_tokens // size, kv.shape[1] - 1), 1, keepdims=False
     )
-    cache = _save_piece(setup, cache, i, batch, k, v, order)
+    tail = cache.hot.tail.at[:, i, batch.lane].set(unfinished)
     x = llama.attention_out(lp, x, o, AXIS)
-    return _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x), cache, loaded
+    x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
+    return x, cache.replace(hot=cache.hot.replace(tail=tail)), loaded + read
 
-  order = kernels.eviction_order(cache.maps, cache.stamp(0))
   end = batch.first_layer + batch.n_layers
-  x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, (x, cache, jnp.int32(0)))
+  carry = x, KVCache(cache.pool, hot), jnp.int32(0)
+  x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, carry)
 
   def next_token():
     last = jax.lax.dynamic_slice_in_dim(x, batch.n_tokens - 1, 1)
     logits = llama.logits(cfg, params, last, AXIS)
-    return _sample(logits, (batch.start + batch.n_tokens)[None], batch.sampling)[0]
+    return _sample(logits, (batch.start + batch.n_tokens)[None], batch.sampling)
 
-  token = jax.lax.cond(end == cfg.n_layers, next_token, lambda: cache.last_token[batch.row])
-  cache = cache.replace(last_token=cache.last_token.at[batch.row].set(token), clock=cache.clock + 1)
-  counts = jax.lax.psum(jnp.stack([loaded, _slots_in_use(cache)]), AXIS)
-  return cache, x, jnp.concatenate([token[None], counts])
-
-
-def _save_piece(
-  setup: Setup, cache: KVCache, layer, batch: PrefillBatch, k: jax.Array, v: jax.Array, order: kernels.EvictionOrder
-) -> KVCache:
-  """One layer of a piece, k, v [C, K, D]: full blocks to the pool, the newest also to slots, the rest to the tail."""
-  n_heads, size = k.shape[1], cache.tail.shape[4]
-  kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
-  n, n_full = kv.shape[1], batch.n_tokens // size
-  ids = jnp.arange(n)
-  newest = (ids >= n_full - setup.newest_blocks) & (batch.blocks >= 0)
-  blocks = jnp.broadcast_to(jnp.where(newest, batch.blocks, -1)[::-1], (1, n_heads, n))  # the newest first
-  options = dict(implementation=setup.implementation)
-  taken = (layer - batch.first_layer) * newest.sum(dtype=jnp.int32) * n_heads  # by the layers before, at most
-  reads = kernels.propose(cache.maps, order, layer, blocks, taken=taken, group=1, **options)
-  used, never = jnp.full((1, n_heads), n), jnp.full(1, kernels.NEVER)
-  maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), never, **options)
-
-  source, slot = kv[:, None], reads.slot[0, :, ::-1][:, None]  # [K, 1, n, ...]
-  pool = kernels.store_blocks(cache.pool, source, layer, ids, batch.blocks, **options)
-  slots = kernels.place_blocks(cache.slots, source, ids, slot, **options)
-  if setup.host_pool:  # a kernel's result is typed as device memory; the loop's carry is not
-    pool = jax.device_put(pool, jax.memory.Space.Host)
-  digest = _store_digests(setup, cache.digest, source, layer, ids, batch.blocks)
-  unfinished = jax.lax.dynamic_index_in_dim(kv, jnp.minimum(n_full, n - 1), 1, keepdims=False)
-  tail = cache.tail.at[:, layer, batch.row].set(unfinished)
-  return cache.replace(pool=pool, slots=slots, digest=digest, maps=maps, tail=tail)
-
-
-def _store_digests(setup: Setup, digest: jax.Array, *of_blocks) -> jax.Array:
-  method = setup.selector.method
-  implementation = method.runs_on(setup.implementation)
-  return kernels.store_digests(digest, *of_blocks, rule=method.summarize, implementation=implementation)
+  lane = batch.lane[None]
+  tokens = jax.lax.cond(end == cfg.n_layers, next_token, lambda: cache.hot.last_token[lane])
+  hot = _next(cache.hot, lane, tokens)
+  counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
+  return KVCache(cache.pool, hot), x, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS))
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:
@@ -271,14 +258,17 @@ def _in_tiles(f, x: jax.Array) -> jax.Array:
   return jax.lax.map(f, padded.reshape(tiles, -1, x.shape[1])).reshape(padded.shape)[:n]
 
 
-def _slots_in_use(cache: KVCache) -> jax.Array:
-  return (cache.maps.block_of >= 0).sum(dtype=jnp.int32)
+def _slots_used(hot: Hot) -> jax.Array:
+  return (hot.maps.block_of >= 0).sum(dtype=jnp.int32)
 
 
 def _sample(logits, positions, rows: SamplingRows | None) -> jax.Array:
+  """The next token of every row of logits [B, V], NOT_FINITE where one of them is not."""
   if rows is None:
-    return greedy(logits)
-  return sample(ban(logits, rows.banned), positions, rows.temperature, rows.top_p, rows.seeds)
+    tokens = greedy(logits)
+  else:
+    tokens = sample(ban(logits, rows.banned), positions, rows.temperature, rows.top_p, rows.seeds)
+  return jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE)
 
 
 @functools.lru_cache(maxsize=32)
@@ -288,28 +278,56 @@ def programs(setup: Setup, mesh: Mesh) -> Programs:
 
 
 class Programs:
-  """The jitted programs of one setup. Calling one donates the cache it is given."""
+  """The jitted programs of one setup. Calling one donates the cache it is given.
+
+  decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
+  `width` is static. admit(hot, lane, table) and release(hot, freed) also return something to wait for.
+  """
 
   def __init__(self, setup: Setup, mesh: Mesh):
     specs, whole = kv_cache.cache_specs(), P()
     params = llama.param_specs(setup.model, mesh.size)
     cache, everywhere = kv_cache.cache_shardings(mesh, setup.offload), NamedSharding(mesh, whole)
 
-    def program(f, in_specs, out_specs, out_shardings, donate=()):
-      mapped = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    def program(f, in_specs, out_specs, out_shardings, donate=(), sized=False):
+      """f(*arrays), or if `sized` f(width, *arrays), called with the static width last."""
+
+      def run(*args):
+        arrays, per_device = (args[:-1], functools.partial(f, args[-1])) if sized else (args, f)
+        mapped = jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return mapped(*arrays)
+
+      static = len(in_specs) if sized else ()
       # A pool in host memory stays there only if the result says so.
-      return jax.jit(mapped, donate_argnums=donate, out_shardings=out_shardings)
+      return jax.jit(run, static_argnums=static, donate_argnums=donate, out_shardings=out_shardings)
 
-    def release(cache, freed):
-      return cache.replace(maps=kernels.release(cache.maps, freed))
-
-    def working_sets(cache, tables, n_blocks, steps):
-      counts = kv_cache.working_sets(cache, tables, n_blocks, steps, setup.working_set_steps)
+    def working_sets(width, hot, batch):
+      n_blocks = batch.positions // hot.tail.shape[4]
+      counts = kv_cache.working_sets(hot, batch.lanes, n_blocks, batch.steps, width, setup.working_set_steps)
       return jax.lax.psum(counts, AXIS)
 
-    out, placed = (specs, whole, whole), (cache, everywhere, everywhere)
+    output, read = StepOutput(whole, whole), StepOutput(everywhere, everywhere)
     decode, prefill = functools.partial(decode_step, setup), functools.partial(prefill_segment, setup)
-    self.decode = program(decode, (params, specs, whole), out, placed, (1,))
-    self.prefill = program(prefill, (params, specs, whole, whole), out, placed, (1, 2))
-    self.release = program(release, (specs, whole), specs, cache, (0,))
-    self.working_sets = program(working_sets, (specs, whole, whole, whole), whole, everywhere)
+    self.decode = program(decode, (params, specs, whole), (specs, output), (cache, read), (1,), sized=True)
+    self.prefill = program(
+      prefill,
+      (params, specs, whole, whole),
+      (specs, whole, output),
+      (cache, everywhere, read),
+      (1, 2),
+      sized=True,
+    )
+    done = (specs.hot, whole), (cache.hot, everywhere)
+    self.admit = program(_and_done(kv_cache.admit), (specs.hot, whole, whole), *done, (0,))
+    self.release = program(_and_done(kv_cache.release), (specs.hot, whole), *done, (0,))
+    self.working_sets = program(working_sets, (specs.hot, whole), whole, everywhere, sized=True)
+
+
+def _and_done(f):
+  """f(hot, ...), and something that is there when it has run."""
+
+  def run(hot, *args):
+    hot = f(hot, *args)
+    return hot, hot.clock + 0
+
+  return run

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Collection
 
 import numpy as np
 
 from sparse_serve_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SparseConfig
+from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.plan import Capacity, Plan, Sampling, StepResult, StepStats
+from sparse_serve_jax.serving.plan import Plan, Sampling, StepResult, StepStats
 
 S = 8
 VOCAB = 97
@@ -51,31 +51,56 @@ def continuation(
   return context[len(prompt) :]
 
 
+class Ticks:
+  """A clock that is a second later whenever it is asked."""
+
+  def __init__(self):
+    self.next = 0
+
+  def now(self) -> float:
+    self.next += 1
+    return self.next - 1
+
+  def sleep_until(self, t: float) -> None:
+    self.next = max(self.next, t)
+
+
 class FakeExecutor:
-  """Keeps token ids where a device keeps KV: per layer in the pool's blocks and in each row's tail.
+  """Keeps token ids where a device keeps KV: per layer in the pool's blocks and in each lane's tail.
 
   A token is computed from what is read back through the block table. So a block with two owners, one reused while an
-  earlier plan still reads it, a layer left out or a wrong row or position changes the tokens. Plans run when results
+  earlier plan still reads it, a layer left out or a wrong lane or position changes the tokens. Plans run when results
   are read, in order, as on a device.
   """
 
-  def __init__(self, capacity: Capacity):
-    self.capacity = capacity
-    self.pool = np.full((capacity.n_layers, capacity.pool_blocks, S), -1)
-    self.tail = np.full((capacity.n_layers, capacity.rows, S), -1)
-    self.last = np.full(capacity.rows, -1)
-    self.kept: dict[tuple[str, int], int] = {}  # (request, start) -> layers done
-    self.forgotten: list[str] = []
+  def __init__(self, config: EngineConfig, shape: CacheShape, model: FakeModel | None = None):
+    self.config, self.shape, self.model = config, shape, model or FakeModel()
     self.plans: list[Plan] = []
-    self.outstanding: list[int] = []
+    self.forgotten: list[str] = []
+    self.not_finite: set[str] = set()  # requests whose next token is none
+    self.resets = -1
     self.most_outstanding = 0
+    self.reset()
 
-  def submit(self, plan: Plan) -> _Pending:
+  def reset(self) -> None:
+    shape = self.shape
+    self.pool = np.full((shape.L, shape.M, S), -1)
+    self.tail = np.full((shape.L, shape.R, S), -1)
+    self.tables: dict[int, np.ndarray] = {}
+    self.last = np.full(shape.R, -1)
+    self.kept: dict[tuple[str, int], int] = {}  # (request, start) -> layers done
+    self.outstanding: list[int] = []
+    self.resets += 1
+
+  def submit(self, plan: Plan) -> _Dispatched:
     assert not plan.empty
     self.plans.append(plan)
     self.outstanding.append(plan.iteration)
     self.most_outstanding = max(self.most_outstanding, len(self.outstanding))
-    return _Pending(self, plan)
+    return _Dispatched(self, plan)
+
+  def wait(self) -> None:
+    """Nothing runs here but inside `execute`."""
 
   def forget(self, request_id: str) -> None:
     self.forgotten.append(request_id)
@@ -83,40 +108,43 @@ class FakeExecutor:
   def execute(self, plan: Plan) -> StepResult:
     assert self.outstanding.pop(0) == plan.iteration
     self.pool[:, plan.release] = -1
+    self.tables |= {admission.lane: admission.table for admission in plan.admit}
     tokens = {}
     for work in plan.prefill:
       layers = slice(work.first_layer, work.first_layer + work.n_layers)
       assert self.kept.pop((work.request_id, work.start), 0) == work.first_layer
-      if work.first_layer + work.n_layers < self.capacity.n_layers:
+      if work.first_layer + work.n_layers < self.shape.L:
         self.kept[work.request_id, work.start] = work.first_layer + work.n_layers
       for i, token in enumerate(work.tokens, work.start):
-        self._write(layers, work.table, work.row, i, token)
+        self._write(layers, work.lane, i, token)
       if work.last:
-        context = self._read(work.table, work.row, work.start + len(work.tokens))
-        tokens[work.request_id] = self.last[work.row] = next_token(context, work.sampling)
+        context = self._read(work.lane, work.start + len(work.tokens))
+        tokens[work.request_id] = self.last[work.lane] = next_token(context, work.sampling)
     for row in plan.decode:
-      self._write(slice(None), row.table, row.row, row.position, self.last[row.row])
-      context = self._read(row.table, row.row, row.position + 1)
-      tokens[row.request_id] = self.last[row.row] = next_token(context, row.sampling)
+      self._write(slice(None), row.lane, row.position, self.last[row.lane])
+      context = self._read(row.lane, row.position + 1)
+      tokens[row.request_id] = self.last[row.lane] = next_token(context, row.sampling)
     n = len(plan.decode)
     stats = StepStats(attended=4 * n, missed=n, loaded=n, saved=1, slots_used=n)
-    return StepResult(tokens, {row.request_id: 3 for row in plan.measure}, stats)
+    not_finite = frozenset(self.not_finite & tokens.keys())
+    tokens = {name: token for name, token in tokens.items() if name not in not_finite}
+    return StepResult(tokens, {row.request_id: 3 for row in plan.measure}, stats, not_finite)
 
-  def _write(self, layers: slice, table: np.ndarray, row: int, i: int, token: int) -> None:
-    self.tail[layers, row, i % S] = token
+  def _write(self, layers: slice, lane: int, i: int, token: int) -> None:
+    self.tail[layers, lane, i % S] = token
     if i % S == S - 1:
-      self.pool[layers, table[i // S]] = self.tail[layers, row]
+      self.pool[layers, self.tables[lane][i // S]] = self.tail[layers, lane]
 
-  def _read(self, table: np.ndarray, row: int, n: int) -> list[int]:
-    full = [self.pool[:, block] for block in table[: n // S]]
-    context = np.concatenate([*full, self.tail[:, row, : n % S]], axis=1)
+  def _read(self, lane: int, n: int) -> list[int]:
+    full = [self.pool[:, block] for block in self.tables[lane][: n // S]]
+    context = np.concatenate([*full, self.tail[:, lane, : n % S]], axis=1)
     assert context.min() >= 0, "read what was never written, or released"
     assert (context == context[0]).all(), "layers disagree"
     return context[0].tolist()
 
 
 @dataclasses.dataclass
-class _Pending:
+class _Dispatched:
   executor: FakeExecutor
   plan: Plan
 
@@ -124,14 +152,22 @@ class _Pending:
     return self.executor.execute(self.plan)
 
 
-def fake_engine(scheduler: SchedulerConfig | None = None, observer=None, **changes) -> tuple[Engine, FakeExecutor]:
-  capacity = Capacity(
-    pool_blocks=32, slots=40, rows=6, max_context=64, n_layers=2, n_kv_heads=2, block_bytes=64, fixed_hbm_bytes=100
-  )
+SHAPE = CacheShape(
+  K=2, L=2, M=32, P=40, R=6, S=S, D=4, E=2, dtype="float32", offload=True, max_context=64, slab_tokens=64
+)
+
+
+def fake_executor(scheduler: SchedulerConfig | None = None, model: FakeModel | None = None, **sizes) -> FakeExecutor:
   config = EngineConfig(
     cache=CacheConfig(block_tokens=S),
     sparse=SparseConfig(token_budget=8 * S, sink_tokens=S, window_tokens=S),
     scheduler=scheduler or SchedulerConfig(),
   )
-  executor = FakeExecutor(dataclasses.replace(capacity, **changes))
-  return Engine(config, FakeModel(), executor, clock=itertools.count().__next__, observer=observer), executor
+  return FakeExecutor(config, dataclasses.replace(SHAPE, **sizes), model)
+
+
+def fake_engine(
+  scheduler: SchedulerConfig | None = None, observer=None, model: FakeModel | None = None, **sizes
+) -> tuple[Engine, FakeExecutor]:
+  executor = fake_executor(scheduler, model, **sizes)
+  return Engine(executor, clock=Ticks(), observer=observer), executor

@@ -33,8 +33,8 @@ MUTATIONS = [
   Mutation(
     "attend sees one token of the tail too many",
     "pallas_kernels/attend.py",
-    "jnp.arange(tail.shape[4])[None] < tail_tokens[:, None]",
-    "jnp.arange(tail.shape[4])[None] <= tail_tokens[:, None]",
+    "jnp.arange(block_tokens)[None] < tails.tokens[:, None]",
+    "jnp.arange(block_tokens)[None] <= tails.tokens[:, None]",
     (ATTEND_XLA,),
   ),
   Mutation(
@@ -145,21 +145,21 @@ MUTATIONS = [
   Mutation(
     "a block that attention never reached is taken for resident",
     MAPS,
-    "enters = reached & ~reads.hit & (slot >= 0)",
-    "enters = ~reads.hit & (slot >= 0)",
+    "enters = reached & (located.place >= 0)",
+    "enters = located.place >= 0",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[xla]",),
   ),
   Mutation(
     "the kernel takes a block that attention never reached for resident",
     MAPS,
-    "enters = kept & ~hit",
-    "enters = (slot >= 0) & ~hit",
+    "enters = reached & (place >= 0)",
+    "enters = place >= 0",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[interpret]",),
   ),
   Mutation(
     "a hit is no use",
     MAPS,
-    "touched = _only(reached & (slot >= 0), slot, n_slots)",
+    "touched = jnp.where(reached & located.hit, located.slot, into)",
     "touched = into",
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[xla]",),
   ),

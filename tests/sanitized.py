@@ -44,23 +44,22 @@ def ops():
   slot = jnp.where(slot % 3 == 1, -1, slot)  # the last slot stays
   blocks = jnp.stack([distinct(M, B, N) for _ in range(K)], 1).at[1, :, -1].set(-1)
   maps = kernels.Maps.empty(K, L, M, P)
-  steps, used = jnp.arange(B), jnp.full((B, K), N)
+  steps = jnp.arange(B)
 
   def step(implementation, threshold=None, group=None):
     options = dict(implementation=implementation)
-    order = lambda since: kernels.EvictionOrder(victims, jnp.int32(since))  # noqa: E731
-    first = kernels.propose(maps, order(1), layer, blocks[:, :, :2], **options)
-    held = kernels.commit(maps, layer, first, used, jnp.int32(1), steps, **options)
-    reads = kernels.propose(held, order(2), layer, blocks, group=group, **options)
-    count = jnp.minimum(used, (blocks >= 0).sum(-1))
-    partial, n_used, filled = kernels.attend(
-      random_q, tail, jnp.arange(B), jnp.full(B, 3), pool, slots, layer, reads, count,
-      always=0, threshold=threshold, scale=0.1, **options,
-    )  # fmt: skip
-    after = kernels.commit(held, layer, reads, n_used, jnp.int32(2), steps, **options)
-    return filled, after, n_used, jnp.isfinite(partial.output)
+    two = jnp.full((B, K), 2)
+    first = kernels.propose(maps, kernels.Victims(order, jnp.int32(1)), layer, blocks[:, :, :2], two, **options)
+    held = kernels.commit(maps, layer, first, two, jnp.int32(1), steps, **options)
+    length = (blocks >= 0).sum(-1)
+    victims = kernels.Victims(order, jnp.int32(2))
+    located = kernels.propose(held, victims, layer, blocks, length, group=group, **options)
+    tails, stop = kernels.Tails(tail, jnp.arange(B), jnp.full(B, 3)), threshold and kernels.Stop(threshold, untested=0)
+    partial, attended, filled = kernels.attend(q, tails, pool, slots, layer, located, stop, **options)
+    after = kernels.commit(held, layer, located, attended, jnp.int32(2), steps, **options)
+    return filled, after, attended, jnp.isfinite(partial.output)
 
-  random_q, victims = random(B, K, G, D), distinct(P, P)  # in any order: what was used is passed over
+  q, order = random(B, K, G, D), distinct(P, P)  # in any order: what was used is passed over
   yield "attend", step
   yield "progressive", lambda i: step(i, 0.9, 2)
   to_slot = jnp.where(blocks[0] >= 0, distinct(P, K, N), -1)[None]

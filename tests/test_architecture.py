@@ -17,7 +17,12 @@ RANKS = {
   "pallas_kernels": 0,
   f"{PACKAGE}.config": 1,
   f"{PACKAGE}.runtime": 1,
+  f"{PACKAGE}.mesh": 1,
   f"{PACKAGE}.processes": 1,
+  f"{PACKAGE}.files": 1,
+  f"{PACKAGE}.tokenizing": 1,
+  f"{PACKAGE}.tasks": 1,
+  f"{PACKAGE}.workloads": 2,
   f"{PACKAGE}.buckets": 2,
   f"{PACKAGE}.models": 3,
   f"{PACKAGE}.attention": 3,
@@ -27,8 +32,8 @@ RANKS = {
   f"{PACKAGE}.llm": 6,
   PACKAGE: 7,
   f"{PACKAGE}.results": 8,
-  f"{PACKAGE}.evaluation": 8,
-  f"{PACKAGE}.training": 9,
+  f"{PACKAGE}.training": 8,
+  f"{PACKAGE}.evaluation": 9,
   f"{PACKAGE}.benchmarks": 9,
   "experiments": 10,
 }
@@ -39,8 +44,13 @@ WITHOUT_JAX = [
   f"{PACKAGE}.serving.request",
   f"{PACKAGE}.serving.plan",
   f"{PACKAGE}.serving.metrics",
-  f"{PACKAGE}.serving.workload",
+  f"{PACKAGE}.serving.clock",
+  f"{PACKAGE}.serving.run",
+  f"{PACKAGE}.serving.loop",
+  f"{PACKAGE}.serving.timeline",
   f"{PACKAGE}.memory.allocator",
+  f"{PACKAGE}.tasks",
+  f"{PACKAGE}.workloads",
 ]
 
 FILE_LINES = 500

@@ -16,7 +16,7 @@ import pytest
 from sparse_serve_jax.benchmarks import timing
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
-from sparse_serve_jax.models import llama
+from sparse_serve_jax.models import init_params
 from sparse_serve_jax.results import Rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +99,7 @@ def test_bench_step(tmp_path):
   cases = [f"{policy} {n} miss {share}%" for n in ("2x128", "1x256") for policy, share in POLICIES]
   assert list(results) == ["dense part-batch 2", *(f"step-{case}" for case in cases)]
   cfg = read_config(ModelConfig, find_config("models", "tiny"))
-  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llama.empty_params(cfg)))
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(init_params(cfg, 0)))
   unread = 0 if cfg.tie_embeddings else (cfg.vocab_size - 2) * cfg.d_model * 4  # of the embedding: two rows are read
   assert results["dense part-batch 2"]["moved"] == {"hbm": weights - unread}
   whole, half, _, other, *_ = rows = [results[f"step-{case}"] for case in cases]

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, SparseConfig
+from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Capacity, Plan, StepResult, StepStats
+from sparse_serve_jax.serving.plan import Plan, StepResult, StepStats
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.scheduler import Scheduler
 from tests.tiny import config, prompt_of, tiny_model, with_slots
@@ -39,22 +40,17 @@ def engine_config(mode: str, S: int = 32, max_batch: int = 64) -> EngineConfig:
   return EngineConfig(CacheConfig(block_tokens=S), SparseConfig(token_budget=4096), scheduler)
 
 
-def capacity(n_layers: int, max_context: int, S: int, rows: int = 8) -> Capacity:
-  return Capacity(
-    pool_blocks=rows * -(-max_context // S),
-    slots=0,
-    rows=rows,
-    max_context=max_context,
-    n_layers=n_layers,
-    n_kv_heads=8,
-    block_bytes=1,
-    fixed_hbm_bytes=0,
-  )
+def sizes(n_layers: int, max_context: int, S: int, lanes: int = 8) -> CacheShape:
+  blocks = lanes * -(-max_context // S)
+  return CacheShape(
+    K=8, L=n_layers, M=blocks, P=0, R=lanes, S=S, D=4, E=0, dtype="float32", offload=True,
+    max_context=max_context, slab_tokens=0,
+  )  # fmt: skip
 
 
-def planned(conf: EngineConfig, sizes: Capacity, prompts: list[int], n_output: int = 1) -> list[Plan]:
+def planned(conf: EngineConfig, shape: CacheShape, prompts: list[int], n_output: int = 1) -> list[Plan]:
   """Every plan of the scheduler for prompts of these lengths that are all there from the start."""
-  scheduler = Scheduler(conf, sizes)
+  scheduler = Scheduler(conf, shape)
   for i, n in enumerate(prompts):
     scheduler.add(Request(str(i), np.zeros(n, np.int32), n_output, arrival_time=0.0))
   plans = []
@@ -105,9 +101,9 @@ def test_prompts_above_2k_are_padded_by_an_eighth_at_most(mode: str):
 @pytest.mark.parametrize("mode", MODES)
 def test_pieces_are_the_schedulers(mode: str):
   conf, n_layers = engine_config(mode), 16
-  sizes = capacity(n_layers, LONGEST, 32)
+  shape = sizes(n_layers, LONGEST, 32)
   for n in (1, 31, 2048, 2049, 2816, 2817, 3000, 3001, 12289, 16384, 16385, 32768, 32769, 50001, LONGEST - 1):
-    assert first_layer(planned(conf, sizes, [n])) == pieces_alone(conf, n_layers, n)
+    assert first_layer(planned(conf, shape, [n])) == pieces_alone(conf, n_layers, n)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -163,7 +159,7 @@ def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers,
   buckets = Buckets.of(conf, n_layers, max_context)
   listed = set(buckets.programs())
   full = chunk_blocks * S if prefill == "chunked" else inject or 2048 * n_layers
-  for plan in planned(conf, capacity(n_layers, max_context, S), prompts, n_output=2):
+  for plan in planned(conf, sizes(n_layers, max_context, S), prompts, n_output=2):
     assert programs_of(buckets, plan) <= listed
     for work in plan.prefill:
       n = len(work.tokens)
@@ -204,7 +200,7 @@ def test_nothing_is_compiled_in_steady_state():
     serve(lengths, seed, stop_token_ids=[3, 4], min_tokens=6)
 
   def serve(lengths: list[int], seed: int, **first):
-    engine = Engine(conf, model, executor)
+    engine = Engine(executor)
     options = [first, *[{}] * (len(lengths) - 1)]
     requests = [engine.add_request(prompt_of(n, seed + n), 6, **o) for n, o in zip(lengths, options, strict=True)]
     cancelled = engine.add_request(prompt_of(700), 6)
@@ -261,7 +257,7 @@ def test_programs_hold_no_second_cache(policy: str, monkeypatch):
   executor = JaxExecutor(conf, model)
   for name in ("decode", "prefill"):
     monkeypatch.setattr(executor.programs, name, spied(getattr(executor.programs, name), name))
-  engine = Engine(conf, model, executor)
+  engine = Engine(executor)
   engine.add_request(prompt_of(100), 3)
   engine.run()
 

@@ -23,12 +23,8 @@ K, L, M, P = 2, 2, 7, 5
 B, N = 2, 3  # rows of a decode step, blocks that one selects
 LARGEST = 4  # blocks of a request
 
-eviction_order, commit, release = (
-  jax.jit(residency.eviction_order),
-  jax.jit(residency.commit),
-  jax.jit(residency.release),
-)
-propose = jax.jit(lambda *args: residency.propose(*args[:-1], taken=args[-1]))
+propose, commit, release = jax.jit(residency.propose), jax.jit(residency.commit), jax.jit(residency.release)
+oldest_first = jax.jit(lambda maps, since: residency.victims(residency.ages(maps, since), since))
 store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
 
 
@@ -112,32 +108,34 @@ class CacheMachine(RuleBasedStateMachine):
       self.steps[request] += 1
     since = self.iteration * L
     order = sorted(range(P), key=lambda p: (self.stamp[p], p))
-    victims = eviction_order(self.maps, np.int32(since))
-    taken = np.int32(0)
+    victims = oldest_first(self.maps, np.int32(since))
+    given = np.int32(0)
     for layer in range(L):
-      blocks, used = np.full((B, K, N), -1, np.int32), np.zeros((B, K), np.int32)
+      blocks, attended = np.full((B, K, N), -1, np.int32), np.zeros((B, K), np.int32)
       for b, k in np.ndindex(len(chosen), K):
         of_head = rng.permutation(self.requests[chosen[b]])[:N]
         blocks[b, k, : len(of_head)] = of_head
-        used[b, k] = rng.integers(0, len(of_head) + 1)
-      reads = propose(self.maps, victims, np.int32(layer), blocks, taken)
-      self.check_reads(layer, blocks, reads, order[taken:], since)
-      blocks, slot, hit = (np.asarray(x) for x in (reads.blocks, reads.slot, reads.hit))
-      reached = np.arange(N) < used[..., None]
-      taken += np.int32((reached & ~hit).sum())
+        attended[b, k] = rng.integers(0, len(of_head) + 1)
+      length = (blocks >= 0).sum(-1, dtype=np.int32)
+      located = propose(self.maps, victims, np.int32(layer), blocks, length, given=given)
+      self.check_located(layer, blocks, located, order[given:], since)
+      blocks, slot, place = (np.asarray(x) for x in (located.blocks, located.slot, located.place))
+      reached, hit = np.arange(N) < attended[..., None], slot >= 0
+      given += np.int32((reached & ~hit).sum())
       for b, k, i in zip(*np.nonzero(reached & hit), strict=True):  # what attention reads
         assert (np.asarray(self.slots)[slot[b, k, i]] == self.content[k, layer, blocks[b, k, i]]).all()
-      self.slots = load(self.pool, self.slots, np.int32(layer), np.where(reached & ~hit, blocks, -1), slot)
-      self.maps = commit(self.maps, np.int32(layer), reads, used, np.int32(since + layer), steps)
+      self.slots = load(self.pool, self.slots, np.int32(layer), np.where(reached, blocks, -1), place)
+      self.maps = commit(self.maps, np.int32(layer), located, attended, np.int32(since + layer), steps)
       for b, k, i in zip(*np.nonzero(reached), strict=True):
         key = (int(k), layer, int(blocks[b, k, i]))
         self.selected[key] = int(steps[b])
-        if slot[b, k, i] >= 0:
-          self.held[int(slot[b, k, i])] = key
-          self.stamp[int(slot[b, k, i])] = since + layer
+        at = max(int(slot[b, k, i]), int(place[b, k, i]))
+        if at >= 0:
+          self.held[at] = key
+          self.stamp[at] = since + layer
     self.end(lag)
 
-  def check_reads(self, layer, blocks, reads, order, since):
+  def check_located(self, layer, blocks, located, order, since):
     """Hits first, where the dictionary has them; misses to the slots not yet taken, oldest first, in turn."""
     where = {key: p for p, key in self.held.items()}
     wanted = {index: where.get((index[1], layer, blocks[index])) for index in map(tuple, np.argwhere(blocks >= 0))}
@@ -145,15 +143,15 @@ class CacheMachine(RuleBasedStateMachine):
     total, turn = sum(slot is None for slot in wanted.values()), 0
     for b, k in np.ndindex(B, K):
       ranks = [(b, k, i) for i in range(N) if (b, k, i) in wanted]
-      hits = [(blocks[at], wanted[at]) for at in ranks if wanted[at] is not None]
+      hits = [(blocks[at], wanted[at], -1) for at in ranks if wanted[at] is not None]
       misses = []
       for at in (at for at in ranks if wanted[at] is None):
         free = (p for p in order[turn::total] if p not in claimed and self.stamp[p] < since)
-        misses.append((blocks[at], next(free, -1)))
+        misses.append((blocks[at], -1, next(free, -1)))
         turn += 1
-      actual = list(zip(reads.blocks[b, k].tolist(), reads.slot[b, k].tolist(), strict=True))
-      assert actual == hits + misses + [(-1, -1)] * (N - len(ranks))
-      assert reads.n_hits[b, k].tolist() == [len(hits)]
+      actual = list(zip(*(x[b, k].tolist() for x in located[:3]), strict=True))
+      assert actual == hits + misses + [(-1, -1, -1)] * (N - len(ranks))
+      assert located.n_hits[b, k].tolist() == [len(hits)]
 
   @precondition(lambda self: self.requests)
   @rule(data=st.data())

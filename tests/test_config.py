@@ -31,12 +31,14 @@ from sparse_serve_jax.config import (
   to_json,
 )
 from sparse_serve_jax.training.config import TrainConfig
+from sparse_serve_jax.workloads import ArrivalConfig, WorkloadConfig, load_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
   "serving": (EngineConfig, functools.partial(read_config, EngineConfig)),
   "models": (ModelConfig, functools.partial(read_config, ModelConfig)),
   "training": (TrainConfig, functools.partial(read_config, TrainConfig)),
+  "workloads": (WorkloadConfig, load_workload),
 }
 LADDER = ("dense", "sparse", "sparse_offload", "sparse_serve", "psa")
 SHAPE = dict(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_context=512)
@@ -95,7 +97,7 @@ def test_configs_are_found_in_an_installed_package(tmp_path: Path):
   (tmp_path / "configs/serving").mkdir(parents=True)  # another package's, beside ours
   code = "from sparse_serve_jax import config; print(config.__file__, config.load_config('psa').sparse.policy)"
   out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-  assert out.split() == [str(tmp_path / "sparse_serve_jax/config.py"), "psa"]
+  assert out.split() == [str(tmp_path / "sparse_serve_jax/config/__init__.py"), "psa"]
 
 
 def test_every_field_is_read():
@@ -111,6 +113,7 @@ def test_every_field_is_read():
         read.add(node.attr)
       waiting.extend(ast.iter_child_nodes(node))
   classes = [RopeConfig, ModelConfig, CacheConfig, SparseConfig, SchedulerConfig, EngineConfig]
+  classes += [ArrivalConfig, WorkloadConfig]
   idle = [f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in read]
   assert not idle
 
@@ -193,6 +196,36 @@ def test_extends_in_a_long_circle(tmp_path: Path):
     load_config(write(tmp_path, "c", {"extends": "b"}))
 
 
+def test_a_file_elsewhere_extends_a_shipped_one(tmp_path: Path):
+  """A file beside it of the same name comes first, and a file may extend the shipped one of its own name."""
+  psa, dense = load_config("psa"), load_config("dense")
+  mine = write(tmp_path, "mine", {"extends": "psa", "cache": {"rows": 3}})
+  assert load_config(mine) == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, rows=3))
+  own = write(tmp_path, "dense", {"extends": "dense", "cache": {"rows": 5}})
+  assert load_config(own) == dataclasses.replace(dense, cache=dataclasses.replace(dense.cache, rows=5))
+  write(tmp_path, "psa", {"tp": 2})
+  assert load_config(mine) == EngineConfig(CacheConfig(rows=3), tp=2)
+  with pytest.raises(ValueError, match=r"'extends' names 'pso', which is none of: .*sparse_offload.*mine"):
+    load_config(write(tmp_path, "bad", {"extends": "pso"}))
+  (tmp_path / "models").mkdir()
+  with pytest.raises(ValueError, match="'extends' names 'dense'"):  # a model extends models
+    read_config(ModelConfig, write(tmp_path / "models", "shape", {"extends": "dense"}))
+
+
+def test_a_dict_is_what_a_file_holds():
+  psa = load_config("psa")
+  assert load_config({}) == load_config(EngineConfig()) == EngineConfig()
+  assert load_config({"cache": {"hbm_bytes": "1MiB"}, "tp": 2}) == EngineConfig(CacheConfig(hbm_bytes=1 << 20), tp=2)
+  changed = load_config({"extends": "psa", "cache": {"rows": 3}})
+  assert changed == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, rows=3))
+  whole = load_config({"extends": "psa", "cache": CacheConfig(rows=3)})
+  assert whole == dataclasses.replace(psa, cache=CacheConfig(rows=3))
+  with pytest.raises(ValueError, match="unknown key 'tpp'.*'tp'"):
+    load_config({"extends": "psa", "tpp": 2})
+  with pytest.raises(ValueError, match="unknown key 1"):
+    load_config({1: 2})
+
+
 def test_unknown_name_lists_what_there_is():
   with pytest.raises(ValueError, match="'pso'.*dense, psa, sparse, sparse_offload, sparse_serve"):
     load_config("pso")
@@ -251,6 +284,19 @@ def test_override_applies_assignments_together():
   """Neither alone would hold sinks and window in its budget."""
   changed = override(EngineConfig(), ["sparse.sink_tokens=2048", "sparse.token_budget=4096"])
   assert changed.sink_blocks == 64 and changed.budget_blocks == 128
+
+
+def test_override_takes_one_assignment_or_a_dict():
+  expected = override(EngineConfig(), ["cache.hbm_bytes=1MiB", "sparse.sink_tokens=96", "tp=2"])
+  nested = {"cache": {"hbm_bytes": "1MiB"}, "sparse": {"sink_tokens": 96}, "tp": 2}
+  dotted = {"cache.hbm_bytes": 1 << 20, "sparse.sink_tokens": 96, "tp": 2}
+  assert override(EngineConfig(), nested) == override(EngineConfig(), dotted) == expected
+  assert override(EngineConfig(), "tp=2") == EngineConfig(tp=2)
+  assert override(expected, {}) == override(expected, ()) == expected
+  with pytest.raises(ValueError, match="unknown key 'cache.hbm'; the nearest is 'cache.hbm_bytes'"):
+    override(EngineConfig(), {"cache": {"hbm": 1}})
+  with pytest.raises(ValueError, match="tp: expected int, got '2'"):  # values are not text
+    override(EngineConfig(), {"tp": "2"})
 
 
 def test_override_of_a_model_leaves_the_original():

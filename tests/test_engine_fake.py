@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import pytest
 from hypothesis import given
@@ -54,8 +53,7 @@ def test_eos_stops_unless_ignored():
   prompt = next([a, b] for a in range(EOS) for b in range(EOS) if continuation([a, b], 3)[1] == 44)
   tokens = continuation(prompt, 3)
   for ignore, expected, reason in [(False, tokens[:1], "stop"), (True, tokens, "length")]:
-    engine, _ = fake_engine()
-    engine._model = FakeModel(eos_token_ids=(44,))
+    engine, _ = fake_engine(model=FakeModel(eos_token_ids=(44,)))
     request = engine.add_request(prompt, 3, ignore_eos=ignore)
     engine.run()
     assert (request.output_tokens, request.finish_reason) == (expected, reason)
@@ -76,8 +74,7 @@ def test_no_stop_token_comes_before_min_tokens(min_tokens):
   stopped = lambda prompt, n: len(continuation(prompt, n + 1, stops=stops, min_tokens=n)) == n  # noqa: E731
   prompt = next(p for p in map(list, itertools.product(range(EOS), repeat=2)) if all(stopped(p, n) for n in range(3)))
   expected = continuation(prompt, 9, stops=stops, min_tokens=min_tokens)
-  engine, executor = fake_engine()
-  engine._model = FakeModel(eos_token_ids=(stops[0],))
+  engine, executor = fake_engine(model=FakeModel(eos_token_ids=(stops[0],)))
   request = engine.add_request(prompt, 9, stop_token_ids=stops[1:], min_tokens=min_tokens)
   other = engine.add_request(prompt, 9)
   engine.run()
@@ -89,8 +86,7 @@ def test_no_stop_token_comes_before_min_tokens(min_tokens):
 
 def test_what_min_tokens_bans():
   """Stop tokens that can come, and so neither an EOS that is ignored nor an id beyond the vocabulary."""
-  engine, executor = fake_engine()
-  engine._model = FakeModel(eos_token_ids=(44,))
+  engine, executor = fake_engine(model=FakeModel(eos_token_ids=(44,)))
   many = [*range(MAX_BANNED - 1), -1, VOCAB, 2**40]
   added = [
     engine.add_request([1], 3, stop_token_ids=many, min_tokens=2),
@@ -251,8 +247,8 @@ def test_usage_is_counted():
   usage = engine.usage
   assert usage.blocks_attended == 4 * 3 * 3 and usage.blocks_loaded == 3 * 3 and usage.hbm_hit_rate == 0.75
   assert usage.blocks_saved == usage.iterations == len(executor.plans)
-  assert usage.peak_hbm_kv_bytes == 100 + 2 * 64  # at most two rows decode
-  assert usage.dram_kv_bytes == 3 * 2 * 2 * 2 * 64  # requests, their blocks, layers, heads, bytes
+  assert usage.peak_hbm_kv_bytes == executor.shape.fixed_bytes + 2 * 256  # at most two rows decode
+  assert usage.dram_kv_bytes == 3 * 2 * 2 * 2 * 256  # requests, their blocks, layers, heads, bytes
 
 
 def test_the_observer_sees_every_plan_with_its_result_in_order():
@@ -276,32 +272,8 @@ def test_the_observer_sees_every_plan_with_its_result_in_order():
   assert delivered == [True] * 3 * 6
 
 
-@pytest.mark.parametrize("error", [OSError("device gone"), KeyboardInterrupt()])
-def test_after_a_failed_dispatch_only_a_new_engine_goes_on(error):
-  engine, executor = fake_engine()
-  request = engine.add_request([1, 2], 9, request_id="a")
-  engine.step(), engine.step()
-  assert not engine.failed
-  submit = executor.submit
-
-  def failing(plan: Plan):
-    executor.submit = submit
-    raise error
-
-  executor.submit = failing
-  with pytest.raises(type(error)):
-    engine.step()
-  assert engine.failed
-  n_plans = len(executor.plans)
-  for go_on in (lambda: engine.add_request([1], 3), engine.step, engine.run):
-    with pytest.raises(RuntimeError, match=f"within an iteration: {re.escape(repr(error))}; make a new one"):
-      go_on()
-  assert len(executor.plans) == n_plans and request.output_tokens == continuation([1, 2], len(request.output_tokens))
-
-
-@pytest.mark.parametrize("error", [OSError("late"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [1, 2, 5])
-def test_a_read_that_fails_once_is_made_again(error, at):
+def test_a_read_that_is_interrupted_is_made_again(at):
   """By the next step; every request gets all its tokens, once."""
   seen: dict[str, list[int]] = {"a": [], "b": []}
   engine, executor = fake_engine(SchedulerConfig(max_inject_tokens=24))
@@ -312,11 +284,11 @@ def test_a_read_that_fails_once_is_made_again(error, at):
 
   def failing(plan: Plan) -> StepResult:
     if next(reads) == at:
-      raise error
+      raise KeyboardInterrupt
     return execute(plan)
 
   executor.execute = failing
-  with pytest.raises(type(error)):
+  with pytest.raises(KeyboardInterrupt):
     engine.run()
   assert not engine.failed
   ended = engine.run()
@@ -327,7 +299,7 @@ def test_a_read_that_fails_once_is_made_again(error, at):
 
 
 def test_metrics_of_a_request_cancelled_before_admission():
-  engine, _ = fake_engine(rows=1)
+  engine, _ = fake_engine(R=1)
   engine.add_request([1, 2], 9)
   waiting = engine.add_request([3], 9, request_id="waiting")
   engine.step(), engine.step()
@@ -353,10 +325,10 @@ def situations(draw):
     working_set_steps=draw(st.integers(1, 4)),
   )
   changes = {
-    "pool_blocks": draw(st.integers(5, 12)),
-    "slots": draw(st.sampled_from([0, 1, 12, 40])),
-    "rows": draw(st.integers(1, 4)),
-    "n_layers": draw(st.integers(1, 3)),
+    "M": draw(st.integers(5, 12)),
+    "P": draw(st.sampled_from([0, 1, 12, 40])),
+    "R": draw(st.integers(1, 4)),
+    "L": draw(st.integers(1, 3)),
   }
   prompt = st.lists(st.integers(0, EOS), min_size=1, max_size=28)
   n_tokens = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.just(0) | st.integers(0, n)))

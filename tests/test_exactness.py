@@ -94,7 +94,7 @@ def test_dense_over_a_pool_in_hbm(device):
   conf = config("cache.offload=false", "sparse.policy=dense", "scheduler.batch_control=none")
   tokens, engine = serve(conf, tiny_model(), PROMPTS, N)
   assert tokens == oracle()
-  assert engine._executor.capacity.slots == 0
+  assert engine._executor.shape.P == 0
   assert engine.usage.blocks_loaded == 0
 
 
@@ -196,7 +196,7 @@ def test_alone_equals_in_a_batch(device):
   plans: list[Plan] = []
   engine = new_engine(sparse, model, observer=lambda plan, result: plans.append(plan))
   executor = engine._executor
-  assert isinstance(executor, JaxExecutor) and executor.capacity.pool_blocks == 40
+  assert isinstance(executor, JaxExecutor) and executor.shape.M == 40
   requests = [engine.add_request(p, N) for p in prompts[:4]]
   doomed, started, paused = [], 4, 0
   for step in range(10_000):
@@ -218,11 +218,11 @@ def test_alone_equals_in_a_batch(device):
       doomed = []
   assert [r.output_tokens for r in requests] == alone
   assert paused > 20
-  tables = {row.request_id: row.table for plan in plans for row in plan.decode}
+  tables = {admission.request_id: admission.table for plan in plans for admission in plan.admit}
   assert len(tables) > len(prompts) and all((np.diff(table) < 0).any() for table in tables.values())  # none ascends
   assert not engine.has_work
-  cache = executor.cache  # everything is freed
-  assert (np.asarray(cache.maps.slot_of) == -1).all() and (np.asarray(cache.maps.block_of) == -1).all()
+  maps = executor.cache.hot.maps  # everything is freed
+  assert (np.asarray(maps.slot_of) == -1).all() and (np.asarray(maps.block_of) == -1).all()
 
 
 @CPU_AND_GPU
@@ -296,11 +296,13 @@ def test_the_pool_is_pinned_host_memory_and_written_in_place():
   model = tiny_model()
   conf = with_slots(config("sparse.token_budget=64"), 9, model)
   executor = JaxExecutor(conf, model)
-  engine = Engine(conf, model, executor)
-  pointers = lambda: [  # noqa: E731
-    getattr(executor.cache, name).addressable_data(0).unsafe_buffer_pointer()
-    for name in ("pool", "slots", "digest", "tail")
-  ]
+  engine = Engine(executor)
+
+  def pointers() -> list[int]:
+    cache, hot = executor.cache, executor.cache.hot
+    arrays = cache.pool, hot.slots, hot.digest, hot.tail, hot.tables
+    return [array.addressable_data(0).unsafe_buffer_pointer() for array in arrays]
+
   before = pointers()
   assert executor.cache.pool.sharding.memory_kind == "pinned_host"
   engine.add_request(PROMPTS[0], N)

@@ -15,7 +15,7 @@ from pallas_kernels.residency import NEVER, Maps
 from pallas_kernels.score import box
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.evaluation.selections import Trace
-from sparse_serve_jax.models import llama
+from sparse_serve_jax.models import init_params, llama
 
 # Written by experiments.accuracy, as all in that folder.
 TRACE = Path(__file__).resolve().parent.parent / "models" / "reference" / "traces" / "recite_16384_2048.npz"
@@ -36,7 +36,7 @@ def drifting(rows: int, layers: int) -> np.ndarray:
 def recorded(rows: int, layers: int) -> np.ndarray:
   """Selections by cuboid-mean of a model with random weights while it reads random text, a request a row."""
   cfg = read_config(ModelConfig, find_config("models", "tiny"))
-  params, size = llama.init_params(cfg, 0), 8
+  params, size = init_params(cfg, 0), 8
   assert cfg.n_kv_heads == K and cfg.n_layers >= layers
 
   def select(tokens):
@@ -92,14 +92,14 @@ def ours(trace: np.ndarray, n_slots: int) -> float:
 
   def step(carry, of_step):
     maps, clock = carry
-    victims, hits, taken = residency.eviction_order(maps, clock * layers), 0, jnp.int32(0)
+    since, hits, given = clock * layers, 0, jnp.int32(0)
+    victims, whole = residency.victims(residency.ages(maps, since), since), jnp.full((rows, n_heads), n)
     for layer in range(layers):
       blocks = of_step[layer] + (jnp.arange(rows) * n_blocks)[:, None, None]
-      reads = residency.propose(maps, victims, layer, blocks, taken=taken)
-      hits += reads.n_hits.sum()
-      taken += blocks.size - reads.n_hits.sum()
-      used, steps = jnp.full((rows, n_heads), n), jnp.zeros(rows, jnp.int32)
-      maps = residency.commit(maps, layer, reads, used, clock * layers + layer, steps)
+      located = residency.propose(maps, victims, layer, blocks, whole, given=given)
+      hits += located.n_hits.sum()
+      given += blocks.size - located.n_hits.sum()
+      maps = residency.commit(maps, layer, located, whole, since + layer, jnp.zeros(rows, jnp.int32))
     return (maps, clock + 1), hits
 
   start = Maps(empty, slots, slots, jnp.full_like(empty, NEVER)), jnp.int32(0)

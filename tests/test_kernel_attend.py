@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
-from pallas_kernels.residency import Reads
+from pallas_kernels.residency import Located
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, Shape, assert_rows_close, assert_same_bits
 
 
@@ -21,7 +21,7 @@ from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, Shape, assert_
 class Row:
   """One row of a case, with its truth: K and V of every block of its list, before any of it is hidden."""
 
-  count: int
+  length: int
   tail_tokens: int
   where: str = "mixed"  # of its blocks: hit, miss, mixed, or homeless (misses that get no slot)
   padding: bool = False
@@ -45,7 +45,7 @@ class Expected(NamedTuple):
   output: np.ndarray  # [B, K, G, D] float64
   lse: np.ndarray  # [B, K, G]
   largest: np.ndarray  # [B, K, G], the largest product
-  used: np.ndarray  # [B, K]
+  attended: np.ndarray  # [B, K]
   margin: float  # of the closest stop test
 
 
@@ -57,12 +57,12 @@ def random_case(seed: int, shape: Shape, rows: list[Row], n: int, dtype: str = "
   return Case(make(B, K, G, D, spread=1.5), rows, make(B, K, n, 2, S, D), make(B, K, 2, S, D))
 
 
-def expect(case: Case, always: int, group: int, threshold: float | None, swap: bool = False) -> Expected:
+def expect(case: Case, untested: int, group: int, threshold: float | None, swap: bool = False) -> Expected:
   """Attention by loops over float64, and PSA's stop rule by its formula (arXiv 2503.00392, section 2.2)."""
   B, K, G, D = case.q.shape
   k_at, v_at = (1, 0) if swap else (0, 1)
   output, lse = np.zeros((B, K, G, D)), np.full((B, K, G), -np.inf)
-  largest, used = np.full((B, K, G), -np.inf), np.zeros((B, K), np.int32)
+  largest, attended = np.full((B, K, G), -np.inf), np.zeros((B, K), np.int32)
   margin = np.inf
   for b, k in np.ndindex(B, K):
     row, q = case.rows[b], case.q[b, k].astype(np.float64)
@@ -81,20 +81,20 @@ def expect(case: Case, always: int, group: int, threshold: float | None, swap: b
       return of_keys
 
     attend_to(case.tail[b, k, k_at, : row.tail_tokens], case.tail[b, k, v_at, : row.tail_tokens])
-    for i in range(row.count):
+    for i in range(row.length):
       of_block = attend_to(case.kv[b, k, i, k_at], case.kv[b, k, i, v_at])
-      used[b, k] += 1
-      if i < always:
+      attended[b, k] += 1
+      if i < untested:
         continue
       smallest = np.minimum(smallest, of_block)
-      if threshold is not None and (i + 1 - always) % group == 0 and i + 1 < row.count:
-        accumulated = mass / (mass + smallest * (row.count - i - 1))
+      if threshold is not None and (i + 1 - untested) % group == 0 and i + 1 < row.length:
+        accumulated = mass / (mass + smallest * (row.length - i - 1))
         margin = min(margin, abs(accumulated.min() - threshold))
         if (accumulated > threshold).all():
           break
     if mass.any():
       output[b, k], lse[b, k] = weighted / mass[:, None], np.log(mass)
-  return Expected(output, lse, largest, used, margin)
+  return Expected(output, lse, largest, attended, margin)
 
 
 class Laid(NamedTuple):
@@ -104,7 +104,7 @@ class Laid(NamedTuple):
   slots_after: np.ndarray
 
 
-def lay_out(case: Case, used: np.ndarray, group: int, seed: int = 0, n_slots: int | None = None) -> Laid:
+def lay_out(case: Case, attended: np.ndarray, group: int, seed: int = 0, n_slots: int | None = None) -> Laid:
   """Puts the tokens that may be read into tail, pool and slots at random places, in one layer of two.
 
   Within each `group` of a list, what is in slots comes first.
@@ -116,8 +116,8 @@ def lay_out(case: Case, used: np.ndarray, group: int, seed: int = 0, n_slots: in
   nan = functools.partial(np.full, fill_value=np.nan, dtype=case.kv.dtype)
   tail, pool, slots, after = nan((K, L, R, 2, S, D)), nan((K, L, M, 2, S, D)), nan((P, 2, S, D)), nan((P, 2, S, D))
   blocks, slot, hit = (np.zeros((B, K, n), t) for t in (np.int32, np.int32, bool))
-  rows = rng.permutation(R)[:B].astype(np.int32)
-  rows[[row.padding for row in case.rows]] = R
+  lanes = rng.permutation(R)[:B].astype(np.int32)
+  lanes[[row.padding for row in case.rows]] = R
   free = rng.permutation(P).tolist()
   for k in range(K):
     blocks[:, k] = rng.permutation(M)[: B * n].reshape(B, n)
@@ -127,9 +127,9 @@ def lay_out(case: Case, used: np.ndarray, group: int, seed: int = 0, n_slots: in
     homeless = where == "homeless" or (where == "mixed" and rng.random() < 0.3)
     slot[b, k, i] = free.pop() if P and (hit[b, k, i] or not homeless) else -1
     hit[b, k, i] &= P > 0
-    if i >= case.rows[b].count:  # as `Selector.select` gives them
+    if i >= case.rows[b].length:  # as `Selector.select` gives them
       blocks[b, k, i], slot[b, k, i], hit[b, k, i] = -1, -1, False
-    if i < used[b, k]:
+    if i < attended[b, k]:
       if hit[b, k, i]:
         slots[slot[b, k, i]] = case.kv[b, k, i]
       else:
@@ -138,38 +138,37 @@ def lay_out(case: Case, used: np.ndarray, group: int, seed: int = 0, n_slots: in
         after[slot[b, k, i]] = case.kv[b, k, i]
   for b, row in enumerate(case.rows):
     if not row.padding:
-      tail[:, layer, rows[b], :, : row.tail_tokens] = case.tail[b, :, :, : row.tail_tokens]
+      tail[:, layer, lanes[b], :, : row.tail_tokens] = case.tail[b, :, :, : row.tail_tokens]
   column = lambda name: np.array([getattr(row, name) for row in case.rows], np.int32)  # noqa: E731
-  count = np.repeat(column("count")[:, None], K, 1)
+  length = np.repeat(column("length")[:, None], K, 1)
   hits = np.zeros((B, K, -(-n // group)), np.int32)
   for b, k, j in np.ndindex(*hits.shape):
     ranks = np.arange(j * group, min(n, (j + 1) * group))
     order = ranks[np.argsort(~hit[b, k, ranks], kind="stable")]
     blocks[b, k, ranks], slot[b, k, ranks] = blocks[b, k, order], slot[b, k, order]
-    hits[b, k, j] = hit[b, k, ranks].sum()
-  reads = Reads(blocks, slot, hits)
-  arguments = (case.q, tail, rows, column("tail_tokens"), pool, slots, np.int32(layer), reads, count)
-  return Laid(arguments, after)
+    hit[b, k, ranks], hits[b, k, j] = hit[b, k, order], hit[b, k, ranks].sum()
+  located = Located(blocks, np.where(hit, slot, -1), np.where(hit, -1, slot), hits, length)
+  tails = kernels.Tails(tail, lanes, column("tail_tokens"))
+  return Laid((case.q, tails, pool, slots, np.int32(layer), located), after)
 
 
 @functools.cache
-def attend_program(implementation: str, scale: float, always: int, threshold: float | None):
-  options = dict(always=always, threshold=threshold, scale=scale, implementation=implementation)
-  return jax.jit(functools.partial(kernels.attend, **options))
+def attend_program(implementation: str, untested: int, threshold: float | None):
+  stop = None if threshold is None else kernels.Stop(threshold, untested)
+  return jax.jit(functools.partial(kernels.attend, stop=stop, implementation=implementation))
 
 
 def check_attend(
-  case: Case, implementation: str, always: int, group: int, threshold: float | None, n_slots: int | None = None
+  case: Case, implementation: str, untested: int, group: int, threshold: float | None, n_slots: int | None = None
 ) -> Expected:
-  expected = expect(case, always, group, threshold)
+  expected = expect(case, untested, group, threshold)
   assert expected.margin > 2e-6 or threshold == 1, "a stop test of this case is decided by rounding"
   n = case.kv.shape[2]
-  laid = lay_out(case, expected.used, n if threshold is None else min(group, n), n_slots=n_slots)
-  program = attend_program(implementation, case.scale, always, threshold)
-  partial, used, slots = program(*laid.arguments)
-  np.testing.assert_array_equal(used, expected.used)
+  laid = lay_out(case, expected.attended, n if threshold is None else min(group, n), n_slots=n_slots)
+  partial, attended, slots = attend_program(implementation, untested, threshold)(*laid.arguments)
+  np.testing.assert_array_equal(attended, expected.attended)
   assert_same_bits(slots, laid.slots_after)
-  assert all(x.dtype == jnp.float32 for x in partial) and used.dtype == jnp.int32
+  assert all(x.dtype == jnp.float32 for x in partial) and attended.dtype == jnp.int32
   assert_rows_close(partial.output, expected.output, TOLERANCE[str(case.q.dtype)])
   np.testing.assert_allclose(partial.lse, expected.lse, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(partial.m, expected.largest, rtol=1e-5, atol=1e-5)
@@ -211,18 +210,18 @@ def test_attend(name: str, implementation: str):
   """Ragged lists and tails of permuted blocks that hit, miss, or miss and get no slot; to the end or progressively."""
   shape, dtype, threshold = ATTEND[name]
   case = random_case(len(name), shape, RAGGED, N, dtype)
-  expected = check_attend(case, implementation, always=2, group=2, threshold=threshold)
-  counts = np.array([row.count for row in RAGGED])[:, None]
-  assert (expected.used < counts).any() == (threshold is not None)
+  expected = check_attend(case, implementation, untested=2, group=2, threshold=threshold)
+  lengths = np.array([row.length for row in RAGGED])[:, None]
+  assert (expected.attended < lengths).any() == (threshold is not None)
 
 
 @pytest.mark.parametrize("threshold", [0.01, None])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_attend_without_slots_to_less_than_always(implementation: str, threshold: float | None):
+def test_attend_without_slots_to_less_than_untested(implementation: str, threshold: float | None):
   """Lists shorter than sinks and window, which are one group: all of them is read."""
   case = random_case(3, Shape(2, 8, 16), [Row(3, 3, "miss"), Row(1, 8, "miss")], 3)
-  expected = check_attend(case, implementation, always=8, group=8, threshold=threshold, n_slots=0)
-  assert expected.used.tolist() == [[3, 3], [1, 1]]
+  expected = check_attend(case, implementation, untested=8, group=8, threshold=threshold, n_slots=0)
+  assert expected.attended.tolist() == [[3, 3], [1, 1]]
 
 
 @pytest.mark.parametrize("n_slots", [None, 0])
@@ -244,13 +243,11 @@ def test_blocks_beyond_4_gib():
   store = jax.jit(store, donate_argnums=0, out_shardings=host)
   pool = store(pool, case.kv[:, :, None, 1], np.int32(0), np.zeros(1, np.int32), np.array([n - 1], np.int32))
   fill = jax.jit(lambda kv: jnp.zeros((n, *kv.shape), kv.dtype).at[n - 1].set(kv))
-  reads = Reads(
-    np.array([[[0, n - 1]]], np.int32), np.array([[[n - 1, n - 2]]], np.int32), np.ones((1, 1, 1), np.int32)
-  )
-  row, count = np.zeros(1, np.int32), np.full((1, 1), 2, np.int32)
-  program = attend_program("triton", case.scale, 0, None)
-  tail, tokens = case.tail[:, :, None].swapaxes(0, 1), np.array([3], np.int32)
-  partial, _, slots = program(case.q, tail, row, tokens, pool, fill(case.kv[0, 0, 0]), np.int32(0), reads, count)
+  blocks, slot, place = (np.array([[ids]], np.int32) for ids in ([0, n - 1], [n - 1, -1], [-1, n - 2]))
+  located = Located(blocks, slot, place, np.ones((1, 1, 1), np.int32), np.full((1, 1), 2, np.int32))
+  tails = kernels.Tails(case.tail[:, :, None].swapaxes(0, 1), np.zeros(1, np.int32), np.array([3], np.int32))
+  program = attend_program("triton", 0, None)
+  partial, _, slots = program(case.q, tails, pool, fill(case.kv[0, 0, 0]), np.int32(0), located)
   assert_rows_close(partial.output, expect(case, 0, 2, None).output, TOLERANCE["bfloat16"])
   assert_same_bits(slots[n - 2], case.kv[0, 0, 1])
 
@@ -286,24 +283,24 @@ def scored_case(log_mass: list, tail_tokens: list[int] | int, tail_log_mass: lis
   return Case(q, rows, kv, tail)
 
 
-def stops_at(case: Case, implementation: str, always: int, group: int, threshold: float, n: int) -> list[int]:
-  """Blocks used in the first n rows, found right."""
-  return check_attend(case, implementation, always, group, threshold).used[:n, 0].tolist()
+def stops_at(case: Case, implementation: str, untested: int, group: int, threshold: float, n: int) -> list[int]:
+  """Blocks attended in the first n rows, found right."""
+  return check_attend(case, implementation, untested, group, threshold).attended[:n, 0].tolist()
 
 
 TINY = -12.0  # log mass of a block after which next to nothing can be left
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("always", "group", "n"), [(0, 1, 6), (2, 2, 10)])
-def test_psa_stops_after_every_group(always: int, group: int, n: int, implementation: str):
+@pytest.mark.parametrize(("untested", "group", "n"), [(0, 1, 6), (2, 2, 10)])
+def test_psa_stops_after_every_group(untested: int, group: int, n: int, implementation: str):
   """Blocks of equal mass reach 9/10 at most; one of tiny mass says that little is left."""
-  stops = [*range(always + group, n, group), n]
+  stops = [*range(untested + group, n, group), n]
   log_mass = np.zeros((len(stops), n))
   for b, stop in enumerate(stops[:-1]):
     log_mass[b, stop - 1] = TINY
-  log_mass[-1, :always] = TINY  # sinks and window say nothing about ranked blocks
-  assert stops_at(scored_case(list(log_mass), 1), implementation, always, group, 0.92, len(stops)) == stops
+  log_mass[-1, :untested] = TINY  # sinks and window say nothing about ranked blocks
+  assert stops_at(scored_case(list(log_mass), 1), implementation, untested, group, 0.92, len(stops)) == stops
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -321,26 +318,26 @@ def test_threshold_one_never_stops(implementation: str):
   """The estimate is 1 in float32 from the first block on, so the test must be strict."""
   case = scored_case([[30.0, -30.0, -30.0, -30.0]], 1)
   assert stops_at(case, implementation, 0, 1, 1.0, 1) == [4]
-  assert expect(case, 0, 1, 1 - 1e-9).used[0, 0] == 2
+  assert expect(case, 0, 1, 1 - 1e-9).attended[0, 0] == 2
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_psa_estimate(implementation: str):
   """P_acc = A / (A + a_min left) lands a 1e-4th above or below the threshold, at each stop test."""
-  always, group, n, threshold = 2, 2, 10, 0.92
+  untested, group, n, threshold = 2, 2, 10, 0.92
   rng = np.random.default_rng(5)
   log_masses, stops = [], []
-  for stop in range(always + group, n, group):
+  for stop in range(untested + group, n, group):
     for p, then in ((threshold * (1 + 1e-4), stop), (threshold * (1 - 1e-4), min(stop + group, n))):
       log_mass = np.sort(rng.uniform(0.0, 0.2, n))[::-1] + 2.0
-      log_mass[:always] = TINY, 1.0
+      log_mass[:untested] = TINY, 1.0
       before = 3 / 8 + np.exp(log_mass[: stop - 1]).sum()  # the tail is 3 tokens of 8, whose masses are 1/8
       log_mass[stop - 1] = math.log((1 - p) * before / (p * (n - stop) - (1 - p)))  # solves the formula for this block
-      assert log_mass[stop - 1] < log_mass[always : stop - 1].min()  # it is the smallest so far
+      assert log_mass[stop - 1] < log_mass[untested : stop - 1].min()  # it is the smallest so far
       log_masses.append(log_mass)
       stops.append(then)
   # A wrong `left`, or a smallest mass that knows the tail or the first two blocks, would move P by over 1e-3.
-  assert stops_at(scored_case(log_masses, 3), implementation, always, group, threshold, len(stops)) == stops
+  assert stops_at(scored_case(log_masses, 3), implementation, untested, group, threshold, len(stops)) == stops
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -352,20 +349,26 @@ def test_psa_counts_the_tail_as_mass_but_not_as_a_block(implementation: str):
 
 def test_groups_must_fit_the_stop_test():
   case = random_case(0, Shape(1, 8, 16), [Row(4, 1)], 4)
-  for always, group, threshold, message in (
+  for untested, group, threshold, message in (
     (0, 2, None, "one group"),
-    (3, 2, 0.9, "always=3 is not whole groups of 2"),
+    (3, 2, 0.9, "untested=3 blocks are not whole groups of 2"),
   ):
     laid = lay_out(case, np.full((1, 2), 4), group)
     with pytest.raises(ValueError, match=message):
-      attend_program("xla", case.scale, always, threshold)(*laid.arguments)
+      attend_program("xla", untested, threshold)(*laid.arguments)
+
+
+@pytest.mark.parametrize(("threshold", "untested"), [(0.0, 2), (1.5, 2), (math.nan, 2), (0.9, -1)])
+def test_a_stop_test_that_means_nothing(threshold: float, untested: int):
+  with pytest.raises(ValueError, match=r"threshold=.* is not in \(0, 1\]|untested=-1 blocks"):
+    kernels.Stop(threshold, untested)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("threshold", [None, 0.9])
 def test_lists_have_blocks(threshold: float | None, implementation: str):
   case = random_case(0, Shape(1, 8, 16), [Row(4, 1)], 4)
-  *arguments, reads, count = lay_out(case, np.full((1, 2), 4), 4).arguments
-  none = reads._replace(blocks=reads.blocks[..., :0], slot=reads.slot[..., :0])
+  *arguments, located = lay_out(case, np.full((1, 2), 4), 4).arguments
+  none = located._replace(**{name: getattr(located, name)[..., :0] for name in ("blocks", "slot", "place")})
   with pytest.raises(ValueError, match="lists of 0 blocks"):
-    attend_program(implementation, case.scale, 0, threshold)(*arguments, none, count)
+    attend_program(implementation, 0, threshold)(*arguments, none)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as kernels
 from pallas_kernels import copy, prefill
-from sparse_serve_jax.memory import kv_cache
+from sparse_serve_jax.memory import host_pool
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, assert_rows_close, assert_same_bits
 
 
@@ -208,7 +208,7 @@ def test_copies_with_a_pool_in_host_memory():
   K, L, M, S, D, n = 2, 2, 64, 32, 128, 48
   mesh = jax.make_mesh((1,), ("tp",))
   whole = NamedSharding(mesh, PartitionSpec())
-  host = NamedSharding(mesh, PartitionSpec("tp"), memory_kind=kv_cache.host_memory_kind())
+  host = NamedSharding(mesh, PartitionSpec("tp"), memory_kind=host_pool.memory_kind())
   each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
   canary = tagged(K, L, M, 2, S, D, dtype="bfloat16")
   pool = jax.device_put(canary, host)
@@ -283,7 +283,7 @@ class Piece(NamedTuple):
   N: int = 4
 
 
-def piece(case: Piece, dtype: str, scale: float = 0.3):
+def piece(case: Piece, dtype: str):
   """Arguments of `prefill_attention` and its result in float64; every second block lies in a slot, not in the pool."""
   rng = np.random.default_rng(7)
   prefix_blocks, T, K, G, S, D, N = case
@@ -297,7 +297,7 @@ def piece(case: Piece, dtype: str, scale: float = 0.3):
   if prefix_blocks is not None:
     blocks, slot = np.full((2, K, N), -1, np.int32)
     blocks[:, prefix_blocks:] = 1  # beyond the prefix: any block, which holds NaN
-    prefix = blocks, slot
+    prefix = kernels.Prefix(pool, slots, np.int32(1), blocks, slot, np.int32(n_before))
     free = iter(rng.permutation(P).tolist())
     for head, i in np.ndindex(K, prefix_blocks):
       blocks[head, i] = 3 + 2 * i if 3 + 2 * i < M else (4 + 2 * i) % M
@@ -312,9 +312,9 @@ def piece(case: Piece, dtype: str, scale: float = 0.3):
     keys, values = (np.concatenate([before[i], x[:, head]]).astype(float) for i, x in enumerate((k, v)))
     for t, g in np.ndindex(T, G):
       seen = n_before + t + 1
-      p = np.exp(keys[:seen] @ q[t, head, g].astype(float) * scale)
+      p = np.exp(keys[:seen] @ q[t, head, g].astype(float) * D**-0.5)
       expected[t, head, g] = p @ values[:seen] / p.sum()
-  return (q, k, v, pool, slots, np.int32(1), prefix, np.int32(n_before)), expected
+  return (q, k, v, prefix), expected
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -323,7 +323,7 @@ def piece(case: Piece, dtype: str, scale: float = 0.3):
 def test_prefill_attention(prefix_blocks: int | None, dtype: str, implementation: str):
   """24 tokens are three tiles of queries."""
   inputs, expected = piece(Piece(prefix_blocks), dtype)
-  actual = jax.jit(functools.partial(kernels.prefill_attention, scale=0.3, implementation=implementation))(*inputs)
+  actual = jax.jit(functools.partial(kernels.prefill_attention, implementation=implementation))(*inputs)
   assert actual.dtype == inputs[0].dtype
   assert_rows_close(actual.astype(jnp.float32), expected, TOLERANCE[dtype])
 
@@ -333,20 +333,20 @@ def test_prefill_attention(prefix_blocks: int | None, dtype: str, implementation
 @pytest.mark.parametrize("name", REAL)
 def test_prefill_attention_of_real_shapes(name: str, prefix_blocks: int | None):
   G, S, D = REAL[name]
-  inputs, expected = piece(Piece(prefix_blocks, 256, 2, G, S, D, 8), "bfloat16", D**-0.5)
-  attention = jax.jit(functools.partial(kernels.prefill_attention, scale=D**-0.5, implementation="triton"))
+  inputs, expected = piece(Piece(prefix_blocks, 256, 2, G, S, D, 8), "bfloat16")
+  attention = jax.jit(functools.partial(kernels.prefill_attention, implementation="triton"))
   actual = attention(*inputs).astype(jnp.float32)
   assert_rows_close(actual, expected, TOLERANCE["bfloat16"])
-  q, k, v, *rest = inputs
+  q, k, v, prefix = inputs
   with pytest.raises(AssertionError):
-    assert_rows_close(attention(q, v, k, *rest).astype(jnp.float32), expected, TOLERANCE["bfloat16"])
+    assert_rows_close(attention(q, v, k, prefix).astype(jnp.float32), expected, TOLERANCE["bfloat16"])
 
 
 @pytest.mark.gpu
 def test_prefill_reads_nothing_far_beyond_the_prefix():
   """5 of 40 blocks of 32 tokens: what is gathered ends 512 tokens after them."""
-  inputs, expected = piece(Piece(5, 256, 2, 4, 32, 128, 40), "bfloat16", 0.1)
-  attention = jax.jit(functools.partial(kernels.prefill_attention, scale=0.1, implementation="triton"))
+  inputs, expected = piece(Piece(5, 256, 2, 4, 32, 128, 40), "bfloat16")
+  attention = jax.jit(functools.partial(kernels.prefill_attention, implementation="triton"))
   poison = jax.jit(lambda: jnp.full(1 << 24, jnp.nan, jnp.bfloat16))  # freed, for the gathered arrays to lie in
   for _ in range(3):
     jax.block_until_ready(poison())
@@ -373,13 +373,13 @@ def test_prefill_merges_two_calls(prefix_blocks: int | None, monkeypatch: pytest
     prefill, "gather_blocks", lambda *a, implementation: copy.gather_blocks(*a, implementation="interpret")
   )
   inputs, expected = piece(Piece(prefix_blocks), "bfloat16")
-  actual = jax.jit(functools.partial(kernels.prefill_attention, scale=0.3, implementation="triton"))(*inputs)
+  actual = jax.jit(functools.partial(kernels.prefill_attention, implementation="triton"))(*inputs)
   assert_rows_close(actual.astype(jnp.float32), expected, TOLERANCE["bfloat16"])
 
 
 def test_prefill_names_a_head_dimension_that_cudnn_lacks():
-  q, kv, pool = jnp.zeros((8, 1, 1, 12), jnp.bfloat16), jnp.zeros((8, 1, 12)), jnp.zeros((1, 1, 1, 2, 8, 12))
+  q, kv = jnp.zeros((8, 1, 1, 12), jnp.bfloat16), jnp.zeros((8, 1, 12), jnp.bfloat16)
   with pytest.raises(NotImplementedError, match="not 12"):
-    kernels.prefill_attention(q, kv, kv, pool, pool[0, 0], 0, None, 0, scale=1.0, implementation="triton")
+    kernels.prefill_attention(q, kv, kv, implementation="triton")
   with pytest.raises(ValueError, match="implementation='cuda' is none of"):
-    kernels.prefill_attention(q, kv, kv, pool, pool[0, 0], 0, None, 0, scale=1.0, implementation="cuda")
+    kernels.prefill_attention(q, kv, kv, implementation="cuda")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import residency
-from pallas_kernels.residency import CHUNK, LOOKS, NEVER, EvictionOrder, Maps, Reads
+from pallas_kernels.residency import CHUNK, LOOKS, NEVER, Located, Maps, Victims
 from tests.cases import IMPLEMENTATIONS
 
 
@@ -22,47 +22,45 @@ class Residency:
     self.stamp = dict.fromkeys(range(P), -1)
     self.selected: dict[tuple[int, int, int], int] = {}
 
-  def eviction_order(self) -> list[int]:
+  def victims(self) -> list[int]:
     return sorted(self.stamp, key=lambda slot: (self.stamp[slot], slot))
 
-  def propose(self, victims, since, layers, blocks, taken, group):
-    """`layers` like `blocks` [B, K, n]; returns blocks, slots, whether each hits, and the hits of each group."""
+  def propose(self, victims, since, layers, blocks, given, group):
+    """`layers` like `blocks` [B, K, n]; returns blocks, slots, places, and the hits of each group."""
     B, K, n = blocks.shape
     chunk = n if group == n else max(CHUNK, group)
     where = {key: slot for slot, key in self.held.items()}
-    slots, hit = np.full(blocks.shape, -1, np.int32), np.zeros(blocks.shape, bool)
+    slots, places = np.full(blocks.shape, -1, np.int32), np.full(blocks.shape, -1, np.int32)
     for b, k, i in np.ndindex(*blocks.shape):
-      slot = where.get((k, layers[b, k, i], blocks[b, k, i]))
-      if slot is not None:
-        slots[b, k, i], hit[b, k, i] = slot, True
+      slots[b, k, i] = where.get((k, layers[b, k, i], blocks[b, k, i]), -1)
+    hit = slots >= 0
     claimed = set(slots[hit].tolist())
     turn, total = 0, ((blocks >= 0) & ~hit).sum()
     for first in range(0, n, chunk):
       for b, k in np.ndindex(B, K):
         for i in range(first, min(first + chunk, n)):
           if blocks[b, k, i] >= 0 and not hit[b, k, i]:
-            places = victims[taken + turn :: total][:LOOKS]
+            looks = victims[given + turn :: total][:LOOKS]
             turn += 1
-            slots[b, k, i] = next((p for p in places if p not in claimed and self.stamp[p] < since), -1)
-    out_blocks, out_hits = blocks.copy(), np.zeros((B, K, -(-n // group)), np.int32)
+            places[b, k, i] = next((p for p in looks if p not in claimed and self.stamp[p] < since), -1)
+    blocks, out_hits = blocks.copy(), np.zeros((B, K, -(-n // group)), np.int32)
     for b, k, first in np.ndindex(B, K, out_hits.shape[2]):
       ranks = np.arange(first * group, min((first + 1) * group, n))
       order = sorted(ranks, key=lambda i: (not hit[b, k, i], i))
       out_hits[b, k, first] = hit[b, k, ranks].sum()
-      out_blocks[b, k, ranks], slots[b, k, ranks] = blocks[b, k, order], slots[b, k, order]
-      hit[b, k, ranks] = hit[b, k, order]
-    return out_blocks, slots, hit, out_hits
+      for x in (blocks, slots, places):
+        x[b, k, ranks] = x[b, k, order]
+    return blocks, slots, places, out_hits
 
-  def commit(self, layers, blocks, slots, hits, used, stamps, steps):
+  def commit(self, layers, blocks, slots, places, attended, stamps, steps):
     for b, k, i in np.ndindex(*blocks.shape):
-      if i < used[b, k] and blocks[b, k, i] >= 0:
+      if i < attended[b, k] and blocks[b, k, i] >= 0:
         key = (k, int(layers[b, k, i]), int(blocks[b, k, i]))
         self.selected[key] = int(steps[b])
-        slot = int(slots[b, k, i])
-        if slot >= 0:
-          self.stamp[slot] = int(stamps[b, k, i])
-          if not hits[b, k, i]:
-            self.held[slot] = key
+        at = max(int(slots[b, k, i]), int(places[b, k, i]))
+        if at >= 0:
+          self.stamp[at] = int(stamps[b, k, i])
+          self.held[at] = key
 
   def release(self, freed):
     for slot, (_, _, block) in list(self.held.items()):
@@ -90,7 +88,7 @@ class Residency:
 def programs(implementation: str, group: int | None = None):
   options = dict(implementation=implementation)
   return (
-    jax.jit(residency.eviction_order),
+    jax.jit(lambda maps, since: residency.victims(residency.ages(maps, since), since)),
     jax.jit(functools.partial(residency.propose, group=group, **options)),
     jax.jit(functools.partial(residency.commit, **options)),
   )
@@ -110,19 +108,21 @@ def ids(*rows) -> np.ndarray:
   return np.array(rows, np.int32)[:, None]
 
 
-def propose(maps: Maps, blocks, stamp: int, implementation: str, group: int | None = None) -> Reads:
-  """The only call, in layer 0, of a program whose stamps begin at `stamp`."""
-  eviction_order, propose, _ = programs(implementation, group=group)
-  return propose(maps, eviction_order(maps, np.int32(stamp)), np.int32(0), blocks)
+def lengths(blocks: np.ndarray) -> np.ndarray:
+  return np.full(blocks.shape[:2], blocks.shape[2], np.int32)
+
+
+def propose(maps: Maps, blocks, stamp: int, implementation: str, group: int | None = None) -> Located:
+  """The only call, in layer 0, of a step whose stamps begin at `stamp`."""
+  oldest_first, propose, _ = programs(implementation, group=group)
+  return propose(maps, oldest_first(maps, np.int32(stamp)), np.int32(0), blocks, lengths(blocks))
 
 
 def fill(maps: Maps, blocks, stamp: int, implementation: str, layer: int = 0) -> Maps:
-  """A program that uses all of `blocks` [B, 1, n] in one layer."""
-  eviction_order, propose, commit = programs(implementation)
-  used = np.full(blocks.shape[:2], blocks.shape[2], np.int32)
-  victims = eviction_order(maps, np.int32(stamp))
-  reads = propose(maps, victims, np.int32(layer), blocks)
-  return commit(maps, np.int32(layer), reads, used, np.int32(stamp), np.zeros(len(blocks), np.int32))
+  """A step that uses all of `blocks` [B, 1, n] in one layer."""
+  oldest_first, propose, commit = programs(implementation)
+  located = propose(maps, oldest_first(maps, np.int32(stamp)), np.int32(layer), blocks, lengths(blocks))
+  return commit(maps, np.int32(layer), located, lengths(blocks), np.int32(stamp), np.zeros(len(blocks), np.int32))
 
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -135,8 +135,8 @@ def test_victims_are_the_least_recently_used(implementation: str):
     maps = fill(maps, ids([block]), stamp, implementation)
   assert maps.slot_of[0, 0, [5, 6, 7]].tolist() == [0, 1, 2]
   assert maps.last_used.tolist() == [3, 1, 2]  # a hit is a use
-  reads = propose(maps, ids([1, 2]), 4, implementation)
-  assert reads.slot.tolist() == [[[1, 2]]] and not reads.hit.any()
+  located = propose(maps, ids([1, 2]), 4, implementation)
+  assert located.place.tolist() == [[[1, 2]]] and not located.hit.any()
   maps = fill(maps, ids([1, 2]), 4, implementation)
   assert maps.slot_of[0, 0].tolist() == [-1, 1, 2, -1, -1, 0, -1, -1, -1]  # 6 and 7 are evicted
   assert maps.block_of.tolist() == [5, 1, 2]
@@ -145,70 +145,74 @@ def test_victims_are_the_least_recently_used(implementation: str):
 @every_implementation
 def test_ties_and_empty_slots_go_by_the_lowest_slot(implementation: str):
   maps = empty_maps(1, 1, 9, 4)
-  assert propose(maps, ids([4, 5, 6]), 0, implementation).slot.tolist() == [[[0, 1, 2]]]
+  assert propose(maps, ids([4, 5, 6]), 0, implementation).place.tolist() == [[[0, 1, 2]]]
   maps = fill(maps, ids([4, 5, 6]), 0, implementation)
-  assert propose(maps, ids([1, 2]), 1, implementation).slot.tolist() == [[[3, 0]]]  # empty, then lowest of three equals
+  assert propose(maps, ids([1, 2]), 1, implementation).place.tolist() == [
+    [[3, 0]]
+  ]  # empty, then lowest of three equals
   maps = fill(maps, ids([5, -1]), 3, implementation)
-  assert propose(maps, ids([1, 2]), 4, implementation).slot.tolist() == [[[3, 0]]]
+  assert propose(maps, ids([1, 2]), 4, implementation).place.tolist() == [[[3, 0]]]
   maps = release(maps, np.array([6, -1], np.int32))
-  assert propose(maps, ids([1, 2]), 4, implementation).slot.tolist() == [[[2, 3]]]
+  assert propose(maps, ids([1, 2]), 4, implementation).place.tolist() == [[[2, 3]]]
 
 
 @every_implementation
 def test_hits_come_first_and_are_never_victims(implementation: str):
   maps = fill(empty_maps(1, 1, 9, 2), ids([4, 5]), 0, implementation)
-  reads = propose(maps, ids([1, 2, 4]), 1, implementation)  # slot 0 is the first victim in turn, but holds block 4
-  assert reads.blocks.tolist() == [[[4, 1, 2]]]
-  assert reads.slot.tolist() == [[[0, -1, 1]]]
-  assert reads.n_hits.tolist() == [[[1]]] and reads.hit.tolist() == [[[True, False, False]]]
-  reads = propose(maps, ids([1, 4]), 1, implementation)
-  assert reads.slot.tolist() == [[[0, 1]]]  # slot 0 is passed over
+  located = propose(maps, ids([1, 2, 4]), 1, implementation)  # slot 0 is the first victim in turn, but holds block 4
+  assert located.blocks.tolist() == [[[4, 1, 2]]]
+  assert located.slot.tolist() == [[[0, -1, -1]]] and located.place.tolist() == [[[-1, -1, 1]]]
+  assert located.n_hits.tolist() == [[[1]]] and located.hit.tolist() == [[[True, False, False]]]
+  located = propose(maps, ids([1, 4]), 1, implementation)
+  assert located.slot.tolist() == [[[0, -1]]] and located.place.tolist() == [[[-1, 1]]]  # slot 0 is passed over
   everything = propose(maps, ids([4, 5, 6]), 1, implementation)
-  assert everything.slot.tolist() == [[[0, 1, -1]]]
+  assert everything.slot.tolist() == [[[0, 1, -1]]] and everything.place.tolist() == [[[-1, -1, -1]]]
 
 
 @every_implementation
 def test_hits_come_first_within_their_group(implementation: str):
   maps = fill(empty_maps(1, 1, 20, 9), ids([4, 5, 6]), 0, implementation)
-  reads = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=4)
-  assert reads.blocks.tolist() == [[[4, 1, 2, 3, 5, 6, 7, 8, 9]]]
-  assert reads.n_hits.tolist() == [[[1, 2, 0]]] and reads.group == 4
-  reads = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=1)
-  assert reads.blocks.tolist() == [[[1, 4, 2, 3, 7, 5, 6, 8, 9]]]
-  assert reads.n_hits.tolist() == [[[0, 1, 0, 0, 0, 1, 1, 0, 0]]]
+  located = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=4)
+  assert located.blocks.tolist() == [[[4, 1, 2, 3, 5, 6, 7, 8, 9]]]
+  assert located.n_hits.tolist() == [[[1, 2, 0]]] and located.group == 4
+  located = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=1)
+  assert located.blocks.tolist() == [[[1, 4, 2, 3, 7, 5, 6, 8, 9]]]
+  assert located.n_hits.tolist() == [[[0, 1, 0, 0, 0, 1, 1, 0, 0]]]
 
 
 @every_implementation
 def test_a_slot_used_since_the_program_began_is_no_victim(implementation: str):
-  eviction_order, propose, commit = programs(implementation)
+  oldest_first, propose, commit = programs(implementation)
   maps = fill(empty_maps(1, 2, 9, 4), ids([4, 5]), 0, implementation)  # slots 2 and 3 stay empty
-  victims = eviction_order(maps, np.int32(2))
+  victims = oldest_first(maps, np.int32(2))
   assert victims.slots.tolist() == [2, 3, 0, 1]
   zero, one = np.int32(0), np.int32(1)
-  first = propose(maps, victims, zero, ids([5, 1]))
-  assert first.blocks.tolist() == [[[5, 1]]] and first.slot.tolist() == [[[1, 2]]]
-  maps = commit(maps, zero, first, np.array([[2]], np.int32), np.int32(2), np.zeros(1, np.int32))
-  second = propose(maps, victims, one, ids([1, 2, 3]), taken=np.ones((1, 1), np.int32))  # 1 has been hit
-  assert second.slot.tolist() == [[[3, 0, -1]]]
-  again = propose(maps, victims, one, ids([1, 2]))  # 2 has been taken; the second miss looks at the fourth place next
-  assert again.slot.tolist() == [[[0, 3]]]
+  two, three = np.full((1, 1), 2, np.int32), np.full((1, 1), 3, np.int32)
+  first = propose(maps, victims, zero, ids([5, 1]), two)
+  assert first.blocks.tolist() == [[[5, 1]]]
+  assert first.slot.tolist() == [[[1, -1]]] and first.place.tolist() == [[[-1, 2]]]
+  maps = commit(maps, zero, first, two, np.int32(2), np.zeros(1, np.int32))
+  second = propose(maps, victims, one, ids([1, 2, 3]), three, given=np.ones((1, 1), np.int32))  # 1 has been hit
+  assert second.place.tolist() == [[[3, 0, -1]]]
+  again = propose(maps, victims, one, ids([1, 2]), two)  # 2 is given; the second miss looks at the fourth place next
+  assert again.place.tolist() == [[[0, 3]]]
 
 
 @every_implementation
 def test_chunks_of_critical_ranks_of_all_rows_get_victims_first(implementation: str):
   maps, n = empty_maps(1, 1, 400, CHUNK + 2), CHUNK + 1
   blocks = ids(range(n), range(200, 200 + n))
-  slot = propose(maps, blocks, 0, implementation, group=1).slot
-  assert slot[0, 0].tolist() == [*range(CHUNK), -1] and slot[1, 0].tolist() == [CHUNK, CHUNK + 1] + [-1] * (n - 2)
+  place = propose(maps, blocks, 0, implementation, group=1).place
+  assert place[0, 0].tolist() == [*range(CHUNK), -1] and place[1, 0].tolist() == [CHUNK, CHUNK + 1] + [-1] * (n - 2)
 
 
 @every_implementation
 def test_blocks_never_reached_are_not_taken_for_resident(implementation: str):
   maps, blocks = fill(empty_maps(1, 1, 9, 3), ids([7, 8]), 4, implementation), ids([1, 8, 2])
-  reads = propose(maps, blocks, 9, implementation, group=1)
-  assert reads.slot.tolist() == [[[2, 1, 0]]]
+  located = propose(maps, blocks, 9, implementation, group=1)
+  assert located.slot.tolist() == [[[-1, 1, -1]]] and located.place.tolist() == [[[2, -1, 0]]]
   commit = programs(implementation)[2]
-  after = commit(maps, np.int32(0), reads, np.array([[1]], np.int32), np.int32(9), np.array([6], np.int32))
+  after = commit(maps, np.int32(0), located, np.array([[1]], np.int32), np.int32(9), np.array([6], np.int32))
   assert after.slot_of[0, 0].tolist() == [-1, 2, -1, -1, -1, -1, -1, 0, 1]  # 7 keeps its slot, 2 has none
   assert after.last_used.tolist() == [4, 4, 9]  # an unread hit is no use
   assert after.last_selected[0, 0, [1, 8, 2]].tolist() == [6, 0, NEVER]
@@ -236,10 +240,10 @@ def test_release_forgets_all_layers_and_heads():
 @every_implementation
 def test_residency_without_slots(implementation: str):
   maps, blocks = empty_maps(2, 1, 6, 0), np.array([[[1, -1], [4, 2]]], np.int32)
-  reads = propose(maps, blocks, 0, implementation)
-  assert (np.asarray(reads.slot) == -1).all() and not reads.hit.any()
+  located = propose(maps, blocks, 0, implementation)
+  assert (np.asarray(located.slot) == -1).all() and (np.asarray(located.place) == -1).all()
   commit = programs(implementation)[2]
-  maps = commit(maps, np.int32(0), reads, np.array([[2, 1]], np.int32), np.int32(3), np.array([8], np.int32))
+  maps = commit(maps, np.int32(0), located, np.array([[2, 1]], np.int32), np.int32(3), np.array([8], np.int32))
   assert maps.last_selected[:, 0].tolist() == [[NEVER, 8, *[NEVER] * 4], [*[NEVER] * 4, 8, NEVER]]
   maps = release(maps, np.array([1], np.int32))
   assert maps.last_selected[:, 0, 1].tolist() == [NEVER, NEVER]
@@ -252,7 +256,8 @@ def test_a_search_ends(implementation: str):
   order = programs(implementation)[0](maps, np.int32(1))
   for free, slot in ((LOOKS - 1, LOOKS - 1), (LOOKS, -1)):
     used = maps._replace(last_used=np.where(np.arange(3 * LOOKS) == free, -1, 1).astype(np.int32))
-    assert programs(implementation)[1](used, order, np.int32(0), ids([4])).slot.tolist() == [[[slot]]]
+    located = programs(implementation)[1](used, order, np.int32(0), ids([4]), np.ones((1, 1), np.int32))
+    assert located.place.tolist() == [[[slot]]]
 
 
 @every_implementation
@@ -260,10 +265,10 @@ def test_stamps_wrap_around(implementation: str):
   """Slots of stamps from before the wrap are older than those from after it, and than the program."""
   top, bottom = np.iinfo(np.int32).max, np.iinfo(np.int32).min
   maps = empty_maps(1, 1, 9, 4)._replace(last_used=np.array([bottom + 3, top, -1, top - 2], np.int32))
-  reads = propose(maps, ids([1, 2, 3, 4]), bottom + 9, implementation)
-  assert reads.slot.tolist() == [[[2, 3, 1, 0]]]
-  reads = propose(maps, ids([1, 2, 3, 4]), bottom + 2, implementation)  # slot 0 has been used in this program
-  assert reads.slot.tolist() == [[[2, 3, 1, -1]]]
+  located = propose(maps, ids([1, 2, 3, 4]), bottom + 9, implementation)
+  assert located.place.tolist() == [[[2, 3, 1, 0]]]
+  located = propose(maps, ids([1, 2, 3, 4]), bottom + 2, implementation)  # slot 0 has been used in this program
+  assert located.place.tolist() == [[[2, 3, 1, -1]]]
 
 
 def test_groups_are_powers_of_two():
@@ -284,7 +289,7 @@ def test_residency_against_a_dictionary(P: int, group: int | None, implementatio
   rng = np.random.default_rng(P)
   B, K, L, M, n = 3, 2, 2, 40, 6
   model, maps = Residency(K, L, M, P), empty_maps(K, L, M, P)
-  eviction_order, in_layer, commit = programs(implementation, group)
+  oldest_first, in_layer, commit = programs(implementation, group)
   _, in_all_layers, _ = programs(implementation, 1)
   seen = dict(hits=0, homeless=0, unreached=0)
   for clock in range(25):
@@ -292,11 +297,11 @@ def test_residency_against_a_dictionary(P: int, group: int | None, implementatio
     freed = np.append(new, rng.integers(-1, M // 2, 2)).astype(np.int32)
     maps = release(maps, freed)
     model.release(set(freed.tolist()))
-    order, since = model.eviction_order(), clock * L
-    victims: EvictionOrder = eviction_order(maps, np.int32(since))
+    order, since = model.victims(), clock * L
+    victims: Victims = oldest_first(maps, np.int32(since))
     np.testing.assert_array_equal(victims.slots, order)
     steps = rng.integers(0, 99, B).astype(np.int32)
-    taken = np.zeros((B, K), np.int32)
+    given = np.zeros((B, K), np.int32)
     for call in range(L + 1):
       if call < L:
         layer = np.int32(call)
@@ -308,19 +313,20 @@ def test_residency_against_a_dictionary(P: int, group: int | None, implementatio
         blocks = np.broadcast_to(new[:, None, None], (B, K, L)).copy()
         blocks[rng.random(B) < 0.3] = -1
         propose, of = in_all_layers, 1
-      reads = propose(maps, victims, layer, blocks, taken=taken)
+      length = lengths(blocks)
+      located = propose(maps, victims, layer, blocks, length, given=given)
       layers = np.broadcast_to(layer, blocks.shape)
-      blocks, slots, hit, hits = model.propose(order, since, layers, blocks, taken.sum(), of)
-      for name, actual, expected in zip(Reads._fields, reads, (blocks, slots, hits), strict=True):
-        np.testing.assert_array_equal(actual, expected, err_msg=name)
-      np.testing.assert_array_equal(reads.hit, hit)
-      used = rng.integers(0, blocks.shape[2] + 1, (B, K)).astype(np.int32)
+      expected = Located(*model.propose(order, since, layers, blocks, given.sum(), of), length)
+      for name, x, y in zip(Located._fields, located, expected, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+      blocks, slots, places, _, _ = expected
+      attended = rng.integers(0, blocks.shape[2] + 1, (B, K)).astype(np.int32)
       stamp = np.int32(since) + layer
-      maps = commit(maps, layer, reads, used, stamp, steps)
-      model.commit(layers, blocks, slots, hit, used, np.broadcast_to(stamp, blocks.shape), steps)
+      maps = commit(maps, layer, located, attended, stamp, steps)
+      model.commit(layers, blocks, slots, places, attended, np.broadcast_to(stamp, blocks.shape), steps)
       model.assert_equal(maps)
-      taken += ((np.arange(blocks.shape[2]) < used[..., None]) & ~hit).sum(-1, dtype=np.int32)
-      seen["hits"] += hit.sum()
-      seen["homeless"] += ((blocks >= 0) & (slots < 0)).sum()
-      seen["unreached"] += (used < blocks.shape[2]).sum()
+      given += ((np.arange(blocks.shape[2]) < attended[..., None]) & (slots < 0)).sum(-1, dtype=np.int32)
+      seen["hits"] += (slots >= 0).sum()
+      seen["homeless"] += ((blocks >= 0) & (slots < 0) & (places < 0)).sum()
+      seen["unreached"] += (attended < blocks.shape[2]).sum()
   assert seen["unreached"] and (seen["homeless"] or P > 40) and (seen["hits"] or P == 1)

@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels as kernels
 from pallas_kernels import digest
-from pallas_kernels.score import Linear, box, dot
+from pallas_kernels.score import Linear, Ranking, box, dot
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, assert_rows_close, assert_same_bits
 
 RULES = {"cuboid_mean": 2, "min_max": 2, "mean": 1}
@@ -105,11 +105,11 @@ def test_rules_of_a_user():
   assert actual.tolist() == [[[[[0, 0]], [[0, 0]], [[3, 5]]]]]
   twice = lambda q, digests: 2 * dot(q, digests)  # noqa: E731
   q, tables = jnp.ones((1, 1, 1, 2)), jnp.array([[0, 2]], jnp.int32)
-  assert kernels.score(q, actual, 0, tables, one + 2, rule=twice).tolist() == [[[0, 16]]]
+  assert kernels.score(q, actual, 0, tables, one + 2, Ranking(twice)).tolist() == [[[0, 16]]]
   with pytest.raises(NotImplementedError, match="digest.Rule"):
     kernels.store_digests(before, source, 0, one, one + 2, rule=top_channel, implementation="triton")
   with pytest.raises(NotImplementedError, match="score.Linear"):
-    kernels.score(q, actual, 0, tables, one + 2, rule=twice, implementation="triton")
+    kernels.score(q, actual, 0, tables, one + 2, Ranking(twice), implementation="triton")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -125,16 +125,16 @@ def test_a_digest_has_the_vectors_that_its_rule_makes(implementation: str):
 def test_what_an_op_cannot_do_is_said():
   q, tables, n_blocks = jnp.ones((1, 1, 1, 24)), jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
   with pytest.raises(ValueError, match="reads 1 vectors of a digest, and these have 2"):
-    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=dot)
+    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, Ranking(dot))
   with pytest.raises(ValueError, match="reduce='median' is neither 'mean' nor 'max'"):
-    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=box, reduce="median")
+    Ranking(box, "median")
   with pytest.raises(NotImplementedError, match="'E': 3"):
     three = Linear(3, box.weight)
-    kernels.score(q, jnp.ones((1, 1, 3, 3, 24)), 0, tables, n_blocks, rule=three, implementation="triton")
+    kernels.score(q, jnp.ones((1, 1, 3, 3, 24)), 0, tables, n_blocks, Ranking(three), implementation="triton")
   with pytest.raises(NotImplementedError, match="'D': 24"):
-    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, rule=box, implementation="interpret")
+    kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, Ranking(box), implementation="interpret")
   with pytest.raises(ValueError, match="implementation='tritn' is none of"):
-    kernels.score(q[..., :16], jnp.ones((1, 1, 3, 2, 16)), 0, tables, n_blocks, rule=box, implementation="tritn")
+    kernels.score(q[..., :16], jnp.ones((1, 1, 3, 2, 16)), 0, tables, n_blocks, Ranking(box), implementation="tritn")
   with pytest.raises(ValueError, match="implementation='cuda' is none of"):  # though nothing is to be done
     source, one = jnp.zeros((1, 1, 1, 2, 8, 16)), jnp.zeros(1, jnp.int32)
     kernels.store_digests(jnp.zeros((1, 1, 3, 0, 16)), source, 0, one, one, rule=digest.mean, implementation="cuda")
@@ -158,16 +158,16 @@ def check_score(
   for b, n in enumerate(n_blocks):
     tables[b, :n], free = free[:n], free[n:]
     vectors = np.sort(rng.normal(size=(K, n, n_vectors, D)), axis=2)[:, :, ::-1].astype(DTYPES[dtype])  # upper, lower
-    always = (np.arange(n) < sinks) | (np.arange(n) >= n - window)
+    forced = (np.arange(n) < sinks) | (np.arange(n) >= n - window)
     digests[:, layer, tables[b, :n]] = vectors
-    digests[:, layer, tables[b, :n][always]] = np.nan
+    digests[:, layer, tables[b, :n][forced]] = np.nan
     each = q[b].astype(float)[:, :, None, None] * vectors.astype(float)[:, None]  # [K, G, n, E, D]
     by_head = each.max(-2).sum(-1)
     expected[b, :, :n] = by_head.max(1) if reduce == "max" else by_head.mean(1)
-    expected[b, :, :n][:, always] = np.inf
+    expected[b, :, :n][:, forced] = np.inf
 
-  options = dict(rule={"box": box, "dot": dot}[rule], reduce=reduce, sinks=sinks, window=window)
-  score = jax.jit(functools.partial(kernels.score, **options, implementation=implementation))
+  ranking = Ranking({"box": box, "dot": dot}[rule], reduce, sinks, window)
+  score = jax.jit(functools.partial(kernels.score, ranking=ranking, implementation=implementation))
   actual = score(q, digests, np.int32(layer), tables, np.array(n_blocks, np.int32))
   assert actual.dtype == jnp.float32
   assert np.isfinite(expected).any()
@@ -201,7 +201,7 @@ def test_score_of_long_rows(rule: str, reduce: str, model: str):
 
 def test_score_without_sinks_and_window():
   q, digests = np.ones((1, 1, 1, 2), np.float32), np.arange(8, dtype=np.float32).reshape(1, 1, 4, 1, 2)
-  actual = kernels.score(q, digests, 0, np.array([[3, 0, 2]], np.int32), np.array([2], np.int32), rule=dot)
+  actual = kernels.score(q, digests, 0, np.array([[3, 0, 2]], np.int32), np.array([2], np.int32), Ranking(dot))
   assert actual.tolist() == [[[13.0, 1.0, -math.inf]]]
 
 

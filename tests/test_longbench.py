@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from sparse_serve_jax.evaluation import longbench, scorers
-from sparse_serve_jax.evaluation.longbench import NAMES, TASKS, Release, Score
+from sparse_serve_jax.evaluation.longbench import METRICS, NAMES, TASKS, Release, Score
 from sparse_serve_jax.models.tokenizer import load_tokenizer
-from sparse_serve_jax.serving import workload
+from sparse_serve_jax.workloads.cut import cut_middle
+from sparse_serve_jax.workloads.longbench import SLACK, Row, encode_prompt
 from tests.longbench import (
   BOS,
   BYTES,
@@ -32,12 +33,13 @@ def test_the_tasks():
   extended = "qasper multifieldqa_en hotpotqa 2wikimqa gov_report multi_news trec triviaqa samsum passage_count"
   assert NAMES["all_e"] == [f"{name}_e" for name in [*extended.split(), "passage_retrieval_en", "lcc", "repobench-p"]]
   chosen = lambda wanted: {task.name for task in TASKS.values() if wanted(task)}  # noqa: E731
-  assert chosen(lambda t: t.first_line) == {"trec", "triviaqa", "samsum", "lsht"}
+  assert chosen(longbench.first_line_only) == {"trec", "triviaqa", "samsum", "lsht"}
   assert chosen(lambda t: not t.chat) == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
   assert chosen(lambda t: t.language == "zh") == set("multifieldqa_zh dureader vcsum lsht passage_retrieval_zh".split())
-  assert chosen(lambda t: t.metric is scorers.rouge) == {"gov_report", "qmsum", "multi_news", "samsum"}
-  assert chosen(lambda t: t.metric is scorers.rouge_zh) == {"dureader", "vcsum"}
-  assert chosen(lambda t: t.metric is scorers.classification) == {"trec", "lsht"}
+  assert chosen(lambda t: METRICS[t.name] is scorers.rouge) == {"gov_report", "qmsum", "multi_news", "samsum"}
+  assert chosen(lambda t: METRICS[t.name] is scorers.rouge_zh) == {"dureader", "vcsum"}
+  assert chosen(lambda t: METRICS[t.name] is scorers.classification) == {"trec", "lsht"}
+  assert METRICS.keys() == TASKS.keys()
   assert longbench.find_task("lcc_e") is longbench.find_task("lcc") is TASKS["lcc"]
 
 
@@ -57,9 +59,9 @@ def sha256(text: str) -> str:
 def test_prompts_byte_by_byte(tmp_path):
   release = Release.read(write_release(tmp_path))
   row = row_of(2, context="{input} \u2028 港", input="é?\n")
-  assert release.prompt("qasper", row) == "Paper: {input} \u2028 港\n\n Question: é?\n\nAnswer:"
-  assert sha256(release.prompt("qasper", row))[:16] == "536a64d9c56cec46"
-  assert release.prompt("lcc_e", row) == "{input} \u2028 港Next line:\n"
+  assert release.prompt(Row("qasper", 0, "", row)) == "Paper: {input} \u2028 港\n\n Question: é?\n\nAnswer:"
+  assert sha256(release.prompt(Row("qasper", 0, "", row)))[:16] == "536a64d9c56cec46"
+  assert release.prompt(Row("lcc_e", 0, "", row)) == "{input} \u2028 港Next line:\n"
 
 
 def test_prompts_of_the_official_templates(longbench_dir):
@@ -69,7 +71,7 @@ def test_prompts_of_the_official_templates(longbench_dir):
     assert hashlib.sha256((config / name).read_bytes()).hexdigest().startswith(start)
   release = Release.read(longbench_dir)
   assert release.templates.keys() == release.max_new_tokens.keys() == TASKS.keys()
-  prompts = [release.prompt(name, row_of(1, context="A\n barge.", input="Où?")) for name in TASKS]
+  prompts = [release.prompt(Row(name, 0, "", row_of(1, context="A\n barge.", input="Où?"))) for name in TASKS]
   assert sha256("\0".join(prompts))[:16] == "500e2f63085fb0d6"
   asked = {name for name, prompt in zip(TASKS, prompts, strict=True) if "Où?" in prompt}
   assert TASKS.keys() - asked == {"gov_report", "multi_news", "vcsum", "passage_count", "lcc"}
@@ -78,13 +80,13 @@ def test_prompts_of_the_official_templates(longbench_dir):
 def test_the_middle_is_cut_as_text():
   """1 + 20 tokens; the halves are BOS with "abcd" and "pqrst". BOS is not text, and comes back by encoding."""
   text = "abcdefghijklmnopqrst"
-  assert workload.cut_middle(BYTES, text, 21) == text
-  assert workload.cut_middle(BYTES, text, 20) == "abcdefghi" + "klmnopqrst"
-  assert workload.cut_middle(BYTES, text, 11) == workload.cut_middle(BYTES, text, 10) == "abcdpqrst"
-  assert longbench.encode_prompt(BYTES, TASKS["trec"], text, 10, chat=True) == [BOS, *b"abcdpqrst"]
-  assert workload.cut_middle(BYTES, "ééé", 4) == "\ufffd" + "é"  # BOS and half of an é
+  assert cut_middle(BYTES, text, 21) == text
+  assert cut_middle(BYTES, text, 20) == "abcdefghi" + "klmnopqrst"
+  assert cut_middle(BYTES, text, 11) == cut_middle(BYTES, text, 10) == "abcdpqrst"
+  assert encode_prompt(BYTES, TASKS["trec"], text, 10, chat=True) == [BOS, *b"abcdpqrst"]
+  assert cut_middle(BYTES, "ééé", 4) == "\ufffd" + "é"  # BOS and half of an é
   with pytest.raises(ValueError, match="max_tokens=1"):
-    workload.cut_middle(BYTES, text, 1)
+    cut_middle(BYTES, text, 1)
 
 
 @pytest.mark.parametrize("max_tokens", [2, 3, 8, 17, 40])
@@ -96,14 +98,14 @@ def test_the_middle_is_cut_by_the_tokenizers_own_tokens(max_tokens):
   expected = text
   if len(ids) > max_tokens:
     expected = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:])
-  assert workload.cut_middle(tokenizer, text, max_tokens) == expected
+  assert cut_middle(tokenizer, text, max_tokens) == expected
   assert (len(ids) > max_tokens) == (expected != text)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_examples_and_code_go_without_the_chat_template(name):
   task = TASKS[name]
-  raw, chat = (longbench.encode_prompt(BYTES, task, "0123456789", 6, chat) for chat in (False, True))
+  raw, chat = (encode_prompt(BYTES, task, "0123456789", 6, chat) for chat in (False, True))
   assert raw == [BOS, *b"01789"]  # cut first
   assert chat == (list(b"<user>01789\n<assistant>") if task.chat else raw)
 
@@ -111,8 +113,8 @@ def test_examples_and_code_go_without_the_chat_template(name):
 def test_room_for_prompts(tmp_path):
   release = Release.read(write_release(tmp_path))
   template = len("<user>\n<assistant>")
-  assert release.room_for_prompts(BYTES, 1000, chat=False) == 1000 - max(MAX_NEW.values()) - longbench.SLACK
-  assert release.room_for_prompts(BYTES, 1000, chat=True) == 1000 - max(MAX_NEW.values()) - longbench.SLACK - template
+  assert release.room_for_prompts(BYTES, 1000, chat=False) == 1000 - max(MAX_NEW.values()) - SLACK
+  assert release.room_for_prompts(BYTES, 1000, chat=True) == 1000 - max(MAX_NEW.values()) - SLACK - template
   with pytest.raises(
     ValueError, match="requests of 41 tokens have no room for a prompt beside 8 of output, 0 of a chat"
   ):
@@ -140,7 +142,7 @@ def test_only_the_first_line_counts_in_few_shot_tasks(tmp_path, monkeypatch):
   assert score(tmp_path, "qasper", *rows) == 20
   later = predicted("pier\nmill", "mill", classes=["mill"])
   assert score(tmp_path, "trec", later) == score(tmp_path, "samsum", later) == 0
-  monkeypatch.setattr(longbench.Task, "first_line", False)
+  monkeypatch.setattr(longbench, "first_line_only", lambda task: False)
   assert score(tmp_path, "triviaqa", *rows) == 20 and score(tmp_path, "trec", later) == 100
 
 
@@ -248,6 +250,6 @@ def test_published_scores_need_the_rules(golden, monkeypatch):
   """Each of these is another number without it."""
   expected = json.loads((golden / "result.json").read_text())
   assert longbench.score_file(golden / "lcc.jsonl", "indel").value > expected["lcc"] + 0.5
-  monkeypatch.setattr(longbench.Task, "first_line", False)
+  monkeypatch.setattr(longbench, "first_line_only", lambda task: False)
   for name in ("trec", "triviaqa", "samsum", "lsht"):
     assert abs(longbench.score_file(golden / f"{name}.jsonl").value - expected[name]) > 0.5

@@ -14,13 +14,17 @@ from typing import Any
 
 import pytest
 
+from sparse_serve_jax import workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.evaluation import longbench
 from sparse_serve_jax.evaluation.longbench import Release, Run
+from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Capacity, DecodeRow, Plan, PrefillWork, StepResult, StepStats
+from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, StepResult, StepStats
+from sparse_serve_jax.workloads import WorkloadConfig
+from sparse_serve_jax.workloads.longbench import SLACK
 from tests.longbench import (
   BYTES,
   EOS,
@@ -41,7 +45,11 @@ class Script:
   """A device that says what it is told, a text for each request, then EOS; and an underscore for what is banned."""
 
   def __init__(self, answer: Callable[[str], str], rows: int = 4):
-    self.capacity = Capacity(256, 0, rows, 384, n_layers=1, n_kv_heads=1, block_bytes=1, fixed_hbm_bytes=0)
+    config = types.SimpleNamespace(vocab_size=BYTES.vocab_size)
+    self.config, self.model = small_config(), types.SimpleNamespace(config=config, eos_token_ids=(EOS,))
+    self.shape = CacheShape(
+      K=1, L=1, M=256, P=0, R=rows, S=8, D=4, E=0, dtype="float32", offload=False, max_context=384, slab_tokens=0
+    )
     self._answer = answer
     self.prompts: dict[str, str] = {}
 
@@ -66,8 +74,7 @@ def small_config() -> EngineConfig:
 
 
 def scripted(answer: Callable[[str], str]) -> Engine:
-  config = types.SimpleNamespace(vocab_size=BYTES.vocab_size)
-  return Engine(small_config(), types.SimpleNamespace(config=config, eos_token_ids=(EOS,)), Script(answer))
+  return Engine(Script(answer))
 
 
 def said(request_id: str) -> str:
@@ -163,10 +170,10 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   whole.mkdir()
   parts.mkdir()
-  assert len(predict(Run(release, names, whole), Engine(config, model, executor), max_live=4)) == 11
+  assert len(predict(Run(release, names, whole), Engine(executor), max_live=4)) == 11
 
   for n in (2, 4):
-    engine = Engine(config, model, executor)
+    engine = Engine(executor)
     assert len(predict(Run(release, names, parts), engine, max_live=4, n=n)) == n
     engine.cancel_all()
     engine.run()
@@ -174,7 +181,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
       file.write('{"pred": "killed while it wr')
   run = Run(release, names, parts)
   assert run.n_rows == 11 and 0 < run.n_done <= 6
-  assert len(predict(run, Engine(config, model, executor), max_live=2)) == 11 - run.n_done
+  assert len(predict(run, Engine(executor), max_live=2)) == 11 - run.n_done
   assert [file.read_bytes() for file in sorted(parts.iterdir())] == [f.read_bytes() for f in sorted(whole.iterdir())]
   assert len({row["pred"] for row in lines_of(parts)["qasper"]}) > 2
 
@@ -219,6 +226,58 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
   run = Run(Release.read(bench), ["trec"], out)
   assert predict(run, scripted(said)) == []
   assert run.errors == {"trec": f"{data / 'trec.jsonl'}:1: the row lacks 'input'"}
+
+
+def test_half_of_a_character_ends_its_row_alone(tmp_path):
+  """An empty prediction with its error keeps the lines in step; the row is tried again until it is mended."""
+  bench = write_release(tmp_path / "bench", qasper=4, trec=2)
+  release, data, out = Release.read(bench), bench / "data" / "qasper.jsonl", tmp_path / "out"
+  out.mkdir()
+  rows = [row_of(0), row_of(1, context="half \ud83d"), row_of(2), row_of(3, answers=["\ud83d"])]
+  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  names, error = ["qasper", "trec"], f"{data}:2: 'context' has the lone surrogate '\\ud83d' at character 5"
+  run = Run(release, names, out)
+  assert sorted(predict(run, scripted(said))) == ["qasper"] * 2 + ["trec"] * 2 and not run.errors
+  written = lines_of(out)["qasper"]
+  assert [row["pred"] for row in written] == [said("qasper-0"), "", said("qasper-2")[: MAX_NEW["qasper"]], ""]
+  assert [row.get("error") for row in written[:3]] == [None, error, None]
+  assert written[3]["error"].startswith(f"{data}:4: 'answers' has the lone surrogate")
+  assert [row["answers"] for row in written] == [row["answers"] for row in rows]
+
+  scores, errors = longbench.score_folder(out)
+  assert scores["qasper"].n_rows == 4 and len(scores["qasper"].errors) == 2 and "trec" in scores
+  assert errors == {"qasper": f"2 of 4 rows have no prediction and count as empty ones, the first for: {error}"}
+
+  before = (out / "qasper.jsonl").read_bytes()
+  run = Run(release, names, out)
+  assert (run.n_rows, run.n_done) == (6, 4) and predict(run, scripted(said)) == []
+  assert (out / "qasper.jsonl").read_bytes() == before
+  write_lines(data, [row_of(i) for i in range(4)])
+  assert predict(Run(release, names, out), scripted(said)) == ["qasper"] * 2
+  assert [row["pred"] for row in lines_of(out)["qasper"]] == [
+    said(f"qasper-{i}")[: MAX_NEW["qasper"]] for i in range(4)
+  ]
+  assert longbench.score_folder(out)[1] == {} and [file.suffix for file in out.iterdir()] == [".jsonl"] * 2
+
+
+def test_what_is_served_is_what_is_evaluated(tmp_path):
+  """One reader: a workload's requests are those of a run, token by token."""
+  bench, out = write_release(tmp_path / "bench", qasper=5, samsum=2, trec_e=2), tmp_path / "out"
+  out.mkdir()
+  engine = scripted(said)
+  names, asked, add = ("qasper", "samsum", "trec_e"), [], engine.add_request
+
+  def spied(prompt, max_new_tokens, *, request_id, **options):
+    asked.append((request_id, list(prompt), max_new_tokens, options))
+    return add(prompt, max_new_tokens, request_id=request_id, **options)
+
+  engine.add_request = spied
+  release = Release.read(bench)
+  room = release.room_for_prompts(BYTES, 120, chat=True)
+  list(Run(release, names, out).predict(engine, BYTES, room, chat=True, max_live=3))
+  items = workloads.read(WorkloadConfig("longbench", path=str(bench), tasks=names))(BYTES, 120)
+  assert asked == [(item.id, item.prompt.tolist(), item.max_new_tokens, item.options) for item in items]
+  assert len(asked) == 9 and max(len(prompt) for _, prompt, _, _ in asked) > room  # some were cut
 
 
 def test_predictions_for_other_rows_are_no_beginning(tmp_path):
@@ -278,7 +337,7 @@ def test_the_program(tmp_path):
   assert table[-1].split(": ")[1].split("; ") == printed["unofficial"]
   setting = json.loads((out / "run.json").read_text())["setting"]
   assert setting["config"]["scheduler"]["max_context"] == 384 and setting["model"]["name"] == "random:tiny"
-  room = 384 - max(MAX_NEW.values()) - longbench.SLACK - len("<user>\n<assistant>")
+  room = 384 - max(MAX_NEW.values()) - SLACK - len("<user>\n<assistant>")
   assert setting["prompts"]["max_tokens"] == room and setting["prompts"]["chat_template"] is True
   first = {file.name: file.read_bytes() for file in out.glob("*.jsonl")}
   assert first["qasper.jsonl"].count(b"\n") == 2

@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from experiments import serve
 from sparse_serve_jax import runtime
 from sparse_serve_jax.config import EngineConfig, ModelConfig, from_dict
-from sparse_serve_jax.memory.kv_cache import CacheShape
+from sparse_serve_jax.memory.shape import CacheShape
 from tests.tiny import SMALL_SERVING
 
 
@@ -70,10 +70,10 @@ def check(dense: Run, sparse_serve: Run) -> None:
 @pytest.mark.slow
 def test_every_task(run, longbench_dir):
   """Two rows of every file. The budget is above prompt and output; slots take 2.9 MB."""
-  options = ["--limit=2", "--max_prompt_tokens=2048"]
+  options = ["--limit=2"]
   dense = run("dense", longbench_dir, ["cache.hbm_bytes=64MiB", "scheduler.max_context=2560"], *options)
   assert len(dense.rows) == 2 * len(list((longbench_dir / "data").glob("*.jsonl")))
-  assert max(row["prompt_tokens"] for row in dense.rows.values()) == 2048
+  assert 2560 - 512 - 32 - 1 <= max(row["prompt_tokens"] for row in dense.rows.values()) <= 2560 - 512
   changes = ["sparse.token_budget=4096", "cache.dram_bytes=64MiB", "cache.hbm_bytes=6MiB", "scheduler.max_context=2560"]
   check(dense, run("sparse_serve", longbench_dir, changes, *options))
 
@@ -83,16 +83,22 @@ def write_tasks(directory: Path) -> None:
   (directory / "config").mkdir(parents=True)
   (directory / "data").mkdir()
   templates = {
-    "harbour": "Here is the log of a harbour.\n{context}\nQuestion: {input}\nAnswer:",
-    "recipes": "Sum up these recipes.\n{context}\nSummary:",
+    "qasper": "Here is the log of a harbour.\n{context}\nQuestion: {input}\nAnswer:",
+    "gov_report": "Sum up these recipes.\n{context}\nSummary:",
   }
   (directory / "config" / "dataset2prompt.json").write_text(json.dumps(templates))
-  (directory / "config" / "dataset2maxlen.json").write_text(json.dumps({"harbour": 20, "recipes": 40}))
+  (directory / "config" / "dataset2maxlen.json").write_text(json.dumps({"qasper": 20, "gov_report": 40}))
   log = "At {} o'clock the ferry with {} barrels moored at pier {}. "
   recipe = "Boil {} potatoes for {} minutes, then add {} onions. "
-  for name, text, question in (("harbour", log, "Where is the ferry?"), ("recipes_e", recipe, "")):
+  for name, text, question in (("qasper", log, "Where is the ferry?"), ("gov_report_e", recipe, "")):
     rows = [
-      {"context": "".join(text.format(i, i * row + 3, i % 5) for i in range(1, n)), "input": question, "answers": []}
+      {
+        "answers": [],
+        "all_classes": None,
+        "length": n,
+        "context": "".join(text.format(i, i * row + 3, i % 5) for i in range(1, n)),
+        "input": question,
+      }
       for row, n in enumerate((4, 30, 2))
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -104,10 +110,9 @@ def test_two_tasks(run, tmp_path):
   options = ["--limit=2", "--max_prompt_tokens=320"]
   dense = run("dense", tmp_path / "bench", [*SMALL_SERVING, "cache.hbm_bytes=4MiB"], *options)
   prompts = {name: row["prompt_tokens"] for name, row in dense.rows.items()}
-  assert set(prompts) == {"harbour-0", "harbour-1", "recipes_e-0", "recipes_e-1"}
-  assert (
-    prompts["harbour-1"] == prompts["recipes_e-1"] == 320 and max(prompts["harbour-0"], prompts["recipes_e-0"]) < 320
-  )
+  assert set(prompts) == {"qasper-0", "qasper-1", "gov_report_e-0", "gov_report_e-1"}
+  assert prompts["qasper-1"] == prompts["gov_report_e-1"] == 319 + len("<user>\n<assistant>")  # BOS is cut
+  assert max(prompts["qasper-0"], prompts["gov_report_e-0"]) < 320
   check(
     dense, run("sparse_serve", tmp_path / "bench", [*SMALL_SERVING, "scheduler.batch_control=working_set"], *options)
   )

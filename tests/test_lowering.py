@@ -40,8 +40,8 @@ def lower(f, *arguments) -> str:
     return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def reads(n: int, groups: int) -> kernels.Reads:
-  return kernels.Reads(Int((B, K, n)), Int((B, K, n)), Int((B, K, groups)))
+def located(n: int, groups: int) -> kernels.Located:
+  return kernels.Located(*[Int((B, K, n))] * 3, Int((B, K, groups)), Int((B, K)))
 
 
 @pytest.mark.parametrize("shape", [*REAL.values(), Shape(8, 64, 128), Shape(3, 16, 64), Shape(1, 8, 16)], ids=str)
@@ -50,33 +50,29 @@ def reads(n: int, groups: int) -> kernels.Reads:
 )
 def test_attend(shape: Shape, n: int, groups: int, threshold: float | None, n_slots: int):
   G, S, D = shape
-  options = dict(always=4, threshold=threshold, scale=0.1, **ON_GPU)
+  stop = None if threshold is None else kernels.Stop(threshold, untested=4)
   text = lower(
-    functools.partial(kernels.attend, **options),
+    functools.partial(kernels.attend, stop=stop, **ON_GPU),
     Array((B, K, G, D)),
-    Array((K, L, R, 2, S, D)),
-    *[Int((B,))] * 2,
+    kernels.Tails(Array((K, L, R, 2, S, D)), Int((B,)), Int((B,))),
     Array((K, L, M, 2, S, D)),
     Array((n_slots, 2, S, D)),
     Int(()),
-    reads(n, groups),
-    Int((B, K)),
+    located(n, groups),
   )
   assert 'name = "attend"' in text
 
 
 @pytest.mark.parametrize(("n", "group"), [(64, None), (N, 4), (4096, None), (L, 1)])
 def test_residency(n: int, group: int | None):
-  order = kernels.EvictionOrder(Int((P,)), Int(()))
+  victims = kernels.Victims(Int((P,)), Int(()))
   layer = Int((L,)) if group == 1 else Int(())  # one for each rank
   propose = functools.partial(kernels.propose, group=group, **ON_GPU)
-  text = lower(
-    lambda *arguments: propose(*arguments[:-1], taken=arguments[-1]), MAPS, order, layer, Int((B, K, n)), Int((B, K))
-  )
+  text = lower(propose, MAPS, victims, layer, Int((B, K, n)), Int((B, K)))
   assert 'name = "look_up"' in text and 'name = "assign"' in text
   groups = 1 if group is None else n // group
   commit = functools.partial(kernels.commit, **ON_GPU)
-  assert 'name = "commit"' in lower(commit, MAPS, layer, reads(n, groups), Int((B, K)), layer, Int((B,)))
+  assert 'name = "commit"' in lower(commit, MAPS, layer, located(n, groups), Int((B, K)), layer, Int((B,)))
 
 
 @pytest.mark.parametrize(("n", "k"), [(321, 64), (N, N), (4096, 64), (16384, 64)])
@@ -90,7 +86,7 @@ def test_select(n: int, k: int):
 def test_score_and_digests(shape: Shape, reduce: str):
   G, S, D = shape
   digests = Array((K, L, M, 2, D))
-  score = functools.partial(kernels.score, rule=box, reduce=reduce, sinks=2, window=2, **ON_GPU)
+  score = functools.partial(kernels.score, ranking=kernels.Ranking(box, reduce, sinks=2, window=2), **ON_GPU)
   assert 'name = "score"' in lower(score, Array((B, K, G, D)), digests, Int(()), Int((B, N)), Int((B,)))
   for rule in (digest.cuboid_mean, digest.min_max):
     store = functools.partial(kernels.store_digests, rule=rule, **ON_GPU)

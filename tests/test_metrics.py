@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import metrics
-from sparse_serve_jax.serving.plan import Capacity, StepStats
+from sparse_serve_jax.serving.plan import StepStats
 from sparse_serve_jax.serving.request import Request
 
-CAPACITY = Capacity(
-  pool_blocks=100, slots=50, rows=4, max_context=99, n_layers=3, n_kv_heads=2, block_bytes=10, fixed_hbm_bytes=7
-)
+SHAPE = CacheShape(
+  K=2, L=3, M=100, P=50, R=4, S=8, D=4, E=2, dtype="float32", offload=True, max_context=99, slab_tokens=8
+)  # blocks of 2 * 8 * 4 * 4 = 256 bytes
 
 
 def request(arrival: float, scheduled: float, times: list[float], n_prompt: int = 5) -> Request:
@@ -25,7 +27,7 @@ def request(arrival: float, scheduled: float, times: list[float], n_prompt: int 
 
 
 def usage(offload: bool = True) -> metrics.Usage:
-  made = metrics.Usage(CAPACITY, offload)
+  made = metrics.Usage(dataclasses.replace(SHAPE, offload=offload))
   for attended, loaded, saved, slots, pool in [(10, 1, 6, 20, 4), (30, 4, 0, 30, 9), (0, 0, 0, 25, 5)]:
     made.count_pool(pool)
     missed = loaded - 1 if loaded else 0  # one block was read for a prefill
@@ -51,20 +53,20 @@ def test_summary_by_hand():
     blocks_attended=40,
     blocks_loaded=5,
     blocks_saved=6,
-    peak_hbm_kv_bytes=7 + 30 * 10,
-    dram_kv_bytes=9 * 3 * 2 * 10,
+    peak_hbm_kv_bytes=SHAPE.fixed_bytes + 30 * 256,
+    dram_kv_bytes=9 * 3 * 2 * 256,
   )
 
 
 def test_without_offload_the_pool_lies_in_hbm():
-  assert (usage(False).peak_hbm_kv_bytes, usage(False).dram_kv_bytes) == (7 + 9 * 3 * 2 * 10, 0)
+  assert (usage(False).peak_hbm_kv_bytes, usage(False).dram_kv_bytes) == (SHAPE.fixed_bytes + 9 * 3 * 2 * 256, 0)
 
 
 def test_nothing_to_average():
-  summary = metrics.summarize([], metrics.Usage(CAPACITY, True))
+  summary = metrics.summarize([], metrics.Usage(SHAPE))
   assert (summary.requests, summary.ttft_mean_s, summary.tbt_p99_s, summary.throughput_tok_s) == (0, None, None, None)
-  assert summary.hbm_hit_rate == 1.0
-  one = metrics.summarize([request(0.0, 0.5, [2.0])], metrics.Usage(CAPACITY, True))
+  assert summary.hbm_hit_rate is None  # no block was attended to
+  one = metrics.summarize([request(0.0, 0.5, [2.0])], metrics.Usage(SHAPE))
   assert (one.tbt_mean_s, one.ttft_mean_s, one.throughput_tok_s) == (None, 2.0, 0.5)
   assert json.loads(json.dumps(one.to_dict()))["tbt_mean_s"] is None
 

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from sparse_serve_jax import models
 from sparse_serve_jax.config import ModelConfig, RopeConfig, find_config, read_config
-from sparse_serve_jax.models import llama
+from sparse_serve_jax.mesh import AXIS, make_mesh
+from sparse_serve_jax.models import ByteTokenizer, llama
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FAMILIES = sorted(path.parent.name for path in GOLDENS.glob("*/expected.npz"))
@@ -22,14 +23,18 @@ SCALED = [name for name in FAMILIES if name.endswith(("llama3", "linear", "yarn"
 SHAPES = ["tiny", "tiny-mha", "tiny-qwen2", "tiny-qwen3"]
 
 
+def placed(model: models.Model) -> models.Model:
+  return dataclasses.replace(model, params=models.place_params(model))
+
+
 @functools.cache
 def golden(name: str) -> tuple[models.Model, dict[str, np.ndarray]]:
-  return models.load_model(GOLDENS / name, dtype="float32"), dict(np.load(GOLDENS / name / "expected.npz"))
+  return placed(models.load_model(GOLDENS / name, dtype="float32")), dict(np.load(GOLDENS / name / "expected.npz"))
 
 
 @functools.cache
 def random_model(name: str) -> models.Model:
-  return models.load_model(f"random:{name}")
+  return placed(models.load_model(f"random:{name}"))
 
 
 run = jax.jit(models.forward, static_argnums=0, static_argnames="hidden")
@@ -61,7 +66,7 @@ def test_goldens_notice_rope_scaling(name):
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_bfloat16_stays_near_float32(name):
   _, expected = golden(name)
-  model = models.load_model(GOLDENS / name)
+  model = placed(models.load_model(GOLDENS / name))
   assert model.config.dtype == "bfloat16" and model.params["embed"].dtype == jnp.bfloat16
   logits, hidden = run(model.config, model.params, expected["tokens"], hidden=True)
   assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
@@ -144,19 +149,27 @@ def test_two_devices_equal_one(name, vocab):
   cfg = dataclasses.replace(random_model(name).config, vocab_size=vocab)
   params = models.init_params(cfg, 0)
   tokens = np.arange(40, dtype=np.int32) * 7 % vocab
-  mesh, specs = Mesh(np.asarray(jax.devices()[:2]), "tp"), models.param_specs(cfg, 2)
-  sharded = jax.device_put(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
+  mesh, specs = make_mesh(2), models.param_specs(cfg, 2)
+  sharded = models.place_params(models.Model(cfg, params, ByteTokenizer(), (), name), mesh)
   local = sharded["layers"]["wqkv"].addressable_shards[0].data
   assert local.shape[2] == cfg.n_kv_heads // 2
   # The gathered vocabulary is the same on both devices, which the check of varying axes cannot know.
   two = jax.shard_map(
-    functools.partial(models.forward, cfg, axis="tp"),
+    functools.partial(models.forward, cfg, axis=AXIS),
     mesh=mesh,
     in_specs=(specs, PartitionSpec()),
     out_specs=PartitionSpec(),
     check_vma=False,
   )
   np.testing.assert_allclose(jax.jit(two)(sharded, tokens), run(cfg, params, tokens), atol=1e-4)
+
+
+def test_a_mesh_has_devices_that_there_are():
+  n = len(jax.devices())
+  assert make_mesh(1) == make_mesh(1) and make_mesh(n).size == n and make_mesh(1).axis_names == (AXIS,)
+  for wrong in (0, n + 1):
+    with pytest.raises(ValueError, match=f"tp={wrong} is not within the {n} devices"):
+      make_mesh(wrong)
 
 
 def test_specs_refuse_what_does_not_divide():

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import demo
-from sparse_serve_jax import LLM
+from sparse_serve_jax import LLM, tasks
 from sparse_serve_jax.config import find_config, read_config
-from sparse_serve_jax.evaluation import accuracy, tasks
+from sparse_serve_jax.evaluation import accuracy
 from sparse_serve_jax.evaluation.accuracy import Sample
 from sparse_serve_jax.evaluation.selections import Trace
-from sparse_serve_jax.models import load_model
+from sparse_serve_jax.models import load_model, place_params
 from sparse_serve_jax.training.config import TrainConfig
 
 MB = 1_000_000
@@ -55,9 +54,7 @@ def test_it_retrieves_from_few_blocks(model):
   cases = accuracy.cases(["cuboid_mean", "random"], [512], [0.95])
   wanted = {case.name: case for case in cases if case.name in ("dense 1", "cuboid_mean 512", "random 512", "psa 0.95")}
   sample = Sample("key_value", 2048, 8, at_once=8, steps=48)
-  rows = {
-    case.name: row for case, row in accuracy.measure(model, jax.device_put(model.params), sample, [*wanted.values()])
-  }
+  rows = {case.name: row for case, row in accuracy.measure(model, place_params(model), sample, [*wanted.values()])}
   found = {name: row["accuracy"] for name, row in rows.items()}
   assert min(found["dense 1"], found["cuboid_mean 512"], found["psa 0.95"]) == 1 and found["random 512"] < 0.5
   assert rows["dense 1"]["blocks"] > 60 and rows["psa 0.95"]["blocks"] < 12

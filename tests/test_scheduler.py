@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, SparseConfig
-from sparse_serve_jax.serving.plan import Capacity, Plan, StepResult, StepStats
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving.plan import Plan, StepResult, StepStats
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.scheduler import Scheduler
 
@@ -25,11 +24,10 @@ def config(scheduler: SchedulerConfig | None = None, **sparse) -> EngineConfig:
   )
 
 
-def capacity(**changes) -> Capacity:
-  default = Capacity(
-    pool_blocks=64, slots=1000, rows=8, max_context=256, n_layers=3, n_kv_heads=2, block_bytes=64, fixed_hbm_bytes=0
-  )
-  return dataclasses.replace(default, **changes)
+def shape_of(**changes) -> CacheShape:
+  default = dict(K=2, L=3, M=64, P=1000, R=8, S=S, D=4, E=2, dtype="float32", offload=True, max_context=256)
+  sizes = default | {"slab_tokens": 0} | changes
+  return CacheShape(**(sizes | {"max_context": min(sizes["max_context"], sizes["M"] * S)}))
 
 
 def request(name: str, n_prompt: int, n_output: int = 4) -> Request:
@@ -69,22 +67,22 @@ def advance(scheduler: Scheduler, token: int = 1) -> Plan:
 )
 def test_check_refuses_with_numbers(n_prompt, n_output, message):
   with pytest.raises(ValueError, match=message):
-    Scheduler(config(), capacity()).add(request("a", n_prompt, n_output))
+    Scheduler(config(), shape_of()).add(request("a", n_prompt, n_output))
 
 
 def test_the_pool_bounds_a_request_too_and_the_bound_itself_fits():
-  scheduler = Scheduler(config(), capacity(pool_blocks=5))
+  scheduler = Scheduler(config(), shape_of(M=5))
   with pytest.raises(ValueError, match="only 40 tokens would fit"):
     scheduler.add(request("a", 38, 3))
   scheduler.add(request("b", 38, 2))
-  assert len(scheduler.schedule(0.0).prefill[0].table) == 5
+  assert len(scheduler.schedule(0.0).admit[0].table) == 5
 
 
 # ------------------------------------------------------------------------------------------------------------- prefill
 
 
 def test_segments_of_layers_and_short_prompts_share_an_iteration():
-  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), capacity())
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), shape_of())
   for name, n_prompt in [("a", 20), ("b", 10), ("c", 6), ("d", 7)]:
     scheduler.add(request(name, n_prompt))
   assert pieces(scheduler.schedule(0.0)) == [("a", 0, 20, 0, 2, False)]  # one layer more would be 60
@@ -94,7 +92,7 @@ def test_segments_of_layers_and_short_prompts_share_an_iteration():
 
 
 def test_a_prompt_that_does_not_fit_the_rest_is_not_admitted_early():
-  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), capacity())
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), shape_of())
   scheduler.add(request("a", 15))
   scheduler.add(late := request("b", 20))
   assert pieces(scheduler.schedule(0.0)) == [("a", 0, 15, 0, 3, True)]
@@ -103,7 +101,7 @@ def test_a_prompt_that_does_not_fit_the_rest_is_not_admitted_early():
 
 
 def test_hybrid_chunks_within_a_layer():
-  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=2 * S + 3)), capacity(n_layers=2))
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=2 * S + 3)), shape_of(L=2))
   scheduler.add(request("a", 5 * S + 1))
   plans = [pieces(scheduler.schedule(0.0)) for _ in range(6)]
   assert plans == [
@@ -118,20 +116,20 @@ def test_hybrid_chunks_within_a_layer():
 
 def test_hybrid_chunks_are_multiples_of_eight_blocks_and_fill_the_allowance():
   # 19 blocks an iteration: chunks of 16, and the last block of a layer fits beside one
-  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=19 * S)), capacity(n_layers=2, max_context=512))
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=19 * S)), shape_of(L=2, max_context=512))
   scheduler.add(request("a", 33 * S))
   sizes = [[work[2] for work in pieces(scheduler.schedule(0.0))] for _ in range(5)]
   assert sizes == [[16 * S], [16 * S, S], [16 * S], [16 * S, S], []]
 
 
 def test_one_block_is_the_smallest_piece():
-  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=1)), capacity(n_layers=1))
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=1)), shape_of(L=1))
   scheduler.add(request("a", S + 2))
   assert [pieces(scheduler.schedule(0.0)) for _ in range(2)] == [[("a", 0, S, 0, 1, False)], [("a", S, 2, 0, 1, True)]]
 
 
 def test_allowance_by_default_is_2048_tokens_through_all_layers():
-  scheduler = Scheduler(config(), capacity(max_context=8192, pool_blocks=2048))
+  scheduler = Scheduler(config(), shape_of(max_context=8192, M=2048))
   scheduler.add(request("a", 2049))
   scheduler.add(request("b", 2047))
   assert pieces(scheduler.schedule(0.0)) == [("a", 0, 2049, 0, 2, False)]
@@ -139,7 +137,7 @@ def test_allowance_by_default_is_2048_tokens_through_all_layers():
 
 
 def test_chunked_goes_through_all_layers_and_shares_the_rest():
-  scheduler = Scheduler(config(SchedulerConfig(prefill="chunked", chunk_tokens=4 * S)), capacity())
+  scheduler = Scheduler(config(SchedulerConfig(prefill="chunked", chunk_tokens=4 * S)), shape_of())
   scheduler.add(request("a", 5 * S + 1))
   scheduler.add(request("b", 9 * S))
   assert pieces(scheduler.schedule(0.0)) == [("a", 0, 32, 0, 3, False)]
@@ -152,7 +150,7 @@ def test_chunked_goes_through_all_layers_and_shares_the_rest():
 
 
 def test_nobody_passes_the_head_that_waits_for_blocks():
-  scheduler = Scheduler(config(), capacity(pool_blocks=6))
+  scheduler = Scheduler(config(), shape_of(M=6))
   first, head, small = request("a", 29, 3), request("b", 28, 4), request("c", 2, 2)
   for each in (first, head, small):
     scheduler.add(each)
@@ -166,19 +164,19 @@ def test_nobody_passes_the_head_that_waits_for_blocks():
 
 
 def test_blocks_wait_for_the_last_plan_that_held_them_but_rows_do_not():
-  scheduler = Scheduler(config(), capacity(pool_blocks=2, rows=1))
+  scheduler = Scheduler(config(), shape_of(M=2, R=1))
   scheduler.add(request("a", 8, 8))
   scheduler.add(request("b", 8, 8))
   first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
   scheduler.update(result(first, STOP), 0.0)  # a ends while the second plan still holds its table
   third = scheduler.schedule(0.0)
-  assert third.release.tolist() == second.decode[0].table.tolist() and not third.prefill
+  assert third.release.tolist() == first.admit[0].table.tolist() and not third.prefill
   scheduler.update(result(second), 0.0)
   assert [work.request_id for work in scheduler.schedule(0.0).prefill] == ["b"]
 
 
 def test_a_row_is_waited_for():
-  scheduler = Scheduler(config(), capacity(rows=1))
+  scheduler = Scheduler(config(), shape_of(R=1))
   scheduler.add(request("a", 4, 1))
   scheduler.add(request("b", 4, 1))
   assert len(advance(scheduler).prefill) == 1
@@ -189,18 +187,17 @@ def test_a_row_is_waited_for():
 
 
 def test_positions_and_steps_are_counted_ahead_of_results():
-  scheduler = Scheduler(config(), capacity())
+  scheduler = Scheduler(config(), shape_of())
   scheduler.add(request("a", 6, 3))
   plans = [scheduler.schedule(0.0) for _ in range(4)]
   assert [[(row.position, row.step) for row in plan.decode] for plan in plans] == [[], [(6, 0)], [(7, 1)], []]
   assert plans[3].empty
   assert [plan.iteration for plan in plans[:3]] == [1, 2, 3]
-  tables = {tuple(plan.decode[0].table) for plan in plans[1:3]} | {tuple(plans[0].prefill[0].table)}
-  assert len(tables) == 1 and len(tables.pop()) == 2
+  assert [[len(admission.table) for admission in plan.admit] for plan in plans] == [[2], [], [], []]
 
 
 def test_an_empty_plan_takes_no_number():
-  scheduler = Scheduler(config(), capacity())
+  scheduler = Scheduler(config(), shape_of())
   assert scheduler.schedule(0.0).empty
   assert not scheduler.has_work
   scheduler.add(request("a", 6, 3))
@@ -208,7 +205,7 @@ def test_an_empty_plan_takes_no_number():
 
 
 def test_a_late_stop_token_drops_the_token_planned_since():
-  scheduler = Scheduler(config(), capacity())
+  scheduler = Scheduler(config(), shape_of())
   scheduler.add(a := request("a", 6, 9))
   first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
   scheduler.update(result(first, 3), 1.0)
@@ -236,7 +233,7 @@ def names(plan: Plan) -> list[str]:
 
 def test_algorithm_1_has_no_break():
   # without history: full blocks x 3 layers x 2 heads = 24, 48, 12, 12; the budget is 8 blocks
-  scheduler = Scheduler(config(), capacity(slots=48))
+  scheduler = Scheduler(config(), shape_of(P=48))
   decoding(scheduler, {"a": 32, "b": 64, "c": 16, "d": 16})
   assert names(scheduler.schedule(0.0)) == ["a", "c", "d"]
 
@@ -252,33 +249,33 @@ def test_algorithm_1_has_no_break():
 )
 def test_working_set_without_history(sparse, fits):
   for slots, expected in [(fits, ["a", "b"]), (fits - 1, ["a"])]:
-    scheduler = Scheduler(config(**sparse), capacity(slots=slots))
+    scheduler = Scheduler(config(**sparse), shape_of(P=slots))
     decoding(scheduler, {"a": 81, "b": 81})
     assert names(scheduler.schedule(0.0)) == expected
 
 
 def test_the_oldest_runs_whatever_its_working_set():
-  scheduler = Scheduler(config(), capacity(slots=1))
+  scheduler = Scheduler(config(), shape_of(P=1))
   decoding(scheduler, {"a": 64, "b": 64})
   assert names(scheduler.schedule(0.0)) == ["a"]
 
 
 @pytest.mark.parametrize(("control", "slots"), [("none", 1), ("working_set", 0)])
 def test_without_control_or_offload_all_run(control, slots):
-  scheduler = Scheduler(config(SchedulerConfig(batch_control=control, working_set_steps=1)), capacity(slots=slots))
+  scheduler = Scheduler(config(SchedulerConfig(batch_control=control, working_set_steps=1)), shape_of(P=slots))
   decoding(scheduler, {"a": 64, "b": 64})
   plan = scheduler.schedule(0.0)
   assert names(plan) == ["a", "b"] and not plan.measure
 
 
 def test_max_batch_takes_the_oldest():
-  scheduler = Scheduler(config(SchedulerConfig(max_batch=2)), capacity(slots=48))
+  scheduler = Scheduler(config(SchedulerConfig(max_batch=2)), shape_of(P=48))
   decoding(scheduler, {"a": 32, "b": 64, "c": 16})
   assert names(scheduler.schedule(0.0)) == ["a"]  # b does not fit; c stands behind the first two
 
 
 def test_working_sets_are_asked_for_every_w_steps_and_used_when_they_come():
-  scheduler = Scheduler(config(SchedulerConfig(working_set_steps=3)), capacity(slots=50))
+  scheduler = Scheduler(config(SchedulerConfig(working_set_steps=3)), shape_of(P=50))
   decoding(scheduler, {"a": 32, "b": 64})  # 24 and 48: b pauses
   asked = []
   for _ in range(8):
@@ -293,7 +290,7 @@ def test_working_sets_are_asked_for_every_w_steps_and_used_when_they_come():
 
 
 def test_the_last_step_is_not_measured():
-  scheduler = Scheduler(config(SchedulerConfig(working_set_steps=3)), capacity())
+  scheduler = Scheduler(config(SchedulerConfig(working_set_steps=3)), shape_of())
   decoding(scheduler, {"a": 16, "b": 16}, n_output=5)
   scheduler.add(request("c", 16, 6))
   asked = [[row.request_id for row in scheduler.schedule(0.0).measure] for _ in range(6)]
@@ -304,7 +301,7 @@ def test_the_last_step_is_not_measured():
 
 
 def test_cancel_in_every_state_gives_everything_back():
-  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=20)), capacity(pool_blocks=6, rows=2))
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=20)), shape_of(M=6, R=2))
   running, partly, waiting = request("a", 6, 9), request("b", 20, 4), request("c", 4, 4)
   for each in (running, partly, waiting):
     scheduler.add(each)

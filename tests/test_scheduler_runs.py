@@ -10,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig
-from sparse_serve_jax.serving.plan import Capacity, Plan
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving.plan import Plan
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.scheduler import Scheduler
-from tests.test_scheduler import S, capacity, config, request, result
+from tests.test_scheduler import S, config, request, result, shape_of
 
 
 class Watch:
   """Follows the plans of a run as a device would meet them, and fails on the first that breaks a rule."""
 
-  def __init__(self, engine_config: EngineConfig, limits: Capacity):
-    self.config, self.capacity = engine_config, limits
+  def __init__(self, engine_config: EngineConfig, shape: CacheShape):
+    self.config, self.shape = engine_config, shape
     self.requests: dict[str, Request] = {}
     self.admitted: list[str] = []
     self.done: dict[str, dict[tuple[int, int], bool]] = {}  # per request: (layer, block of tokens) prefilled
@@ -39,9 +40,12 @@ class Watch:
     released = plan.release.tolist()
     assert len(set(released)) == len(released) and set(released) <= self.dirty and not set(released) & live
     self.dirty -= set(released)
+    assert {admission.request_id for admission in plan.admit} <= {work.request_id for work in plan.prefill}
+    for admission in plan.admit:
+      self._admit(admission.request_id, tuple(admission.table.tolist()))
     self._decode(plan)  # before prefill: what ends its prompt now decodes from the next plan on
     self._prefill(plan)
-    held = [row.table.tolist() for row in plan.decode] + [work.table.tolist() for work in plan.prefill]
+    held = [self.tables[of.request_id] for of in (*plan.decode, *plan.prefill)]
     self.in_flight.append({block for table in held for block in table})
 
   def _decode(self, plan: Plan) -> None:
@@ -61,7 +65,6 @@ class Watch:
       request = self.requests[row.request_id]
       assert row.step == self.steps[row.request_id] and row.position == len(request.prompt) + row.step
       assert row.step < request.max_new_tokens - 1
-      assert tuple(row.table) == self.tables[row.request_id]
       self.steps[row.request_id] += 1
     assert {row.request_id for row in plan.measure} <= set(names)
 
@@ -72,9 +75,6 @@ class Watch:
     cost = 0
     for work in plan.prefill:
       name, prompt = work.request_id, self.requests[work.request_id].prompt
-      if name not in self.tables:
-        self._admit(name, tuple(work.table.tolist()))
-      assert tuple(work.table) == self.tables[name]
       assert work.start % S == 0 and len(work.tokens)
       assert work.tokens.tolist() == prompt[work.start : work.start + len(work.tokens)].tolist()
       end = work.start + len(work.tokens)
@@ -86,7 +86,7 @@ class Watch:
           assert layer == 0 or (layer - 1, block) in done
           assert block == 0 or (layer, block - 1) in done
           done[layer, block] = True
-      whole = len(self.done[name]) == self.capacity.n_layers * -(-len(prompt) // S)
+      whole = len(self.done[name]) == self.shape.L * -(-len(prompt) // S)
       assert work.last == whole
       if whole:
         self.prefilled.add(name)
@@ -105,10 +105,10 @@ class Watch:
     for held in self.in_flight:
       taken |= held - {block for other in self.tables.values() for block in other}
     assert not set(table) & taken
-    assert all(0 <= block < self.capacity.pool_blocks for block in table)
+    assert all(0 <= block < self.shape.M for block in table)
     self.admitted.append(name)
     self.tables[name], self.done[name], self.steps[name] = table, {}, 0
-    assert len(self.tables) <= self.capacity.rows
+    assert len(self.tables) <= self.shape.R
 
   def ended(self, name: str) -> None:
     self.dirty |= set(self.tables.pop(name, ()))
@@ -126,12 +126,12 @@ def runs(draw):
     batch_control=draw(st.sampled_from(["working_set", "working_set", "none"])),
     working_set_steps=draw(st.integers(1, 4)),
   )
-  limits = capacity(
-    pool_blocks=draw(st.integers(4, 24)),
-    slots=draw(st.sampled_from([0, 1, 30, 60, 200])),
-    rows=draw(st.integers(1, 5)),
+  limits = shape_of(
+    M=draw(st.integers(4, 24)),
+    P=draw(st.sampled_from([0, 1, 30, 60, 200])),
+    R=draw(st.integers(1, 5)),
     max_context=draw(st.integers(30, 110)),
-    n_layers=n_layers,
+    L=n_layers,
   )
   shape = st.tuples(st.integers(1, 80), st.integers(1, 20), st.integers(0, 15))
   wanted = draw(st.lists(shape, min_size=1, max_size=8))  # prompt and output tokens, iteration of arrival
@@ -155,7 +155,7 @@ def test_whole_runs(run):
       try:
         scheduler.add(each)
       except ValueError:
-        assert n_prompt + n_output > min(limits.max_context, limits.pool_blocks * S)
+        assert n_prompt + n_output > limits.max_context
         outcome[each.id] = "refused"
         continue
       watch.requests[each.id] = each

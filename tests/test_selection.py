@@ -183,11 +183,11 @@ def run_recorded(conf, prompt: list[int], n: int):
   """Serves one prompt. Returns the executor, the block table, and the blocks attended to in each decode step."""
   model = tiny_model()
   executor = poisoned(JaxExecutor(conf, model))
-  engine = Engine(conf, model, executor)
+  engine = Engine(executor)
   submit, tables, pending = executor.submit, [], []
 
   def recorded(plan):
-    tables.extend(row.table for row in plan.decode)
+    tables.extend(admission.table for admission in plan.admit)
     result = submit(plan)
     pending.extend([result] if plan.decode else [])
     return result
@@ -212,7 +212,7 @@ def test_digests_are_those_of_their_blocks(method: str):
   """Every full block of prompt and output, and no other."""
   prompt, n = prompt_of(37, seed=4), 30
   executor, table, _ = run_recorded(config(f"sparse.method={method}"), prompt, n)
-  pool, digests = np.asarray(executor.cache.pool), np.asarray(executor.cache.digest)
+  pool, digests = np.asarray(executor.cache.pool), np.asarray(executor.cache.hot.digest)
   n_full = (len(prompt) + n - 1) // 8
   blocks = table[:n_full]
   assert n_full == 8 and sorted(blocks) != sorted(range(n_full))[::-1]

@@ -57,6 +57,15 @@ def test_ids():
     assert some.tolist() == expected.tolist() + [-1] * (8 - len(expected))
 
 
+def test_ids_of_a_million_tokens():
+  """Beyond 32,767 they do not fit two bytes."""
+  selected = np.zeros((1, 2, 1, 1, 32769), bool)
+  selected[0, 0, 0, 0, [3, 32767, 32768]] = selected[0, 1, 0, 0, 32768] = True
+  assert trace_of(selected).ids()[:, 0, 0, 0].tolist() == [[3, 32767, 32768], [32768, -1, -1]]
+  assert trace_of(selected[..., :32768]).ids().dtype == np.int16
+  assert trace_of(selected[..., :32768]).ids()[0, 0, 0, 0].tolist() == [3, 32767]
+
+
 def test_reuse_is_that_of_sets():
   trace, w_of = drifting(), range(1, MOST + 1)
   told = selections.reuse(trace)

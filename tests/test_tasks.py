@@ -13,9 +13,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from sparse_serve_jax.evaluation import text
-from sparse_serve_jax.evaluation.tasks import TASKS, Instance, make
 from sparse_serve_jax.models.tokenizer import ByteTokenizer
+from sparse_serve_jax.tasks import TASKS, Instance, make, text
 
 
 class WordTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax.config import ModelConfig, read_config
-from sparse_serve_jax.models import ByteTokenizer, forward, load_model
+from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
 from sparse_serve_jax.training import attention_losses, data, trainer
 from sparse_serve_jax.training.config import AttentionLossWeights, Optimizer, Sources, Stage, TrainConfig
 from sparse_serve_jax.training.vocabulary import train_tokenizer
@@ -242,6 +243,17 @@ def test_a_run_starts_from_parameters(tmp_path):
   given = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), other)  # as a shipped model has them
   run = trainer.Trainer(TOY, tmp_path, start_from=given)
   jax.tree.map(np.testing.assert_array_equal, run.state.params, jax.tree.map(lambda x: x.astype(np.float32), given))
+
+
+def test_a_run_starts_from_a_loaded_model(tmp_path):
+  """When it goes on, the model is not needed any more."""
+  save_hf(Model(MODEL, init_params(MODEL, 3), ByteTokenizer(), (), "given"), tmp_path / "given")
+  given = load_model(tmp_path / "given").params
+  run = trainer.Trainer(TOY, tmp_path / "run", start_from=given)
+  jax.tree.map(np.testing.assert_array_equal, run.state.params, init_params(MODEL, 3))
+  run.save()
+  shutil.rmtree(tmp_path / "given")
+  assert trainer.Trainer(TOY, tmp_path / "run", start_from=given).step == 0
 
 
 def test_parameters_of_another_model_are_refused(tmp_path):

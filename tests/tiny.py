@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_serve_jax.config import EngineConfig, ModelConfig, override
-from sparse_serve_jax.memory.kv_cache import CacheShape
+from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model, forward, init_params
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
@@ -111,16 +112,15 @@ def with_slots(conf: EngineConfig, slots: int, model: Model) -> EngineConfig:
 def poisoned(executor: JaxExecutor) -> JaxExecutor:
   """Every array of an empty cache that holds KV or digests, filled with NaN: nothing of it may be read."""
   nan = lambda a: jax.device_put(jnp.full(a.shape, jnp.nan, a.dtype), a.sharding)  # noqa: E731
-  cache = executor.cache
-  executor.cache = cache.replace(
-    pool=nan(cache.pool), slots=nan(cache.slots), digest=nan(cache.digest), tail=nan(cache.tail)
-  )
+  hot = executor.cache.hot
+  hot = hot.replace(slots=nan(hot.slots), digest=nan(hot.digest), tail=nan(hot.tail))
+  executor.cache = KVCache(nan(executor.cache.pool), hot)
   return executor
 
 
 def new_engine(conf: EngineConfig, model: Model, **options) -> Engine:
   """An engine over a poisoned cache. Its pool's blocks are given out in a random order, so no block table ascends."""
-  engine = Engine(conf, model, poisoned(JaxExecutor(conf, model)), **options)
+  engine = Engine(poisoned(JaxExecutor(conf, model)), **options)
   np.random.default_rng(0).shuffle(engine._scheduler._allocator._free)
   return engine
 

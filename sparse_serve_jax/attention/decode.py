@@ -1,8 +1,9 @@
-"""Attention of one layer of a decode step: score, select, propose, attend, commit."""
+"""Attention of one layer of a decode step: score, select, find, load, attend, commit."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,33 @@ import pallas_kernels as kernels
 from pallas_kernels.select import fits
 from sparse_serve_jax.attention.methods import Method, get_method
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.memory.eviction import Turn
+from sparse_serve_jax.memory.kv_cache import Hot
+from sparse_serve_jax.memory.loads import Load
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerRows:
+class Rows(NamedTuple):
   """The rows of a decode step, as every layer sees them."""
 
-  rows: jax.Array  # [B] int32, resident row; R for padding
+  lanes: jax.Array  # [B] int32; R for padding
   tables: jax.Array  # [B, N] int32
   n_blocks: jax.Array  # [B] int32, full blocks
   tail_tokens: jax.Array  # [B] int32, tokens in the tail, the new one included; 0 for padding
   steps: jax.Array  # [B] int32, the request's own step number
+
+
+class Counts(NamedTuple):
+  """What a layer's lists came to, each [B, K] int32; summed over the layers of a step."""
+
+  attended: jax.Array  # full blocks
+  missed: jax.Array  # of these, those that were in no slot
+  copied: jax.Array  # blocks that a load copied before attention
+  given: jax.Array  # see kernels.Located.given
+
+  @classmethod
+  def zeros(cls, n_rows: int, n_heads: int) -> Counts:
+    zero = jnp.zeros((n_rows, n_heads), jnp.int32)
+    return cls(zero, zero, zero, zero)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,86 +81,67 @@ class Selector:
     return None if self.threshold is None else self.group_blocks
 
   @property
-  def always(self) -> int:
+  def untested(self) -> int:
     """The first blocks of a list that no stop test may leave out: sinks and window, rounded up to whole groups."""
     return 0 if self.group is None else -(-(self.sinks + self.window) // self.group) * self.group
 
+  @property
+  def stop(self) -> kernels.Stop | None:
+    return None if self.threshold is None else kernels.Stop(self.threshold, self.untested)
+
   def select(
-    self, q: jax.Array, cache: KVCache, layer: jax.Array, at: LayerRows, implementation: str
+    self, q: jax.Array, hot: Hot, layer: jax.Array, rows: Rows, implementation: str
   ) -> tuple[jax.Array, jax.Array]:
-    """DRAM blocks [B, K, n] in the order they are attended to, -1 beyond their count, and the count [B, K]."""
+    """DRAM blocks [B, K, n] in the order they are attended to, -1 beyond their list's length, and lengths [B, K]."""
     n_rows, n_heads = q.shape[:2]
-    width = at.tables.shape[1]
+    width = rows.tables.shape[1]
     if self.limit is None:
       ids = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (n_rows, n_heads, width))
-      count = jnp.broadcast_to(at.n_blocks[:, None], (n_rows, n_heads))
+      length = jnp.broadcast_to(rows.n_blocks[:, None], (n_rows, n_heads))
     else:
       n = min(self.limit, width)
-      scores = kernels.score(
-        q,
-        cache.digest,
-        layer,
-        at.tables,
-        at.n_blocks,
-        rule=self.method.score,
-        reduce=self.reduce,
-        sinks=self.sinks,
-        window=self.window,
-        implementation=self.method.runs_on(implementation),
-      )
+      ranking = kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window)
+      runs_on = self.method.runs_on(implementation)
+      scores = kernels.score(q, hot.digest, layer, rows.tables, rows.n_blocks, ranking, implementation=runs_on)
       ranked, ids = kernels.select(scores, n, implementation=implementation if fits(width, n) else "xla")
-      count = jnp.broadcast_to(jnp.minimum(at.n_blocks, n)[:, None], (n_rows, n_heads))
-      count = self.method.budget(ranked, count)
-    blocks = jnp.take_along_axis(at.tables[:, None], ids, -1)
-    return jnp.where(jnp.arange(blocks.shape[-1])[None, None] < count[..., None], blocks, -1), count
+      length = jnp.broadcast_to(jnp.minimum(rows.n_blocks, n)[:, None], (n_rows, n_heads))
+      length = self.method.budget(ranked, length)
+    blocks = jnp.take_along_axis(rows.tables[:, None], ids, -1)
+    return jnp.where(jnp.arange(blocks.shape[-1])[None, None] < length[..., None], blocks, -1), length
 
 
-def decode_attention(
-  selector: Selector,
-  q: jax.Array,
-  cache: KVCache,
-  layer: jax.Array,
-  at: LayerRows,
-  pool: jax.Array,
-  order: kernels.EvictionOrder,
-  taken: jax.Array,
-  implementation: str,
-) -> tuple[jax.Array, KVCache, jax.Array]:
-  """Attention of q [B, K, G, D] over each row's selected blocks and tail.
+@dataclasses.dataclass(frozen=True)
+class DecodeAttention:
+  """What is fixed of a layer's attention when a program is compiled."""
 
-  `cache` is without its pool, which is passed apart: no layer writes it, so it need not be carried through the layers.
-  `order` are those of the step, `taken` the misses [B, K] of the layers before.
+  selector: Selector
+  load: Load
+  implementation: str
 
-  Returns:
-    o [B, K, G, D] float32; the cache with residency and slots updated; int32 [2, B, K]: blocks attended, and of these
-    missed.
-  """
-  blocks, count = selector.select(q, cache, layer, at, implementation)
-  reads = kernels.propose(
-    cache.maps,
-    order,
-    layer,
-    blocks,
-    taken=taken,
-    group=selector.group,
-    implementation=implementation,
-  )
-  partial, used, slots = kernels.attend(
-    q,
-    cache.tail,
-    at.rows,
-    at.tail_tokens,
-    pool,
-    cache.slots,
-    layer,
-    reads,
-    count,
-    always=selector.always,
-    threshold=selector.threshold,
-    scale=q.shape[-1] ** -0.5,
-    implementation=implementation,
-  )
-  maps = kernels.commit(cache.maps, layer, reads, used, cache.stamp(layer), at.steps, implementation=implementation)
-  has_slots = slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
-  missed = reads.missed(used) if has_slots else jnp.zeros_like(used)
-  return partial.output, cache.replace(slots=slots, maps=maps), jnp.stack([used, missed])
+  @property
+  def dense(self) -> DecodeAttention:
+    return dataclasses.replace(self, selector=self.selector.dense)
+
+  def __call__(
+    self, q: jax.Array, pool: jax.Array, hot: Hot, layer: jax.Array, rows: Rows, turn: Turn
+  ) -> tuple[jax.Array, Hot, Counts]:
+    """Attention of q [B, K, G, D] over each row's selected blocks and tail.
+
+    No layer writes the pool, so it is no result. `turn` is what the layers before have left of the step's victims.
+
+    Returns:
+      o [B, K, G, D] float32; `hot` with residency and slots updated; what the layer's lists came to.
+    """
+    on = dict(implementation=self.implementation)
+    blocks, length = self.selector.select(q, hot, layer, rows, self.implementation)
+    located = kernels.propose(
+      hot.maps, turn.victims, layer, blocks, length, given=turn.given, group=self.selector.group, **on
+    )
+    slots, located, copied = self.load(pool, hot.slots, layer, located, self.implementation)
+    tails = kernels.Tails(hot.tail, rows.lanes, rows.tail_tokens)
+    partial, attended, slots = kernels.attend(q, tails, pool, slots, layer, located, self.selector.stop, **on)
+    maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
+    # Without slots the pool lies in HBM, and nothing misses.
+    missed = located.missed(attended) if slots.shape[0] else jnp.zeros_like(attended)
+    counts = Counts(attended, missed, copied, missed)
+    return partial.output, hot.replace(slots=slots, maps=maps), counts

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import digest
 from pallas_kernels.score import Linear, box, dot
+from sparse_serve_jax.variants import variant
 
 REPRESENTATIVES = 4
 TOP_P = 0.85
@@ -104,11 +105,5 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str) -> Method:
-  """The method of that name.
-
-  Raises:
-    ValueError: there is none; the message lists those there are.
-  """
-  if name not in METHODS:
-    raise ValueError(f"unknown selection method {name!r}; known: {', '.join(sorted(METHODS))}")
-  return METHODS[name]
+  """The method of that name; ValueError if there is none."""
+  return variant(METHODS, name, "selection method")

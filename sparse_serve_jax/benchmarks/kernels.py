@@ -90,10 +90,12 @@ def digest(b: Bench) -> Cases:
 
 
 def score(b: Bench) -> Cases:
+  ranking = kernels.Ranking(box, sinks=2, window=2)
+
   def op(table, _, inputs, **options):
     q, tables = inputs
     full = jnp.full(tables.shape[0], tables.shape[1])
-    return table, kernels.score(q, table, jnp.int32(0), tables, full, rule=box, sinks=2, window=2, **options)
+    return table, kernels.score(q, table, jnp.int32(0), tables, full, ranking, **options)
 
   def case(rows, n):
     variants = b.variants(lambda: (b.random(rows, b.heads, b.group, b.depth), b.distinct(b.n_pool, rows, n)))
@@ -145,19 +147,20 @@ def residency(b: Bench) -> Cases:
   def step(state, blocks, _, **options):
     maps, clock = state
     now, since = blocks[clock % n_steps], clock * n_layers
-    order = kernels.eviction_order(maps, since)
-    used, steps = jnp.full((rows, b.heads), n), jnp.full(rows, clock)
+    victims = kernels.victims(kernels.ages(maps, since), since)
+    whole, steps = jnp.full((rows, b.heads), n), jnp.full(rows, clock)
 
     def layer(i, carry):
       maps, missed = carry
-      reads = kernels.propose(maps, order, i, now, taken=missed, **options)
-      return kernels.commit(maps, i, reads, used, since + i, steps, **options), missed + reads.missed(used)
+      located = kernels.propose(maps, victims, i, now, whole, given=missed, **options)
+      return kernels.commit(maps, i, located, whole, since + i, steps, **options), missed + located.missed(whole)
 
-    maps, missed = lax.fori_loop(0, n_used, layer, (maps, jnp.zeros_like(used)))
+    maps, missed = lax.fori_loop(0, n_used, layer, (maps, jnp.zeros_like(whole)))
     return (maps, clock + 1), missed
 
   def sort(state, maps, last_used):
-    return state, kernels.eviction_order(maps._replace(last_used=last_used), jnp.int32(1)).slots
+    since = jnp.int32(1)
+    return state, kernels.victims(kernels.ages(maps._replace(last_used=last_used), since), since).slots
 
   def case(miss):
     blocks, maps = lists(miss), empty()
@@ -199,49 +202,61 @@ def attend(b: Bench) -> Cases:
   scale, zero = b.depth**-0.5, jnp.int32(0)
 
   def op(slots, shared, inputs, **options):
-    (tail, rows, tokens, pool, count), (q, reads) = shared, inputs
-    partial, used, slots = kernels.attend(q, tail, rows, tokens, pool, slots, zero, reads, count, **options)
-    return slots, (partial.output, used)
+    (tails, pool), (q, located) = shared, inputs
+    partial, attended, slots = kernels.attend(q, tails, pool, slots, zero, located, **options)
+    return slots, (partial.output, attended)
 
   def gathered(slots, shared, inputs, load):
-    (_, _, _, pool, _), (q, reads) = shared, inputs
+    (_, pool), (q, located) = shared, inputs
     if load:
-      slots = kernels.load_blocks(pool, slots, zero, jnp.where(reads.hit, -1, reads.blocks), reads.slot, **b.kernel)
-    kv = slots[reads.slot]  # [B, K, n, 2, S, D]
+      slots = kernels.load_blocks(pool, slots, zero, located.blocks, located.place, **b.kernel)
+    kv = slots[jnp.maximum(located.slot, located.place)]  # [B, K, n, 2, S, D]
     s = jnp.einsum("bkgd,bknsd->bkgns", q, kv[..., 0, :, :], preferred_element_type=jnp.float32) * scale
     p = jax.nn.softmax(s, axis=(-2, -1)).astype(q.dtype)
     return slots, jnp.einsum("bkgns,bknsd->bkgd", p, kv[..., 1, :, :], preferred_element_type=jnp.float32)
 
-  def inputs_of(rows, n, n_pool, slot, n_hits):
-    """Queries, and a list of blocks that is the same for all heads of a row."""
-    blocks = np.broadcast_to(b.distinct(n_pool, rows, 1, n), slot.shape)
-    return b.random(rows, b.heads, b.group, b.depth), kernels.Reads(*map(jnp.asarray, (blocks, slot, n_hits)))
+  def locate(blocks, at, n_hits):
+    """Lists of whole groups; `at` are the slots of hits and of misses."""
+    n, group = blocks.shape[-1], blocks.shape[-1] // n_hits.shape[-1]
+    hit = np.arange(n) % group < np.repeat(n_hits, group, -1)
+    length = np.full(blocks.shape[:2], n, np.int32)
+    located = kernels.Located(blocks, np.where(hit, at, -1), np.where(hit, -1, at), n_hits, length)
+    return jax.tree.map(jnp.asarray, located)
 
-  def run(rows, variants, slots, pool, count, threshold=None, always=0):
+  def inputs_of(rows, n, n_pool, at, n_hits):
+    """Queries, and a list of blocks that is the same for all heads of a row."""
+    blocks = np.broadcast_to(b.distinct(n_pool, rows, 1, n), at.shape)
+    return b.random(rows, b.heads, b.group, b.depth), locate(blocks, at, n_hits)
+
+  def as_one_group(located):
+    at = np.maximum(located.slot, located.place)
+    return locate(located.blocks, at, np.sum(located.n_hits, -1, keepdims=True))
+
+  def run(rows, variants, slots, pool, stop=None):
     tail = b.blocks(b.heads, 1, rows)
     tokens = b.rng.integers(1, b.size + 1, rows).astype(np.int32)
-    shared = tail, jnp.arange(rows), jnp.asarray(tokens), pool, jnp.full((rows, b.heads), count, jnp.int32)
-    f = functools.partial(op, threshold=threshold, always=always, scale=scale, **b.kernel)
+    shared = kernels.Tails(tail, jnp.arange(rows), jnp.asarray(tokens)), pool
+    f = functools.partial(op, stop=stop, **b.kernel)
     measured, _, results = timing.measure(f, variants, b.effort, state=slots, shared=shared)
-    return measured, shared, [used for _, used in results]
+    return measured, shared, [attended for _, attended in results]
 
   def sparse(rows, n, miss, threshold=None):
-    group, always = (n, 0) if threshold is None else (4, 4)
+    group, stop = (n, None) if threshold is None else (4, kernels.Stop(threshold, untested=4))
 
     def inputs():
       n_hits = (group - b.rng.binomial(group, miss, (rows, b.heads, n // group))).astype(np.int32)
       return inputs_of(rows, n, b.n_pool, b.distinct(b.n_slots, rows, b.heads, n), n_hits)
 
     variants = b.variants(inputs)
-    measured, shared, used = run(rows, variants, b.blocks(b.n_slots), b.pool, n, threshold, always)
-    missed = np.mean([reads.missed(u).sum() for (_, reads), u in zip(variants, used, strict=True)])
-    read = np.mean([u.sum() for u in used])
-    if threshold is None:
+    measured, shared, attended = run(rows, variants, b.blocks(b.n_slots), b.pool, stop)
+    missed = np.mean([located.missed(n).sum() for (_, located), n in zip(variants, attended, strict=True)])
+    read = np.mean([n.sum() for n in attended])
+    if stop is None:
       f, name = functools.partial(gathered, load=miss > 0), "load, gather, attend" if miss else "gather, attend"
       baselines = {name: lambda: b.time(f, variants, state=b.blocks(b.n_slots), shared=shared)}
     else:
-      whole = [(q, reads._replace(n_hits=reads.n_hits.sum(-1, keepdims=True))) for q, reads in variants]
-      baselines = {"all blocks": lambda: run(rows, whole, b.blocks(b.n_slots), b.pool, n)[0]}
+      whole = [(q, as_one_group(located)) for q, located in variants]
+      baselines = {"all blocks": lambda: run(rows, whole, b.blocks(b.n_slots), b.pool)[0]}
     moved = dict(hbm=(read + rows * b.heads) * b.block_bytes, h2d=missed * b.block_bytes)
     rates = dict(miss_rate=float(missed / read), blocks_read=float(read / rows / b.heads))
     return b.row(measured, moved, baselines, **rates)
@@ -315,15 +330,14 @@ def prefill(b: Bench) -> Cases:
     n_before, queries = before // b.size, b.heads * b.group
 
     def op(state, shared, inputs):
-      (pool, slots), (q, k, v, prefix) = shared, inputs
-      return state, kernels.prefill_attention(
-        q, k, v, pool, slots, jnp.int32(0), prefix, jnp.int32(before), scale=b.depth**-0.5, **b.kernel
-      )
+      (pool, slots), (q, k, v, at) = shared, inputs
+      prefix = kernels.Prefix(pool, slots, jnp.int32(0), *at, jnp.int32(before)) if before else None
+      return state, kernels.prefill_attention(q, k, v, prefix, **b.kernel)
 
     def inputs():
       slot = b.distinct(b.n_slots, b.heads, n_before)
-      prefix = (np.broadcast_to(b.distinct(b.n_pool, n_before), slot.shape), slot) if before else None
-      return b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2)), prefix
+      at = np.broadcast_to(b.distinct(b.n_pool, n_before), slot.shape), slot
+      return b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2)), at
 
     def contiguous():
       kv = lambda n: [b.random(1, n, b.heads, b.depth) for _ in range(2)]  # noqa: E731

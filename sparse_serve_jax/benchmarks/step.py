@@ -29,9 +29,11 @@ from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
 from sparse_serve_jax.memory import kv_cache
-from sparse_serve_jax.memory.kv_cache import CacheShape, KVCache
+from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.step import DecodeBatch, Setup, programs
+from sparse_serve_jax.step import DecodeBatch, Setup, StepCounts, programs
 
 _FIXED = {  # what may not be overridden, and why
   "sparse.policy": "every row has its own",
@@ -142,15 +144,17 @@ def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> llama.Params:
 def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh) -> KVCache:
   """An empty cache but for random digests and tails, and a pool in which random blocks repeat."""
   cache, shardings = kv_cache.create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
+  pool, hot = cache.pool, cache.hot
+  del cache  # frees what is made anew
   if shape.offload:
-    timing.fill_pool(cache.pool)
+    timing.fill_pool(pool)
   else:
-    dims, cache = cache.pool.shape, cache.replace(pool=None)
-    cache = cache.replace(pool=random(0, dims, shape.dtype, shardings.pool))
-  digest, tail = cache.digest.shape, cache.tail.shape
-  cache = cache.replace(digest=None, tail=None)  # frees them
-  make = functools.partial(random, dtype=shape.dtype, sharding=shardings.tail)  # digests are split like tails
-  return cache.replace(digest=make(1, digest), tail=make(2, tail))
+    dims, pool = pool.shape, None
+    pool = random(0, dims, shape.dtype, shardings.pool)
+  digest, tail = hot.digest.shape, hot.tail.shape
+  hot = hot.replace(digest=None, tail=None)
+  make = functools.partial(random, dtype=shape.dtype, sharding=shardings.hot.tail)  # digests are split like tails
+  return KVCache(pool, hot.replace(digest=make(1, digest), tail=make(2, tail)))
 
 
 def evict(maps: kernels.Maps, clock: jax.Array, *, share: jax.Array, first: jax.Array, n_layers: int):
@@ -178,17 +182,18 @@ class Steps:
 
   def __init__(self, program: Callable[[KVCache], Any], evict: Callable[..., Any], cache: KVCache):
     self.program, self.evict, self.cache = program, evict, cache
-    self.counts: list[jax.Array] = []  # of every step: blocks attended, missed, slots in use
+    self.counts: list[jax.Array] = []  # StepCounts of every step
 
   def evicted(self) -> KVCache:
-    maps, last_token = self.evict(self.cache.maps, self.cache.clock)
-    return self.cache.replace(maps=maps, last_token=last_token)
+    hot = self.cache.hot
+    maps, last_token = self.evict(hot.maps, hot.clock)
+    return self.cache.replace(hot=hot.replace(maps=maps, last_token=last_token))
 
   def step(self, cache: KVCache | None = None) -> Any:
     """A step, by default after an eviction. Returns what to wait for."""
-    self.cache, _, counts = self.program(self.evicted() if cache is None else cache)
-    self.counts.append(counts)
-    return self.cache, counts
+    self.cache, output = self.program(self.evicted() if cache is None else cache)
+    self.counts.append(output.counts)
+    return self.cache, output
 
   def one_by_one(self, n: int) -> tuple[Timing, Timing]:
     """Steps by the host's clock, until one is dispatched and until its results are there."""
@@ -222,36 +227,41 @@ class Bench:
     self.cfg, self.params, self.mesh, self.shape, self.report = cfg, params, mesh, shape, report
     self.cache: Any = None
 
-  def inputs(self, case: Case) -> tuple[DecodeBatch, Callable[..., Any]]:
-    """The batch of every step, and `evict` with its tokens."""
+  def inputs(self, case: Case) -> tuple[DecodeBatch, jax.Array, Callable[..., Any]]:
+    """The batch of every step, the tables of all lanes, and `evict` with its tokens."""
     rng, n, size = np.random.default_rng(0), case.n_rows, self.shape.S
-    n_rows, width = case.padded(self.cfg)
+    n_rows, _ = case.padded(self.cfg)
     real = np.arange(n_rows) < n
     column = lambda values, fill=0: np.where(real, values, fill).astype(np.int32)  # noqa: E731
-    tables = np.full((n_rows, width), -1, np.int32)
+    tables = np.full((self.shape.R, self.shape.N), -1, np.int32)
     tables[:n, : case.n_blocks] = rng.permutation(self.shape.M)[: n * case.n_blocks].reshape(n, -1)
     batch = DecodeBatch(
-      rows=column(np.arange(n_rows), self.shape.R),
+      lanes=column(np.arange(n_rows), self.shape.R),
       positions=column(case.n_blocks * size - size // 2),  # no tail fills
       steps=column(1),
-      tables=tables,
       sampling=None,
     )
     whole = NamedSharding(self.mesh, P())
-    tokens = np.zeros(self.shape.R, np.int32)  # the last token of every resident row
+    tokens = np.zeros(self.shape.R, np.int32)  # the last token of every lane
     tokens[:n] = rng.integers(0, self.cfg.vocab_size, n)
-    placed = kv_cache.cache_shardings(self.mesh, self.shape.offload).maps, whole
+    placed = kv_cache.cache_shardings(self.mesh, self.shape.offload).hot.maps, whole
     jitted = jax.jit(evict, static_argnames="n_layers", out_shardings=placed)
-    return batch, functools.partial(jitted, first=jax.device_put(tokens, whole), n_layers=self.cfg.n_layers)
+    evict_some = functools.partial(jitted, first=jax.device_put(tokens, whole), n_layers=self.cfg.n_layers)
+    return batch, jax.device_put(tables, whole), evict_some
 
   def run(self, case: Case, policy: str, share: float, n: int, profile: bool) -> Row:
     """Times n steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
     config = override(case.config, [f"sparse.policy={policy}"])
     decode: Any = programs(Setup.of(self.cfg, config, self.report.implementation), self.mesh).decode
-    cache, (batch, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
+    cache, (batch, tables, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
     self.cache = None  # until it is whole again
-    cache = cache.replace(maps=kernels.Maps.empty(self.shape.K, self.shape.L, self.shape.M, self.shape.P))
-    program = lambda cache: decode(self.params, cache, batch)  # noqa: E731
+    maps = kernels.Maps.empty(self.shape.K, self.shape.L, self.shape.M, self.shape.P)
+    cache = cache.replace(hot=cache.hot.replace(maps=maps, tables=tables))
+    n_rows, width = case.padded(self.cfg)
+
+    def program(cache: KVCache):
+      return decode(self.params, cache, batch, width)
+
     steps = Steps(program, functools.partial(evict, share=share), cache)
     del cache
     seconds(steps.step, 4)  # compiles and fills slots, then settles
@@ -260,7 +270,6 @@ class Bench:
     compiled = decode._cache_size()  # private to jax, which has no public count of the programs of a jit
     timed = Timing.of([seconds(steps.step, n) - seconds(steps.evicted, n) for _ in range(self.report.effort.calls)], n)
     dispatched, alone = steps.one_by_one(n)
-    n_rows, width = batch.tables.shape
     others = {
       "padded_rows": n_rows,
       "padded_blocks": width,
@@ -270,8 +279,8 @@ class Bench:
       "kernels_a_layer": steps.profile(n, self.cfg.n_layers) if profile else {},
     }
     self.cache = steps.cache
-    attended, missed, in_use = np.mean([np.asarray(counts) for counts in steps.counts], 0).tolist()
-    return self.row(case, timed, attended, missed) | {"slots_in_use": in_use} | others
+    counts = StepCounts(*np.mean([np.asarray(counts) for counts in steps.counts], 0).tolist())
+    return self.row(case, timed, counts.attended, counts.missed) | {"slots_in_use": counts.slots_used} | others
 
   def row(self, case: Case, timed: Timing, attended: float, missed: float) -> Row:
     """With the floor of what has to move. HBM and PCIe overlap within a part; misses are also written to HBM."""
@@ -333,7 +342,7 @@ def measure(
     n_steps: of a call.
     profile: also launches and time of every kernel, a layer.
   """
-  mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+  mesh = make_mesh(1)
   params = random_params(cfg, mesh)
   for n in batches:
     report.add("dense part", f"batch {n}", functools.partial(dense_part, cfg, params, n, report))

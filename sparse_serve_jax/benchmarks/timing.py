@@ -28,7 +28,7 @@ from jax import lax
 from jax.sharding import SingleDeviceSharding
 
 from sparse_serve_jax import results, runtime
-from sparse_serve_jax.memory import kv_cache
+from sparse_serve_jax.memory import host_pool
 
 Row = dict[str, Any]
 Op = Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, shared, inputs) -> (state, result)
@@ -236,7 +236,7 @@ def device_sharding() -> SingleDeviceSharding:
 
 
 def host_sharding() -> SingleDeviceSharding:
-  return SingleDeviceSharding(jax.devices()[0], memory_kind=kv_cache.host_memory_kind())
+  return SingleDeviceSharding(jax.devices()[0], memory_kind=host_pool.memory_kind())
 
 
 def row(timing: Timing, floor_us: float, moved: Mapping[str, float], **others: Any) -> Row:

@@ -22,14 +22,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sparse_serve_jax import processes
+from sparse_serve_jax import processes, tasks
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.attention.methods import TOP_P
 from sparse_serve_jax.config import EngineConfig, SparseConfig, override
-from sparse_serve_jax.evaluation import replay, tasks
-from sparse_serve_jax.evaluation import text as texts
+from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.tokenizer import Tokenizer
+from sparse_serve_jax.tasks import text as texts
 
 BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+from sparse_serve_jax import tasks
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
-from sparse_serve_jax.evaluation import tasks
 from sparse_serve_jax.models import Model, llama
 from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.serving.engine import Engine
@@ -75,8 +75,8 @@ class Comparison:
     """Serves the prompts twice with one executor, the second time all compiled: returns the numbers of that."""
     executor = JaxExecutor(config, model)
     prompts = [model.tokenizer.encode(instance.prompt) for instance in asked]
-    self._serve(Engine(config, model, executor), prompts)
-    engine = Engine(config, model, executor)
+    self._serve(Engine(executor), prompts)
+    engine = Engine(executor)
     requests = self._serve(engine, prompts)
     summary, usage = metrics.summarize(requests, engine.usage), engine.usage
     row: Row = {

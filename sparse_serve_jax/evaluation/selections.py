@@ -43,11 +43,15 @@ class Trace:
   task: str
 
   def ids(self) -> np.ndarray:
-    """Block ids int16 [n, L, R, K, C], ascending; C is the most that a step selects, and -1 stands beyond a count."""
+    """Block ids [n, L, R, K, C], ascending; C is the most that a step selects, and -1 stands beyond a count.
+
+    They are int16, or int32 where a request has more than 32,768 blocks.
+    """
     by_step = self.selected.transpose(1, 2, 0, 3, 4)
     count = by_step.sum(-1)
-    ids = np.argsort(~by_step, -1, stable=True)[..., : count.max()].astype(np.int16)
-    return np.where(np.arange(ids.shape[-1]) < count[..., None], ids, np.int16(-1))
+    dtype = np.int16 if by_step.shape[-1] <= 2**15 else np.int32
+    ids = np.argsort(~by_step, -1, stable=True)[..., : count.max()].astype(dtype)
+    return np.where(np.arange(ids.shape[-1]) < count[..., None], ids, dtype(-1))
 
   def save(self, file: str | pathlib.Path) -> None:
     about = {key: getattr(self, key) for key in ("block_tokens", "case", "model", "task")}

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from sparse_serve_jax import results
-from sparse_serve_jax.evaluation import accuracy, selections, tasks
-from sparse_serve_jax.evaluation import text as texts
+from sparse_serve_jax import results, tasks
+from sparse_serve_jax.evaluation import accuracy, selections
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
 from sparse_serve_jax.models import Model
+from sparse_serve_jax.tasks import text as texts
 
 FORMAT = 3  # of rows; another one when they tell other things, or the same in another way
 

@@ -8,21 +8,22 @@ import numpy as np
 
 
 class BlockAllocator:
-  """Hands out blocks 0 .. n_blocks - 1 and takes them back.
+  """Hands out blocks 0 .. n_blocks - 1 and takes them back. A block may have several owners, each of which frees it.
 
   The device runs behind the host, so a freed block passes two gates before it is given out again: every iteration whose
   plan could still hold it in a table has completed, and a plan has told the device to clear its residency. The two may
   happen in either order.
   """
 
-  def __init__(self, n_blocks: int):
+  def __init__(self, n_blocks: int, completed: int = 0):
+    """Makes an allocator to which iterations up to `completed` do not matter."""
     if n_blocks < 1:
       raise ValueError(f"a pool needs at least one block, got {n_blocks=}")
     self._free = list(range(n_blocks - 1, -1, -1))  # the last one is given out first
-    self._owned = np.zeros(n_blocks, bool)
+    self._owners = np.zeros(n_blocks, np.int32)
     self._unreleased: list[tuple[np.ndarray, int]] = []  # freed, in no plan's release yet
     self._released: list[tuple[np.ndarray, int]] = []  # in a plan's release, but iteration `after` still runs
-    self._completed = 0
+    self._completed = completed
 
   @property
   def available(self) -> int:
@@ -32,7 +33,7 @@ class BlockAllocator:
   @property
   def in_use(self) -> int:
     """Blocks that have an owner; freed ones on their way back are counted neither here nor in `available`."""
-    return int(self._owned.sum())
+    return int((self._owners > 0).sum())
 
   @property
   def release_due(self) -> bool:
@@ -46,26 +47,32 @@ class BlockAllocator:
     if n > len(self._free):
       return None
     blocks = np.array([self._free.pop() for _ in range(n)], np.int32)
-    self._owned[blocks] = True
+    self._owners[blocks] = 1
     return blocks
 
+  def share(self, blocks: np.ndarray) -> None:
+    """Gives blocks that have an owner, [n] and distinct, one more."""
+    if not (self._owners[blocks] > 0).all():
+      raise ValueError(f"blocks {blocks[self._owners[blocks] == 0].tolist()} are shared but have no owner")
+    self._owners[blocks] += 1
+
   def free(self, blocks: Iterable[int], after: int) -> None:
-    """Takes blocks back. `after` is the last dispatched iteration; no later plan may hold them.
+    """Takes blocks back from one owner. `after` is the last dispatched iteration; no later plan of it may hold them.
 
     Raises:
       ValueError: a block is named twice, is outside the pool or has no owner. Nothing is freed then.
     """
     blocks = np.array(list(blocks), np.int32)
-    outside = blocks[(blocks < 0) | (blocks >= len(self._owned))]
+    outside = blocks[(blocks < 0) | (blocks >= len(self._owners))]
     if outside.size:
-      raise ValueError(f"blocks {outside.tolist()} are outside the pool of {len(self._owned)} blocks")
+      raise ValueError(f"blocks {outside.tolist()} are outside the pool of {len(self._owners)} blocks")
     if len(set(blocks.tolist())) < len(blocks):
       raise ValueError(f"a block is freed twice in one call: {blocks.tolist()}")
-    if not self._owned[blocks].all():
-      raise ValueError(f"blocks {blocks[~self._owned[blocks]].tolist()} are freed but have no owner")
-    if blocks.size:
-      self._owned[blocks] = False
-      self._unreleased.append((blocks, after))
+    if not self._owners[blocks].all():
+      raise ValueError(f"blocks {blocks[self._owners[blocks] == 0].tolist()} are freed but have no owner")
+    self._owners[blocks] -= 1
+    if (left := blocks[self._owners[blocks] == 0]).size:
+      self._unreleased.append((left, after))
 
   def take_release(self) -> np.ndarray:
     """Returns the blocks freed since the last call, int32: the caller's next plan releases them, each exactly once."""

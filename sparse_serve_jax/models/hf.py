@@ -6,13 +6,11 @@ refused by name, so that no checkpoint runs as something it is not.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -20,6 +18,7 @@ import safetensors.numpy
 
 from sparse_serve_jax.config import ModelConfig, RopeConfig
 from sparse_serve_jax.models import llama
+from sparse_serve_jax.models.leaves import FileStamp, Leaf, mismatches
 
 # What each architecture has, and the values of `sliding_window`, `use_sliding_window` and `head_dim` where absent.
 _ARCHITECTURES = {
@@ -53,6 +52,8 @@ _TENSORS = (
   ("model.layers.{}.mlp.down_proj.weight", "d,F", "w_down", "Fd", _ALL),
 )
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # computed here
+_FLOATS = ("F64", "F32", "F16", "BF16")  # that tensors may be
+_STRIP_BYTES = 32 << 20  # of a tensor that are read at once
 
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
@@ -130,61 +131,132 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
   }
 
 
-def read_params(directory: pathlib.Path, cfg: ModelConfig) -> llama.Params:
-  """Host parameters in cfg.dtype. Beyond them only the pages of the tensor being read are touched.
+class _Tensor(NamedTuple):
+  """A tensor of a checkpoint, and which part of which parameter it is."""
+
+  name: str
+  shape: tuple[int, ...]
+  leaf: str  # "embed", "layers.wqkv"
+  layer: int  # 0 where there are none
+  part: Any  # index into the layer
+  order: tuple[int, ...]  # of that part's axes in the tensor
+
+  def view(self, layer: np.ndarray) -> np.ndarray:
+    """The part of a parameter's layer that the tensor fills, in the order of the tensor's axes."""
+    return layer[self.part].transpose(self.order)
+
+
+def open_params(directory: pathlib.Path, cfg: ModelConfig) -> llama.Params:
+  """Parameters in cfg.dtype, as leaves that read their tensors when they are wanted. Only headers are read now.
 
   Raises:
-    ValueError: no safetensors, or tensors that are missing, unknown or misshapen; all are listed.
+    ValueError: no safetensors, or tensors that are missing, unknown, misshapen or no floats; all are listed.
   """
-  params = llama.empty_params(cfg)
-  views = {name: view for name, _, view in _views(cfg, params)}
-  with contextlib.ExitStack() as stack:
-    files = [stack.enter_context(_open(path)) for path in _files(directory)]
-    where = {name: file for file in files for name in file.offset_keys()}
-    found = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
-    _check(directory, cfg, {name: shape for name, shape, _ in _views(cfg, params)}, found)
-    for name, file in where.items():
-      if name in views:
-        tensor = file.get_tensor(name).astype(llama.dtype_of(cfg), copy=False)
-        _copy(views[name], tensor.reshape(views[name].shape))
-  return params
+  found: dict[str, _Found] = {}
+  for path in _files(directory):
+    stamp = FileStamp.of(path)
+    with _open(path) as file:
+      for name in file.keys():  # noqa: SIM118
+        header = file.get_slice(name)
+        found[name] = _Found(stamp, tuple(header.get_shape()), header.get_dtype())
+  tensors = _tensors(cfg)
+  _check(directory, cfg, tensors, found)
+  parts: dict[str, dict[int, list[_Tensor]]] = {}
+  for tensor in tensors:
+    parts.setdefault(tensor.leaf, {}).setdefault(tensor.layer, []).append(tensor)
+  files = {tensor.name: found[tensor.name].file for tensor in tensors}
+
+  def leaf(name: str, shape: tuple[int, ...]) -> Leaf:
+    stacked, dtype = name.startswith("layers."), llama.dtype_of(cfg)
+
+    def read(i: int) -> np.ndarray:
+      layer = np.empty(shape[stacked:], dtype)
+      for tensor in parts[name][i]:
+        with _open(files[tensor.name].path) as file:
+          _read(file.get_slice(tensor.name), tensor.view(layer))
+      return layer
+
+    stamps = {files[tensor.name] for of_layer in parts[name].values() for tensor in of_layer}
+    return Leaf(name, shape, dtype, read, stacked, tuple(sorted(stamps, key=lambda stamp: stamp.path)))
+
+  return llama.map_shapes(leaf, cfg)
 
 
 def write_params(directory: pathlib.Path, cfg: ModelConfig, params: llama.Params, shard_bytes: int) -> None:
-  """Writes safetensors of at most `shard_bytes` each (a larger tensor gets its own) and their index."""
-  shards: list[dict[str, tuple[tuple[int, ...], np.ndarray]]] = []
+  """Writes safetensors of at most `shard_bytes` each (a larger tensor gets its own) and their index.
+
+  One shard is in memory at a time, and of leaves that are not, one layer.
+  """
+  item_bytes = llama.dtype_of(cfg).itemsize
+  shards: list[list[_Tensor]] = []
   room = 0
-  for name, shape, view in _views(cfg, params):
-    if not shards or view.nbytes > room:
-      shards.append({})
+  for tensor in _tensors(cfg):
+    size = math.prod(tensor.shape) * item_bytes
+    if not shards or size > room:
+      shards.append([])
       room = shard_bytes
-    shards[-1][name] = shape, view
-    room -= view.nbytes
-  weight_map = {}
+    shards[-1].append(tensor)
+    room -= size
+  weight_map, part_of = {}, _Parts(params)
   for i, shard in enumerate(shards):
     filename = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-    tensors = {name: np.empty(shape, view.dtype) for name, (shape, view) in shard.items()}
-    for name, (_, view) in shard.items():
-      _copy(tensors[name].reshape(view.shape), view)
+    tensors = {}
+    for tensor in shard:
+      view = tensor.view(part_of(tensor))
+      tensors[tensor.name] = np.empty(tensor.shape, view.dtype)
+      _copy(tensors[tensor.name].reshape(view.shape), view)
     safetensors.numpy.save_file(tensors, directory / filename, metadata={"format": "pt"})
     (directory / filename).chmod(0o644)  # the library leaves it to its owner alone
-    weight_map |= dict.fromkeys(shard, filename)
-  total = sum(view.nbytes for _, _, view in _views(cfg, params))
+    weight_map |= {tensor.name: filename for tensor in shard}
+  total = sum(math.prod(tensor.shape) for tensor in _tensors(cfg)) * item_bytes
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _views(cfg: ModelConfig, params: llama.Params) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-  """Every tensor of a checkpoint: name, shape, and the view of `params` that holds it, in the order of its axes."""
+class _Parts:
+  """The parameters that tensors are parts of, of which the last one is kept: it holds the next tensor too."""
+
+  def __init__(self, params: llama.Params):
+    self._leaves = params | {f"layers.{name}": leaf for name, leaf in params["layers"].items()}
+    self._last: tuple[Any, np.ndarray | None] = (None, None)
+
+  def __call__(self, tensor: _Tensor) -> np.ndarray:
+    key = tensor.leaf, tensor.layer
+    if self._last[0] != key:
+      self._last = None, None  # before the next is read
+      leaf = self._leaves[tensor.leaf]
+      if isinstance(leaf, Leaf):
+        part = leaf.part(tensor.layer)
+      else:
+        part = np.asarray(leaf[tensor.layer] if tensor.leaf.startswith("layers.") else leaf)
+      self._last = key, part
+    assert self._last[1] is not None
+    return self._last[1]
+
+
+def _tensors(cfg: ModelConfig) -> list[_Tensor]:
+  """Every tensor of a checkpoint: what has no layers first, then layer by layer."""
   size = {"V": cfg.vocab_size, "d": cfg.d_model, "F": cfg.d_ff, "K": cfg.n_kv_heads, "G": cfg.group, "D": cfg.head_dim}
+  shapes = llama.param_shapes(cfg)
+  tensors = []
   for name, dims, leaf, axes, part in _TENSORS:
     shape = tuple(math.prod(size[a] for a in dim) for dim in dims.split(","))
-    order = [axes.index(a) for a in dims.replace(",", "")]
-    if leaf in params:
-      yield name, shape, params[leaf][part].transpose(order)
-    elif leaf in params["layers"]:
-      for i, layer in enumerate(params["layers"][leaf]):
-        yield name.format(i), shape, layer[part].transpose(order)
+    order = tuple(axes.index(a) for a in dims.replace(",", ""))
+    if leaf in shapes:
+      tensors.append(_Tensor(name, shape, leaf, 0, part, order))
+    elif leaf in shapes["layers"]:
+      of_layers = (_Tensor(name.format(i), shape, f"layers.{leaf}", i, part, order) for i in range(cfg.n_layers))
+      tensors.extend(of_layers)
+  return sorted(tensors, key=lambda tensor: (tensor.leaf.startswith("layers."), tensor.layer))
+
+
+def _read(tensor: Any, to: np.ndarray) -> None:
+  """Reads a tensor of a file into a view of the same axes, a strip of it at a time."""
+  rows = tensor.get_shape()[0] // len(to)  # of the tensor, for each index of the view
+  step = max(1, _STRIP_BYTES // to[0].nbytes)
+  for i in range(0, len(to), step):
+    strip = to[i : i + step]
+    _copy(strip, tensor[i * rows : (i + len(strip)) * rows].astype(to.dtype, copy=False).reshape(strip.shape))
 
 
 def _copy(to: np.ndarray, source: np.ndarray) -> None:
@@ -226,16 +298,24 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   return paths
 
 
-def _check(directory: pathlib.Path, cfg: ModelConfig, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+class _Found(NamedTuple):
+  """What a file's header says of a tensor."""
+
+  file: FileStamp
+  shape: tuple[int, ...]
+  dtype: str
+
+
+def _check(directory: pathlib.Path, cfg: ModelConfig, tensors: list[_Tensor], found: dict[str, _Found]) -> None:
   ignored = {name for name in found if _IGNORED.fullmatch(name)}
   if cfg.tie_embeddings:
     ignored.add("lm_head.weight")
-  lines = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
-  lines += [f"unknown: {name} {found[name]}" for name in sorted(found.keys() - wanted.keys() - ignored)]
+  shapes = {name: tensor.shape for name, tensor in found.items() if name not in ignored}
+  lines = mismatches({tensor.name: tensor.shape for tensor in tensors}, shapes)
   lines += [
-    f"shape: {name} is {found[name]}, the configuration says {shape}"
-    for name, shape in wanted.items()
-    if found.get(name, shape) != shape
+    f"type: {tensor.name} is {found[tensor.name].dtype}, not one of {', '.join(_FLOATS)}"
+    for tensor in tensors
+    if tensor.name in found and found[tensor.name].dtype not in _FLOATS
   ]
   if lines:
     raise ValueError(f"{directory} does not fit its configuration in {len(lines)} tensors:\n  " + "\n  ".join(lines))

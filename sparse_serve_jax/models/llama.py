@@ -15,9 +15,8 @@ precision.
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
-import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,8 +27,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from sparse_serve_jax.config import ModelConfig, RopeConfig
+from sparse_serve_jax.mesh import AXIS
 
-Params = dict[str, Any]  # leaves are arrays; see param_shapes
+Params = dict[str, Any]  # leaves are arrays, or `leaves.Leaf`s of a loaded model; see param_shapes
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -61,28 +61,29 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 
 def param_specs(cfg: ModelConfig, tp: int) -> Params:
-  """The tree of PartitionSpecs on the mesh axis "tp": KV heads and d_ff are split, and the vocabulary where it divides.
+  """PartitionSpecs for a mesh of `tp` devices. KV heads and d_ff are split, and the vocabulary where `tp` divides it.
 
   Raises:
     ValueError: `tp` does not divide the KV heads or d_ff.
   """
   if cfg.n_kv_heads % tp or cfg.d_ff % tp:
     raise ValueError(f"tp={tp} must divide n_kv_heads={cfg.n_kv_heads} and d_ff={cfg.d_ff}")
-  split = {"wqkv": 2, "bqkv": 1, "wo": 1, "w_gate_up": 3, "w_down": 1}  # leaf -> the dimension on "tp"
+  split = {"wqkv": 2, "bqkv": 1, "wo": 1, "w_gate_up": 3, "w_down": 1}  # leaf -> the dimension that is split
   if cfg.vocab_size % tp == 0:
     split["lm_head"] = 1
 
-  def spec(path, _shape):
-    dim = split.get(path[-1].key)
-    return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "tp")
+  def spec(name: str, _shape: tuple[int, ...]) -> PartitionSpec:
+    dim = split.get(name.removeprefix("layers."))
+    return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, AXIS)
 
-  return jax.tree_util.tree_map_with_path(spec, param_shapes(cfg), is_leaf=lambda s: isinstance(s, tuple))
+  return map_shapes(spec, cfg)
 
 
-def empty_params(cfg: ModelConfig) -> Params:
-  """Host arrays to be filled in; their pages are not touched."""
+def map_shapes(f: Callable[[str, tuple[int, ...]], Any], cfg: ModelConfig) -> Params:
+  """The tree of what `f` returns for the name ("layers.wqkv") and the shape of every parameter."""
   shapes = param_shapes(cfg)
-  return jax.tree.map(lambda s: np.empty(s, dtype_of(cfg)), shapes, is_leaf=lambda s: isinstance(s, tuple))
+  layers = {name: f(f"layers.{name}", shape) for name, shape in shapes["layers"].items()}
+  return {name: layers if name == "layers" else f(name, shape) for name, shape in shapes.items()}
 
 
 def layer_params(params: Params, layer: jax.Array | int) -> Params:
@@ -172,39 +173,6 @@ def forward(
   x, states = lax.scan(layer, first, params["layers"])
   y = logits(cfg, params, x, axis)
   return (y, jnp.concatenate([first[None], jnp.asarray(states)])) if hidden else y
-
-
-def init_params(cfg: ModelConfig, seed: int) -> Params:
-  """Random host parameters, a function of the shape and `seed` alone.
-
-  They keep the residual stream near unit size, give attention scores a spread of about 2 (so that it matters which
-  tokens are attended) and logits a spread of about 4 (so that greedy ties are rare).
-  """
-  params = empty_params(cfg)
-  # One random stream per leaf and layer: the same numbers on any count of threads.
-  jobs = [(name, 0, leaf) for name, leaf in params.items() if name != "layers"]
-  jobs += [(name, i, part) for name, leaf in params["layers"].items() for i, part in enumerate(leaf)]
-
-  def fill(job):
-    name, layer, out = job
-    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode()), layer]))
-    w = rng.standard_normal(out.shape, dtype=np.float32)
-    if name.endswith("norm"):
-      w = (1 + 0.1 * w) * (2 if name == "q_norm" else 1)
-    elif name == "bqkv":
-      w *= 0.3
-    elif name == "embed":
-      w *= 4 * cfg.d_model**-0.5 if cfg.tie_embeddings else 1
-    else:
-      fan_in = {"wo": cfg.n_heads * cfg.head_dim, "w_down": cfg.d_ff}.get(name, cfg.d_model)
-      w *= fan_in**-0.5 * (4 if name == "lm_head" else 1)
-    if name == "wqkv":
-      w[..., :-2, :] *= 2
-    out[...] = w
-
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    list(pool.map(fill, jobs))
-  return params
 
 
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:

@@ -6,7 +6,7 @@ import datetime
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn
 
 import jinja2
 import jinja2.ext
@@ -14,26 +14,7 @@ import jinja2.sandbox
 import tokenizers
 
 from sparse_serve_jax.models.hf import read_json
-
-Message = Mapping[str, Any]  # {"role": ..., "content": ...}
-
-
-class Tokenizer(Protocol):
-  """What the rest of the library asks of a tokenizer."""
-
-  vocab_size: int
-
-  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-
-  def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-
-  def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The conversation as text that holds its special tokens: encode it with `add_special_tokens=False`."""
-    ...
-
-  def save(self, directory: pathlib.Path) -> None:
-    """Writes what `load_tokenizer` reads."""
-    ...
+from sparse_serve_jax.tokenizing import Message, Tokenizer
 
 
 class ByteTokenizer:

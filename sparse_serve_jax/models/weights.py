@@ -1,4 +1,4 @@
-"""A model in memory, and where it comes from: a Hugging Face directory, an orbax directory, or a random shape."""
+"""A model, and where it comes from: a Hugging Face directory, an orbax directory, or a random shape."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-
 from sparse_serve_jax.config import ModelConfig, find_config, from_dict, read_config
-from sparse_serve_jax.models import hf, llama
+from sparse_serve_jax.models import hf, llama, orbax
 from sparse_serve_jax.models import tokenizer as tokenizer_lib
+from sparse_serve_jax.models.initial import random_params
 
 _CARD = "model.json"  # marks an orbax directory of ours
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """Weights with all that is needed to use them."""
+  """Weights with all that is needed to use them.
+
+  A loaded model has no weight in memory: its leaves are `Leaf`s, which say where each is read from and are known to
+  fit `config`. `place_params` puts them on devices; `np.asarray(leaf)` is one of them on the host. A model that is made
+  here, such as a trained one, may have arrays.
+  """
 
   config: ModelConfig
-  params: llama.Params  # whole arrays, on the host as they are loaded
+  params: llama.Params
   tokenizer: tokenizer_lib.Tokenizer
   eos_token_ids: tuple[int, ...]  # any of them ends an output
   name: str
 
 
 def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed: int = 0) -> Model:
-  """Loads a model.
+  """Loads a model: all of it but its weights, which are only looked at.
 
   Args:
     name_or_path: a Hugging Face directory, a directory made by `save_model`, or "random:<shape>" with the shapes of
@@ -44,7 +47,7 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
   if name.startswith("random:"):
     cfg = _cast(read_config(ModelConfig, find_config("models", name.removeprefix("random:"))), dtype)
     tokenizer = tokenizer_lib.ByteTokenizer()
-    return Model(cfg, llama.init_params(cfg, seed), tokenizer, tokenizer.eos_token_ids, name)
+    return Model(cfg, random_params(cfg, seed), tokenizer, tokenizer.eos_token_ids, name)
   path = pathlib.Path(name_or_path)
   if (path / _CARD).exists():
     return _restore(path, dtype)
@@ -53,21 +56,18 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
   raw = hf.read_json(path / "config.json")
   cfg = _cast(hf.config_from_hf(raw), dtype)
   return Model(
-    cfg, hf.read_params(path, cfg), tokenizer_lib.load_tokenizer(path), _eos_token_ids(path, raw), path.resolve().name
+    cfg, hf.open_params(path, cfg), tokenizer_lib.load_tokenizer(path), _eos_token_ids(path, raw), path.resolve().name
   )
 
 
 def save_model(model: Model, path: str | pathlib.Path) -> None:
-  """Writes configuration, tokenizer and, by orbax, parameters into a new directory.
+  """Writes configuration, tokenizer and, by orbax, parameters into a new directory. All of them are in memory then.
 
   Raises:
     ValueError: the directory exists and is not empty.
   """
-  import orbax.checkpoint as ocp  # slow to import
-
   directory = _new_directory(path)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(directory / "params", model.params)
+  orbax.write_params(directory / "params", model.params)
   model.tokenizer.save(directory)
   config = dataclasses.asdict(model.config)
   card = {"name": model.name, "eos_token_ids": list(model.eos_token_ids), "config": config}
@@ -85,20 +85,14 @@ def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) 
   eos = {"eos_token_id": list(model.eos_token_ids)}
   (directory / "config.json").write_text(json.dumps(raw | eos, indent=2) + "\n")
   (directory / "generation_config.json").write_text(json.dumps(eos, indent=2) + "\n")
-  hf.write_params(directory, model.config, jax.tree.map(np.asarray, model.params), shard_bytes)
+  hf.write_params(directory, model.config, model.params, shard_bytes)
   model.tokenizer.save(directory)
 
 
 def _restore(path: pathlib.Path, dtype: str | None) -> Model:
-  import orbax.checkpoint as ocp  # slow to import
-
-  card = json.loads((path / _CARD).read_text())
-  saved = from_dict(ModelConfig, card["config"])
-  target = llama.empty_params(saved)
-  with ocp.StandardCheckpointer() as checkpointer:
-    params = checkpointer.restore(path.resolve() / "params", target)
-  cfg = _cast(saved, dtype)
-  params = jax.tree.map(lambda a: np.asarray(a).astype(llama.dtype_of(cfg), copy=False), params)
+  card = hf.read_json(path / _CARD)
+  cfg = _cast(from_dict(ModelConfig, card["config"]), dtype)
+  params = orbax.open_params(path.resolve() / "params", cfg)
   return Model(cfg, params, tokenizer_lib.load_tokenizer(path), tuple(card["eos_token_ids"]), card["name"])
 
 

@@ -3,77 +3,77 @@
 Life of a request: `add_request` checks and queues it; the scheduler admits it, plans pieces of its prefill, then one
 decode row an iteration unless it pauses; the executor runs the plans; the engine reads each result one iteration late,
 hands the token to the request and to its callback, and closes the request at a stop token or its length.
+
+When a device fails, what it held is gone: the requests that held something there end with an error, and the engine goes
+on with those that wait, over an empty cache. If the device cannot, they end too, and the engine has `failed`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.serving.clock import Clock, Wall
 from sparse_serve_jax.serving.metrics import Usage
-from sparse_serve_jax.serving.plan import MAX_BANNED, Executor, PendingStep, Plan, Sampling, StepResult
+from sparse_serve_jax.serving.plan import MAX_BANNED, Dispatched, Executor, Plan, Sampling, StepResult
 from sparse_serve_jax.serving.request import Request, State
-from sparse_serve_jax.serving.scheduler import Received, Scheduler
-
-if TYPE_CHECKING:
-  from sparse_serve_jax.models import Model  # brings jax
+from sparse_serve_jax.serving.scheduler import Scheduler
 
 _LOG = logging.getLogger(__name__)
+
+
+class DeviceError(RuntimeError):
+  """The device failed while it held something of the request; `__cause__` is what it failed with."""
 
 
 class Engine:
   """Serves requests with one iteration in flight: the next one is planned and dispatched before a result is read.
 
-  Not thread-safe. Callbacks may add and cancel requests.
+  Not thread-safe: see `serving.loop`. Callbacks may add and cancel requests.
   """
 
   def __init__(
     self,
-    config: EngineConfig,
-    model: Model,
-    executor: Executor | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    executor: Executor,
+    *,
+    clock: Clock | None = None,
     observer: Callable[[Plan, StepResult], None] | None = None,
   ):
-    """Makes an engine for one model.
+    """Makes an engine.
 
     Args:
-      config: the executor's too.
-      model: the engine itself reads its vocabulary size and EOS tokens.
-      executor: by default one that runs the model on this process's devices. One that an idle engine has used may be
-        handed on to the next, compiled programs and all.
-      clock: gives seconds.
+      executor: runs the plans, with its configuration and its model. One that an idle engine has used may be handed on
+        to the next, compiled programs and all.
+      clock: by default the wall's.
       observer: called with every iteration's plan and result, after its tokens are delivered.
     """
-    if executor is None:
-      from sparse_serve_jax.serving.executor import JaxExecutor
-
-      executor = JaxExecutor(config, model)
-    self.usage = Usage(executor.capacity, config.cache.offload)
-    self._model, self._executor, self._clock, self._observer = model, executor, clock, observer
-    self._scheduler = Scheduler(config, executor.capacity)
+    self.config = executor.config
+    self.usage = Usage(executor.shape)
+    self._model, self._executor, self._clock, self._observer = executor.model, executor, clock or Wall(), observer
+    self._scheduler = Scheduler(executor.config, executor.shape)
     self._live: dict[str, Request] = {}
     self._ended: list[Request] = []  # since the last step returned
-    self._in_flight: deque[tuple[Plan, PendingStep]] = deque()
+    self._in_flight: deque[tuple[Plan, Dispatched]] = deque()
+    self._to_call: deque[Callable[[], None]] = deque()  # callbacks and observer, of results that have been taken
     self._names = (f"request-{i}" for i in itertools.count())
-    self._failure: BaseException | None = None  # within an iteration, after which its state is unknown
+    self._failure: BaseException | None = None  # after which the engine's state is unknown, or its device dead
 
   @property
   def has_work(self) -> bool:
-    return self._scheduler.has_work or bool(self._ended)
+    return self._scheduler.has_work or bool(self._ended or self._to_call)
 
   @property
   def failed(self) -> bool:
-    """Whether an iteration was interrupted. Its state is unknown then, and only a new engine can go on."""
+    """Whether an iteration was interrupted, so that its state is unknown, or its device cannot go on. Only a new engine
+    can.
+    """
     return self._failure is not None
 
   @property
@@ -127,7 +127,7 @@ class Engine:
       id=request_id,
       prompt=self._checked_prompt(request_id, prompt),
       max_new_tokens=int(max_new_tokens),
-      arrival_time=self._clock() if arrival_time is None else arrival_time,
+      arrival_time=self._clock.now() if arrival_time is None else arrival_time,
       sampling=_checked_sampling(request_id, temperature, top_p, seed),
       stop_token_ids=stops,
       min_tokens=int(min_tokens),
@@ -149,7 +149,7 @@ class Engine:
       del self._live[request_id]
       if request.state is State.PREFILLING:
         self._executor.forget(request_id)
-      self._scheduler.cancel(request, self._clock())
+      self._scheduler.cancel(request, self._clock.now())
       self._ended.append(request)
     return True
 
@@ -161,9 +161,12 @@ class Engine:
   def step(self) -> list[Request]:
     """Plans and dispatches one iteration, then reads the one before. Returns the requests that ended."""
     with self._whole():
-      plan = self._scheduler.schedule(self._clock())
+      plan = self._scheduler.schedule(self._clock.now())
       self._submit(plan)
-    return self._process(keep=0 if plan.empty else 1)
+    self._process(keep=0 if plan.empty else 1)
+    self._call_back()
+    ended, self._ended = self._ended, []
+    return ended
 
   def wait(self) -> None:
     """Blocks until the devices are idle, so that a process may end; reads nothing."""
@@ -172,14 +175,18 @@ class Engine:
   def run(self) -> list[Request]:
     """Steps until there is nothing left to do. Returns the requests that ended, in that order."""
     ended = []
-    while self.has_work:
+    while self.has_work and not self.failed:
       ended += self.step()
     return ended
 
   def _submit(self, plan: Plan) -> None:
     self.usage.count_pool(self._scheduler.pool_blocks_in_use)
-    if not plan.empty:
+    if plan.empty:
+      return
+    try:
       self._in_flight.append((plan, self._executor.submit(plan)))
+    except Exception as error:
+      self._lose(error)
 
   @contextlib.contextmanager
   def _whole(self, expected: type[Exception] | tuple[()] = ()):
@@ -195,38 +202,64 @@ class Engine:
 
   def _check_running(self) -> None:
     if self._failure is not None:
-      raise RuntimeError(f"this engine was interrupted within an iteration: {self._failure!r}; make a new one")
+      raise RuntimeError(f"this engine has failed: {self._failure!r}; make a new one")
 
-  def _process(self, keep: int) -> list[Request]:
-    """Reads the iterations in flight but the newest `keep`. One whose reading is interrupted stays in flight."""
+  def _process(self, keep: int) -> None:
+    """Takes the results of the iterations in flight but the newest `keep`. One whose reading is interrupted stays."""
     while len(self._in_flight) > keep:
-      plan, pending = self._in_flight[0]
-      result = pending.result()
+      plan, dispatched = self._in_flight[0]
+      try:
+        result = dispatched.result()
+      except Exception as error:
+        with self._whole():
+          self._lose(error)
+        return
       with self._whole():
         self._in_flight.popleft()
         self.usage.count_step(result.stats)
-        received = self._scheduler.update(result, self._clock())
-        for request in received.ended:
-          del self._live[request.id]
-        self._ended += received.ended
-      self._deliver(received)
-      if self._observer is not None:
-        self._observer(plan, result)
-    ended, self._ended = self._ended, []
-    return ended
+        received = self._scheduler.update(result, self._clock.now())
+        self._end(received.ended)
+        self._to_call += [functools.partial(self._hand_over, *to) for to in received.tokens if to[0].on_token]
+        if self._observer is not None:
+          self._to_call.append(functools.partial(self._observer, plan, result))
 
-  def _deliver(self, received: Received) -> None:
-    """Calls back, after all requests have their tokens."""
-    for request, token in received.tokens:
-      if request.on_token is None or request.state is State.CANCELLED:  # by a callback before this one
-        continue
-      try:
-        request.on_token(request, token)
-      except Exception as error:
-        _LOG.exception("request %r: on_token raised, the request is cancelled", request.id)
-        request.error = error
-        if not request.ended:
-          self.cancel(request.id)
+  def _lose(self, error: Exception) -> None:
+    """The device failed: all it held is gone, results on their way too. Tells the requests, and begins anew."""
+    _LOG.error("the device failed", exc_info=error)
+    lost = DeviceError(f"the device failed with {type(error).__name__}: {error}")
+    lost.__cause__ = error
+    self._in_flight.clear()
+    self._end(self._scheduler.lose(lost, self._clock.now()))
+    try:
+      self._executor.reset()
+    except Exception as again:
+      self._failure = again
+      for request in list(self._live.values()):  # that wait
+        self._scheduler.cancel(request, self._clock.now())
+        request.fail(lost, self._clock.now())
+        self._end([request])
+
+  def _end(self, requests: Sequence[Request]) -> None:
+    for request in requests:
+      del self._live[request.id]
+    self._ended += requests
+
+  def _call_back(self) -> None:
+    """Hands out tokens, after all requests have theirs. What an interrupt keeps from being called is called later."""
+    while self._to_call:
+      self._to_call.popleft()()
+
+  def _hand_over(self, request: Request, token: int) -> None:
+    if request.state is State.CANCELLED:  # by a callback before this one
+      return
+    assert request.on_token is not None
+    try:
+      request.on_token(request, token)
+    except Exception as error:
+      _LOG.exception("request %r: on_token raised, the request is cancelled", request.id)
+      request.error = request.error or error
+      if not request.ended:
+        self.cancel(request.id)
 
   def _checked_prompt(self, request_id: str, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
     ids = np.asarray(prompt)

@@ -15,11 +15,13 @@ from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import kv_cache
-from sparse_serve_jax.memory.kv_cache import CacheShape
-from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.mesh import make_mesh
+from sparse_serve_jax.models import Model, llama, place_params
+from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
-  Capacity,
+  Admission,
   DecodeRow,
   Plan,
   PrefillWork,
@@ -27,102 +29,111 @@ from sparse_serve_jax.serving.plan import (
   StepResult,
   StepStats,
 )
-from sparse_serve_jax.step import DecodeBatch, PrefillBatch, SamplingRows, Setup, programs
+from sparse_serve_jax.step import (
+  NOT_FINITE,
+  DecodeBatch,
+  PrefillBatch,
+  SamplingRows,
+  Setup,
+  StepCounts,
+  StepOutput,
+  programs,
+)
 
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
 
 
 @dataclasses.dataclass
-class Pending:
+class DispatchedStep:
   """A dispatched iteration. Its arrays are on their way; `result` waits for them."""
 
-  decode: tuple[DecodeRow, ...] = ()
-  decoded: tuple[jax.Array, jax.Array] | None = None  # tokens [B]; attended, missed, slots in use
-  prefilled: list[tuple[PrefillWork, jax.Array]] = dataclasses.field(default_factory=list)  # token, loaded, in use
+  saved: int
+  prefilled: list[tuple[PrefillWork, StepOutput]] = dataclasses.field(default_factory=list)
   measured: tuple[tuple[DecodeRow, ...], jax.Array] | None = None
-  saved: int = 0
+  decoded: tuple[tuple[DecodeRow, ...], StepOutput] | None = None
+  done: list[jax.Array] = dataclasses.field(default_factory=list)  # of programs that have no other result
+
+  def copy_to_host(self) -> None:
+    """Starts all copies that `result` waits for."""
+    measured, decoded = self.measured and self.measured[1], self.decoded and self.decoded[1]
+    for array in jax.tree.leaves((self.done, [output for _, output in self.prefilled], measured, decoded)):
+      array.copy_to_host_async()
 
   def result(self) -> StepResult:
-    tokens, attended, missed, loaded, in_use = {}, 0, 0, 0, 0
-    for work, out in self.prefilled:
-      token, read, in_use = (int(x) for x in np.asarray(out))
-      loaded += read
+    jax.block_until_ready(self.done)
+    tokens: dict[str, int] = {}
+    loaded = 0
+    last = StepCounts(0, 0, 0, 0)
+    for work, output in self.prefilled:
+      last = _counts(output)
+      loaded += last.loaded
       if work.last:
-        tokens[work.request_id] = token
+        tokens[work.request_id] = int(np.asarray(output.tokens)[0])
+    attended = missed = 0
     if self.decoded is not None:
-      tokens |= {row.request_id: int(t) for row, t in zip(self.decode, np.asarray(self.decoded[0]), strict=False)}
-      attended, missed, in_use = (int(x) for x in np.asarray(self.decoded[1]))
+      rows, output = self.decoded
+      last = _counts(output)
+      attended, missed, loaded = last.attended, last.missed, loaded + last.loaded
+      tokens |= {row.request_id: int(t) for row, t in zip(rows, np.asarray(output.tokens), strict=False)}
     working_sets = {}
     if self.measured is not None:
       rows, counts = self.measured
       working_sets = {row.request_id: int(c) for row, c in zip(rows, np.asarray(counts), strict=False)}
-    return StepResult(tokens, working_sets, StepStats(attended, missed, missed + loaded, self.saved, in_use))
+    not_finite = frozenset(name for name, token in tokens.items() if token == NOT_FINITE)
+    return StepResult(
+      tokens={name: token for name, token in tokens.items() if name not in not_finite},
+      working_sets=working_sets,
+      stats=StepStats(attended, missed, loaded, self.saved, last.slots_used),
+      not_finite=not_finite,
+    )
+
+
+def _counts(output: StepOutput) -> StepCounts:
+  return StepCounts(*np.asarray(output.counts).tolist())
 
 
 class JaxExecutor:
   """Holds weights, cache and the activations of a prompt that is between two segments.
 
   Raises:
-    ValueError: a byte budget is too small, or `tp` does not divide the model or exceeds the devices there are.
+    ValueError: a byte budget is too small or does not fit, `tp` does not divide the model or exceeds the devices there
+      are, or the configuration names a variant that there is not.
     NotImplementedError: the implementation does not run here, or cannot read where the pool lies.
   """
 
   def __init__(self, config: EngineConfig, model: Model):
-    devices = jax.devices()
-    if config.tp > len(devices):
-      raise ValueError(f"tp={config.tp} needs as many devices, and there are {len(devices)}")
+    self.config, self.model = config, model
+    self.mesh = make_mesh(config.tp)
     cfg = model.config
-    method = get_method(config.sparse.method)
-    self.shape = CacheShape.of(cfg, config, method.vectors)
-    self.mesh = jax.make_mesh((config.tp,), ("tp",), (jax.sharding.AxisType.Auto,), devices=devices[: config.tp])
-    on_gpu = jax.default_backend() == "gpu"
-    implementation = config.implementation
-    if implementation == "auto":
-      implementation = "triton" if on_gpu else "xla"
-    if implementation == "triton" and not on_gpu:
-      raise NotImplementedError(f"implementation='triton' needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
-    if implementation != "xla" and cfg.head_dim & (cfg.head_dim - 1):
-      raise NotImplementedError(f"head_dim={cfg.head_dim} is not a power of two: only implementation='xla' can, in HBM")
-    setup = Setup.of(cfg, config, implementation)
-    if setup.host_pool and implementation == "xla":
-      raise NotImplementedError(
-        "implementation='xla' cannot read a pool in host memory; use 'triton', or cache.offload=false"
-      )
-    self.programs = programs(setup, self.mesh)
+    self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
-    specs = llama.param_specs(cfg, config.tp)
-    self.params = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(self.mesh, s)), model.params, specs)
+    implementation = _implementation(config, cfg.head_dim)
+    self.programs = programs(Setup.of(cfg, config, implementation), self.mesh)
+    cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
+    budget.check(budget.Needs.of(cfg, self.shape, self.buckets, config.tp, cudnn), model, self.mesh)
+    self.params = place_params(model, self.mesh)
     self.cache = kv_cache.create(self.shape, self.mesh)
-    self.capacity = Capacity(
-      pool_blocks=self.shape.M,
-      slots=self.shape.P,
-      rows=self.shape.R,
-      max_context=min(cfg.max_context, config.scheduler.max_context or cfg.max_context),
-      n_layers=cfg.n_layers,
-      n_kv_heads=cfg.n_kv_heads,
-      block_bytes=self.shape.block_bytes,
-      fixed_hbm_bytes=self.shape.fixed_bytes,
-    )
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
-  def submit(self, plan: Plan) -> Pending:
+  def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
-    pending = Pending(decode=plan.decode, saved=self._blocks_saved(plan))
+    step = DispatchedStep(saved=self._blocks_saved(plan))
     for i in range(0, len(plan.release), RELEASE_WIDTH):
       freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
-      self.cache = self.programs.release(self.cache, freed)
+      step.done.append(self._update_hot(self.programs.release, freed))
+    for admission in plan.admit:
+      step.done.append(self._admit(admission))
     for work in plan.prefill:
-      pending.prefilled.append((work, self._prefill(work)))
+      step.prefilled.append((work, self._prefill(work)))
     if plan.measure:
-      pending.measured = (plan.measure, self._measure(plan.measure))
+      batch, width = self._decode_batch(plan.measure)
+      step.measured = plan.measure, self.programs.working_sets(self.cache.hot, batch, width)
     if plan.decode:
-      self.cache, *decoded = self.programs.decode(self.params, self.cache, self._decode_batch(plan.decode))
-      pending.decoded = tuple(decoded)
-    outputs = (pending.decoded, [x for _, x in pending.prefilled], pending.measured and pending.measured[1])
-    for array in jax.tree.leaves(outputs):
-      array.copy_to_host_async()
-    return pending
+      self.cache, output = self.programs.decode(self.params, self.cache, *self._decode_batch(plan.decode))
+      step.decoded = plan.decode, output
+    step.copy_to_host()
+    return step
 
   def wait(self) -> None:
     """Blocks until nothing runs any more; a process that ends before that aborts."""
@@ -134,18 +145,30 @@ class JaxExecutor:
     for key in [k for k in self._activations if k[0] == request_id]:
       del self._activations[key]
 
+  def reset(self) -> None:
+    """After a failure: an empty cache, and nothing on its way. Raises if the device cannot go on."""
+    self._activations.clear()
+    self.wait()
+    del self.cache  # its memory is what the new one takes
+    self.cache = jax.block_until_ready(kv_cache.create(self.shape, self.mesh))
+
   def _blocks_saved(self, plan: Plan) -> int:
     """Blocks of all layers and heads that a plan writes to the pool."""
     size, shape = self.shape.S, self.shape
     full = sum(len(w.tokens) // size * w.n_layers for w in plan.prefill)
     return (full + sum((r.position + 1) % size == 0 for r in plan.decode) * shape.L) * shape.K
 
-  def _prefill(self, work: PrefillWork) -> jax.Array:
-    size = self.shape.S
-    n_tokens, first_block = len(work.tokens), work.start // size
-    padded = self.buckets.piece(n_tokens, work.start)
-    blocks = work.table[first_block : first_block + n_tokens // size]
-    prefix = _pad(work.table[:first_block], self.buckets.table(first_block), -1) if work.start else None
+  def _update_hot(self, program, *args) -> jax.Array:
+    hot, done = program(self.cache.hot, *args)
+    self.cache = self.cache.replace(hot=hot)
+    return done
+
+  def _admit(self, admission: Admission) -> jax.Array:
+    return self._update_hot(self.programs.admit, np.int32(admission.lane), _pad(admission.table, self.shape.N, -1))
+
+  def _prefill(self, work: PrefillWork) -> StepOutput:
+    padded = self.buckets.piece(len(work.tokens), work.start)
+    width = self.buckets.table(work.start // self.shape.S) if work.start else 0
     key = (work.request_id, work.start)
     x = self._activations.pop(key, None)
     if x is None:
@@ -153,37 +176,52 @@ class JaxExecutor:
     batch = PrefillBatch(
       tokens=_pad(work.tokens, padded, 0),
       start=np.int32(work.start),
-      n_tokens=np.int32(n_tokens),
+      n_tokens=np.int32(len(work.tokens)),
       first_layer=np.int32(work.first_layer),
       n_layers=np.int32(work.n_layers),
-      row=np.int32(work.row),
-      blocks=_pad(blocks, padded // size, -1),
-      prefix=prefix,
+      lane=np.int32(work.lane),
       sampling=_sampling_rows([work.sampling], 1),
     )
-    self.cache, x, out = self.programs.prefill(self.params, self.cache, x, batch)
+    self.cache, x, output = self.programs.prefill(self.params, self.cache, x, batch, width)
     if work.first_layer + work.n_layers < self.shape.L:
       self._activations[key] = x
-    return out
+    return output
 
-  def _measure(self, rows: tuple[DecodeRow, ...]) -> jax.Array:
-    batch = self._decode_batch(rows)
-    return self.programs.working_sets(self.cache, batch.tables, batch.positions // self.shape.S, batch.steps)
-
-  def _decode_batch(self, rows: tuple[DecodeRow, ...]) -> DecodeBatch:
+  def _decode_batch(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
+    """The batch, padded, and how many entries of block tables it looks at."""
     n = self.buckets.batch(len(rows))
     width = self.buckets.table(max(r.position // self.shape.S + 1 for r in rows))
-    column = lambda values, fill=0: _pad(np.array(list(values), np.int32), n, fill)  # noqa: E731
-    tables = np.full((n, width), -1, np.int32)
-    for i, row in enumerate(rows):
-      tables[i, : len(row.table)] = row.table[:width]
-    return DecodeBatch(
-      rows=column((r.row for r in rows), self.shape.R),
+
+    def column(values, fill=0):
+      return _pad(np.array(list(values), np.int32), n, fill)
+
+    batch = DecodeBatch(
+      lanes=column((r.lane for r in rows), self.shape.R),
       positions=column(r.position for r in rows),
       steps=column(r.step for r in rows),
-      tables=tables,
       sampling=None if all(r.sampling.plain for r in rows) else _sampling_rows([r.sampling for r in rows], n),
     )
+    return batch, width
+
+
+def _implementation(config: EngineConfig, head_dim: int) -> str:
+  """The implementation of kernels that a configuration asks for.
+
+  Raises:
+    NotImplementedError: it does not run here.
+  """
+  backend, name = jax.default_backend(), config.implementation
+  if name == "auto":
+    name = "triton" if backend == "gpu" else "xla"
+  if name == "triton" and backend != "gpu":
+    raise NotImplementedError(f"implementation='triton' needs an NVIDIA GPU, JAX runs on {backend}")
+  if name != "xla" and head_dim & (head_dim - 1):
+    raise NotImplementedError(f"{head_dim=} is not a power of two: only implementation='xla' can, in HBM")
+  if name == "xla" and config.cache.offload and backend == "gpu":
+    raise NotImplementedError(
+      "implementation='xla' cannot read a pool in host memory; use 'triton', or cache.offload=false"
+    )
+  return name
 
 
 def _pad(values: np.ndarray, n: int, fill: int) -> np.ndarray:

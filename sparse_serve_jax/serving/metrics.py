@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sparse_serve_jax.serving.plan import Capacity, StepStats
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving.plan import StepStats
 from sparse_serve_jax.serving.request import Request, State
 
 
 class Usage:
   """Sums and peaks over the iterations of an engine."""
 
-  def __init__(self, capacity: Capacity, offload: bool):
-    self._capacity, self._offload = capacity, offload
+  def __init__(self, shape: CacheShape):
+    self._shape = shape
     self.iterations = 0
     self.blocks_attended = 0
     self.blocks_missed = 0
@@ -37,9 +38,9 @@ class Usage:
     self._peak_pool = max(self._peak_pool, blocks_in_use)
 
   @property
-  def hbm_hit_rate(self) -> float:
-    """1 - blocks that decode read from DRAM / blocks it attended to; 1 if it attended to none."""
-    return 1 - self.blocks_missed / self.blocks_attended if self.blocks_attended else 1.0
+  def hbm_hit_rate(self) -> float | None:
+    """1 - blocks that decode read from DRAM / blocks it attended to; None if it attended to none."""
+    return 1 - self.blocks_missed / self.blocks_attended if self.blocks_attended else None
 
   @property
   def peak_hbm_kv_bytes(self) -> int:
@@ -48,18 +49,17 @@ class Usage:
     With offload the blocks are those in slots: peak slots used x block bytes. Without, they are the pool's: peak pool
     blocks owned by requests x layers x KV heads x block bytes.
     """
-    kv = self._peak_slots * self._capacity.block_bytes if self._offload else self._pool_bytes
-    return self._capacity.fixed_hbm_bytes + kv
+    kv = self._peak_slots * self._shape.block_bytes if self._shape.offload else self._pool_bytes
+    return self._shape.fixed_bytes + kv
 
   @property
   def dram_kv_bytes(self) -> int:
     """Peak pool blocks owned by requests x layers x KV heads x block bytes; 0 without offload."""
-    return self._pool_bytes if self._offload else 0
+    return self._pool_bytes if self._shape.offload else 0
 
   @property
   def _pool_bytes(self) -> int:
-    capacity = self._capacity
-    return self._peak_pool * capacity.n_layers * capacity.n_kv_heads * capacity.block_bytes
+    return self._peak_pool * self._shape.L * self._shape.K * self._shape.block_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Summary:
   tbt_p99_s: float | None
   throughput_tok_s: float | None
   scheduling_delay_mean_s: float | None
-  hbm_hit_rate: float
+  hbm_hit_rate: float | None
   blocks_attended: int
   blocks_loaded: int
   blocks_saved: int

@@ -5,9 +5,15 @@ too.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.memory.shape import CacheShape
+
+if TYPE_CHECKING:
+  from collections.abc import Sequence
 
 MAX_BANNED = 8  # token ids a row: the width of an array that every program which draws is given
 
@@ -28,16 +34,24 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Admission:
+  """A request takes a lane, with its block table for life."""
+
+  request_id: str
+  lane: int  # where the request's tail and table live
+  table: np.ndarray  # int32, pool blocks of its prompt and all its output
+
+
+@dataclasses.dataclass(frozen=True)
 class PrefillWork:
   """Layers [first_layer, first_layer + n_layers) of the prompt tokens [start, start + len(tokens))."""
 
   request_id: str
-  row: int  # where the request's tail lives
-  tokens: np.ndarray  # int32, this chunk's tokens
+  lane: int
+  tokens: np.ndarray  # int32, this piece's tokens
   start: int  # a multiple of block_tokens
   first_layer: int
   n_layers: int
-  table: np.ndarray  # int32, the request's whole block table
   last: bool  # ends the prompt: its result holds the first output token
   sampling: Sampling
 
@@ -47,19 +61,19 @@ class DecodeRow:
   """One request's next token."""
 
   request_id: str
-  row: int
+  lane: int
   position: int  # tokens whose KV is in the cache; the token decoded now stands there
   step: int  # decode steps this request has made before
-  table: np.ndarray
   sampling: Sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One iteration: release, then prefill, then measure, then decode."""
+  """One iteration: release, then admit, then prefill, then measure, then decode."""
 
   iteration: int
-  release: np.ndarray  # int32, DRAM blocks freed since the last plan: their residency is cleared
+  release: np.ndarray  # int32, pool blocks freed since the last plan: their residency is cleared
+  admit: tuple[Admission, ...]
   prefill: tuple[PrefillWork, ...]
   decode: tuple[DecodeRow, ...]
   measure: tuple[DecodeRow, ...]  # requests whose working set is wanted, as it is before this iteration's decode
@@ -87,30 +101,35 @@ class StepResult:
   tokens: dict[str, int]  # request_id -> new token, of decode rows and of prompts that ended
   working_sets: dict[str, int]  # request_id -> blocks over all layers and heads
   stats: StepStats
+  not_finite: frozenset[str] = frozenset()  # requests whose logits were NaN or infinite: they have no token
 
 
-@dataclasses.dataclass(frozen=True)
-class Capacity:
-  """Sizes the scheduler works with, over all devices."""
+class Dispatched(Protocol):
+  """An iteration on its way."""
 
-  pool_blocks: int  # M: a request of n tokens takes ceil(n / S) of them
-  slots: int  # P; 0 without offload
-  rows: int  # R
-  max_context: int  # prompt + output tokens of one request that model and configuration allow
-  n_layers: int
-  n_kv_heads: int
-  block_bytes: int  # of one block: 2 * S * D * itemsize
-  fixed_hbm_bytes: int  # digests, maps, tails, prefill slab
+  def result(self) -> StepResult:
+    """Waits for all that the iteration does. Raises what the device failed with, then and ever after."""
+    ...
 
 
-class PendingStep(Protocol):
-  def result(self) -> StepResult: ...
+class ServedModel(Protocol):
+  """What an engine needs to know of a model."""
+
+  @property
+  def config(self) -> ModelConfig: ...
+
+  @property
+  def eos_token_ids(self) -> Sequence[int]: ...
 
 
 class Executor(Protocol):
-  capacity: Capacity
+  """Runs plans. It has the configuration that an engine over it works with."""
 
-  def submit(self, plan: Plan) -> PendingStep:
+  config: EngineConfig
+  model: ServedModel
+  shape: CacheShape
+
+  def submit(self, plan: Plan) -> Dispatched:
     """Dispatches the plan and returns at once."""
     ...
 
@@ -120,4 +139,8 @@ class Executor(Protocol):
 
   def forget(self, request_id: str) -> None:
     """Drops what is kept between segments of a prompt that was cancelled."""
+    ...
+
+  def reset(self) -> None:
+    """After a failure: an empty cache, and nothing on its way. Raises if the device cannot go on."""
     ...

@@ -19,6 +19,7 @@ class State(enum.Enum):
   DECODING = "decoding"  # running or paused
   FINISHED = "finished"
   CANCELLED = "cancelled"
+  FAILED = "failed"  # its logits were not finite, or the device failed; `error` says which
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,8 +40,8 @@ class Request:
 
   state: State = State.WAITING
   output_tokens: list[int] = dataclasses.field(default_factory=list)
-  finish_reason: str | None = None  # "stop", "length" or "cancelled"
-  error: Exception | None = None  # what on_token raised; the request was cancelled for it
+  finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
+  error: Exception | None = None  # why it failed; or what on_token raised, for which it was cancelled
   scheduled_time: float | None = None  # its first work was planned
   first_token_time: float | None = None  # its first token was read, even if that was a stop token
   token_times: list[float] = dataclasses.field(default_factory=list)  # one for each output token
@@ -48,7 +49,7 @@ class Request:
 
   @property
   def ended(self) -> bool:
-    return self.state in (State.FINISHED, State.CANCELLED)
+    return self.state in (State.FINISHED, State.CANCELLED, State.FAILED)
 
   def sampling_of(self, index: int) -> Sampling:
     """How output token `index`, from 0 on, is drawn."""
@@ -69,7 +70,12 @@ class Request:
       self.end("length", now)
     return True
 
+  def fail(self, error: Exception, now: float) -> None:
+    """Closes the request because of `error`; it keeps the tokens it has."""
+    self.error = error
+    self.end("error", now)
+
   def end(self, reason: str, now: float) -> None:
-    """Closes the request for `reason`: "stop", "length" or "cancelled"."""
-    self.state = State.CANCELLED if reason == "cancelled" else State.FINISHED
+    """Closes the request for `reason`: "stop", "length", "cancelled" or "error"."""
+    self.state = {"cancelled": State.CANCELLED, "error": State.FAILED}.get(reason, State.FINISHED)
     self.finish_reason, self.finish_time = reason, now

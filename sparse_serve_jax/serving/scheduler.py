@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,17 +17,19 @@ import numpy as np
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
-from sparse_serve_jax.serving.plan import Capacity, DecodeRow, Plan, PrefillWork, StepResult
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillWork, StepResult
 from sparse_serve_jax.serving.request import Request, State
 
 
 @dataclasses.dataclass(eq=False)
 class _Resident:
-  """A request that holds a row and pool blocks, and how far it is planned."""
+  """A request that holds a lane and pool blocks, and how far it is planned."""
 
   request: Request
-  row: int
-  table: np.ndarray  # int32 [N], the same for life
+  lane: int
+  table: np.ndarray  # int32, the same for life
+  first: int = 0  # prompt tokens that are in the pool already: its prefill begins after them in every layer
   start: int = 0  # prompt tokens before the next piece, in layer `layer`
   layer: int = 0
   steps: int = 0  # decode steps
@@ -43,8 +46,8 @@ class _Resident:
     return self.request.max_new_tokens - 1 - self.steps
 
 
-class _Flight(NamedTuple):
-  """What the result of a dispatched plan is for."""
+class _Planned(NamedTuple):
+  """What the result of a plan that is out is for."""
 
   iteration: int
   sampled: list[_Resident]
@@ -61,25 +64,37 @@ class Received(NamedTuple):
 class Scheduler:
   """First come, first served, in admission, prefill and decode alike.
 
-  A request is admitted when the first piece of its prefill is planned. It then takes a row and the pool blocks of its
+  A request is admitted when the first piece of its prefill is planned. It then takes a lane and the pool blocks of its
   prompt and all its output, and keeps them until it ends; the head of the queue waits for them and is never passed.
   At most one prompt is partly prefilled at any time.
   """
 
-  def __init__(self, config: EngineConfig, capacity: Capacity):
+  def __init__(self, config: EngineConfig, shape: CacheShape, cached: Callable[[Request], np.ndarray] | None = None):
+    """Makes a scheduler.
+
+    Args:
+      config: what runs together.
+      shape: what there is of lanes, blocks and slots.
+      cached: pool blocks, int32, that hold the beginning of a request's prompt already. They get it as one more owner,
+        and its prefill begins after them.
+    """
     self._sparse, self._config, self._budget_blocks = config.sparse, config.scheduler, config.budget_blocks
-    self._buckets = Buckets.of(config, capacity.n_layers, capacity.max_context)
+    self._buckets = Buckets.of(config, shape.L, shape.max_context, resumes=cached is not None)
     chunked = config.scheduler.prefill == "chunked"
-    self._allowance = self._buckets.full if chunked else config.prefill_allowance(capacity.n_layers)
-    self._capacity = capacity
-    self._block_tokens = config.cache.block_tokens
-    self._allocator = BlockAllocator(capacity.pool_blocks)
-    self._rows = list(range(capacity.rows - 1, -1, -1))  # free ones; the last one is taken first
+    self._allowance = self._buckets.full if chunked else config.prefill_allowance(shape.L)
+    self._shape, self._cached = shape, cached
     self._waiting: deque[Request] = deque()
+    self._iteration = 0  # the last one planned
+    self._clear()
+
+  def _clear(self) -> None:
+    """Nothing is resident."""
+    self._allocator = BlockAllocator(self._shape.M, completed=self._iteration)
+    self._lanes = list(range(self._shape.R - 1, -1, -1))  # free ones; the last one is taken first
     self._prefilling: _Resident | None = None
     self._decoding: list[_Resident] = []  # oldest first
-    self._in_flight: deque[_Flight] = deque()
-    self._iteration = 0  # the last one planned
+    self._admitted: list[_Resident] = []  # since the last plan
+    self._in_flight: deque[_Planned] = deque()
 
   @property
   def has_work(self) -> bool:
@@ -94,7 +109,7 @@ class Scheduler:
   @property
   def max_request_tokens(self) -> int:
     """Prompt and output tokens that one request can have."""
-    return min(self._capacity.max_context, self._capacity.pool_blocks * self._block_tokens)
+    return self._shape.max_context
 
   def check(self, request: Request) -> None:
     """Raises ValueError if the request could never run."""
@@ -107,8 +122,7 @@ class Scheduler:
     if n_prompt + n_output > limit:
       raise ValueError(
         f"request {request.id!r}: {n_prompt} prompt + {n_output} output tokens = {n_prompt + n_output}, but only "
-        f"{limit} tokens would fit (context {self._capacity.max_context}, pool {self._capacity.pool_blocks} blocks of "
-        f"{self._block_tokens})"
+        f"{limit} tokens would fit (the context, or the pool of {self._shape.M} blocks of {self._shape.S})"
       )
 
   def add(self, request: Request) -> None:
@@ -128,13 +142,15 @@ class Scheduler:
     plan = Plan(
       iteration=self._iteration + 1,
       release=self._allocator.take_release(),
+      admit=tuple(Admission(r.request.id, r.lane, r.table) for r in self._admitted),
       prefill=prefill,
       decode=decode,
       measure=tuple(row for row in decode if row.request_id in asked),
     )
+    self._admitted = []
     if not plan.empty:
       self._iteration = plan.iteration
-      self._in_flight.append(_Flight(plan.iteration, running + prefilled, measured))
+      self._in_flight.append(_Planned(plan.iteration, running + prefilled, measured))
     return plan
 
   def update(self, result: StepResult, now: float) -> Received:
@@ -148,14 +164,24 @@ class Scheduler:
       request = resident.request
       if request.ended:
         continue
-      token = result.tokens[request.id]
-      if request.receive(token, now):
+      if request.id in result.not_finite:
+        n = len(request.prompt) + len(request.output_tokens)
+        request.fail(FloatingPointError(f"request {request.id!r}: logits after {n} tokens are not finite"), now)
+      elif request.receive(token := result.tokens[request.id], now):
         received.tokens.append((request, token))
       if request.ended:
         received.ended.append(request)
         self._decoding.remove(resident)
         self._free(resident)
     return received
+
+  def lose(self, error: Exception, now: float) -> list[Request]:
+    """Ends every request that holds something on the devices, where all is lost. Those that wait are untouched."""
+    residents = [*self._decoding, *([self._prefilling] if self._prefilling else [])]
+    for resident in residents:
+      resident.request.fail(error, now)
+    self._clear()
+    return [resident.request for resident in residents]
 
   def cancel(self, request: Request, now: float) -> None:
     """Ends a request that has not ended. Tokens of it that are still on the device are dropped."""
@@ -171,8 +197,8 @@ class Scheduler:
     request.end("cancelled", now)
 
   def _free(self, resident: _Resident) -> None:
-    """Gives back the row, at once since device programs run in order, and the blocks, by the allocator's rule."""
-    self._rows.append(resident.row)
+    """Gives back the lane, at once since device programs run in order, and the blocks, by the allocator's rule."""
+    self._lanes.append(resident.lane)
     self._allocator.free(resident.table, after=self._iteration)
 
   # ---------------------------------------------------------------------------------------------------------- decode
@@ -192,33 +218,31 @@ class Scheduler:
     chosen, used = [], 0
     for resident in candidates:
       need = self._working_set(resident)
-      if not chosen or used + need <= self._capacity.slots:
+      if not chosen or used + need <= self._shape.P:
         chosen.append(resident)
         used += need
     return chosen
 
   @property
   def _controlled(self) -> bool:
-    return self._config.batch_control == "working_set" and self._capacity.slots > 0
+    return self._config.batch_control == "working_set" and self._shape.P > 0
 
   def _working_set(self, resident: _Resident) -> int:
     """Blocks over all layers and heads: as measured last, or without history what one step can select (the paper
     leaves this case open). A paused request's stays as it was."""
     if resident.working_set is not None:
       return resident.working_set
-    full = resident.position // self._block_tokens
+    full = resident.position // self._shape.S
     selected = min(full, self._budget_blocks) if self._sparse.policy == "topk" else full
-    dense_layers = min(self._sparse.dense_layers, self._capacity.n_layers)
-    per_head = dense_layers * full + (self._capacity.n_layers - dense_layers) * selected
-    return per_head * self._capacity.n_kv_heads
+    dense_layers = min(self._sparse.dense_layers, self._shape.L)
+    return (dense_layers * full + (self._shape.L - dense_layers) * selected) * self._shape.K
 
   def _step(self, resident: _Resident) -> DecodeRow:
     row = DecodeRow(
       request_id=resident.request.id,
-      row=resident.row,
+      lane=resident.lane,
       position=resident.position,
       step=resident.steps,
-      table=resident.table,
       sampling=resident.request.sampling_of(resident.steps + 1),
     )
     resident.steps += 1
@@ -241,16 +265,13 @@ class Scheduler:
     works: list[PrefillWork] = []
     ended = []
     while left > 0:
-      resident = self._prefilling
-      request = resident.request if resident else self._waiting[0] if self._waiting else None
-      if request is None:
+      resident = self._prefilling or self._next_in_line()
+      if resident is None:
         break
-      start, layer = (resident.start, resident.layer) if resident else (0, 0)
-      n_tokens, n_layers, cost = self._piece(len(request.prompt), start, layer, left, first=not works)
+      n_tokens, n_layers, cost = self._piece(resident, left, alone=not works)
       if not n_tokens or not n_layers:
         break
-      resident = resident or self._admit(request, now)
-      if resident is None:
+      if resident is not self._prefilling and not self._admit(resident, now):
         break
       work = self._advance(resident, n_tokens, n_layers)
       works.append(work)
@@ -259,53 +280,67 @@ class Scheduler:
       if work.last:
         ended.append(resident)
         self._decoding.append(resident)
-        request.state = State.DECODING
+        resident.request.state = State.DECODING
     return tuple(works), ended
 
-  def _piece(self, n_prompt: int, start: int, layer: int, left: int, first: bool) -> tuple[int, int, int]:
+  def _piece(self, at: _Resident, left: int, alone: bool) -> tuple[int, int, int]:
     """Returns tokens, layers and cost of the next piece of a prompt; zeros if the rest of the allowance is too small.
 
     Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
     token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
     A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration; see
-    Buckets.
+    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole.
     """
-    rest = n_prompt - start
+    rest = len(at.request.prompt) - at.start
     if self._config.prefill == "chunked":
       n_tokens = rest if rest <= left else left // self._buckets.unit * self._buckets.unit
-      return n_tokens, self._capacity.n_layers, n_tokens
-    if n_prompt <= self._allowance:
-      n_layers = min(left // n_prompt, self._capacity.n_layers - layer)
-      return n_prompt, n_layers, n_prompt * n_layers
+      return n_tokens, self._shape.L, n_tokens
+    whole = len(at.request.prompt) - at.first
+    if whole <= self._allowance:
+      n_layers = min(left // whole, self._shape.L - at.layer)
+      return whole, n_layers, whole * n_layers
     n_tokens = min(rest, self._buckets.full)
-    return (n_tokens, 1, n_tokens) if first or n_tokens <= left else (0, 0, 0)
+    return (n_tokens, 1, n_tokens) if alone or n_tokens <= left else (0, 0, 0)
 
-  def _admit(self, request: Request, now: float) -> _Resident | None:
-    """Gives the head of the queue a row and its blocks, or None while they are taken."""
-    if not self._rows:
+  def _next_in_line(self) -> _Resident | None:
+    """The head of the queue, as it would be admitted: it has no lane yet, and only the blocks that are cached."""
+    if not self._waiting:
       return None
+    request, blocks = self._waiting[0], np.zeros(0, np.int32)
+    if self._cached is not None:  # never its last token, whose logits are needed
+      blocks = self._cached(request)[: (len(request.prompt) - 1) // self._shape.S]
+    first = len(blocks) * self._shape.S
+    return _Resident(request, lane=-1, table=blocks, first=first, start=first)
+
+  def _admit(self, resident: _Resident, now: float) -> bool:
+    """Gives the head of the queue a lane and its blocks. Whether they were free."""
+    if not self._lanes:
+      return False
+    request, cached = resident.request, resident.table
     n_tokens = len(request.prompt) + request.max_new_tokens
-    table = self._allocator.allocate(-(-n_tokens // self._block_tokens))
-    if table is None:
-      return None
+    own = self._allocator.allocate(-(-n_tokens // self._shape.S) - len(cached))
+    if own is None:
+      return False
+    self._allocator.share(cached)
     self._waiting.popleft()
     request.state, request.scheduled_time = State.PREFILLING, now
-    return _Resident(request, self._rows.pop(), table)
+    resident.lane, resident.table = self._lanes.pop(), np.concatenate([cached, own])
+    self._admitted.append(resident)
+    return True
 
   def _advance(self, resident: _Resident, n_tokens: int, n_layers: int) -> PrefillWork:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
     resident.start += n_tokens
     if resident.start == len(request.prompt):
-      resident.start, resident.layer = 0, layer + n_layers
+      resident.start, resident.layer = resident.first, layer + n_layers
     return PrefillWork(
       request_id=request.id,
-      row=resident.row,
+      lane=resident.lane,
       tokens=request.prompt[start : start + n_tokens],
       start=start,
       first_layer=layer,
       n_layers=n_layers,
-      table=resident.table,
-      last=resident.layer == self._capacity.n_layers,
+      last=resident.layer == self._shape.L,
       sampling=request.sampling_of(0),
     )

@@ -53,6 +53,8 @@ class Optimizer:
 class TrainConfig:
   """One training run."""
 
+  KIND = "training"
+
   model: ModelConfig  # its dtype is that of the products; parameters are float32
   stages: tuple[Stage, ...]
   sources: Sources

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_serve_jax import processes
-from sparse_serve_jax.evaluation import tasks, text
+from sparse_serve_jax import processes, tasks
 from sparse_serve_jax.models.tokenizer import Tokenizer
+from sparse_serve_jax.tasks import text
 from sparse_serve_jax.training.config import Sources, TrainConfig
 
 SOURCES = tuple(field.name for field in dataclasses.fields(Sources))

@@ -120,6 +120,18 @@ def loss(
   return total, dict(loss=of_tokens, attention=of_attention, answers=count(answers), right=count(right))
 
 
+def _float32(cfg: ModelConfig, params: llama.Params) -> llama.Params:
+  """Given parameters as those that are trained, one after another.
+
+  Raises:
+    ValueError: they are of another model.
+  """
+  shapes = jax.tree.map(lambda x: tuple(x.shape), params)
+  if shapes != llama.param_shapes(cfg):
+    raise ValueError(f"the parameters to start from are of another model: {shapes}")
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float32), params)
+
+
 def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformation:
   rate, warmup, decay = config.learning_rate, config.warmup_steps, config.decay_steps
   schedule = optax.join_schedules(
@@ -153,7 +165,7 @@ class Trainer:
   """
 
   def __init__(self, config: TrainConfig, directory: str | pathlib.Path, start_from: llama.Params | None = None):
-    """`start_from`: parameters to begin a new run with, instead of random ones."""
+    """`start_from`: parameters to begin a new run with, instead of random ones. They may be a loaded model's."""
     import orbax.checkpoint as ocp  # slow to import
 
     self.config = config
@@ -165,13 +177,11 @@ class Trainer:
     mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
     whole, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
-    def new() -> TrainState:
-      params = init_params(config.model, jax.random.key(config.seed))
-      if start_from is not None:
-        if (shapes := jax.tree.map(jnp.shape, start_from)) != jax.tree.map(jnp.shape, params):
-          raise ValueError(f"the parameters to start from are of another model: {shapes}")
-        params = jax.tree.map(lambda x, old: jnp.asarray(old, x.dtype), params, start_from)
+    def begin(params: llama.Params) -> TrainState:
       return jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
+
+    def anew() -> TrainState:
+      return begin(init_params(config.model, jax.random.key(config.seed)))
 
     def step(state: TrainState, batch: Batch, attention_loss: AttentionLossWeights) -> tuple[TrainState, StepMetrics]:
       f = jax.value_and_grad(functools.partial(loss, config, attention_loss=attention_loss), has_aux=True)
@@ -183,10 +193,10 @@ class Trainer:
 
     self._step = jax.jit(step, static_argnums=2, donate_argnums=0, out_shardings=whole)
     if (last := self._checkpoints.latest_step()) is None:
-      self.state = new()
+      self.state = anew() if start_from is None else begin(_float32(config.model, start_from))
     else:
       # With a sharding of now, otherwise a checkpoint asks for the devices that it was made on.
-      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(new))
+      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(anew))
       restored: Any = self._checkpoints.restore(last, args=ocp.args.StandardRestore(like))
       self.state = TrainState(*restored)
 

@@ -8,8 +8,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from sparse_serve_jax.evaluation import tasks, text
+from sparse_serve_jax import tasks
 from sparse_serve_jax.models.tokenizer import FileTokenizer
+from sparse_serve_jax.tasks import text
 
 BEGIN, END = "<begin>", "<end>"
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from sparse_serve_jax import files
+
 # A source of text: sentence after sentence, each with the space or, where a paragraph begins, the newline before it.
 Text = Callable[[np.random.Generator], Iterator[str]]
 
@@ -59,12 +61,10 @@ def user_text(file: str | pathlib.Path) -> Text:
   39 words before it, so that a unit stays small where there is no punctuation.
 
   Raises:
-    ValueError: the file is missing or has no words.
+    ValueError: the file is missing, is not UTF-8 or has no words.
   """
-  if not pathlib.Path(file).is_file():
-    raise ValueError(f"{file} is missing")
   units: list[str] = []
-  for paragraph in re.split(r"\n\s*\n", pathlib.Path(file).read_text(encoding="utf-8")):
+  for paragraph in re.split(r"\n\s*\n", files.read_text(file)):
     words, start = paragraph.split(), 0
     for i, word in enumerate(words, 1):
       if word[-1] in ".!?" or i - start == 40 or i == len(words):

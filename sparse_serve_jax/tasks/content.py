@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sparse_serve_jax.evaluation import text as texts
+from sparse_serve_jax.tasks import text as texts
 
 
 def _unique(rng: np.random.Generator, size: int) -> Iterator[int]:

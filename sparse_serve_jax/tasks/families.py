@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_serve_jax.evaluation import content
-from sparse_serve_jax.evaluation import text as texts
+from sparse_serve_jax.tasks import content
+from sparse_serve_jax.tasks import text as texts
 
 
 class Asked(NamedTuple):

@@ -2,6 +2,8 @@
 
 A model can be trained on them (`split="train"`) and then measured (`split="eval"`): the two never share a seed. What is
 asked for stands at a depth uniform over the context.
+
+text, content -> families -> TASKS: ordinary text and what is hidden in it; contexts and questions; instances and scores
 """
 
 from __future__ import annotations
@@ -12,19 +14,14 @@ import itertools
 import re
 import zlib
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
-from sparse_serve_jax.evaluation import content, families
-from sparse_serve_jax.evaluation import text as texts
-from sparse_serve_jax.evaluation.families import Asked, Draft, Family
-
-
-class Tokenizer(Protocol):
-  """What measures a length. Special tokens that `encode` adds are part of it."""
-
-  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+from sparse_serve_jax.tasks import content, families
+from sparse_serve_jax.tasks import text as texts
+from sparse_serve_jax.tasks.families import Asked, Draft, Family
+from sparse_serve_jax.tokenizing import Encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Instance:
   def text(self) -> str:
     return self.prompt + self.completion
 
-  def encode(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
+  def encode(self, tokenizer: Encoder) -> tuple[list[int], int]:
     """The tokens of `text`, and with how many of them those of the prompt alone agree.
 
     The completion is not encoded by itself: some tokenizers write a space before whatever they are given.
@@ -69,7 +66,7 @@ def make(
   task: str,
   length: int,
   seed: int,
-  tokenizer: Tokenizer,
+  tokenizer: Encoder,
   *,
   split: Literal["train", "eval"],
   text: texts.Text = texts.sentences,
@@ -98,7 +95,7 @@ def make(
   return Instance(task, f"{context}\n{first.prompt}", *first[1:], n_tokens, n_completion, more)
 
 
-def _fit(task: str, write: Callable[[int], Draft], length: int, tokenizer: Tokenizer) -> tuple[Draft, Asked, int]:
+def _fit(task: str, write: Callable[[int], Draft], length: int, tokenizer: Encoder) -> tuple[Draft, Asked, int]:
   """Finds how many units of content fit: two samples give the tokens of a unit, then a bracketed secant search.
 
   Of all these about two are texts of full length.

@@ -1,0 +1,44 @@
+"""Attention of one layer of a piece of a prompt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as kernels
+from sparse_serve_jax.memory.kv_cache import KVCache
+
+
+class Before(NamedTuple):
+  """What comes before a piece of a prompt."""
+
+  blocks: jax.Array  # [N] int32, in the pool; beyond `tokens` they may be anything
+  tokens: jax.Array  # int32, a multiple of S
+
+
+def prefill_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: KVCache,
+  layer: jax.Array,
+  before: Before | None,
+  implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+  """Dense causal attention of q [C, K, G, D] over the piece's own k, v [C, K, D] and all that comes before it.
+
+  Returns:
+    o [C, K, G, D]; int32, blocks of this device's heads that were read from the pool because no slot has them.
+  """
+  if before is None:
+    return kernels.prefill_attention(q, k, v, implementation=implementation), jnp.int32(0)
+  slot_of = cache.hot.maps.slot_of  # [K, L, M]
+  exists = jnp.arange(before.blocks.shape[0]) < before.tokens // cache.pool.shape[4]
+  slot = jnp.where((exists & (before.blocks >= 0))[None], slot_of[:, layer, before.blocks], -1)  # [K, N]
+  blocks = jnp.broadcast_to(before.blocks, slot.shape)
+  prefix = kernels.Prefix(cache.pool, cache.hot.slots, layer, blocks, slot, before.tokens)
+  o = kernels.prefill_attention(q, k, v, prefix, implementation=implementation)
+  has_slots = cache.hot.slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
+  return o, (exists[None] & (slot < 0) & has_slots).sum(dtype=jnp.int32)

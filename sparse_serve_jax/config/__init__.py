@@ -1,0 +1,40 @@
+"""Configuration as frozen dataclasses, read from strict JSON: of models, of the engine, and the reader of all kinds."""
+
+from __future__ import annotations
+
+from sparse_serve_jax.config.model import ModelConfig, RopeConfig
+from sparse_serve_jax.config.reader import (
+  check_fields,
+  find_config,
+  from_dict,
+  override,
+  parse_bytes,
+  read_config,
+  to_json,
+)
+from sparse_serve_jax.config.serving import (
+  BLOCK_SIZES,
+  CacheConfig,
+  EngineConfig,
+  SchedulerConfig,
+  SparseConfig,
+  load_config,
+)
+
+__all__ = [
+  "BLOCK_SIZES",
+  "CacheConfig",
+  "EngineConfig",
+  "ModelConfig",
+  "RopeConfig",
+  "SchedulerConfig",
+  "SparseConfig",
+  "check_fields",
+  "find_config",
+  "from_dict",
+  "load_config",
+  "override",
+  "parse_bytes",
+  "read_config",
+  "to_json",
+]

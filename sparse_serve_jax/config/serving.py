@@ -1,0 +1,144 @@
+"""Everything that a run of the engine depends on besides the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_serve_jax.config.reader import check_fields, find_config, read_config
+
+BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+  """Where KV lives. Sizes are bytes over all devices; JSON may write "8GiB"."""
+
+  block_tokens: int = 32  # S
+  offload: bool = True  # False: the pool of all blocks lies in HBM and there are no slots (vLLM, vLLM-S)
+  dram_bytes: int = 1 << 30  # the pool, when offloading
+  hbm_bytes: int = 1 << 28  # slots, digests, maps, tails, prefill slab; and the pool when not offloading
+  rows: int = 64  # R, resident requests: prefilling, decoding or paused
+  # How KV moves: names in the tables LOADS, SAVES and EVICTIONS of memory/.
+  load: str = "fused"  # DRAM to the devices
+  save: str = "direct"  # finished blocks to DRAM
+  eviction: str = "lru"  # which slot a block that was read from DRAM may take
+
+  def __post_init__(self):
+    check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "rows"))
+    if self.block_tokens not in BLOCK_SIZES:
+      raise ValueError(f"block_tokens={self.block_tokens} is not one of {BLOCK_SIZES}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+  """What a decode step attends to."""
+
+  policy: Literal["dense", "topk", "psa"] = "topk"
+  method: str = "cuboid_mean"  # a name in attention.methods.METHODS
+  # topk: attended tokens a step, sinks and window included. Every policy: how much of the end of a prompt, or of each
+  # piece that it is cut into, enters slots.
+  token_budget: int = 2048
+  sink_tokens: int = 64  # always attended, as in ArkVale (two blocks of 32)
+  window_tokens: int = 64  # the newest full blocks, always attended
+  dense_layers: int = 0  # the first layers that attend to everything (2 in ArkVale and Quest)
+  group_reduce: Literal["mean", "max"] = "mean"  # over the query heads of a KV head
+  threshold: float = 0.95  # psa: epsilon, stop when the estimated share of attention mass exceeds it
+  group_blocks: int = 4  # psa: blocks between two stop tests
+
+  def __post_init__(self):
+    check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
+    if not 0 < self.threshold <= 1:
+      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    if self.group_blocks & (self.group_blocks - 1):
+      raise ValueError(f"group_blocks={self.group_blocks} is not a power of two")
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+  """Who runs in an iteration."""
+
+  max_batch: int = 64  # decode rows
+  max_context: int = 0  # prompt + output tokens of one request; 0: what model and pool allow
+  prefill: Literal["layer_segmented", "chunked"] = "layer_segmented"
+  chunk_tokens: int = 2048  # chunked: prompt tokens an iteration, through all layers
+  max_inject_tokens: int = 0  # layer_segmented: token x layers an iteration; 0: 2048 x layers (SparseServe, section 4)
+  batch_control: Literal["working_set", "none"] = "working_set"
+  working_set_steps: int = 12  # w of Algorithm 1, SparseServe
+
+  def __post_init__(self):
+    check_fields(
+      self,
+      positive=("max_batch", "chunk_tokens", "working_set_steps"),
+      not_negative=("max_context", "max_inject_tokens"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Everything a run depends on besides the model.
+
+  Every field is checked where it is made, so that a wrong value is met at once and with its numbers, not ten layers
+  down.
+  """
+
+  KIND = "serving"
+
+  cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+  sparse: SparseConfig = dataclasses.field(default_factory=SparseConfig)
+  scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
+  implementation: Literal["auto", "xla", "triton", "interpret"] = "auto"  # of the kernels
+  tp: int = 1  # devices that the model is split over
+
+  def __post_init__(self):
+    check_fields(self, positive=("tp",))
+    size, sparse, chunk = self.cache.block_tokens, self.sparse, self.scheduler.chunk_tokens
+    least = max(1, self.sink_blocks + self.window_blocks)
+    if sparse.policy == "topk" and self.budget_blocks < least:
+      raise ValueError(
+        f"token_budget={sparse.token_budget} is {self.budget_blocks} blocks of {size} tokens, but sinks "
+        f"({sparse.sink_tokens} tokens: {self.sink_blocks} blocks) and window ({sparse.window_tokens} tokens: "
+        f"{self.window_blocks} blocks) need {least}: token_budget must be at least {least * size}"
+      )
+    if self.scheduler.prefill == "chunked" and chunk % (8 * size if chunk > 8 * size else size):
+      raise ValueError(f"chunk_tokens={chunk} is not whole blocks of {size}, or beyond 8 not a multiple of 8 blocks")
+
+  def prefill_allowance(self, n_layers: int) -> int:
+    """What one iteration may prefill: token x layers when layer-segmented, tokens (through all layers) when chunked.
+
+    It is also the most tokens that are prefilled at once.
+    """
+    if self.scheduler.prefill == "chunked":
+      return self.scheduler.chunk_tokens
+    return self.scheduler.max_inject_tokens or 2048 * n_layers  # B x L, SparseServe, section 4
+
+  @property
+  def budget_blocks(self) -> int:
+    """Full blocks that a top-k step attends to, sinks and window included."""
+    return self.sparse.token_budget // self.cache.block_tokens
+
+  @property
+  def sink_blocks(self) -> int:
+    return math.ceil(self.sparse.sink_tokens / self.cache.block_tokens)
+
+  @property
+  def window_blocks(self) -> int:
+    return math.ceil(self.sparse.window_tokens / self.cache.block_tokens)
+
+
+def load_config(source: str | Path | Mapping[str, Any] | EngineConfig) -> EngineConfig:
+  """The engine configuration that is meant.
+
+  The byte sizes and row counts in configs/serving suit a first run on any machine. For a real one, `override` them:
+  cache.hbm_bytes, cache.dram_bytes, cache.rows and scheduler.max_batch.
+
+  Args:
+    source: a name ("psa": configs/serving/psa.json), a JSON file's path, the values that such a file would hold
+      ({"extends": "psa", "tp": 2}), or the configuration itself.
+  """
+  if isinstance(source, EngineConfig):
+    return source
+  return read_config(EngineConfig, source if isinstance(source, Mapping) else find_config("serving", source))

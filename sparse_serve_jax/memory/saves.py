@@ -1,0 +1,116 @@
+"""How finished blocks leave for the pool, and how the newest of them enter slots.
+
+A save is one function `(pool, new, implementation) -> pool` that writes `NewBlocks` to the pool. What goes with every
+save is here once: places in slots, their maps, and the digests that selection reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as kernels
+from sparse_serve_jax.memory import host_pool
+from sparse_serve_jax.memory.eviction import Turn
+from sparse_serve_jax.memory.kv_cache import Hot, KVCache
+
+
+class NewBlocks(NamedTuple):
+  """Blocks that have just filled: n in each of Ls layers."""
+
+  kv: jax.Array  # [K, Ls, n_source, 2, S, D]
+  layer: jax.Array | int  # the first of the Ls
+  ids: jax.Array  # [n] int32, which of the source's
+  blocks: jax.Array  # [n] int32, where they go in the pool; -1: nowhere
+
+
+Save = Callable[[jax.Array, NewBlocks, str], jax.Array]
+
+
+def direct(pool: jax.Array, new: NewBlocks, implementation: str) -> jax.Array:
+  """A kernel writes the blocks to the pool, over PCIe if it lies there: simple, and it takes SMs from the step."""
+  return kernels.store_blocks(pool, new.kv, new.layer, new.ids, new.blocks, implementation=implementation)
+
+
+SAVES: dict[str, Save] = {"direct": direct}
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+  """What is fixed of saves when a program is compiled."""
+
+  save: Save
+  summarize: Callable[[jax.Array], jax.Array]  # keys of blocks to digests
+  summarized_by: str  # the implementation that runs it
+  implementation: str
+  host_pool: bool  # whether the pool lies in memory that is not the device's own
+
+
+def save_tails(
+  saving: Saving, cache: KVCache, lanes: jax.Array, blocks: jax.Array, steps: jax.Array, turn: Turn
+) -> KVCache:
+  """Saves the tails that have filled, in all layers at once; all of them enter slots.
+
+  Args:
+    saving: how.
+    cache: this device's.
+    lanes: [B] int32; R and beyond is padding.
+    blocks: [B] int32, where in the pool a lane's tail goes; -1: it has not filled.
+    steps: [B] int32, the requests' own step numbers.
+    turn: what is left of the step's victims.
+  """
+  hot = cache.hot
+  n_heads, n_layers, n_lanes = hot.tail.shape[:3]
+  lists = jnp.broadcast_to(blocks[:, None, None], (blocks.shape[0], n_heads, n_layers))  # a rank is a layer
+  maps, place = _find_places(saving, hot, lists, jnp.arange(n_layers), steps, turn)
+  new = NewBlocks(hot.tail, 0, jnp.minimum(lanes, n_lanes - 1), blocks)
+  return _write(saving, cache, new, maps, jnp.moveaxis(place, 0, 2))
+
+
+def save_piece(
+  saving: Saving, cache: KVCache, kv: jax.Array, layer: jax.Array, blocks: jax.Array, n_newest: jax.Array, turn: Turn
+) -> KVCache:
+  """Saves one layer's blocks of a piece of a prompt; the newest enter slots, the very newest first.
+
+  Args:
+    saving: how.
+    cache: this device's.
+    kv: [K, n, 2, S, D].
+    layer: int32.
+    blocks: [n] int32, where they go in the pool, -1 from the first that is not full on.
+    n_newest: int32, the last so many full blocks enter slots.
+    turn: what is left of the step's victims.
+  """
+  n_heads, n = kv.shape[:2]
+  ids = jnp.arange(n)
+  newest = (ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
+  lists = jnp.broadcast_to(jnp.where(newest, blocks, -1)[::-1], (1, n_heads, n))
+  maps, place = _find_places(saving, cache.hot, lists, layer, jnp.full(1, kernels.NEVER), turn)
+  cache = _write(saving, cache, NewBlocks(kv[:, None], layer, ids, blocks), maps, place[0, :, ::-1][:, None])
+  return cache.replace(pool=host_pool.keep(cache.pool)) if saving.host_pool else cache
+
+
+def _find_places(
+  saving: Saving, hot: Hot, lists: jax.Array, layers: jax.Array, steps: jax.Array, turn: Turn
+) -> tuple[kernels.Maps, jax.Array]:
+  """Finds places [B, K, n] for new blocks `lists` [B, K, n], of one layer or of one for each rank; maps that have them."""
+  options = dict(implementation=saving.implementation)
+  length = jnp.full(lists.shape[:2], lists.shape[2])
+  located = kernels.propose(hot.maps, turn.victims, layers, lists, length, given=turn.given, group=1, **options)
+  maps = kernels.commit(hot.maps, layers, located, length, hot.stamp(layers), steps, **options)
+  return maps, located.place
+
+
+def _write(saving: Saving, cache: KVCache, new: NewBlocks, maps: kernels.Maps, place: jax.Array) -> KVCache:
+  """Writes new blocks to the pool and to their places [K, Ls, n] in slots, and makes their digests."""
+  hot = cache.hot
+  slots = kernels.place_blocks(hot.slots, new.kv, new.ids, place, implementation=saving.implementation)
+  digest = kernels.store_digests(
+    hot.digest, new.kv, new.layer, new.ids, new.blocks, rule=saving.summarize, implementation=saving.summarized_by
+  )
+  pool = saving.save(cache.pool, new, saving.implementation)
+  return KVCache(pool, hot.replace(slots=slots, digest=digest, maps=maps))

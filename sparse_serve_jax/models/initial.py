@@ -1,0 +1,52 @@
+"""Random weights, for measurements and tests. (Training begins with others: `training.trainer.init_params`.)"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.models import llama
+from sparse_serve_jax.models.leaves import Leaf
+
+
+def init_params(cfg: ModelConfig, seed: int) -> llama.Params:
+  """Random host arrays, a function of the shape and `seed` alone.
+
+  They keep the residual stream near unit size, give attention scores a spread of about 2 (so that it matters which
+  tokens are attended) and logits a spread of about 4 (so that greedy ties are rare).
+  """
+  return jax.tree.map(np.asarray, random_params(cfg, seed))
+
+
+def random_params(cfg: ModelConfig, seed: int) -> llama.Params:
+  """The same weights, made when they are wanted: a tree of `Leaf`s."""
+  return llama.map_shapes(functools.partial(_leaf, cfg, seed), cfg)
+
+
+def _leaf(cfg: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Leaf:
+  stacked = name.startswith("layers.")
+  read = functools.partial(_part, cfg, seed, name.removeprefix("layers."), shape[stacked:])
+  return Leaf(name, shape, llama.dtype_of(cfg), read, stacked)
+
+
+def _part(cfg: ModelConfig, seed: int, name: str, shape: Any, layer: int) -> np.ndarray:
+  """One layer of a leaf. Each has a random stream of its own, so that they can be made in any order."""
+  rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode()), layer]))
+  w = rng.standard_normal(shape, dtype=np.float32)
+  if name.endswith("norm"):
+    w = (1 + 0.1 * w) * (2 if name == "q_norm" else 1)
+  elif name == "bqkv":
+    w *= 0.3
+  elif name == "embed":
+    w *= 4 * cfg.d_model**-0.5 if cfg.tie_embeddings else 1
+  else:
+    fan_in = {"wo": cfg.n_heads * cfg.head_dim, "w_down": cfg.d_ff}.get(name, cfg.d_model)
+    w *= fan_in**-0.5 * (4 if name == "lm_head" else 1)
+  if name == "wqkv":
+    w[..., :-2, :] *= 2
+  return w.astype(llama.dtype_of(cfg), copy=False)

@@ -1,0 +1,125 @@
+"""Whether an engine fits: what its weights, cache and largest programs take, beside what devices and host have.
+
+Checked before anything is placed, so that what cannot fit is refused at once, with all numbers, and not by a device in
+the middle of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import pathlib
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.memory.layout import ITEM_BYTES
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.models import Model, is_placed, llama
+from sparse_serve_jax.step import MLP_TILE
+
+_LOGIT_ARRAYS = 8  # float32 [B, V] that a step which draws tokens holds at once: sorts of all logits
+_QUERY_TILE = 256  # queries whose scores XLA's prefill attention holds at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """Bytes that an engine takes."""
+
+  weights: int  # of a device
+  kv: int  # of a device: slots, digests, maps, tails, prefill slab; and the pool when it lies there
+  activations: int  # of a device, most that a program holds besides
+  pool: int  # of the host, for all devices; 0 if the pool lies on the devices
+  text: str  # what activations are of
+
+  @classmethod
+  def of(cls, cfg: ModelConfig, shape: CacheShape, buckets: Buckets, n_devices: int, cudnn: bool) -> Needs:
+    """Of a model and a cache over so many devices; `cudnn`: prefill attention makes no scores."""
+    piece, rows = max((*buckets.whole, *buckets.chunks)), max(buckets.batches)
+    activations = _prefill_bytes(cfg, piece, shape.max_context, n_devices, cudnn)
+    return cls(
+      weights=weight_bytes(cfg, n_devices),
+      kv=shape.hbm_bytes // n_devices,
+      activations=activations + _LOGIT_ARRAYS * 4 * rows * cfg.vocab_size,
+      pool=shape.pool_bytes if shape.offload else 0,
+      text=f"pieces of {piece} prompt tokens, {rows} decode rows",
+    )
+
+
+def weight_bytes(cfg: ModelConfig, n_devices: int) -> int:
+  """Of one device."""
+  shapes, specs = llama.param_shapes(cfg), llama.param_specs(cfg, n_devices)
+  values = jax.tree.map(
+    lambda shape, spec: math.prod(shape) // (n_devices if any(spec) else 1),
+    shapes,
+    specs,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  return sum(jax.tree.leaves(values)) * ITEM_BYTES[cfg.dtype]
+
+
+def _prefill_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cudnn: bool) -> int:
+  """Activations of a layer of a piece of a prompt, by what a layer holds at once (models/llama.py)."""
+  item, n_heads, n_kv = ITEM_BYTES[cfg.dtype], cfg.n_heads // n_devices, cfg.n_kv_heads // n_devices
+  stream = 2 * piece * cfg.d_model * item  # before and after
+  attention = piece * cfg.head_dim * ((n_heads + 2 * n_kv) * item + n_heads * (4 + item))  # q, k, v; o twice
+  if not cudnn:  # keys and values in float32, and the scores of a tile of queries
+    attention += 4 * context * (2 * n_kv * cfg.head_dim + n_heads * _QUERY_TILE)
+  mlp = min(piece, MLP_TILE) * (cfg.d_ff // n_devices) * (2 * item + 4 + item)  # gate and up, SiLU, their product
+  return stream + attention + mlp
+
+
+def check(needs: Needs, model: Model, mesh: Mesh) -> None:
+  """Compares needs with what there is now. Weights that are on the devices already take nothing more.
+
+  Raises:
+    ValueError: they do not fit; the message has all numbers.
+  """
+  device = jax.devices()[0]
+  parts = {"weights": needs.weights, "KV (cache.hbm_bytes)": needs.kv, f"activations ({needs.text})": needs.activations}
+  on_device = sum(parts.values()) - (needs.weights if is_placed(model, mesh) else 0)
+  pool = {"the pool (cache.dram_bytes)": needs.pool}
+  if _device_bytes_free() is not None:
+    _refuse(on_device, _device_bytes_free, f"a device ({device.device_kind})", parts, "cache.hbm_bytes")
+    _refuse(needs.pool, host_bytes_free, "the host", pool, "cache.dram_bytes")
+  else:  # the devices are the host
+    parts = {name: mesh.size * n for name, n in parts.items()} | pool
+    on_host = mesh.size * on_device + needs.pool
+    _refuse(on_host, host_bytes_free, "the host", parts, "cache.dram_bytes, cache.hbm_bytes")
+
+
+def _refuse(needed: int, free: Callable[[], int | None], where: str, parts: dict[str, int], lower: str) -> None:
+  there = free()
+  if there is not None and needed > there:
+    gc.collect()  # an engine before this one may still lie there
+    there = free()
+  if there is None or needed <= there:
+    return
+  sums = " + ".join(f"{_gib(n)} {name}" for name, n in parts.items())
+  raise ValueError(
+    f"this does not fit {where}: {sums} = {_gib(sum(parts.values()))}, and {_gib(there)} are free of what JAX may use; "
+    f"lower {lower}, scheduler.max_context, scheduler.max_batch or the prefill's pieces"
+  )
+
+
+def _device_bytes_free() -> int | None:
+  """Of what JAX may use of a device; None where that is not limited apart from the host's memory."""
+  stats = jax.devices()[0].memory_stats() or {}
+  return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def host_bytes_free() -> int | None:
+  """What the system says can be taken without swapping; None where it does not say."""
+  file = pathlib.Path("/proc/meminfo")
+  for line in file.read_text().splitlines() if file.is_file() else ():
+    if line.startswith("MemAvailable:"):
+      return 1024 * int(line.split()[1])
+  return None
+
+
+def _gib(n: int) -> str:
+  return f"{n / 2**30:.2f} GiB"

@@ -1,0 +1,243 @@
+"""An engine behind a thread: any thread submits prompts and reads tokens as they come.
+
+The engine itself knows no threads. Here one thread owns it and is the only one that calls it; others leave it notes,
+which it reads between two iterations. Servers, notebooks and actors use this and nothing else of the engine.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sparse_serve_jax.serving.clock import Clock, Wall
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.request import Request
+
+_LOG = logging.getLogger(__name__)
+
+_END = object()  # the last entry of every stream's queue
+
+
+class Stream:
+  """Output tokens of one request, as they come. Threads may share it: each token goes to one of them."""
+
+  def __init__(self, prompt: Sequence[int] | np.ndarray, options: dict[str, Any]):
+    self._prompt, self._options = prompt, options
+    self._tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    self._request: Request | None = None  # the engine's, once it has taken it
+    self._error: BaseException | None = None
+    self._ended = threading.Event()
+
+  def __iter__(self) -> Iterator[int]:
+    return self
+
+  def __next__(self) -> int:
+    """Waits for the next token.
+
+    Raises:
+      ValueError: the request could never run.
+      RuntimeError: it ended with an error, its own or the engine's.
+    """
+    token = self._tokens.get()
+    if token is not _END:
+      return token
+    self._tokens.put(_END)  # for whoever asks again
+    if self._error is not None:
+      raise self._error
+    raise StopIteration
+
+  @property
+  def ended(self) -> bool:
+    return self._ended.is_set()
+
+  def result(self, timeout: float | None = None) -> Request:
+    """Waits for the end, whether or not somebody reads the tokens. Returns the request, all tokens in it.
+
+    A request that was cancelled is returned too; its `finish_reason` says so.
+
+    Raises:
+      TimeoutError: it has not ended after `timeout` seconds; it goes on.
+      ValueError, RuntimeError: as reading tokens does.
+    """
+    if not self._ended.wait(timeout):
+      raise TimeoutError(f"the request has not ended after {timeout} s")
+    if self._error is not None:
+      raise self._error
+    assert self._request is not None
+    return self._request
+
+  def _take(self, request: Request, token: int) -> None:
+    self._tokens.put(token)
+
+  def _end(self, error: BaseException | None) -> None:
+    self._error = error
+    self._ended.set()
+    self._tokens.put(_END)
+
+
+class Loop:
+  """Runs an engine in a thread of its own until it is closed.
+
+  `with Loop(engine) as loop:` waits at its end for the requests that live; after an exception it cancels them.
+  A consumer that is slow or gone holds up nobody: its tokens wait in memory.
+  """
+
+  def __init__(self, engine: Engine, clock: Clock | None = None):
+    """Starts the thread.
+
+    Args:
+      engine: idle, and from now on the loop's alone.
+      clock: the engine's, the wall's by default; requests arrive when they are submitted, not when the thread sees it.
+    """
+    self._engine, self._clock = engine, clock or Wall()
+    self._changed = threading.Condition()  # guards what follows
+    self._notes: deque[tuple[str, Stream]] = deque()  # "submit" or "cancel", in order, for the thread
+    self._live: set[Stream] = set()  # submitted and not ended
+    self._draining = self._closing = False
+    self._failure: BaseException | None = None
+    self._streams: dict[Request, Stream] = {}  # the thread's own
+    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+    atexit.register(self.close)  # a process must not end while devices run
+    self._thread.start()
+
+  @property
+  def failed(self) -> bool:
+    """Whether the engine has failed. All streams have ended with the error then, and only a new engine can go on."""
+    return self._failure is not None
+
+  @property
+  def live(self) -> int:
+    """Requests that were submitted and have not ended."""
+    with self._changed:
+      return len(self._live)
+
+  def submit(self, prompt: Sequence[int] | np.ndarray, **options: Any) -> Stream:
+    """Queues token ids and returns at once. `options` go to `Engine.add_request`, which may refuse them: the stream
+    then ends with its ValueError.
+
+    Raises:
+      RuntimeError: the loop is draining or closed, or its engine has failed.
+    """
+    stream = Stream(prompt, {"arrival_time": self._clock.now()} | options)
+    with self._changed:
+      self._check_failure()
+      if self._draining:
+        raise RuntimeError("this loop takes no more requests: it is draining or closed")
+      self._live.add(stream)
+      self._notes.append(("submit", stream))
+      self._changed.notify_all()
+    return stream
+
+  def cancel(self, stream: Stream) -> None:
+    """Ends a request of this loop soon, with `finish_reason` "cancelled". One that has ended stays as it is."""
+    with self._changed:
+      if stream in self._live:
+        self._notes.append(("cancel", stream))
+        self._changed.notify_all()
+
+  def drain(self, timeout: float | None = None) -> None:
+    """Takes no more requests and waits until those that live have ended.
+
+    Raises:
+      TimeoutError: some live after `timeout` seconds. They go on, and no others are taken.
+      RuntimeError: the engine has failed.
+    """
+    with self._changed:
+      self._draining = True
+      if not self._changed.wait_for(lambda: not self._live, timeout):
+        raise TimeoutError(f"{len(self._live)} requests have not ended after {timeout} s")
+      self._check_failure()
+
+  def close(self) -> None:
+    """Cancels the requests that live, waits for the devices and ends the thread. May be called again."""
+    with self._changed:
+      self._draining = self._closing = True
+      self._changed.notify_all()
+    self._thread.join()
+    atexit.unregister(self.close)
+
+  def __enter__(self) -> Loop:
+    return self
+
+  def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    try:
+      if error_type is None:
+        self.drain()
+    finally:
+      self.close()
+
+  def _check_failure(self) -> None:
+    """Call with the lock held."""
+    if self._failure is not None:
+      raise _failed("the engine", self._failure)
+
+  # ------------------------------------------------------------------------------------------------------ the thread
+
+  def _run(self) -> None:
+    """Whatever happens, no stream is left without an end."""
+    error: BaseException | None = None
+    try:
+      while self._obey():
+        for request in self._engine.step():
+          self._finish(request)
+      self._engine.cancel_all()
+      for request in self._engine.run():
+        self._finish(request)
+    except BaseException as raised:
+      _LOG.exception("the engine has failed")
+      error = raised
+    with self._changed:
+      self._draining, self._failure = True, error
+      for stream in self._live:
+        stream._end(_failed("the engine", error))
+      self._live.clear()
+      self._changed.notify_all()
+    self._engine.wait()
+
+  def _obey(self) -> bool:
+    """Sleeps until there is something to do and does what the notes say. Returns whether to make a step; if not, the
+    loop is to end.
+    """
+    with self._changed:
+      self._changed.wait_for(lambda: self._closing or self._notes or self._engine.has_work or self._engine.failed)
+      notes, self._notes = self._notes, deque()
+      closing = self._closing
+    for what, stream in notes:
+      if what == "submit":
+        self._add(stream)
+      elif stream._request and not stream._request.ended:
+        self._engine.cancel(stream._request.id)
+    return not closing
+
+  def _add(self, stream: Stream) -> None:
+    try:
+      request = self._engine.add_request(stream._prompt, on_token=stream._take, **stream._options)
+    except Exception as error:
+      self._end(stream, error)
+    else:
+      stream._request = request
+      self._streams[request] = stream
+
+  def _finish(self, request: Request) -> None:
+    error = request.error and _failed(f"request {request.id!r}", request.error)
+    self._end(self._streams.pop(request), error)
+
+  def _end(self, stream: Stream, error: BaseException | None) -> None:
+    with self._changed:
+      stream._end(error)
+      self._live.discard(stream)
+      self._changed.notify_all()
+
+
+def _failed(what: str, error: BaseException | None) -> RuntimeError:
+  """A new one for each that is told, as the error itself may be told to many threads."""
+  failed = RuntimeError(f"{what} has failed: {error!r}")
+  failed.__cause__ = error
+  return failed

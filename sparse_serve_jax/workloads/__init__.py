@@ -1,0 +1,50 @@
+"""Prompts to serve, where they come from and when they arrive.
+
+config -> needle, longbench, jsonl -> WORKLOADS   what is served, by name
+       -> arrivals                                when, by name
+
+A new source is a function and an entry of WORKLOADS, a new arrival process one of `arrivals.ARRIVALS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from sparse_serve_jax.workloads import jsonl, longbench, needle
+from sparse_serve_jax.workloads.arrivals import ARRIVALS, arrival_times
+from sparse_serve_jax.workloads.config import ArrivalConfig, WorkloadConfig, load_workload
+from sparse_serve_jax.workloads.item import Item, Refused, Source
+
+__all__ = [
+  "ARRIVALS",
+  "WORKLOADS",
+  "ArrivalConfig",
+  "Item",
+  "Refused",
+  "Source",
+  "WorkloadConfig",
+  "arrival_times",
+  "load_workload",
+  "read",
+]
+
+# A source is read in two steps, so that a file is found whole before a model is loaded: see `read`.
+WORKLOADS: dict[str, Callable[[WorkloadConfig], Source]] = {
+  "jsonl": jsonl.read,
+  "longbench": longbench.read,
+  "needle": needle.read,
+}
+
+
+def read(config: WorkloadConfig) -> Source:
+  """Reads and checks all that needs no model. The source that it returns makes the items.
+
+  Raises:
+    ValueError: no such source or arrival process, or what they say is wrong; in a file with its line.
+  """
+  if config.source not in WORKLOADS:
+    near = difflib.get_close_matches(config.source, WORKLOADS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"there is no workload {config.source!r}; the nearest is {near!r}")
+  arrival_times(config.arrivals, 0)
+  return WORKLOADS[config.source](config)

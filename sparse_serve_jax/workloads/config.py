@@ -1,0 +1,54 @@
+"""What a workload depends on, read from strict JSON (configs/workloads)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from sparse_serve_jax.config import check_fields, find_config, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrivalConfig:
+  """When requests arrive."""
+
+  process: str = "all_at_once"  # of `arrivals.ARRIVALS`
+  rate: float = 0.0  # requests a second; 0: not given
+  seed: int = 0
+  options: dict = dataclasses.field(default_factory=dict)  # more arguments of the process, by name
+
+  def __post_init__(self):
+    check_fields(self, not_negative=("seed",))
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkloadConfig:
+  """Where prompts come from and when they arrive. A source refuses fields that it does not read."""
+
+  KIND = "workloads"
+
+  source: str  # of WORKLOADS
+  path: str = ""  # longbench: the folder that holds config/ and data/; jsonl: the file
+  tasks: tuple[str, ...] = ()  # needle: of `tasks.TASKS`, in turns; longbench: names, all, all_e; none: all files there
+  limit: int = 0  # requests, for longbench of each task; 0: all there are
+  prompt_tokens: int = 0  # needle: of prompt and answer; others cut longer ones; 0: jsonl no, longbench to leave room
+  max_new_tokens: int = 0  # of an output: needle's, the most of the others'; 0: as tasks and rows say
+  chat_template: bool = True  # longbench: around the prompts of the tasks that take one
+  seed: int = 0  # needle: of the prompts
+  arrivals: ArrivalConfig = dataclasses.field(default_factory=ArrivalConfig)
+
+  def __post_init__(self):
+    check_fields(self, not_negative=("limit", "prompt_tokens", "max_new_tokens", "seed"))
+    if self.prompt_tokens == 1:
+      raise ValueError("WorkloadConfig.prompt_tokens=1: a prompt whose middle is cut keeps 2 tokens or more")
+
+  def refuse(self, *names: str) -> None:
+    """For a source: raises ValueError if a field that it does not read is set."""
+    for field in dataclasses.fields(self):
+      if field.name in names and (value := getattr(self, field.name)) != field.default:
+        raise ValueError(f"a workload of {self.source} has no {field.name}, got {value!r}")
+
+
+def load_workload(name_or_path: str | Path) -> WorkloadConfig:
+  """Reads a configuration by its name in configs/workloads, or from a path that ends in ".json"."""
+  return read_config(WorkloadConfig, find_config("workloads", name_or_path))

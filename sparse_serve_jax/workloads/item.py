@@ -1,0 +1,39 @@
+"""What a workload is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sparse_serve_jax.tokenizing import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Item:
+  """One request to make."""
+
+  id: str
+  prompt: np.ndarray  # int32 [T]
+  max_new_tokens: int
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # more arguments of `Engine.add_request`
+  judge: Callable[[str], float] | None = None  # scores an answer's text: 1 is perfect, 0 wrong; None: not known here
+  about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its source says of it beside the prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+  """A row that cannot be served, though the others of its file can."""
+
+  id: str
+  where: str  # file:line
+  reason: str
+
+  def __str__(self) -> str:
+    return f"{self.where}: {self.reason}"
+
+
+# What makes the items once there is a model: takes its tokenizer, and the most tokens of prompt and output together.
+Source = Callable[[Tokenizer, int], list[Item | Refused]]

@@ -1,0 +1,275 @@
+"""An engine behind a thread, over a device whose tokens can be computed by hand."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sparse_serve_jax.serving.loop import Loop
+from tests.fake_engine import VOCAB, FakeExecutor, continuation, fake_engine
+
+SOON = 20.0  # seconds within which whatever ends has ended
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+  yield
+  assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+
+def held(executor: FakeExecutor) -> threading.Event:
+  """Results come only while the event that is returned is set."""
+  free, execute = threading.Event(), executor.execute
+
+  def waiting(plan):
+    assert free.wait(SOON)
+    return execute(plan)
+
+  executor.execute = waiting
+  return free
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+  return [error, *causes(error.__cause__)] if error else []
+
+
+def test_tokens_come_one_by_one_and_the_request_at_the_end():
+  engine, _ = fake_engine()
+  with Loop(engine) as loop:
+    stream = loop.submit([3, 4, 5], max_new_tokens=7, request_id="mine")
+    assert list(stream) == continuation([3, 4, 5], 7) and list(stream) == []
+    request = stream.result(SOON)
+    assert (request.id, request.finish_reason, stream.ended) == ("mine", "length", True)
+    assert request.output_tokens == continuation([3, 4, 5], 7) == stream.result().output_tokens
+
+
+def test_threads_submit_and_cancel_at_random():
+  """Every output is right, or the beginning of the right one where it was cancelled, and nothing is left behind."""
+  engine, executor = fake_engine()
+
+  def client(loop: Loop, seed: int) -> int:
+    rng, finished = random.Random(seed), 0
+    for _ in range(12):
+      prompt = [rng.randrange(VOCAB - 1) for _ in range(rng.randint(1, 40))]
+      stream = loop.submit(prompt, max_new_tokens=rng.randint(1, 20))
+      expected = continuation(prompt, stream._options["max_new_tokens"])
+      read = [next(stream) for _ in range(rng.randint(0, len(expected)))] if rng.random() < 0.5 else []
+      if rng.random() < 0.4:
+        loop.cancel(stream)
+      request = stream.result(SOON)
+      assert read + list(stream) == request.output_tokens == expected[: len(request.output_tokens)]
+      if request.finish_reason == "cancelled":
+        assert len(request.output_tokens) < len(expected)
+      else:
+        finished += 1
+        assert request.output_tokens == expected
+    return finished
+
+  with Loop(engine) as loop:
+    with ThreadPoolExecutor(8) as pool:
+      finished = sum(pool.map(client, [loop] * 8, range(8)))
+    assert loop.live == 0
+  assert 40 < finished <= 96
+  assert not engine.has_work and engine._scheduler.pool_blocks_in_use == 0 and not executor.kept
+
+
+def test_what_cannot_run_ends_its_own_stream_alone():
+  with Loop(fake_engine()[0]) as loop:
+    good = loop.submit([1, 2], max_new_tokens=9)
+    bad = [loop.submit([]), loop.submit([VOCAB]), loop.submit([1], max_new_tokens=99), loop.submit([1], wrong=1)]
+    for stream, message in zip(bad, ["empty", "vocabulary", "would fit", "wrong"], strict=True):
+      with pytest.raises((ValueError, TypeError), match=message):
+        stream.result(SOON)
+      with pytest.raises((ValueError, TypeError), match=message):
+        list(stream)
+    assert list(good) == continuation([1, 2], 9)
+    assert list(loop.submit([4], max_new_tokens=3)) == continuation([4], 3) and not loop.failed
+
+
+def test_a_request_that_ends_with_an_error_ends_its_own_stream_alone():
+  engine, _ = fake_engine()
+  step = engine.step
+
+  def broken():
+    """The device failed for the request "bad"."""
+    ended = step()
+    for request in ended:
+      if request.id == "bad":
+        request.finish_reason, request.error = "error", FloatingPointError("logits are not finite")
+    return ended
+
+  engine.step = broken
+  with Loop(engine) as loop:
+    bad, good = loop.submit([1], max_new_tokens=3, request_id="bad"), loop.submit([2], max_new_tokens=5)
+    with pytest.raises(RuntimeError, match="request 'bad' has failed: .*logits are not finite"):
+      bad.result(SOON)
+    assert list(good) == continuation([2], 5) and not loop.failed
+
+
+@pytest.mark.parametrize("where", ["submit", "execute"])
+@pytest.mark.parametrize("error", [OSError("device gone"), SystemExit("from far below")])
+def test_an_engine_that_fails_ends_all_streams(where, error):
+  engine, executor = fake_engine(rows=2)
+  works, calls = getattr(executor, where), []
+
+  def failing(plan):
+    calls.append(plan)
+    if len(calls) > 3:
+      raise error
+    return works(plan)
+
+  def broken():
+    raise error
+
+  setattr(executor, where, failing)
+  executor.reset = broken  # for good
+  loop = Loop(engine)
+  streams = [loop.submit([i], max_new_tokens=30) for i in range(5)]  # some wait for a row, and are told too
+  outcomes = []
+
+  def read():
+    with pytest.raises(RuntimeError) as raised:
+      list(streams[0])
+    outcomes.append(raised.value)
+
+  reader = threading.Thread(target=read, daemon=True)
+  reader.start()
+  for stream in streams:
+    with pytest.raises(RuntimeError, match="has failed: .*(device gone|from far below)") as raised:
+      stream.result(SOON)
+    assert error in causes(raised.value)
+    with pytest.raises(RuntimeError, match="has failed"):
+      list(stream)
+  reader.join(SOON)
+  assert not reader.is_alive() and error in causes(outcomes[0])
+  loop._thread.join(SOON)
+  assert loop.failed and loop.live == 0
+  for call in (lambda: loop.submit([1]), loop.drain):
+    with pytest.raises(RuntimeError, match="the engine has failed"):
+      call()
+  loop.cancel(streams[0])
+  loop.close()
+
+
+def test_an_engine_that_was_broken_before_takes_nothing():
+  engine, _ = fake_engine()
+  engine._failure = OSError("device gone")
+  loop = Loop(engine)
+  loop._thread.join(SOON)
+  with pytest.raises(RuntimeError, match="device gone"):
+    loop.submit([1])
+  loop.close()
+
+
+def test_drain_finishes_what_lives_and_takes_no_more():
+  engine, executor = fake_engine()
+  free = held(executor)
+  with Loop(engine) as loop:
+    streams = [loop.submit([i], max_new_tokens=12) for i in range(9)]
+    with pytest.raises(TimeoutError, match="9 requests have not ended after 0.05 s"):
+      loop.drain(0.05)
+    with pytest.raises(RuntimeError, match="draining or closed"):
+      loop.submit([1])
+    free.set()
+    loop.drain(SOON)
+    assert all(stream.ended for stream in streams)
+    assert [stream.result(0).output_tokens for stream in streams] == [continuation([i], 12) for i in range(9)]
+
+
+def test_close_cancels_what_lives():
+  engine, executor = fake_engine(rows=2)
+  free = held(executor)
+  loop = Loop(engine)
+  streams = [loop.submit([i], max_new_tokens=40) for i in range(6)]
+  closing = threading.Thread(target=loop.close)
+  closing.start()
+  while not loop._closing:
+    time.sleep(0.001)
+  with pytest.raises(RuntimeError, match="draining or closed"):
+    loop.submit([1])
+  free.set()
+  closing.join(SOON)
+  for i, stream in enumerate(streams):
+    request = stream.result(SOON)
+    assert list(stream) == request.output_tokens == continuation([i], len(request.output_tokens))
+    assert request.finish_reason == "cancelled"
+  assert not engine.has_work and not engine.failed
+  loop.close()
+  with pytest.raises(RuntimeError, match="draining or closed"):
+    loop.submit([1])
+  assert engine.add_request([5], 3) in engine.run()  # somebody else's now
+
+
+def test_an_exception_in_the_block_cancels():
+  engine, executor = fake_engine()
+  free = held(executor)
+  with pytest.raises(ZeroDivisionError), Loop(engine) as loop:
+    stream = loop.submit([1], max_new_tokens=40)
+    threading.Timer(0.05, free.set).start()
+    raise ZeroDivisionError
+  assert stream.result(0).finish_reason == "cancelled"
+
+
+def test_a_slow_consumer_stops_nobody():
+  with Loop(fake_engine()[0]) as loop:
+    unread = loop.submit([7], max_new_tokens=30)
+    for i in range(20):
+      assert list(loop.submit([i], max_new_tokens=10)) == continuation([i], 10)
+    assert list(unread) == continuation([7], 30)
+
+
+def test_a_result_that_is_late():
+  engine, executor = fake_engine()
+  free = held(executor)
+  with Loop(engine) as loop:
+    stream = loop.submit([1, 2], max_new_tokens=2)
+    with pytest.raises(TimeoutError, match=r"not ended after 0\.01 s"):
+      stream.result(0.01)
+    free.set()
+    assert stream.result(SOON).output_tokens == continuation([1, 2], 2)
+
+
+def test_a_name_may_be_used_again_at_once():
+  """A stream that was cancelled twice does not take the next of its name with it."""
+  engine, executor = fake_engine()
+  free = held(executor)
+  with Loop(engine) as loop:
+    first = loop.submit([1], max_new_tokens=40, request_id="a")
+    loop.cancel(first), loop.cancel(first)
+    second = loop.submit([2], max_new_tokens=9, request_id="a")
+    loop.cancel(first)
+    free.set()
+    assert first.result(SOON).finish_reason == "cancelled"
+    assert list(second) == continuation([2], 9)
+    loop.cancel(second)  # has ended: stays as it is
+    assert second.result(0).finish_reason == "length"
+
+
+def test_a_request_arrives_when_it_is_submitted():
+  """Not when the thread gets to it."""
+  engine, executor = fake_engine()
+  free = held(executor)
+  engine._clock = time.monotonic
+  with Loop(engine) as loop:
+    loop.submit([1], max_new_tokens=3)
+    time.sleep(0.05)  # the thread waits for the device by now
+    before = time.monotonic()
+    late = loop.submit([2], max_new_tokens=3)
+    after = time.monotonic()
+    time.sleep(0.05)
+    free.set()
+    request = late.result(SOON)
+  assert before <= request.arrival_time <= after < request.scheduled_time
+
+
+def test_an_idle_loop_costs_nothing():
+  engine, _ = fake_engine()
+  with Loop(engine) as loop:
+    loop.submit([1], max_new_tokens=3).result(SOON)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1

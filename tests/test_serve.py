@@ -1,0 +1,239 @@
+"""The command that serves a workload: what it writes and prints, what it goes on with, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import cli, serve
+from sparse_serve_jax import runtime
+from sparse_serve_jax.config import load_config, override
+from sparse_serve_jax.models import ByteTokenizer, load_model
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
+from tests.test_timeline import check_form, slices
+from tests.tiny import SMALL_SERVING
+
+SMALL = [f"--set={assignment}" for assignment in SMALL_SERVING] + ["--ignore_eos", "--max_new_tokens=6"]
+NEEDLES = ["--workload=needle", "--prompt_tokens=300", "--limit=6"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+  """What `runtime.configure` sets is for a process of its own; test_runtime tests it."""
+  monkeypatch.setattr(runtime, "configure", lambda: None)
+
+
+def in_process(*arguments: str, small: list[str] = SMALL) -> int:
+  """`python -m experiments.serve`, but for the process. Returns the exit status."""
+  with flagsaver.flagsaver():
+    flags.FLAGS(["serve", *small, *arguments])
+    try:
+      with cli.endings(serve._VERBOSE.value, ""):
+        return serve.main()
+    except SystemExit as ended:
+      assert isinstance(ended.code, int)
+      return ended.code
+
+
+def rows_of(folder: Path) -> list[dict]:
+  return [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+
+
+def jsonl(folder: Path, *rows: dict) -> Path:
+  file = folder / "in.txt"
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return file
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+  """Whoever loads a model fails."""
+
+  def load(*_, **__):
+    raise AssertionError("a model is loaded")
+
+  monkeypatch.setattr(serve, "load_model", load)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_a_row_for_every_request(tmp_path, capsys):
+  """Times stand in the order in which things happened; two runs give the same tokens."""
+  for name in ("one", "two"):
+    assert in_process(*NEEDLES, "--rate=200", f"--out={tmp_path / name}") == 0
+  rows = rows_of(tmp_path / "one")
+  assert {row["request_id"] for row in rows} == {f"needle-{i}" for i in range(6)}
+  arrivals = {row["request_id"]: row["arrival_s"] for row in rows}
+  assert arrivals["needle-0"] > 0 and sorted(arrivals.values()) == [arrivals[f"needle-{i}"] for i in range(6)]
+  for row in rows:
+    assert (row["finish_reason"], len(row["output_token_ids"]), len(row["token_s"])) == ("length", 6, 6)
+    assert 160 < row["prompt_tokens"] <= 293
+    assert row["text"] == ByteTokenizer().decode(row["output_token_ids"])
+    times = [row["arrival_s"], row["scheduled_s"], row["first_token_s"], *row["token_s"], row["finish_s"]]
+    assert times == sorted(times) and row["token_s"][0] == row["first_token_s"]
+  tokens = [{row["request_id"]: row["output_token_ids"] for row in rows_of(tmp_path / n)} for n in ("one", "two")]
+  assert tokens[0] == tokens[1]
+  summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert summary["requests"] == 6 and summary["prompt_tokens"] == sum(row["prompt_tokens"] for row in rows)
+
+  trace = json.loads((tmp_path / "one" / "timeline.json").read_text())
+  check_form(trace)
+  assert [slices(trace, 2, line)[-1][0] for line in range(1, 7)] == ["decode"] * 6
+
+
+def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
+  """A file of prompts needs no --workload."""
+  file = jsonl(
+    tmp_path,
+    {"request_id": "long", "prompt": "x" * 500},
+    {"request_id": "good", "prompt": "A good one.", "max_new_tokens": 4},
+    {"request_id": "foreign", "prompt_token_ids": [1, 2, 99999]},
+    {"prompt_token_ids": [5, 6, 7], "max_new_tokens": 40},
+    {"request_id": "half", "prompt": "half \ud83d"},
+  )
+  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 0
+  said = capsys.readouterr()
+  summary = json.loads(said.out.splitlines()[-1])
+  assert (summary["requests"], summary["refused"], summary["output_tokens"]) == (2, 3, 4 + 6)
+  rows = {row["request_id"]: row for row in rows_of(tmp_path / "out")}
+  assert set(rows) == {"long", "good", "foreign", "line-4", "half"}
+  assert [rows[name]["finish_reason"] for name in ("long", "foreign", "half")] == ["refused"] * 3
+  assert "501 prompt + 6 output tokens = 507, but only 384 tokens would fit" in rows["long"]["error"]
+  assert (
+    "99999 at position 2" in rows["foreign"]["error"]
+    and f"{file}:5: 'prompt' has the lone surrogate" in rows["half"]["error"]
+  )
+  refusals = [line for line in said.err.splitlines() if line.startswith("refused: ")]
+  assert refusals == [f"refused: {rows[name]['error']}" for name in ("long", "foreign", "half")]
+
+  config, model = override(load_config("sparse_serve"), SMALL_SERVING), load_model("random:tiny")
+  engine = Engine(JaxExecutor(config, model))
+  request = engine.add_request(ByteTokenizer().encode("A good one."), 4, ignore_eos=True)
+  engine.run()
+  assert rows["good"]["output_token_ids"] == request.output_tokens
+
+
+def test_all_refused(tmp_path, capsys):
+  file = jsonl(tmp_path, {"prompt": "x" * 500}, {"prompt": "y" * 500})
+  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1
+  summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert (summary["requests"], summary["refused"], summary["hbm_hit_rate"]) == (0, 2, None)
+  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1  # nothing is left to do, and nothing was done
+
+
+# ----------------------------------------------------------------------------------------------------- going on with it
+
+
+def interrupted_after(rows: int, file: Path, step) -> Iterator:
+  """As `step`, until the file has so many rows."""
+
+  def stepping(self: Engine):
+    if file.exists() and len(file.read_text().splitlines()) >= rows:
+      raise KeyboardInterrupt
+    return step(self)
+
+  return stepping
+
+
+def test_an_interrupted_run_keeps_its_rows_and_is_gone_on_with(tmp_path, capsys, monkeypatch):
+  file = tmp_path / "requests.jsonl"
+  command = [*NEEDLES, f"--out={tmp_path}", "--set=cache.rows=1"]
+  with monkeypatch.context() as patch:
+    patch.setattr(Engine, "step", interrupted_after(2, file, Engine.step))
+    assert in_process(*command) == 130
+  first = file.read_text()
+  assert len(rows_of(tmp_path)) == 2 and capsys.readouterr().err.splitlines()[-1] == "interrupted"
+  check_form(json.loads((tmp_path / "timeline.json").read_text()))
+
+  with file.open("a") as torn:
+    torn.write('{"request_id": "needle-4", "outp')  # as a process that was killed leaves it
+  assert in_process(*command) == 0
+  said = capsys.readouterr()
+  assert file.read_text().startswith(first)
+  assert sorted(row["request_id"] for row in rows_of(tmp_path)) == [f"needle-{i}" for i in range(6)]
+  assert json.loads(said.out.splitlines()[-1])["requests"] == 4
+  assert f"2 requests had rows in {tmp_path} before; the numbers are of the others" in said.err
+  assert (tmp_path / "timeline-after-2.json").is_file()
+  assert len(json.loads((tmp_path / "run.json").read_text())["parts"]) == 2
+
+  whole = file.read_bytes()
+  assert in_process(*command) == 0
+  assert file.read_bytes() == whole and json.loads(capsys.readouterr().out.splitlines()[-1])["requests"] == 0
+
+
+def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, monkeypatch):
+  prompts = jsonl(tmp_path, {"prompt": "one"})
+  command = [f"--jsonl={prompts}", f"--out={tmp_path / 'out'}"]
+  assert in_process(*command) == 0
+  whole = (tmp_path / "out" / "requests.jsonl").read_bytes()
+  monkeypatch.setattr(serve, "load_model", None)  # nothing is loaded for this
+  for change, told in [
+    (["--set=sparse.token_budget=64"], "config.sparse.token_budget was 384 and is 64"),
+    (["--rate=2"], "workload.arrivals.process was 'all_at_once' and is 'poisson'"),
+    (["--seed=3"], "seed was 0 and is 3"),
+    (["--dtype=bfloat16"], "model.dtype was None and is 'bfloat16'"),
+  ]:
+    assert in_process(*command, *change) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "holds another run, choose another folder" in line and told in line
+  jsonl(tmp_path, {"prompt": "another"})
+  assert in_process(*command) == 2 and "prompts was " in capsys.readouterr().err
+  assert (tmp_path / "out" / "requests.jsonl").read_bytes() == whole
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--set=sparse.token_bugdet=64"], "unknown key 'sparse.token_bugdet'; the nearest is 'sparse.token_budget'"),
+    (["--config=spars_serve"], "no serving configuration 'spars_serve'; there are: dense"),
+    (["--workload=needles"], "no workloads configuration 'needles'; there are: jsonl"),
+    (["--workload=longbench"], "a workload of longbench needs --longbench_dir"),
+    (["--workload=longbench", "--longbench_dir=absent"], "dataset2prompt.json is missing"),
+    (["--workload=jsonl"], "a workload of jsonl needs --jsonl"),
+    (["--jsonl=absent.txt"], "absent.txt is missing"),
+    (["--jsonl=a", "--workload=needle"], "--jsonl is for a workload of jsonl, and this is one of needle"),
+    (["--jsonl=a", "--longbench_dir=b"], "--longbench_dir is for a workload of longbench, and this is one of jsonl"),
+    (["--rate=0"], "the rate of arrivals must be above 0"),
+    (["--rate=inf"], "the rate of arrivals must be above 0 and finite, in requests a second, got inf"),
+  ],
+)
+def test_mistakes_end_in_one_line_before_a_model_is_loaded(arguments, message, capsys, no_model):
+  assert in_process(*arguments) == 2
+  said = capsys.readouterr()
+  (line,) = said.err.splitlines()
+  assert line.startswith("error: ") and message in line and not said.out
+  with pytest.raises((ValueError, OSError)):
+    in_process(*arguments, "--verbose")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--set=cache.hbm_bytes=100"], "cache.hbm_bytes=100 is below the minimum of"),
+    (["--model=random:huge"], "no models configuration 'huge'; there are:"),
+    (["--model=absent"], "'absent' is no model"),
+    (["--set=sparse.dense_layers=99"], "sparse.dense_layers=99 is beyond the model's 4"),
+    (["--set=scheduler.max_context=99999999"], "scheduler.max_context=99999999 is beyond the model's"),
+  ],
+)
+def test_what_does_not_fit_the_model_ends_in_one_line(arguments, message, capsys):
+  assert in_process(*arguments) == 2
+  said = capsys.readouterr()
+  (line,) = said.err.splitlines()
+  assert line.startswith("error: ") and message in line and not said.out
+
+
+def test_two_rows_of_one_name_are_told_by_file_and_line(tmp_path, capsys, no_model):
+  file = jsonl(tmp_path, {"request_id": "a", "prompt": "x"}, {"prompt": "y"}, {"request_id": "a", "prompt": "z"})
+  assert in_process(f"--jsonl={file}") == 2
+  assert f"{file}:3: the request_id 'a' is that of {file}:1 too" in capsys.readouterr().err
