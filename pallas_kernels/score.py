@@ -131,9 +131,8 @@ def _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation):
         return jnp.sum(vectors * (sum(weights) / n_group), 1)
       return functools.reduce(jnp.maximum, [jnp.sum(vectors * w, 1) for w in weights])
 
-    ranked = (start < last - ranking.window) & (
-      start + tile > ranking.sinks
-    )  # otherwise no block of the tile needs its digest
+    # Otherwise no block of the tile needs its digest.
+    ranked = (start < last - ranking.window) & (start + tile > ranking.sinks)
     scores = jax.lax.cond(ranked, products, lambda: jnp.zeros(tile, jnp.float32))
     scores_ref[b, k, i] = jnp.where(exists, jnp.where(forced, jnp.inf, scores), -jnp.inf)
 

@@ -79,6 +79,7 @@ class Setup:
   def turn(self, hot: Hot) -> tuple[Hot, Turn]:
     """The victims of a step that begins now, none of them given yet."""
     since = hot.stamp(0)
+    hot = hot.replace(maps=kernels.saturate(hot.maps, since))
     return hot, Turn(kernels.victims(self.eviction(hot.maps, since), since), jnp.int32(0))
 
 

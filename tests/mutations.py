@@ -18,7 +18,7 @@ class Mutation(NamedTuple):
 ATTEND, RESIDENCY, COPIES, SELECTION = (
   f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
 )
-MAPS = "pallas_kernels/residency.py"
+MAPS, RESIDENT = "pallas_kernels/maps.py", "pallas_kernels/residency.py"
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
 ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
 
@@ -109,56 +109,56 @@ MUTATIONS = [
   ),
   Mutation(
     "a hit is taken as a victim",
-    MAPS,
-    "claimed = jnp.zeros(n_slots, bool).at[_only(hit, slot, n_slots)]",
-    "claimed = jnp.zeros(n_slots, bool).at[_only(hit & False, slot, n_slots)]",
+    RESIDENT,
+    "claimed = jnp.zeros(n_slots, jnp.int8).at[_only(hit, slot, n_slots)]",
+    "claimed = jnp.zeros(n_slots, jnp.int8).at[_only(hit & False, slot, n_slots)]",
     (f"{RESIDENCY}::test_hits_come_first_and_are_never_victims[xla]",),
   ),
   Mutation(
     "the kernel takes a hit as a victim",
-    MAPS,
-    "jnp.ones((chunk,), jnp.int8)",
-    "jnp.zeros((chunk,), jnp.int8)",
+    RESIDENT,
+    "jnp.ones((cut.chunk,), jnp.int8)",
+    "jnp.zeros((cut.chunk,), jnp.int8)",
     (f"{RESIDENCY}::test_hits_come_first_and_are_never_victims[interpret]",),
   ),
   Mutation(
     "a slot used since the program began is a victim",
-    MAPS,
-    "_unused(last_used_ref[victim], since_ref[0])",
-    "_unused(last_used_ref[victim], since_ref[0] + 1)",
+    RESIDENT,
+    "unused(last_used_ref[victim], since_ref[0])",
+    "unused(last_used_ref[victim], since_ref[0] + 1)",
     (f"{RESIDENCY}::test_a_slot_used_since_the_program_began_is_no_victim[interpret]",),
   ),
   Mutation(
     "an evicted block keeps its entry",
-    MAPS,
+    RESIDENT,
     'slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode="drop")',
     "slot_of = maps.slot_of",
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[xla]",),
   ),
   Mutation(
     "the kernel lets an evicted block keep its entry",
-    MAPS,
+    RESIDENT,
     "gone, mask=evicted)",
     "gone, mask=evicted & False)",
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[interpret]",),
   ),
   Mutation(
     "a block that attention never reached is taken for resident",
-    MAPS,
+    RESIDENT,
     "enters = reached & (located.place >= 0)",
     "enters = located.place >= 0",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[xla]",),
   ),
   Mutation(
     "the kernel takes a block that attention never reached for resident",
-    MAPS,
+    RESIDENT,
     "enters = reached & (place >= 0)",
     "enters = place >= 0",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[interpret]",),
   ),
   Mutation(
     "a hit is no use",
-    MAPS,
+    RESIDENT,
     "touched = jnp.where(reached & located.hit, located.slot, into)",
     "touched = into",
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[xla]",),

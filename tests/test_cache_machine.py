@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import pallas_kernels as kernels
-from pallas_kernels import residency
-from pallas_kernels.residency import NEVER, Maps
+from pallas_kernels import NEVER, Maps
 from sparse_serve_jax.memory.allocator import BlockAllocator
 
 K, L, M, P = 2, 2, 7, 5
 B, N = 2, 3  # rows of a decode step, blocks that one selects
 LARGEST = 4  # blocks of a request
 
-propose, commit, release = jax.jit(residency.propose), jax.jit(residency.commit), jax.jit(residency.release)
-oldest_first = jax.jit(lambda maps, since: residency.victims(residency.ages(maps, since), since))
+propose, commit, release = jax.jit(kernels.propose), jax.jit(kernels.commit), jax.jit(kernels.release)
+oldest_first = jax.jit(lambda maps, since: kernels.victims(kernels.ages(maps, since), since))
 store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
 
 

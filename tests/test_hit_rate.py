@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import digest, residency
-from pallas_kernels.residency import NEVER, Maps
+import pallas_kernels as kernels
+from pallas_kernels import NEVER, Maps, digest
 from pallas_kernels.score import box
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.evaluation.selections import Trace
@@ -93,13 +93,13 @@ def ours(trace: np.ndarray, n_slots: int) -> float:
   def step(carry, of_step):
     maps, clock = carry
     since, hits, given = clock * layers, 0, jnp.int32(0)
-    victims, whole = residency.victims(residency.ages(maps, since), since), jnp.full((rows, n_heads), n)
+    victims, whole = kernels.victims(kernels.ages(maps, since), since), jnp.full((rows, n_heads), n)
     for layer in range(layers):
       blocks = of_step[layer] + (jnp.arange(rows) * n_blocks)[:, None, None]
-      located = residency.propose(maps, victims, layer, blocks, whole, given=given)
+      located = kernels.propose(maps, victims, layer, blocks, whole, given=given)
       hits += located.n_hits.sum()
-      given += blocks.size - located.n_hits.sum()
-      maps = residency.commit(maps, layer, located, whole, since + layer, jnp.zeros(rows, jnp.int32))
+      given += located.given(whole).sum()
+      maps = kernels.commit(maps, layer, located, whole, since + layer, jnp.zeros(rows, jnp.int32))
     return (maps, clock + 1), hits
 
   start = Maps(empty, slots, slots, jnp.full_like(empty, NEVER)), jnp.int32(0)

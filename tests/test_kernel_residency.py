@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import residency
-from pallas_kernels.residency import CHUNK, LOOKS, NEVER, Located, Maps, Victims
+import pallas_kernels as kernels
+from pallas_kernels import Located, Maps, Victims
+from pallas_kernels.maps import NEVER
+from pallas_kernels.residency import CHUNK, LOOKS
 from tests.cases import IMPLEMENTATIONS
 
 
@@ -28,21 +30,22 @@ class Residency:
   def propose(self, victims, since, layers, blocks, given, group):
     """`layers` like `blocks` [B, K, n]; returns blocks, slots, places, and the hits of each group."""
     B, K, n = blocks.shape
-    chunk = n if group == n else max(CHUNK, group)
+    n_groups = -(-n // group)
     where = {key: slot for slot, key in self.held.items()}
     slots, places = np.full(blocks.shape, -1, np.int32), np.full(blocks.shape, -1, np.int32)
     for b, k, i in np.ndindex(*blocks.shape):
       slots[b, k, i] = where.get((k, layers[b, k, i], blocks[b, k, i]), -1)
     hit = slots >= 0
     claimed = set(slots[hit].tolist())
+    is_left = lambda slot: slot not in claimed and self.stamp[slot] < since  # noqa: E731
+    left = [slot for slot in victims[given : given + blocks.size] if is_left(slot)]
     turn, total = 0, ((blocks >= 0) & ~hit).sum()
-    for first in range(0, n, chunk):
-      for b, k in np.ndindex(B, K):
-        for i in range(first, min(first + chunk, n)):
-          if blocks[b, k, i] >= 0 and not hit[b, k, i]:
-            looks = victims[given + turn :: total][:LOOKS]
-            turn += 1
-            places[b, k, i] = next((p for p in looks if p not in claimed and self.stamp[p] < since), -1)
+    for j, b, k in np.ndindex(n_groups, B, K):
+      for i in range(j * group, min((j + 1) * group, n)):
+        if blocks[b, k, i] >= 0 and not hit[b, k, i]:
+          found = left[turn:] if n_groups > 1 else filter(is_left, victims[given + turn :: total][:LOOKS])
+          places[b, k, i] = next(iter(found), -1)
+          turn += 1
     blocks, out_hits = blocks.copy(), np.zeros((B, K, -(-n // group)), np.int32)
     for b, k, first in np.ndindex(B, K, out_hits.shape[2]):
       ranks = np.arange(first * group, min((first + 1) * group, n))
@@ -88,13 +91,13 @@ class Residency:
 def programs(implementation: str, group: int | None = None):
   options = dict(implementation=implementation)
   return (
-    jax.jit(lambda maps, since: residency.victims(residency.ages(maps, since), since)),
-    jax.jit(functools.partial(residency.propose, group=group, **options)),
-    jax.jit(functools.partial(residency.commit, **options)),
+    jax.jit(lambda maps, since: kernels.victims(kernels.ages(maps, since), since)),
+    jax.jit(functools.partial(kernels.propose, group=group, **options)),
+    jax.jit(functools.partial(kernels.commit, **options)),
   )
 
 
-release = jax.jit(residency.release)
+release = jax.jit(kernels.release)
 
 
 def empty_maps(K: int, L: int, M: int, P: int) -> Maps:
@@ -199,11 +202,15 @@ def test_a_slot_used_since_the_program_began_is_no_victim(implementation: str):
 
 
 @every_implementation
-def test_chunks_of_critical_ranks_of_all_rows_get_victims_first(implementation: str):
-  maps, n = empty_maps(1, 1, 400, CHUNK + 2), CHUNK + 1
-  blocks = ids(range(n), range(200, 200 + n))
-  place = propose(maps, blocks, 0, implementation, group=1).place
-  assert place[0, 0].tolist() == [*range(CHUNK), -1] and place[1, 0].tolist() == [CHUNK, CHUNK + 1] + [-1] * (n - 2)
+@pytest.mark.parametrize("group", [1, 4, 2 * CHUNK])
+def test_critical_groups_of_all_lists_get_victims_first(group: int, implementation: str):
+  """Two lists of a group and one rank more, over slots for both groups and one more."""
+  n = group + 1 if group < CHUNK else 2 * group
+  maps, n_slots = empty_maps(1, 1, 4 * n, 2 * group + 1), 2 * group + 1
+  place = propose(maps, ids(range(n), range(2 * n, 3 * n)), 0, implementation, group=group).place
+  first, second = (place[b, 0].tolist() for b in range(2))
+  assert first[:group] + second[:group] == [*range(n_slots - 1)]
+  assert first[group:] == [n_slots - 1] + [-1] * (n - group - 1) and second[group:] == [-1] * (n - group)
 
 
 @every_implementation

@@ -189,7 +189,7 @@ def test_an_interrupted_read_leaves_the_engine_working(llm: LLM, expected, monke
 
 @pytest.mark.parametrize("n", [1, 7])
 def test_an_interrupted_dispatch_makes_a_new_engine(llm: LLM, expected, n):
-  engine = llm.engine
+  engine, weights = llm.engine, llm.engine._executor.params["embed"]
   Interrupted(engine._executor, "submit", n, KeyboardInterrupt())
   with pytest.raises(KeyboardInterrupt):
     generated(llm)
@@ -197,6 +197,7 @@ def test_an_interrupted_dispatch_makes_a_new_engine(llm: LLM, expected, n):
     engine.add_request([1], 1)
   assert generated(llm) == expected
   assert llm.engine is not engine and not llm.engine.has_work
+  assert llm.engine._executor.params["embed"] is weights  # not read again
 
 
 @pytest.mark.parametrize("what", ["submit", "result"])

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.loop import Loop
-from tests.fake_engine import VOCAB, FakeExecutor, continuation, fake_engine
+from tests.fake_engine import VOCAB, FakeExecutor, continuation, fake_engine, fake_executor
+from tests.tiny import config, greedy, new_engine, prompt_of, tiny_model
 
 SOON = 20.0  # seconds within which whatever ends has ended
 
@@ -91,29 +93,39 @@ def test_what_cannot_run_ends_its_own_stream_alone():
 
 
 def test_a_request_that_ends_with_an_error_ends_its_own_stream_alone():
-  engine, _ = fake_engine()
-  step = engine.step
-
-  def broken():
-    """The device failed for the request "bad"."""
-    ended = step()
-    for request in ended:
-      if request.id == "bad":
-        request.finish_reason, request.error = "error", FloatingPointError("logits are not finite")
-    return ended
-
-  engine.step = broken
+  engine, executor = fake_engine()
+  executor.not_finite.add("bad")
   with Loop(engine) as loop:
     bad, good = loop.submit([1], max_new_tokens=3, request_id="bad"), loop.submit([2], max_new_tokens=5)
-    with pytest.raises(RuntimeError, match="request 'bad' has failed: .*logits are not finite"):
+    with pytest.raises(RuntimeError, match="request 'bad' has failed: .*not finite"):
       bad.result(SOON)
     assert list(good) == continuation([2], 5) and not loop.failed
+
+
+def test_a_device_that_fails_once():
+  """What it held ends with the error; what waits for a lane, and what comes, is served."""
+  engine, executor = fake_engine(R=1)
+  free, execute = threading.Event(), executor.execute
+
+  def failing(plan):
+    assert free.wait(SOON)
+    executor.execute = execute
+    raise OSError("device gone")
+
+  executor.execute = failing
+  with Loop(engine) as loop:
+    lost, *others = [loop.submit([i], max_new_tokens=9) for i in range(4)]
+    free.set()
+    with pytest.raises(RuntimeError, match="has failed: .*device gone"):
+      lost.result(SOON)
+    assert [list(stream) for stream in others] == [continuation([i], 9) for i in (1, 2, 3)]
+    assert list(loop.submit([8], max_new_tokens=3)) == continuation([8], 3) and not loop.failed
 
 
 @pytest.mark.parametrize("where", ["submit", "execute"])
 @pytest.mark.parametrize("error", [OSError("device gone"), SystemExit("from far below")])
 def test_an_engine_that_fails_ends_all_streams(where, error):
-  engine, executor = fake_engine(rows=2)
+  engine, executor = fake_engine(R=2)
   works, calls = getattr(executor, where), []
 
   def failing(plan):
@@ -181,7 +193,7 @@ def test_drain_finishes_what_lives_and_takes_no_more():
 
 
 def test_close_cancels_what_lives():
-  engine, executor = fake_engine(rows=2)
+  engine, executor = fake_engine(R=2)
   free = held(executor)
   loop = Loop(engine)
   streams = [loop.submit([i], max_new_tokens=40) for i in range(6)]
@@ -251,10 +263,9 @@ def test_a_name_may_be_used_again_at_once():
 
 def test_a_request_arrives_when_it_is_submitted():
   """Not when the thread gets to it."""
-  engine, executor = fake_engine()
+  executor = fake_executor()
   free = held(executor)
-  engine._clock = time.monotonic
-  with Loop(engine) as loop:
+  with Loop(Engine(executor)) as loop:
     loop.submit([1], max_new_tokens=3)
     time.sleep(0.05)  # the thread waits for the device by now
     before = time.monotonic()
@@ -273,3 +284,13 @@ def test_an_idle_loop_costs_nothing():
     before = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before < 0.1
+
+
+@pytest.mark.slow
+def test_the_devices_are_used_from_the_thread():
+  """JAX keeps some of its settings for each thread."""
+  model = tiny_model("gqa2")
+  prompts = [prompt_of(n, i) for i, n in enumerate((9, 30, 17))]
+  with Loop(new_engine(config(), model)) as loop:
+    streams = [loop.submit(prompt, max_new_tokens=6, ignore_eos=True) for prompt in prompts]
+    assert [list(stream) for stream in streams] == [greedy("gqa2", tuple(prompt), 6) for prompt in prompts]

@@ -77,8 +77,8 @@ def test_bfloat16_stays_near_float32(name):
 def test_parts_compose_to_the_golden(name):
   """A batch of sequences, layers by traced index, attention written out here."""
   model, expected = golden(name)
-  cfg, tokens = model.config, np.stack([expected["tokens"], expected["tokens"][::-1]])
-  positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+  cfg, tokens = model.config, jnp.stack([expected["tokens"], expected["tokens"][::-1]])
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
 
   @jax.jit
@@ -112,7 +112,7 @@ def test_one_token_at_a_time_equals_a_sequence():
 def test_scores_depend_on_distance_alone(name):
   """What rope is for; with absolute positions the two would differ in the first digit."""
   cfg, params = random_model(name).config, random_model(name).params
-  x = np.random.default_rng(1).standard_normal((2, cfg.d_model), dtype=np.float32)
+  x = jnp.asarray(np.random.default_rng(1).standard_normal((2, cfg.d_model), dtype=np.float32))
   lp = models.layer_params(params, 0)
   project = jax.jit(lambda positions: models.qkv(cfg, lp, x, models.rope(cfg, positions)))
 

@@ -75,7 +75,7 @@ def test_placing_takes_a_few_layers_of_host_memory(tmp_path):
   assert watched.read == total
   assert watched.bytes_alive() < total / 100  # a CPU device may use a small array where it is
   assert left < total / 20  # compiled programs too
-  assert layer <= watched.most <= (AHEAD + 1) * layer
+  assert layer <= watched.most <= (AHEAD + 2) * layer  # AHEAD, the one that is placed, and those small arrays
   assert watched.most <= peak < largest / 4
   assert tree_equal(params, host(model))
 

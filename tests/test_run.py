@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 
 import numpy as np
 import pytest
 
 from sparse_serve_jax.serving.clock import Virtual, Wall
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.request import Request, State
+from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.run import Refusal, Served, row, serve
 from sparse_serve_jax.workloads import Item, Refused
-from tests.fake_engine import VOCAB, FakeExecutor, FakeModel, continuation, fake_engine
+from tests.fake_engine import VOCAB, FakeExecutor, FakeModel, continuation, fake_executor
 
 
-def simulated(**changes) -> tuple[Engine, FakeExecutor, Virtual]:
+def simulated(model: FakeModel | None = None, **sizes) -> tuple[Engine, FakeExecutor, Virtual]:
   """An engine on a device that takes a second for every iteration."""
-  engine, executor = fake_engine(**changes)
+  executor = fake_executor(model=model, **sizes)
   clock, execute = Virtual(100.0), executor.execute
-  engine._clock = clock.now
 
   def taking_a_second(plan):
     clock.sleep_until(clock.now() + 1)
     return execute(plan)
 
   executor.execute = taking_a_second
-  return engine, executor, clock
+  return Engine(executor, clock=clock), executor, clock
 
 
 def item(name: str, prompt: list[int], n: int) -> Item:
@@ -70,7 +68,7 @@ def test_times_by_hand():
 
 def test_arrivals_do_not_wait_for_the_engine():
   """One row for all: requests queue, and their times to the first token count from when they were due."""
-  engine, _, clock = simulated(rows=1)
+  engine, _, clock = simulated(R=1)
   ended: list[Request] = []
   served = serve(engine, [item(str(i), [i], 4) for i in range(4)], [0.5 * i for i in range(4)], clock, ended.append)
   assert [request.arrival_time - 100 for request in ended] == [0, 0.5, 1, 1.5]
@@ -140,25 +138,32 @@ def test_all_refused():
 
 
 def test_errors_are_counted():
-  engine, _, clock = simulated()
-  step = engine.step
+  engine, executor, clock = simulated()
+  executor.not_finite.add("bad")
+  ended: list[Request | Refusal] = []
+  served = serve(engine, [item("bad", [1], 2), item("good", [2], 2)], [0.0, 0.0], clock, ended.append)
+  assert (served.failed, served.summary.requests) == (1, 1)
+  assert "not finite" in row(ended[0], 0.0)["error"] and row(ended[0], 0.0)["finish_reason"] == "error"
 
-  def broken():
-    ended = step()
-    for request in ended:
-      request.finish_reason, request.state = "error", State.CANCELLED  # neither finished
-    return ended
 
-  engine.step = broken
-  served = serve(engine, [item("a", [1], 2)], [0.0], clock, lambda end: None)
-  assert (served.failed, served.summary.requests) == (1, 0)
+def test_a_device_that_fails_for_good():
+  """What it held is handed out with the error, and the run ends with it when nothing more can be added."""
+  engine, executor, clock = simulated()
+
+  def broken(*_):
+    raise OSError("device gone")
+
+  executor.execute = executor.reset = broken
+  ended: list[Request | Refusal] = []
+  with pytest.raises(RuntimeError, match="device gone"):
+    serve(engine, [item("a", [1], 2), item("b", [2], 2)], [0.0, 9.0], clock, ended.append)
+  assert [row(end, 0.0)["finish_reason"] for end in ended] == ["error"]
 
 
 def test_an_item_says_how_it_is_drawn():
-  engine, _, clock = simulated()
   prompt = np.array([3, 4, 5], np.int32)
   stop = continuation(prompt.tolist(), 3)[2]
-  engine._model = FakeModel(eos_token_ids=(stop,))
+  engine, _, clock = simulated(FakeModel(eos_token_ids=(stop,)))
   items = [Item(str(i), prompt, 5, options) for i, options in enumerate([{}, {"ignore_eos": False}])]
   ended: list[Request] = []
   serve(engine, items, np.zeros(2), clock, ended.append, ignore_eos=True)
@@ -211,8 +216,8 @@ def test_arrivals_are_checked(arrivals, message):
 
 
 def test_wall_time():
-  engine, _ = fake_engine()
-  engine._clock = time.monotonic
+  clock = Wall()
+  engine = Engine(fake_executor(), clock=clock)
   ended: list[Request] = []
-  served = serve(engine, [item(str(i), [i], 4) for i in range(3)], [0.0, 0.02, 0.04], Wall(), ended.append)
+  served = serve(engine, [item(str(i), [i], 4) for i in range(3)], [0.0, 0.02, 0.04], clock, ended.append)
   assert 0.04 <= served.elapsed_s < 5 and len(ended) == 3

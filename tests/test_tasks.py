@@ -351,6 +351,9 @@ def test_a_file_takes_the_place_of_the_text(tmp_path):
 def test_a_file_without_words_is_refused(tmp_path):
   with pytest.raises(ValueError, match="missing"):
     text.user_text(tmp_path / "none.txt")
+  (tmp_path / "latin.txt").write_bytes("a\ncafé".encode("latin-1"))
+  with pytest.raises(ValueError, match=r"latin\.txt:2: not UTF-8"):
+    text.user_text(tmp_path / "latin.txt")
   (tmp_path / "empty.txt").write_text(" \n\n")
   with pytest.raises(ValueError, match="no words"):
     text.user_text(tmp_path / "empty.txt")

@@ -11,8 +11,9 @@ import pytest
 from sparse_serve_jax.config import SchedulerConfig
 from sparse_serve_jax.serving import timeline
 from sparse_serve_jax.serving.clock import Virtual
+from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.timeline import DEVICE, DISPATCH, ENGINE, REQUESTS, Timeline
-from tests.fake_engine import continuation, fake_engine
+from tests.fake_engine import continuation, fake_executor
 
 
 class Passing(Virtual):
@@ -23,10 +24,9 @@ class Passing(Virtual):
     return super().now()
 
 
-def watched(clock: Virtual | None = None, **arguments):
+def watched(clock: Virtual | None = None, **sizes) -> tuple[Engine, Timeline]:
   """An engine that is watched, and its timeline."""
-  engine, executor = fake_engine(**arguments)
-  clock = clock or Virtual(50.0)
+  executor, clock = fake_executor(**sizes), clock or Virtual(50.0)
   execute, submit = executor.execute, executor.submit
 
   def taking_a_second(plan):
@@ -39,8 +39,7 @@ def watched(clock: Virtual | None = None, **arguments):
 
   executor.execute, executor.submit = taking_a_second, taking_a_tenth
   line = Timeline(clock)
-  engine._clock, engine._executor = clock.now, line.watch(executor)
-  return engine, line
+  return Engine(line.watch(executor), clock=clock), line
 
 
 def slices(trace: dict, pid: int, tid: int) -> list[tuple[str, float, float]]:
@@ -101,7 +100,7 @@ def test_iterations_by_hand():
 
 
 def test_a_request_that_waits():
-  engine, line = watched(rows=1)
+  engine, line = watched(R=1)
   requests = [engine.add_request([i], 2, request_id=f"r{i}", arrival_time=50 + i / 2) for i in range(2)]
   engine.run()
   for request in reversed(requests):  # drawn in order of arrival
@@ -117,7 +116,7 @@ def test_a_request_that_waits():
 
 def test_a_request_that_pauses():
   """Slots for one working set: the younger decodes when the older has ended."""
-  engine, line = watched(scheduler=SchedulerConfig(batch_control="working_set"), slots=8)
+  engine, line = watched(scheduler=SchedulerConfig(batch_control="working_set"), P=8)
   older, younger = (engine.add_request([i] * 17, 6, request_id=f"r{i}") for i in range(2))
   engine.run()
   for request in (older, younger):
@@ -133,7 +132,7 @@ def test_a_request_that_pauses():
 
 def test_requests_cut_short():
   """Cancelled while it waits, while it decodes; ended by a stop token, with a row planned that is thrown away."""
-  engine, line = watched(Passing(), rows=2)
+  engine, line = watched(Passing(), R=2)
   stop = continuation([3], 3)[2]
   stopped = engine.add_request([3], 9, stop_token_ids=[stop], request_id="stopped")
   decoding = engine.add_request([4], 30, request_id="decoding")
@@ -184,9 +183,10 @@ def test_nothing_to_show():
 
 def test_a_watched_executor_is_one():
   """What is not watched is the executor's own, and what fails is not drawn."""
-  engine, executor = fake_engine()
+  executor = fake_executor()
   line = Timeline(Virtual())
   seen = line.watch(executor)
+  engine = Engine(seen)
   seen.forget("a")
   assert executor.forgotten == ["a"]
 
@@ -194,7 +194,6 @@ def test_a_watched_executor_is_one():
     raise KeyboardInterrupt
 
   executor.execute = interrupted
-  engine._executor = seen
   engine.add_request([1], 2)
   with pytest.raises(KeyboardInterrupt):
     engine.run()

@@ -140,7 +140,7 @@ def test_the_tokenizer_keeps_digits_and_lines_apart():
 
 def test_the_forward_pass_is_the_models():
   params = trainer.init_params(MODEL, jax.random.key(0))
-  tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (3, 40)).astype(np.int32)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, MODEL.vocab_size, (3, 40)).astype(np.int32))
   batched, _ = trainer.forward(MODEL, params, tokens)
   for row, expected in zip(batched, tokens, strict=True):
     np.testing.assert_allclose(row, forward(MODEL, params, expected), rtol=1e-4, atol=1e-4)
@@ -154,7 +154,7 @@ def test_the_loss_is_the_weighted_mean():
   batch = data.Batch(tokens, weights, np.array([3, 1], np.int32))
   nats, found = trainer.loss(TOY, params, batch, jax.random.key(0), AttentionLossWeights())
   answers, right = found["answers"], found["right"]
-  log_p = jax.nn.log_softmax(jnp.stack([forward(MODEL, params, row[:-1]) for row in tokens]))
+  log_p = jax.nn.log_softmax(jnp.stack([forward(MODEL, params, row[:-1]) for row in jnp.asarray(tokens)]))
   picked = np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0]
   assert nats == pytest.approx(-(weights * picked).sum() / weights.sum(), rel=1e-4)
   hits = np.asarray(log_p.argmax(-1)) == tokens[:, 1:]

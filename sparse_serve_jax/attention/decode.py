@@ -143,5 +143,5 @@ class DecodeAttention:
     maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
     # Without slots the pool lies in HBM, and nothing misses.
     missed = located.missed(attended) if slots.shape[0] else jnp.zeros_like(attended)
-    counts = Counts(attended, missed, copied, missed)
+    counts = Counts(attended, missed, copied, located.given(attended))
     return partial.output, hot.replace(slots=slots, maps=maps), counts

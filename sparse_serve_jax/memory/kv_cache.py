@@ -30,8 +30,9 @@ class Hot(flax.struct.PyTreeNode):
   tail: jax.Array  # [K, L, R, 2, S, D], the unfinished block of every lane
   tables: jax.Array  # [R, N] int32, pool block of every block of a lane, written at admission; -1 beyond its end
   last_token: jax.Array  # [R] int32, input of each lane's next step
-  # int32, programs run so far. Stamps wrap around, and residency looks at differences only, but for -1: an empty slot.
-  # A stamp that equals it, one in 2^32, makes a slot look empty: it is given up early, and nothing becomes wrong.
+  # int32, programs run so far. Stamps wrap around, and residency looks at differences only, of which none reaches 2^31
+  # (`kernels.saturate`), but for -1: an empty slot. A stamp that equals it, one in 2^32, makes a slot look empty: it is
+  # given up early, and nothing becomes wrong.
   clock: jax.Array
 
   def stamp(self, layer: jax.Array | int) -> jax.Array:

@@ -1,7 +1,8 @@
 """A llama-family decoder as pure functions: Llama 2 and 3.x, Mistral, Qwen2, Qwen3.
 
-Every function is per-device code: inside `shard_map` the arrays are one device's shard and `axis` names the mesh axis
-to reduce over; with `axis` None there is one device and no collective. Attention itself is the caller's: a layer is
+Every function is per-device code: inside `shard_map` the arrays are one device's shard (K, F and V are what it has) and
+`axis` names the mesh axis to reduce over; with `axis` None there is one device and no collective. Attention itself is
+the caller's: a layer is
 
   q, k, v = qkv(cfg, lp, x, rope(cfg, positions))
   x = attention_out(lp, x, <attention of q over k and v, scaled by D ** -0.5>, axis)
@@ -25,6 +26,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from sparse_serve_jax.config import ModelConfig, RopeConfig
 from sparse_serve_jax.mesh import AXIS
@@ -86,24 +88,26 @@ def map_shapes(f: Callable[[str, tuple[int, ...]], Any], cfg: ModelConfig) -> Pa
   return {name: layers if name == "layers" else f(name, shape) for name, shape in shapes.items()}
 
 
-def layer_params(params: Params, layer: jax.Array | int) -> Params:
+def layer_params(params: Params, layer: Int[Array, ""] | int) -> Params:
   """One layer's parameters; `layer` may be traced."""
   return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), params["layers"])
 
 
-def embed(params: Params, tokens: jax.Array) -> jax.Array:
-  """tokens [...] -> the residual stream [..., d]."""
+def embed(params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B d"]:
+  """The residual stream that token ids begin."""
   return jnp.take(params["embed"], tokens, axis=0, mode="clip")
 
 
-def rope(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
-  """Cosines and sines float32 [2, ..., D / 2] of positions int32 [...], the same in all layers."""
+def rope(cfg: ModelConfig, positions: Int[Array, "*B"]) -> Float[Array, "2 *B half"]:
+  """Cosines and sines, float32, of positions; the same in all layers. `half` is D / 2."""
   angles = positions[..., None].astype(jnp.float32) * _trailing(rope_frequencies(cfg), positions.ndim + 1)
   return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope_amplitude(cfg.rope)
 
 
-def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, cos_sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """x [..., d], cos_sin [2, ..., D / 2] from `rope` -> q [..., K, G, D], k [..., K, D], v [..., K, D]; q, k rotated."""
+def qkv(
+  cfg: ModelConfig, lp: Params, x: Float[Array, "*B d"], cos_sin: Float[Array, "2 *#B half"]
+) -> tuple[Float[Array, "*B K G D"], Float[Array, "*B K D"], Float[Array, "*B K D"]]:
+  """Queries, keys and values of the residual stream. The first two are rotated by `cos_sin`, which `rope` made."""
   h = _matmul(_norm(cfg, x, lp["attn_norm"]), lp["wqkv"], 1)
   if cfg.qkv_bias:
     h += _trailing(lp["bqkv"], h.ndim)
@@ -114,20 +118,24 @@ def qkv(cfg: ModelConfig, lp: Params, x: jax.Array, cos_sin: jax.Array) -> tuple
   return _rotate(q, cos[..., None, :], sin[..., None, :]), _rotate(k, cos, sin), v
 
 
-def attention_out(lp: Params, x: jax.Array, o: jax.Array, axis: str | None) -> jax.Array:
-  """x [..., d] plus the output projection of o [..., K, G, D]."""
+def attention_out(
+  lp: Params, x: Float[Array, "*B d"], o: Float[Array, "*B K G D"], axis: str | None
+) -> Float[Array, "*B d"]:
+  """x plus the output projection of what attention made of the queries."""
   return x + _psum(_matmul(o.astype(x.dtype), lp["wo"], 3), axis)
 
 
-def mlp(cfg: ModelConfig, lp: Params, x: jax.Array, axis: str | None) -> jax.Array:
-  """x [..., d] plus the gated MLP of its norm."""
+def mlp(cfg: ModelConfig, lp: Params, x: Float[Array, "*B d"], axis: str | None) -> Float[Array, "*B d"]:
+  """x plus the gated MLP of its norm."""
   h = _matmul(_norm(cfg, x, lp["mlp_norm"]), lp["w_gate_up"], 1).astype(jnp.float32)
   h = (jax.nn.silu(h[..., 0, :]) * h[..., 1, :]).astype(x.dtype)
   return x + _psum(_matmul(h, lp["w_down"], 1), axis)
 
 
-def causal_attention(cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """q [B, T, K, G, D] over k, v [B, T, K, D], by a library: cuDNN on a GPU in 16 bits, XLA elsewhere."""
+def causal_attention(
+  cfg: ModelConfig, q: Float[Array, "B T K G D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]
+) -> Float[Array, "B T K G D"]:
+  """Attention of every token to those before it and itself, by a library: cuDNN on a GPU in 16 bits, XLA elsewhere."""
   fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
   implementation = "cudnn" if fused else "xla"
   heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
@@ -138,8 +146,8 @@ def causal_attention(cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array)
   return o.reshape(q.shape)
 
 
-def logits(cfg: ModelConfig, params: Params, x: jax.Array, axis: str | None) -> jax.Array:
-  """x [..., d] before the final norm -> float32 [..., V], whole on every device."""
+def logits(cfg: ModelConfig, params: Params, x: Float[Array, "*B d"], axis: str | None) -> Float[Array, "*B V"]:
+  """Logits in float32 of x before the final norm, whole on every device."""
   x = _norm(cfg, x, params["final_norm"])
   if cfg.tie_embeddings:
     return _einsum("...d,vd->...v", x, params["embed"], jnp.float32)
@@ -150,11 +158,11 @@ def logits(cfg: ModelConfig, params: Params, x: jax.Array, axis: str | None) -> 
 
 
 def forward(
-  cfg: ModelConfig, params: Params, tokens: jax.Array, *, axis: str | None = None, hidden: bool = False
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """tokens [T] -> logits float32 [T, V], by dense causal attention without a cache.
+  cfg: ModelConfig, params: Params, tokens: Int[Array, " T"], *, axis: str | None = None, hidden: bool = False
+) -> Float[Array, "T V"] | tuple[Float[Array, "T V"], Float[Array, "states T d"]]:
+  """Logits in float32, by dense causal attention without a cache.
 
-  With `hidden` also the residual stream [L + 1, T, d]: the embeddings, then the output of every layer.
+  With `hidden` also the residual stream's L + 1 states: the embeddings, then the output of every layer.
   """
   n = tokens.shape[0]
   positions = jnp.arange(n, dtype=jnp.int32)
@@ -175,8 +183,8 @@ def forward(
   return (y, jnp.concatenate([first[None], jnp.asarray(states)])) if hidden else y
 
 
-def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
-  """Radians per token of each rotated pair, float32 [D / 2], computed in float32 as checkpoints were trained with."""
+def rope_frequencies(cfg: ModelConfig) -> Float[np.ndarray, " half"]:
+  """Radians per token of each rotated pair, computed in float32 as checkpoints were trained with."""
   rope, f32 = cfg.rope, np.float32
   freq = f32(1) / f32(rope.theta) ** (np.arange(0, cfg.head_dim, 2, dtype=f32) / f32(cfg.head_dim))
   if rope.kind == "linear":
@@ -224,7 +232,7 @@ def _norm(cfg: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
   return h.astype(x.dtype) * _trailing(weight, x.ndim)
 
 
-def _trailing(a: jax.Array | np.ndarray, ndim: int) -> jax.Array:
+def _trailing(a: jax.Array | np.ndarray, ndim: int) -> jax.Array | np.ndarray:
   """`a` with leading ones up to `ndim` dimensions."""
   return jnp.reshape(a, (1,) * (ndim - a.ndim) + a.shape)
 

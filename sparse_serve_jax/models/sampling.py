@@ -4,42 +4,51 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt
 
 
-def greedy(logits: jax.Array) -> jax.Array:
-  """The most likely token [B] int32 of every row of logits [B, V]; ties to the lowest id."""
+def greedy(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+  """The most likely token of every row, int32; ties to the lowest id."""
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def ban(logits: jax.Array, banned: jax.Array) -> jax.Array:
-  """Logits [B, V] with -inf at each row's token ids `banned` int32 [B, X]; -1 is none."""
+def ban(logits: Float[Array, "B V"], banned: Int[Array, "B X"]) -> Float[Array, "B V"]:
+  """Logits with -inf at each row's `banned` token ids; -1 is none."""
   token = jnp.arange(logits.shape[1], dtype=banned.dtype)[None, None]
   return jnp.where((token == banned[:, :, None]).any(1), -jnp.inf, logits)
 
 
 def sample(
-  logits: jax.Array, positions: jax.Array, temperature: jax.Array, top_p: jax.Array, seeds: jax.Array
-) -> jax.Array:
+  logits: Float[Array, "B V"],
+  positions: Int[Array, " B"],
+  temperature: Float[Array, " B"],
+  top_p: Float[Array, " B"],
+  seeds: UInt[Array, " B"],
+) -> Int[Array, " B"]:
   """Draws a token for each row.
 
   Args:
-    logits: float32 [B, V].
-    positions: int32 [B], of the token that is drawn from: what makes the draws of a request differ.
-    temperature: float32 [B]; 0 is `greedy`.
-    top_p: float32 [B]; the most likely tokens whose mass before them is below it are kept, ties to the lowest id, and
-      never fewer than one.
-    seeds: uint32 [B].
+    logits: float32.
+    positions: int32, of the tokens that are drawn: what makes the draws of a request differ.
+    temperature: 0 is `greedy`.
+    top_p: the most likely tokens whose mass before them is below it are kept, ties to the lowest id, and never fewer
+      than one.
+    seeds: uint32, of the requests.
 
   Returns:
-    int32 [B].
+    Token ids, int32.
   """
   drawn = jax.vmap(_draw)(logits, positions, jnp.where(temperature > 0, temperature, 1.0), top_p, seeds)
   return jnp.where(temperature > 0, drawn, greedy(logits))
 
 
 def _draw(
-  logits: jax.Array, position: jax.Array, temperature: jax.Array, top_p: jax.Array, seed: jax.Array
-) -> jax.Array:
+  logits: Float[Array, " V"],
+  position: Int[Array, ""],
+  temperature: Float[Array, ""],
+  top_p: Float[Array, ""],
+  seed: UInt[Array, ""],
+) -> Int[Array, ""]:
   """One row. The Gumbel noise belongs to token ids, so that logits that differ in rounding rarely change the draw."""
   noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position), logits.shape)
   scaled = (logits - logits.max()) / temperature  # at most 0: a tiny temperature cannot overflow

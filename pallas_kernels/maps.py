@@ -1,0 +1,85 @@
+"""The maps: which block is in which slot, when each was used; and who is to go. Of one device:
+
+  slot_of        [K, L, M] int32   slot that holds a block, -1 if none
+  block_of       [P] int32         inverse: (k * L + layer) * M + block, -1 if the slot is empty
+  last_used      [P] int32         stamp of the slot's last use, -1 if empty
+  last_selected  [K, L, M] int32   the owning request's own step number when it last selected the block
+
+Stamps ascend through the layers of a step and through steps. They wrap around, and only differences count.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NEVER = -(1 << 30)  # last_selected of a block nobody selected; NEVER + w does not overflow
+OLDEST = -(1 << 30)  # the age that a slot is kept at
+
+
+class Maps(NamedTuple):
+  slot_of: jax.Array
+  block_of: jax.Array
+  last_used: jax.Array
+  last_selected: jax.Array
+
+  @classmethod
+  def empty(cls, n_heads: int, n_layers: int, n_pool: int, n_slots: int) -> Maps:
+    """Of K, L, M and P: nothing is in a slot, nothing has been selected."""
+    of_block = functools.partial(jnp.full, (n_heads, n_layers, n_pool), dtype=jnp.int32)
+    of_slot = functools.partial(jnp.full, n_slots, dtype=jnp.int32)
+    return cls(of_block(-1), of_slot(-1), of_slot(-1), of_block(NEVER))
+
+
+class Victims(NamedTuple):
+  """The slots in the order in which they are given up."""
+
+  slots: jax.Array  # [P] int32
+  since: jax.Array  # int32, the first stamp of the step: a slot used since then is no victim any more
+
+
+def saturate(maps: Maps, since: jax.Array) -> Maps:
+  """Maps in which no slot's stamp is more than 2^30 before `since`, the first stamp of a step.
+
+  A stamp that is 2^31 old would look new. With this done at the beginning of every step none gets so old.
+  """
+  oldest = since + OLDEST
+  idle = (maps.last_used != -1) & (maps.last_used - since < OLDEST)
+  return maps._replace(last_used=jnp.where(idle, oldest, maps.last_used))
+
+
+def ages(maps: Maps, since: jax.Array) -> jax.Array:
+  """The key [P] int32 by which the least recently used slot is the first victim: an empty one, then the oldest stamp.
+
+  `since` is the first stamp of the step.
+  """
+  return jnp.where(maps.last_used == -1, jnp.iinfo(jnp.int32).min, maps.last_used - since)
+
+
+def victims(key: jax.Array, since: jax.Array) -> Victims:
+  """The order of a step whose stamps begin at `since`: the smallest `key` [P] int32 first, ties to the lowest slot."""
+  ids = jnp.arange(key.shape[0], dtype=jnp.int32)
+  return Victims(jax.lax.sort((key, ids), num_keys=1, is_stable=True)[1], since)
+
+
+def release(maps: Maps, freed: jax.Array) -> Maps:
+  """Forgets the freed DRAM blocks [n] int32 (-1: nothing) in all layers and heads; their slots become empty."""
+  n_pool = maps.slot_of.shape[2]
+  n_slots = maps.last_used.shape[0]
+  freed = jnp.where(freed >= 0, freed, n_pool)
+  slots = maps.slot_of.at[:, :, freed].get(mode="fill", fill_value=-1)  # [K, L, n]
+  slots = jnp.where(slots >= 0, slots, n_slots).ravel()
+  return Maps(
+    maps.slot_of.at[:, :, freed].set(-1, mode="drop"),
+    maps.block_of.at[slots].set(-1, mode="drop"),
+    maps.last_used.at[slots].set(-1, mode="drop"),
+    maps.last_selected.at[:, :, freed].set(NEVER, mode="drop"),
+  )
+
+
+def unused(last_used: jax.Array, since: jax.Array) -> jax.Array:
+  """Whether a slot has not been used since then. Of stamps that wrap around the difference tells."""
+  return (last_used == -1) | (last_used - since < 0)
