@@ -216,7 +216,7 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
     "samsum": f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value at column 12",
     "lcc": f"{data / 'lcc.jsonl'}:2: the row lacks 'length'",
     "trec": f"{data / 'trec.jsonl'}:2: request 'trec-1': {n} prompt + 5 output tokens = {n + 5}, but only 384 tokens "
-    "would fit (context 384, pool 256 blocks of 8)",
+    "would fit (the context, or the pool of 256 blocks of 8)",
   }
   assert {name: len(rows) for name, rows in lines_of(out).items()} == {"qasper": 3, "samsum": 3, "lcc": 1, "trec": 1}
 
