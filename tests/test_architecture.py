@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ RANKS = {
   f"{PACKAGE}.runtime": 1,
   f"{PACKAGE}.mesh": 1,
   f"{PACKAGE}.processes": 1,
+  f"{PACKAGE}.variants": 1,
   f"{PACKAGE}.files": 1,
   f"{PACKAGE}.tokenizing": 1,
   f"{PACKAGE}.tasks": 1,
@@ -51,11 +53,17 @@ WITHOUT_JAX = [
   f"{PACKAGE}.memory.allocator",
   f"{PACKAGE}.tasks",
   f"{PACKAGE}.workloads",
+  f"{PACKAGE}.serving.engine",
+  f"{PACKAGE}.memory.layout",
+  f"{PACKAGE}.memory.shape",
+  f"{PACKAGE}.buckets",
 ]
 
 FILE_LINES = 500
 LONGER: dict[str, str] = {}  # path -> why it may be longer
 MAIN_PATH_LINES = 1500
+FUNCTION_LINES = 60
+PARAMETERS = 8
 
 
 def module_name(path: Path) -> str:
@@ -193,3 +201,27 @@ def test_main_path_is_short():
   lines = {name: len(FILES[name].read_text().splitlines()) for name in sorted(path)}
   assert {f"{PACKAGE}.models.llama", f"{PACKAGE}.memory.kv_cache"} <= path
   assert sum(lines.values()) <= MAIN_PATH_LINES, lines
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+  """All but Pallas kernels, which take refs and are read from top to bottom: "file:name" and the tree."""
+  for path in FILES.values():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef) and not any(name.endswith(("_ref", "refs")) for name in parameters(node)):
+        yield f"{path.relative_to(ROOT).as_posix()}:{node.name}", node
+
+
+def parameters(node: ast.FunctionDef) -> list[str]:
+  args = node.args
+  named = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [args.vararg])]
+  return [arg.arg for arg in named if arg.arg not in ("self", "cls")]
+
+
+def test_functions_fit_a_screen():
+  lines = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions()}
+  assert not {name: n for name, n in lines.items() if n > FUNCTION_LINES}
+
+
+def test_parameter_lists_are_short():
+  lengths = {name: len(parameters(node)) for name, node in functions()}
+  assert not {name: n for name, n in lengths.items() if n > PARAMETERS}

@@ -18,7 +18,7 @@ import pallas_kernels as kernels
 from pallas_kernels import digest
 from pallas_kernels.score import box
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SparseConfig
-from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.step import DecodeBatch, Setup, decode_step
 from tests.cases import REAL, Shape
 from tests.tiny import tiny_model
@@ -116,11 +116,11 @@ def test_a_step_asks_the_host_nothing():
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   kv = lambda *dims: f32((*dims, 2, 8, 16))  # noqa: E731
   maps = kernels.Maps(Int((2, 2, 40)), Int((12,)), Int((12,)), Int((2, 2, 40)))
-  cache = KVCache(kv(2, 2, 40), kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4,)), Int(()))
-  batch = DecodeBatch(Int((8,)), Int((8,)), Int((8,)), Int((8, 16)), None)
+  hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
+  cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(Int((8,)), Int((8,)), Int((8,)), None)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
-    functools.partial(decode_step, setup), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False
+    functools.partial(decode_step, setup, 16), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False
   )
   found = set(primitives(jax.make_jaxpr(f)(model.params, cache, batch).jaxpr))
   assert {"scan", "pallas_call", "argmax"} <= found and not {"cond", "while"} & found

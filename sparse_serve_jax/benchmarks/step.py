@@ -29,6 +29,7 @@ from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
 from sparse_serve_jax.memory import kv_cache
+from sparse_serve_jax.memory.create import create
 from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
@@ -143,7 +144,7 @@ def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> llama.Params:
 
 def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh) -> KVCache:
   """An empty cache but for random digests and tails, and a pool in which random blocks repeat."""
-  cache, shardings = kv_cache.create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
+  cache, shardings = create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
   pool, hot = cache.pool, cache.hot
   del cache  # frees what is made anew
   if shape.offload:

@@ -1,48 +1,13 @@
-"""The pool of all blocks where it lies in host memory. Nothing else decides where that is, or knows its address.
-
-On a GPU it is pinned memory of exactly the pool's size, taken from CUDA and handed to JAX by DLPack; when the array
-goes, it is given back to the system. JAX's own allocator of pinned memory grows by doubling, up to a limit for the whole
-process, and gives nothing back: a pool of 82 GiB took 120, and a second one added to it (`docs/decisions.md`).
-
-Such an array may be donated only to a program of which a result aliases it, as every step's does: XLA ends the process
-otherwise.
-"""
+"""Where an offloaded pool lies: the one place that decides it."""
 
 from __future__ import annotations
 
-import ctypes
-import math
-import pathlib
-from typing import Any
-
 import jax
-import jax.numpy as jnp
-
-_PAGE = 4096  # before the pool, for what DLPack says of it
-_HOST = 3  # kDLCUDAHost
-_TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4}  # of DLPack
 
 
 def memory_kind() -> str | None:
   """The memory kind of an offloaded pool; None where host memory is no different (on a CPU)."""
   return "pinned_host" if jax.default_backend() == "gpu" else None
-
-
-def create(dims: tuple[int, ...], dtype: str, sharding: Any) -> jax.Array:
-  """A pool [K, L, M, 2, S, D], whose values may be anything: a block is written before it is read.
-
-  Args:
-    dims: its shape.
-    dtype: of its values.
-    sharding: where it lies; in host memory if its memory kind is "pinned_host".
-
-  Raises:
-    MemoryError: CUDA has no pinned memory of that size.
-  """
-  if sharding.memory_kind != "pinned_host":
-    return jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)()
-  shards = [_pinned(sharding.shard_shape(dims), dtype, device) for device in sharding.addressable_devices]
-  return jax.make_array_from_single_device_arrays(dims, sharding, shards)
 
 
 def keep(pool: jax.Array) -> jax.Array:
@@ -51,68 +16,3 @@ def keep(pool: jax.Array) -> jax.Array:
   A kernel's result is typed as device memory, wherever it lies; the carry of a loop is not.
   """
   return jax.device_put(pool, jax.memory.Space.Host)
-
-
-class _Tensor(ctypes.Structure):
-  """DLPack's DLManagedTensor, and the shape that it points to. It lies in the page before the data."""
-
-  _fields_ = (
-    ("data", ctypes.c_void_p),
-    ("device_type", ctypes.c_int32),
-    ("device_id", ctypes.c_int32),
-    ("ndim", ctypes.c_int32),
-    ("code", ctypes.c_uint8),
-    ("bits", ctypes.c_uint8),
-    ("lanes", ctypes.c_uint16),
-    ("shape", ctypes.c_void_p),
-    ("strides", ctypes.c_void_p),  # NULL: row-major
-    ("byte_offset", ctypes.c_uint64),
-    ("manager", ctypes.c_void_p),
-    ("deleter", ctypes.c_void_p),
-    ("dims", ctypes.c_int64 * 8),
-  )
-
-
-class _Exporter:
-  """What `jax.dlpack.from_dlpack` asks for a tensor."""
-
-  def __init__(self, address: int, device_id: int):
-    self._address, self._device_id = address, device_id
-
-  def __dlpack_device__(self) -> tuple[int, int]:
-    return _HOST, self._device_id
-
-  def __dlpack__(self, **_: Any) -> Any:
-    capsule = ctypes.pythonapi.PyCapsule_New
-    capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return capsule(self._address, b"dltensor", None)
-
-
-def _pinned(dims: tuple[int, ...], dtype: str, device: jax.Device) -> jax.Array:
-  """An array in pinned memory of its own, on the host of a device."""
-  runtime, name = _cuda_runtime(), jnp.dtype(dtype).name
-  base, n_bytes = ctypes.c_void_p(), math.prod(dims) * jnp.dtype(dtype).itemsize
-  portable = 1  # pinned for all devices of the process
-  if error := runtime.cudaHostAlloc(ctypes.byref(base), ctypes.c_size_t(_PAGE + n_bytes), portable):
-    raise MemoryError(f"the host has no {n_bytes} bytes of pinned memory for a pool (cudaHostAlloc: error {error})")
-  address, device_id = base.value or 0, device.local_hardware_id
-  tensor = _Tensor.from_address(address)
-  tensor.data, tensor.device_type, tensor.device_id = address + _PAGE, _HOST, device_id
-  tensor.ndim, tensor.shape = len(dims), address + _Tensor.dims.offset
-  tensor.dims[: len(dims)] = dims
-  tensor.code, tensor.bits, tensor.lanes = _TYPE_CODES[name.rstrip("0123456789")], 8 * jnp.dtype(dtype).itemsize, 1
-  tensor.strides, tensor.byte_offset, tensor.manager = None, 0, None
-  # Called by XLA, from any thread and also while the process ends, with the tensor's address: which is what CUDA gave.
-  tensor.deleter = ctypes.cast(runtime.cudaFreeHost, ctypes.c_void_p).value
-  return jax.dlpack.from_dlpack(_Exporter(address, device_id), copy=False)
-
-
-def _cuda_runtime() -> ctypes.CDLL:
-  """The CUDA runtime that JAX has loaded."""
-  jax.devices()
-  for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
-    if "libcudart" in line:
-      return ctypes.CDLL(line.split()[-1])
-  raise NotImplementedError(
-    "this JAX has loaded no CUDA runtime library (libcudart), which a pool in host memory needs"
-  )

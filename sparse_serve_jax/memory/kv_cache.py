@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import residency
 from sparse_serve_jax.memory import host_pool
-from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import AXIS
 
 
@@ -63,26 +62,6 @@ def cache_shardings(mesh: Mesh, offload: bool) -> KVCache:
   shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs())
   kind = host_pool.memory_kind() if offload else None
   return shardings.replace(pool=NamedSharding(mesh, P(AXIS), memory_kind=kind))
-
-
-def create(shape: CacheShape, mesh: Mesh) -> KVCache:
-  """An empty cache on the mesh."""
-  heads, block = (shape.K, shape.L, shape.M), shape.layout.shape
-
-  def empty() -> Hot:
-    return Hot(
-      slots=jnp.zeros((shape.P, *block), shape.dtype),
-      digest=jnp.zeros((*heads, shape.E, shape.D), shape.dtype),
-      maps=residency.Maps.empty(*heads, shape.P),
-      tail=jnp.zeros((shape.K, shape.L, shape.R, *block), shape.dtype),
-      tables=jnp.full((shape.R, shape.N), -1, jnp.int32),
-      last_token=jnp.zeros(shape.R, jnp.int32),
-      clock=jnp.zeros((), jnp.int32),
-    )
-
-  shardings = cache_shardings(mesh, shape.offload)
-  pool = host_pool.create((*heads, *block), shape.dtype, shardings.pool)
-  return KVCache(pool, jax.jit(empty, out_shardings=shardings.hot)())
 
 
 def admit(hot: Hot, lane: jax.Array, table: jax.Array) -> Hot:

@@ -97,7 +97,7 @@ def save_piece(
 def _find_places(
   saving: Saving, hot: Hot, lists: jax.Array, layers: jax.Array, steps: jax.Array, turn: Turn
 ) -> tuple[kernels.Maps, jax.Array]:
-  """Finds places [B, K, n] for new blocks `lists` [B, K, n], of one layer or of one for each rank; maps that have them."""
+  """Places [B, K, n] for new blocks `lists` [B, K, n], of one layer or one for each rank; and maps that have them."""
   options = dict(implementation=saving.implementation)
   length = jnp.full(lists.shape[:2], lists.shape[2])
   located = kernels.propose(hot.maps, turn.victims, layers, lists, length, given=turn.given, group=1, **options)

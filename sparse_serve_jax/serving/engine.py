@@ -17,13 +17,14 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from sparse_serve_jax.serving.clock import Clock, Wall
 from sparse_serve_jax.serving.metrics import Usage
 from sparse_serve_jax.serving.plan import MAX_BANNED, Dispatched, Executor, Plan, Sampling, StepResult
-from sparse_serve_jax.serving.request import Request, State
+from sparse_serve_jax.serving.request import Request, SamplingParams, State
 from sparse_serve_jax.serving.scheduler import Scheduler
 
 _LOG = logging.getLogger(__name__)
@@ -85,34 +86,26 @@ class Engine:
     self,
     prompt: Sequence[int] | np.ndarray,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_token_ids: Sequence[int] = (),
-    min_tokens: int = 0,
-    ignore_eos: bool = False,
+    *,
     request_id: str | None = None,
     on_token: Callable[[Request, int], None] | None = None,
     arrival_time: float | None = None,
+    **sampling: Any,
   ) -> Request:
     """Queues a prompt.
 
     Args:
       prompt: token ids.
       max_new_tokens: the request ends after so many, unless a stop token comes first. The stop token is not output.
-      temperature: 0 is greedy.
-      top_p: share of the probability mass that tokens are drawn from.
-      seed: draws depend on it and the position alone, not on other requests.
-      stop_token_ids: end the request, besides the model's EOS tokens.
-      min_tokens: stop tokens are not drawn before so many others have been; the next best token is.
-      ignore_eos: the model's EOS tokens are output like others.
       request_id: by default a number of its own.
       on_token: called with the request and each output token. If it raises, the request is cancelled and keeps the
         exception in `error`; other requests, and its own tokens so far, are untouched.
       arrival_time: seconds of the engine's clock, now by default.
+      **sampling: fields of `SamplingParams`: temperature, top_p, seed, stop_token_ids, min_tokens, ignore_eos.
 
     Raises:
       ValueError: the request could never run; nothing has changed then.
+      TypeError: `sampling` has another name.
       RuntimeError: the engine has `failed`.
     """
     self._check_running()
@@ -120,17 +113,19 @@ class Engine:
       request_id = next(name for name in self._names if name not in self._live)
     if not isinstance(max_new_tokens, int | np.integer):
       raise ValueError(f"request {request_id!r}: max_new_tokens must be an integer, got {max_new_tokens!r}")
-    given = frozenset(stop_token_ids) | (frozenset() if ignore_eos else frozenset(self._model.eos_token_ids))
-    stops = frozenset(token for token in given if 0 <= token < self._model.config.vocab_size)  # others never come
-    _check_min_tokens(request_id, min_tokens, max_new_tokens, stops)
+    params = SamplingParams(**sampling)
+    eos = () if params.ignore_eos else self._model.eos_token_ids
+    vocab = self._model.config.vocab_size
+    stops = frozenset(token for token in (*params.stop_token_ids, *eos) if 0 <= token < vocab)  # others never come
+    _check_min_tokens(request_id, params.min_tokens, max_new_tokens, stops)
     request = Request(
       id=request_id,
       prompt=self._checked_prompt(request_id, prompt),
       max_new_tokens=int(max_new_tokens),
       arrival_time=self._clock.now() if arrival_time is None else arrival_time,
-      sampling=_checked_sampling(request_id, temperature, top_p, seed),
+      sampling=_checked_sampling(request_id, params),
       stop_token_ids=stops,
-      min_tokens=int(min_tokens),
+      min_tokens=int(params.min_tokens),
       on_token=on_token,
     )
     if request_id in self._live:
@@ -289,7 +284,8 @@ def _check_min_tokens(request_id: str, min_tokens: int, max_new_tokens: int, sto
     )
 
 
-def _checked_sampling(request_id: str, temperature: float, top_p: float, seed: int) -> Sampling:
+def _checked_sampling(request_id: str, params: SamplingParams) -> Sampling:
+  temperature, top_p, seed = params.temperature, params.top_p, params.seed
   if not (temperature >= 0 and math.isfinite(temperature)):
     raise ValueError(f"request {request_id!r}: temperature must be finite and at least 0, got {temperature}")
   if not 0 < top_p <= 1:

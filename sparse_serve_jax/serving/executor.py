@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.memory import kv_cache
+from sparse_serve_jax.memory.create import create
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama, place_params
@@ -112,7 +112,7 @@ class JaxExecutor:
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
     budget.check(budget.Needs.of(cfg, self.shape, self.buckets, config.tp, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
-    self.cache = kv_cache.create(self.shape, self.mesh)
+    self.cache = create(self.shape, self.mesh)
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
@@ -150,7 +150,7 @@ class JaxExecutor:
     self._activations.clear()
     self.wait()
     del self.cache  # its memory is what the new one takes
-    self.cache = jax.block_until_ready(kv_cache.create(self.shape, self.mesh))
+    self.cache = jax.block_until_ready(create(self.shape, self.mesh))
 
   def _blocks_saved(self, plan: Plan) -> int:
     """Blocks of all layers and heads that a plan writes to the pool."""

@@ -125,9 +125,14 @@ class ServedModel(Protocol):
 class Executor(Protocol):
   """Runs plans. It has the configuration that an engine over it works with."""
 
-  config: EngineConfig
-  model: ServedModel
-  shape: CacheShape
+  @property
+  def config(self) -> EngineConfig: ...
+
+  @property
+  def model(self) -> ServedModel: ...
+
+  @property
+  def shape(self) -> CacheShape: ...
 
   def submit(self, plan: Plan) -> Dispatched:
     """Dispatches the plan and returns at once."""

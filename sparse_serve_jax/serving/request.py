@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,18 @@ class State(enum.Enum):
   FINISHED = "finished"
   CANCELLED = "cancelled"
   FAILED = "failed"  # its logits were not finite, or the device failed; `error` says which
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+  """How a request's tokens are drawn, and which of them end it."""
+
+  temperature: float = 0.0  # 0 is greedy
+  top_p: float = 1.0  # share of the probability mass that tokens are drawn from
+  seed: int = 0  # draws depend on it and the position alone, not on other requests
+  stop_token_ids: Sequence[int] = ()  # end the request, besides the model's EOS tokens
+  min_tokens: int = 0  # stop tokens are not drawn before so many others have been; the next best token is
+  ignore_eos: bool = False  # the model's EOS tokens are output like others
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,0 +1,45 @@
+"""An empty cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from pallas_kernels import Maps
+from sparse_serve_jax.memory.kv_cache import Hot, KVCache, cache_shardings
+from sparse_serve_jax.memory.pinned import pinned_array
+from sparse_serve_jax.memory.shape import CacheShape
+
+
+def create(shape: CacheShape, mesh: Mesh) -> KVCache:
+  """An empty cache on a mesh.
+
+  Raises:
+    MemoryError: the host has not enough pinned memory for the pool.
+  """
+  heads, block = (shape.K, shape.L, shape.M), shape.layout.shape
+
+  def empty() -> Hot:
+    return Hot(
+      slots=jnp.zeros((shape.P, *block), shape.dtype),
+      digest=jnp.zeros((*heads, shape.E, shape.D), shape.dtype),
+      maps=Maps.empty(*heads, shape.P),
+      tail=jnp.zeros((shape.K, shape.L, shape.R, *block), shape.dtype),
+      tables=jnp.full((shape.R, shape.N), -1, jnp.int32),
+      last_token=jnp.zeros(shape.R, jnp.int32),
+      clock=jnp.zeros((), jnp.int32),
+    )
+
+  shardings = cache_shardings(mesh, shape.offload)
+  pool = _create_pool((*heads, *block), shape.dtype, shardings.pool)
+  return KVCache(pool, jax.jit(empty, out_shardings=shardings.hot)())
+
+
+def _create_pool(dims: tuple[int, ...], dtype: str, sharding: NamedSharding) -> jax.Array:
+  """A pool whose values may be anything: a block is written before it is read."""
+  if sharding.memory_kind != "pinned_host":
+    return jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)()
+  # A program would make it in device memory first, which may be smaller.
+  shards = [pinned_array(sharding.shard_shape(dims), dtype, device) for device in sharding.addressable_devices]
+  return jax.make_array_from_single_device_arrays(dims, sharding, shards)
