@@ -4,7 +4,7 @@
 VENV ?= .venv
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_FLAGS ?=
 NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake notebooks)
 
@@ -28,6 +28,7 @@ help:
 	@echo 'make clean        removes the virtual environment and caches'
 
 demo: $(INSTALLED)
+	@echo 'Serving four times, which takes some minutes on a CPU: python -m experiments.demo'
 	@$(BIN)/python -m experiments.demo
 
 test: lint
@@ -49,6 +50,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 $(MADE):
+	@echo 'Making $(VENV), a virtual environment'
 	@clear=; for made in $(VENV)/.made-by-*; do if test -e "$$made"; then clear=--clear; fi; done; \
 	for python in $(CANDIDATES); do \
 	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
@@ -58,11 +60,12 @@ $(MADE):
 	echo 'No Python >= 3.11 that can make a virtual environment with pip among: $(CANDIDATES)' >&2; exit 1
 
 $(INSTALLED): $(MADE) pyproject.toml $(wildcard constraints/*.txt)
-	@echo "Installing the packages of $(CONSTRAINTS)"
+	@echo "Installing the packages of $(CONSTRAINTS) there: some minutes, once. What pip says follows"
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev,eval]'
 	@touch $@
 
 $(INSTALLED_GPU): $(INSTALLED)
+	@echo 'Adding CUDA: some GB'
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[gpu]'
 	@touch $@
 

@@ -19,7 +19,10 @@ from sparse_serve_jax.benchmarks.timing import SMOKE, Effort
 with cli.group("What is timed"):
   _OPS = flags.DEFINE_list("ops", None, f"Some of {', '.join(kernels.OPS)}; by default all.")
   _IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, ["xla", "triton", "interpret"], "Of the ops; by default triton on a GPU, else xla."
+    "implementation",
+    None,
+    ["xla", "triton", "interpret"],
+    "Implementation of the ops; by default triton on a GPU, else xla.",
   )
   _CALLS = flags.DEFINE_integer("calls", 5, "Timed calls of a case.", lower_bound=1)
   _SECONDS = flags.DEFINE_float("seconds", 0.05, "The length of a call, in which an op is repeated.", lower_bound=0)

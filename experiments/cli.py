@@ -18,6 +18,7 @@ is interrupted. A second interrupt ends it at once, even while it waits for a de
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -172,6 +173,12 @@ def help_of(module: ModuleType) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- endings
+
+
+def end_with(table: str, result: Any) -> None:
+  """Prints a table for people, and as the last line of stdout one JSON object for programs."""
+  print(table)
+  print(json.dumps(result), flush=True)
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def replace_json(file: pathlib.Path, value: Any) -> None:
 
 
 class Rows:
-  """Rows in a .jsonl file, a JSON object a line, that is only ever appended to, by whole lines."""
+  """Rows in a .jsonl file, a JSON object a line: whenever the process ends, all of its lines are whole but the last."""
 
   def __init__(self, file: pathlib.Path):
     """Reads what is there. A last line without its end, as a run that was killed leaves it, is removed.
@@ -152,6 +152,13 @@ class Rows:
       with self.file.open("ab", buffering=0) as file:
         file.write(b"".join(map(_line, rows)))
       self.all += map(dict, rows)
+
+  def replace(self, index: int, row: Mapping[str, Any]) -> None:
+    """Puts another row in the place of one. The file is written anew, in one piece."""
+    self.all[index] = dict(row)
+    partial = self.file.with_name(f"{self.file.name}.partial")
+    partial.write_bytes(b"".join(map(_line, self.all)))
+    partial.replace(self.file)
 
 
 def _remove_unfinished_line(file: pathlib.Path) -> None:

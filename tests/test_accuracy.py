@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -45,7 +46,7 @@ def test_what_a_setting_reads(model):
   dense = replay.prefill(CFG, model.params, batch.tokens)
   rows = {}
   series = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa"
-  every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5])
+  every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5], ["blocks"])
   for case in [case for case in every if case.series in series]:
     found = accuracy.replayed(model, model.params, case, dense, batch)
     rows[case.series] = accuracy.summary(model, case, batch, jax.device_get(found))
@@ -108,6 +109,39 @@ def test_blocks_by_head_and_claims(model):
   assert 0 < psa["short"] <= psa["violations"] < psa["pairs"]
 
 
+def test_only_what_was_asked_for_is_measured():
+  names = lambda *asked: [case.name for case in accuracy.cases(*asked)]  # noqa: E731
+  asked = ["cuboid_mean", "window"], [128, 512], [0.9]
+  assert names(*asked) == [
+    *("dense 1", "cuboid_mean 128", "sinks and window 128", "cuboid_mean 512", "sinks and window 512"),
+    "psa 0.9",
+  ]
+  more = {
+    "between": ["cuboid_mean 320"],
+    "sinks": ["no sinks, no window 128", "no sinks, no window 512"],
+    "layers": ["two layers dense 128", "two layers dense 512"],
+    "heads": ["best query head 128", "best query head 512"],
+    "blocks": [f"blocks of {size} {budget}" for budget in (128, 512) for size in (16, 64)],
+    "stops": ["psa, min_max 0.9", "certified 0.9"],
+  }
+  assert more.keys() == accuracy.AXES.keys()
+  for axis, expected in more.items():
+    assert [name for name in names(*asked, [axis]) if name not in names(*asked)] == expected
+
+
+def test_steps_that_are_too_few_say_how_many_it_takes(model):
+  with pytest.raises(
+    ValueError, match=r"8 decode steps end before the answer .* begins: that takes \d+, and \d+ for"
+  ) as e:
+    accuracy.Instances.of(model.tokenizer, "multi_key", 640, range(3), 8)
+  begins, whole = (int(n) for n in re.findall(r"(?:takes|and) (\d+)", str(e.value)))
+  with pytest.raises(ValueError):
+    accuracy.Instances.of(model.tokenizer, "multi_key", 640, range(3), begins - 1)
+  assert accuracy.Instances.of(model.tokenizer, "multi_key", 640, range(3), begins).answers.any(1).all()
+  enough, more = (accuracy.Instances.of(model.tokenizer, "multi_key", 640, range(3), whole + n) for n in (0, 20))
+  assert enough.answers.sum() == more.answers.sum()
+
+
 def test_nucleus():
   scores = np.array([[[np.inf, np.inf, 3.0, 2.0, 1.0, 0.0, -np.inf, -np.inf]]], np.float32)
   assert methods._nucleus(scores, np.array([[6]])).tolist() == [[4]]  # weights 0.64, 0.24, 0.09, 0.03
@@ -139,21 +173,27 @@ def test_a_run_goes_on(model, tmp_path):
   def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
-  first = run("--parts=tasks", "--thresholds=0.5")
+  refused = run("--parts=tasks", "--thresholds=0.5", "--steps=8")
+  assert refused.returncode == 2 and "8 decode steps end before" in refused.stderr.splitlines()[-1]
+  first = run("--parts=tasks", "--thresholds=0.5")  # in the same folder, which has no rows
   before = rows("results.jsonl")
-  assert [row["case"] for row in before][:2] == ["dense 1", "cuboid_mean 128"], first.stderr
+  assert [row["case"] for row in before] == ["dense 1", "cuboid_mean 128", "psa 0.5"], first.stderr
   with (out / "results.jsonl").open("a") as file:
     file.write('{"task": "key_val')  # as a run that is killed leaves it
-  second = run("--thresholds=0.5,0.9")
+  second = run("--thresholds=0.5,0.9", "--axes=stops")
   after = rows("results.jsonl")
   new = after[len(before) :]
   assert after[: len(before)] == before, second.stderr
-  assert [row["case"] for row in new if row["task"] == "key_value"] == ["psa 0.9", "psa, min_max 0.9", "certified 0.9"]
+  stops = ["psa, min_max 0.5", "certified 0.5", "psa 0.9", "psa, min_max 0.9", "certified 0.9"]
+  assert [row["case"] for row in new if row["task"] == "key_value"] == stops
   assert {row["tokens"] for row in new if row["task"] == "text"} == {600}
   assert [row["case"] for row in rows("reuse.jsonl")] == 2 * ["cuboid_mean 128", "psa 0.5", "psa 0.9"]
   told = json.loads(second.stdout.splitlines()[-1])
   whole = json.loads((out / "summary.json").read_text())
-  assert whole | told == whole and whole.keys() - told.keys() == {"by_task", "psa_by_head"}
+  dense = [entry["accuracy"] for entry in whole["accuracies"] if entry["series"] == "dense"]
+  assert told == {"dense": {"retrieval 640": dense[0]}, "rows": len(after), "out": str(out)}
+  made = json.loads((out / "run.json").read_text())
+  assert made["setting"]["model"]["dtype"] == "float32" and len(made["parts"]) == 2
   for name in ("accuracy_retrieval_640", "psa_retrieval_640", "psa_text_600", "reuse_recite_640", "reuse_renumber_640"):
     assert (out / f"{name}.png").stat().st_size > 10_000
   assert selections.Trace.load(out / "traces" / "recite_640_128.npz").selected.shape == (2, 40, 2, 2, 20)
@@ -163,7 +203,9 @@ def test_a_run_goes_on(model, tmp_path):
     "--lengths=2048": "the model's context is 1024 tokens, too short for [2048]",
     "--budgets=many": "--budgets: many are not numbers",
     "--text=none.txt": "none.txt is missing",
-    "--instances=4": "has rows of another run",
+    "--instances=4": "holds another run, choose another folder: instances was 3 and is 4",
+    "--dtype=bfloat16": "model.dtype was 'float32' and is 'bfloat16'",
+    "--tasks=all,none": "--tasks: no none; there are single_noise",
     "--thresholds=0.5,0.5,0.9": "has rows of another dense 1",
   }.items():
     if "dense" in message:  # as after a change of what a case means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -94,6 +95,21 @@ def test_help(program, flag):
     "What is done:\n  --kinds  Kinds of things. (default: a,b)\n  --[no]fast  Does it at once.\n\n"
     "Other flags:\n  --level  Of detail. (default: 3)\n"
   )
+
+
+COMMANDS = [file.stem for file in (ROOT / "experiments").glob("*.py") if "\n  cli.run(" in file.read_text()]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_in_sentences_and_groups(name):
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0 and not done.stderr, done.stderr
+  about, *groups = re.split(r"\n\n(?=[A-Z][^\n]*:\n  --)", done.stdout)
+  assert f"python -m experiments.{name}" in about and groups and not [g for g in groups if g.startswith("Other flags")]
+  flags = re.findall(r"^  --(?:\[no\])?\w+  (.*)", "\n".join(groups), re.M)
+  assert flags and not [text for text in flags if text.startswith("Of ")]
 
 
 def test_what_is_given(program):

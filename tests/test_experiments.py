@@ -18,9 +18,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import demo
-from sparse_serve_jax import runtime
+from sparse_serve_jax import runtime, tasks
 from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
-from sparse_serve_jax.models import load_model
+from sparse_serve_jax.evaluation import ladder
+from sparse_serve_jax.models import load_model, save_hf
 from tests.test_timeline import check_form
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,24 +140,22 @@ def test_the_kernels_readme_runs(capsys):
 
 
 @pytest.mark.slow
-def test_the_demos_rungs(capsys, monkeypatch):
-  n, n_prompt, n_new, size = 3, 1024, 8, 32
-  for name, value in dict(N_PROMPTS=n, PROMPT_TOKENS=n_prompt, NEW_TOKENS=n_new, BUDGET=256).items():
-    monkeypatch.setattr(demo, name, value)
-  demo.main(["demo"])
+def test_the_demos_rungs(capsys):
+  of, size = ladder.Comparison(n_prompts=3, prompt_tokens=1024, new_tokens=8, budget=256), 32
+  demo.main(of=of)
   *printed, last = capsys.readouterr().out.splitlines()
   rungs = json.loads(last)
   assert list(rungs) == printed[1].split() == ["dense", "sparse", "sparse_serve", "psa"]
 
   model = load_model(demo.REFERENCE, dtype="float32")
-  hbm = int(re.findall(r"hbm_bytes=(\d+)", " ".join(demo.changes(model)))[0])  # without offload room for one request
-  prompts = [
-    demo.tasks.make(name, n_prompt, i, model.tokenizer, split="eval").prompt for i, name in enumerate(demo.TASKS)
-  ]
-  lengths = [len(model.tokenizer.encode(prompt)) for prompt in prompts]
+  changes = " ".join(of.changes(model.config))
+  hbm = int(re.findall(r"hbm_bytes=(\d+)", changes)[0])  # without offload room for one request
+  asked = of.asked(model)
+  assert [instance.task for instance in asked] == list(ladder.TASKS)
+  lengths = [len(model.tokenizer.encode(instance.prompt)) for instance in asked]
   per_block = model.config.n_layers * model.config.n_kv_heads
-  full = sum((length + step) // size for length in lengths for step in range(n_new - 1)) * per_block
-  in_budget = n * (n_new - 1) * (256 // size) * per_block
+  full = sum((length + step) // size for length in lengths for step in range(of.new_tokens - 1)) * per_block
+  in_budget = of.n_prompts * (of.new_tokens - 1) * (of.budget // size) * per_block
   assert rungs["dense"]["blocks attended"] == full
   assert rungs["sparse"]["blocks attended"] == rungs["sparse_serve"]["blocks attended"] == in_budget < full
   assert in_budget / 4 < rungs["psa"]["blocks attended"] <= full
@@ -169,13 +168,23 @@ def test_the_demos_rungs(capsys, monkeypatch):
     assert row["answers right"] == row["tokens as dense"] == 1
 
 
+def test_a_model_that_the_demo_cannot_take_is_one_line(tmp_path):
+  absent = subprocess.run([sys.executable, "-m", "experiments.demo", "/nope"], cwd=ROOT, capture_output=True, text=True)
+  assert (absent.returncode, absent.stdout) == (2, "") and absent.stderr.startswith("error: '/nope' is no model: ")
+  assert len(absent.stderr.splitlines()) == 1
+  save_hf(load_model("random:tiny"), tmp_path)
+  (tmp_path / "tokenizer_config.json").unlink()
+  with pytest.raises(ValueError, match="tokenizer"):
+    demo.main(str(tmp_path))
+
+
 def test_share_right():
   model = load_model("random:tiny")
-  asked = [demo.tasks.make("multi_key", 512, seed, model.tokenizer, split="eval") for seed in range(2)]
+  asked = [tasks.make("multi_key", 512, seed, model.tokenizer, split="eval") for seed in range(2)]
   outputs = [model.tokenizer.encode(text, add_special_tokens=False) for text in (asked[0].completion + "and", " 1\n")]
-  assert demo._share_right(outputs, asked, model) == 0.5
+  assert ladder.share_right(outputs, asked, model) == 0.5
 
 
 def test_share_equal():
-  assert demo._share_equal([[1, 2], [3, 4]], [[1, 9], [3, 4]], lengths=[2, 2]) == 0.75
-  assert demo._share_equal([[1, 2, 5], [3, 4, 6]], [[1, 9, 0], [3, 0, 7]], lengths=[2, 1]) == 2 / 3
+  assert ladder.share_equal([[1, 2], [3, 4]], [[1, 9], [3, 4]], lengths=[2, 2]) == 0.75
+  assert ladder.share_equal([[1, 2, 5], [3, 4, 6]], [[1, 9, 0], [3, 0, 7]], lengths=[2, 1]) == 2 / 3

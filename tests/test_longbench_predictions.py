@@ -216,7 +216,7 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
     "samsum": f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value at column 12",
     "lcc": f"{data / 'lcc.jsonl'}:2: the row lacks 'length'",
     "trec": f"{data / 'trec.jsonl'}:2: request 'trec-1': {n} prompt + 5 output tokens = {n + 5}, but only 384 tokens "
-    "would fit (context 384, pool 256 blocks of 8)",
+    "would fit (the context, or the pool of 256 blocks of 8)",
   }
   assert {name: len(rows) for name, rows in lines_of(out).items()} == {"qasper": 3, "samsum": 3, "lcc": 1, "trec": 1}
 
@@ -333,8 +333,9 @@ def test_the_program(tmp_path):
   assert printed["scores"] == result and list(result) == ["qasper", "trec_e"]
   assert printed["rows"] == {"qasper": 2, "trec_e": 2} and list(printed["errors"]) == ["samsum"]
   assert table[0].split() == ["score", "rows", *longbench.BINS]
-  assert [line.split()[0] for line in table[1:]] == [*result, *printed["averages"]]
-  setting = json.loads((out / "config.json").read_text())
+  assert [line.split()[0] for line in table[1:]] == [*result, "unofficial:"] and not printed["averages"]
+  assert table[-1].split(": ")[1].split("; ") == printed["unofficial"]
+  setting = json.loads((out / "run.json").read_text())["setting"]
   assert setting["config"]["scheduler"]["max_context"] == 384 and setting["model"]["name"] == "random:tiny"
   room = 384 - max(MAX_NEW.values()) - SLACK - len("<user>\n<assistant>")
   assert setting["prompts"]["max_tokens"] == room and setting["prompts"]["chat_template"] is True
@@ -350,7 +351,7 @@ def test_the_program(tmp_path):
   done = start(*arguments, "--tasks=lcc", "--set=sparse.token_budget=64", "--nochat_template")
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
-    f"error: {out} holds predictions of another setting, give another --out: "
+    f"error: {out} holds another run, choose another folder: "
     "config.sparse.token_budget was 384 and is 64; prompts.max_tokens was 326 and is 344; "
     "prompts.chat_template was True and is False\n"
   )
@@ -368,7 +369,11 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   assert done.returncode == 0 and not done.stderr, done.stderr
   printed = json.loads(done.stdout.splitlines()[-1])
   assert printed["scores"] == {"qasper": 83.33, "lcc": 36.0, "lcc_e": {"0-4k": None, "4-8k": 100.0, "8k+": None}}
-  assert printed["rows"] == {"qasper": 2, "lcc": 1, "lcc_e": 1} and set(printed["averages"].values()) == {None}
+  assert printed["rows"] == {"qasper": 2, "lcc": 1, "lcc_e": 1} and printed["averages"] == {}
+  assert printed["unofficial"] == [
+    *("2 of the 21 tasks of LongBench", "1 of the 13 tasks of LongBench-E", "2 rows of qasper, which has 200"),
+    *("1 rows of lcc, which has 500", "1 rows of lcc_e, which has 300", "code compared by indel"),
+  ]
   assert sorted(tmp_path.iterdir()) == before
 
   (tmp_path / "trec.jsonl").write_text("{}\n")
@@ -383,6 +388,7 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   ("arguments", "message"),
   [
     ([], "--longbench_dir and --out are needed, or --score_only"),
+    (["--score_only=absent", "--out="], "flag --out=: a folder needs a name"),
     (["--score_only=absent"], "absent holds no predictions"),
     (["--longbench_dir=absent", "--out=absent"], "dataset2prompt.json is missing"),
   ],
@@ -399,4 +405,4 @@ def test_a_folder_of_unknown_origin_is_not_gone_on_with(tmp_path):
   write_lines(tmp_path / "qasper.jsonl", [predicted("", "barge 0")])
   arguments = [f"--longbench_dir={bench}", f"--out={tmp_path}", *(f"--set={a}" for a in SMALL_SERVING)]
   done = start(*arguments)
-  assert done.returncode == 2 and "has .jsonl files but no config.json that says what made them" in done.stderr
+  assert done.returncode == 2 and "has qasper.jsonl but no run.json that says what made it" in done.stderr

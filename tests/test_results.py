@@ -120,6 +120,15 @@ def test_rows_are_read_back(tmp_path):
   assert Rows(rows.file).all == rows.all == [{"i": 0, "text": "港\u2028é"}, {"i": 1}, {"i": 2}]
 
 
+def test_a_row_is_replaced(tmp_path):
+  rows = Rows(tmp_path / "rows.jsonl")
+  rows.append({"i": 0}, {"error": "no"}, {"i": 2})
+  rows.replace(1, {"i": 1})
+  rows.append({"i": 3})
+  assert Rows(rows.file).all == rows.all == [{"i": i} for i in range(4)]
+  assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_half_a_surrogate_pair_is_written_too(tmp_path):
   rows = Rows(tmp_path / "rows.jsonl")
   rows.append({"prompt": "half \ud83d"})

@@ -302,7 +302,7 @@ def test_the_program_in_two_pieces(tmp_path):
   assert refused.returncode == 2 and "--resume goes on with it" in refused.stderr.splitlines()[-1]
   (tmp_path / "other.json").write_text(json.dumps(RUN | {"seed": 1}))
   other = start(f"--config={tmp_path / 'other.json'}", arguments[1], "--resume")
-  assert other.returncode == 2 and "has another configuration" in other.stderr.splitlines()[-1]
+  assert other.returncode == 2 and "config.seed was 0 and is 1" in other.stderr.splitlines()[-1]
   second = start(*arguments, "--resume", "--log_every=2")
   assert second.returncode == 0, second.stderr
   result = json.loads(second.stdout.splitlines()[-1])

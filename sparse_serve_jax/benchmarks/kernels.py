@@ -182,11 +182,25 @@ def residency(b: Bench) -> Cases:
     yield f"{rows}x{b.heads}x{n} miss {miss:.0%}", functools.partial(case, miss)
 
 
+def locate(blocks: np.ndarray, at: np.ndarray, n_hits: np.ndarray) -> kernels.Located:
+  """Lists of whole groups; `at` are the slots of hits and of misses."""
+  n, group = blocks.shape[-1], blocks.shape[-1] // n_hits.shape[-1]
+  hit = np.arange(n) % group < np.repeat(n_hits, group, -1)
+  length = np.full(blocks.shape[:2], n, np.int32)
+  lists = blocks, np.where(hit, at, -1), np.where(hit, -1, at), n_hits, length
+  return kernels.Located(*map(jnp.asarray, lists))
+
+
+def as_one_group(located: kernels.Located) -> kernels.Located:
+  at = np.maximum(located.slot, located.place)
+  return locate(np.asarray(located.blocks), at, np.sum(located.n_hits, -1, keepdims=True))
+
+
 def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any], rows: int, n: int) -> Row:
   """A case of `attend`, whose functions it takes: the pool lies in device memory, and there are no slots."""
   nowhere, no_hits = np.full((rows, b.heads, n), -1, np.int32), np.zeros((rows, b.heads, 1), np.int32)
   variants = b.variants(lambda: inputs_of(rows, n, rows * n, nowhere, no_hits))
-  measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, rows * n), n)
+  measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, rows * n))
 
   def contiguous():
     kv = [b.random(rows, n * b.size, b.heads, b.depth) for _ in range(2)]
@@ -215,22 +229,10 @@ def attend(b: Bench) -> Cases:
     p = jax.nn.softmax(s, axis=(-2, -1)).astype(q.dtype)
     return slots, jnp.einsum("bkgns,bknsd->bkgd", p, kv[..., 1, :, :], preferred_element_type=jnp.float32)
 
-  def locate(blocks, at, n_hits):
-    """Lists of whole groups; `at` are the slots of hits and of misses."""
-    n, group = blocks.shape[-1], blocks.shape[-1] // n_hits.shape[-1]
-    hit = np.arange(n) % group < np.repeat(n_hits, group, -1)
-    length = np.full(blocks.shape[:2], n, np.int32)
-    located = kernels.Located(blocks, np.where(hit, at, -1), np.where(hit, -1, at), n_hits, length)
-    return jax.tree.map(jnp.asarray, located)
-
   def inputs_of(rows, n, n_pool, at, n_hits):
     """Queries, and a list of blocks that is the same for all heads of a row."""
     blocks = np.broadcast_to(b.distinct(n_pool, rows, 1, n), at.shape)
     return b.random(rows, b.heads, b.group, b.depth), locate(blocks, at, n_hits)
-
-  def as_one_group(located):
-    at = np.maximum(located.slot, located.place)
-    return locate(located.blocks, at, np.sum(located.n_hits, -1, keepdims=True))
 
   def run(rows, variants, slots, pool, stop=None):
     tail = b.blocks(b.heads, 1, rows)
@@ -330,8 +332,8 @@ def prefill(b: Bench) -> Cases:
     n_before, queries = before // b.size, b.heads * b.group
 
     def op(state, shared, inputs):
-      (pool, slots), (q, k, v, at) = shared, inputs
-      prefix = kernels.Prefix(pool, slots, jnp.int32(0), *at, jnp.int32(before)) if before else None
+      (pool, slots), (q, k, v, (blocks, slot)) = shared, inputs
+      prefix = kernels.Prefix(pool, slots, jnp.int32(0), blocks, slot, jnp.int32(before)) if before else None
       return state, kernels.prefill_attention(q, k, v, prefix, **b.kernel)
 
     def inputs():

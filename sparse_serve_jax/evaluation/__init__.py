@@ -1,6 +1,9 @@
 """What a model is evaluated on, and what sparse attention changes in its answers.
 
-replay -> accuracy -> report  many settings answer the same instances; rows of each; tables and summaries of rows
+replay -> accuracy -> report, plots
+                              many settings answer the same instances; rows of each; tables, summaries and plots of rows
 selections                    which blocks successive steps select: traces, overlap, working sets
+study                         rows of accuracy and selections in a folder, of which what is there is not run again
+ladder                        rungs of the ladder side by side
 longbench -> scorers          LongBench's prompts, predictions and official scores
 """

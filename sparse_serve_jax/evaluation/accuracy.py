@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,16 @@ STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most ther
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
 DEFAULT_METHOD = SparseConfig().method
+
+# Variations that may be asked for besides methods, budgets and thresholds. Those of budgets are the default method's.
+AXES = {
+  "between": "budgets between those given, for comparison with PSA",
+  "sinks": "without sinks and window",
+  "layers": "two dense layers",
+  "heads": "blocks ranked by the best query head of a group, not by the mean",
+  "blocks": "blocks of 16 and 64 tokens",
+  "stops": "PSA's thresholds on the ranking of min_max too, with its estimate and with a certified stop",
+}
 
 # Series that tables name; those of budgets have their method's name, or the axis's.
 DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
@@ -73,11 +83,10 @@ class Case:
     return 0 if unranked else get_method(self.config.sparse.method).vectors
 
 
-def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[float]) -> Iterator[Case]:
-  """Dense; every method at every budget; PSA at every threshold, with two rankings, the second of them also with a
-  certified stop. If the default method is among `names`, it is taken between the budgets too, for comparison with PSA,
-  and along the axes.
-  """
+def cases(
+  names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[float], axes: Collection[str] = ()
+) -> Iterator[Case]:
+  """Dense; every method at every budget; PSA at every threshold; and along the `AXES` that are named."""
 
   def case(
     series: str,
@@ -92,8 +101,8 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
     return Case(series, at, override(EngineConfig(), [*base, *changes]), oracle, certified)
 
   yield case(DENSE, 1, "sparse.policy=dense")
-  for low, high in itertools.pairwise(budgets):
-    if DEFAULT_METHOD in names and (between := (low + high) // 2 // max(BLOCK_SIZES) * max(BLOCK_SIZES)) > low:
+  for low, high in itertools.pairwise(budgets) if "between" in axes else ():
+    if (between := (low + high) // 2 // max(BLOCK_SIZES) * max(BLOCK_SIZES)) > low:
       yield case(DEFAULT_METHOD, between, f"sparse.token_budget={between}")
   for budget in budgets:
     of = f"sparse.token_budget={budget}"
@@ -104,19 +113,22 @@ def cases(names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[flo
       elif name != "top_p":
         method = DEFAULT_METHOD if name == "oracle" else name
         yield case(name, budget, of, f"sparse.method={method}", oracle=name == "oracle")
-    if DEFAULT_METHOD in names:
+    if "sinks" in axes:
       yield case("no sinks, no window", budget, of, "sparse.sink_tokens=0", "sparse.window_tokens=0")
+    if "layers" in axes:
       yield case("two layers dense", budget, of, "sparse.dense_layers=2")
+    if "heads" in axes:
       yield case("best query head", budget, of, "sparse.group_reduce=max")
-      for size in BLOCK_SIZES[1:]:
-        yield case(f"blocks of {size}", budget, of, block_tokens=size)
+    for size in BLOCK_SIZES[1:] if "blocks" in axes else ():
+      yield case(f"blocks of {size}", budget, of, block_tokens=size)
   if "top_p" in names:
     yield case("top_p", TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
   for threshold in thresholds:
     of = "sparse.policy=psa", f"sparse.threshold={threshold}"
     yield case(PSA, threshold, *of)
-    yield case(PSA_MIN_MAX, threshold, *of, "sparse.method=min_max")
-    yield case(CERTIFIED, threshold, *of, "sparse.method=min_max", certified=True)
+    if "stops" in axes:
+      yield case(PSA_MIN_MAX, threshold, *of, "sparse.method=min_max")
+      yield case(CERTIFIED, threshold, *of, "sparse.method=min_max", certified=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +166,11 @@ class Instances:
     predicted = np.array(start)[:, None] + np.arange(n)[None] + 1
     answers = (predicted >= np.array(first_answer)[:, None]) & (predicted < np.array(end)[:, None])
     if not answers.any(1).all():
-      raise ValueError(f"{most_steps} decode steps end before the answer to a question of {task!r} begins")
+      begins = max(b - a for a, b in zip(start, first_answer, strict=True))
+      raise ValueError(
+        f"{most_steps} decode steps end before the answer to a question of {task!r} begins: that takes {begins}, and "
+        f"{needed} for the whole of it"
+      )
     return cls(tokens, np.array(start, np.int32), answers)
 
   @classmethod

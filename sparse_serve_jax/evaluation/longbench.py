@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparse_serve_jax import files
+from sparse_serve_jax import files, results
 from sparse_serve_jax.evaluation import scorers
+from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads import Refused
@@ -67,16 +67,15 @@ class Run:
     self.errors: dict[str, str] = {}
     self.n_rows = self.n_done = 0
     self._release, self._folder, self._limit = release, folder, limit
-    self._found: dict[str, list[dict[str, Any]]] = {}  # predictions by task
+    self._found: dict[str, results.Rows] = {}  # predictions by task
     for name in dict.fromkeys(names):
       with self._reported(name):
         with release.file(name).open("rb") as lines:
           n_rows = sum(1 for _ in itertools.islice(filter(bytes.strip, lines), limit))
-        self._found[name] = _whole_predictions(self._file(name))
+        self._found[name] = results.Rows(self._folder / f"{name}.jsonl")
         self.n_rows += n_rows
-        self.n_done += sum("error" not in line for line in self._found[name][:n_rows])
-    self._n_written = {name: len(found) for name, found in self._found.items()}
-    self._held: dict[str, dict[int, str]] = defaultdict(dict)  # lines that wait for those before them
+        self.n_done += sum("error" not in line for line in self._found[name].all[:n_rows])
+    self._held: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)  # lines that wait for those before them
 
   def predict(
     self, engine: Engine, tokenizer: Tokenizer, max_prompt_tokens: int, chat: bool, max_live: int
@@ -106,11 +105,10 @@ class Run:
     for name, found in self._found.items():
       with self._reported(name):
         for row in self._release.rows(name, self._limit):
-          if row.index < len(found) and "error" not in (line := found[row.index]):
+          # A line that is there is of a run before this one: rows are asked before they are written.
+          if row.index < len(found.all) and "error" not in (line := found.all[row.index]):
             if not line.items() >= row.beside.items():
-              raise ValueError(
-                f"{row.where}: line {row.index + 1} of {self._file(name)} is a prediction for another row"
-              )
+              raise ValueError(f"{row.where}: line {row.index + 1} of {found.file} is a prediction for another row")
             continue
           item = self._release.item(row, tokenizer, max_prompt_tokens, chat)
           if isinstance(item, Refused):
@@ -121,27 +119,16 @@ class Run:
           yield _Asked(request, row)
 
   def _write(self, row: Row, prediction: str, **error: str) -> None:
-    """Appends whole lines: this row's and those that waited for it, or nothing yet. Replaces a line that is there."""
-    name, held, ready = row.name, self._held[row.name], ""
-    # As the official rows, text is not escaped, unless it cannot be written otherwise.
-    line = json.dumps({"pred": prediction} | row.beside | error, ensure_ascii=bool(error)) + "\n"
-    if row.index < self._n_written[name]:
-      lines = list(filter(bytes.strip, self._file(name).read_bytes().splitlines(keepends=True)))
-      lines[row.index] = line.encode()
-      whole = self._file(name).with_suffix(".tmp")
-      whole.write_bytes(b"".join(lines))
-      whole.replace(self._file(name))
+    """Appends this row's line and those that waited for it, or nothing yet. Replaces a line that is there."""
+    found, held, ready = self._found[row.name], self._held[row.name], []
+    line = {"pred": prediction} | row.beside | error
+    if row.index < len(found.all):
+      found.replace(row.index, line)
       return
     held[row.index] = line
-    while self._n_written[name] in held:
-      ready += held.pop(self._n_written[name])
-      self._n_written[name] += 1
-    if ready:
-      with self._file(name).open("a", encoding="utf-8", newline="\n") as file:
-        file.write(ready)
-
-  def _file(self, name: str) -> pathlib.Path:
-    return self._folder / f"{name}.jsonl"
+    while (index := len(found.all) + len(ready)) in held:
+      ready.append(held.pop(index))
+    found.append(*ready)
 
   @contextlib.contextmanager
   def _reported(self, name: str):
@@ -149,17 +136,6 @@ class Run:
       yield
     except ValueError as error:
       self.errors[name] = str(error)
-
-
-def _whole_predictions(file: pathlib.Path) -> list[dict[str, Any]]:
-  """The predictions there are. A last line without its end, cut short when a run was killed, is removed."""
-  if not file.exists():
-    return []
-  text = file.read_bytes()
-  whole = text[: text.rfind(b"\n") + 1]
-  if whole != text:
-    file.write_bytes(whole)
-  return [row for _, row in files.read_lines(file)]
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -235,8 +211,25 @@ def first_line_only(task: Task) -> bool:
   return task.category == "few-shot"
 
 
-def averages(scores: Mapping[str, Score]) -> dict[str, float | None]:
-  """The averages in use, over LongBench without E. None where a task is missing.
+def unofficial(scores: Mapping[str, Score], code_sim: scorers.CodeSim = "difflib") -> list[str]:
+  """Why these are no official scores, in a few words each; nothing if they are of all rows of v1, of E or of both."""
+  told = []
+  for benchmark, names in (("LongBench", NAMES["all"]), ("LongBench-E", NAMES["all_e"])):
+    found = [name for name in names if name in scores]
+    if found and len(found) < len(names):
+      told.append(f"{len(found)} of the {len(names)} tasks of {benchmark}")
+  for name, score in scores.items():
+    task = find_task(name)
+    official = task.n_rows_e if name.endswith("_e") else task.n_rows
+    if score.n_rows != official:
+      told.append(f"{score.n_rows} rows of {name}, which has {official}")
+  if code_sim != "difflib" and any(METRICS[find_task(name).name] is scorers.code_sim for name in scores):
+    told.append(f"code compared by {code_sim}")
+  return told
+
+
+def averages(scores: Mapping[str, Score]) -> dict[str, float]:
+  """The averages in use, over LongBench without E: those whose tasks are all there.
 
   category_mean_en, category_mean_zh: the official ones, the mean over six categories of the mean over a category's
   tasks in the language; code belongs to both. task_mean_en_code: the plain mean of the 16 tasks in English and code,
@@ -252,10 +245,20 @@ def averages(scores: Mapping[str, Score]) -> dict[str, float | None]:
   known = {name: score.value for name, score in scores.items() if isinstance(score.value, float)}
   return {
     name: round(_mean([_mean([known[task] for task in group]) for group in of]), 2)
-    if known.keys() >= set(itertools.chain(*of))
-    else None
     for name, of in groups.items()
+    if known.keys() >= set(itertools.chain(*of))
   }
+
+
+def table(scores: Mapping[str, Score]) -> str:
+  """Scores of v1 and averages in the first column, of LongBench-E in those of its bins."""
+  plain = {name: None if isinstance(score.value, dict) else score.value for name, score in scores.items()}
+  bins = {name: score.value for name, score in scores.items() if isinstance(score.value, dict)}
+  columns: dict[str, Mapping[str, Any]] = {"score": plain | averages(scores)}
+  columns["rows"] = {name: score.n_rows for name, score in scores.items()}
+  if bins:
+    columns |= {key: {name: value[key] for name, value in bins.items()} for key in BINS}
+  return metrics.table(columns)
 
 
 def _mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Plots of the accuracy experiment, each of what `sparse_serve_jax.evaluation.report` or a file of rows tells."""
+"""Plots of the accuracy experiment, each of what `report` or the rows of `selections.reuse` tell. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ from matplotlib import pyplot as plt
 
 # Ten colors, then the same dotted, so that no two of up to twenty lines look alike.
 plt.rcParams["axes.prop_cycle"] = cycler(linestyle=["-", ":"]) * plt.rcParams["axes.prop_cycle"]
+
+
+def write(folder: pathlib.Path, told: dict[str, list[Row]], reuse_rows: list[Row]) -> None:
+  """All plots of a summary and of rows of `reuse`, as .png files."""
+  for name, entries in _by(told["accuracies"], "group", "tokens").items():
+    if len(entries) > 1:  # dense alone is no line
+      accuracy_by_bytes(entries, folder / f"accuracy_{name}.png")
+  for name, entries in _by(told["psa_by_head"], "group", "tokens").items():
+    blocks_by_head(nearest(entries), folder / f"psa_{name}.png")
+  for name, entries in _by(reuse_rows, "task", "tokens").items():
+    reuse(entries, folder / f"reuse_{name}.png")
 
 
 def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path) -> None:
@@ -68,6 +79,14 @@ def nearest(entries: Sequence[Row]) -> Row:
   """The entry of `report.psa_by_head` to show where one is shown."""
   at = report.nearest_threshold([entry["threshold"] for entry in entries])
   return next(entry for entry in entries if entry["threshold"] == at)
+
+
+def _by(entries: Sequence[Row], *keys: str) -> dict[str, list[Row]]:
+  """Entries by their values under keys."""
+  named: dict[str, list[Row]] = {}
+  for entry in entries:
+    named.setdefault("_".join(str(entry[key]) for key in keys), []).append(entry)
+  return named
 
 
 def _heat_map(figure: Any, axes: Any, values: np.ndarray, title: str) -> None:

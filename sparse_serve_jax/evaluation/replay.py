@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,8 @@ def replay(
 @functools.partial(jax.jit, static_argnums=(0, 1, 6))
 def _replay(cfg, program: _Program, params, setting: _Setting, dense: Prefill, start, n_steps) -> Replay:
   one = functools.partial(_replay_one, cfg, program, params, setting, n_steps)
-  return jax.vmap(one, in_axes=(Prefill(tokens=0, keys=1, values=1), 0))(dense, start)
+  of_sequences: Any = 0, 1, 1  # axes of tokens, keys and values
+  return jax.vmap(one, in_axes=(Prefill(*of_sequences), 0))(dense, start)
 
 
 def _replay_one(cfg, program: _Program, params, setting: _Setting, n_steps, dense: Prefill, start) -> Replay:

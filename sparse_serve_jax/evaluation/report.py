@@ -8,11 +8,13 @@ requests and traced, how many requests and steps of each it is of.
 from __future__ import annotations
 
 import itertools
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from sparse_serve_jax import results
 from sparse_serve_jax.config import SparseConfig
 from sparse_serve_jax.evaluation.accuracy import (
   CERTIFIED,
@@ -247,6 +249,18 @@ def _each_accuracy(rows: Sequence[Row], case: str) -> list[list[float]]:
 
 def _ratios(one: Row | None, other: Row | None, keys: Sequence[str] = ("blocks", "bytes")) -> dict[str, float] | None:
   return None if one is None or other is None else {key: one[key] / other[key] for key in keys}
+
+
+def in_short(told: dict[str, list[Row]]) -> Row:
+  """What fits a line: under "dense" the accuracy of dense attention by group and length."""
+  dense = [entry for entry in told["accuracies"] if entry["series"] == DENSE]
+  return {"dense": {f"{entry['group']} {entry['tokens']}": round(entry["accuracy"], 4) for entry in dense}}
+
+
+def write(folder: pathlib.Path, told: dict[str, list[Row]]) -> None:
+  """Writes a summary to summary.json and its tables to results.md."""
+  (folder / "results.md").write_text(markdown(told), encoding="utf-8")
+  results.replace_json(folder / "summary.json", told)
 
 
 # Tables

@@ -1,0 +1,129 @@
+"""The accuracy experiment in a folder: many settings of one model, of which what is there is not measured again.
+
+The folder holds results.jsonl, rows of `accuracy.measure`; reuse.jsonl, rows of `selections.reuse`; and traces/*.npz.
+Every row has the keys task, group, tokens, case, series and at, so that `report` can make tables of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+
+from sparse_serve_jax import results, tasks
+from sparse_serve_jax.evaluation import accuracy, selections
+from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.tasks import text as texts
+
+FORMAT = 3  # of rows; another one when they tell other things, or the same in another way
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+  """How much is measured."""
+
+  instances: int = 200  # of every task and length
+  steps: int = 96  # decode steps at most; a longer answer is judged by its beginning
+  requests: int = 4  # of which selections are traced, for every task of a long answer
+  trace_steps: int = 256  # of these, decode steps of an answer at most
+  text: str | None = None  # a file that ordinary text is taken from; None: it is generated
+
+
+class Table(results.Rows):
+  """Rows of one kind: one for each task, length and case."""
+
+  def left(self, task: str, n_tokens: int, wanted: Iterable[Case]) -> list[Case]:
+    """The cases without a row.
+
+    Raises:
+      ValueError: a row's case of the same name was configured in another way.
+    """
+    done = {row["case"]: row["config"] for row in self.all if (row["task"], row["tokens"]) == (task, n_tokens)}
+    wanted = list(wanted)
+    if other := [case.name for case in wanted if done.get(case.name, _crc(case)) != _crc(case)]:
+      raise ValueError(f"{self.file} has rows of another {', '.join(other)}: choose another folder")
+    return [case for case in wanted if case.name not in done]
+
+  def add(self, task: str, n_tokens: int, case: Case, told: Row) -> None:
+    group = TEXT if task == TEXT else tasks.TASKS[task].group
+    key = dict(task=task, group=group, tokens=n_tokens, case=case.name, series=case.series, at=case.at)
+    self.append(key | dict(config=_crc(case)) | told)
+
+
+class Study:
+  """One model's rows in a folder, which is claimed for it. What is there already is not measured again."""
+
+  def __init__(
+    self,
+    model: Model,
+    folder: pathlib.Path,
+    wanted: Sequence[Case],
+    amounts: Amounts,
+    tokens_at_once: int = 1 << 17,
+    workers: int = 4,
+  ):
+    """Finds out what is there.
+
+    Args:
+      model: what answers.
+      folder: of the results.
+      wanted: the settings.
+      amounts: how much is measured.
+      tokens_at_once: of a batch of instances.
+      workers: processes that make instances ahead; 0: this one does.
+
+    Raises:
+      ValueError: the folder has rows of another model, or of other amounts.
+    """
+    # A checkpoint that was trained on has another final norm.
+    checkpoint = zlib.crc32(np.asarray(model.params["final_norm"]).tobytes())
+    of_model = dict(name=model.name, dtype=model.config.dtype, checkpoint=f"{checkpoint:08x}")
+    amounts_of = {key: value for key, value in dataclasses.asdict(amounts).items() if key != "text"}  # is in prompts
+    results.claim(folder, {"model": of_model, "prompts": _prompts(model, amounts), "format": FORMAT, **amounts_of})
+    self.rows, self.reuse = Table(folder / "results.jsonl"), Table(folder / "reuse.jsonl")
+    self._model, self._wanted, self._amounts = model, wanted, amounts
+    self._at_once, self._workers = tokens_at_once, workers
+    self._params = jax.device_put(model.params)
+
+  def measure(self, task: str, n_tokens: int) -> None:
+    """What each setting answers of a generated task, or predicts of ordinary text (`TEXT`), at a length."""
+    if left := self.rows.left(task, n_tokens, self._wanted):
+      sample = self._sample(task, n_tokens)
+      for case, row in accuracy.measure(self._model, self._params, sample, left, self._workers):
+        self.rows.add(task, n_tokens, case, row)
+
+  def trace(self, task: str, n_tokens: int) -> None:
+    """What the default method's budgets and PSA select while answers of a task are decoded; of each budget a trace."""
+    series = accuracy.DEFAULT_METHOD, accuracy.PSA
+    if left := self.reuse.left(task, n_tokens, [case for case in self._wanted if case.series in series]):
+      folder = self.reuse.file.parent / "traces"
+      folder.mkdir(exist_ok=True)
+      # Longer steps than those of answers, hence fewer at once.
+      at_once, of = max(1, self._at_once // n_tokens // 2), self._amounts
+      sample = self._sample(task, n_tokens)._replace(instances=of.requests, steps=of.trace_steps, at_once=at_once)
+      for case, trace in selections.measure(self._model, self._params, sample, left):
+        if not case.stops:
+          trace.save(folder / f"{task}_{n_tokens}_{case.at:g}.npz")
+        told = selections.reuse(trace) | dict(requests=of.requests, traced=trace.selected.shape[1])
+        self.reuse.add(task, n_tokens, case, told)
+
+  def _sample(self, task: str, n_tokens: int) -> Sample:
+    of = self._amounts
+    return Sample(task, n_tokens, of.instances, max(1, self._at_once // n_tokens), of.steps, of.text)
+
+
+def _crc(case: Case) -> str:
+  """Of all that a case is."""
+  return f"{zlib.crc32(repr(case).encode()):08x}"
+
+
+def _prompts(model: Model, amounts: Amounts) -> str:
+  """Another one when tasks are written in another way, or take other text."""
+  text = texts.user_text(amounts.text) if amounts.text else texts.sentences
+  each = [tasks.make(name, 2048, 0, model.tokenizer, split="eval", text=text).text for name in tasks.TASKS]
+  return f"{zlib.crc32(''.join(each).encode()):08x}"
