@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments import cli
 from sparse_serve_jax import results, runtime, workloads
-from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
+from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model, load_model
 from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Wall
@@ -67,7 +67,6 @@ def main() -> int:
   before = rows.all[:] if rows else []
   # All that is wrong with the command line, files or the folder is told by now.
   model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
-  _check_fits(config, model.config)
   clock = Wall()
   timeline = Timeline(clock)
   engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)
@@ -75,7 +74,7 @@ def main() -> int:
   with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
     record = Record(model, timeline, rows, bar, clock.now())
     try:
-      served = run.serve(engine, items, arrivals, clock, record, ignore_eos=_IGNORE_EOS.value)
+      served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
     finally:
       if out:
         timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
@@ -122,16 +121,6 @@ def _setting(config: EngineConfig, workload: workloads.WorkloadConfig) -> dict[s
     "seed": _SEED.value,
     "ignore_eos": _IGNORE_EOS.value,
   }
-
-
-def _check_fits(config: EngineConfig, model: ModelConfig) -> None:
-  """Refuses what would be cut down to the model without a word."""
-  for key, value, limit in (
-    ("sparse.dense_layers", config.sparse.dense_layers, model.n_layers),
-    ("scheduler.max_context", config.scheduler.max_context, model.max_context),
-  ):
-    if value > limit:
-      raise ValueError(f"{key}={value} is beyond the model's {limit}")
 
 
 def _left(

@@ -1,12 +1,20 @@
-"""One session for every test: two virtual CPU devices, strict numerics, no GPU unless asked for with `-m gpu`."""
+"""One session for every test: two virtual CPU devices, strict numerics, no GPU unless asked for with `-m gpu`.
+
+On a CPU, shapes and types in signatures are checked as functions are called, and XLA optimizes little: nine tenths of the
+time of these tests is compilation. What one process has compiled the others of the session read from a folder.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 
 hypothesis.settings.register_profile("quick", deadline=None, derandomize="CI" in os.environ)
@@ -22,16 +30,29 @@ def pytest_addoption(parser: pytest.Parser):
   )
 
 
+CHECKED = ("pallas_kernels", "sparse_serve_jax")  # packages whose annotations are checked
+CPU_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+
+
 def pytest_configure(config: pytest.Config):
-  flags = os.environ.get("XLA_FLAGS", "")
-  if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
-  if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+  """Sets the environment, which processes that tests start inherit."""
+  on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  given = {flag.partition("=")[0] for flag in flags}
+  ours = ("--xla_force_host_platform_device_count=2", *(() if on_gpu else CPU_FLAGS))
+  os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in ours if flag.partition("=")[0] not in given)])
+  if on_gpu:
     from sparse_serve_jax import runtime
 
     runtime.configure()
   else:
+    jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+      folder = tempfile.mkdtemp(prefix="compiled-")
+      config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+      os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+      os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
   import jax  # only now: it reads the environment
 

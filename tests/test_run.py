@@ -16,7 +16,7 @@ from sparse_serve_jax.workloads import Item, Refused
 from tests.fake_engine import VOCAB, FakeExecutor, FakeModel, continuation, fake_executor
 
 
-def simulated(model: FakeModel | None = None, **sizes) -> tuple[Engine, FakeExecutor, Virtual]:
+def simulated(model: FakeModel | None = None, **sizes) -> tuple[Engine, FakeExecutor]:
   """An engine on a device that takes a second for every iteration."""
   executor = fake_executor(model=model, **sizes)
   clock, execute = Virtual(100.0), executor.execute
@@ -26,7 +26,7 @@ def simulated(model: FakeModel | None = None, **sizes) -> tuple[Engine, FakeExec
     return execute(plan)
 
   executor.execute = taking_a_second
-  return Engine(executor, clock=clock), executor, clock
+  return Engine(executor, clock=clock), executor
 
 
 def item(name: str, prompt: list[int], n: int) -> Item:
@@ -51,10 +51,10 @@ def test_the_wall_sleeps_until_it_is_time():
 
 def test_times_by_hand():
   """Three iterations for "a", a rest, and "b" and "c" together."""
-  engine, _, clock = simulated()
+  engine, _ = simulated()
   items = [item("a", [1], 3), item("b", [2], 2), item("c", [3], 2)]
   ended: list[Request] = []
-  served = serve(engine, items, [0.0, 10.0, 10.0], clock, ended.append)
+  served = serve(engine, items, [0.0, 10.0, 10.0], ended.append)
   assert [request.id for request in ended] == ["a", "b", "c"]
   for request, of in zip(ended, items, strict=True):
     assert request.output_tokens == continuation(of.prompt.tolist(), of.max_new_tokens)
@@ -68,9 +68,9 @@ def test_times_by_hand():
 
 def test_arrivals_do_not_wait_for_the_engine():
   """One row for all: requests queue, and their times to the first token count from when they were due."""
-  engine, _, clock = simulated(R=1)
+  engine, _ = simulated(R=1)
   ended: list[Request] = []
-  served = serve(engine, [item(str(i), [i], 4) for i in range(4)], [0.5 * i for i in range(4)], clock, ended.append)
+  served = serve(engine, [item(str(i), [i], 4) for i in range(4)], [0.5 * i for i in range(4)], ended.append)
   assert [request.arrival_time - 100 for request in ended] == [0, 0.5, 1, 1.5]
   delays = [request.scheduled_time - request.arrival_time for request in ended]
   assert delays[0] == 0 and delays == sorted(delays) and delays[3] > 3 * 3
@@ -78,17 +78,17 @@ def test_arrivals_do_not_wait_for_the_engine():
 
 
 def test_the_start_may_be_later_than_zero():
-  engine, _, clock = simulated()
+  engine, _ = simulated()
   ended: list[Request] = []
-  serve(engine, [item("late", [1], 1)], [7.0], clock, ended.append)
+  serve(engine, [item("late", [1], 1)], [7.0], ended.append)
   assert ended[0].scheduled_time == 107
 
 
 def test_what_is_refused_is_handed_out_with_the_reason_and_the_rest_runs():
-  engine, _, clock = simulated()
+  engine, _ = simulated()
   items = [item("long", [1] * 90, 3), item("good", [1, 2], 3), item("foreign", [VOCAB], 3)]
   ended: list[Request | Refusal] = []
-  served = serve(engine, items, np.zeros(3), clock, ended.append)
+  served = serve(engine, items, np.zeros(3), ended.append)
   long, foreign, good = ended
   assert isinstance(long, Refusal) and isinstance(foreign, Refusal) and isinstance(good, Request)
   assert [(end.id, end.prompt_tokens) for end in (long, foreign)] == [("long", 90), ("foreign", 1)]
@@ -97,18 +97,18 @@ def test_what_is_refused_is_handed_out_with_the_reason_and_the_rest_runs():
 
 
 def test_what_its_source_refuses_is_handed_out_when_it_is_due():
-  engine, _, clock = simulated()
+  engine, _ = simulated()
   items = [Refused("broken", "in.jsonl:7", "no text"), item("good", [1], 3)]
   ended: list[Request | Refusal] = []
-  served = serve(engine, items, [0.0, 0.0], clock, ended.append)
+  served = serve(engine, items, [0.0, 0.0], ended.append)
   assert ended[0] == Refusal("broken", None, "in.jsonl:7: no text")
   assert (served.refused, served.summary.requests) == (1, 1)
 
 
 def test_rows_by_hand():
-  engine, _, clock = simulated()
+  engine, _ = simulated()
   ended: list[Request | Refusal] = []
-  serve(engine, [item("a", [1, 2], 2), item("b", [], 3)], [0.0, 0.0], clock, ended.append)
+  serve(engine, [item("a", [1, 2], 2), item("b", [], 3)], [0.0, 0.0], ended.append)
   refused, a = (row(end, start=90.0) for end in ended)
   assert json.loads(json.dumps(a)) == a
   assert a == {
@@ -132,23 +132,23 @@ def test_rows_by_hand():
 
 
 def test_all_refused():
-  engine, _, clock = simulated()
-  served = serve(engine, [item("a", [], 1), item("b", [], 1)], [0.0, 5.0], clock, lambda end: None)
+  engine, _ = simulated()
+  served = serve(engine, [item("a", [], 1), item("b", [], 1)], [0.0, 5.0], lambda end: None)
   assert (served.refused, served.summary.requests, served.summary.hbm_hit_rate, served.elapsed_s) == (2, 0, None, 5)
 
 
 def test_errors_are_counted():
-  engine, executor, clock = simulated()
+  engine, executor = simulated()
   executor.not_finite.add("bad")
   ended: list[Request | Refusal] = []
-  served = serve(engine, [item("bad", [1], 2), item("good", [2], 2)], [0.0, 0.0], clock, ended.append)
+  served = serve(engine, [item("bad", [1], 2), item("good", [2], 2)], [0.0, 0.0], ended.append)
   assert (served.failed, served.summary.requests) == (1, 1)
   assert "not finite" in row(ended[0], 0.0)["error"] and row(ended[0], 0.0)["finish_reason"] == "error"
 
 
 def test_a_device_that_fails_for_good():
   """What it held is handed out with the error, and the run ends with it when nothing more can be added."""
-  engine, executor, clock = simulated()
+  engine, executor = simulated()
 
   def broken(*_):
     raise OSError("device gone")
@@ -156,24 +156,24 @@ def test_a_device_that_fails_for_good():
   executor.execute = executor.reset = broken
   ended: list[Request | Refusal] = []
   with pytest.raises(RuntimeError, match="device gone"):
-    serve(engine, [item("a", [1], 2), item("b", [2], 2)], [0.0, 9.0], clock, ended.append)
+    serve(engine, [item("a", [1], 2), item("b", [2], 2)], [0.0, 9.0], ended.append)
   assert [row(end, 0.0)["finish_reason"] for end in ended] == ["error"]
 
 
 def test_an_item_says_how_it_is_drawn():
   prompt = np.array([3, 4, 5], np.int32)
   stop = continuation(prompt.tolist(), 3)[2]
-  engine, _, clock = simulated(FakeModel(eos_token_ids=(stop,)))
+  engine, _ = simulated(FakeModel(eos_token_ids=(stop,)))
   items = [Item(str(i), prompt, 5, options) for i, options in enumerate([{}, {"ignore_eos": False}])]
   ended: list[Request] = []
-  serve(engine, items, np.zeros(2), clock, ended.append, ignore_eos=True)
+  serve(engine, items, np.zeros(2), ended.append, ignore_eos=True)
   reasons = {request.id: request.finish_reason for request in ended}
   assert reasons == {"0": "length", "1": "stop"}
 
 
 def test_an_interruption_cancels_what_lives():
   """What was handed out stays; what lives ends, and is not handed out."""
-  engine, _, clock = simulated()
+  engine, _ = simulated()
   step, steps, waited = engine.step, itertools.count(), []
   engine.wait = lambda: waited.append(True)
 
@@ -185,7 +185,7 @@ def test_an_interruption_cancels_what_lives():
   engine.step = interrupted
   ended: list[Request] = []
   with pytest.raises(KeyboardInterrupt):
-    serve(engine, [item("short", [1], 2), item("long", [2], 30)], [0.0, 0.0], clock, ended.append)
+    serve(engine, [item("short", [1], 2), item("long", [2], 30)], [0.0, 0.0], ended.append)
   assert [request.id for request in ended] == ["short"] and waited
   (left,) = step()
   assert (left.id, left.finish_reason) == ("long", "cancelled")
@@ -193,14 +193,14 @@ def test_an_interruption_cancels_what_lives():
 
 def test_an_interruption_within_an_iteration():
   """Nothing can be cancelled then, and that is not what is told."""
-  engine, executor, clock = simulated()
+  engine, executor = simulated()
 
   def interrupted(plan):
     raise KeyboardInterrupt
 
   executor.submit = interrupted
   with pytest.raises(KeyboardInterrupt):
-    serve(engine, [item("a", [1], 2)], [0.0], clock, lambda end: None)
+    serve(engine, [item("a", [1], 2)], [0.0], lambda end: None)
   assert engine.failed
 
 
@@ -209,9 +209,9 @@ def test_an_interruption_within_an_iteration():
   [([0.0], "2 items need as many"), ([1.0, 0.5], "ascend"), ([0.0, float("inf")], "finite")],
 )
 def test_arrivals_are_checked(arrivals, message):
-  engine, executor, clock = simulated()
+  engine, executor = simulated()
   with pytest.raises(ValueError, match=message):
-    serve(engine, [item("a", [1], 2), item("b", [1], 2)], arrivals, clock, lambda end: None)
+    serve(engine, [item("a", [1], 2), item("b", [1], 2)], arrivals, lambda end: None)
   assert not executor.plans
 
 
@@ -219,5 +219,5 @@ def test_wall_time():
   clock = Wall()
   engine = Engine(fake_executor(), clock=clock)
   ended: list[Request] = []
-  served = serve(engine, [item(str(i), [i], 4) for i in range(3)], [0.0, 0.02, 0.04], clock, ended.append)
+  served = serve(engine, [item(str(i), [i], 4) for i in range(3)], [0.0, 0.02, 0.04], ended.append)
   assert 0.04 <= served.elapsed_s < 5 and len(ended) == 3

@@ -1,5 +1,6 @@
-"""A long run with everything going wrong: cancellations, failures of the device, memory for few. Nothing may be left over,
-and every output that survives is what its request gets alone.
+"""A long run with everything going wrong: cancellations, a device that fails, memory for few.
+
+Nothing may be left over, and every output that survives is what its request gets alone.
 """
 
 from __future__ import annotations
@@ -70,9 +71,7 @@ class Unreliable:
 
 def soak(policy: str, n_requests: int, failure_rate: float, seed: int) -> None:
   rng, conf, asked = np.random.default_rng(seed), small(policy), kinds()
-  alone = [
-    serve(conf, tiny_model(), [kind.prompt], kind.max_new_tokens, **kind.options)[0][0] for kind in asked
-  ]
+  alone = [serve(conf, tiny_model(), [kind.prompt], kind.max_new_tokens, **kind.options)[0][0] for kind in asked]
   solid = new_engine(conf, tiny_model())
   executor = Unreliable(solid._executor, rng, failure_rate)
   engine = Engine(executor)

@@ -14,9 +14,7 @@ from sparse_serve_jax.memory.eviction import EVICTIONS
 from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES
 from sparse_serve_jax.serving import run
-from sparse_serve_jax.serving.clock import Wall
-from sparse_serve_jax.workloads import ARRIVALS, WORKLOADS, Item, WorkloadConfig
-from sparse_serve_jax.workloads.arrivals import ArrivalConfig, arrival_times
+from sparse_serve_jax.workloads import ARRIVALS, WORKLOADS, ArrivalConfig, Item, WorkloadConfig, arrival_times
 from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
 
 PROMPTS = [prompt_of(n, seed=n) for n in (90, 61, 40)]
@@ -93,11 +91,11 @@ def test_an_arrival_process_and_a_workload(monkeypatch):
   add_workload(monkeypatch)
   arrivals = ArrivalConfig(process="regular", rate=50.0)
   workload = WorkloadConfig(source="counting", limit=4, prompt_tokens=20, max_new_tokens=5, arrivals=arrivals)
-  engine, clock = new_engine(config(), tiny_model()), Wall()
+  engine = new_engine(config(), tiny_model())
   items = WORKLOADS["counting"](workload)(None, engine.max_request_tokens)
   rows = []
   times = arrival_times(arrivals, len(items))
-  served = run.serve(engine, items, times, clock, rows.append)
+  served = run.serve(engine, items, times, rows.append)
   assert served.summary.requests == len(rows) == 4
   assert times.tolist() == [0.0, 0.02, 0.04, 0.06]
 

@@ -71,7 +71,7 @@ def test_a_workload_from_elsewhere(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    (WorkloadConfig("nedle"), "there is no workload 'nedle'; the nearest is 'needle'"),
+    (WorkloadConfig("nedle"), "unknown workload 'nedle'; known: .*needle"),
     (WorkloadConfig("needle", limit=1, prompt_tokens=300, path="x"), "a workload of needle has no path, got 'x'"),
     (WorkloadConfig("jsonl", path="x", tasks=("qasper",)), "a workload of jsonl has no tasks, got .'qasper'"),
     (WorkloadConfig("jsonl", path="x", chat_template=False), "a workload of jsonl has no chat_template, got False"),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from sparse_serve_jax.config.model import ModelConfig
 from sparse_serve_jax.config.reader import check_fields, find_config, read_config
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
@@ -105,6 +106,15 @@ class EngineConfig:
       )
     if self.scheduler.prefill == "chunked" and chunk % (8 * size if chunk > 8 * size else size):
       raise ValueError(f"chunk_tokens={chunk} is not whole blocks of {size}, or beyond 8 not a multiple of 8 blocks")
+
+  def check_model(self, model: ModelConfig) -> None:
+    """Raises ValueError for what would be cut down to the model without a word."""
+    for key, value, limit in (
+      ("sparse.dense_layers", self.sparse.dense_layers, model.n_layers),
+      ("scheduler.max_context", self.scheduler.max_context, model.max_context),
+    ):
+      if value > limit:
+        raise ValueError(f"{key}={value} is beyond the model's {limit}")
 
   def prefill_allowance(self, n_layers: int) -> int:
     """What one iteration may prefill: token x layers when layer-segmented, tokens (through all layers) when chunked.

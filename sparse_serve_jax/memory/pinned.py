@@ -58,7 +58,7 @@ class _Exporter:
     return capsule(self._address, b"dltensor", None)
 
 
-def pinned_array(dims: tuple[int, ...], dtype: str, device: jax.Device) -> jax.Array:
+def pinned_array(dims: tuple[int, ...], dtype: str, device: Any) -> jax.Array:
   """An array in pinned memory of its own, on the host of a device. Its values may be anything.
 
   Raises:

@@ -57,7 +57,8 @@ class Engine:
     """
     self.config = executor.config
     self.usage = Usage(executor.shape)
-    self._model, self._executor, self._clock, self._observer = executor.model, executor, clock or Wall(), observer
+    self.clock: Clock = clock or Wall()
+    self._model, self._executor, self._observer = executor.model, executor, observer
     self._scheduler = Scheduler(executor.config, executor.shape)
     self._live: dict[str, Request] = {}
     self._ended: list[Request] = []  # since the last step returned
@@ -122,7 +123,7 @@ class Engine:
       id=request_id,
       prompt=self._checked_prompt(request_id, prompt),
       max_new_tokens=int(max_new_tokens),
-      arrival_time=self._clock.now() if arrival_time is None else arrival_time,
+      arrival_time=self.clock.now() if arrival_time is None else arrival_time,
       sampling=_checked_sampling(request_id, params),
       stop_token_ids=stops,
       min_tokens=int(params.min_tokens),
@@ -144,7 +145,7 @@ class Engine:
       del self._live[request_id]
       if request.state is State.PREFILLING:
         self._executor.forget(request_id)
-      self._scheduler.cancel(request, self._clock.now())
+      self._scheduler.cancel(request, self.clock.now())
       self._ended.append(request)
     return True
 
@@ -156,7 +157,7 @@ class Engine:
   def step(self) -> list[Request]:
     """Plans and dispatches one iteration, then reads the one before. Returns the requests that ended."""
     with self._whole():
-      plan = self._scheduler.schedule(self._clock.now())
+      plan = self._scheduler.schedule(self.clock.now())
       self._submit(plan)
     self._process(keep=0 if plan.empty else 1)
     self._call_back()
@@ -212,7 +213,7 @@ class Engine:
       with self._whole():
         self._in_flight.popleft()
         self.usage.count_step(result.stats)
-        received = self._scheduler.update(result, self._clock.now())
+        received = self._scheduler.update(result, self.clock.now())
         self._end(received.ended)
         self._to_call += [functools.partial(self._hand_over, *to) for to in received.tokens if to[0].on_token]
         if self._observer is not None:
@@ -224,14 +225,14 @@ class Engine:
     lost = DeviceError(f"the device failed with {type(error).__name__}: {error}")
     lost.__cause__ = error
     self._in_flight.clear()
-    self._end(self._scheduler.lose(lost, self._clock.now()))
+    self._end(self._scheduler.lose(lost, self.clock.now()))
     try:
       self._executor.reset()
     except Exception as again:
       self._failure = again
       for request in list(self._live.values()):  # that wait
-        self._scheduler.cancel(request, self._clock.now())
-        request.fail(lost, self._clock.now())
+        self._scheduler.cancel(request, self.clock.now())
+        request.fail(lost, self.clock.now())
         self._end([request])
 
   def _end(self, requests: Sequence[Request]) -> None:

@@ -102,6 +102,7 @@ class JaxExecutor:
   """
 
   def __init__(self, config: EngineConfig, model: Model):
+    config.check_model(model.config)
     self.config, self.model = config, model
     self.mesh = make_mesh(config.tp)
     cfg = model.config

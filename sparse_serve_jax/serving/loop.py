@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from sparse_serve_jax.serving.clock import Clock, Wall
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request
 
@@ -89,14 +88,14 @@ class Loop:
   A consumer that is slow or gone holds up nobody: its tokens wait in memory.
   """
 
-  def __init__(self, engine: Engine, clock: Clock | None = None):
+  def __init__(self, engine: Engine):
     """Starts the thread.
 
     Args:
-      engine: idle, and from now on the loop's alone.
-      clock: the engine's, the wall's by default; requests arrive when they are submitted, not when the thread sees it.
+      engine: idle, and from now on the loop's alone. By its clock, requests arrive when they are submitted, not when the
+        thread sees them.
     """
-    self._engine, self._clock = engine, clock or Wall()
+    self._engine = engine
     self._changed = threading.Condition()  # guards what follows
     self._notes: deque[tuple[str, Stream]] = deque()  # "submit" or "cancel", in order, for the thread
     self._live: set[Stream] = set()  # submitted and not ended
@@ -125,7 +124,7 @@ class Loop:
     Raises:
       RuntimeError: the loop is draining or closed, or its engine has failed.
     """
-    stream = Stream(prompt, {"arrival_time": self._clock.now()} | options)
+    stream = Stream(prompt, {"arrival_time": self._engine.clock.now()} | options)
     with self._changed:
       self._check_failure()
       if self._draining:

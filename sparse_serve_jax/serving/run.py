@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from sparse_serve_jax.serving.clock import Clock
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.metrics import Summary, summarize
 from sparse_serve_jax.serving.request import Request
@@ -44,7 +43,6 @@ def serve(
   engine: Engine,
   items: Sequence[Item | Refused],
   arrivals: Sequence[float] | np.ndarray,
-  clock: Clock,
   on_end: Callable[[Request | Refusal], None],
   *,
   ignore_eos: bool = False,
@@ -57,13 +55,13 @@ def serve(
     engine: idle.
     items: what to ask for, and what its source refuses.
     arrivals: seconds after the start, ascending, one for each item.
-    clock: the engine's.
     on_end: is given each request when it ends, and a refusal of what cannot run when it is due.
     ignore_eos: the model's EOS tokens are output like others, if an item does not say otherwise.
 
   Raises:
     ValueError: there is not one arrival for each item, or they do not ascend.
   """
+  clock = engine.clock
   start = clock.now()
   coming = deque(zip(items, (start + _checked(arrivals, len(items))).tolist(), strict=True))
   ended: list[Request] = []

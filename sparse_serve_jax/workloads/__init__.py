@@ -8,9 +8,9 @@ A new source is a function and an entry of WORKLOADS, a new arrival process one 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
+from sparse_serve_jax.variants import variant
 from sparse_serve_jax.workloads import jsonl, longbench, needle
 from sparse_serve_jax.workloads.arrivals import ARRIVALS, arrival_times
 from sparse_serve_jax.workloads.config import ArrivalConfig, WorkloadConfig, load_workload
@@ -43,8 +43,6 @@ def read(config: WorkloadConfig) -> Source:
   Raises:
     ValueError: no such source or arrival process, or what they say is wrong; in a file with its line.
   """
-  if config.source not in WORKLOADS:
-    near = difflib.get_close_matches(config.source, WORKLOADS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no workload {config.source!r}; the nearest is {near!r}")
+  read_source = variant(WORKLOADS, config.source, "workload")
   arrival_times(config.arrivals, 0)
-  return WORKLOADS[config.source](config)
+  return read_source(config)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
 
 import numpy as np
 
+from sparse_serve_jax.variants import variant
 from sparse_serve_jax.workloads.config import ArrivalConfig
 
 
@@ -40,10 +40,7 @@ def arrival_times(config: ArrivalConfig, n: int) -> np.ndarray:
   Raises:
     ValueError: no such process, or a rate or options that it does not take.
   """
-  if config.process not in ARRIVALS:
-    near = difflib.get_close_matches(config.process, ARRIVALS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no arrival process {config.process!r}; the nearest is {near!r}")
-  process = ARRIVALS[config.process]
+  process = variant(ARRIVALS, config.process, "arrivals.process")
   try:
     inspect.signature(process).bind(n, config.rate, config.seed, **config.options)
   except TypeError as error:
