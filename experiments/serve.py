@@ -47,7 +47,7 @@ with cli.group("What is served"):
   _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
   _CHAT = flags.DEFINE_bool("chat_template", True, "longbench: the model's, around prompts of tasks that take one.")
   _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default all arrive at once.")
-  _SEED = flags.DEFINE_integer("seed", 0, "Of random weights, generated prompts and arrivals.", lower_bound=0)
+  _SEED = flags.DEFINE_integer("seed", 0, "Seed of random weights, generated prompts and arrivals.", lower_bound=0)
   _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
 _OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
