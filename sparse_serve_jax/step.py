@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float32, Int32, UInt32
 
 import pallas_kernels as kernels
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
@@ -33,7 +35,10 @@ from sparse_serve_jax.models import llama
 from sparse_serve_jax.models.sampling import ban, greedy, sample
 from sparse_serve_jax.variants import variant
 
-Array = Any  # of a batch: jax.Array in a program, numpy before
+if TYPE_CHECKING:
+  Array = Scalar = Any
+else:  # of a batch: numpy's before it goes to a program
+  Array, Scalar = jax.Array | np.ndarray, jax.Array | np.int32
 
 MLP_TILE = 8192  # tokens that go through the MLP at a time: bounds the d_ff activations of a long prompt
 NOT_FINITE = -1  # a row's token when its logits are not
@@ -84,18 +89,18 @@ class Setup:
 
 
 class SamplingRows(flax.struct.PyTreeNode):
-  temperature: Array  # [B] float32, 0 is greedy
-  top_p: Array  # [B] float32
-  seeds: Array  # [B] uint32
-  banned: Array  # [B, X] int32, token ids that are not drawn, padded with -1
+  temperature: Float32[Array, " B"]  # 0 is greedy
+  top_p: Float32[Array, " B"]
+  seeds: UInt32[Array, " B"]
+  banned: Int32[Array, "B X"]  # token ids that are not drawn, padded with -1
 
 
 class DecodeBatch(flax.struct.PyTreeNode):
   """The rows of a decode step; a padding row has the lane R."""
 
-  lanes: Array  # [B] int32
-  positions: Array  # [B] int32, tokens already cached
-  steps: Array  # [B] int32, decode steps the request has made
+  lanes: Int32[Array, " B"]
+  positions: Int32[Array, " B"]  # tokens already cached
+  steps: Int32[Array, " B"]  # decode steps the request has made
   # None if every row takes its most likely token, which is a program of its own: a branch in one would make the host
   # wait in every step.
   sampling: SamplingRows | None
@@ -104,12 +109,12 @@ class DecodeBatch(flax.struct.PyTreeNode):
 class PrefillBatch(flax.struct.PyTreeNode):
   """Layers [first_layer, first_layer + n_layers) of `n_tokens` prompt tokens from `start` on."""
 
-  tokens: Array  # [C] int32, padded
-  start: Array  # int32, a multiple of S
-  n_tokens: Array  # int32
-  first_layer: Array  # int32
-  n_layers: Array  # int32
-  lane: Array  # int32
+  tokens: Int32[Array, " C"]  # padded
+  start: Int32[Scalar, ""]  # a multiple of S
+  n_tokens: Int32[Scalar, ""]
+  first_layer: Int32[Scalar, ""]
+  n_layers: Int32[Scalar, ""]
+  lane: Int32[Scalar, ""]
   sampling: SamplingRows
 
 
@@ -125,8 +130,9 @@ class StepCounts(NamedTuple):
 class StepOutput(NamedTuple):
   """What a program tells the host."""
 
-  tokens: Any  # [B] int32, NOT_FINITE where logits are not; of a prefill [1], meant if its last layer was run
-  counts: Any  # [4] int32, the fields of StepCounts
+  # NOT_FINITE where logits are not; of a prefill one token, which is meant if the last layer was run.
+  tokens: Int32[Array, " B"]
+  counts: Int32[Array, " 4"]  # the fields of StepCounts
 
 
 def decode_step(
@@ -286,9 +292,9 @@ class Programs:
   """
 
   def __init__(self, setup: Setup, mesh: Mesh):
-    specs, whole = kv_cache.cache_specs(), P()
+    specs, whole = kv_cache.cache_specs(), cast(Any, P())
     params = llama.param_specs(setup.model, mesh.size)
-    cache, everywhere = kv_cache.cache_shardings(mesh, setup.offload), NamedSharding(mesh, whole)
+    cache, everywhere = kv_cache.cache_shardings(mesh, setup.offload), cast(Any, NamedSharding(mesh, whole))
 
     def program(f, in_specs, out_specs, out_shardings, donate=(), sized=False):
       """f(*arrays), or if `sized` f(width, *arrays), called with the static width last."""

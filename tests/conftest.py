@@ -1,7 +1,7 @@
 """One session for every test: two virtual CPU devices, strict numerics, no GPU unless asked for with `-m gpu`.
 
-On a CPU, shapes and types in signatures are checked as functions are called, and XLA optimizes little: nine tenths of the
-time of these tests is compilation. What one process has compiled the others of the session read from a folder.
+On a CPU, shapes in signatures are checked as functions are called, and XLA optimizes little: nine tenths of the time of
+these tests is compilation. What one process has compiled the others of the session read from a folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def pytest_addoption(parser: pytest.Parser):
   )
 
 
-CHECKED = ("pallas_kernels", "sparse_serve_jax")  # packages whose annotations are checked
+# Packages and modules whose annotations are checked. Values that jax also makes of other things than arrays (shardings,
+# sentinels) are checked by test_shapes.py.
+CHECKED_ROOMS = ("attention", "models", "memory.eviction", "memory.loads", "memory.saves")
+CHECKED = ("pallas_kernels", *(f"sparse_serve_jax.{room}" for room in CHECKED_ROOMS))
 CPU_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 
 

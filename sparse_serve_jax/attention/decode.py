@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 import pallas_kernels as kernels
 from pallas_kernels.select import fits
@@ -20,20 +20,20 @@ from sparse_serve_jax.memory.loads import Load
 class Rows(NamedTuple):
   """The rows of a decode step, as every layer sees them."""
 
-  lanes: jax.Array  # [B] int32; R for padding
-  tables: jax.Array  # [B, N] int32
-  n_blocks: jax.Array  # [B] int32, full blocks
-  tail_tokens: jax.Array  # [B] int32, tokens in the tail, the new one included; 0 for padding
-  steps: jax.Array  # [B] int32, the request's own step number
+  lanes: Int32[Array, " B"]  # R for padding
+  tables: Int32[Array, "B N"]
+  n_blocks: Int32[Array, " B"]  # full blocks
+  tail_tokens: Int32[Array, " B"]  # tokens in the tail, the new one included; 0 for padding
+  steps: Int32[Array, " B"]  # the request's own step number
 
 
 class Counts(NamedTuple):
-  """What a layer's lists came to, each [B, K] int32; summed over the layers of a step."""
+  """What a layer's lists came to; summed over the layers of a step."""
 
-  attended: jax.Array  # full blocks
-  missed: jax.Array  # of these, those that were in no slot
-  copied: jax.Array  # blocks that a load copied before attention
-  given: jax.Array  # see kernels.Located.given
+  attended: Int32[Array, "B K"]  # full blocks
+  missed: Int32[Array, "B K"]  # of these, those that were in no slot
+  copied: Int32[Array, "B K"]  # blocks that a load copied before attention
+  given: Int32[Array, "B K"]  # see kernels.Located.given
 
   @classmethod
   def zeros(cls, n_rows: int, n_heads: int) -> Counts:
@@ -90,9 +90,9 @@ class Selector:
     return None if self.threshold is None else kernels.Stop(self.threshold, self.untested)
 
   def select(
-    self, q: jax.Array, hot: Hot, layer: jax.Array, rows: Rows, implementation: str
-  ) -> tuple[jax.Array, jax.Array]:
-    """DRAM blocks [B, K, n] in the order they are attended to, -1 beyond their list's length, and lengths [B, K]."""
+    self, q: Float[Array, "B K G D"], hot: Hot, layer: Int32[Array, ""], rows: Rows, implementation: str
+  ) -> tuple[Int32[Array, "B K n"], Int32[Array, "B K"]]:
+    """Pool blocks in the order they are attended to, -1 beyond their list's length, and lengths."""
     n_rows, n_heads = q.shape[:2]
     width = rows.tables.shape[1]
     if self.limit is None:
@@ -123,14 +123,20 @@ class DecodeAttention:
     return dataclasses.replace(self, selector=self.selector.dense)
 
   def __call__(
-    self, q: jax.Array, pool: jax.Array, hot: Hot, layer: jax.Array, rows: Rows, turn: Turn
-  ) -> tuple[jax.Array, Hot, Counts]:
-    """Attention of q [B, K, G, D] over each row's selected blocks and tail.
+    self,
+    q: Float[Array, "B K G D"],
+    pool: Float[Array, "K L M 2 S D"],
+    hot: Hot,
+    layer: Int32[Array, ""],
+    rows: Rows,
+    turn: Turn,
+  ) -> tuple[Float32[Array, "B K G D"], Hot, Counts]:
+    """Attention over each row's selected blocks and tail.
 
     No layer writes the pool, so it is no result. `turn` is what the layers before have left of the step's victims.
 
     Returns:
-      o [B, K, G, D] float32; `hot` with residency and slots updated; what the layer's lists came to.
+      The output; `hot` with residency and slots updated; what the layer's lists came to.
     """
     on = dict(implementation=self.implementation)
     blocks, length = self.selector.select(q, hot, layer, rows, self.implementation)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 import pallas_kernels as kernels
 from sparse_serve_jax.memory.kv_cache import KVCache
@@ -14,23 +14,23 @@ from sparse_serve_jax.memory.kv_cache import KVCache
 class Before(NamedTuple):
   """What comes before a piece of a prompt."""
 
-  blocks: jax.Array  # [N] int32, in the pool; beyond `tokens` they may be anything
-  tokens: jax.Array  # int32, a multiple of S
+  blocks: Int32[Array, " N"]  # in the pool; beyond `tokens` they may be anything
+  tokens: Int32[Array, ""]  # a multiple of S
 
 
 def prefill_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Float[Array, "C K G D"],
+  k: Float[Array, "C K D"],
+  v: Float[Array, "C K D"],
   cache: KVCache,
-  layer: jax.Array,
+  layer: Int32[Array, ""],
   before: Before | None,
   implementation: str,
-) -> tuple[jax.Array, jax.Array]:
-  """Dense causal attention of q [C, K, G, D] over the piece's own k, v [C, K, D] and all that comes before it.
+) -> tuple[Float[Array, "C K G D"], Int32[Array, ""]]:
+  """Dense causal attention over the piece's own keys and values and all that comes before it.
 
   Returns:
-    o [C, K, G, D]; int32, blocks of this device's heads that were read from the pool because no slot has them.
+    The output, and how many blocks of this device's heads were read from the pool because no slot has them.
   """
   if before is None:
     return kernels.prefill_attention(q, k, v, implementation=implementation), jnp.int32(0)

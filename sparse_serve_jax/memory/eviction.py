@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
+from jaxtyping import Array, Int32
 
 import pallas_kernels as kernels
 
@@ -21,10 +21,10 @@ class Turn(NamedTuple):
   """What of a step's victims is still to be given."""
 
   victims: kernels.Victims
-  given: jax.Array  # int32 of any shape; its sum is how many of them are gone
+  given: Int32[Array, "*any"]  # its sum is how many of them are gone
 
 
-Eviction = Callable[[kernels.Maps, jax.Array], jax.Array]
+Eviction = Callable[[kernels.Maps, Int32[Array, ""]], Int32[Array, " P"]]
 
 EVICTIONS: dict[str, Eviction] = {
   "lru": kernels.ages,  # least recently used, empty slots before all others (SparseServe, PSA)

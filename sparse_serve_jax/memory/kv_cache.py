@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
 
 import pallas_kernels as kernels
 from sparse_serve_jax.memory import host_pool
@@ -23,16 +24,16 @@ from sparse_serve_jax.mesh import AXIS
 class Hot(flax.struct.PyTreeNode):
   """What of a cache always lies on the device. A lane is the place of one resident request."""
 
-  slots: jax.Array  # [P, 2, S, D], shared by all layers, heads and requests; P = 0 without offload
-  digest: jax.Array  # [K, L, M, E, D], what selection reads
+  slots: Float[Array, "P 2 S D"]  # shared by all layers, heads and requests; P = 0 without offload
+  digest: Float[Array, "K L M E D"]  # what selection reads
   maps: kernels.Maps  # which block is in which slot
-  tail: jax.Array  # [K, L, R, 2, S, D], the unfinished block of every lane
-  tables: jax.Array  # [R, N] int32, pool block of every block of a lane, written at admission; -1 beyond its end
-  last_token: jax.Array  # [R] int32, input of each lane's next step
-  # int32, programs run so far. Stamps wrap around, and residency looks at differences only, of which none reaches 2^31
+  tail: Float[Array, "K L R 2 S D"]  # the unfinished block of every lane
+  tables: Int32[Array, "R N"]  # pool block of every block of a lane, written at admission; -1 beyond its end
+  last_token: Int32[Array, " R"]  # input of each lane's next step
+  # Programs run so far. Stamps wrap around, and residency looks at differences only, of which none reaches 2^31
   # (`kernels.saturate`), but for -1: an empty slot. A stamp that equals it, one in 2^32, makes a slot look empty: it is
   # given up early, and nothing becomes wrong.
-  clock: jax.Array
+  clock: Int32[Array, ""]
 
   def stamp(self, layer: jax.Array | int) -> jax.Array:
     """Time of use, ascending through layers and steps."""
@@ -45,7 +46,7 @@ class KVCache(flax.struct.PyTreeNode):
   K is split over the mesh axis "tp"; so is P, and slot ids are of one device.
   """
 
-  pool: jax.Array  # [K, L, M, 2, S, D], every finished block; pinned host memory when offloading on a GPU
+  pool: Float[Array, "K L M 2 S D"]  # every finished block; pinned host memory when offloading on a GPU
   hot: Hot
 
 
@@ -64,25 +65,27 @@ def cache_shardings(mesh: Mesh, offload: bool) -> KVCache:
   return shardings.replace(pool=NamedSharding(mesh, P(AXIS), memory_kind=kind))
 
 
-def admit(hot: Hot, lane: jax.Array, table: jax.Array) -> Hot:
-  """Gives a lane, scalar int32, to a request whose block table is `table` [N] int32, -1 beyond its end."""
+def admit(hot: Hot, lane: Int32[Array, ""], table: Int32[Array, " N"]) -> Hot:
+  """Gives a lane to a request with that block table, -1 beyond its end."""
   return hot.replace(tables=hot.tables.at[lane].set(table))
 
 
-def release(hot: Hot, freed: jax.Array) -> Hot:
-  """Forgets that the pool's blocks `freed` [n] int32 (-1: nothing) were in slots."""
+def release(hot: Hot, freed: Int32[Array, " n"]) -> Hot:
+  """Forgets that the pool's blocks `freed` (-1: nothing) were in slots."""
   return hot.replace(maps=kernels.release(hot.maps, freed))
 
 
-def working_sets(hot: Hot, lanes: jax.Array, n_blocks: jax.Array, steps: jax.Array, width: int, w: int) -> jax.Array:
-  """Blocks [B] each request selected in its last `w` steps, over this device's layers and heads (SparseServe, section
+def working_sets(
+  hot: Hot, lanes: Int32[Array, " B"], n_blocks: Int32[Array, " B"], steps: Int32[Array, " B"], width: int, w: int
+) -> Int32[Array, " B"]:
+  """Blocks that each request selected in its last `w` steps, over this device's layers and heads (SparseServe, section
   3.3).
 
   Args:
     hot: of this device's cache.
-    lanes: [B] int32.
-    n_blocks: [B] int32, full blocks of each request, at most `width`.
-    steps: [B] int32, steps the request has made: its newest has number steps - 1.
+    lanes: of the requests.
+    n_blocks: full blocks of each request, at most `width`.
+    steps: steps that each request has made: its newest has number steps - 1.
     width: entries of a table that are looked at.
     w: window in steps.
   """

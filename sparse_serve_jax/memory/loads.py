@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 import pallas_kernels as kernels
 
@@ -22,8 +23,12 @@ Load = Callable[[jax.Array, jax.Array, jax.Array, kernels.Located, str], tuple[j
 
 
 def fused(
-  pool: jax.Array, slots: jax.Array, layer: jax.Array, located: kernels.Located, implementation: str
-) -> tuple[jax.Array, kernels.Located, jax.Array]:
+  pool: Float[Array, "K L M 2 S D"],
+  slots: Float[Array, "P 2 S D"],
+  layer: Int32[Array, ""],
+  located: kernels.Located,
+  implementation: str,
+) -> tuple[Float[Array, "P 2 S D"], kernels.Located, Int32[Array, "B K"]]:
   """Leaves all misses to attention: a block is read from the pool where it is needed, and once."""
   del pool, layer, implementation
   return slots, located, jnp.zeros_like(located.length)

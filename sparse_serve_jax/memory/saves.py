@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 import pallas_kernels as kernels
 from sparse_serve_jax.memory import host_pool
@@ -22,16 +23,16 @@ from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 class NewBlocks(NamedTuple):
   """Blocks that have just filled: n in each of Ls layers."""
 
-  kv: jax.Array  # [K, Ls, n_source, 2, S, D]
-  layer: jax.Array | int  # the first of the Ls
-  ids: jax.Array  # [n] int32, which of the source's
-  blocks: jax.Array  # [n] int32, where they go in the pool; -1: nowhere
+  kv: Float[Array, "K Ls n_source 2 S D"]
+  layer: Int32[Array, ""] | int  # the first of the Ls
+  ids: Int32[Array, " n"]  # which of the source's
+  blocks: Int32[Array, " n"]  # where they go in the pool; -1: nowhere
 
 
 Save = Callable[[jax.Array, NewBlocks, str], jax.Array]
 
 
-def direct(pool: jax.Array, new: NewBlocks, implementation: str) -> jax.Array:
+def direct(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation: str) -> Float[Array, "K L M 2 S D"]:
   """A kernel writes the blocks to the pool, over PCIe if it lies there: simple, and it takes SMs from the step."""
   return kernels.store_blocks(pool, new.kv, new.layer, new.ids, new.blocks, implementation=implementation)
 
@@ -51,16 +52,21 @@ class Saving:
 
 
 def save_tails(
-  saving: Saving, cache: KVCache, lanes: jax.Array, blocks: jax.Array, steps: jax.Array, turn: Turn
+  saving: Saving,
+  cache: KVCache,
+  lanes: Int32[Array, " B"],
+  blocks: Int32[Array, " B"],
+  steps: Int32[Array, " B"],
+  turn: Turn,
 ) -> KVCache:
   """Saves the tails that have filled, in all layers at once; all of them enter slots.
 
   Args:
     saving: how.
     cache: this device's.
-    lanes: [B] int32; R and beyond is padding.
-    blocks: [B] int32, where in the pool a lane's tail goes; -1: it has not filled.
-    steps: [B] int32, the requests' own step numbers.
+    lanes: R and beyond is padding.
+    blocks: where in the pool a lane's tail goes; -1: it has not filled.
+    steps: the requests' own step numbers.
     turn: what is left of the step's victims.
   """
   hot = cache.hot
@@ -72,17 +78,23 @@ def save_tails(
 
 
 def save_piece(
-  saving: Saving, cache: KVCache, kv: jax.Array, layer: jax.Array, blocks: jax.Array, n_newest: jax.Array, turn: Turn
+  saving: Saving,
+  cache: KVCache,
+  kv: Float[Array, "K n 2 S D"],
+  layer: Int32[Array, ""],
+  blocks: Int32[Array, " n"],
+  n_newest: Int32[Array, ""],
+  turn: Turn,
 ) -> KVCache:
   """Saves one layer's blocks of a piece of a prompt; the newest enter slots, the very newest first.
 
   Args:
     saving: how.
     cache: this device's.
-    kv: [K, n, 2, S, D].
-    layer: int32.
-    blocks: [n] int32, where they go in the pool, -1 from the first that is not full on.
-    n_newest: int32, the last so many full blocks enter slots.
+    kv: the blocks.
+    layer: theirs.
+    blocks: where they go in the pool, -1 from the first that is not full on.
+    n_newest: the last so many full blocks enter slots.
     turn: what is left of the step's victims.
   """
   n_heads, n = kv.shape[:2]
@@ -95,9 +107,14 @@ def save_piece(
 
 
 def _find_places(
-  saving: Saving, hot: Hot, lists: jax.Array, layers: jax.Array, steps: jax.Array, turn: Turn
-) -> tuple[kernels.Maps, jax.Array]:
-  """Places [B, K, n] for new blocks `lists` [B, K, n], of one layer or one for each rank; and maps that have them."""
+  saving: Saving,
+  hot: Hot,
+  lists: Int32[Array, "B K n"],
+  layers: Int32[Array, "*n"],
+  steps: Int32[Array, " B"],
+  turn: Turn,
+) -> tuple[kernels.Maps, Int32[Array, "B K n"]]:
+  """Places for new blocks `lists`, of one layer or of one for each rank; and the maps that have them there."""
   options = dict(implementation=saving.implementation)
   length = jnp.full(lists.shape[:2], lists.shape[2])
   located = kernels.propose(hot.maps, turn.victims, layers, lists, length, given=turn.given, group=1, **options)
@@ -105,8 +122,10 @@ def _find_places(
   return maps, located.place
 
 
-def _write(saving: Saving, cache: KVCache, new: NewBlocks, maps: kernels.Maps, place: jax.Array) -> KVCache:
-  """Writes new blocks to the pool and to their places [K, Ls, n] in slots, and makes their digests."""
+def _write(
+  saving: Saving, cache: KVCache, new: NewBlocks, maps: kernels.Maps, place: Int32[Array, "K Ls n"]
+) -> KVCache:
+  """Writes new blocks to the pool and to their places in slots, and makes their digests."""
   hot = cache.hot
   slots = kernels.place_blocks(hot.slots, new.kv, new.ids, place, implementation=saving.implementation)
   digest = kernels.store_digests(

@@ -92,8 +92,8 @@ class Loop:
     """Starts the thread.
 
     Args:
-      engine: idle, and from now on the loop's alone. By its clock, requests arrive when they are submitted, not when the
-        thread sees them.
+      engine: idle, and from now on the loop's alone. By its clock requests arrive when they are submitted, not when
+        the thread sees them.
     """
     self._engine = engine
     self._changed = threading.Condition()  # guards what follows
