@@ -41,7 +41,7 @@ WITHOUT_JAX = [
   f"{PACKAGE}.memory.allocator",
 ]
 
-FILE_LINES = 400
+FILE_LINES = 500
 LONGER: dict[str, str] = {}  # path -> why it may be longer
 MAIN_PATH_LINES = 1500
 
