@@ -94,7 +94,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   results.claim(out, {"config": config, "model": {"name": model.name, "config": model.config}, "prompts": prompts})
   run = longbench.Run(release, names, out, _LIMIT.value)
   try:
-    coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=config.cache.rows)
+    coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=config.cache.lanes)
     for _ in tqdm(coming, initial=run.n_done, total=run.n_rows, unit="row", disable=None):
       pass
   except KeyboardInterrupt:

@@ -174,7 +174,7 @@ def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers,
 def test_nothing_is_compiled_in_steady_state():
   """The first pass compiles one program for each bucket it meets and no other; the second none of any kind."""
   conf = config(
-    "scheduler.max_context=1024", "scheduler.max_batch=9", "cache.rows=10", "cache.dram_bytes=4MiB",
+    "scheduler.max_context=1024", "scheduler.max_batch=9", "cache.lanes=10", "cache.dram_bytes=4MiB",
     "cache.hbm_bytes=4MiB", "scheduler.max_inject_tokens=512", "scheduler.working_set_steps=4",
   )  # fmt: skip
   model = tiny_model()
@@ -237,7 +237,7 @@ def test_programs_hold_no_second_cache(policy: str, monkeypatch):
   model = tiny_model()
   conf = config(
     f"sparse.policy={policy}", "sparse.token_budget=64", "scheduler.max_batch=1", "scheduler.max_context=128",
-    "cache.rows=512", "cache.dram_bytes=32MiB",
+    "cache.lanes=512", "cache.dram_bytes=32MiB",
   )  # fmt: skip
   conf = with_slots(conf, 4096, model)
   memory = {}

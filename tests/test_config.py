@@ -145,11 +145,11 @@ def test_parse_bytes_refuses(text: str):
 
 
 def test_read_config_merges_a_chain(tmp_path: Path):
-  write(tmp_path, "a", {"cache": {"rows": 3, "hbm_bytes": "1MiB"}, "tp": 2})
-  write(tmp_path, "b", {"extends": "a", "cache": {"rows": 4}, "sparse": {"policy": "psa"}})
+  write(tmp_path, "a", {"cache": {"lanes": 3, "hbm_bytes": "1MiB"}, "tp": 2})
+  write(tmp_path, "b", {"extends": "a", "cache": {"lanes": 4}, "sparse": {"policy": "psa"}})
   path = write(tmp_path, "c", {"extends": "b", "sparse": {"threshold": 1}})
   assert load_config(path) == EngineConfig(
-    cache=CacheConfig(rows=4, hbm_bytes=1 << 20), sparse=SparseConfig(policy="psa", threshold=1.0), tp=2
+    cache=CacheConfig(lanes=4, hbm_bytes=1 << 20), sparse=SparseConfig(policy="psa", threshold=1.0), tp=2
   )
 
 
@@ -166,7 +166,7 @@ def test_read_config_merges_a_chain(tmp_path: Path):
     ({"cache": {"offload": 1}}, ["cache.offload", "expected bool", "int"]),
     ({"cache": {"hbm_bytes": "8Gb"}}, ["cache.hbm_bytes", "'8Gb'", "GiB"]),
     ({"cache": {"hbm_bytes": None}}, ["cache.hbm_bytes", "expected int", "NoneType"]),
-    ({"cache": {"rows": "8GiB"}}, ["cache.rows", "expected int"]),
+    ({"cache": {"lanes": "8GiB"}}, ["cache.lanes", "expected int"]),
     ({"sparse": {"policy": "pas"}}, ["sparse.policy", "dense, topk, psa", "'pas'"]),
     ('{"tp": 1, "tp": 2}', ["given twice", "tp"]),
     ('{"tp": 1,}', ["line 1"]),
@@ -199,12 +199,12 @@ def test_extends_in_a_long_circle(tmp_path: Path):
 def test_a_file_elsewhere_extends_a_shipped_one(tmp_path: Path):
   """A file beside it of the same name comes first, and a file may extend the shipped one of its own name."""
   psa, dense = load_config("psa"), load_config("dense")
-  mine = write(tmp_path, "mine", {"extends": "psa", "cache": {"rows": 3}})
+  mine = write(tmp_path, "mine", {"extends": "psa", "cache": {"lanes": 3}})
   assert load_config(mine) == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, rows=3))
-  own = write(tmp_path, "dense", {"extends": "dense", "cache": {"rows": 5}})
+  own = write(tmp_path, "dense", {"extends": "dense", "cache": {"lanes": 5}})
   assert load_config(own) == dataclasses.replace(dense, cache=dataclasses.replace(dense.cache, rows=5))
   write(tmp_path, "psa", {"tp": 2})
-  assert load_config(mine) == EngineConfig(CacheConfig(rows=3), tp=2)
+  assert load_config(mine) == EngineConfig(CacheConfig(lanes=3), tp=2)
   with pytest.raises(ValueError, match=r"'extends' names 'pso', which is none of: .*sparse_offload.*mine"):
     load_config(write(tmp_path, "bad", {"extends": "pso"}))
   (tmp_path / "models").mkdir()
@@ -216,10 +216,10 @@ def test_a_dict_is_what_a_file_holds():
   psa = load_config("psa")
   assert load_config({}) == load_config(EngineConfig()) == EngineConfig()
   assert load_config({"cache": {"hbm_bytes": "1MiB"}, "tp": 2}) == EngineConfig(CacheConfig(hbm_bytes=1 << 20), tp=2)
-  changed = load_config({"extends": "psa", "cache": {"rows": 3}})
+  changed = load_config({"extends": "psa", "cache": {"lanes": 3}})
   assert changed == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, rows=3))
-  whole = load_config({"extends": "psa", "cache": CacheConfig(rows=3)})
-  assert whole == dataclasses.replace(psa, cache=CacheConfig(rows=3))
+  whole = load_config({"extends": "psa", "cache": CacheConfig(lanes=3)})
+  assert whole == dataclasses.replace(psa, cache=CacheConfig(lanes=3))
   with pytest.raises(ValueError, match="unknown key 'tpp'.*'tp'"):
     load_config({"extends": "psa", "tpp": 2})
   with pytest.raises(ValueError, match="unknown key 1"):
@@ -345,7 +345,7 @@ def test_override_refuses(assignment: str, words: list[str]):
     (lambda: RopeConfig(theta=0.0), ["theta=0.0"]),
     (lambda: CacheConfig(block_tokens=48), ["block_tokens=48", "32"]),
     (lambda: CacheConfig(hbm_bytes=0), ["hbm_bytes=0"]),
-    (lambda: CacheConfig(rows=-1), ["rows=-1"]),
+    (lambda: CacheConfig(lanes=-1), ["lanes=-1"]),
     (lambda: SparseConfig(threshold=0.0), ["threshold=0.0"]),
     (lambda: SparseConfig(threshold=1.01), ["threshold=1.01"]),
     (lambda: SparseConfig(sink_tokens=-1), ["sink_tokens=-1"]),

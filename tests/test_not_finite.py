@@ -24,7 +24,7 @@ def poisoned_model() -> Model:
 @pytest.mark.parametrize("policy", ["topk", "psa"])
 def test_a_bad_prompt_among_good_ones(device, policy):
   """Few slots and few pool blocks, so that a bad request's blocks, slots and lane are soon used by good ones."""
-  conf = config(f"sparse.policy={policy}", "sparse.threshold=1.0", "cache.dram_bytes=256KiB", "cache.rows=3")
+  conf = config(f"sparse.policy={policy}", "sparse.threshold=1.0", "cache.dram_bytes=256KiB", "cache.lanes=3")
   engine = new_engine(with_slots(conf, 24, tiny_model()), poisoned_model())
   good = [[token % BAD for token in prompt_of(n, seed=n)] for n in (61, 40, 70, 33, 52, 47)]
   requests = []

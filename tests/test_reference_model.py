@@ -41,7 +41,7 @@ def test_its_files_are_small():
 
 @pytest.mark.slow
 def test_it_answers_through_the_engine():  # README.md's example does with another configuration
-  memory = ["cache.rows=8", "cache.hbm_bytes=32MiB", "cache.dram_bytes=64MiB", "scheduler.max_context=1088"]
+  memory = ["cache.lanes=8", "cache.hbm_bytes=32MiB", "cache.dram_bytes=64MiB", "scheduler.max_context=1088"]
   llm = LLM(str(demo.REFERENCE), config="sparse_serve", overrides=[*memory, "sparse.token_budget=256"], dtype="float32")
   asked = [tasks.make(task, 1024, 0, llm.model.tokenizer, split="eval") for task in ("multi_key", "key_value")]
   outputs = llm.generate([of.prompt for of in asked], max_new_tokens=24)

@@ -144,7 +144,7 @@ def interrupted_after(rows: int, file: Path, step) -> Iterator:
 
 def test_an_interrupted_run_keeps_its_rows_and_is_gone_on_with(tmp_path, capsys, monkeypatch):
   file = tmp_path / "requests.jsonl"
-  command = [*NEEDLES, f"--out={tmp_path}", "--set=cache.rows=1"]
+  command = [*NEEDLES, f"--out={tmp_path}", "--set=cache.lanes=1"]
   with monkeypatch.context() as patch:
     patch.setattr(Engine, "step", interrupted_after(2, file, Engine.step))
     assert in_process(*command) == 130

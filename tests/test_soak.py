@@ -40,7 +40,7 @@ def small(policy: str) -> EngineConfig:
   """Blocks for about three of the longest requests, slots for an eighth of these, pieces of prompts by layer."""
   conf = config(
     f"sparse.policy={policy}", "sparse.token_budget=48", "sparse.threshold=0.8", "cache.dram_bytes=160KiB",
-    "cache.rows=5", "scheduler.max_inject_tokens=64", "scheduler.working_set_steps=3",
+    "cache.lanes=5", "scheduler.max_inject_tokens=64", "scheduler.working_set_steps=3",
   )  # fmt: skip
   return with_slots(conf, 20, tiny_model())
 

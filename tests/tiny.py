@@ -40,7 +40,7 @@ SHAPES = {
 # slots for an eighth of what the pool's rows can hold.
 SMALL_SERVING = [
   "cache.block_tokens=8",
-  "cache.rows=4",
+  "cache.lanes=4",
   "cache.dram_bytes=2MiB",
   "cache.hbm_bytes=560KB",
   "sparse.token_budget=384",
@@ -90,7 +90,7 @@ def config(*assignments: str, block_tokens: int = 8, base: EngineConfig | None =
     f"cache.block_tokens={block_tokens}",
     "cache.dram_bytes=1MiB",
     "cache.hbm_bytes=2MiB",
-    "cache.rows=6",
+    "cache.lanes=6",
     "sparse.token_budget=512",
     f"sparse.sink_tokens={block_tokens}",
     f"sparse.window_tokens={2 * block_tokens}",

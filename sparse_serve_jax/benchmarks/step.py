@@ -88,7 +88,7 @@ class Case:
       raise ValueError(f"{short[0]} has no full block of {size} tokens before its tail")
     token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
     defaults = [
-      f"cache.rows={rows}",
+      f"cache.lanes={rows}",
       f"cache.dram_bytes={max(n * (tokens // size) for n, tokens in sizes.values()) * size * token_bytes}",
       "cache.hbm_bytes=20GiB",
     ]

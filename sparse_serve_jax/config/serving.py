@@ -22,14 +22,14 @@ class CacheConfig:
   offload: bool = True  # False: the pool of all blocks lies in HBM and there are no slots (vLLM, vLLM-S)
   dram_bytes: int = 1 << 30  # the pool, when offloading
   hbm_bytes: int = 1 << 28  # slots, digests, maps, tails, prefill slab; and the pool when not offloading
-  rows: int = 64  # R, resident requests: prefilling, decoding or paused
+  lanes: int = 64  # R, places of resident requests: prefilling, decoding or paused
   # How KV moves: names in the tables LOADS, SAVES and EVICTIONS of memory/.
   load: str = "fused"  # DRAM to the devices
   save: str = "direct"  # finished blocks to DRAM
   eviction: str = "lru"  # which slot a block that was read from DRAM may take
 
   def __post_init__(self):
-    check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "rows"))
+    check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "lanes"))
     if self.block_tokens not in BLOCK_SIZES:
       raise ValueError(f"block_tokens={self.block_tokens} is not one of {BLOCK_SIZES}")
 
@@ -143,7 +143,7 @@ def load_config(source: str | Path | Mapping[str, Any] | EngineConfig) -> Engine
   """The engine configuration that is meant.
 
   The byte sizes and row counts in configs/serving suit a first run on any machine. For a real one, `override` them:
-  cache.hbm_bytes, cache.dram_bytes, cache.rows and scheduler.max_batch.
+  cache.hbm_bytes, cache.dram_bytes, cache.lanes and scheduler.max_batch.
 
   Args:
     source: a name ("psa": configs/serving/psa.json), a JSON file's path, the values that such a file would hold

@@ -55,7 +55,7 @@ class Comparison:
   def changes(self, cfg: ModelConfig) -> list[str]:
     """What makes the rungs comparable. HBM is less tails and the like."""
     memory = f"cache.hbm_bytes={self.hbm_bytes(cfg)}", f"cache.dram_bytes={(self.n_prompts + 1) * self.kv_bytes(cfg)}"
-    return [f"sparse.token_budget={self.budget}", "cache.rows=8", *memory, f"scheduler.max_context={self._tokens}"]
+    return [f"sparse.token_budget={self.budget}", "cache.lanes=8", *memory, f"scheduler.max_context={self._tokens}"]
 
   def hbm_bytes(self, cfg: ModelConfig) -> int:
     return 2 * self.kv_bytes(cfg)

@@ -84,7 +84,7 @@ class CacheShape:
       L=model.n_layers,
       M=0,
       P=0,
-      R=cache.rows,
+      R=cache.lanes,
       S=cache.block_tokens,
       D=model.head_dim,
       E=0 if config.sparse.policy == "dense" else vectors,
@@ -132,6 +132,6 @@ def _with_slots(with_pool, dram_bytes: int, hbm_bytes: int, n_devices: int) -> C
     raise ValueError(
       f"cache.hbm_bytes={hbm_bytes} is below the minimum of {shape.fixed_bytes + least} bytes: "
       f"{blocks * shape.per_pool_block_bytes} for digests and maps of {blocks} blocks, the rest for {shape.R} tails, "
-      f"tables, the prefill slab and one slot per device; lower cache.dram_bytes, cache.rows or scheduler.max_context"
+      f"tables, the prefill slab and one slot per device; lower cache.dram_bytes, cache.lanes or scheduler.max_context"
     )
   return dataclasses.replace(shape, P=min(slots, blocks * shape.K * shape.L))  # more would never fill
