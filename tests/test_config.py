@@ -200,9 +200,9 @@ def test_a_file_elsewhere_extends_a_shipped_one(tmp_path: Path):
   """A file beside it of the same name comes first, and a file may extend the shipped one of its own name."""
   psa, dense = load_config("psa"), load_config("dense")
   mine = write(tmp_path, "mine", {"extends": "psa", "cache": {"lanes": 3}})
-  assert load_config(mine) == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, rows=3))
+  assert load_config(mine) == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, lanes=3))
   own = write(tmp_path, "dense", {"extends": "dense", "cache": {"lanes": 5}})
-  assert load_config(own) == dataclasses.replace(dense, cache=dataclasses.replace(dense.cache, rows=5))
+  assert load_config(own) == dataclasses.replace(dense, cache=dataclasses.replace(dense.cache, lanes=5))
   write(tmp_path, "psa", {"tp": 2})
   assert load_config(mine) == EngineConfig(CacheConfig(lanes=3), tp=2)
   with pytest.raises(ValueError, match=r"'extends' names 'pso', which is none of: .*sparse_offload.*mine"):
@@ -217,7 +217,7 @@ def test_a_dict_is_what_a_file_holds():
   assert load_config({}) == load_config(EngineConfig()) == EngineConfig()
   assert load_config({"cache": {"hbm_bytes": "1MiB"}, "tp": 2}) == EngineConfig(CacheConfig(hbm_bytes=1 << 20), tp=2)
   changed = load_config({"extends": "psa", "cache": {"lanes": 3}})
-  assert changed == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, rows=3))
+  assert changed == dataclasses.replace(psa, cache=dataclasses.replace(psa.cache, lanes=3))
   whole = load_config({"extends": "psa", "cache": CacheConfig(lanes=3)})
   assert whole == dataclasses.replace(psa, cache=CacheConfig(lanes=3))
   with pytest.raises(ValueError, match="unknown key 'tpp'.*'tp'"):

@@ -6,13 +6,16 @@ import itertools
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from sparse_serve_jax.config import SchedulerConfig
 from sparse_serve_jax.serving.engine import DeviceError, Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import Plan, StepResult
 from sparse_serve_jax.serving.request import Request, State
 from tests.fake_engine import FakeExecutor, continuation, fake_engine
+from tests.tiny import config, tiny_model
 
 PROMPTS = {"a": [4] * 5, "b": [6] * 20, "c": [8, 1], "d": [3, 3, 3]}
 
@@ -148,3 +151,20 @@ def test_an_interrupt_in_a_callback_keeps_the_other_callbacks():
     assert [token for name, token in seen if name == request.id] == request.output_tokens
     assert request.output_tokens == continuation(PROMPTS[request.id], 5)
   assert plans == executor.plans
+
+
+def test_an_iteration_that_only_releases_is_waited_for():
+  """Blocks that are free may be written from outside the device's programs: only when the release has run."""
+  model = tiny_model()
+  executor = JaxExecutor(config(), model)
+  waited = []
+
+  class Done:
+    def block_until_ready(self) -> None:
+      waited.append(True)
+
+  nothing = Plan(1, np.arange(3, dtype=np.int32), (), (), (), ())
+  step = executor.submit(nothing)
+  assert len(step.done) == 1 and not (step.prefilled or step.decoded or step.measured)
+  step.done = [*step.done, Done()]
+  assert step.result().tokens == {} and waited == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,22 +21,23 @@ def create(shape: CacheShape, mesh: Mesh) -> KVCache:
   Raises:
     MemoryError: the host has not enough pinned memory for the pool.
   """
-  heads, block = (shape.K, shape.L, shape.M), shape.layout.shape
-
-  def empty() -> Hot:
-    return Hot(
-      slots=jnp.zeros((shape.P, *block), shape.dtype),
-      digest=jnp.zeros((*heads, shape.E, shape.D), shape.dtype),
-      maps=Maps.empty(*heads, shape.P),
-      tail=jnp.zeros((shape.K, shape.L, shape.R, *block), shape.dtype),
-      tables=jnp.full((shape.R, shape.N), -1, jnp.int32),
-      last_token=jnp.zeros(shape.R, jnp.int32),
-      clock=jnp.zeros((), jnp.int32),
-    )
-
   shardings = cache_shardings(mesh, shape.offload)
-  pool = _create_pool((*heads, *block), shape.dtype, shardings.pool)
-  return KVCache(pool, jax.jit(empty, out_shardings=shardings.hot)())
+  pool = _create_pool((shape.K, shape.L, shape.M, *shape.layout.shape), shape.dtype, shardings.pool)
+  return KVCache(pool, jax.jit(functools.partial(empty_hot, shape), out_shardings=shardings.hot)())
+
+
+def empty_hot(shape: CacheShape) -> Hot:
+  """No request has a lane, and no block is in a slot."""
+  heads, block = (shape.K, shape.L, shape.M), shape.layout.shape
+  return Hot(
+    slots=jnp.zeros((shape.P, *block), shape.dtype),
+    digest=jnp.zeros((*heads, shape.E, shape.D), shape.dtype),
+    maps=Maps.empty(*heads, shape.P),
+    tail=jnp.zeros((shape.K, shape.L, shape.R, *block), shape.dtype),
+    tables=jnp.full((shape.R, shape.N), -1, jnp.int32),
+    last_token=jnp.zeros(shape.R, jnp.int32),
+    clock=jnp.zeros((), jnp.int32),
+  )
 
 
 def _create_pool(dims: tuple[int, ...], dtype: str, sharding: Any) -> jax.Array:
