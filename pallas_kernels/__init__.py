@@ -6,12 +6,13 @@ Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.
 """
 
 from pallas_kernels.attend import Stop, Tails, attend
+from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
 from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, victims
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
-from pallas_kernels.residency import Located, commit, propose
+from pallas_kernels.residency import Located, propose
 from pallas_kernels.score import Ranking, score
 from pallas_kernels.select import select
 

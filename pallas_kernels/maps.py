@@ -84,3 +84,13 @@ def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
 def unused(last_used: jax.Array, since: jax.Array) -> jax.Array:
   """Whether a slot has not been used since then. Of stamps that wrap around the difference tells."""
   return (last_used == -1) | (last_used - since < 0)
+
+
+def only(keep: jax.Array, index: jax.Array, size: int) -> jax.Array:
+  """`index` where `keep`, else out of range: scatters drop it, gathers fill it."""
+  return jnp.where(keep, index, size)
+
+
+def by_rank(x: jax.Array | int) -> jax.Array:
+  """A scalar or [n] against lists [B, K, n]."""
+  return jnp.reshape(x, (1, 1, -1))

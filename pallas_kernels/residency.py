@@ -1,6 +1,8 @@
-"""Which block is in which slot: `propose` looks listed blocks up and finds slots for those that miss, `commit` makes
-true what attention then did. Least recently used goes first, in the order that stood when the step began. A step is one
-jitted call that runs layers, of a decode batch or of a piece of a prompt.
+"""Which block is in which slot: `propose` looks listed blocks up and finds slots for those that miss; when attention
+has read them, `commit` makes it true.
+
+Least recently used goes first, in the order that stood when the step began. A step is one jitted call that runs layers,
+of a decode batch or of a piece of a prompt.
 
 That order, `victims`, is one sort of the slots a step, not one a layer. Everything a step touches becomes younger than
 everything it has not, so the order of what is untouched stays exact; what has been touched is passed over. Each call of
@@ -21,9 +23,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import triton
-from pallas_kernels.maps import Maps, Victims, unused
+from pallas_kernels.maps import Maps, Victims, by_rank, only, unused
 
 CHUNK = 64  # ranks of a list that one program of a kernel looks at
+LEFT_CHUNK = 1024  # places that one program looks at for slots that are left
 LOOKS = 32  # places that a miss looks at for a slot; where nearly all are in use, a walk over them would take long
 
 
@@ -124,27 +127,6 @@ def propose(
   return _propose_kernels(cut, maps, victims, layer, blocks, length, given, implementation)
 
 
-def commit(
-  maps: Maps,
-  layer: Int32[Array, ""] | Int32[Array, " n"] | int,
-  located: Located,
-  attended: Int32[Array, "B K"],
-  stamp: Int32[Array, ""] | Int32[Array, " n"],
-  step: Int32[Array, " B"],
-  *,
-  implementation: str = "xla",
-) -> Maps:
-  """Maps after attention read the first `attended` blocks of the lists; in place when donated.
-
-  A block beyond `attended` was neither read nor copied, so its slot still holds what it held. `stamp` is like `layer`;
-  `step` is each request's own step number.
-  """
-  triton.check(implementation)
-  if implementation == "xla":
-    return _commit_xla(maps, layer, located, attended, stamp, step)
-  return _commit_kernel(maps, layer, located, attended, stamp, step, implementation)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Cut:
   """Lists [B, K, n] in groups. A kernel's program has `chunk` ranks of a list: groups, or one group."""
@@ -180,18 +162,13 @@ class _Cut:
     return self.chunk // self.width
 
 
-def _only(keep: jax.Array, index: jax.Array, size: int) -> jax.Array:
-  """`index` where `keep`, else out of range: scatters drop it, gathers fill it."""
-  return jnp.where(keep, index, size)
-
-
 def _left(cut: _Cut, maps: Maps, victims: Victims, claimed: jax.Array, given: jax.Array) -> jax.Array:
   """The victims that are left from `given` on, in order, among as many places as lists have entries; then -1."""
   n_slots = maps.last_used.shape[0]
   n = min(n_slots, cut.n_lists * cut.n)
   slots = victims.slots.at[given.sum() + jnp.arange(n)].get(mode="fill", fill_value=-1)
   left = (slots >= 0) & unused(maps.last_used[slots], victims.since) & (claimed[slots] == 0)
-  at = _only(left, jnp.cumsum(left.astype(jnp.int32)) - 1, n)
+  at = only(left, jnp.cumsum(left.astype(jnp.int32)) - 1, n)
   return jnp.full(n, -1, jnp.int32).at[at].set(slots, mode="drop")
 
 
@@ -201,9 +178,9 @@ def _left(cut: _Cut, maps: Maps, victims: Victims, claimed: jax.Array, given: ja
 def _propose_xla(cut: _Cut, maps, victims, layer, blocks, length, given) -> Located:
   n_slots = maps.last_used.shape[0]
   k = jnp.arange(cut.n_heads)[None, :, None]
-  slot = jnp.where(blocks >= 0, maps.slot_of[k, _by_rank(layer), blocks], -1)
+  slot = jnp.where(blocks >= 0, maps.slot_of[k, by_rank(layer), blocks], -1)
   hit = slot >= 0
-  claimed = jnp.zeros(n_slots, jnp.int8).at[_only(hit, slot, n_slots)].set(1, mode="drop")
+  claimed = jnp.zeros(n_slots, jnp.int8).at[only(hit, slot, n_slots)].set(1, mode="drop")
   miss = (blocks >= 0) & ~hit
 
   def by_group(x, fill):
@@ -221,7 +198,7 @@ def _propose_xla(cut: _Cut, maps, victims, layer, blocks, length, given) -> Loca
     place = _look_xla(maps, victims, claimed, given.sum() + turn, miss)
   else:
     left = _left(cut, maps, victims, claimed, given)
-    place = left.at[_only(miss, turn, n_slots)].get(mode="fill", fill_value=-1)
+    place = left.at[only(miss, turn, n_slots)].get(mode="fill", fill_value=-1)
 
   hits = by_group(hit, False)
   order = jnp.argsort(~hits, axis=-1, stable=True)
@@ -235,7 +212,7 @@ def _look_xla(maps, victims, claimed, index, miss) -> jax.Array:
 
   def look_further(state):
     look, index, place, wanting = state
-    victim = victims.slots.at[_only(wanting, index, n_slots)].get(mode="fill", fill_value=-1)
+    victim = victims.slots.at[only(wanting, index, n_slots)].get(mode="fill", fill_value=-1)
     found = (victim >= 0) & unused(maps.last_used[victim], victims.since) & (claimed[victim] == 0)
     index += stride
     return look + 1, index, jnp.where(found, victim, place), wanting & ~found & (index < n_slots)
@@ -248,40 +225,14 @@ def _look_xla(maps, victims, claimed, index, miss) -> jax.Array:
   return jax.lax.while_loop(more, look_further, (jnp.int32(0), index, nowhere, miss))[2]
 
 
-def _commit_xla(maps, layer, located, attended, stamp, step) -> Maps:
-  n_heads, n_layers, n_pool = maps.slot_of.shape
-  n_slots = maps.last_used.shape[0]
-  blocks, layer = located.blocks, _by_rank(layer)
-  k = jnp.arange(n_heads)[None, :, None]
-  reached = (jnp.arange(blocks.shape[2])[None, None] < attended[..., None]) & (blocks >= 0)
-  step = jnp.broadcast_to(step[:, None, None], blocks.shape)
-  last_selected = maps.last_selected.at[k, layer, _only(reached, blocks, n_pool)].set(step, mode="drop")
-  if n_slots == 0:
-    return maps._replace(last_selected=last_selected)
-
-  enters = reached & (located.place >= 0)
-  into = _only(enters, located.place, n_slots)
-  old = jnp.where(enters, maps.block_of.at[into].get(mode="fill", fill_value=-1), -1)
-  head, rest = old // (n_layers * n_pool), old % (n_layers * n_pool)
-  head = _only(old >= 0, head, n_heads)
-  slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode="drop")
-  slot_of = slot_of.at[k, layer, _only(enters, blocks, n_pool)].set(located.place, mode="drop")
-  block_of = maps.block_of.at[into].set((k * n_layers + layer) * n_pool + blocks, mode="drop")
-  touched = jnp.where(reached & located.hit, located.slot, into)
-  last_used = maps.last_used.at[touched].set(jnp.broadcast_to(_by_rank(stamp), blocks.shape), mode="drop")
-  return Maps(slot_of, block_of, last_used, last_selected)
-
-
-def _by_rank(x: jax.Array) -> jax.Array:
-  """A scalar or [n] against lists [B, K, n]."""
-  return jnp.reshape(x, (1, 1, -1))
-
-
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
 def _propose_kernels(cut: _Cut, maps, victims, layer, blocks, length, given, implementation) -> Located:
-  """Two kernels of one program for each list and chunk of ranks: the second needs the misses of all lists."""
+  """Two kernels of one program for each list and chunk of ranks: the second needs the misses of all lists.
+
+  Between them, lists of several groups need two small ones.
+  """
   n_slots, layer = maps.last_used.shape[0], jnp.reshape(layer, -1).astype(jnp.int32)
   call = functools.partial(
     triton.call,
@@ -305,10 +256,40 @@ def _propose_kernels(cut: _Cut, maps, victims, layer, blocks, length, given, imp
     operands = given.ravel(), since, misses.ravel(), victims.slots, maps.last_used, claimed
   else:
     kernel = _assign_left
-    misses = misses.ravel()
-    operands = jnp.cumsum(misses) - misses, _left(cut, maps, victims, claimed, given)
+    operands = _queues(cut, maps, victims, claimed, given, misses, implementation)
   out = call(functools.partial(kernel, cut), out_shape=(of_list, of_list, of_list, of_group), name="assign")
   return Located(*out(blocks, slot, *operands), length=length)
+
+
+def _queues(cut: _Cut, maps, victims, claimed, given, misses, implementation):
+  """What misses of lists of several groups take turns by: two kernels, the second needs the counts of all chunks.
+
+  Returns:
+    The victims that are left as `_left` makes them, but that those beyond their count are anything; the count of each
+    chunk of places; for each group and list the misses of the lists before it, and the misses of each group.
+  """
+  n, n_groups = min(victims.slots.shape[0], cut.n_lists * cut.n), misses.shape[0]
+  n_chunks = -(-n // LEFT_CHUNK)
+
+  def int32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  places = jnp.reshape(given.sum(), 1), jnp.reshape(victims.since, 1), victims.slots, maps.last_used, claimed
+  counts, before, totals = triton.call(
+    functools.partial(_count, n, n_chunks),
+    out_shape=(int32(n_chunks), int32(n_groups, cut.n_lists), int32(n_groups)),
+    grid=(n_chunks + n_groups,),
+    implementation=implementation,
+    name="count_left",
+  )(*places, misses)
+  left = triton.call(
+    functools.partial(_compact, n),
+    out_shape=int32(n),
+    grid=(n_chunks,),
+    implementation=implementation,
+    name="compact_left",
+  )(*places, counts)
+  return left, counts, before, totals
 
 
 def _ranks(cut: _Cut):
@@ -334,7 +315,7 @@ def _look_up(
   slot = jnp.where(block >= 0, slot_of_ref[k, of_layer, jnp.maximum(block, 0)], -1)
   hit, n_slots = slot >= 0, claimed_ref.shape[0]
   triton.store(slot_ref.at[b, k, rank], slot, mask=exists)
-  triton.store(claimed_ref.at[_only(hit, slot, n_slots)], jnp.ones((cut.chunk,), jnp.int8), mask=hit)
+  triton.store(claimed_ref.at[only(hit, slot, n_slots)], jnp.ones((cut.chunk,), jnp.int8), mask=hit)
   miss = ((block >= 0) & ~hit).astype(jnp.int32)
   if cut.groups_of_chunk == 1:
     misses_ref[c, i] = jnp.sum(miss)
@@ -382,22 +363,84 @@ def _assign(
   _write_hits_first(cut, block, slot, place, out_refs)
 
 
+def _places_left(n: int, chunk, given_ref, since_ref, victims_ref, last_used_ref, claimed_ref):
+  """The slots of a chunk of places, of the first `n` after those given, and int32, 1 where one is left."""
+  place = chunk * LEFT_CHUNK + jnp.arange(LEFT_CHUNK)
+  at, n_slots = given_ref[0] + place, victims_ref.shape[0]
+  exists = (place < n) & (at < n_slots)
+  slot = victims_ref[jnp.minimum(at, n_slots - 1)]
+  free = unused(last_used_ref[slot], since_ref[0]) & (claimed_ref[slot].astype(jnp.int32) == 0)
+  return slot, (exists & free).astype(jnp.int32)
+
+
+def _count(
+  n: int,
+  n_chunks: int,
+  given_ref,  # [1]
+  since_ref,  # [1]
+  victims_ref,  # [P]
+  last_used_ref,  # [P]
+  claimed_ref,  # [P]
+  misses_ref,  # [groups, B * K]
+  counts_ref,  # [chunks], places that are left in each
+  before_ref,  # [groups, B * K], misses of the lists before
+  totals_ref,  # [groups], misses
+):
+  """A program counts a chunk of places, or the misses of a group."""
+  i = pl.program_id(0)
+
+  @pl.when(i < n_chunks)
+  def _():
+    _, left = _places_left(n, i, given_ref, since_ref, victims_ref, last_used_ref, claimed_ref)
+    counts_ref[i] = jnp.sum(left)
+
+  @pl.when(i >= n_chunks)
+  def _():
+    group, n_lists = i - n_chunks, misses_ref.shape[1]
+    at = jnp.arange(pl.next_power_of_2(n_lists))
+    exists = at < n_lists
+    misses = jnp.where(exists, misses_ref[group, jnp.minimum(at, n_lists - 1)], 0)
+    triton.store(before_ref.at[group, at], jnp.cumsum(misses) - misses, mask=exists)
+    totals_ref[group] = jnp.sum(misses)
+
+
+def _compact(
+  n: int,
+  given_ref,  # [1]
+  since_ref,  # [1]
+  victims_ref,  # [P]
+  last_used_ref,  # [P]
+  claimed_ref,  # [P]
+  counts_ref,  # [chunks]
+  left_ref,  # [n], the slots that are left, in order
+):
+  i = pl.program_id(0)
+  slot, left = _places_left(n, i, given_ref, since_ref, victims_ref, last_used_ref, claimed_ref)
+  to = _total(counts_ref, lambda other: other < i) + jnp.cumsum(left) - 1
+  triton.store(left_ref.at[only(left == 1, to, n)], slot, mask=left == 1)
+
+
 def _assign_left(
   cut: _Cut,
   blocks_ref,  # [B, K, n]
   slot_ref,  # [B, K, n]
-  before_ref,  # [groups * B * K], misses that come before a group of a list
   left_ref,  # victims that are left
+  counts_ref,  # [chunks], how many there are
+  before_ref,  # [groups, B * K], misses of the lists before
+  totals_ref,  # [groups], misses of all lists
   *out_refs,
 ):
   """Lists of several groups: the t-th miss of all gets the t-th victim that is left."""
   c, i, b, k, rank = _ranks(cut)
   block, slot, miss = _list(cut, blocks_ref, slot_ref, b, k, rank)
-  n_left, groups = left_ref.shape[0], cut.groups_of_chunk
-  before = before_ref[(c * groups + jnp.arange(groups)) * cut.n_lists + i]
-  turn = before[:, None] + jnp.cumsum(jnp.reshape(miss, (groups, cut.width)), 1) - 1
+  groups, n_groups = cut.groups_of_chunk, totals_ref.shape[0]
+  of_chunk = c * groups + jnp.arange(groups)
+  other = jnp.arange(pl.next_power_of_2(n_groups))
+  totals = jnp.where(other < n_groups, totals_ref[jnp.minimum(other, n_groups - 1)], 0)
+  earlier = jnp.sum(jnp.where(other[None] < of_chunk[:, None], totals[None], 0), 1) + before_ref[of_chunk, i]
+  turn = earlier[:, None] + jnp.cumsum(jnp.reshape(miss, (groups, cut.width)), 1) - 1
   turn = jnp.reshape(turn, (cut.chunk,))
-  finds = (miss == 1) & (turn < n_left)
+  finds = (miss == 1) & (turn < _total(counts_ref))
   place = jnp.where(finds, left_ref[jnp.where(finds, turn, 0)], -1)
   _write_hits_first(cut, block, slot, place, out_refs)
 
@@ -431,64 +474,3 @@ def _write_hits_first(cut: _Cut, block, slot, place, out_refs):
   triton.store(place_ref.at[b, k, to], place, mask=exists)
   of_group = c * groups + jnp.arange(groups)
   triton.store(hits_ref.at[b, k, of_group], hits, mask=of_group < cut.n_groups)
-
-
-def _commit_kernel(maps, layer, located, attended, stamp, step, implementation) -> Maps:
-  n_rows, n_heads, n = located.blocks.shape
-  chunk, has_slots = min(CHUNK, pl.next_power_of_2(n)), maps.last_used.shape[0] > 0
-  layer, stamp = (jnp.reshape(x, -1).astype(jnp.int32) for x in (layer, stamp))
-  maps_in = maps if has_slots else maps._replace(block_of=jnp.zeros(1, jnp.int32), last_used=jnp.zeros(1, jnp.int32))
-  out = triton.call(
-    functools.partial(_commit, chunk, has_slots),
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in maps_in],
-    grid=(-(-n // chunk), n_rows * n_heads),
-    input_output_aliases={7 + i: i for i in range(4)},
-    implementation=implementation,
-    num_warps=1,
-    name="commit",
-  )(layer, stamp, step, attended, located.blocks, located.slot, located.place, *maps_in)
-  return Maps(*out) if has_slots else maps._replace(last_selected=out[3])
-
-
-def _commit(
-  chunk: int,
-  has_slots: bool,
-  layer_ref,  # [1] or [n]
-  stamp_ref,  # [1] or [n]
-  step_ref,  # [B]
-  attended_ref,  # [B, K]
-  blocks_ref,  # [B, K, n]
-  slot_ref,  # [B, K, n]
-  place_ref,  # [B, K, n]
-  *maps_refs,  # the four maps, then the same as results
-):
-  slot_of_ref, block_of_ref, last_used_ref, last_selected_ref = maps_refs[4:]
-  (n_heads, n_layers, n_pool), n_slots, n = slot_of_ref.shape, last_used_ref.shape[0], blocks_ref.shape[2]
-  b, k = jax.lax.div(pl.program_id(1), n_heads), jax.lax.rem(pl.program_id(1), n_heads)
-  rank = pl.program_id(0) * chunk + jnp.arange(chunk)
-  live = rank < jnp.minimum(attended_ref[b, k], n)
-  rank = jnp.minimum(rank, n - 1)
-  block, slot, place = blocks_ref[b, k, rank], slot_ref[b, k, rank], place_ref[b, k, rank]
-  of_layer = layer_ref[0] if layer_ref.shape[0] == 1 else layer_ref[rank]
-  now = stamp_ref[0] if stamp_ref.shape[0] == 1 else stamp_ref[rank]
-  now, of_layer = (jnp.broadcast_to(x, (chunk,)) for x in (now, of_layer))
-
-  reached = live & (block >= 0)
-  to = _only(reached, block, n_pool)
-  triton.store(last_selected_ref.at[k, of_layer, to], jnp.full((chunk,), step_ref[b]), mask=reached)
-  if has_slots:
-    enters = reached & (place >= 0)
-    into = _only(enters, place, n_slots)
-    old = jnp.where(enters, block_of_ref[jnp.where(enters, place, 0)], -1)
-    evicted, old = old >= 0, jnp.maximum(old, 0)
-    head = jax.lax.div(old, jnp.full_like(old, n_layers * n_pool))
-    rest = old - head * (n_layers * n_pool)
-    old_layer = jax.lax.div(rest, jnp.full_like(rest, n_pool))
-    gone = jnp.full((chunk,), -1, jnp.int32)
-    old_block = _only(evicted, rest - old_layer * n_pool, n_pool)
-    triton.store(slot_of_ref.at[head, old_layer, old_block], gone, mask=evicted)
-    triton.store(slot_of_ref.at[k, of_layer, _only(enters, block, n_pool)], place, mask=enters)
-    triton.store(block_of_ref.at[into], (k * n_layers + of_layer) * n_pool + block, mask=enters)
-    touched = enters | (reached & (slot >= 0))
-    at = jnp.where(touched, jnp.maximum(slot, place), n_slots)
-    triton.store(last_used_ref.at[at], now, mask=touched)

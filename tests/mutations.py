@@ -18,7 +18,7 @@ class Mutation(NamedTuple):
 ATTEND, RESIDENCY, COPIES, SELECTION = (
   f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
 )
-MAPS, RESIDENT = "pallas_kernels/maps.py", "pallas_kernels/residency.py"
+MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
 ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
 
@@ -110,8 +110,8 @@ MUTATIONS = [
   Mutation(
     "a hit is taken as a victim",
     RESIDENT,
-    "claimed = jnp.zeros(n_slots, jnp.int8).at[_only(hit, slot, n_slots)]",
-    "claimed = jnp.zeros(n_slots, jnp.int8).at[_only(hit & False, slot, n_slots)]",
+    "claimed = jnp.zeros(n_slots, jnp.int8).at[only(hit, slot, n_slots)]",
+    "claimed = jnp.zeros(n_slots, jnp.int8).at[only(hit & False, slot, n_slots)]",
     (f"{RESIDENCY}::test_hits_come_first_and_are_never_victims[xla]",),
   ),
   Mutation(
@@ -130,35 +130,35 @@ MUTATIONS = [
   ),
   Mutation(
     "an evicted block keeps its entry",
-    RESIDENT,
+    COMMIT,
     'slot_of = maps.slot_of.at[head, rest // n_pool, rest % n_pool].set(-1, mode="drop")',
     "slot_of = maps.slot_of",
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[xla]",),
   ),
   Mutation(
     "the kernel lets an evicted block keep its entry",
-    RESIDENT,
+    COMMIT,
     "gone, mask=evicted)",
     "gone, mask=evicted & False)",
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[interpret]",),
   ),
   Mutation(
     "a block that attention never reached is taken for resident",
-    RESIDENT,
+    COMMIT,
     "enters = reached & (located.place >= 0)",
     "enters = located.place >= 0",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[xla]",),
   ),
   Mutation(
     "the kernel takes a block that attention never reached for resident",
-    RESIDENT,
+    COMMIT,
     "enters = reached & (place >= 0)",
     "enters = place >= 0",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[interpret]",),
   ),
   Mutation(
     "a hit is no use",
-    RESIDENT,
+    COMMIT,
     "touched = jnp.where(reached & located.hit, located.slot, into)",
     "touched = into",
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[xla]",),
@@ -180,8 +180,8 @@ MUTATIONS = [
   Mutation(
     "the kernel gives victims away twice",
     RESIDENT,
-    "turn = before[:, None] + jnp.cumsum",
-    "turn = 0 * before[:, None] + jnp.cumsum",
+    "turn = earlier[:, None] + jnp.cumsum",
+    "turn = 0 * earlier[:, None] + jnp.cumsum",
     (f"{RESIDENCY}::test_critical_groups_of_all_lists_get_victims_first[4-interpret]",),
   ),
   Mutation(

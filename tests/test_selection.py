@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import digest
 from pallas_kernels.score import box, dot
-from sparse_serve_jax.attention import METHODS, LayerRows, Method, Selector, get_method
-from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.attention import METHODS, Method, get_method
+from sparse_serve_jax.attention.decode import Rows, Selector
+from sparse_serve_jax.memory.kv_cache import Hot
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.tiny import config, greedy, poisoned, prompt_of, serve, tiny_model
@@ -78,12 +79,12 @@ def selected(selector: Selector, scores: np.ndarray, n_blocks: int) -> tuple[lis
   G, n = scores.shape
   digests = np.full((1, 2, 10, 1, G), np.nan, np.float32)
   digests[0, 1, TABLE[0, :n_blocks], 0] = scores.T[:n_blocks]
-  nothing = dict.fromkeys((field.name for field in dataclasses.fields(KVCache)), None)
-  cache = KVCache(**(nothing | {"digest": jnp.asarray(digests)}))
+  nothing = dict.fromkeys((field.name for field in dataclasses.fields(Hot)), None)
+  hot = Hot(**(nothing | {"digest": jnp.asarray(digests)}))
   column = lambda x: jnp.array([x], jnp.int32)  # noqa: E731
-  at = LayerRows(column(0), jnp.asarray(TABLE[:, :n]), column(n_blocks), column(1), column(0))
+  at = Rows(column(0), jnp.asarray(TABLE[:, :n]), column(n_blocks), column(1), column(0))
   q = jnp.eye(G, dtype=jnp.float32)[None, None]
-  blocks, count = selector.select(q, cache, jnp.int32(1), at, "xla")
+  blocks, count = selector.select(q, hot, jnp.int32(1), at, "xla")
   used = int(count[0, 0])
   assert (np.asarray(blocks)[0, 0, used:] == -1).all()
   return [TABLE[0].tolist().index(b) for b in blocks[0, 0, :used].tolist()], used

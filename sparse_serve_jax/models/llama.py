@@ -225,7 +225,7 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _norm(cfg: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
+def _norm(cfg: ModelConfig, x: jax.Array, weight: jax.Array | np.ndarray) -> jax.Array:
   """Root-mean-square norm over the last dimension; the weight is applied in the model's dtype, as in training."""
   h = x.astype(jnp.float32)
   h *= lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + cfg.norm_eps)
@@ -237,7 +237,7 @@ def _trailing(a: jax.Array | np.ndarray, ndim: int) -> jax.Array | np.ndarray:
   return jnp.reshape(a, (1,) * (ndim - a.ndim) + a.shape)
 
 
-def _matmul(x: jax.Array, w: jax.Array, n: int) -> jax.Array:
+def _matmul(x: jax.Array, w: jax.Array | np.ndarray, n: int) -> jax.Array:
   """Contracts the last `n` dimensions of x with the first `n` of w, as a product of two matrices.
 
   XLA would transpose a layer's slice of stacked weights first if it were shown more dimensions: 22 us on an H200.
@@ -247,7 +247,7 @@ def _matmul(x: jax.Array, w: jax.Array, n: int) -> jax.Array:
   return y.reshape(*y.shape[:-1], *w.shape[n:])
 
 
-def _einsum(spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
+def _einsum(spec: str, x: jax.Array, w: jax.Array | np.ndarray, out: Any = None) -> jax.Array:
   precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=out)
 

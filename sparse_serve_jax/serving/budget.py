@@ -44,7 +44,7 @@ class Needs:
     return cls(
       weights=weight_bytes(cfg, n_devices),
       kv=shape.hbm_bytes // n_devices,
-      activations=activations + _LOGIT_ARRAYS * 4 * rows * cfg.vocab_size,
+      activations=activations + _LOGIT_ARRAYS * 4 * rows * cfg.vocab_size + _head_bytes(cfg),
       pool=shape.pool_bytes if shape.offload else 0,
       text=f"pieces of {piece} prompt tokens, {rows} decode rows",
     )
@@ -71,6 +71,11 @@ def _prefill_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, c
     attention += 4 * context * (2 * n_kv * cfg.head_dim + n_heads * _QUERY_TILE)
   mlp = min(piece, MLP_TILE) * (cfg.d_ff // n_devices) * (2 * item + 4 + item)  # gate and up, SiLU, their product
   return stream + attention + mlp
+
+
+def _head_bytes(cfg: ModelConfig) -> int:
+  """Of a tied head in float32, to which XLA converts it for the one row of logits of a prefill (jax 0.11.2)."""
+  return 4 * cfg.vocab_size * cfg.d_model if cfg.tie_embeddings and cfg.dtype != "float32" else 0
 
 
 def check(needs: Needs, model: Model, mesh: Mesh) -> None:
