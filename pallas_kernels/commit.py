@@ -26,7 +26,8 @@ def commit(
 ) -> Maps:
   """Maps after attention read the first `attended` blocks of the lists; in place when donated.
 
-  A block beyond `attended` was neither read nor copied, so its slot still holds what it held. `stamp` is like `layer`;
+  A hit that has a place was copied there by a load, whether it was read or not. Any other block beyond `attended` was
+  neither read nor copied, so its slot still holds what it held. `stamp` is like `layer`;
   `step` is each request's own step number.
   """
   triton.check(implementation)
@@ -46,7 +47,7 @@ def _commit_xla(maps, layer, located, attended, stamp, step) -> Maps:
   if n_slots == 0:
     return maps._replace(last_selected=last_selected)
 
-  enters = reached & (located.place >= 0)
+  enters = (reached | (located.hit & (blocks >= 0))) & (located.place >= 0)
   into = only(enters, located.place, n_slots)
   old = jnp.where(enters, maps.block_of.at[into].get(mode="fill", fill_value=-1), -1)
   head, rest = old // (n_layers * n_pool), old % (n_layers * n_pool)
@@ -73,7 +74,7 @@ def _commit_kernel(maps, layer, located, attended, stamp, step, implementation) 
     num_warps=1,
     name="commit",
   )(layer, stamp, step, attended, located.blocks, located.slot, located.place, *maps_in)
-  return Maps(*out) if has_slots else maps._replace(last_selected=out[3])
+  return Maps(*out) if has_slots else maps._replace(slot_of=out[0], last_selected=out[3])
 
 
 def _commit(
@@ -92,18 +93,18 @@ def _commit(
   (n_heads, n_layers, n_pool), n_slots, n = slot_of_ref.shape, last_used_ref.shape[0], blocks_ref.shape[2]
   b, k = jax.lax.div(pl.program_id(1), n_heads), jax.lax.rem(pl.program_id(1), n_heads)
   rank = pl.program_id(0) * chunk + jnp.arange(chunk)
-  live = rank < jnp.minimum(attended_ref[b, k], n)
+  live, exists = rank < jnp.minimum(attended_ref[b, k], n), rank < n
   rank = jnp.minimum(rank, n - 1)
   block, slot, place = blocks_ref[b, k, rank], slot_ref[b, k, rank], place_ref[b, k, rank]
   of_layer = layer_ref[0] if layer_ref.shape[0] == 1 else layer_ref[rank]
   now = stamp_ref[0] if stamp_ref.shape[0] == 1 else stamp_ref[rank]
   now, of_layer = (jnp.broadcast_to(x, (chunk,)) for x in (now, of_layer))
 
-  reached = live & (block >= 0)
+  reached, listed = live & (block >= 0), exists & (block >= 0)
   to = only(reached, block, n_pool)
   triton.store(last_selected_ref.at[k, of_layer, to], jnp.full((chunk,), step_ref[b]), mask=reached)
   if has_slots:
-    enters = reached & (place >= 0)
+    enters = (reached | (listed & (slot >= 0))) & (place >= 0)
     into = only(enters, place, n_slots)
     old = jnp.where(enters, block_of_ref[jnp.where(enters, place, 0)], -1)
     evicted, old = old >= 0, jnp.maximum(old, 0)

@@ -433,11 +433,10 @@ def _assign_left(
   """Lists of several groups: the t-th miss of all gets the t-th victim that is left."""
   c, i, b, k, rank = _ranks(cut)
   block, slot, miss = _list(cut, blocks_ref, slot_ref, b, k, rank)
-  groups, n_groups = cut.groups_of_chunk, totals_ref.shape[0]
+  groups = cut.groups_of_chunk
   of_chunk = c * groups + jnp.arange(groups)
-  other = jnp.arange(pl.next_power_of_2(n_groups))
-  totals = jnp.where(other < n_groups, totals_ref[jnp.minimum(other, n_groups - 1)], 0)
-  earlier = jnp.sum(jnp.where(other[None] < of_chunk[:, None], totals[None], 0), 1) + before_ref[of_chunk, i]
+  totals, before = totals_ref[of_chunk], before_ref[of_chunk, i]
+  earlier = _total(totals_ref, lambda other: other < c * groups) + jnp.cumsum(totals) - totals + before
   turn = earlier[:, None] + jnp.cumsum(jnp.reshape(miss, (groups, cut.width)), 1) - 1
   turn = jnp.reshape(turn, (cut.chunk,))
   finds = (miss == 1) & (turn < _total(counts_ref))

@@ -83,8 +83,8 @@ def fits(n: int, k: int) -> bool:
 
 
 def _key(score: jax.Array) -> jax.Array:
-  """int32 in the order of the float32; LOWEST is below them all."""
-  bits = jax.lax.bitcast_convert_type(score, jnp.int32)
+  """int32 in the order of the float32; NaN of either sign is above them all, LOWEST below."""
+  bits = jax.lax.bitcast_convert_type(score, jnp.int32) & jnp.where(score != score, jnp.int32(HIGHEST), jnp.int32(-1))
   return bits ^ ((bits >> 31) & HIGHEST)
 
 

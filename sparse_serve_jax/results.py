@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -149,8 +150,12 @@ class Rows:
   def append(self, *rows: Mapping[str, Any]) -> None:
     """Adds rows to the file, all in one piece, and to `all`."""
     if rows:
+      data = b"".join(map(_line, rows))
       with self.file.open("ab", buffering=0) as file:
-        file.write(b"".join(map(_line, rows)))
+        before = file.tell()
+        if file.write(data) != len(data):
+          file.truncate(before)
+          raise OSError(errno.ENOSPC, f"not all of {len(data)} bytes could be written", str(self.file))
       self.all += map(dict, rows)
 
   def replace(self, index: int, row: Mapping[str, Any]) -> None:

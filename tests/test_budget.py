@@ -34,7 +34,7 @@ NUMBERS = (
 
 def needs_of(cfg: ModelConfig, conf: EngineConfig, cudnn: bool) -> budget.Needs:
   shape = CacheShape.of(cfg, conf, get_method(conf.sparse.method).vectors)
-  return budget.Needs.of(cfg, shape, Buckets.of(conf, cfg.n_layers, shape.max_context), conf.tp, cudnn)
+  return budget.Needs.of(cfg, conf, shape, Buckets.of(conf, cfg.n_layers, shape.max_context), cudnn)
 
 
 def test_needs_of_an_8b_model():

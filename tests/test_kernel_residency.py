@@ -362,3 +362,18 @@ def test_residency_against_a_dictionary(P: int, group: int | None, implementatio
       seen["homeless"] += ((blocks >= 0) & (slots < 0) & (places < 0)).sum()
       seen["unreached"] += (attended < blocks.shape[2]).sum()
   assert seen["unreached"] and (seen["homeless"] or P > 40) and (seen["hits"] or P == 1)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_a_load_copied_is_resident_also_where_attention_never_came(implementation):
+  """A hit with a place is what a load copied. Blocks 1, 2 and 3 are listed, the last two copied, and one is read."""
+  blocks = jnp.array([[[1, 2, 3, -1]]])
+  places = jnp.array([[[-1, 0, 1, -1]]])
+  maps = kernels.Maps.empty(1, 1, 9, 4)
+  maps = maps._replace(slot_of=maps.slot_of.at[0, 0, 7].set(0), block_of=maps.block_of.at[0].set(7))
+  located = Located(blocks, places, places, jnp.array([[[4]]]), jnp.array([[3]]))
+  one, zero = jnp.array([[1]]), jnp.int32(0)
+  made = kernels.commit(maps, zero, located, one, jnp.int32(5), jnp.array([6]), implementation=implementation)
+  assert made.slot_of[0, 0].tolist() == [-1, -1, 0, 1, -1, -1, -1, -1, -1]
+  assert made.block_of.tolist() == [2, 3, -1, -1] and made.last_used.tolist() == [5, 5, -1, -1]
+  assert (made.last_selected[0, 0] == 6).tolist() == [i == 1 for i in range(9)]

@@ -107,7 +107,7 @@ def write_tasks(directory: Path) -> None:
 
 def test_two_tasks(run, tmp_path):
   write_tasks(tmp_path / "bench")
-  options = ["--limit=2", "--max_prompt_tokens=320"]
+  options = ["--limit=2", "--prompt_tokens=320"]
   dense = run("dense", tmp_path / "bench", [*SMALL_SERVING, "cache.hbm_bytes=4MiB"], *options)
   prompts = {name: row["prompt_tokens"] for name, row in dense.rows.items()}
   assert set(prompts) == {"qasper-0", "qasper-1", "gov_report_e-0", "gov_report_e-1"}

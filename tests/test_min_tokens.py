@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def oracle(prompt: list[int], stops: list[int], min_tokens: int, temperature: fl
 
 def drawn(logits: np.ndarray, position: int) -> int:
   row = np.full(1, TEMPERATURE, np.float32), np.full(1, TOP_P, np.float32), np.full(1, SEED, np.uint32)
-  return int(sample(logits[None], np.full(1, position, np.int32), *row)[0])
+  return int(sample(jnp.asarray(logits[None]), jnp.full(1, position), *map(jnp.asarray, row))[0])
 
 
 def likely(prompt: list[int], n: int) -> list[int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = 2  # of the mutations, for processes that run beside each other
 
 
 def copy_source(to: Path) -> Path:
@@ -26,37 +27,60 @@ def copy_source(to: Path) -> Path:
   return to
 
 
-def failed(folder: Path, tests: Sequence[str]) -> set[str]:
-  """Runs tests of a copy; those that fail. A test that is not found, or an import that fails, is an error here."""
-  env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
-  env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing them takes longer than the tests
-  command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", *tests]
-  done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-  assert done.returncode in (0, 1), done.stdout + done.stderr
-  lines = done.stdout.splitlines()
-  # "3 failed, 1 passed in 2s": what ran is what was asked for
-  words = lines[-1].replace(",", "").split()
-  assert sum(int(n) for n, what in itertools.pairwise(words) if what in ("passed", "failed")) == len(tests)
-  return {line.removeprefix("FAILED ").partition(" - ")[0] for line in lines if line.startswith("FAILED ")}
+class Tester:
+  """Runs tests of copies of the source, one after another, in forks of one process."""
+
+  def __init__(self):
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing them takes longer than the tests
+    env["PYTHONWARNINGS"] = "ignore:os.fork:RuntimeWarning"  # no thread of jax has begun
+    command = [sys.executable, str(ROOT / "tests" / "mutants.py")]
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+  def failed(self, folder: Path, tests: Sequence[str]) -> set[str]:
+    """Those of the tests that fail. A test that is not found, or an import that fails, is an error here."""
+    out = folder / "out.txt"
+    assert self._process.stdin and self._process.stdout
+    self._process.stdin.write(json.dumps({"folder": str(folder), "tests": list(tests), "out": str(out)}) + "\n")
+    self._process.stdin.flush()
+    status, said = self._process.stdout.readline().strip(), out.read_text()
+    assert status in ("0", "1"), said
+    lines = said.splitlines()
+    # "3 failed, 1 passed in 2s": what ran is what was asked for
+    words = lines[-1].replace(",", "").split()
+    assert sum(int(n) for n, what in itertools.pairwise(words) if what in ("passed", "failed")) == len(tests), said
+    return {line.removeprefix("FAILED ").partition(" - ")[0] for line in lines if line.startswith("FAILED ")}
+
+  def close(self) -> None:
+    assert self._process.stdin
+    self._process.stdin.close()
+    self._process.wait()
 
 
-def caught(mutation: Mutation, folder: Path) -> bool:
+@pytest.fixture
+def tester() -> Iterator[Tester]:
+  tester = Tester()
+  yield tester
+  tester.close()
+
+
+def caught(tester: Tester, mutation: Mutation, folder: Path) -> bool:
   path = copy_source(folder) / mutation.file
   source = path.read_text()
   assert source.count(mutation.old) == 1, f"{mutation.name}: {source.count(mutation.old)} places in {mutation.file}"
   path.write_text(source.replace(mutation.old, mutation.new))
-  return failed(folder, mutation.tests) == set(mutation.tests)
+  return tester.failed(folder, mutation.tests) == set(mutation.tests)
 
 
 @pytest.mark.slow
-def test_every_mutation_is_caught(tmp_path: Path):
-  with ThreadPoolExecutor(2) as pool:
-    folders = [tmp_path / str(i) for i in range(len(MUTATIONS))]
-    found = list(pool.map(caught, MUTATIONS, folders))
-  assert [mutation.name for mutation, yes in zip(MUTATIONS, found, strict=True) if not yes] == []
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_mutation_is_caught(tester: Tester, tmp_path: Path, part: int):
+  mutations = MUTATIONS[part::PARTS]
+  found = [caught(tester, mutation, tmp_path / str(i)) for i, mutation in enumerate(mutations)]
+  assert [mutation.name for mutation, yes in zip(mutations, found, strict=True) if not yes] == []
 
 
 @pytest.mark.slow
-def test_the_source_itself_passes(tmp_path: Path):
+def test_the_source_itself_passes(tester: Tester, tmp_path: Path):
   tests = sorted({test for mutation in MUTATIONS for test in mutation.tests})
-  assert failed(copy_source(tmp_path / "copy"), tests) == set()
+  assert tester.failed(copy_source(tmp_path / "copy"), tests) == set()

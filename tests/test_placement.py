@@ -66,6 +66,7 @@ def test_placing_takes_a_few_layers_of_host_memory(tmp_path):
   largest, total = max(sizes.values()), sum(sizes.values())
   layer = largest // model.config.n_layers
   assert total > 180e6 and largest == sizes["layers.w_gate_up"] > 100e6
+  models.place_params(models.load_model(tmp_path / "hf"))  # compiles, which takes memory that stays
   watched = Watched(model)
   tracemalloc.start()
   params = models.place_params(watched.model)
@@ -74,7 +75,7 @@ def test_placing_takes_a_few_layers_of_host_memory(tmp_path):
   tracemalloc.stop()
   assert watched.read == total
   assert watched.bytes_alive() < total / 100  # a CPU device may use a small array where it is
-  assert left < total / 20  # compiled programs too
+  assert left < total / 20
   assert layer <= watched.most <= (AHEAD + 2) * layer  # AHEAD, the one that is placed, and those small arrays
   assert watched.most <= peak < largest / 4
   assert tree_equal(params, host(model))

@@ -140,14 +140,14 @@ class DecodeAttention:
     """
     on = dict(implementation=self.implementation)
     blocks, length = self.selector.select(q, hot, layer, rows, self.implementation)
-    located = kernels.propose(
+    found = kernels.propose(
       hot.maps, turn.victims, layer, blocks, length, given=turn.given, group=self.selector.group, **on
     )
-    slots, located, copied = self.load(pool, hot.slots, layer, located, self.implementation)
+    slots, located, copied = self.load(pool, hot.slots, layer, found, self.implementation)
     tails = kernels.Tails(hot.tail, rows.lanes, rows.tail_tokens)
     partial, attended, slots = kernels.attend(q, tails, pool, slots, layer, located, self.selector.stop, **on)
     maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
     # Without slots the pool lies in HBM, and nothing misses.
     missed = located.missed(attended) if slots.shape[0] else jnp.zeros_like(attended)
-    counts = Counts(attended, missed, copied, located.given(attended))
+    counts = Counts(attended, missed, copied, found.given(attended))
     return partial.output, hot.replace(slots=slots, maps=maps), counts

@@ -11,13 +11,12 @@ import pathlib
 import zlib
 from collections.abc import Iterable, Sequence
 
-import jax
 import numpy as np
 
 from sparse_serve_jax import results, tasks
 from sparse_serve_jax.evaluation import accuracy, selections
 from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
-from sparse_serve_jax.models import Model
+from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.tasks import text as texts
 
 FORMAT = 3  # of rows; another one when they tell other things, or the same in another way
@@ -88,7 +87,7 @@ class Study:
     self.rows, self.reuse = Table(folder / "results.jsonl"), Table(folder / "reuse.jsonl")
     self._model, self._wanted, self._amounts = model, wanted, amounts
     self._at_once, self._workers = tokens_at_once, workers
-    self._params = jax.device_put(model.params)
+    self._params = place_params(model)
 
   def measure(self, task: str, n_tokens: int) -> None:
     """What each setting answers of a generated task, or predicts of ordinary text (`TEXT`), at a length."""

@@ -5,8 +5,9 @@ A load is one function
   (pool, slots, layer, located, implementation) -> (slots, located, copied)
 
 It copies what it wants of the misses of `located` into their places in `slots` and returns `located` with these as
-hits, and how many blocks it copied of each list, [B, K] int32. Attention then reads every block that still misses from
-the pool, and copies it to its place in the same pass.
+hits that keep their places (`kernels.commit` knows them by that, whether attention comes to read them or not), and how
+many blocks it copied of each list, [B, K] int32. Attention then reads every block that still misses from the pool, and
+copies it to its place in the same pass.
 """
 
 from __future__ import annotations

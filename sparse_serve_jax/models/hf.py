@@ -225,10 +225,11 @@ class _Parts:
     if self._last[0] != key:
       self._last = None, None  # before the next is read
       leaf = self._leaves[tensor.leaf]
-      if isinstance(leaf, Leaf):
+      of_layer = tensor.leaf.startswith("layers.")
+      if isinstance(leaf, Leaf) and (leaf.stacked or not of_layer):
         part = leaf.part(tensor.layer)
       else:
-        part = np.asarray(leaf[tensor.layer] if tensor.leaf.startswith("layers.") else leaf)
+        part = np.asarray(np.asarray(leaf)[tensor.layer] if of_layer else leaf)
       self._last = key, part
     assert self._last[1] is not None
     return self._last[1]

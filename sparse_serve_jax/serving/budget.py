@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from sparse_serve_jax.buckets import Buckets
-from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model, is_placed, llama
@@ -37,10 +37,13 @@ class Needs:
   text: str  # what activations are of
 
   @classmethod
-  def of(cls, cfg: ModelConfig, shape: CacheShape, buckets: Buckets, n_devices: int, cudnn: bool) -> Needs:
-    """Of a model and a cache over so many devices; `cudnn`: prefill attention makes no scores."""
-    piece, rows = max((*buckets.whole, *buckets.chunks)), max(buckets.batches)
-    activations = _prefill_bytes(cfg, piece, shape.max_context, n_devices, cudnn)
+  def of(cls, cfg: ModelConfig, config: EngineConfig, shape: CacheShape, buckets: Buckets, cudnn: bool) -> Needs:
+    """Of a model and a cache; `cudnn`: prefill attention makes no scores."""
+    piece, rows, n_devices = max((*buckets.whole, *buckets.chunks)), max(buckets.batches), config.tp
+    segmented = config.scheduler.prefill == "layer_segmented"  # all pieces of a prompt are kept from layer to layer
+    kept = max(piece, shape.max_context) if segmented else piece
+    activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # before a segment and after it
+    activations += _layer_bytes(cfg, piece, shape.max_context, n_devices, cudnn)
     return cls(
       weights=weight_bytes(cfg, n_devices),
       kv=shape.hbm_bytes // n_devices,
@@ -62,17 +65,16 @@ def weight_bytes(cfg: ModelConfig, n_devices: int) -> int:
   return sum(jax.tree.leaves(values)) * ITEM_BYTES[cfg.dtype]
 
 
-def _prefill_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cudnn: bool) -> int:
-  """Activations of a piece of a prompt, by what a layer, and then the head, hold at once (models/llama.py)."""
+def _layer_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cudnn: bool) -> int:
+  """What a layer of a piece of a prompt, or the head after it, holds at once besides (models/llama.py)."""
   item, n_heads, n_kv = ITEM_BYTES[cfg.dtype], cfg.n_heads // n_devices, cfg.n_kv_heads // n_devices
-  stream = 2 * piece * cfg.d_model * item  # before and after
   attention = piece * cfg.head_dim * ((n_heads + 2 * n_kv) * item + n_heads * (4 + item))  # q, k, v; o twice
   if not cudnn:  # keys and values in float32, and the scores of a tile of queries
     attention += 4 * context * (2 * n_kv * cfg.head_dim + n_heads * _QUERY_TILE)
   mlp = min(piece, MLP_TILE) * (cfg.d_ff // n_devices) * (2 * item + 4 + item)  # gate and up, SiLU, their product
   # For the one row of logits of a prefill XLA converts a head in 16 bits to float32 (jax 0.11.2).
   head = 4 * cfg.vocab_size * cfg.d_model if item < 4 else 0
-  return stream + max(attention + mlp, head)
+  return max(attention + mlp, head)
 
 
 def check(needs: Needs, model: Model, mesh: Mesh) -> None:

@@ -223,7 +223,7 @@ class Engine:
     """The device failed: all it held is gone, results on their way too. Tells the requests, and begins anew."""
     _LOG.error("the device failed", exc_info=error)
     lost = DeviceError(f"the device failed with {type(error).__name__}: {error}")
-    lost.__cause__ = error
+    lost.__cause__ = error.with_traceback(None)  # whose frames may hold the cache that the new one takes the place of
     self._in_flight.clear()
     self._end(self._scheduler.lose(lost, self.clock.now()))
     try:

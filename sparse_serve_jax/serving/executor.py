@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +112,9 @@ class JaxExecutor:
     implementation = _implementation(config, cfg.head_dim)
     self.programs = programs(Setup.of(cfg, config, implementation), self.mesh)
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
-    budget.check(budget.Needs.of(cfg, self.shape, self.buckets, config.tp, cudnn), model, self.mesh)
+    budget.check(budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
-    self.cache = create(self.shape, self.mesh)
+    self.cache: Any = create(self.shape, self.mesh)
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
@@ -139,7 +140,7 @@ class JaxExecutor:
   def wait(self) -> None:
     """Blocks until nothing runs any more; a process that ends before that aborts."""
     with contextlib.suppress(RuntimeError):  # arrays of an interrupted dispatch are gone
-      jax.block_until_ready(self.cache)
+      jax.block_until_ready(self.cache)  # None after a `reset` that failed
 
   def forget(self, request_id: str) -> None:
     """Drops what is kept between segments of a prompt that was cancelled."""
@@ -150,7 +151,7 @@ class JaxExecutor:
     """After a failure: an empty cache, and nothing on its way. Raises if the device cannot go on."""
     self._activations.clear()
     self.wait()
-    del self.cache  # its memory is what the new one takes
+    self.cache = None  # its memory is what the new one takes
     self.cache = jax.block_until_ready(create(self.shape, self.mesh))
 
   def _blocks_saved(self, plan: Plan) -> int:

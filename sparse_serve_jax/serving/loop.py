@@ -7,6 +7,7 @@ which it reads between two iterations. Servers, notebooks and actors use this an
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import queue
 import threading
@@ -124,6 +125,7 @@ class Loop:
     Raises:
       RuntimeError: the loop is draining or closed, or its engine has failed.
     """
+    prompt = copy.copy(prompt)  # the caller may change theirs before the thread reads it
     stream = Stream(prompt, {"arrival_time": self._engine.clock.now()} | options)
     with self._changed:
       self._check_failure()

@@ -28,7 +28,10 @@ def _integer(value: Any, low: int = 0) -> bool:
 
 
 def _number(value: Any) -> bool:
-  return type(value) in (int, float) and math.isfinite(value)
+  try:
+    return type(value) in (int, float) and math.isfinite(value)
+  except OverflowError:  # an integer of hundreds of digits
+    return False
 
 
 def _ids(value: Any) -> bool:
