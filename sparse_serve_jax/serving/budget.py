@@ -44,7 +44,7 @@ class Needs:
     return cls(
       weights=weight_bytes(cfg, n_devices),
       kv=shape.hbm_bytes // n_devices,
-      activations=activations + _LOGIT_ARRAYS * 4 * rows * cfg.vocab_size + _head_bytes(cfg),
+      activations=activations + _LOGIT_ARRAYS * 4 * rows * cfg.vocab_size,
       pool=shape.pool_bytes if shape.offload else 0,
       text=f"pieces of {piece} prompt tokens, {rows} decode rows",
     )
@@ -63,19 +63,16 @@ def weight_bytes(cfg: ModelConfig, n_devices: int) -> int:
 
 
 def _prefill_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cudnn: bool) -> int:
-  """Activations of a layer of a piece of a prompt, by what a layer holds at once (models/llama.py)."""
+  """Activations of a piece of a prompt, by what a layer, and then the head, hold at once (models/llama.py)."""
   item, n_heads, n_kv = ITEM_BYTES[cfg.dtype], cfg.n_heads // n_devices, cfg.n_kv_heads // n_devices
   stream = 2 * piece * cfg.d_model * item  # before and after
   attention = piece * cfg.head_dim * ((n_heads + 2 * n_kv) * item + n_heads * (4 + item))  # q, k, v; o twice
   if not cudnn:  # keys and values in float32, and the scores of a tile of queries
     attention += 4 * context * (2 * n_kv * cfg.head_dim + n_heads * _QUERY_TILE)
   mlp = min(piece, MLP_TILE) * (cfg.d_ff // n_devices) * (2 * item + 4 + item)  # gate and up, SiLU, their product
-  return stream + attention + mlp
-
-
-def _head_bytes(cfg: ModelConfig) -> int:
-  """Of a tied head in float32, to which XLA converts it for the one row of logits of a prefill (jax 0.11.2)."""
-  return 4 * cfg.vocab_size * cfg.d_model if cfg.tie_embeddings and cfg.dtype != "float32" else 0
+  # For the one row of logits of a prefill XLA converts a head in 16 bits to float32 (jax 0.11.2).
+  head = 4 * cfg.vocab_size * cfg.d_model if item < 4 else 0
+  return stream + max(attention + mlp, head)
 
 
 def check(needs: Needs, model: Model, mesh: Mesh) -> None:
