@@ -51,7 +51,7 @@ vectors = st.lists(st.integers(-9, 9), min_size=3, max_size=3)
 def test_min_max_is_an_upper_bound(keys, q):
   """Quest's claim, in numbers that float32 adds exactly; one key is its own bound."""
   keys, q = np.array(keys, np.float32), np.array([q], np.float32)
-  bound = METHODS["min_max"].score(q, METHODS["min_max"].summarize(jnp.asarray(keys))[None])[0, 0]
+  bound = METHODS["min_max"].score(jnp.asarray(q), METHODS["min_max"].summarize(jnp.asarray(keys))[None])[0, 0]
   assert bound == (q @ keys.T).max() if len(keys) == 1 else bound >= (q @ keys.T).max()
 
 
