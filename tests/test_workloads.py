@@ -83,7 +83,7 @@ def test_a_workload_from_elsewhere(monkeypatch, tmp_path):
     (WorkloadConfig("needle", limit=1, prompt_tokens=300, tasks=("sing",)), "there is no task 'sing'"),
     (
       WorkloadConfig("jsonl", arrivals=ArrivalConfig("poison")),
-      "no arrival process 'poison'; the nearest is 'poisson'",
+      "unknown arrivals.process 'poison'; known: all_at_once, poisson; did you mean 'poisson'?",
     ),
     (WorkloadConfig("jsonl", arrivals=ArrivalConfig("poisson")), "must be above 0 and finite, .* got 0.0"),
   ],
