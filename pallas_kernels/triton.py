@@ -24,7 +24,7 @@ def check(implementation: str, **sizes: int) -> None:
   """Checks the implementation that an op is asked for. `sizes` are the dimensions that a kernel has as tiles.
 
   Raises:
-    ValueError: `implementation` is no name of one.
+    ValueError: there is no such implementation.
     NotImplementedError: it names a kernel, and a size is not a power of two or this jax lacks the backend.
   """
   if implementation not in ("xla", "triton", "interpret"):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
   from sparse_serve_jax.llm import LLM
   from sparse_serve_jax.models import Model, load_model
   from sparse_serve_jax.serving.engine import Engine
+  from sparse_serve_jax.serving.executor import JaxExecutor
+  from sparse_serve_jax.serving.loop import Loop
   from sparse_serve_jax.serving.plan import Sampling
 
 __version__ = "0.1.0"
@@ -24,6 +26,8 @@ __all__ = [
   "LLM",
   "Engine",
   "EngineConfig",
+  "JaxExecutor",
+  "Loop",
   "Model",
   "ModelConfig",
   "Sampling",
@@ -35,6 +39,8 @@ __all__ = [
 _HOMES = {
   "LLM": "sparse_serve_jax.llm",
   "Engine": "sparse_serve_jax.serving.engine",
+  "JaxExecutor": "sparse_serve_jax.serving.executor",
+  "Loop": "sparse_serve_jax.serving.loop",
   "Model": "sparse_serve_jax.models",
   "Sampling": "sparse_serve_jax.serving.plan",
   "load_model": "sparse_serve_jax.models",

@@ -87,7 +87,10 @@ def claim(path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequen
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """What differs between two settings, by dotted names in order, with both values."""
   was, now = _leaves(before), _leaves(now)
-  show = lambda value: "absent" if value is _ABSENT else repr(value)  # noqa: E731
+
+  def show(value: Any) -> str:
+    return "absent" if value is _ABSENT else repr(value)
+
   both = {key: (was.get(key, _ABSENT), now.get(key, _ABSENT)) for key in was | now}
   return [f"{key} was {show(old)} and is {show(new)}" for key, (old, new) in both.items() if old != new]
 

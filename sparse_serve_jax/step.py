@@ -170,9 +170,8 @@ def decode_step(
   cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
   tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch.sampling)
   hot = _next(cache.hot, batch.lanes, tokens)
-  missed = counts.missed.sum()
-  counts = StepCounts(counts.attended.sum(), missed, missed + counts.copied.sum(), _slots_used(hot))
-  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS))
+  done = StepCounts(counts.attended.sum(), counts.missed.sum(), counts.loaded.sum(), _slots_used(hot))
+  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS))
 
 
 def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:

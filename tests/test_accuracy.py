@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,11 +33,11 @@ def test_the_steps_of_an_answer(model):
   batch = accuracy.Instances.of(model.tokenizer, "multi_key", 640, range(3), 192)
   assert batch.tokens.shape[1] % 64 == 0 and batch.answers.shape == (3, 192)
   for tokens, start, answers in zip(batch.tokens, batch.start, batch.answers, strict=True):
-    text = model.tokenizer.decode(tokens[: int(np.flatnonzero(tokens)[-1]) + 1])
-    assert model.tokenizer.decode(tokens[start:]).startswith("\nQuestion: what is the special code of")
+    text = model.tokenizer.decode(tokens[: int(np.flatnonzero(tokens)[-1]) + 1].tolist())
+    assert model.tokenizer.decode(tokens[start:].tolist()).startswith("\nQuestion: what is the special code of")
     steps = np.flatnonzero(answers)
     assert steps.tolist() == list(range(steps[0], steps[-1] + 1))
-    answer = model.tokenizer.decode(tokens[start + steps + 1])
+    answer = model.tokenizer.decode(tokens[start + steps + 1].tolist())
     assert answer.strip().isdigit() and answer == text[text.rindex(" is ") + len(" is") :]
 
 
@@ -69,7 +70,7 @@ def test_text_of_a_file(model, tmp_path):
   for task in "single_text", "text":
     sample = accuracy.Sample(task, 640, 1, 1, 192, text=str(tmp_path / "own.txt"))
     (ids,) = sample.batch(model.tokenizer, 0).tokens
-    words = model.tokenizer.decode(ids[ids > 0])
+    words = model.tokenizer.decode(ids[ids > 0].tolist())
     assert words.count("One sentence of mine.") > 10 and ("special code" in words) == (task != "text")
 
 
@@ -143,14 +144,14 @@ def test_steps_that_are_too_few_say_how_many_it_takes(model):
 
 
 def test_nucleus():
-  scores = np.array([[[np.inf, np.inf, 3.0, 2.0, 1.0, 0.0, -np.inf, -np.inf]]], np.float32)
-  assert methods._nucleus(scores, np.array([[6]])).tolist() == [[4]]  # weights 0.64, 0.24, 0.09, 0.03
-  assert methods._nucleus(scores, np.array([[3]])).tolist() == [[3]]
+  scores = jnp.array([[[np.inf, np.inf, 3.0, 2.0, 1.0, 0.0, -np.inf, -np.inf]]], jnp.float32)
+  assert methods._nucleus(scores, jnp.array([[6]])).tolist() == [[4]]  # weights 0.64, 0.24, 0.09, 0.03
+  assert methods._nucleus(scores, jnp.array([[3]])).tolist() == [[3]]
 
 
 def test_representatives_are_keys():
   keys = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
-  chosen = np.asarray(methods._representatives(keys))
+  chosen = np.asarray(methods._representatives(jnp.asarray(keys)))
   assert chosen.shape == (3, 4, 16)
   for block, some in zip(keys, chosen, strict=True):
     agreement = (block @ block.T).sum(1)

@@ -132,7 +132,7 @@ def test_bench_step(tmp_path):
     ("bench_step", "--smoke --set=tp=2", "tp cannot be set: one device is timed"),
     ("bench_step", "--smoke --set=sparse.dense_layers=1", "sparse.dense_layers cannot be set: floors take all layers"),
     ("bench_step", "--set=scheduler.max_batch=32", "batch of rows 64 exceeds the largest bucket, 32"),
-    ("bench_step", "--set=cache.dram_bytes=1GiB", "64 requests of 320 blocks do not fit 64 rows and 256 blocks"),
+    ("bench_step", "--set=cache.dram_bytes=1GiB", "64 requests of 320 blocks do not fit 64 lanes and 256 blocks"),
   ],
 )
 def test_a_mistake_is_told_in_a_line(program, arguments, message):

@@ -140,7 +140,7 @@ def test_an_engine_that_fails_ends_all_streams(where, error):
   setattr(executor, where, failing)
   executor.reset = broken  # for good
   loop = Loop(engine)
-  streams = [loop.submit([i], max_new_tokens=30) for i in range(5)]  # some wait for a row, and are told too
+  streams = [loop.submit([i], max_new_tokens=30) for i in range(5)]  # some wait for a lane, and are told too
   outcomes = []
 
   def read():

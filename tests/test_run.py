@@ -67,7 +67,7 @@ def test_times_by_hand():
 
 
 def test_arrivals_do_not_wait_for_the_engine():
-  """One row for all: requests queue, and their times to the first token count from when they were due."""
+  """One lane for all: requests queue, and their times to the first token count from when they were due."""
   engine, _ = simulated(R=1)
   ended: list[Request] = []
   served = serve(engine, [item(str(i), [i], 4) for i in range(4)], [0.5 * i for i in range(4)], ended.append)

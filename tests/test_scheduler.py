@@ -163,7 +163,7 @@ def test_nobody_passes_the_head_that_waits_for_blocks():
   assert [work.request_id for work in advance(scheduler).prefill] == ["b", "c"]  # 4 + 1 blocks
 
 
-def test_blocks_wait_for_the_last_plan_that_held_them_but_rows_do_not():
+def test_blocks_wait_for_the_last_plan_that_held_them_but_lanes_do_not():
   scheduler = Scheduler(config(), shape_of(M=2, R=1))
   scheduler.add(request("a", 8, 8))
   scheduler.add(request("b", 8, 8))
@@ -175,7 +175,7 @@ def test_blocks_wait_for_the_last_plan_that_held_them_but_rows_do_not():
   assert [work.request_id for work in scheduler.schedule(0.0).prefill] == ["b"]
 
 
-def test_a_row_is_waited_for():
+def test_a_lane_is_waited_for():
   scheduler = Scheduler(config(), shape_of(R=1))
   scheduler.add(request("a", 4, 1))
   scheduler.add(request("b", 4, 1))

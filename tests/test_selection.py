@@ -131,12 +131,12 @@ def test_group_reduce():
 def top_p(budget: float):
   """As many ranked blocks as hold `budget` of the softmax over block scores, like Twilight (arXiv 2502.02770)."""
 
-  def blocks(scores: jax.Array, count: jax.Array) -> jax.Array:
-    always = scores == jnp.inf  # sinks and window
-    exists = jnp.arange(scores.shape[-1])[None, None] < count[..., None]
-    p = jax.nn.softmax(jnp.where(exists & ~always, scores, -1e30), axis=-1)
+  def blocks(scores: jax.Array, length: jax.Array) -> jax.Array:
+    forced = scores == jnp.inf  # sinks and window
+    exists = jnp.arange(scores.shape[-1])[None, None] < length[..., None]
+    p = jax.nn.softmax(jnp.where(exists & ~forced, scores, -1e30), axis=-1)
     before = jnp.cumsum(p, -1) - p
-    return (exists & (always | (before < budget))).sum(-1, dtype=jnp.int32)
+    return (exists & (forced | (before < budget))).sum(-1, dtype=jnp.int32)
 
   return blocks
 

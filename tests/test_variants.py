@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as kernels
 from pallas_kernels.score import dot
 from sparse_serve_jax.attention.methods import METHODS, Method
+from sparse_serve_jax.config import override
 from sparse_serve_jax.memory.eviction import EVICTIONS
 from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES
@@ -39,6 +41,33 @@ def add_eviction_policy(monkeypatch) -> None:
   monkeypatch.setitem(EVICTIONS, "mru", mru)
 
 
+def add_load(monkeypatch) -> None:
+  """Copies what misses and has a place before attention."""
+
+  def gather(pool, slots, layer, located, implementation):
+    wanted = ~located.hit & (located.place >= 0)
+    blocks, at = (jnp.where(wanted, x, -1) for x in (located.blocks, located.place))
+    slots = kernels.load_blocks(pool, slots, layer, blocks, at, implementation=implementation)
+    slot, group = jnp.maximum(located.slot, at), (jnp.arange(at.shape[-1]) // located.group)[None, None]
+    order = jnp.argsort(jnp.where(slot < 0, 2 * group + 1, 2 * group), axis=-1, stable=True)  # of each group hits first
+    lists = [jnp.take_along_axis(x, order, -1) for x in (located.blocks, slot, located.place)]
+    n_hits = jnp.zeros_like(located.n_hits).at[..., group[0, 0]].add((lists[1] >= 0).astype(jnp.int32))
+    return slots, kernels.Located(*lists, n_hits, located.length), wanted.sum(-1, dtype=jnp.int32)
+
+  monkeypatch.setitem(LOADS, "gather", gather)
+
+
+def add_save(monkeypatch) -> None:
+  """A scatter of XLA's."""
+
+  def scatter(pool, new, implementation):
+    layers = new.layer + jnp.arange(new.kv.shape[1])
+    to = jnp.where(new.blocks >= 0, new.blocks, pool.shape[2])
+    return pool.at[:, layers[:, None], to[None]].set(new.kv[:, :, new.ids], mode="drop")
+
+  monkeypatch.setitem(SAVES, "scatter", scatter)
+
+
 def add_arrival_process(monkeypatch) -> None:
   """One request a period, like a clock."""
 
@@ -61,7 +90,9 @@ def add_workload(monkeypatch) -> None:
   monkeypatch.setitem(WORKLOADS, "counting", counting)
 
 
-@pytest.mark.parametrize("add", [add_selection_method, add_eviction_policy, add_arrival_process, add_workload])
+@pytest.mark.parametrize(
+  "add", [add_selection_method, add_eviction_policy, add_load, add_save, add_arrival_process, add_workload]
+)
 def test_a_variant_costs_fifteen_lines(add):
   assert len(inspect.getsource(add).splitlines()) <= 15
 
@@ -84,6 +115,25 @@ def test_an_eviction_policy(monkeypatch):
     loaded[name] = engine.usage.blocks_loaded, tokens
   assert loaded["mru"][1] == loaded["lru"][1]
   assert loaded["mru"][0] != loaded["lru"][0]
+
+
+@pytest.mark.parametrize("policy", ["topk", "psa"])
+@pytest.mark.parametrize("changed", ["cache.load=gather", "cache.save=scatter"])
+def test_a_load_and_a_save(monkeypatch, policy, changed):
+  """Tokens and hits are those of today's; a load that runs ahead of a stop test reads more."""
+  add_load(monkeypatch)
+  add_save(monkeypatch)
+  conf = config(f"sparse.policy={policy}", "sparse.threshold=0.7", "sparse.token_budget=64", "sparse.group_blocks=2")
+  conf = with_slots(conf, 40, tiny_model())
+  expected, theirs = serve(conf, tiny_model(), PROMPTS, 12)
+  tokens, engine = serve(override(conf, [changed]), tiny_model(), PROMPTS, 12)
+  assert tokens == expected
+  ours, theirs = engine.usage, theirs.usage
+  assert ours.blocks_attended == theirs.blocks_attended
+  if policy == "topk" or changed == "cache.save=scatter":
+    assert (ours.blocks_missed, ours.blocks_loaded) == (theirs.blocks_missed, theirs.blocks_loaded)
+  else:
+    assert ours.blocks_loaded > theirs.blocks_loaded
 
 
 def test_an_arrival_process_and_a_workload(monkeypatch):

@@ -37,7 +37,7 @@ SHAPES = {
 
 
 # Overrides of a configuration of configs/serving, for random:tiny: requests of up to 384 tokens, all of them read, and
-# slots for an eighth of what the pool's rows can hold.
+# slots for an eighth of what the lanes can hold.
 SMALL_SERVING = [
   "cache.block_tokens=8",
   "cache.lanes=4",

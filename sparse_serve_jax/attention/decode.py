@@ -31,8 +31,8 @@ class Counts(NamedTuple):
   """What a layer's lists came to; summed over the layers of a step."""
 
   attended: Int32[Array, "B K"]  # full blocks
-  missed: Int32[Array, "B K"]  # of these, those that were in no slot
-  copied: Int32[Array, "B K"]  # blocks that a load copied before attention
+  missed: Int32[Array, "B K"]  # of these, those that were in no slot before the load
+  loaded: Int32[Array, "B K"]  # read from the pool: copied by the load, and what missed after it
   given: Int32[Array, "B K"]  # see kernels.Located.given
 
   @classmethod
@@ -148,6 +148,8 @@ class DecodeAttention:
     partial, attended, slots = kernels.attend(q, tails, pool, slots, layer, located, self.selector.stop, **on)
     maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
     # Without slots the pool lies in HBM, and nothing misses.
-    missed = located.missed(attended) if slots.shape[0] else jnp.zeros_like(attended)
-    counts = Counts(attended, missed, copied, found.given(attended))
+    has_slots = slots.shape[0] > 0
+    missed = found.missed(attended) if has_slots else jnp.zeros_like(attended)
+    loaded = located.missed(attended) + copied if has_slots else missed
+    counts = Counts(attended, missed, loaded, found.given(attended))
     return partial.output, hot.replace(slots=slots, maps=maps), counts

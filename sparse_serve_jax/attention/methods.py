@@ -26,10 +26,10 @@ TOP_P = 0.85
 _HIGHEST = jax.lax.Precision.HIGHEST  # as pallas_kernels.score
 
 
-def whole_budget(scores: jax.Array, count: jax.Array) -> jax.Array:
+def whole_budget(scores: jax.Array, length: jax.Array) -> jax.Array:
   """Attends to every block the token budget has room for."""
   del scores
-  return count
+  return length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Method:
     vectors: E, vectors of D channels in a digest.
     summarize: keys [..., S, D] of full blocks -> digests [..., E, D] of the same dtype.
     score: q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]; higher is read first.
-    budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and count [B, K], the blocks
+    budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and length [B, K], the blocks
       that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
-      count.
+      length.
   """
 
   vectors: int
@@ -76,16 +76,16 @@ def _scaled_box(q: jax.Array, digests: jax.Array) -> jax.Array:
   return box(q, digests) * q.shape[-1] ** -0.5
 
 
-def _nucleus(scores: jax.Array, count: jax.Array) -> jax.Array:
+def _nucleus(scores: jax.Array, length: jax.Array) -> jax.Array:
   """As few blocks as hold a share of TOP_P of the weights that the scores estimate; sinks and window besides.
 
   Twilight (arXiv 2502.02770, section 3): top-p over estimated attention weights, here of blocks.
   """
-  always = jnp.isposinf(scores)
-  weights = jax.nn.softmax(jnp.where(always, -jnp.inf, scores), -1)
+  forced = jnp.isposinf(scores)
+  weights = jax.nn.softmax(jnp.where(forced, -jnp.inf, scores), -1)
   before = jnp.cumsum(weights, -1) - weights
-  needed = always | (before < TOP_P)
-  return jnp.minimum(needed.sum(-1, dtype=jnp.int32), count)
+  needed = forced | (before < TOP_P)
+  return jnp.minimum(needed.sum(-1, dtype=jnp.int32), length)
 
 
 def _arbitrary(q: jax.Array, digests: jax.Array) -> jax.Array:

@@ -50,8 +50,11 @@ class Bench:
 
   def row_of_digests(self, op: timing.Op, variants: Any, moved: dict[str, float]) -> Row:
     """A row of an op on the digests [K, 1, M, 2, D] that takes `implementation`."""
-    digest = lambda: self.random(self.heads, 1, self.n_pool, 2, self.depth)  # noqa: E731
-    time = lambda options: self.time(functools.partial(op, **options), variants, state=digest())  # noqa: E731
+
+    def time(options):
+      digest = self.random(self.heads, 1, self.n_pool, 2, self.depth)
+      return self.time(functools.partial(op, **options), variants, state=digest)
+
     return self.row(time(self.kernel), moved, {"xla": lambda: time(self.xla)})
 
   def variants(self, make: Callable[[], Any]) -> list[Any]:
@@ -109,8 +112,13 @@ def score(b: Bench) -> Cases:
 def select(b: Bench) -> Cases:
   def case(rows, n, k):
     variants = b.variants(lambda: b.random(rows, b.heads, n, dtype=jnp.float32))
-    time = lambda f: b.time(lambda state, _, scores: (state, f(scores)), variants)  # noqa: E731
-    by_sort = lambda x: lax.sort((-x, lax.broadcasted_iota(jnp.int32, x.shape, 2)), num_keys=1)  # noqa: E731
+
+    def time(f):
+      return b.time(lambda state, _, scores: (state, f(scores)), variants)
+
+    def by_sort(x):
+      return lax.sort((-x, lax.broadcasted_iota(jnp.int32, x.shape, 2)), num_keys=1)
+
     other, name = (by_sort, "sort") if k == n else (lambda x: lax.approx_max_k(x, k), "approx_max_k")
     baselines = {"top_k": lambda: time(lambda x: lax.top_k(x, k)), name: lambda: time(other)}
     moved = dict(hbm=rows * b.heads * 4 * (n + 2 * k))
@@ -276,7 +284,8 @@ def copy(b: Bench) -> Cases:
   device, host = timing.device_sharding(), timing.host_sharding()
   pages = jax.device_put(jnp.zeros((b.pick(65536, 64), width), jnp.bfloat16), host)
 
-  rows_of = lambda x: timing.writable(x).reshape(x.shape[0], -1)  # noqa: E731
+  def rows_of(x):
+    return timing.writable(x).reshape(x.shape[0], -1)
 
   def load(slots, pool, inputs):
     return kernels.load_blocks(pool, slots, jnp.int32(0), *inputs, **b.kernel), ()
@@ -342,7 +351,9 @@ def prefill(b: Bench) -> Cases:
       return b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2)), at
 
     def contiguous():
-      kv = lambda n: [b.random(1, n, b.heads, b.depth) for _ in range(2)]  # noqa: E731
+      def kv(n):
+        return [b.random(1, n, b.heads, b.depth) for _ in range(2)]
+
       variants = b.variants(lambda: (b.random(1, n, queries, b.depth), kv(n), kv(before) if before else None))
       attention = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
 

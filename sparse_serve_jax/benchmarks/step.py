@@ -115,7 +115,7 @@ def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | Non
   for name, case in cases.items():
     case.padded(cfg)
     if case.n_rows > shape.R or case.n_rows * case.n_blocks > shape.M:
-      needed, there = f"{case.n_rows} requests of {case.n_blocks} blocks", f"{shape.R} rows and {shape.M} blocks"
+      needed, there = f"{case.n_rows} requests of {case.n_blocks} blocks", f"{shape.R} lanes and {shape.M} blocks"
       raise ValueError(f"{name}: {needed} do not fit {there}")
   return shape
 
@@ -123,8 +123,13 @@ def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | Non
 def random(seed: int, shape: Sequence[int], dtype: Any, sharding: Any, scale: float = 1) -> jax.Array:
   """Normal values; stacks are made one of the first axis at a time, as that takes more memory than they do."""
   n = shape[0] if len(shape) > 2 else 1
-  one = lambda key: jax.random.normal(key, (shape[0] // n, *shape[1:]), dtype) * jnp.asarray(scale, dtype)  # noqa: E731
-  make = lambda key: lax.map(one, jax.random.split(key, n)).reshape(shape)  # noqa: E731
+
+  def one(key):
+    return jax.random.normal(key, (shape[0] // n, *shape[1:]), dtype) * jnp.asarray(scale, dtype)
+
+  def make(key):
+    return lax.map(one, jax.random.split(key, n)).reshape(shape)
+
   return jax.jit(make, out_shardings=sharding)(jax.random.key(seed, impl="rbg"))
 
 
@@ -233,7 +238,10 @@ class Bench:
     rng, n, size = np.random.default_rng(0), case.n_rows, self.shape.S
     n_rows, _ = case.padded(self.cfg)
     real = np.arange(n_rows) < n
-    column = lambda values, fill=0: np.where(real, values, fill).astype(np.int32)  # noqa: E731
+
+    def column(values, fill=0):
+      return np.where(real, values, fill).astype(np.int32)
+
     tables = np.full((self.shape.R, self.shape.N), -1, np.int32)
     tables[:n, : case.n_blocks] = rng.permutation(self.shape.M)[: n * case.n_blocks].reshape(n, -1)
     batch = DecodeBatch(

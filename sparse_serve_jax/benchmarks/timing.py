@@ -179,7 +179,10 @@ def memcpy_each(
   check(function("cuCtxSetCurrent", handle)(context))
   name = "cuMemcpyHtoDAsync_v2" if loads else "cuMemcpyDtoHAsync_v2"  # to, from, bytes, stream
   copy, synchronize = function(name, address, address, ctypes.c_size_t, handle), function("cuStreamSynchronize", handle)
-  at = lambda array, ids: (array.unsafe_buffer_pointer() + ids.astype(np.int64) * n_bytes).tolist()  # noqa: E731
+
+  def at(array, ids):
+    return (array.unsafe_buffer_pointer() + ids.astype(np.int64) * n_bytes).tolist()
+
   ends = at(device, slots), at(host, blocks)
   calls = [(*to_from, n_bytes, None) for to_from in zip(*(ends if loads else ends[::-1]), strict=True)]
   return lambda _alive=arrays: check(*itertools.starmap(copy, calls), synchronize(None))

@@ -142,7 +142,7 @@ class EngineConfig:
 def load_config(source: str | Path | Mapping[str, Any] | EngineConfig) -> EngineConfig:
   """The engine configuration that is meant.
 
-  The byte sizes and row counts in configs/serving suit a first run on any machine. For a real one, `override` them:
+  The byte sizes, lanes and batches in configs/serving suit a first run on any machine. For a real one, `override` them:
   cache.hbm_bytes, cache.dram_bytes, cache.lanes and scheduler.max_batch.
 
   Args:

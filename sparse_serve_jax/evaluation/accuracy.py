@@ -271,7 +271,15 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
   """
   cfg, size = model.config, case.config.cache.block_tokens
   answers = batch.answers
-  mean = lambda x: (x * answers).sum(1) / answers.sum(1)  # noqa: E731  x [B, n]
+
+  def mean(x):
+    """Over the steps of x [B, n] that are answers."""
+    return (x * answers).sum(1) / answers.sum(1)
+
+  def count(x):
+    """Over the answers' steps, all layers and heads of x [B, n, L, K, G]."""
+    return (x.sum((2, 3, 4)) * answers).sum(1)
+
   attended = found.blocks.mean((2, 3))  # [B, n]
   exist = (batch.start[:, None] + np.arange(answers.shape[1])[None]) // size  # [B, n]
   block, digest = 2 * size * cfg.head_dim, case.digest_vectors * cfg.head_dim
@@ -284,7 +292,6 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
     "mass": mean(found.mass.mean((2, 3, 4))),
   }
   if case.stops:
-    count = lambda x: (x.sum((2, 3, 4)) * answers).sum(1)  # noqa: E731  x [B, n, L, K, G]
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
     told["pairs"] = count(np.ones_like(found.mass, int))
     told["stopped"] = count((found.blocks < exist[..., None, None])[..., None] & np.ones_like(found.mass, bool))

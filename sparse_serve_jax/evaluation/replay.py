@@ -267,7 +267,10 @@ def _stop(group, threshold, untested, ranked: _Ranked, by_block, tail) -> tuple[
   """
   place = jnp.arange(by_block.shape[-1])[None, None]  # [1, 1, N]
   real = (place < ranked.count[..., None])[:, :, None]  # [n, K, 1, N]
-  in_order = lambda x: jnp.take_along_axis(x, jnp.broadcast_to(ranked.ids[:, :, None], x.shape), -1)  # noqa: E731
+
+  def in_order(x):
+    return jnp.take_along_axis(x, jnp.broadcast_to(ranked.ids[:, :, None], x.shape), -1)
+
   lse = jnp.where(real, in_order(by_block), -jnp.inf)
   seen = jnp.logaddexp(tail[..., None], lax.cumlogsumexp(lse, axis=lse.ndim - 1))  # [n, K, G, N]
   left = jnp.maximum(ranked.count[..., None] - (place + 1), 0)[:, :, None]  # after this place

@@ -101,9 +101,10 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
     "fixed" the case with the fewest blocks whose accuracy reaches the level, None where none does; "at" is its
     threshold, or its budget in tokens, and "sure" in how many of the bootstrap's draws it reaches the level. Under
     "psa_fails" and "fixed_fails" the next with fewer blocks, which does not reach it: what is needed lies between the
-    two. Ratios of blocks, and of bytes with digests, None likewise: "fixed_by_psa" and "dense_by_psa" of these cases,
-    "at_least" of the budget that fails by PSA, "at_most" of the budget by PSA that fails. Dense attends to all full
-    blocks. Of a task that dense does not solve all but "dense" are None.
+    two. And ratios, of blocks and of bytes with digests, None where one of their cases is: "fixed_by_psa" and
+    "dense_by_psa"; "at_least", the budget that fails by the PSA that reaches the level; "at_most", the budget that
+    reaches it by the PSA that fails. Dense attends to all full blocks. If dense does not solve a task, all of its
+    entries but "dense" are None.
   """
   for n_tokens, group, of_group in _by_group(rows):
     by_task = {task: [row for row in of_group if row["task"] == task] for task in _values(of_group, "task")}

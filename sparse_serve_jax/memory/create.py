@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pallas_kernels import Maps
+from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache, cache_shardings
 from sparse_serve_jax.memory.pinned import pinned_array
 from sparse_serve_jax.memory.shape import CacheShape
@@ -42,7 +43,7 @@ def empty_hot(shape: CacheShape) -> Hot:
 
 def _create_pool(dims: tuple[int, ...], dtype: str, sharding: Any) -> jax.Array:
   """A pool whose values may be anything: a block is written before it is read."""
-  if sharding.memory_kind != "pinned_host":
+  if sharding.memory_kind != host_pool.PINNED:
     return jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)()
   # A program would make it in device memory first, which may be smaller.
   shards = [pinned_array(sharding.shard_shape(dims), dtype, device) for device in sharding.addressable_devices]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 
+PINNED = "pinned_host"  # a memory kind of JAX's
+
 
 def memory_kind() -> str | None:
   """The memory kind of an offloaded pool; None where host memory is no different (on a CPU)."""
-  return "pinned_host" if jax.default_backend() == "gpu" else None
+  return PINNED if jax.default_backend() == "gpu" else None
 
 
 def keep(pool: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from sparse_serve_jax.serving.plan import Sampling
 class State(enum.Enum):
   """Life of a request, as planned: the device may be one iteration behind."""
 
-  WAITING = "waiting"  # for a row and pool blocks
+  WAITING = "waiting"  # for a lane and pool blocks
   PREFILLING = "prefilling"
   DECODING = "decoding"  # running or paused
   FINISHED = "finished"

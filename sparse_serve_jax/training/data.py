@@ -94,7 +94,10 @@ def _recall(rng: np.random.Generator, n: int, vocab: int) -> tuple[np.ndarray, n
     few = alphabet[: max(8, int(2 * n_pairs ** (1 / n_key)))]
     keys = rng.permutation(np.unique(few[rng.integers(len(few), size=(n_pairs, n_key))], axis=0))
     n_pairs = len(keys)
-  each = lambda tokens: np.broadcast_to(tokens, (n_pairs, len(tokens)))  # noqa: E731
+
+  def each(tokens):
+    return np.broadcast_to(tokens, (n_pairs, len(tokens)))
+
   values = rng.integers(0, vocab, (n_pairs, n_value))
   pairs = np.concatenate([keys, each(after_key), values, each(after_value)], 1)
   known = np.zeros((2, n_pairs, width), bool)

@@ -113,7 +113,11 @@ def loss(
   targets = tokens[:, 1:]
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   of_source = sources[None] == jnp.arange(len(SOURCES))[:, None]  # [sources, B]
-  count = lambda tokens: jnp.where(of_source, tokens.sum(1)[None], 0).sum(1)  # noqa: E731
+
+  def count(tokens):
+    """By source, of tokens [B, n] that count."""
+    return jnp.where(of_source, tokens.sum(1)[None], 0).sum(1)
+
   right = answers & (logits.argmax(-1) == targets)
   of_tokens = (weights * nats).sum() / jnp.maximum(weights.sum(), 1)
   total = of_tokens + sum(weight * of_attention[name] for name, weight in loss_weights.items())
