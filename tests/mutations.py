@@ -145,15 +145,15 @@ MUTATIONS = [
   Mutation(
     "a block that attention never reached is taken for resident",
     COMMIT,
-    "enters = reached & (located.place >= 0)",
-    "enters = located.place >= 0",
+    "enters = (reached | (located.hit & (blocks >= 0))) & (located.place >= 0)",
+    "enters = (reached | (blocks >= 0)) & (located.place >= 0)",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[xla]",),
   ),
   Mutation(
     "the kernel takes a block that attention never reached for resident",
     COMMIT,
-    "enters = reached & (place >= 0)",
-    "enters = place >= 0",
+    "enters = (reached | (listed & (slot >= 0))) & (place >= 0)",
+    "enters = (reached | listed) & (place >= 0)",
     (f"{RESIDENCY}::test_blocks_never_reached_are_not_taken_for_resident[interpret]",),
   ),
   Mutation(

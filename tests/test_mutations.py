@@ -27,7 +27,7 @@ def copy_source(to: Path) -> Path:
   return to
 
 
-class Tester:
+class Mutants:
   """Runs tests of copies of the source, one after another, in forks of one process."""
 
   def __init__(self):
@@ -58,29 +58,29 @@ class Tester:
 
 
 @pytest.fixture
-def tester() -> Iterator[Tester]:
-  tester = Tester()
-  yield tester
-  tester.close()
+def mutants() -> Iterator[Mutants]:
+  mutants = Mutants()
+  yield mutants
+  mutants.close()
 
 
-def caught(tester: Tester, mutation: Mutation, folder: Path) -> bool:
+def caught(mutants: Mutants, mutation: Mutation, folder: Path) -> bool:
   path = copy_source(folder) / mutation.file
   source = path.read_text()
   assert source.count(mutation.old) == 1, f"{mutation.name}: {source.count(mutation.old)} places in {mutation.file}"
   path.write_text(source.replace(mutation.old, mutation.new))
-  return tester.failed(folder, mutation.tests) == set(mutation.tests)
+  return mutants.failed(folder, mutation.tests) == set(mutation.tests)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_mutation_is_caught(tester: Tester, tmp_path: Path, part: int):
+def test_every_mutation_is_caught(mutants: Mutants, tmp_path: Path, part: int):
   mutations = MUTATIONS[part::PARTS]
-  found = [caught(tester, mutation, tmp_path / str(i)) for i, mutation in enumerate(mutations)]
+  found = [caught(mutants, mutation, tmp_path / str(i)) for i, mutation in enumerate(mutations)]
   assert [mutation.name for mutation, yes in zip(mutations, found, strict=True) if not yes] == []
 
 
 @pytest.mark.slow
-def test_the_source_itself_passes(tester: Tester, tmp_path: Path):
+def test_the_source_itself_passes(mutants: Mutants, tmp_path: Path):
   tests = sorted({test for mutation in MUTATIONS for test in mutation.tests})
-  assert tester.failed(copy_source(tmp_path / "copy"), tests) == set()
+  assert mutants.failed(copy_source(tmp_path / "copy"), tests) == set()
