@@ -52,9 +52,7 @@ class Mutants:
     return {line.removeprefix("FAILED ").partition(" - ")[0] for line in lines if line.startswith("FAILED ")}
 
   def close(self) -> None:
-    assert self._process.stdin
-    self._process.stdin.close()
-    self._process.wait()
+    self._process.communicate()  # ends its input, waits for it and closes its pipes
 
 
 @pytest.fixture
