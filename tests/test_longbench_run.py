@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from absl.testing import flagsaver
 
 from experiments import serve
 from sparse_serve_jax import runtime
-from sparse_serve_jax.config import EngineConfig, ModelConfig, from_dict
+from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, from_dict, read_config
 from sparse_serve_jax.memory.shape import CacheShape
 from tests.tiny import SMALL_SERVING
 
@@ -35,13 +36,14 @@ def run(tmp_path, capsys, monkeypatch):
     arguments = ["--model=random:tiny", "--dtype=float32", "--workload=longbench", f"--longbench_dir={directory}"]
     with flagsaver.flagsaver():
       sets = [f"--set={assignment}" for assignment in assignments]
-      serve.main(flags.FLAGS(["serve", f"--config={config}", f"--out={out}", *arguments, *options, *sets]))
+      flags.FLAGS(["serve", f"--config={config}", f"--out={out}", *arguments, *options, *sets])
+      assert serve.main() == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
-    setting = json.loads((out / "config.json").read_text())
+    setting = json.loads((out / "run.json").read_text())["setting"]
     engine = from_dict(EngineConfig, setting["config"])
-    model = from_dict(ModelConfig, {key: value for key, value in setting["model"].items() if key != "name"})
-    assert model.dtype == "float32" and len({row["request_id"] for row in rows}) == len(rows)
+    model = dataclasses.replace(read_config(ModelConfig, find_config("models", "tiny")), dtype="float32")
+    assert setting["model"]["dtype"] == "float32" and len({row["request_id"] for row in rows}) == len(rows)
     return Run(summary, {row["request_id"]: row for row in rows}, engine, CacheShape.of(model, engine, 2))
 
   return run
