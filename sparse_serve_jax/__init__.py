@@ -18,7 +18,6 @@ if TYPE_CHECKING:
   from sparse_serve_jax.serving.engine import Engine
   from sparse_serve_jax.serving.executor import JaxExecutor
   from sparse_serve_jax.serving.loop import Loop
-  from sparse_serve_jax.serving.plan import Sampling
 
 __version__ = "0.1.0"
 
@@ -30,7 +29,6 @@ __all__ = [
   "Loop",
   "Model",
   "ModelConfig",
-  "Sampling",
   "load_config",
   "load_model",
   "override",
@@ -42,7 +40,6 @@ _HOMES = {
   "JaxExecutor": "sparse_serve_jax.serving.executor",
   "Loop": "sparse_serve_jax.serving.loop",
   "Model": "sparse_serve_jax.models",
-  "Sampling": "sparse_serve_jax.serving.plan",
   "load_model": "sparse_serve_jax.models",
 }
 
