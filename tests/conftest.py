@@ -1,7 +1,8 @@
 """One session for every test: two virtual CPU devices, strict numerics, no GPU unless asked for with `-m gpu`.
 
-On a CPU, shapes in signatures are checked as functions are called, and XLA optimizes little: nine tenths of the time of
-these tests is compilation. What one process has compiled the others of the session read from a folder.
+On a CPU, shapes in signatures are checked as functions are called, and XLA optimizes nothing: nine tenths of the time
+of these tests is compilation. Tests that run a program often ask for the fixture `optimized`. What one process has
+compiled the others of the session read from a folder.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ CHECKED_ROOMS = (
   "memory.saves",
 )
 CHECKED = ("pallas_kernels", *(f"sparse_serve_jax.{room}" for room in CHECKED_ROOMS))
-CPU_FLAGS = ("--xla_backend_optimization_level=1",)  # at 0, programs that are run often take longer than they save
+# Level 1 for what is optimized: compiling at 2 takes longer than it saves here. Half of that time went into the code
+# generator of fusions.
+CPU_FLAGS = ("--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false")
 
 
 def pytest_configure(config: pytest.Config):
@@ -59,6 +62,7 @@ def pytest_configure(config: pytest.Config):
   else:
     jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # level 0
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       folder = tempfile.mkdtemp(prefix="compiled-")
       config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
@@ -92,6 +96,18 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimized(monkeypatch: pytest.MonkeyPatch):
+  """XLA optimizes what the test compiles, in processes that it starts too: for programs that are run often."""
+  import jax
+
+  before = jax.config.read("jax_disable_most_optimizations")
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

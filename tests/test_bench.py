@@ -26,11 +26,10 @@ CEILINGS = Ceilings(hbm=4e12, hbm_read=4.4e12, h2d=5e10, d2h=2.5e10, flops=5e14)
 
 
 def start(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-  quick = "--xla_backend_optimization_level=0"  # it compiles more than it computes
   return subprocess.run(
     [sys.executable, "-m", f"experiments.{program}", *arguments],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
   )

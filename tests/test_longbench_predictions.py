@@ -313,7 +313,7 @@ def start(*arguments: str, program: str = "-m experiments.longbench") -> subproc
   return subprocess.run(
     [sys.executable, *program.split(" ", 1), *arguments],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
   )

@@ -74,8 +74,9 @@ def test_placing_takes_a_few_layers_of_host_memory(tmp_path):
   left, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert watched.read == total
-  assert watched.bytes_alive() < total / 100  # a CPU device may use a small array where it is
-  assert left < total / 20
+  assert watched.bytes_alive() < total / 100
+  whole = sum(size for size in sizes.values() if size <= placement.WHOLE_BYTES)
+  assert left < whole + total / 50  # a CPU device may use an array that it is given whole where it is
   assert layer <= watched.most <= (AHEAD + 2) * layer  # AHEAD, the one that is placed, and those small arrays
   assert watched.most <= peak < largest / 4
   assert tree_equal(params, host(model))

@@ -40,7 +40,7 @@ def test_its_files_are_small():
 
 
 @pytest.mark.slow
-def test_it_answers_through_the_engine():  # README.md's example does with another configuration
+def test_it_answers_through_the_engine(optimized):  # README.md's example does with another configuration
   memory = ["cache.lanes=8", "cache.hbm_bytes=32MiB", "cache.dram_bytes=64MiB", "scheduler.max_context=1088"]
   llm = LLM(str(demo.REFERENCE), config="sparse_serve", overrides=[*memory, "sparse.token_budget=256"], dtype="float32")
   asked = [tasks.make(task, 1024, 0, llm.model.tokenizer, split="eval") for task in ("multi_key", "key_value")]
@@ -49,7 +49,7 @@ def test_it_answers_through_the_engine():  # README.md's example does with anoth
 
 
 @pytest.mark.slow
-def test_it_retrieves_from_few_blocks(model):
+def test_it_retrieves_from_few_blocks(model, optimized):
   """At 2k tokens 63 blocks; a random choice of blocks finds next to nothing, so that what is chosen matters."""
   cases = accuracy.cases(["cuboid_mean", "random"], [512], [0.95])
   wanted = {case.name: case for case in cases if case.name in ("dense 1", "cuboid_mean 512", "random 512", "psa 0.95")}

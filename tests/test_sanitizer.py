@@ -20,7 +20,7 @@ def run(*command: str, platforms: str) -> subprocess.CompletedProcess[str]:
   # One compilation at a time: compute-sanitizer follows every process that XLA starts to assemble a kernel, and
   # now and then crashes itself when several start at once.
   xla = "--xla_gpu_enable_command_buffer= --xla_gpu_force_compilation_parallelism=1"
-  env = {**os.environ, "JAX_PLATFORMS": platforms, "XLA_FLAGS": xla if platforms == "cuda" else ""}
+  env = {**os.environ, "JAX_PLATFORMS": platforms} | ({"XLA_FLAGS": xla} if platforms == "cuda" else {})
   return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 

@@ -199,7 +199,7 @@ def test_attention_counts_in_the_stages_that_say_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_learns_to_copy(tmp_path):
+def test_it_learns_to_copy(tmp_path, optimized):
   """The tokens are uniform: without looking back nothing is below ln 64 = 4.16 nats."""
   losses = []
   run = trainer.Trainer(TOY, tmp_path)
