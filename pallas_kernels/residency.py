@@ -63,10 +63,11 @@ class Located(NamedTuple):
     """
     if self.n_hits.shape[-1] == 1:
       return self.length - self.n_hits[..., 0]  # without a reduction over lists, which would be a kernel more a layer
+    never = jnp.iinfo(jnp.int32).max
+    read_by_all = jnp.where(attended < self.length, attended, never).min()  # of lists that stopped early
     first = jnp.arange(self.n_hits.shape[-1])[None, None] * self.group
-    length = self.length[..., None]
-    whole = (attended[..., None] >= jnp.minimum(first + self.group, length)).all((0, 1), keepdims=True)  # [n / group]
-    missed = jnp.clip(length - first, 0, self.group) - self.n_hits
+    missed = jnp.clip(self.length[..., None] - first, 0, self.group) - self.n_hits
+    whole = first <= read_by_all - self.group
     return jnp.where(whole, missed, 0).sum(-1, dtype=jnp.int32)
 
 
@@ -234,6 +235,7 @@ def _propose_kernels(cut: _Cut, maps, victims, layer, blocks, length, given, imp
   Between them, lists of several groups need two small ones.
   """
   n_slots, layer = maps.last_used.shape[0], jnp.reshape(layer, -1).astype(jnp.int32)
+  unclaimed = jnp.zeros(-(-n_slots // 128) * 128, jnp.int8)  # of any other size, XLA writes it byte by byte: 4 us more
   call = functools.partial(
     triton.call,
     grid=(cut.n_chunks, cut.n_lists),
@@ -245,10 +247,10 @@ def _propose_kernels(cut: _Cut, maps, victims, layer, blocks, length, given, imp
   counts = jax.ShapeDtypeStruct((cut.n_chunks * cut.groups_of_chunk, cut.n_lists), jnp.int32)
   slot, misses, claimed = call(
     functools.partial(_look_up, cut),
-    out_shape=(of_list, counts, jax.ShapeDtypeStruct((n_slots,), jnp.int8)),
+    out_shape=(of_list, counts, jax.ShapeDtypeStruct(unclaimed.shape, jnp.int8)),
     input_output_aliases={3: 2},
     name="look_up",
-  )(layer, blocks, maps.slot_of, jnp.zeros(n_slots, jnp.int8))
+  )(layer, blocks, maps.slot_of, unclaimed)
 
   if cut.n_groups == 1:
     since = jnp.reshape(victims.since, 1)
@@ -265,8 +267,9 @@ def _queues(cut: _Cut, maps, victims, claimed, given, misses, implementation):
   """What misses of lists of several groups take turns by: two kernels, the second needs the counts of all chunks.
 
   Returns:
-    The victims that are left as `_left` makes them, but that those beyond their count are anything; the count of each
-    chunk of places; for each group and list the misses of the lists before it, and the misses of each group.
+    The victims that are left as `_left` makes them, but that those beyond their count or the misses' are anything;
+    the count of each chunk of places; for each group and list the misses of the lists before it, and the misses of
+    each group.
   """
   n, n_groups = min(victims.slots.shape[0], cut.n_lists * cut.n), misses.shape[0]
   n_chunks = -(-n // LEFT_CHUNK)
@@ -274,7 +277,7 @@ def _queues(cut: _Cut, maps, victims, claimed, given, misses, implementation):
   def int32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-  places = jnp.reshape(given.sum(), 1), jnp.reshape(victims.since, 1), victims.slots, maps.last_used, claimed
+  places = given.ravel(), jnp.reshape(victims.since, 1), victims.slots, maps.last_used, claimed
   counts, before, totals = triton.call(
     functools.partial(_count, n, n_chunks),
     out_shape=(int32(n_chunks), int32(n_groups, cut.n_lists), int32(n_groups)),
@@ -288,7 +291,7 @@ def _queues(cut: _Cut, maps, victims, claimed, given, misses, implementation):
     grid=(n_chunks,),
     implementation=implementation,
     name="compact_left",
-  )(*places, counts)
+  )(*places, counts, totals)
   return left, counts, before, totals
 
 
@@ -306,7 +309,7 @@ def _look_up(
   _,  # claimed_ref: one memory
   slot_ref,  # [B, K, n]
   misses_ref,  # [groups, B * K], groups padded to whole chunks
-  claimed_ref,  # [P], 1 where a slot holds a block of the call
+  claimed_ref,  # [P or more], 1 where a slot holds a block of the call
 ):
   c, i, b, k, rank = _ranks(cut)
   exists, at = rank < cut.n, jnp.minimum(rank, cut.n - 1)
@@ -333,7 +336,7 @@ def _assign(
   misses_ref,  # [B * K]
   victims_ref,  # [P]
   last_used_ref,  # [P]
-  claimed_ref,  # [P]
+  claimed_ref,  # [P or more]
   *out_refs,
 ):
   """Lists of one group: every miss looks at places of its own."""
@@ -366,7 +369,7 @@ def _assign(
 def _places_left(n: int, chunk, given_ref, since_ref, victims_ref, last_used_ref, claimed_ref):
   """The slots of a chunk of places, of the first `n` after those given, and int32, 1 where one is left."""
   place = chunk * LEFT_CHUNK + jnp.arange(LEFT_CHUNK)
-  at, n_slots = given_ref[0] + place, victims_ref.shape[0]
+  at, n_slots = _total(given_ref) + place, victims_ref.shape[0]
   exists = (place < n) & (at < n_slots)
   slot = victims_ref[jnp.minimum(at, n_slots - 1)]
   free = unused(last_used_ref[slot], since_ref[0]) & (claimed_ref[slot].astype(jnp.int32) == 0)
@@ -376,11 +379,11 @@ def _places_left(n: int, chunk, given_ref, since_ref, victims_ref, last_used_ref
 def _count(
   n: int,
   n_chunks: int,
-  given_ref,  # [1]
+  given_ref,  # any count
   since_ref,  # [1]
   victims_ref,  # [P]
   last_used_ref,  # [P]
-  claimed_ref,  # [P]
+  claimed_ref,  # [P or more]
   misses_ref,  # [groups, B * K]
   counts_ref,  # [chunks], places that are left in each
   before_ref,  # [groups, B * K], misses of the lists before
@@ -406,18 +409,23 @@ def _count(
 
 def _compact(
   n: int,
-  given_ref,  # [1]
+  given_ref,  # any count
   since_ref,  # [1]
   victims_ref,  # [P]
   last_used_ref,  # [P]
-  claimed_ref,  # [P]
+  claimed_ref,  # [P or more]
   counts_ref,  # [chunks]
+  totals_ref,  # [groups], misses
   left_ref,  # [n], the slots that are left, in order
 ):
   i = pl.program_id(0)
-  slot, left = _places_left(n, i, given_ref, since_ref, victims_ref, last_used_ref, claimed_ref)
-  to = _total(counts_ref, lambda other: other < i) + jnp.cumsum(left) - 1
-  triton.store(left_ref.at[only(left == 1, to, n)], slot, mask=left == 1)
+  before = _total(counts_ref, lambda other: other < i)
+
+  @pl.when(before < _total(totals_ref))  # no miss comes to the others
+  def _():
+    slot, left = _places_left(n, i, given_ref, since_ref, victims_ref, last_used_ref, claimed_ref)
+    to = before + jnp.cumsum(left) - 1
+    triton.store(left_ref.at[only(left == 1, to, n)], slot, mask=left == 1)
 
 
 def _assign_left(
