@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -50,6 +51,8 @@ CPU_FLAGS = ("--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitter
 
 def pytest_configure(config: pytest.Config):
   """Sets the environment, which processes that tests start inherit."""
+  if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what runs behind it; processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
   flags = os.environ.get("XLA_FLAGS", "").split()
   given = {flag.partition("=")[0] for flag in flags}
