@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,10 +75,16 @@ def program(tmp_path_factory) -> Path:
   return file
 
 
-def begin(program: Path, *arguments: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def begin(program: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+  """A process that has ended afterwards, whatever happens."""
   path = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; "
   command = [sys.executable, "-c", path + "runpy.run_path(sys.argv[0], run_name='__main__')", str(program), *arguments]
-  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    try:
+      yield process
+    finally:
+      process.kill()
 
 
 def run(program: Path, *arguments: str) -> tuple[int, str, str]:
@@ -160,8 +168,5 @@ def test_a_second_interrupt_ends_at_once(program, tmp_path, where):
     with pytest.raises(subprocess.TimeoutExpired):
       process.wait(timeout=0.5)
     process.send_signal(signal.SIGINT)
-    try:
-      assert process.wait(timeout=10) == 130
-    finally:
-      process.kill()
+    assert process.wait(timeout=10) == 130
   assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0]) == {"i": 0}
