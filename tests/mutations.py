@@ -166,8 +166,8 @@ MUTATIONS = [
   Mutation(
     "misses count as given though a list has not read them",
     RESIDENT,
-    "jnp.minimum(first + self.group, length)).all((0, 1)",
-    "jnp.minimum(first + self.group, length)).any((0, 1)",
+    "attended, never).min()",
+    "attended, 0).max()",
     (f"{RESIDENCY}::test_given_are_the_misses_of_groups_that_all_lists_have_read",),
   ),
   Mutation(
