@@ -235,7 +235,7 @@ def _propose_kernels(cut: _Cut, maps, victims, layer, blocks, length, given, imp
   Between them, lists of several groups need two small ones.
   """
   n_slots, layer = maps.last_used.shape[0], jnp.reshape(layer, -1).astype(jnp.int32)
-  unclaimed = jnp.zeros(-(-n_slots // 128) * 128, jnp.int8)  # XLA zeroes an odd number of bytes slowly
+  unclaimed = jnp.zeros(-(-n_slots // 128) * 128, jnp.int8)  # of whole words: see experiments/LOG.md, 2026-11-28
   call = functools.partial(
     triton.call,
     grid=(cut.n_chunks, cut.n_lists),
