@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -26,6 +27,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -36,6 +38,8 @@ flags.disclaim_key_flags()  # those that functions below define are their caller
 
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 _INTERRUPTED = 128 + signal.SIGINT
+_MOMENT = 0.5  # seconds: signals that are less apart are one interrupt
+_DROPPED = b"\0"  # beside numbers of signals: what an interrupt raised was dropped
 _groups: dict[str, str] = {}  # title of the group that a flag belongs to, by its name
 
 
@@ -139,7 +143,7 @@ def run(
     argv: the command line, by default the process's; its first entry is the program.
   """
   argv = sys.argv if argv is None else argv
-  _second_interrupt_ends()
+  _watch_interrupts()
   module = sys.modules[main.__module__]
   if _HELP & set(argv[1:]):
     print(help_of(module))
@@ -206,21 +210,45 @@ def _in_a_line(error: BaseException) -> str:
   return re.sub(r"\s*\n\s*", " ", str(error).strip())
 
 
-def _second_interrupt_ends() -> None:
-  """From now on, a second SIGINT ends the process at once.
+def _watch_interrupts() -> None:
+  """From now on, an interrupt is raised once, and a second one ends the process at once.
 
-  Python raises KeyboardInterrupt only when the main thread runs its code: not while it waits for a device. So another
-  thread counts the signals, of which the interpreter tells at once.
+  Signals within a moment are one interrupt: `timeout` and some shells send two. Where Python drops the exception, as
+  of a finalizer or a callback of garbage collection, it is raised again in what the main thread does next. Python
+  raises only when the main thread runs its code, not while it waits for a device: so another thread counts the
+  signals, of which the interpreter tells at once.
   """
+  raised = first = -math.inf  # when: by `interrupt`; by the first signal of those that count
+
+  def interrupt(*_: Any) -> None:
+    nonlocal raised
+    before, raised = raised, time.monotonic()
+    if raised - before > _MOMENT:
+      raise KeyboardInterrupt
+
+  def not_raised(unraisable: Any) -> None:
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+      os.write(write, _DROPPED)
+    else:
+      sys.__unraisablehook__(unraisable)
+
+  def watch() -> None:
+    nonlocal raised, first
+    while True:
+      told = os.read(read, 64)
+      if _DROPPED in told:
+        time.sleep(0.01)  # until the finalizer has ended
+        raised = first = -math.inf
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+      elif signal.SIGINT in told and first == -math.inf:
+        first = time.monotonic()
+      elif signal.SIGINT in told and time.monotonic() - first > _MOMENT:
+        os._exit(_INTERRUPTED)
+
   read, write = os.pipe()
   os.set_blocking(write, False)
   signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-
-  def watch() -> None:
-    seen = 0
-    while True:
-      seen += os.read(read, 64).count(signal.SIGINT)
-      if seen > 1:
-        os._exit(_INTERRUPTED)
-
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell lets what it starts behind it ignore them
+    signal.signal(signal.SIGINT, interrupt)
+  sys.unraisablehook = not_raised
   threading.Thread(target=watch, name="interrupts", daemon=True).start()

@@ -21,7 +21,7 @@ PROGRAM = '''"""Does what it is told.
   python program.py [WORD]
 """
 
-import ctypes, pathlib, sys, time
+import ctypes, os, pathlib, signal, sys, time
 from absl import flags
 from experiments import cli
 from sparse_serve_jax import results
@@ -41,11 +41,20 @@ def wait_for_ever():
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
 
 
+class Finalized:
+  def __del__(self):  # in which Python drops what is raised
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+
 def main(word="none"):
   if word == "fail":
     raise ValueError("no such\\n  thing")
   if word == "status":
     return 1
+  if word == "finalizer":
+    Finalized()
+    time.sleep(30)
   if word in ("rows", "work", "cleanup"):
     rows = results.Rows(results.make_folder(_OUT.value) / "rows.jsonl")
     rows.append({"i": 0})
@@ -58,6 +67,7 @@ def main(word="none"):
         time.sleep(0.001)
     finally:
       print("ends", flush=True)
+      time.sleep(0.2)
       if word == "cleanup":
         wait_for_ever()
   print(word, _KINDS.value, _LEVEL.value)
@@ -156,6 +166,22 @@ def test_an_interrupted_command_keeps_its_rows(program, tmp_path):
   assert first == {"i": 0} and len(others) > 9 and all(row == {"i": 1} for row in others)
 
 
+def test_signals_within_a_moment_are_one_interrupt(program, tmp_path):
+  with begin(program, "rows", f"--out={tmp_path}") as process:
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "ends\n"  # so that they are two for the process too
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+  assert (process.returncode, out, err) == (130, "", f"interrupted; go on with {tmp_path}\n")
+
+
+def test_an_interrupt_of_a_finalizer_is_not_lost(program):
+  start = time.monotonic()
+  assert run(program, "finalizer") == (130, "", "interrupted\n")
+  assert time.monotonic() - start < 25  # it would sleep for 30 seconds
+
+
 @pytest.mark.parametrize("where", ["work", "cleanup"])
 def test_a_second_interrupt_ends_at_once(program, tmp_path, where):
   """Though the main thread waits where no Python runs."""
@@ -166,7 +192,7 @@ def test_a_second_interrupt_ends_at_once(program, tmp_path, where):
     if where == "cleanup":
       assert process.stdout.readline() == "ends\n"
     with pytest.raises(subprocess.TimeoutExpired):
-      process.wait(timeout=0.5)
+      process.wait(timeout=0.8)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
   assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0]) == {"i": 0}
