@@ -71,12 +71,14 @@ def main() -> int:
   timeline = Timeline(clock)
   engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)
   items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
+  if before and not items:
+    print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)
   with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
     record = Record(model, timeline, rows, bar, clock.now())
     try:
       served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
     finally:
-      if out:
+      if out and items:
         timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
   print(metrics.table({pathlib.Path(_CONFIG.value).stem: served.to_dict()}))
   print(json.dumps(served.to_dict()), flush=True)

@@ -59,9 +59,9 @@ class LLM:
   def engine(self) -> Engine:
     return Engine(JaxExecutor(self.config, self.model))
 
-  def generate(self, texts: str | Sequence[str], *, seed: int = 0, **options: Any) -> list[Output]:
-    """Continues texts, all in one batch as far as memory allows. Text i draws with seed + i. `options` go to
-    `Engine.add_request`: max_new_tokens (128), temperature (0.0), top_p (1.0), stop_token_ids, min_tokens (0),
+  def generate(self, texts: str | Sequence[str | Sequence[int]], *, seed: int = 0, **options: Any) -> list[Output]:
+    """Continues texts, or lists of token ids, all in one batch as far as memory allows. Text i draws with seed + i.
+    `options` go to `Engine.add_request`: max_new_tokens (128), temperature (0.0), top_p (1.0), stop_token_ids, min_tokens (0),
     ignore_eos, on_token.
 
     Returns one output for each text, in order; a single text is a list of one. A request that a failure of the device
@@ -71,7 +71,8 @@ class LLM:
       ValueError: one of the texts could never run; none is run then.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    return self._run([self.model.tokenizer.encode(text) for text in texts], seed, options)
+    encode = self.model.tokenizer.encode
+    return self._run([encode(text) if isinstance(text, str) else text for text in texts], seed, options)
 
   def chat(self, messages: Sequence[Message], *, seed: int = 0, **options: Any) -> Output:
     """Answers a conversation of {"role": ..., "content": ...}, written out by the model's chat template."""
@@ -79,7 +80,7 @@ class LLM:
     prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
     return self._run([prompt], seed, options)[0]
 
-  def _run(self, prompts: list[list[int]], seed: int, options: dict[str, Any]) -> list[Output]:
+  def _run(self, prompts: Sequence[Sequence[int]], seed: int, options: dict[str, Any]) -> list[Output]:
     if self.engine.failed:
       del self.engine  # with its cache, before a new one is made
     requests: list[Request] = []

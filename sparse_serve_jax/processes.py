@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
 def _start(function: Callable[[Any], Any]) -> None:
   global _function
   _function = function
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is the parent's to handle
   parent = multiprocessing.parent_process()
   assert parent is not None
 

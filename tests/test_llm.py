@@ -76,6 +76,14 @@ def test_one_text_or_several(llm: LLM, expected):
   assert generated(llm, []) == []
 
 
+def test_token_ids_are_taken_as_they_are(llm: LLM, expected):
+  ids = llm.model.tokenizer.encode(TEXTS[0])
+  outputs = llm.generate([ids, TEXTS[1]], max_new_tokens=N, ignore_eos=True)
+  assert [output.token_ids for output in outputs] == expected[:2]
+  with pytest.raises(ValueError, match=r"a prompt is a list of token ids, got int64 of shape \(\)"):
+    llm.generate([1, 2, 3])  # pyright: ignore[reportArgumentType]
+
+
 def test_a_stop_token_ends_the_text(llm: LLM, expected):
   stop = next(t for i, t in enumerate(expected[1]) if i and t not in expected[1][:i])
   (output,) = llm.generate(TEXT, max_new_tokens=N, ignore_eos=True, stop_token_ids=[stop])

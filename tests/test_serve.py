@@ -165,7 +165,10 @@ def test_an_interrupted_run_keeps_its_rows_and_is_gone_on_with(tmp_path, capsys,
 
   whole = file.read_bytes()
   assert in_process(*command) == 0
-  assert file.read_bytes() == whole and json.loads(capsys.readouterr().out.splitlines()[-1])["requests"] == 0
+  said = capsys.readouterr()
+  assert file.read_bytes() == whole and json.loads(said.out.splitlines()[-1])["requests"] == 0
+  assert f"nothing is left to run: all 6 requests have rows in {tmp_path}" in said.err
+  assert not (tmp_path / "timeline-after-6.json").exists()
 
 
 def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, monkeypatch):

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from sparse_serve_jax import processes, tasks
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.attention.methods import TOP_P
-from sparse_serve_jax.config import EngineConfig, SparseConfig, override
+from sparse_serve_jax.config import EngineConfig, ModelConfig, SparseConfig, override
 from sparse_serve_jax.evaluation import replay
-from sparse_serve_jax.models import Model
+from sparse_serve_jax.models import Model, llama
 from sparse_serve_jax.models.tokenizer import Tokenizer
+from sparse_serve_jax.serving import budget
 from sparse_serve_jax.tasks import text as texts
 
 BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
@@ -212,6 +213,7 @@ def replays(
   model: Model, params: Any, sample: Sample, wanted: Sequence[Case], workers: int = 0
 ) -> Iterator[tuple[Instances, Case, replay.Replay]]:
   """Yields, for each batch of instances, the replay of each case, on the device. Arguments as those of `measure`."""
+  _check_fits(model.config, min(sample.at_once, sample.instances), sample.tokens)
   firsts = range(0, sample.instances, sample.at_once)
   batches = processes.ahead(functools.partial(sample.batch, model.tokenizer), firsts, workers)
   name = f"{sample.task} {sample.tokens}"
@@ -221,6 +223,20 @@ def replays(
       for case in wanted:
         yield batch, case, replayed(model, params, case, dense, batch)
         bar.update()
+
+
+def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
+  """Raises ValueError if a prefill needs more memory than there is: nothing is tiled in `llama.causal_attention`."""
+  kv = 2 * n_sequences * n_tokens * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * llama.dtype_of(cfg).itemsize
+  # float32, of one layer: before the softmax and after it.
+  scores = 0 if llama.attends_fused(cfg) else 2 * 4 * n_sequences * cfg.n_heads * n_tokens**2
+  free = budget.bytes_free()
+  if free is not None and kv + scores > free:
+    raise ValueError(
+      f"{n_sequences} sequences of {n_tokens} tokens at once take {kv / 2**30:.1f} GiB for keys and values and "
+      f"{scores / 2**30:.1f} GiB for the scores of a layer, and {free / 2**30:.1f} GiB are free: lower --tokens_at_once "
+      "or the lengths"
+    )
 
 
 def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:

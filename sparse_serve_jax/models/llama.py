@@ -132,12 +132,16 @@ def mlp(cfg: ModelConfig, lp: Params, x: Float[Array, "*B d"], axis: str | None)
   return x + _psum(_matmul(h, lp["w_down"], 1), axis)
 
 
+def attends_fused(cfg: ModelConfig) -> bool:
+  """Whether `causal_attention` makes no scores in memory."""
+  return jax.default_backend() == "gpu" and dtype_of(cfg).itemsize == 2
+
+
 def causal_attention(
   cfg: ModelConfig, q: Float[Array, "B T K G D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]
 ) -> Float[Array, "B T K G D"]:
   """Attention of every token to those before it and itself, by a library: cuDNN on a GPU in 16 bits, XLA elsewhere."""
-  fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
-  implementation = "cudnn" if fused else "xla"
+  implementation = "cudnn" if attends_fused(cfg) else "xla"
   heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
   with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
     o = jax.nn.dot_product_attention(

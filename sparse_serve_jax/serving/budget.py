@@ -110,6 +110,12 @@ def _refuse(needed: int, free: Callable[[], int | None], where: str, parts: dict
   )
 
 
+def bytes_free() -> int | None:
+  """What a program can take now: of a device, or of the host where the devices are the host; None: not known."""
+  on_device = _device_bytes_free()
+  return host_bytes_free() if on_device is None else on_device
+
+
 def _device_bytes_free() -> int | None:
   """Of what JAX may use of a device; None where that is not limited apart from the host's memory."""
   stats = jax.devices()[0].memory_stats() or {}
