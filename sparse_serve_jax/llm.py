@@ -61,8 +61,8 @@ class LLM:
 
   def generate(self, texts: str | Sequence[str | Sequence[int]], *, seed: int = 0, **options: Any) -> list[Output]:
     """Continues texts, or lists of token ids, all in one batch as far as memory allows. Text i draws with seed + i.
-    `options` go to `Engine.add_request`: max_new_tokens (128), temperature (0.0), top_p (1.0), stop_token_ids, min_tokens (0),
-    ignore_eos, on_token.
+    `options` go to `Engine.add_request`: max_new_tokens (128), temperature (0.0), top_p (1.0), stop_token_ids,
+    min_tokens (0), ignore_eos, on_token.
 
     Returns one output for each text, in order; a single text is a list of one. A request that a failure of the device
     ended, or logits that were not finite, has the `finish_reason` "error"; the next call works again.

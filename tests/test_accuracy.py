@@ -16,7 +16,6 @@ from sparse_serve_jax.attention import methods
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import accuracy, replay, selections
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
-from sparse_serve_jax.serving import budget
 
 CFG = ModelConfig(
   vocab_size=264, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=48, max_context=1024,
@@ -219,7 +218,7 @@ def test_a_run_goes_on(model, tmp_path):
 
 def test_what_does_not_fit_the_memory_is_refused(monkeypatch):
   model, wanted = load_model("random:tiny"), list(accuracy.cases([], [], []))
-  monkeypatch.setattr(budget, "bytes_free", lambda: 2**30)
+  monkeypatch.setattr(accuracy, "bytes_free", lambda: 2**30)
   # 8 sequences x 8 heads x 16384^2 scores in float32, twice, and 4 layers x 2 heads x 16 channels of keys and values.
   with pytest.raises(ValueError, match=r"8 sequences of 16384 tokens .* 0.1 GiB .* 128.0 GiB .* 1.0 GiB are free"):
     next(accuracy.measure(model, model.params, accuracy.Sample("text", 16384, 9, 8, 96), wanted))

@@ -13,14 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 from experiments import demo
+from pallas_kernels.maps import Maps
 from sparse_serve_jax import runtime, tasks
 from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
 from sparse_serve_jax.evaluation import ladder
+from sparse_serve_jax.memory import eviction
 from sparse_serve_jax.models import load_model, save_hf
 from tests.test_timeline import check_form
 
@@ -123,10 +126,16 @@ def test_what_else_the_readme_names_exists():
 @pytest.mark.slow
 def test_the_readmes_python_finds_the_answer(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  (example,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-  exec(compile(example, "README.md", "exec"), {})
+  monkeypatch.setattr(eviction, "EVICTIONS", dict(eviction.EVICTIONS))
+  ask, serve, evict = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+  exec(compile(ask, "README.md", "exec"), {})
   text, answers, _ = capsys.readouterr().out.rsplit("\n", 2)
   assert text.strip() == ast.literal_eval(answers.strip())[0]
+  exec(compile(serve, "README.md", "exec"), {})
+  assert len(ast.literal_eval(capsys.readouterr().out)) == 8
+  exec(compile(evict, "README.md", "exec"), {})
+  key = eviction.EVICTIONS["keep_layer_0"](Maps.empty(2, 3, 4, 5)._replace(block_of=jnp.array([0, 5, -1, 12, 23])), 9)
+  assert key.tolist() == [9, -1, -1, 9, -1]  # blocks 0 and 12 are of layer 0
 
 
 def test_the_kernels_readme_runs(capsys):

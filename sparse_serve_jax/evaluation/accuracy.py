@@ -29,7 +29,7 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig, SparseConfig, ove
 from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.models import Model, llama
 from sparse_serve_jax.models.tokenizer import Tokenizer
-from sparse_serve_jax.serving import budget
+from sparse_serve_jax.serving.budget import bytes_free
 from sparse_serve_jax.tasks import text as texts
 
 BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
@@ -230,12 +230,12 @@ def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
   kv = 2 * n_sequences * n_tokens * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * llama.dtype_of(cfg).itemsize
   # float32, of one layer: before the softmax and after it.
   scores = 0 if llama.attends_fused(cfg) else 2 * 4 * n_sequences * cfg.n_heads * n_tokens**2
-  free = budget.bytes_free()
+  free = bytes_free()
   if free is not None and kv + scores > free:
     raise ValueError(
       f"{n_sequences} sequences of {n_tokens} tokens at once take {kv / 2**30:.1f} GiB for keys and values and "
-      f"{scores / 2**30:.1f} GiB for the scores of a layer, and {free / 2**30:.1f} GiB are free: lower --tokens_at_once "
-      "or the lengths"
+      f"{scores / 2**30:.1f} GiB for the scores of a layer, and {free / 2**30:.1f} GiB are free: lower "
+      "--tokens_at_once or the lengths"
     )
 
 

@@ -274,8 +274,11 @@ def markdown(told: dict[str, list[Row]]) -> str:
 
 
 def _section(entries: list[Row], title: str, head: Any, split: Sequence[str], cells: Any) -> str:
-  """A title, and a table of entries for each combination of the values under `split`; `head` may depend on them."""
-  parts = [f"## {title}"]
+  """A title, what is to be known of it in its further lines, and a table of entries for each combination of the values
+  under `split`; `head` may depend on them.
+  """
+  title, *about = title.split("\n")
+  parts = [f"## {title}", *about]
   for values in dict.fromkeys(tuple(entry[key] for key in split) for entry in entries):
     chosen = [entry for entry in entries if tuple(entry[key] for key in split) == values]
     lines = [line for entry in chosen for line in cells(entry, chosen)]
@@ -350,16 +353,20 @@ def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 # Of each key of a summary: title, head of the tables, what there is a table for, lines of an entry.
 _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
   "accuracies": (
-    "Accuracy by setting, mean over tasks, and its difference from dense with the 95 % interval (of no width where no "
-    "instance differs, though where n are alike up to 3 / n of all may differ)",
+    "Accuracy by setting\n"
+    "Means over tasks, and the difference from dense attention with its 95 % interval. Where no instance differs the "
+    "interval has no width; of n instances that are all alike this still allows up to 3 / n of all texts to differ.",
     ("setting", "accuracy", "vs dense", "interval", "blocks", "bytes of dense", "mass"),
     ("tokens", "group"),
     _accuracy_cells,
   ),
-  "by_task": ("Accuracy of each task, in brackets blocks attended", _task_head, ("tokens", "group"), _task_cells),
+  "by_task": ("Accuracy of each task\nIn brackets: blocks attended to.", _task_head, ("tokens", "group"), _task_cells),
   "psa_against_fixed": (
-    f"The cheapest PSA threshold and the cheapest {DEFAULT_METHOD} budget (tokens) for a share of dense accuracy, in "
-    "brackets how sure that is; ratios at these, in brackets between the next cheaper ones, which do not reach it",
+    f"PSA against {DEFAULT_METHOD} with a fixed budget\n"
+    "For a share of the accuracy of dense attention: the cheapest PSA threshold and the cheapest budget (in tokens) "
+    "that reach it, and in brackets after their accuracy how sure that is. Ratios compare these two. In brackets after "
+    "a ratio: what it would be with the next cheaper budget, and with the next cheaper threshold, which do not reach "
+    "the share; ? where nothing cheaper was measured.",
     (
       *("of", "share", "dense", "blocks", "PSA at", "accuracy", "blocks", "budget", "accuracy", "blocks"),
       *("fixed / PSA: blocks", "bytes", "dense / PSA: blocks", "bytes"),
@@ -368,35 +375,39 @@ _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
     _psa_cells,
   ),
   "stop_rules": (
-    "Stop tests: (token, query head) pairs, in every layer; of these stopped with blocks unread, those whose mass was "
-    "claimed to be more than it is (PSA where it stopped, the certified stop in any test, made or not), or is below "
-    "the threshold; the mean of claimed less true mass; blocks of the certified stop as a multiple of the estimate's "
-    "on the same ranking (cost)",
+    "Stop tests\n"
+    "Pairs are of a token and a query head, in every layer. Stopped: those that left blocks unread. Claimed more: of "
+    "these, the ones for which the test took the attention mass to be more than it is (PSA's where it stopped, the "
+    "certified one's in any group). Below threshold: those whose true mass is below it. Claimed - true: the mean "
+    "difference. Cost: blocks of the certified stop over those of PSA's on the same ranking.",
     ("setting", "blocks", "mass", "pairs", "claimed - true", "stopped", "claimed more", "below threshold", "cost"),
     ("tokens", "group"),
     _stop_cells,
   ),
   "certified": (
-    "The certified stop, all settings: pairs of which any test claimed more than the true mass and float32's error",
+    "The certified stop, all settings\n"
+    "Violations: pairs of which a test claimed more than the true mass and the rounding error of float32.",
     ("pairs", "violations", "error"),
     (),
     lambda of, _: [[f"{of['pairs']:,}", f"{of['violations']:,}", f"{of['tolerance']:g}"]],
   ),
   "psa_by_head": (
-    "Blocks that PSA attends to by layer: of the KV heads mean, least and most; quantiles over tokens",
+    "Blocks that PSA attends to, by layer\n"
+    "The mean over KV heads, the head with the fewest and the one with the most; then quantiles over tokens.",
     ("setting", "layer", "mean", "least head", "most", *(f"{q:.0%}" for q in QUANTILES)),
     ("tokens", "group"),
     _head_cells,
   ),
   "text": (
-    "Ordinary text: nats a token, difference from dense with its 95 % interval",
+    "Ordinary text\nNats a token, and the difference from dense attention with its 95 % interval.",
     ("setting", "nats", "vs dense", "interval", "next token right", "blocks", "bytes of dense", "mass"),
     ("tokens",),
     _text_cells,
   ),
   "reuse": (
-    "Selections of a step that one of the w before made too (overlap), and all of the last w as a multiple of one "
-    "(working set)",
+    "Reuse of selections\n"
+    "Overlap: the share of a step's selected blocks that one of the w steps before it selected too. Working set: the "
+    "blocks that any of the last w steps selected, as a multiple of those of one step.",
     (
       *("task", "setting", "requests x steps", "blocks"),
       *(f"overlap, w = {w}" for w in WINDOWS),
