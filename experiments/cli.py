@@ -168,7 +168,7 @@ def help_of(module: ModuleType) -> str:
     flag = own[name]
     title = "--[no]" if flag.boolean else "--"
     text = re.sub(r";\s*repeat this option.*", " It can be repeated.", f"{title}{name}  {flag.help}")  # absl's
-    if flag.default not in (None, False, [], ""):
+    if flag.default is not None and flag.default is not False and flag.default not in ([], ""):
       text += f" (default: {str(flag.default_as_str).strip(chr(39))})"
     lines = textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
     titles.setdefault(_groups.get(name, "Other flags"), []).extend(lines)

@@ -38,9 +38,13 @@ with cli.group("What is served"):
   _WORKLOAD = flags.DEFINE_string(
     "workload", None, "A name in configs/workloads, or a JSON file. By default needle, or what a flag below is for."
   )
-  _JSONL = flags.DEFINE_string("jsonl", None, 'jsonl: file of {"prompt": ...} or {"prompt_token_ids": ...}.')
+  _JSONL = flags.DEFINE_string(
+    "jsonl", None, 'jsonl: file of {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}.'
+  )
   _LONGBENCH = flags.DEFINE_string("longbench_dir", None, "longbench: folder with config/ and data/.")
-  _LIMIT = flags.DEFINE_integer("limit", None, "Requests, for longbench of each task.", lower_bound=1)
+  _LIMIT = flags.DEFINE_integer(
+    "limit", None, "Requests, for longbench of each task; by default as the workload's file says.", lower_bound=1
+  )
   _PROMPT = flags.DEFINE_integer(
     "prompt_tokens", None, "Length of needle's prompts. Longer ones of the others lose their middle.", lower_bound=2
   )
