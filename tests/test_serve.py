@@ -124,17 +124,18 @@ def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
 
 def test_answers_are_judged_where_there_is_a_judge(tmp_path, capsys, monkeypatch):
   """By the text that their row has, next to what was to be answered."""
-  for name, score in (("count", 0.25), ("copy", 1.0)):
-    judge = lambda text, made, score=score: score * (len(text) > 0) * len(made.answers)  # noqa: E731
+  for name, factor in (("single_text", 1), ("key_value", 100)):
+    judge = lambda text, made, factor=factor: factor * len(text) / len(made.answers)  # noqa: E731
     monkeypatch.setitem(tasks.TASKS, name, dataclasses.replace(tasks.TASKS[name], score=judge))
-  workload = {"source": "needle", "tasks": ["count", "copy"], "limit": 3, "prompt_tokens": 370}
+  workload = {"source": "needle", "tasks": ["single_text", "key_value"], "limit": 3, "prompt_tokens": 300}
   (tmp_path / "w.json").write_text(json.dumps(workload))
   assert in_process(f"--workload={tmp_path / 'w.json'}", f"--out={tmp_path / 'out'}") == 0
   rows = {row["request_id"]: row for row in rows_of(tmp_path / "out")}
-  assert [rows[f"needle-{i}"]["task"] for i in range(3)] == ["count", "copy", "count"]
-  assert [len(rows[f"needle-{i}"]["answers"]) for i in range(3)] == [1, 6, 1]
-  expected = [0.25 * (rows["needle-0"]["text"] > ""), 6.0 * (rows["needle-1"]["text"] > "")]
-  assert [rows[f"needle-{i}"]["score"] for i in range(2)] == expected and sum(expected) > 0
+  assert [rows[f"needle-{i}"]["task"] for i in range(3)] == ["single_text", "key_value", "single_text"]
+  made = tasks.make("key_value", 300, 1, ByteTokenizer(), split="eval")
+  assert rows["needle-1"]["answers"] == list(made.answers)
+  for i, factor in enumerate([1, 100, 1]):
+    assert rows[f"needle-{i}"]["score"] == factor * len(rows[f"needle-{i}"]["text"]) > 0
   said = capsys.readouterr().out.splitlines()
   scores = [row["score"] for row in rows.values()]
   assert json.loads(said[-1])["score_mean"] == sum(scores) / 3 and said[-2].startswith("score_mean ")
