@@ -167,14 +167,18 @@ def test_a_trace_is_served_as_it_came(tmp_path, capsys):
   setting = json.loads((tmp_path / "trace" / "run.json").read_text())["setting"]
   assert setting["prompts"] and setting["workload"]["path"] == str(file)
 
-  poisson = run("poisson", "--rate=50", "--prompt_tokens=100", "--max_new_tokens=2", "--limit=3")
+  named = {"source": "trace", "arrivals": {"process": "trace", "options": {"path": str(file)}}}
+  (tmp_path / "named.json").write_text(json.dumps(named))
+  fewer = (f"--workload={tmp_path / 'named.json'}", "--rate=50", "--limit=3")
+  poisson = run("poisson", *fewer, "--prompt_tokens=100", "--max_new_tokens=2")
   assert [poisson[f"trace-{i}"]["prompt_tokens"] for i in range(3)] == [40, 100, 100]
   expected = arrival_times(ArrivalConfig("poisson", 50.0), 3)
   assert [poisson[f"trace-{i}"]["arrival_s"] for i in range(3)] == pytest.approx(expected, abs=1e-3)
 
   (tmp_path / "twice.json").write_text('{"source": "trace", "arrivals": {"process": "trace", "rate": 1}}')
-  twice = run("twice", f"--workload={tmp_path / 'twice.json'}", "--rate=10", "--prompt_tokens=100")
+  twice = run("twice", f"--workload={tmp_path / 'twice.json'}", "--rate=10", "--prompt_tokens=100", "--seed=4")
   assert [twice[f"trace-{i}"]["arrival_s"] for i in range(4)] == pytest.approx([0, 0.1, 0.2, 0.3], abs=0.01)
+  assert json.loads((tmp_path / "twice" / "run.json").read_text())["setting"]["workload"]["seed"] == 4
 
 
 def test_all_refused(tmp_path, capsys):

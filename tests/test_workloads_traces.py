@@ -142,7 +142,7 @@ def test_requests_have_the_lengths_of_a_trace(tmp_path):
   assert all(item.options == {"ignore_eos": True} and item.prompt.dtype == np.int32 for item in items)
   assert all(item.prompt[0] == TOKENIZER.bos_token_id for item in items)
 
-  fewer = dict(path=file, limit=4, prompt_tokens=300, max_new_tokens=4)
+  fewer: dict[str, Any] = dict(path=file, limit=4, prompt_tokens=300, max_new_tokens=4)
   capped = items_of("trace", **fewer)
   assert [(len(item.prompt), item.max_new_tokens) for item in capped] == [(300, 3), (1, 4), (2, 1), (300, 4)]
   prompts, outputs = lengths(WorkloadConfig("trace", **fewer))
@@ -280,15 +280,15 @@ def test_what_came_at_once_has_no_rate(tmp_path):
 
 def test_requests_of_a_trace_arrive_as_they_did_or_as_others(tmp_path):
   own = mooncake(tmp_path, (0, 9, 1), (1000, 9, 1))
-  other = mooncake(tmp_path, (0, 9, 1), (7000, 9, 1), name="other.jsonl")
+  other = mooncake(tmp_path, (0, 9, 1), (7000, 9, 1), (9000, 9, 1), name="other.jsonl")
   (tmp_path / "mine.json").write_text(json.dumps({"extends": "trace", "path": own}))
   assert times_of(load_workload(tmp_path / "mine.json"), 2).tolist() == [0, 1]
-  arrivals = {"process": "trace", "rate": 4, "options": {"path": other}}
+  arrivals = {"process": "trace", "rate": 4, "options": {"path": other}}  # 4 a second: 2 gaps in half a second
   for source in ({"source": "trace", "path": own}, {"extends": "text"}):
     (tmp_path / "mine.json").write_text(json.dumps({**source, "arrivals": arrivals}))
     config = load_workload(tmp_path / "mine.json")
     workloads.read(config)
-    assert times_of(config, 2).tolist() == [0, 0.25]
+    assert times_of(config, 2) == pytest.approx([0, 0.5 * 7 / 9])
   (tmp_path / "mine.json").write_text(
     '{"source": "trace", "arrivals": {"process": "gamma", "rate": 2, "options": {"cv": 3}}}'
   )
