@@ -13,7 +13,7 @@ import pathlib
 
 from experiments import cli
 from sparse_serve_jax import runtime
-from sparse_serve_jax.evaluation import ladder
+from sparse_serve_jax.evaluation import sidebyside
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving import metrics
 
@@ -25,12 +25,12 @@ token of theirs waits for other prompts too. psa has no token budget: it reads u
 shows no speed."""
 
 
-def main(directory: str | None = None, of: ladder.Comparison | None = None) -> None:
-  of = of or ladder.Comparison()
+def main(directory: str | None = None, of: sidebyside.Comparison | None = None) -> None:
+  of = of or sidebyside.Comparison()
   runtime.configure()
   model = load_model(REFERENCE if directory is None else directory, dtype="float32")
   rows = of.run(model)
-  asked = f"{of.n_prompts} questions about texts of {of.prompt_tokens} tokens ({', '.join(ladder.TASKS)})"
+  asked = f"{of.n_prompts} questions about texts of {of.prompt_tokens} tokens ({', '.join(sidebyside.TASKS)})"
   hbm, all_kv = (f"{n / 1e6:.0f} MB" for n in (of.hbm_bytes(model.config), of.n_prompts * of.kv_bytes(model.config)))
   memory = f"at most {hbm} of HBM for their {all_kv} of KV"
   print(f"{asked}, {of.new_tokens} new tokens each, model {model.name}; {memory}")

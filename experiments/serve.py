@@ -10,7 +10,6 @@ shows; and run.json, what the run was made by. The same command goes on with a r
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import sys
@@ -22,6 +21,7 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from experiments import cli
+from experiments.workload import WorkloadFlags, digest
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model, load_model
@@ -35,25 +35,8 @@ from sparse_serve_jax.workloads import Item, Refused
 
 _CONFIG, _SET = cli.define_serving()
 _MODEL, _DTYPE = cli.define_model(default="random:tiny")
+_ASKED = WorkloadFlags()
 with cli.group("What is served"):
-  _WORKLOAD = flags.DEFINE_string(
-    "workload", None, "A name in configs/workloads, or a JSON file. By default needle, or what a flag below is for."
-  )
-  _JSONL = flags.DEFINE_string(
-    "jsonl", None, 'jsonl: file of {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}.'
-  )
-  _LONGBENCH = flags.DEFINE_string("longbench_dir", None, "longbench: folder with config/ and data/.")
-  _TRACE = flags.DEFINE_string("trace", None, "trace: Mooncake's or Azure's file of arrival times and lengths.")
-  _LIMIT = flags.DEFINE_integer(
-    "limit", None, "Requests, for longbench of each task; by default as the workload's file says.", lower_bound=1
-  )
-  _PROMPT = flags.DEFINE_integer(
-    "prompt_tokens", None, "Length of needle's and text's prompts. Longer ones of the others are cut.", lower_bound=2
-  )
-  _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
-  _CHAT = flags.DEFINE_bool("chat_template", True, "longbench: the model's, around prompts of tasks that take one.")
-  _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default as in a trace, else all at once.")
-  _SEED = flags.DEFINE_integer("seed", 0, "Seed of random weights, generated prompts and arrivals.", lower_bound=0)
   _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
 _OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
@@ -64,7 +47,7 @@ def main() -> int:
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   config = override(load_config(_CONFIG.value), _SET.value)
-  workload = _workload()
+  workload = _ASKED.read()
   source = workloads.read(workload)
   out, rows = _OUT.value and pathlib.Path(_OUT.value), None
   if out:
@@ -72,7 +55,7 @@ def main() -> int:
     rows = results.Rows(out / "requests.jsonl")
   before = rows.all[:] if rows else []
   # All that is wrong with the command line, files or the folder is told by now.
-  model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
+  model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   clock = Wall()
   timeline = Timeline(clock)
   engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)
@@ -94,42 +77,14 @@ def main() -> int:
   return 0 if any(row["finish_reason"] in ("stop", "length") for row in before) or served.summary.requests else 1
 
 
-def _workload() -> workloads.WorkloadConfig:
-  """What is to be served, by the flags."""
-  paths = {"jsonl": _JSONL, "longbench": _LONGBENCH, "trace": _TRACE}
-  implied = [name for name, flag in paths.items() if flag.value is not None]
-  config = workloads.load_workload(_WORKLOAD.value or (implied or ["needle"])[0])
-  for name in implied:
-    if name != config.source:
-      raise ValueError(f"--{paths[name].name} is for a workload of {name}, and this is one of {config.source}")
-  if config.source in paths and not (config.path or implied):
-    raise ValueError(f"a workload of {config.source} needs --{paths[config.source].name}")
-  without_rate = config.arrivals.process in ("all_at_once", "trace") and not config.arrivals.rate
-  poisson = without_rate and _RATE.value is not None
-  changes = {
-    "path": paths[config.source].value if implied else None,
-    "limit": _LIMIT.value,
-    "prompt_tokens": _PROMPT.value,
-    "max_new_tokens": _MAX_NEW.value,
-    "chat_template": None if _CHAT.value else False,
-    "seed": _SEED.value if config.source in ("needle", "text", "trace") else None,
-    "arrivals.process": "poisson" if poisson else None,
-    "arrivals.options": {} if poisson else None,
-    "arrivals.rate": _RATE.value,
-    "arrivals.seed": _SEED.value,
-  }
-  return override(config, {key: value for key, value in changes.items() if value is not None})
-
-
 def _setting(config: EngineConfig, workload: workloads.WorkloadConfig) -> dict[str, Any]:
   """What rows of one folder have in common."""
-  path = pathlib.Path(workload.path)
   return {
     "config": config,
     "model": {"name": _MODEL.value, "dtype": _DTYPE.value},
     "workload": workload,
-    "prompts": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
-    "seed": _SEED.value,
+    "prompts": digest(workload),
+    "seed": _ASKED.seed,
     "ignore_eos": _IGNORE_EOS.value,
   }
 

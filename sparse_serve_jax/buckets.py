@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+from collections.abc import Iterable, Sequence
 
 from sparse_serve_jax.config import EngineConfig
 
@@ -24,6 +25,7 @@ class Buckets:
   block_tokens: int
   full: int  # the largest piece of a prompt that is cut
   unit: int  # an eighth of it: pieces other than a prompt's last are multiples
+  uncut: int  # the longest prompt that is never cut; 0: any may be
   least_prefix: int  # what the shortest first piece of a prompt that is cut holds
   whole: tuple[int, ...]
   chunks: tuple[int, ...]
@@ -58,6 +60,7 @@ class Buckets:
       block_tokens=size,
       full=full,
       unit=unit,
+      uncut=0 if chunked else allowance,
       least_prefix=least_prefix,
       whole=tuple(whole),
       chunks=tuple(chunks),
@@ -77,11 +80,24 @@ class Buckets:
 
   def programs(self) -> list[tuple[str, int, int]]:
     """Every decode and prefill program there can be: name, rows or tokens, table width."""
+    return self._programs(self.whole, self.chunks)
+
+  def programs_of(self, prompts: Iterable[int]) -> list[tuple[str, int, int]]:
+    """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them."""
+    prompts = set(prompts)
+    cut = [n for n in prompts if n > self.uncut]
+    longest = min(max(cut, default=0), self.full)  # of a piece
+    whole = {self.piece(n, 0) for n in prompts - set(cut)} | {
+      c for c in self.whole if cut and c <= _up(self.whole, longest)
+    }
+    return self._programs(sorted(whole), [c for c in self.chunks if cut and c <= _up(self.chunks, longest)])
+
+  def _programs(self, whole: Sequence[int], chunks: Sequence[int]) -> list[tuple[str, int, int]]:
     kinds = ("decode", "sampled decode")  # every row takes its most likely token, or not
     decode = list(itertools.product(kinds, self.batches, self.tables))
-    begin = [("prefill", c, 0) for c in self.whole]
+    begin = [("prefill", c, 0) for c in whole]
     prefixes = [n for n in self.tables if n * self.block_tokens >= self.least_prefix]
-    resume = [("prefill", c, n) for c, n in itertools.product(self.chunks, prefixes)]
+    resume = [("prefill", c, n) for c, n in itertools.product(chunks, prefixes)]
     return decode + begin + resume
 
 
@@ -98,6 +114,11 @@ def _geometric(size: int, largest: int) -> list[int]:
 
 def _round_up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
+
+
+def _up(sizes: Sequence[int], n: int) -> int:
+  """The smallest size of at least n, or the largest there is."""
+  return next((size for size in sizes if size >= n), sizes[-1] if sizes else 0)
 
 
 def _fit(sizes: tuple[int, ...], n: int, what: str) -> int:

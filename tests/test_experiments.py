@@ -22,7 +22,7 @@ from experiments import demo
 from pallas_kernels.maps import Maps
 from sparse_serve_jax import runtime, tasks
 from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
-from sparse_serve_jax.evaluation import ladder
+from sparse_serve_jax.evaluation import sidebyside
 from sparse_serve_jax.memory import eviction
 from sparse_serve_jax.models import load_model, save_hf
 from tests.test_timeline import check_form
@@ -150,7 +150,7 @@ def test_the_kernels_readme_runs(capsys):
 
 @pytest.mark.slow
 def test_the_demos_rungs(capsys, optimized):
-  of, size = ladder.Comparison(n_prompts=3, prompt_tokens=1024, new_tokens=8, budget=256), 32
+  of, size = sidebyside.Comparison(n_prompts=3, prompt_tokens=1024, new_tokens=8, budget=256), 32
   demo.main(of=of)
   *printed, last = capsys.readouterr().out.splitlines()
   rungs = json.loads(last)
@@ -160,7 +160,7 @@ def test_the_demos_rungs(capsys, optimized):
   changes = " ".join(of.changes(model.config))
   hbm = int(re.findall(r"hbm_bytes=(\d+)", changes)[0])  # without offload room for one request
   asked = of.asked(model)
-  assert [instance.task for instance in asked] == list(ladder.TASKS)
+  assert [instance.task for instance in asked] == list(sidebyside.TASKS)
   lengths = [len(model.tokenizer.encode(instance.prompt)) for instance in asked]
   per_block = model.config.n_layers * model.config.n_kv_heads
   full = sum((length + step) // size for length in lengths for step in range(of.new_tokens - 1)) * per_block
@@ -191,9 +191,9 @@ def test_share_right():
   model = load_model("random:tiny")
   asked = [tasks.make("multi_key", 512, seed, model.tokenizer, split="eval") for seed in range(2)]
   outputs = [model.tokenizer.encode(text, add_special_tokens=False) for text in (asked[0].completion + "and", " 1\n")]
-  assert ladder.share_right(outputs, asked, model) == 0.5
+  assert sidebyside.share_right(outputs, asked, model) == 0.5
 
 
 def test_share_equal():
-  assert ladder.share_equal([[1, 2], [3, 4]], [[1, 9], [3, 4]], lengths=[2, 2]) == 0.75
-  assert ladder.share_equal([[1, 2, 5], [3, 4, 6]], [[1, 9, 0], [3, 0, 7]], lengths=[2, 1]) == 2 / 3
+  assert sidebyside.share_equal([[1, 2], [3, 4]], [[1, 9], [3, 4]], lengths=[2, 2]) == 0.75
+  assert sidebyside.share_equal([[1, 2, 5], [3, 4, 6]], [[1, 9, 0], [3, 0, 7]], lengths=[2, 1]) == 2 / 3

@@ -45,10 +45,20 @@ def test_summary_by_hand():
     prompt_tokens=12,
     output_tokens=5,
     ttft_mean_s=3.0,  # (2 + 4) / 2
+    ttft_p50_s=3.0,
+    ttft_p90_s=pytest.approx(3.8),  # rank 0.9 of 2, 4
+    ttft_p99_s=pytest.approx(3.98),
     tbt_mean_s=pytest.approx((1 + 4 + 0.5) / 3),
-    tbt_p99_s=pytest.approx(1 + (4 - 1) * 0.98),  # rank 0.99 x 2 of 0.5, 1, 4
-    throughput_tok_s=pytest.approx(5 / 7),  # from 1 to 8
+    tbt_p50_s=1.0,
+    tbt_p90_s=pytest.approx(1 + (4 - 1) * 0.8),  # rank 0.9 x 2 of 0.5, 1, 4
+    tbt_p99_s=pytest.approx(1 + (4 - 1) * 0.98),
+    latency_mean_s=5.75,  # (7 + 4.5) / 2
+    latency_p50_s=5.75,
+    latency_p90_s=pytest.approx(6.75),
+    latency_p99_s=pytest.approx(6.975),
     scheduling_delay_mean_s=1.25,
+    scheduling_delay_p99_s=pytest.approx(1.985),  # rank 0.99 of 0.5, 2
+    throughput_tok_s=pytest.approx(5 / 7),  # from 1 to 8
     hbm_hit_rate=1 - 3 / 40,
     blocks_attended=40,
     blocks_loaded=5,
@@ -98,3 +108,12 @@ def test_table():
     "rate   0.1235     2",
     "x           -     y",
   ]
+
+
+@pytest.mark.parametrize(
+  ("gap", "delay", "keeps"),
+  [(2.5, 2.0, True), (2.51, 0.0, False), (0.0, 2.01, False), (None, 1.0, True), (None, None, False)],
+)
+def test_goodputs_condition(gap, delay, keeps):
+  """25 iterations of 0.1 s, and 2 s; a run of single tokens has no gaps, one in which nothing finished no delay."""
+  assert metrics.keeps_slo({"tbt_p99_s": gap, "scheduling_delay_mean_s": delay}, 0.1) == keeps

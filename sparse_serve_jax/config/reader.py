@@ -38,7 +38,9 @@ def find_config(kind: Kind, name_or_path: str | Path) -> Path:
     return Path(name_or_path)
   files = _shipped(kind)
   if str(name_or_path) not in files:
-    raise ValueError(f"no {kind} configuration {str(name_or_path)!r}; there are: {', '.join(files) or 'none'}")
+    near = difflib.get_close_matches(str(name_or_path), files, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no {kind} configuration {str(name_or_path)!r}; there are: {', '.join(files) or 'none'}{hint}")
   return files[str(name_or_path)]
 
 

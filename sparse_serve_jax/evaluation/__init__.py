@@ -4,6 +4,8 @@ replay -> accuracy -> report, plots
                               many settings answer the same instances; rows of each; tables, summaries and plots of rows
 selections                    which blocks successive steps select: traces, overlap, working sets
 study                         rows of accuracy and selections in a folder, of which what is there is not run again
-ladder                        rungs of the ladder side by side
+ladder -> ladder_report, plots
+                              rungs of the ladder at rates of arrival, goodput; tables
+sidebyside                    what the demo shows: rungs with all requests at once
 longbench -> scorers          LongBench's prompts, predictions and official scores
 """

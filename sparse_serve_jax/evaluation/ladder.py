@@ -1,114 +1,202 @@
-"""Rungs of the ladder side by side: the same questions, the same memory, one configuration after the other."""
+"""The ladder: rungs, which are configurations, serve the same requests at the same rates, one after the other.
+
+A cell is a rung at a rate. The folder of a ladder holds
+
+  cells.jsonl    a row for each cell: `metrics.Summary`, what was refused or failed, whether goodput's condition holds.
+                 A rung's row without a rate: what it does alone, and what its programs took to compile
+  answers.jsonl  a row for each request of each rung: its tokens, and the score of its answer if it is judged
+
+What is there is not run again. Programs are compiled before anything is timed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sparse_serve_jax import tasks
-from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
-from sparse_serve_jax.models import Model, llama
-from sparse_serve_jax.serving import metrics
+from sparse_serve_jax import results
+from sparse_serve_jax.attention import get_method
+from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.workloads import Item
 
-RUNGS = ("dense", "sparse", "sparse_serve", "psa")  # the others are compared with the first
-TASKS = ("single_text", "multi_key", "key_value")  # take turns
+Row = dict[str, Any]
 
-Row = dict[str, int | float | str | None]
+ALONE_TOKENS = 32  # decode steps by which a decode iteration is timed
+CLOSE = 1.1  # the search for goodput ends where the rates around it are within this factor
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-  """Questions, and how much memory their answers may take: HBM for the KV of two of them, DRAM for that of all."""
+class Goodput:
+  """The highest rate at which a rung serves well: `metrics.keeps_slo`."""
 
-  n_prompts: int = 6
-  prompt_tokens: int = 2048
-  new_tokens: int = 24
-  budget: int = 512  # tokens attended to, where a rung has a budget
+  rate: float | None  # requests a second, measured; None: not even the lowest rate that was tried
+  fails_at: float | None  # the lowest rate above it that was tried; None: the highest that was tried serves well too
 
-  def run(self, model: Model) -> dict[str, Row]:
-    """Serves all questions with each rung. Returns what there is to tell of it, by name.
 
-    Raises:
-      ValueError: the model has no tokenizer, or its context is too short.
+def shapes(configs: Mapping[str, EngineConfig], model: ModelConfig) -> dict[str, CacheShape]:
+  """What each rung's memory is cut into.
+
+  Raises:
+    ValueError: rungs that could not run, each with its reason.
+  """
+  made, wrong = {}, []
+  for name, config in configs.items():
+    try:
+      config.check_model(model)
+      made[name] = CacheShape.of(model, config, get_method(config.sparse.method).vectors)
+    except ValueError as error:
+      wrong.append(f"{name}: {error}")
+  if wrong:
+    raise ValueError("; ".join(wrong))
+  return made
+
+
+class Ladder:
+  """Runs cells, one rung's engine in memory at a time."""
+
+  def __init__(
+    self,
+    model: Model,
+    configs: Mapping[str, EngineConfig],
+    items: Sequence[Item],
+    arrivals: Callable[[float], np.ndarray],
+    folder: pathlib.Path,
+  ):
+    """Reads what is there.
+
+    Args:
+      model: answers.
+      configs: the rungs by name; the others are compared with the first.
+      items: the requests.
+      arrivals: when they come, in seconds, at a mean rate in requests a second.
+      folder: of the results, which is claimed for them.
     """
-    asked = self.asked(model)
-    lengths = [len(model.tokenizer.encode(of.completion, add_special_tokens=False)) for of in asked]
-    rows: dict[str, Row] = {}
-    outputs: dict[str, list[list[int]]] = {}
-    for name in tqdm(RUNGS, unit="rung", disable=None):
-      config = override(load_config(name), self.changes(model.config))
-      rows[name], outputs[name] = self._measure(config, model, asked)
-      rows[name]["answers right"] = share_right(outputs[name], asked, model)
-      rows[name]["tokens as dense"] = share_equal(outputs[name], outputs[RUNGS[0]], lengths)
-    return rows
-
-  def asked(self, model: Model) -> list[tasks.Instance]:
-    names = [TASKS[i % len(TASKS)] for i in range(self.n_prompts)]
-    return [tasks.make(name, self.prompt_tokens, i, model.tokenizer, split="eval") for i, name in enumerate(names)]
-
-  def changes(self, cfg: ModelConfig) -> list[str]:
-    """What makes the rungs comparable. HBM is less tails and the like."""
-    memory = f"cache.hbm_bytes={self.hbm_bytes(cfg)}", f"cache.dram_bytes={(self.n_prompts + 1) * self.kv_bytes(cfg)}"
-    return [f"sparse.token_budget={self.budget}", "cache.lanes=8", *memory, f"scheduler.max_context={self._tokens}"]
-
-  def hbm_bytes(self, cfg: ModelConfig) -> int:
-    return 2 * self.kv_bytes(cfg)
-
-  def kv_bytes(self, cfg: ModelConfig) -> int:
-    """Of a request at most."""
-    return self._tokens * 2 * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers * llama.dtype_of(cfg).itemsize
+    self.rungs = list(configs)
+    self._model, self._configs, self._items, self._arrivals = model, configs, items, arrivals
+    self._cells, self._answers = (results.Rows(folder / f"{name}.jsonl") for name in ("cells", "answers"))
+    self._executor: tuple[str, JaxExecutor] | None = None
 
   @property
-  def _tokens(self) -> int:
-    """Of a request at most."""
-    return self.prompt_tokens + 64
+  def cells(self) -> list[Row]:
+    """All cells there are, rung by rung, each by rate."""
+    rows = [row for row in self._cells.all if row["rate"] is not None]
+    return sorted(rows, key=lambda row: (self.rungs.index(row["rung"]), row["rate"]))
 
-  def _measure(
-    self, config: EngineConfig, model: Model, asked: Sequence[tasks.Instance]
-  ) -> tuple[Row, list[list[int]]]:
-    """Serves the prompts twice with one executor, the second time all compiled: returns the numbers of that."""
-    executor = JaxExecutor(config, model)
-    prompts = [model.tokenizer.encode(instance.prompt) for instance in asked]
-    self._serve(Engine(executor), prompts)
-    engine = Engine(executor)
-    requests = self._serve(engine, prompts)
-    summary, usage = metrics.summarize(requests, engine.usage), engine.usage
-    row: Row = {
-      "ms to first token": _ms(summary.ttft_mean_s),
-      "ms per token": _ms(summary.tbt_mean_s),
-      "tokens per s": summary.throughput_tok_s,
-      "blocks attended": usage.blocks_attended,
-      "blocks loaded": usage.blocks_loaded,
-      "HBM hit rate": usage.hbm_hit_rate,
-      "HBM KV bytes": usage.peak_hbm_kv_bytes,
-      "DRAM KV bytes": usage.dram_kv_bytes,
+  def cell(self, rung: str, rate: float) -> Row:
+    """A rung at a rate, in requests a second: measured now, or what is there of it."""
+    if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, rate)), None):
+      return there
+    limit = self.alone(self.rungs[0])["iteration_s"]
+    self.alone(rung)
+    served, ended = self._serve(rung, self._items, self._arrivals(rate))
+    if not any(row["rung"] == rung for row in self._answers.all):
+      self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
+    row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
+    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not (served.refused or served.failed)
+    self._cells.append(row)
+    return row
+
+  def alone(self, rung: str) -> Row:
+    """What a rung does of one request, the middle one by length: "iteration_s", the median time of a decode step.
+
+    It is measured at the rung's first cell, when all that the requests need has been compiled.
+    """
+    if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, None)), None):
+      return there
+    middle = sorted(self._items, key=lambda item: len(item.prompt))[len(self._items) // 2]
+    n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in self._items)))
+    item = dataclasses.replace(middle, max_new_tokens=n, options={**middle.options, "ignore_eos": True})
+    end = self._serve(rung, [item], np.zeros(1))[1][item.id]
+    if isinstance(end, run.Refusal) or len(end.output_tokens) < n:
+      raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens: {end.error}")
+    gaps = metrics.times_between_tokens(end)
+    row = {"rung": rung, "rate": None, "iteration_s": float(np.median(gaps)), "prompt_tokens": len(item.prompt)}
+    self._cells.append(row)
+    return row
+
+  def goodput(self, rung: str, rates: Sequence[float], most_runs: int = 8) -> Goodput:
+    """Searches the highest rate at which a rung serves well: `rates` first, ascending, then between them by halves of
+    their ratio until they are within `CLOSE` or `most_runs` more cells have been run.
+    """
+    return search(lambda rate: self.cell(rung, rate)["keeps_slo"], rates, most_runs)
+
+  def _serve(
+    self, rung: str, items: Sequence[Item], arrivals: np.ndarray
+  ) -> tuple[run.Served, dict[str, Request | run.Refusal]]:
+    engine = Engine(self._compiled(rung))
+    ended: dict[str, Request | run.Refusal] = {}
+    with tqdm(total=len(items), desc=rung, unit="request", leave=False, disable=None) as bar:
+
+      def on_end(end: Request | run.Refusal) -> None:
+        ended[end.id] = end
+        bar.update()
+
+      return run.serve(engine, items, arrivals, on_end), ended
+
+  def _compiled(self, rung: str) -> JaxExecutor:
+    if self._executor is None or self._executor[0] != rung:
+      self._executor = None  # its memory is what the next one takes
+      start, executor = time.monotonic(), JaxExecutor(self._configs[rung], self._model)
+      sampled = any(item.options.get("temperature") for item in self._items)
+      n = executor.compile([len(item.prompt) for item in self._items], sampled)
+      print(f"{rung}: {n} programs compiled in {time.monotonic() - start:.1f} s", file=sys.stderr)
+      self._executor = rung, executor
+    return self._executor[1]
+
+  def _answer(self, rung: str, item: Item, end: Request | run.Refusal) -> Row:
+    tokens = [int(token) for token in end.output_tokens] if isinstance(end, Request) else []
+    score = item.judge(self._model.tokenizer.decode(tokens)) if item.judge and isinstance(end, Request) else None
+    return {"rung": rung, "request_id": item.id, "tokens": tokens, "score": score}
+
+  def _quality(self, rung: str) -> Row:
+    """Of a rung's answers the mean score, and the share of the first rung's tokens that are its own, up to where they
+    part.
+    """
+    of = {
+      name: {row["request_id"]: row for row in self._answers.all if row["rung"] == name}
+      for name in (rung, self.rungs[0])
     }
-    return row, [request.output_tokens for request in requests]
-
-  def _serve(self, engine: Engine, prompts: Sequence[list[int]]) -> list[Request]:
-    requests = [engine.add_request(prompt, self.new_tokens, ignore_eos=True) for prompt in prompts]
-    engine.run()
-    return requests
+    scores = [row["score"] for row in of[rung].values() if row["score"] is not None]
+    first = of[self.rungs[0]]
+    pairs = [(row["tokens"], first[name]["tokens"]) for name, row in of[rung].items() if name in first]
+    return {"score_mean": float(np.mean(scores)) if scores else None, "tokens_as_first": share_equal(pairs)}
 
 
-def share_right(outputs: Sequence[list[int]], asked: Sequence[tasks.Instance], model: Model) -> float:
-  """The mean score of the answers."""
-  texts = [model.tokenizer.decode(tokens) for tokens in outputs]
-  right = [tasks.TASKS[of.task].score(text, of) for text, of in zip(texts, asked, strict=True)]
-  return float(np.mean(right))
+def share_equal(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float | None:
+  """Of the tokens of the second of each pair, those before the first that differs; None if there are none."""
+  total = sum(len(theirs) for _, theirs in pairs)
+  alike = 0
+  for ours, theirs in pairs:
+    n = min(len(ours), len(theirs))
+    differs = np.flatnonzero(np.not_equal(ours[:n], theirs[:n]))
+    alike += int(differs[0]) if differs.size else n
+  return alike / total if total else None
 
 
-def share_equal(outputs: Sequence[list[int]], expected: Sequence[list[int]], lengths: Sequence[int]) -> float:
-  """Of the other rung's answers, of so many tokens each, the tokens that are the same here."""
-  same = [np.equal(a[:n], b[:n]) for a, b, n in zip(outputs, expected, lengths, strict=True)]
-  return float(np.concatenate(same).mean())
-
-
-def _ms(seconds: float | None) -> float | None:
-  return None if seconds is None else 1000 * seconds
+def search(serves_well: Callable[[float], bool], rates: Sequence[float], most_runs: int) -> Goodput:
+  """The highest rate that serves well below the first that does not; see `Ladder.goodput`."""
+  good: float | None = None
+  bad: float | None = None
+  for rate in sorted(rates):
+    if not serves_well(rate):
+      bad = rate
+      break
+    good = rate
+  while good is not None and bad is not None and bad / good > CLOSE and most_runs:
+    middle, most_runs = math.sqrt(good * bad), most_runs - 1
+    good, bad = (middle, bad) if serves_well(middle) else (good, middle)
+  return Goodput(good, bad)

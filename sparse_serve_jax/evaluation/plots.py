@@ -31,6 +31,24 @@ def write(folder: pathlib.Path, told: dict[str, list[Row]], reuse_rows: list[Row
     reuse(entries, folder / f"reuse_{name}.png")
 
 
+def ladder(cells: Sequence[Row], goodput: dict[str, float | None], file: pathlib.Path) -> None:
+  """Cells of a ladder against their rate, a line for each rung; and its goodput, where it was searched."""
+  shown = {"ttft_mean_s": "TTFT, s", "tbt_mean_s": "TBT, s", "throughput_tok_s": "tokens/s"}
+  figure, all_axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+  rungs = list(dict.fromkeys(cell["rung"] for cell in cells))
+  for axes, (key, label) in zip(all_axes.flat, shown.items(), strict=False):
+    for rung in rungs:
+      line = [(cell["rate"], cell[key]) for cell in cells if cell["rung"] == rung and cell[key] is not None]
+      axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=rung)
+    axes.set(xlabel="requests/s", ylabel=label, xscale="log", yscale="linear" if "throughput" in key else "log")
+  last = all_axes.flat[3]
+  last.bar(rungs, [goodput.get(rung) or 0.0 for rung in rungs])
+  last.tick_params("x", rotation=30)
+  last.set(ylabel="goodput, requests/s" if goodput else "goodput: not searched")
+  figure.legend(*all_axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=len(rungs))
+  _save(figure, file)
+
+
 def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path) -> None:
   """A group's mean accuracy against the share of dense's bytes that is read, a line for each series."""
   figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")

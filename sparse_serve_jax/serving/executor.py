@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -153,6 +154,37 @@ class JaxExecutor:
     self.wait()
     self.cache = None  # its memory is what the new one takes
     self.cache = jax.block_until_ready(create(self.shape, self.mesh))
+
+  def compile(self, prompts: Iterable[int], sampled: bool = False) -> int:
+    """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
+
+    Each program runs once, on nothing: no row, no layer. Other than at the first use of each nothing is slower without.
+
+    Args:
+      prompts: lengths in tokens.
+      sampled: also where tokens are drawn, and not the most likely ones taken.
+
+    Returns:
+      The number of programs.
+    """
+    fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
+    needed = [of for of in self.buckets.programs_of(fit) if sampled or of[0] != "sampled decode"]
+    sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0), "prefill": Sampling()}
+    size, nowhere, name = self.shape.S, self.shape.R, "nothing"
+    for kind, n, width in needed:
+      if kind == "prefill":
+        tokens = np.zeros(n, np.int32)
+        self._prefill(PrefillWork(name, 0, tokens, width * size, 0, 0, last=False, sampling=sampling[kind]))
+        self.forget(name)
+        continue
+      rows = (DecodeRow(name, nowhere, (width - 1) * size, 0, sampling[kind]),) * n
+      batch, width = self._decode_batch(rows)
+      self.programs.working_sets(self.cache.hot, batch, width)
+      self.cache, _ = self.programs.decode(self.params, self.cache, batch, width)
+    self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
+    self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
+    self.wait()
+    return len(needed) + 2
 
   def _blocks_saved(self, plan: Plan) -> int:
     """Blocks of all layers and heads that a plan writes to the pool."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import StepStats
 from sparse_serve_jax.serving.request import Request, State
+
+MOST_ITERATIONS, MOST_DELAY_S = 25, 2.0  # of goodput
 
 
 class Usage:
@@ -70,10 +73,20 @@ class Summary:
   prompt_tokens: int
   output_tokens: int
   ttft_mean_s: float | None
+  ttft_p50_s: float | None
+  ttft_p90_s: float | None
+  ttft_p99_s: float | None
   tbt_mean_s: float | None
+  tbt_p50_s: float | None
+  tbt_p90_s: float | None
   tbt_p99_s: float | None
-  throughput_tok_s: float | None
+  latency_mean_s: float | None
+  latency_p50_s: float | None
+  latency_p90_s: float | None
+  latency_p99_s: float | None
   scheduling_delay_mean_s: float | None
+  scheduling_delay_p99_s: float | None
+  throughput_tok_s: float | None
   hbm_hit_rate: float | None
   blocks_attended: int
   blocks_loaded: int
@@ -102,17 +115,22 @@ def scheduling_delay(request: Request) -> float:
   return request.scheduled_time - request.arrival_time
 
 
+def latency(request: Request) -> float:
+  """Time it ended - arrival time. In seconds, of a request that has ended."""
+  assert request.finish_time is not None
+  return request.finish_time - request.arrival_time
+
+
 def request_metrics(request: Request) -> dict[str, float | None]:
   """Times of one request that ended, in seconds: TTFT, mean TBT, scheduling delay, and total from arrival to finish.
 
   None for what a cancelled request did not live to see.
   """
-  assert request.finish_time is not None
   return {
     "ttft_s": None if request.first_token_time is None else time_to_first_token(request),
     "tbt_mean_s": _mean(times_between_tokens(request)),
     "scheduling_delay_s": None if request.scheduled_time is None else scheduling_delay(request),
-    "total_s": request.finish_time - request.arrival_time,
+    "total_s": latency(request),
   }
 
 
@@ -127,20 +145,22 @@ def throughput(requests: Sequence[Request]) -> float | None:
 def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
   """Sums up the finished ones of `requests`; the cancelled count only in `usage`.
 
-  ttft_mean_s and scheduling_delay_mean_s: mean over requests. tbt_mean_s and tbt_p99_s: mean and 99th percentile
-  (linear between ranks) over all gaps of all requests, so a long request weighs more.
+  ttft (to the first token), latency (from arrival to finish) and scheduling_delay are over requests; tbt (between
+  tokens) is over all gaps of all requests, so a long request weighs more. Percentiles are linear between ranks.
   """
   finished = [request for request in requests if request.state is State.FINISHED]
   gaps = np.concatenate([np.zeros(0), *(times_between_tokens(request) for request in finished)])
+  delays = [scheduling_delay(request) for request in finished]
   return Summary(
     requests=len(finished),
     prompt_tokens=sum(len(request.prompt) for request in finished),
     output_tokens=sum(len(request.output_tokens) for request in finished),
-    ttft_mean_s=_mean([time_to_first_token(request) for request in finished]),
-    tbt_mean_s=_mean(gaps),
-    tbt_p99_s=float(np.percentile(gaps, 99)) if gaps.size else None,
+    **_distribution("ttft", [time_to_first_token(request) for request in finished]),
+    **_distribution("tbt", gaps),
+    **_distribution("latency", [latency(request) for request in finished]),
+    scheduling_delay_mean_s=_mean(delays),
+    scheduling_delay_p99_s=_percentile(delays, 99),
     throughput_tok_s=throughput(finished),
-    scheduling_delay_mean_s=_mean([scheduling_delay(request) for request in finished]),
     hbm_hit_rate=usage.hbm_hit_rate,
     blocks_attended=usage.blocks_attended,
     blocks_loaded=usage.blocks_loaded,
@@ -148,6 +168,20 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
     peak_hbm_kv_bytes=usage.peak_hbm_kv_bytes,
     dram_kv_bytes=usage.dram_kv_bytes,
   )
+
+
+def keeps_slo(summary: Mapping[str, Any], iteration_s: float) -> bool:
+  """Whether a run is served well, as SparseServe's goodput wants it (section 4.1): 99 % of the times between tokens are
+  at most 25 decode iterations long, and requests wait at most 2 s on average before they are first worked on.
+
+  Args:
+    summary: of the run, as `Summary.to_dict` has it.
+    iteration_s: of one decode iteration, in seconds.
+  """
+  gap, delay = summary["tbt_p99_s"], summary["scheduling_delay_mean_s"]
+  if delay is None:  # nothing has finished
+    return False
+  return delay <= MOST_DELAY_S and (gap is None or gap <= MOST_ITERATIONS * iteration_s)
 
 
 def table(columns: Mapping[str, Mapping[str, int | float | str | None]]) -> str:
@@ -161,6 +195,15 @@ def table(columns: Mapping[str, Mapping[str, int | float | str | None]]) -> str:
     for row in rows
   ]
   return "\n".join(line.rstrip() for line in lines)
+
+
+def _distribution(name: str, seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+  percentiles = {f"{name}_p{p}_s": _percentile(seconds, p) for p in (50, 90, 99)}
+  return {f"{name}_mean_s": _mean(seconds), **percentiles}
+
+
+def _percentile(values: Sequence[float] | np.ndarray, p: int) -> float | None:
+  return float(np.percentile(values, p)) if len(values) else None
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:

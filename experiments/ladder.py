@@ -1,0 +1,103 @@
+"""Rungs of the ladder side by side: the same requests, at several rates of arrival, within the same memory.
+
+  python -m experiments.ladder --rungs=dense,sparse_serve,psa --rates=0.5,1,2 --model=models/reference --out=/tmp/ladder
+
+A rung is a configuration; --set changes all of them, so that they obey one cache.hbm_bytes. Each is compiled before it
+is timed. Goodput is the highest rate at which 99 % of the times between tokens are at most 25 decode iterations (those
+that the first rung takes for one request alone), and requests wait at most 2 s on average before they are worked on:
+--goodput searches it between the rates.
+
+The folder of --out gets cells.jsonl, a row for each rung and rate; answers.jsonl, the tokens of each rung; and made of
+these results.md, results.csv and ladder.png. What is there is not run again. The last line of stdout is a JSON object.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import sys
+
+import numpy as np
+from absl import flags, logging
+
+from experiments import cli
+from experiments.workload import WorkloadFlags, at_rate, digest
+from sparse_serve_jax import results, runtime, workloads
+from sparse_serve_jax.config import EngineConfig, load_config, override
+from sparse_serve_jax.evaluation import ladder, ladder_report
+from sparse_serve_jax.models import load_model
+from sparse_serve_jax.workloads import Item
+
+_MODEL, _DTYPE = cli.define_model(default="models/reference")
+with cli.group("What is compared"):
+  _RUNGS = flags.DEFINE_list(
+    "rungs",
+    ["dense", "sparse", "sparse_offload", "sparse_serve", "psa"],
+    "Names in configs/serving, or JSON files. The others are compared with the first.",
+  )
+  _RATES = flags.DEFINE_list("rates", ["0.5", "1", "2"], "Mean rates of arrival, in requests a second.")
+  _SET = flags.DEFINE_multi_string("set", [], "Overrides of every rung, such as cache.hbm_bytes=8GiB.")
+  _GOODPUT = flags.DEFINE_bool("goodput", False, "Search the highest rate that each rung serves well.")
+  _RUNS = flags.DEFINE_integer("most_runs", 8, "--goodput: rates to try between those given.", lower_bound=0)
+_ASKED = WorkloadFlags(rate=False)
+_OUT = cli.define_out("Folder of results.")
+_VERBOSE = cli.define_verbose()
+
+
+def main() -> None:
+  runtime.configure()
+  logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
+  rates, configs, workload = _rates(), _configs(), _ASKED.read()
+  source = workloads.read(workload)
+  model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
+  shapes = ladder.shapes(configs, model.config)
+  items = source(model.tokenizer, min(shape.max_context for shape in shapes.values()))
+  asked = [item for item in items if isinstance(item, Item)]
+  if not asked:
+    raise ValueError(f"the workload has no request that can be served, of {len(items)}")
+  setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
+  folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed})
+
+  def arrivals(rate: float) -> np.ndarray:
+    return workloads.times_of(at_rate(workload, rate), len(asked))
+
+  run = ladder.Ladder(model, configs, asked, arrivals, folder)
+  found: dict[str, ladder.Goodput] = {}
+  for rung in configs:
+    for rate in rates:
+      run.cell(rung, rate)
+    if _GOODPUT.value:
+      found[rung] = run.goodput(rung, rates, _RUNS.value)
+  ladder_report.write(folder, run.cells, found)
+  try:
+    from sparse_serve_jax.evaluation import plots  # slow to import
+  except ImportError as error:
+    print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
+  else:
+    plots.ladder(run.cells, {rung: of.rate for rung, of in found.items()}, folder / "ladder.png")
+  cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
+
+
+def _rates() -> list[float]:
+  rates = cli.numbers(_RATES, float)
+  if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
+    raise ValueError(f"--rates: a rate is above 0 and finite, in requests a second, got {wrong[0]}")
+  return rates
+
+
+def _configs() -> dict[str, EngineConfig]:
+  """The rungs by name, a file's without its folder."""
+  configs: dict[str, EngineConfig] = {}
+  for given in _RUNGS.value:
+    name = pathlib.Path(given).stem
+    if name in configs:
+      raise ValueError(f"--rungs: {name} is given twice")
+    try:
+      configs[name] = override(load_config(given), _SET.value)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from None
+  return configs
+
+
+if __name__ == "__main__":
+  cli.run(main, interrupted="the same command goes on from {out}")

@@ -1,0 +1,113 @@
+"""Flags that say what is served, for commands that serve.
+
+_ASKED = WorkloadFlags()
+...
+workload = _ASKED.read()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from sparse_serve_jax import workloads
+from sparse_serve_jax.config import override
+
+flags.disclaim_key_flags()  # they are their caller's
+
+SEEDED = ("needle", "text", "trace")  # sources that draw their prompts
+
+
+class WorkloadFlags:
+  """Defines the flags when it is made, and reads them after they were parsed."""
+
+  def __init__(self, default: str = "needle", rate: bool = True):
+    """Defines flags.
+
+    Args:
+      default: the workload, where no flag says another.
+      rate: whether --rate is one of them.
+    """
+    self._default = default
+    with cli.group("What is served"):
+      self._workload = flags.DEFINE_string(
+        "workload",
+        None,
+        f"A name in configs/workloads, or a JSON file. By default {default}, or what a flag below is for.",
+      )
+      self._jsonl = flags.DEFINE_string(
+        "jsonl", None, 'jsonl: file of {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}.'
+      )
+      self._longbench = flags.DEFINE_string("longbench_dir", None, "longbench: folder with config/ and data/.")
+      self._trace = flags.DEFINE_string(
+        "trace", None, "trace: Mooncake's or Azure's file of arrival times and lengths."
+      )
+      self._limit = flags.DEFINE_integer(
+        "limit", None, "Requests, for longbench of each task; by default as the workload's file says.", lower_bound=1
+      )
+      self._prompt = flags.DEFINE_integer(
+        "prompt_tokens",
+        None,
+        "Length of needle's and text's prompts. Longer ones of the others are cut.",
+        lower_bound=2,
+      )
+      self._max_new = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
+      self._chat = flags.DEFINE_bool(
+        "chat_template", True, "longbench: the model's, around prompts of tasks that take one."
+      )
+      self._rate = None
+      if rate:
+        self._rate = flags.DEFINE_float(
+          "rate", None, "Poisson arrivals a second; by default as in a trace, else all at once."
+        )
+      self._seed = flags.DEFINE_integer(
+        "seed", 0, "Seed of random weights, generated prompts and arrivals.", lower_bound=0
+      )
+
+  @property
+  def seed(self) -> int:
+    return self._seed.value
+
+  def read(self) -> workloads.WorkloadConfig:
+    """What is to be served.
+
+    Raises:
+      ValueError: flags contradict each other, or one is missing.
+    """
+    paths = {"jsonl": self._jsonl, "longbench": self._longbench, "trace": self._trace}
+    implied = [name for name, flag in paths.items() if flag.value is not None]
+    config = workloads.load_workload(self._workload.value or (implied or [self._default])[0])
+    for name in implied:
+      if name != config.source:
+        raise ValueError(f"--{paths[name].name} is for a workload of {name}, and this is one of {config.source}")
+    if config.source in paths and not (config.path or implied):
+      raise ValueError(f"a workload of {config.source} needs --{paths[config.source].name}")
+    changes: dict[str, Any] = {
+      "path": paths[config.source].value if implied else None,
+      "limit": self._limit.value,
+      "prompt_tokens": self._prompt.value,
+      "max_new_tokens": self._max_new.value,
+      "chat_template": None if self._chat.value else False,
+      "seed": self.seed if config.source in SEEDED else None,
+      "arrivals.seed": self.seed,
+    }
+    config = override(config, {key: value for key, value in changes.items() if value is not None})
+    return config if self._rate is None or self._rate.value is None else at_rate(config, self._rate.value)
+
+
+def at_rate(config: workloads.WorkloadConfig, rate: float) -> workloads.WorkloadConfig:
+  """The workload, arriving at a mean rate in requests a second: by its own process if that has a rate, else Poisson."""
+  arrivals = config.arrivals
+  if arrivals.process in ("all_at_once", "trace") and not arrivals.rate:
+    return override(config, {"arrivals.process": "poisson", "arrivals.options": {}, "arrivals.rate": rate})
+  return override(config, {"arrivals.rate": rate})
+
+
+def digest(config: workloads.WorkloadConfig) -> str | None:
+  """Of the file that prompts come from; None if they do not come from one."""
+  path = pathlib.Path(config.path)
+  return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
