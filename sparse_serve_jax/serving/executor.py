@@ -29,6 +29,7 @@ from sparse_serve_jax.serving.plan import (
   Sampling,
   StepResult,
   StepStats,
+  blocks_saved,
 )
 from sparse_serve_jax.step import (
   NOT_FINITE,
@@ -120,7 +121,7 @@ class JaxExecutor:
 
   def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
-    step = DispatchedStep(saved=self._blocks_saved(plan))
+    step = DispatchedStep(saved=blocks_saved(plan, self.shape))
     for i in range(0, len(plan.release), RELEASE_WIDTH):
       freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
       step.done.append(self._update_hot(self.programs.release, freed))
@@ -153,12 +154,6 @@ class JaxExecutor:
     self.wait()
     self.cache = None  # its memory is what the new one takes
     self.cache = jax.block_until_ready(create(self.shape, self.mesh))
-
-  def _blocks_saved(self, plan: Plan) -> int:
-    """Blocks of all layers and heads that a plan writes to the pool."""
-    size, shape = self.shape.S, self.shape
-    full = sum(len(w.tokens) // size * w.n_layers for w in plan.prefill)
-    return (full + sum((r.position + 1) % size == 0 for r in plan.decode) * shape.L) * shape.K
 
   def _update_hot(self, program, *args) -> jax.Array:
     hot, done = program(self.cache.hot, *args)
