@@ -100,7 +100,8 @@ class About:
   dtype: str
   device: str
   config: str  # the engine's configuration, as JSON
-  workload: str
+  workload: str  # as JSON
+  selections: str  # traces of `reuse`
   iterations: int  # measured
   mean_error: float  # of an iteration: mean of |predicted - measured| / mean of measured
   total_error: float  # of all together: |sum of predicted - sum of measured| / sum of measured
@@ -138,8 +139,8 @@ class Fit(NamedTuple):
 def fit(works: Sequence[Work], seconds: Sequence[float]) -> Fit:
   """Prices, none below 0, of iterations that took `seconds`.
 
-  The least squares are of errors over the square root of what was measured: long iterations decide how long a run
-  takes, but must not be all that counts.
+  The squares are of errors over the square root of what is predicted: long iterations decide how long a run takes, but
+  must not be all that counts. So the predictions also add up to what was measured.
 
   Raises:
     ValueError: there are fewer iterations than prices, or a duration is not above 0.
@@ -150,13 +151,15 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Fit:
   if not (np.isfinite(y) & (y > 0)).all():
     raise ValueError(f"iterations take some time: {int((~(np.isfinite(y) & (y > 0))).sum())} of {len(y)} durations do not")
   scale = np.maximum(x.max(0), 1)  # so that columns are of one size
-  weight = 1 / np.sqrt(y)
-  prices = not_negative_least_squares(x / scale * weight[:, None], y * weight) / scale
-  predicted = x @ prices
+  predicted = y
+  for _ in range(20):  # the weights settle within a few
+    weight = 1 / np.sqrt(np.maximum(predicted, 0.01 * y))
+    prices = not_negative_least_squares(x / scale * weight[:, None], y * weight) / scale
+    predicted = x @ prices
   return Fit(
     Seconds(**dict(zip(Work._fields, prices.tolist(), strict=True))),
     float(np.abs(predicted - y).mean() / y.mean()),
-    float(abs(predicted.sum() / y.sum() - 1)),
+    abs(float(predicted.sum() / y.sum()) - 1),
   )
 
 
