@@ -14,6 +14,7 @@ import hashlib
 import json
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,14 @@ with cli.group("What is served"):
   )
   _JSONL = flags.DEFINE_string("jsonl", None, 'jsonl: file of {"prompt": ...} or {"prompt_token_ids": ...}.')
   _LONGBENCH = flags.DEFINE_string("longbench_dir", None, "longbench: folder with config/ and data/.")
+  _TRACE = flags.DEFINE_string("trace", None, "trace: Mooncake's or Azure's file of arrival times and lengths.")
   _LIMIT = flags.DEFINE_integer("limit", None, "Requests, for longbench of each task.", lower_bound=1)
   _PROMPT = flags.DEFINE_integer(
-    "prompt_tokens", None, "Length of needle's prompts. Longer ones of the others lose their middle.", lower_bound=2
+    "prompt_tokens", None, "Length of needle's and text's prompts. Longer ones of the others are cut.", lower_bound=2
   )
   _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
   _CHAT = flags.DEFINE_bool("chat_template", True, "longbench: the model's, around prompts of tasks that take one.")
-  _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default all arrive at once.")
+  _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default as in a trace, else all at once.")
   _SEED = flags.DEFINE_integer("seed", 0, "Seed of random weights, generated prompts and arrivals.", lower_bound=0)
   _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
 _OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
@@ -72,14 +74,15 @@ def main() -> int:
   engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)
   items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
   with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
-    record = Record(model, timeline, rows, bar, clock.now())
+    record = Record(model, timeline, rows, bar, clock.now(), {item.id: item for item in items})
     try:
       served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
     finally:
       if out:
         timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
-  print(metrics.table({pathlib.Path(_CONFIG.value).stem: served.to_dict()}))
-  print(json.dumps(served.to_dict()), flush=True)
+  numbers = served.to_dict() | {"score_mean": record.score_mean}
+  print(metrics.table({pathlib.Path(_CONFIG.value).stem: numbers}))
+  print(json.dumps(numbers), flush=True)
   if before:
     print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
   return 0 if any(row["finish_reason"] in ("stop", "length") for row in before) or served.summary.requests else 1
@@ -87,7 +90,7 @@ def main() -> int:
 
 def _workload() -> workloads.WorkloadConfig:
   """What is to be served, by the flags."""
-  paths = {"jsonl": _JSONL, "longbench": _LONGBENCH}
+  paths = {"jsonl": _JSONL, "longbench": _LONGBENCH, "trace": _TRACE}
   implied = [name for name, flag in paths.items() if flag.value is not None]
   config = workloads.load_workload(_WORKLOAD.value or (implied or ["needle"])[0])
   for name in implied:
@@ -95,15 +98,17 @@ def _workload() -> workloads.WorkloadConfig:
       raise ValueError(f"--{paths[name].name} is for a workload of {name}, and this is one of {config.source}")
   if config.source in paths and not (config.path or implied):
     raise ValueError(f"a workload of {config.source} needs --{paths[config.source].name}")
-  poisson = config.arrivals.process == "all_at_once" and _RATE.value is not None
+  without_rate = config.arrivals.process in ("all_at_once", "trace") and not config.arrivals.rate
+  poisson = without_rate and _RATE.value is not None
   changes = {
     "path": paths[config.source].value if implied else None,
     "limit": _LIMIT.value,
     "prompt_tokens": _PROMPT.value,
     "max_new_tokens": _MAX_NEW.value,
     "chat_template": None if _CHAT.value else False,
-    "seed": _SEED.value if config.source == "needle" else None,
+    "seed": _SEED.value if config.source in ("needle", "text", "trace") else None,
     "arrivals.process": "poisson" if poisson else None,
+    "arrivals.options": {} if poisson else None,
     "arrivals.rate": _RATE.value,
     "arrivals.seed": _SEED.value,
   }
@@ -128,7 +133,7 @@ def _left(
 ) -> tuple[list[Item | Refused], np.ndarray]:
   """The items without a row, and when they arrive, in seconds: the first of them at once if it is not all."""
   done = {row["request_id"] for row in before}
-  times = workloads.arrival_times(workload.arrivals, len(items))[[item.id not in done for item in items]]
+  times = workloads.times_of(workload, len(items))[[item.id not in done for item in items]]
   return [item for item in items if item.id not in done], times - times.min(initial=np.inf) if done else times
 
 
@@ -141,17 +146,27 @@ class Record:
   rows: results.Rows | None
   bar: tqdm
   start: float  # of the clock
+  items: Mapping[str, Item | Refused]  # by id
+  scores: list[float] = dataclasses.field(default_factory=list)  # of the answers that are judged
 
   def __call__(self, end: Request | run.Refusal) -> None:
     row = run.row(end, self.start)
     if isinstance(end, Request):
       self.timeline.add(end)
       row["text"] = self.model.tokenizer.decode(end.output_tokens)
+      item = self.items[end.id]
+      if isinstance(item, Item) and item.judge and "error" not in row:
+        row |= {**item.about, "score": item.judge(row["text"])}
+        self.scores.append(row["score"])
     if "error" in row:
       self.bar.write(f"{row['finish_reason']}: {row['error']}", file=sys.stderr)
     if self.rows is not None:
       self.rows.append(row)
     self.bar.update()
+
+  @property
+  def score_mean(self) -> float | None:
+    return sum(self.scores) / len(self.scores) if self.scores else None
 
 
 if __name__ == "__main__":

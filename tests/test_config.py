@@ -299,6 +299,14 @@ def test_override_takes_one_assignment_or_a_dict():
     override(EngineConfig(), {"tp": "2"})
 
 
+def test_override_takes_a_field_that_is_an_object_whole():
+  config = WorkloadConfig("text", arrivals=ArrivalConfig("gamma", options={"cv": 2.0, "other": 1}))
+  for changes in ({"arrivals.options": {"cv": 3.0}}, {"arrivals": {"options": {"cv": 3.0}}}):
+    assert override(config, changes).arrivals.options == {"cv": 3.0}
+  assert override(config, {"arrivals.options": {}}).arrivals == ArrivalConfig("gamma")
+  assert from_dict(WorkloadConfig, json.loads(to_json(config))) == config
+
+
 def test_override_of_a_model_leaves_the_original():
   shape = ModelConfig(**SHAPE)
   assert override(shape, ["rope.factor=2", "n_layers=3"]) == ModelConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import cli, serve
-from sparse_serve_jax import runtime
+from sparse_serve_jax import runtime, tasks
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.models import ByteTokenizer, load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
+from sparse_serve_jax.workloads import ArrivalConfig, arrival_times
 from tests.test_timeline import check_form, slices
 from tests.tiny import SMALL_SERVING
 
@@ -120,6 +122,65 @@ def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
   assert rows["good"]["output_token_ids"] == request.output_tokens
 
 
+def test_answers_are_judged_where_there_is_a_judge(tmp_path, capsys, monkeypatch):
+  """By the text that their row has, next to what was to be answered."""
+  for name, factor in (("single_text", 1), ("key_value", 100)):
+    judge = lambda text, made, factor=factor: factor * len(text) / len(made.answers)  # noqa: E731
+    monkeypatch.setitem(tasks.TASKS, name, dataclasses.replace(tasks.TASKS[name], score=judge))
+  workload = {"source": "needle", "tasks": ["single_text", "key_value"], "limit": 3, "prompt_tokens": 300}
+  (tmp_path / "w.json").write_text(json.dumps(workload))
+  assert in_process(f"--workload={tmp_path / 'w.json'}", f"--out={tmp_path / 'out'}") == 0
+  rows = {row["request_id"]: row for row in rows_of(tmp_path / "out")}
+  assert [rows[f"needle-{i}"]["task"] for i in range(3)] == ["single_text", "key_value", "single_text"]
+  made = tasks.make("key_value", 300, 1, ByteTokenizer(), split="eval")
+  assert rows["needle-1"]["answers"] == list(made.answers)
+  for i, factor in enumerate([1, 100, 1]):
+    assert rows[f"needle-{i}"]["score"] == factor * len(rows[f"needle-{i}"]["text"]) > 0
+  said = capsys.readouterr().out.splitlines()
+  scores = [row["score"] for row in rows.values()]
+  assert json.loads(said[-1])["score_mean"] == sum(scores) / 3 and said[-2].startswith("score_mean ")
+
+  file = jsonl(tmp_path, {"prompt": "not judged"})
+  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'other'}") == 0
+  assert json.loads(capsys.readouterr().out.splitlines()[-1])["score_mean"] is None
+  assert "score" not in rows_of(tmp_path / "other")[0]
+
+
+def test_a_trace_is_served_as_it_came(tmp_path, capsys):
+  """Its lengths, and its times unless there is a rate; what is too long is refused."""
+  file = tmp_path / "trace.csv"
+  lengths = [(40, 3), (200, 2), (900, 1), (40, 5)]
+  lines = [f"2023-11-16 18:17:0{i * 0.2:.7f},{n},{m}\n" for i, (n, m) in enumerate(lengths)]
+  file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(lines))
+  small = [flag for flag in SMALL if flag not in ("--ignore_eos", "--max_new_tokens=6")]
+
+  def run(name: str, *more: str) -> dict[str, dict]:
+    assert in_process(f"--trace={file}", f"--out={tmp_path / name}", *more, small=small) == 0
+    return {row["request_id"]: row for row in rows_of(tmp_path / name)}
+
+  rows = run("trace")
+  ended = [rows[f"trace-{i}"] for i in (0, 1, 3)]
+  assert [(row["prompt_tokens"], len(row["output_token_ids"])) for row in ended] == [(40, 3), (200, 2), (40, 5)]
+  assert [row["arrival_s"] for row in ended] == pytest.approx([0, 0.2, 0.6], abs=0.01)
+  assert rows["trace-2"]["finish_reason"] == "refused" and rows["trace-2"]["prompt_tokens"] == 900
+  assert json.loads(capsys.readouterr().out.splitlines()[-1])["output_tokens"] == 3 + 2 + 5
+  setting = json.loads((tmp_path / "trace" / "run.json").read_text())["setting"]
+  assert setting["prompts"] and setting["workload"]["path"] == str(file)
+
+  named = {"source": "trace", "arrivals": {"process": "trace", "options": {"path": str(file)}}}
+  (tmp_path / "named.json").write_text(json.dumps(named))
+  fewer = (f"--workload={tmp_path / 'named.json'}", "--rate=50", "--limit=3")
+  poisson = run("poisson", *fewer, "--prompt_tokens=100", "--max_new_tokens=2")
+  assert [poisson[f"trace-{i}"]["prompt_tokens"] for i in range(3)] == [40, 100, 100]
+  expected = arrival_times(ArrivalConfig("poisson", 50.0), 3)
+  assert [poisson[f"trace-{i}"]["arrival_s"] for i in range(3)] == pytest.approx(expected, abs=1e-3)
+
+  (tmp_path / "twice.json").write_text('{"source": "trace", "arrivals": {"process": "trace", "rate": 1}}')
+  twice = run("twice", f"--workload={tmp_path / 'twice.json'}", "--rate=10", "--prompt_tokens=100", "--seed=4")
+  assert [twice[f"trace-{i}"]["arrival_s"] for i in range(4)] == pytest.approx([0, 0.1, 0.2, 0.3], abs=0.01)
+  assert json.loads((tmp_path / "twice" / "run.json").read_text())["setting"]["workload"]["seed"] == 4
+
+
 def test_all_refused(tmp_path, capsys):
   file = jsonl(tmp_path, {"prompt": "x" * 500}, {"prompt": "y" * 500})
   assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1
@@ -200,6 +261,9 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, mo
     (["--workload=longbench"], "a workload of longbench needs --longbench_dir"),
     (["--workload=longbench", "--longbench_dir=absent"], "dataset2prompt.json is missing"),
     (["--workload=jsonl"], "a workload of jsonl needs --jsonl"),
+    (["--workload=trace"], "a workload of trace needs --trace"),
+    (["--trace=absent.csv"], "absent.csv is missing"),
+    (["--trace=a", "--workload=text"], "--trace is for a workload of trace, and this is one of text"),
     (["--jsonl=absent.txt"], "absent.txt is missing"),
     (["--jsonl=a", "--workload=needle"], "--jsonl is for a workload of jsonl, and this is one of needle"),
     (["--jsonl=a", "--longbench_dir=b"], "--longbench_dir is for a workload of longbench, and this is one of jsonl"),

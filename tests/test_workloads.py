@@ -43,15 +43,15 @@ def items_of(source: str, max_request_tokens: int = 4096, **changes: Any) -> lis
 
 
 def test_an_arrival_process_from_elsewhere(monkeypatch):
-  def gamma(n: int, rate: float, seed: int, *, shape: float = 1.0) -> np.ndarray:
+  def bursts(n: int, rate: float, seed: int, *, shape: float = 1.0) -> np.ndarray:
     return np.cumsum(np.random.default_rng(seed).gamma(shape, 1 / (shape * checked_rate(rate)), n))
 
-  monkeypatch.setitem(ARRIVALS, "gamma", gamma)
-  config = ArrivalConfig("gamma", rate=4.0, options={"shape": 0.25})
+  monkeypatch.setitem(ARRIVALS, "bursts", bursts)
+  config = ArrivalConfig("bursts", rate=4.0, options={"shape": 0.25})
   gaps = np.diff(arrival_times(config, 20_000))
   assert gaps.mean() == pytest.approx(0.25, rel=0.05) and gaps.std() == pytest.approx(0.5, rel=0.05)
-  with pytest.raises(ValueError, match="the options of the arrival process 'gamma': .*'shap'"):
-    arrival_times(ArrivalConfig("gamma", rate=4.0, options={"shap": 0.25}), 0)
+  with pytest.raises(ValueError, match="the options of the arrival process 'bursts': .*'shap'"):
+    arrival_times(ArrivalConfig("bursts", rate=4.0, options={"shap": 0.25}), 0)
 
 
 def test_a_workload_from_elsewhere(monkeypatch, tmp_path):
@@ -83,7 +83,7 @@ def test_a_workload_from_elsewhere(monkeypatch, tmp_path):
     (WorkloadConfig("needle", limit=1, prompt_tokens=300, tasks=("sing",)), "there is no task 'sing'"),
     (
       WorkloadConfig("jsonl", arrivals=ArrivalConfig("poison")),
-      "unknown arrivals.process 'poison'; known: all_at_once, poisson",
+      "unknown arrivals.process 'poison'; known: all_at_once, gamma, poisson, trace",
     ),
     (WorkloadConfig("jsonl", arrivals=ArrivalConfig("poisson")), "must be above 0 and finite, .* got 0.0"),
   ],

@@ -82,7 +82,7 @@ def override(config: Config, changes: str | Iterable[str] | Mapping[str, Any]) -
       {"sparse.token_budget": 4096} or {"sparse": {"token_budget": 4096}}.
   """
   leaves = _leaves(type(config))
-  values = _flat(changes) if isinstance(changes, Mapping) else _assigned(leaves, changes)
+  values = _flat(leaves, changes) if isinstance(changes, Mapping) else _assigned(leaves, changes)
   data = dataclasses.asdict(config)
   for key, value in values.items():
     if key not in leaves:
@@ -170,12 +170,13 @@ def _from_text(hint: Any, text: str) -> Any:
     return text  # "8GiB", or wrong: `_convert` decides
 
 
-def _flat(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-  """Dotted name -> value of everything in nested mappings."""
+def _flat(leaves: Mapping[str, Any], values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+  """Dotted name -> value of everything in nested mappings; a leaf can be a mapping itself."""
   flat = {}
   for key, value in values.items():
     name = _dotted(section, str(key))
-    flat |= _flat(value, name) if isinstance(value, Mapping) else {name: value}
+    nested = isinstance(value, Mapping) and name not in leaves
+    flat |= _flat(leaves, value, name) if nested else {name: value}
   return flat
 
 

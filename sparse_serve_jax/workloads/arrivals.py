@@ -10,6 +10,7 @@ import numpy as np
 
 from sparse_serve_jax.variants import variant
 from sparse_serve_jax.workloads.config import ArrivalConfig
+from sparse_serve_jax.workloads.traces import read_trace, rescaled
 
 
 def all_at_once(n: int, rate: float, seed: int) -> np.ndarray:
@@ -23,8 +24,34 @@ def poisson(n: int, rate: float, seed: int) -> np.ndarray:
   return np.cumsum(np.random.default_rng(seed).exponential(1 / checked_rate(rate), n))
 
 
+def gamma(n: int, rate: float, seed: int, *, cv: float = 1.0) -> np.ndarray:
+  """Gaps are gamma-distributed with mean 1 / rate, and not clipped: bursts.
+
+  Args:
+    cv: standard deviation of the gaps / their mean, 0.01 to 100. 1 is a Poisson process, more comes in bursts.
+  """
+  if type(cv) not in (int, float) or not 0.01 <= cv <= 100:
+    raise ValueError(f"cv, standard deviation / mean of the gaps, is a number from 0.01 to 100, got {cv!r}")
+  return np.cumsum(np.random.default_rng(seed).gamma(1 / cv**2, cv**2 / checked_rate(rate), n))
+
+
+def trace(n: int, rate: float, seed: int, *, path: str) -> np.ndarray:
+  """The first times of a trace, the file `path`. A rate that is not 0 becomes the mean rate of the whole trace."""
+  if not isinstance(path, str):
+    raise ValueError(f"path is the file of a trace, got {path!r}")
+  recorded = read_trace(path)
+  if n > len(recorded):
+    raise ValueError(f"{n} requests are to arrive as in {path}, which has {len(recorded)}")
+  return (rescaled(recorded, checked_rate(rate)) if rate else recorded.times)[:n]
+
+
 # (n, rate a second, seed, options of its own by name) -> seconds after the start, float64 [n] ascending.
-ARRIVALS: dict[str, Callable[..., np.ndarray]] = {"all_at_once": all_at_once, "poisson": poisson}
+ARRIVALS: dict[str, Callable[..., np.ndarray]] = {
+  "all_at_once": all_at_once,
+  "gamma": gamma,
+  "poisson": poisson,
+  "trace": trace,
+}
 
 
 def checked_rate(rate: float) -> float:

@@ -28,13 +28,15 @@ class WorkloadConfig:
   KIND = "workloads"
 
   source: str  # of WORKLOADS
-  path: str = ""  # longbench: the folder that holds config/ and data/; jsonl: the file
+  path: str = ""  # longbench: the folder that holds config/ and data/; jsonl, trace: the file
   tasks: tuple[str, ...] = ()  # needle: of `tasks.TASKS`, in turns; longbench: names, all, all_e; none: all files there
   limit: int = 0  # requests, for longbench of each task; 0: all there are
-  prompt_tokens: int = 0  # needle: of prompt and answer; others cut longer ones; 0: jsonl no, longbench to leave room
-  max_new_tokens: int = 0  # of an output: needle's, the most of the others'; 0: as tasks and rows say
+  prompt_tokens: int = (
+    0  # needle: of prompt and answer; text: of each; others cut longer ones; 0: longbench leaves room
+  )
+  max_new_tokens: int = 0  # of an output: needle's and text's, the most of the others'; 0: as tasks and rows say
   chat_template: bool = True  # longbench: around the prompts of the tasks that take one
-  seed: int = 0  # needle: of the prompts
+  seed: int = 0  # needle, text, trace: of the prompts
   arrivals: ArrivalConfig = dataclasses.field(default_factory=ArrivalConfig)
 
   def __post_init__(self):

@@ -1,0 +1,111 @@
+"""Traces: when requests came to a service, and how long they were. No texts, and no tokenizer is needed.
+
+Two public formats, told apart by what stands in a file:
+- Mooncake's (arXiv 2407.00079), a JSON object a line: {"timestamp": milliseconds, "input_length": tokens,
+  "output_length": tokens}. Other keys are not read.
+- Azure's (arXiv 2311.18677), a table with the columns TIMESTAMP (2023-11-16 18:17:03.9799600), ContextTokens and
+  GeneratedTokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from sparse_serve_jax import files
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+_Row = tuple[str, float, int, int]  # file:line, microseconds, tokens of the prompt and of the output
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+  """Requests in the order in which they came."""
+
+  times: np.ndarray  # float64 [requests], seconds after the first, ascending
+  prompt_tokens: np.ndarray  # int64 [requests], 1 or more
+  output_tokens: np.ndarray  # int64 [requests], 1 or more
+
+  def __len__(self) -> int:
+    return len(self.times)
+
+
+def read_trace(path: str | pathlib.Path) -> Trace:
+  """Reads a file of one of the two formats.
+
+  Raises:
+    ValueError: no such file, no request in it, or a line that is wrong or earlier than the one before; names the line.
+  """
+  text = files.read_text(path)
+  rows = list(_mooncake(path) if text.lstrip().startswith("{") else _azure(path, text))
+  if not rows:
+    raise ValueError(f"{path} holds no request")
+  where, times, prompts, outputs = zip(*rows, strict=True)
+  elapsed = (np.array(times, np.float64) - times[0]) / 1e6
+  if (earlier := np.flatnonzero(np.diff(elapsed) < 0)).size:
+    i = int(earlier[0]) + 1
+    raise ValueError(f"{where[i]}: times must ascend, this one is {elapsed[i - 1] - elapsed[i]} s before the last")
+  return Trace(elapsed, np.array(prompts, np.int64), np.array(outputs, np.int64))
+
+
+def _mooncake(path: str | pathlib.Path) -> Iterator[_Row]:
+  for line, row in files.read_lines(path):
+    where = f"{path}:{line}"
+    with files.placed(where):
+      time, prompt, output = row["timestamp"], row["input_length"], row["output_length"]
+      if type(time) not in (int, float) or not 0 <= time < 1e15:
+        raise ValueError(f'"timestamp" is a number of milliseconds, got {time!r:.80}')
+      yield where, time * 1000, _tokens("input_length", prompt), _tokens("output_length", output)
+
+
+def _azure(path: str | pathlib.Path, text: str) -> Iterator[_Row]:
+  header: list[str] | None = None
+  for line, content in enumerate(text.split("\n"), 1):
+    if not content.strip():
+      continue
+    where, values = f"{path}:{line}", [value.strip() for value in content.split(",")]
+    with files.placed(where):
+      if header is None:
+        header = _header(values)
+        continue
+      if len(values) != len(header):
+        raise ValueError(f"{len(values)} values, the header has {len(header)} columns")
+      yield where, *_fields(dict(zip(header, values, strict=True)))
+
+
+def _header(columns: list[str]) -> list[str]:
+  if lacking := [name for name in _COLUMNS if name not in columns]:
+    raise ValueError(f"a trace is JSON objects, or a table that begins with {','.join(_COLUMNS)}; {lacking[0]} is not")
+  return columns
+
+
+def _fields(row: Mapping[str, str]) -> tuple[float, int, int]:
+  moment = datetime.datetime.fromisoformat(row["TIMESTAMP"])
+  moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+  prompt, output = (int(row[name]) if row[name].isdecimal() else row[name] for name in _COLUMNS[1:])
+  microseconds = (moment - _EPOCH) // datetime.timedelta(microseconds=1)
+  return microseconds, _tokens("ContextTokens", prompt), _tokens("GeneratedTokens", output)
+
+
+def _tokens(name: str, value: Any) -> int:
+  if type(value) is not int or not 1 <= value < 2**31:
+    raise ValueError(f'"{name}" is a number of tokens, 1 or more, got {value!r:.80}')
+  return value
+
+
+def rescaled(trace: Trace, rate: float) -> np.ndarray:
+  """The times of a trace, made longer or shorter alike so that its gaps have the mean 1 / rate seconds.
+
+  Raises:
+    ValueError: all requests came at once.
+  """
+  if trace.times[-1] == 0:
+    raise ValueError(f"{len(trace)} requests that all came at once cannot come at a rate of {rate} a second")
+  return trace.times * ((len(trace) - 1) / rate / trace.times[-1])
