@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,13 +39,17 @@ from sparse_serve_jax.simulation.cost import About, Cost, fit, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
 from sparse_serve_jax.simulation.measure import Iteration, Stopwatch
 from sparse_serve_jax.simulation.reuse import Reuse, fit_reuse
-from sparse_serve_jax.workloads import ArrivalConfig, Item, arrival_times
+from sparse_serve_jax.workloads import ArrivalConfig, Item, Trace, arrival_times, read_trace
+from sparse_serve_jax.workloads.arrivals import checked_rate
+from sparse_serve_jax.workloads.traces import rescaled
 
 _TRACES = "models/reference/traces"
 _CONFIG, _SET = cli.define_serving()
 _MODEL, _DTYPE = cli.define_model(default="random:tiny")
 with cli.group("The device"):
-  _COST = flags.DEFINE_string("cost", None, "JSON file: the cost of an iteration. --calibrate writes it.", required=True)
+  _COST = flags.DEFINE_string(
+    "cost", None, "JSON file, which --calibrate writes: costs of an iteration.", required=True
+  )
   _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Serve for real on this machine, and fit the costs.")
   _COMPARE = flags.DEFINE_bool("compare", False, "Simulate, and serve the same for real on this machine.")
   _REPEATS = flags.DEFINE_integer("repeats", 3, "Times to serve for real, after once to compile.", lower_bound=1)
@@ -55,21 +59,16 @@ with cli.group("The device"):
     "--calibrate: traces of selections, as experiments.accuracy writes them, which say how blocks come back.",
   )
 with cli.group("What is served"):
-  _REQUESTS = flags.DEFINE_integer("requests", 32, "Their number.", lower_bound=1)
+  _TRACE = flags.DEFINE_string("trace", None, "File of times and lengths (workloads/traces.py), instead of drawn ones.")
+  _REQUESTS = flags.DEFINE_integer("requests", None, "Their number: 32, or all of a trace.", lower_bound=1)
   _PROMPT = flags.DEFINE_list("prompt_tokens", ["256", "1024"], "The least and the most.")
   _OUTPUT = flags.DEFINE_list("output_tokens", ["16", "64"], "The least and the most.")
-  _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default all at once.")
+  _RATE = flags.DEFINE_float(
+    "rate", None, "Arrivals a second: Poisson, by default all at once; a trace's rescaled."
+  )
   _SEED = flags.DEFINE_integer("seed", 0, "Seed of lengths, arrivals and random weights.", lower_bound=0)
 _OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
-
-
-class Lengths(NamedTuple):
-  """A workload without its text, in order of arrival."""
-
-  seconds: np.ndarray  # float64 [n]
-  prompt_tokens: np.ndarray  # int [n]
-  output_tokens: np.ndarray  # int [n]
 
 
 def main() -> int:
@@ -83,6 +82,8 @@ def main() -> int:
   model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
   if cost is None:
     return _calibrate(config, model, lengths)
+  if (of := (cost.about.model, cost.about.dtype)) != (model.name, model.config.dtype):
+    raise ValueError(f"{_COST.value} is of {' in '.join(of)}, and this is {model.name} in {model.config.dtype}")
   out = _OUT.value and results.claim(_OUT.value, {"config": config, "model": model.config, "cost": cost, **_workload()})
   rows: list[dict[str, Any]] = []
   clock = Virtual()
@@ -102,24 +103,28 @@ def main() -> int:
 
 def _workload() -> dict[str, Any]:
   """What decides which requests there are."""
-  flags_ = (_REQUESTS, _PROMPT, _OUTPUT, _RATE, _SEED)
-  return {flag.name: flag.value for flag in flags_}
+  return {flag.name: flag.value for flag in (_TRACE, _REQUESTS, _PROMPT, _OUTPUT, _RATE, _SEED)}
 
 
-def _lengths() -> Lengths:
-  rng, n = np.random.default_rng(_SEED.value), _REQUESTS.value
+def _lengths() -> Trace:
+  """The workload without its text."""
+  rate, n = _RATE.value, _REQUESTS.value
+  if _TRACE.value:
+    whole = read_trace(_TRACE.value)
+    times = whole.times if rate is None else rescaled(whole, checked_rate(rate))
+    return Trace(times[:n], whole.prompt_tokens[:n], whole.output_tokens[:n])
+  n, rng = n or 32, np.random.default_rng(_SEED.value)
   drawn = []
   for flag in (_PROMPT, _OUTPUT):
     ends = cli.numbers(flag, int)
     if len(ends) > 2 or ends[0] < 1:
       raise ValueError(f"--{flag.name}: {','.join(flag.value)} is not the least and the most, from 1 on")
     drawn.append(rng.integers(ends[0], ends[-1], n, endpoint=True))
-  rate = _RATE.value
   arrivals = ArrivalConfig() if rate is None else ArrivalConfig("poisson", rate, _SEED.value)
-  return Lengths(arrival_times(arrivals, n), *drawn)
+  return Trace(arrival_times(arrivals, n), *drawn)
 
 
-def _serve(executor: Executor, clock: Clock, lengths: Lengths, rows: list[dict[str, Any]]) -> run.Served:
+def _serve(executor: Executor, clock: Clock, lengths: Trace, rows: list[dict[str, Any]]) -> run.Served:
   """Serves requests of these lengths; each adds a row as it ends. On a clock that is `Virtual` prompts are all zeros,
   which are not there in memory."""
   rng, vocab = np.random.default_rng(_SEED.value), executor.model.config.vocab_size
@@ -141,19 +146,19 @@ def _serve(executor: Executor, clock: Clock, lengths: Lengths, rows: list[dict[s
     row.pop("token_s", None)
     rows.append(row)
 
-  return run.serve(Engine(executor, clock=clock), items, lengths.seconds, ended, ignore_eos=True)
+  return run.serve(Engine(executor, clock=clock), items, lengths.times, ended, ignore_eos=True)
 
 
-def _measured(config: EngineConfig, model: Model, lengths: Lengths) -> dict[str, dict[str, Any]]:
+def _measured(config: EngineConfig, model: Model, lengths: Trace) -> dict[str, dict[str, Any]]:
   """The workload served here, --repeats times; names and results."""
   executor = JaxExecutor(config, model)
   served = [_serve(executor, Wall(), lengths, []) for _ in range(_REPEATS.value + 1)]
   return {f"measured {i}": one.to_dict() for i, one in enumerate(served) if i}
 
 
-def _calibrate(config: EngineConfig, model: Model, lengths: Lengths) -> int:
+def _calibrate(config: EngineConfig, model: Model, lengths: Trace) -> int:
   """Fits a cost and writes it."""
-  if lengths.seconds.any():
+  if lengths.times.any():
     raise ValueError("--calibrate has all requests arrive at once, so that each pass plans the same: leave out --rate")
   _writable(pathlib.Path(_COST.value))
   reuse = _reuse()

@@ -146,10 +146,10 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Fit:
     ValueError: there are fewer iterations than prices, or a duration is not above 0.
   """
   x, y = np.asarray(works, np.float64), np.asarray(seconds, np.float64)
-  if len(x) < len(Work._fields) or x.shape != (len(y), len(Work._fields)):
-    raise ValueError(f"{len(Work._fields)} prices need as many iterations or more, got {len(x)}, and {len(y)} durations")
-  if not (np.isfinite(y) & (y > 0)).all():
-    raise ValueError(f"iterations take some time: {int((~(np.isfinite(y) & (y > 0))).sum())} of {len(y)} durations do not")
+  if x.shape != (len(y), len(Work._fields)) or len(x) < len(Work._fields):
+    raise ValueError(f"{len(Work._fields)} prices need as many iterations or more, got {len(x)} and {len(y)} durations")
+  if none := int((~(np.isfinite(y) & (y > 0))).sum()):
+    raise ValueError(f"every iteration takes some time, {none} of {len(y)} durations are none")
   scale = np.maximum(x.max(0), 1)  # so that columns are of one size
   predicted = y
   for _ in range(20):  # the weights settle within a few
@@ -164,7 +164,8 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Fit:
 
 
 def not_negative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """x >= 0 with the least |a x - b|; a [m, n], b [m] (Lawson and Hanson, Solving Least Squares Problems, chapter 23)."""
+  """x >= 0 [n] with the least |a x - b|; a [m, n], b [m]. Lawson and Hanson, Solving Least Squares Problems, chapter 23.
+  """
   n = a.shape[1]
   x, free = np.zeros(n), np.zeros(n, bool)
   tolerance = 1e-10 * np.abs(a.T @ b).max()

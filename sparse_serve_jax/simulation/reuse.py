@@ -1,7 +1,7 @@
 """Which blocks of a decode step are in slots still: a model of a request's selections by two numbers.
 
 A selection comes back. Of the blocks that a step selects, a share was in none of the w steps before; measured on traces
-of selections it falls as a power of w: `first * w ** -decay`. All that w successive steps select, their working set, then
+of selections it falls as a power of w: `first * w ** -decay`. All that w successive steps select, their working set,
 follows, since each step adds what was in none before it (Denning, The working set model for program behavior, 1968):
 
   W(w) = 1 + sum over v = 1 to w - 1 of first * v ** -decay, in selections of one step.
@@ -118,9 +118,9 @@ class Blocks:
     room = self._shape.P / of_batch  # selections of the batch
     scale = self._scale(full, of_layer)
     turnover = float(scale @ of_layer / of_layer.sum())
-    window = _LONGEST  # steps back that slots reach
-    if room < 1 + turnover * (self._working_set[-1] - 1):
-      window = max(1, int(self._working_set.searchsorted(1 + (room - 1) / turnover, side="right")))
+    window = _LONGEST if room >= 1 else 1  # steps back that slots reach
+    if 1 <= room < 1 + turnover * (self._working_set[-1] - 1):
+      window = int(self._working_set.searchsorted(1 + (room - 1) / turnover, side="right"))
     known = np.minimum(np.maximum(steps, 1), window)  # of these, steps that there were
     missing = self._unseen[known - 1] * scale
     missing[self._union(full, of_layer, scale, known) >= full] = 0  # all blocks are there
