@@ -63,9 +63,7 @@ with cli.group("What is served"):
   _REQUESTS = flags.DEFINE_integer("requests", None, "Their number: 32, or all of a trace.", lower_bound=1)
   _PROMPT = flags.DEFINE_list("prompt_tokens", ["256", "1024"], "The least and the most.")
   _OUTPUT = flags.DEFINE_list("output_tokens", ["16", "64"], "The least and the most.")
-  _RATE = flags.DEFINE_float(
-    "rate", None, "Arrivals a second: Poisson, by default all at once; a trace's rescaled."
-  )
+  _RATE = flags.DEFINE_float("rate", None, "Arrivals a second: Poisson, by default all at once; a trace's rescaled.")
   _SEED = flags.DEFINE_integer("seed", 0, "Seed of lengths, arrivals and random weights.", lower_bound=0)
 _OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)
 _VERBOSE = cli.define_verbose()

@@ -164,7 +164,9 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Fit:
 
 
 def not_negative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """x >= 0 [n] with the least |a x - b|; a [m, n], b [m]. Lawson and Hanson, Solving Least Squares Problems, chapter 23.
+  """x [n], none below 0, with the least |a x - b|; a [m, n], b [m].
+
+  Lawson and Hanson, Solving Least Squares Problems, chapter 23.
   """
   n = a.shape[1]
   x, free = np.zeros(n), np.zeros(n, bool)
