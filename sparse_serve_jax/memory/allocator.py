@@ -21,6 +21,7 @@ class BlockAllocator:
       raise ValueError(f"a pool needs at least one block, got {n_blocks=}")
     self._free = list(range(n_blocks - 1, -1, -1))  # the last one is given out first
     self._owners = np.zeros(n_blocks, np.int32)
+    self._in_use = 0  # blocks with an owner
     self._unreleased: list[tuple[np.ndarray, int]] = []  # freed, in no plan's release yet
     self._released: list[tuple[np.ndarray, int]] = []  # in a plan's release, but iteration `after` still runs
     self._completed = completed
@@ -33,7 +34,7 @@ class BlockAllocator:
   @property
   def in_use(self) -> int:
     """Blocks that have an owner; freed ones on their way back are counted neither here nor in `available`."""
-    return int((self._owners > 0).sum())
+    return self._in_use
 
   @property
   def release_due(self) -> bool:
@@ -46,8 +47,10 @@ class BlockAllocator:
       raise ValueError(f"at least one block has to be asked for, got {n=}")
     if n > len(self._free):
       return None
-    blocks = np.array([self._free.pop() for _ in range(n)], np.int32)
+    blocks = np.array(self._free[: -n - 1 : -1], np.int32)
+    del self._free[-n:]
     self._owners[blocks] = 1
+    self._in_use += n
     return blocks
 
   def share(self, blocks: np.ndarray) -> None:
@@ -62,7 +65,7 @@ class BlockAllocator:
     Raises:
       ValueError: a block is named twice, is outside the pool or has no owner. Nothing is freed then.
     """
-    blocks = np.array(list(blocks), np.int32)
+    blocks = np.array(blocks if isinstance(blocks, np.ndarray) else list(blocks), np.int32)
     outside = blocks[(blocks < 0) | (blocks >= len(self._owners))]
     if outside.size:
       raise ValueError(f"blocks {outside.tolist()} are outside the pool of {len(self._owners)} blocks")
@@ -72,6 +75,7 @@ class BlockAllocator:
       raise ValueError(f"blocks {blocks[self._owners[blocks] == 0].tolist()} are freed but have no owner")
     self._owners[blocks] -= 1
     if (left := blocks[self._owners[blocks] == 0]).size:
+      self._in_use -= len(left)
       self._unreleased.append((left, after))
 
   def take_release(self) -> np.ndarray:
@@ -89,6 +93,8 @@ class BlockAllocator:
     self._recycle()
 
   def _recycle(self) -> None:
+    if not self._released:
+      return
     running = []
     for blocks, after in self._released:
       if after <= self._completed:

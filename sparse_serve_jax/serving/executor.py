@@ -30,6 +30,7 @@ from sparse_serve_jax.serving.plan import (
   Sampling,
   StepResult,
   StepStats,
+  blocks_saved,
 )
 from sparse_serve_jax.step import (
   NOT_FINITE,
@@ -121,7 +122,7 @@ class JaxExecutor:
 
   def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
-    step = DispatchedStep(saved=self._blocks_saved(plan))
+    step = DispatchedStep(saved=blocks_saved(plan, self.shape))
     for i in range(0, len(plan.release), RELEASE_WIDTH):
       freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
       step.done.append(self._update_hot(self.programs.release, freed))
@@ -158,7 +159,7 @@ class JaxExecutor:
   def compile(self, prompts: Iterable[int], sampled: bool = False) -> int:
     """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
 
-    Each program runs once, on nothing: no row, no layer. Other than at the first use of each nothing is slower without.
+    Each program runs once, on nothing: no row, no layer.
 
     Args:
       prompts: lengths in tokens.
@@ -185,12 +186,6 @@ class JaxExecutor:
     self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
     self.wait()
     return len(needed) + 2
-
-  def _blocks_saved(self, plan: Plan) -> int:
-    """Blocks of all layers and heads that a plan writes to the pool."""
-    size, shape = self.shape.S, self.shape
-    full = sum(len(w.tokens) // size * w.n_layers for w in plan.prefill)
-    return (full + sum((r.position + 1) % size == 0 for r in plan.decode) * shape.L) * shape.K
 
   def _update_hot(self, program, *args) -> jax.Array:
     hot, done = program(self.cache.hot, *args)

@@ -83,6 +83,12 @@ class Plan:
     return not (self.release.size or self.prefill or self.decode or self.measure)
 
 
+def blocks_saved(plan: Plan, shape: CacheShape) -> int:
+  """Blocks of all layers and heads that a plan writes to the pool."""
+  full = sum(len(w.tokens) // shape.S * w.n_layers for w in plan.prefill)
+  return (full + sum((r.position + 1) % shape.S == 0 for r in plan.decode) * shape.L) * shape.K
+
+
 @dataclasses.dataclass(frozen=True)
 class StepStats:
   """Blocks, summed over layers and KV heads of all devices, in one iteration."""

@@ -34,16 +34,22 @@ class _Resident:
   layer: int = 0
   steps: int = 0  # decode steps
   measured_at: int = 0  # the step at which the working set was last asked for
-  working_set: int | None = None  # blocks over all layers and heads; None until measured
+  working_set: int | None = None  # blocks over all layers and heads; None: to be worked out for its next step
+  measured: bool = False  # so `working_set` is that of its last steps
+  # These two follow from `steps`, and are kept beside it because every iteration looks at those of all residents.
+  position: int = dataclasses.field(init=False)  # tokens before the next decode step
+  steps_left: int = dataclasses.field(init=False)  # to be planned: the prefill gives the first token, each step one
 
-  @property
-  def position(self) -> int:
-    return len(self.request.prompt) + self.steps
+  def __post_init__(self):
+    self.position, self.steps_left = len(self.request.prompt), self.request.max_new_tokens - 1
 
-  @property
-  def steps_left(self) -> int:
-    """Decode steps still to be planned: the prefill gives the first token, each step one more."""
-    return self.request.max_new_tokens - 1 - self.steps
+  def step(self) -> None:
+    """One more decode step is planned."""
+    self.steps += 1
+    self.position += 1
+    self.steps_left -= 1
+    if not self.measured:
+      self.working_set = None
 
 
 class _Planned(NamedTuple):
@@ -159,7 +165,7 @@ class Scheduler:
     self._allocator.complete(flight.iteration)
     received = Received([], [])
     for resident in flight.measured:
-      resident.working_set = result.working_sets[resident.request.id]
+      resident.working_set, resident.measured = result.working_sets[resident.request.id], True
     for resident in flight.sampled:
       request = resident.request
       if request.ended:
@@ -206,7 +212,7 @@ class Scheduler:
   def _choose_decode(self) -> list[_Resident]:
     """Algorithm 1 of SparseServe (arXiv 2509.24626): the first max_batch requests, less those whose working set does
     not fit any more into the slots. There is no break, so a later one may pass; who is left out pauses and keeps
-    everything.
+    everything, its working set as it was measured last too.
 
     The oldest is always chosen, whatever its size. So every iteration with a candidate lowers the steps left to the
     oldest, and a request pauses for at most as many iterations as older requests had steps left when it could first
@@ -215,10 +221,12 @@ class Scheduler:
     candidates = [resident for resident in self._decoding if resident.steps_left][: self._config.max_batch]
     if not self._controlled:
       return candidates
-    chosen, used = [], 0
+    chosen, used, slots = [], 0, self._shape.P
     for resident in candidates:
-      need = self._working_set(resident)
-      if not chosen or used + need <= self._shape.P:
+      need = resident.working_set
+      if need is None:
+        need = resident.working_set = self._selected(resident)
+      if not chosen or used + need <= slots:
         chosen.append(resident)
         used += need
     return chosen
@@ -227,11 +235,9 @@ class Scheduler:
   def _controlled(self) -> bool:
     return self._config.batch_control == "working_set" and self._shape.P > 0
 
-  def _working_set(self, resident: _Resident) -> int:
-    """Blocks over all layers and heads: as measured last, or without history what one step can select (the paper
-    leaves this case open). A paused request's stays as it was."""
-    if resident.working_set is not None:
-      return resident.working_set
+  def _selected(self, resident: _Resident) -> int:
+    """Blocks over all layers and heads that one step can select: what a request without history needs (the paper leaves
+    this case open)."""
     full = resident.position // self._shape.S
     selected = min(full, self._budget_blocks) if self._sparse.policy == "topk" else full
     dense_layers = min(self._sparse.dense_layers, self._shape.L)
@@ -245,7 +251,7 @@ class Scheduler:
       step=resident.steps,
       sampling=resident.request.sampling_of(resident.steps + 1),
     )
-    resident.steps += 1
+    resident.step()
     return row
 
   def _measure_due(self, resident: _Resident) -> bool:
