@@ -11,6 +11,7 @@ from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_
 from pallas_kernels.digest import store_digests
 from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, victims
 from pallas_kernels.partial import Partial, merge, merge_along
+from pallas_kernels.per_block import compact, load_each, store_each
 from pallas_kernels.prefill import Prefix, prefill_attention
 from pallas_kernels.residency import Located, propose
 from pallas_kernels.score import Ranking, score
@@ -29,8 +30,10 @@ __all__ = [
   "ages",
   "attend",
   "commit",
+  "compact",
   "gather_blocks",
   "load_blocks",
+  "load_each",
   "merge",
   "merge_along",
   "place_blocks",
@@ -42,5 +45,6 @@ __all__ = [
   "select",
   "store_blocks",
   "store_digests",
+  "store_each",
   "victims",
 ]

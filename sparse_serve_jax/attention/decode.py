@@ -143,7 +143,7 @@ class DecodeAttention:
     found = kernels.propose(
       hot.maps, turn.victims, layer, blocks, length, given=turn.given, group=self.selector.group, **on
     )
-    slots, located, copied = self.load(pool, hot.slots, layer, found, self.implementation)
+    slots, located, copied = self.load(pool, hot, layer, found, self.implementation)
     tails = kernels.Tails(hot.tail, rows.lanes, rows.tail_tokens)
     partial, attended, slots = kernels.attend(q, tails, pool, slots, layer, located, self.selector.stop, **on)
     maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)

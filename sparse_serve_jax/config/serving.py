@@ -104,6 +104,13 @@ class EngineConfig:
         f"({sparse.sink_tokens} tokens: {self.sink_blocks} blocks) and window ({sparse.window_tokens} tokens: "
         f"{self.window_blocks} blocks) need {least}: token_budget must be at least {least * size}"
       )
+    if sparse.policy == "psa" and self.cache.load != "fused":
+      raise ValueError(
+        f"cache.load={self.cache.load!r} copies all blocks of a list before attention, and sparse.policy='psa' stops "
+        f"in the midst of it: these exclude each other; use cache.load='fused'"
+      )
+    if self.cache.save == "staged" and not self.cache.offload:
+      raise ValueError("cache.save='staged' writes a pool in host memory: it needs cache.offload=true")
     if self.scheduler.prefill == "chunked" and chunk % (8 * size if chunk > 8 * size else size):
       raise ValueError(f"chunk_tokens={chunk} is not whole blocks of {size}, or beyond 8 not a multiple of 8 blocks")
 

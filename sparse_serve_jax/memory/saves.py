@@ -37,7 +37,12 @@ def direct(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation: st
   return kernels.store_blocks(pool, new.kv, new.layer, new.ids, new.blocks, implementation=implementation)
 
 
-SAVES: dict[str, Save] = {"direct": direct}
+def per_block(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation: str) -> Float[Array, "K L M 2 S D"]:
+  """One copy a block, one after the other, as the papers' baselines do."""
+  return kernels.store_each(pool, new.kv, new.layer, new.ids, new.blocks, implementation=implementation)
+
+
+SAVES: dict[str, Save] = {"direct": direct, "per_block": per_block}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,10 @@ from jax.sharding import PartitionSpec as P
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.create import create
+from sparse_serve_jax.memory.host_pool import HostPool
+from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama, place_params
@@ -114,13 +117,16 @@ class JaxExecutor:
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
     budget.check(budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
-    self.cache: Any = create(self.shape, self.mesh)
+    self._host: HostPool | None = None
+    self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
   def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
     step = DispatchedStep(saved=self._blocks_saved(plan))
+    if self._host is not None:
+      self._host.follow(self.cache.pool)
     for i in range(0, len(plan.release), RELEASE_WIDTH):
       freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
       step.done.append(self._update_hot(self.programs.release, freed))
@@ -152,7 +158,16 @@ class JaxExecutor:
     self._activations.clear()
     self.wait()
     self.cache = None  # its memory is what the new one takes
-    self.cache = jax.block_until_ready(create(self.shape, self.mesh))
+    self.cache = jax.block_until_ready(self._create())
+
+  def _create(self) -> KVCache:
+    """An empty cache, whose pool the host knows if it takes part in moves."""
+    cache = create(self.shape, self.mesh)
+    if "staged" not in (self.config.cache.load, self.config.cache.save):
+      return cache
+    self._host = HostPool(self.mesh.size)
+    number = jax.device_put(self._host.numbers, kv_cache.cache_shardings(self.mesh, self.shape.offload).hot.pool_id)
+    return cache.replace(hot=cache.hot.replace(pool_id=number))
 
   def _blocks_saved(self, plan: Plan) -> int:
     """Blocks of all layers and heads that a plan writes to the pool."""
