@@ -29,6 +29,9 @@ class Buckets:
   chunks: tuple[int, ...]
   tables: tuple[int, ...]  # blocks
   batches: tuple[int, ...]  # rows
+  n_layers: int
+  allowance: int  # what an iteration may prefill: tokens through all layers if `chunked`, token x layers otherwise
+  chunked: bool
 
   @classmethod
   def of(cls, config: EngineConfig, n_layers: int, max_context: int, resumes: bool = False) -> Buckets:
@@ -63,6 +66,9 @@ class Buckets:
       chunks=tuple(chunks),
       tables=tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks})),
       batches=tuple(sorted({8, _round_up(scheduler.max_batch, 8)})),  # matrix products want multiples of 8
+      n_layers=n_layers,
+      allowance=allowance,
+      chunked=chunked,
     )
 
   def piece(self, n_tokens: int, start: int) -> int:
@@ -74,6 +80,20 @@ class Buckets:
 
   def batch(self, n_rows: int) -> int:
     return _fit(self.batches, n_rows, "batch of rows")
+
+  def layers(self, padded: int, start: int) -> int:
+    """The most layers that one iteration runs of a piece which begins at `start` and is padded to so many tokens."""
+    if self.chunked:
+      return self.n_layers
+    sizes = self.chunks if start else self.whole
+    least = max((n for n in sizes if n < padded), default=0) + 1
+    return max(1, min(self.n_layers, self.allowance // least))
+
+  @property
+  def most_at_once(self) -> int:
+    """Token x layers of the largest piece that one iteration runs, padded."""
+    pieces = [(n, start) for start, sizes in enumerate((self.whole, self.chunks)) for n in sizes]
+    return max(n * self.layers(n, start) for n, start in pieces)
 
   def programs(self) -> list[tuple[str, int, int]]:
     """Every decode and prefill program there can be: name, rows or tokens, table width."""

@@ -5,7 +5,10 @@ The same cases run on a GPU with `-m gpu`, there by the Triton kernels with the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +16,21 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
-from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory import host_pool, loads
 from sparse_serve_jax.memory.create import empty_hot
 from sparse_serve_jax.memory.host_pool import HostPool
 from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES, NewBlocks
 from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.memory.writer import Writer
+from sparse_serve_jax.serving.engine import DeviceError
+from sparse_serve_jax.serving.plan import StepResult, StepStats
+from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.serving.scheduler import Scheduler
 from tests.cases import DTYPES, IMPLEMENTATIONS, assert_same_bits
-from tests.tiny import config, greedy, prompt_of, serve, tiny_model, with_slots
+from tests.fake_engine import fake_executor
+from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
 
 K, L, M, P, S, D = 2, 3, 40, 30, 8, 16
 AHEAD = sorted(set(LOADS) - {"fused"})
@@ -141,3 +150,88 @@ def test_tokens_depend_on_no_load_and_no_save(device, load, save):
     assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
     assert engine.usage.blocks_loaded >= engine.usage.blocks_missed > blocks >= 8 * 6
     assert engine._scheduler.pool_blocks_in_use == 0
+
+
+def test_late_saves_change_no_tokens(monkeypatch):
+  """Threads write as late as they like, while requests are cancelled and their blocks given out again."""
+  place, rng, waits = Writer._place, random.Random(0), []
+
+  def late(*args):
+    waits.append(rng.choice((0.0, 0.0, 0.01, 0.05)))
+    time.sleep(waits[-1])
+    place(*args)
+
+  monkeypatch.setattr(Writer, "_place", late)
+  prompts = [prompt_of(n, seed=n) for n in (50, 17, 40, 33, 25, 48, 9, 30)]
+  for prefill in PREFILLS:
+    conf = small("cache.save=staged", "cache.dram_bytes=96KiB", prefill)  # three of these requests at a time
+    engine = new_engine(conf, tiny_model())
+    requests, doomed, cancelled, step = [], [], 0, 0
+    left = list(prompts)
+    while engine.has_work or left:
+      if left and step % 4 == 0:
+        requests.append(engine.add_request(left.pop(), N))
+        doomed.append(engine.add_request(prompt_of(52, seed=step), N))
+      if step % 4 == 2:
+        cancelled += engine.cancel(doomed.pop(0).id) if doomed else 0
+      engine.step()
+      step += 1
+    assert [r.output_tokens for r in requests] == [greedy("gqa2", tuple(prompt), N) for prompt in reversed(prompts)]
+    assert cancelled > 4 and sum(waits) > 0.1
+    assert engine._scheduler._allocator.available == 24
+
+
+def test_a_request_decodes_and_blocks_are_given_out_when_saves_have_landed():
+  executor = fake_executor(SchedulerConfig(max_inject_tokens=16), M=3)
+  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged"))
+  scheduler = Scheduler(conf, executor.shape)
+  first, second = (Request(name, np.arange(18, dtype=np.int32), 4, 0.0) for name in "ab")
+  scheduler.add(first)
+  scheduler.add(second)
+  done = functools.partial(StepResult, {}, {}, StepStats())
+
+  pieces = [scheduler.schedule(0.0) for _ in range(2)]
+  assert [len(plan.prefill) for plan in pieces] == [1, 0]  # the second piece would read the first from the pool
+  scheduler.update(done(landed=0), 0.0)
+  waits = scheduler.schedule(0.0)
+  assert waits.await_saves and waits.iteration == 2 and not waits.prefill
+  scheduler.update(done(landed=2), 0.0)
+  piece = scheduler.schedule(0.0)
+  assert [work.start for work in piece.prefill] == [16]  # the rest of the layer
+
+  scheduler.cancel(first, 0.0)
+  assert scheduler.schedule(0.0).release.size == 3
+  scheduler.update(done(landed=2), 0.0)
+  scheduler.update(done(landed=2), 0.0)
+  waits = scheduler.schedule(0.0)
+  assert waits.await_saves and not waits.admit  # the cancelled request's blocks may still be written
+  scheduler.update(done(landed=5), 0.0)
+  assert [admission.request_id for admission in scheduler.schedule(0.0).admit] == ["b"]
+
+
+def test_a_save_that_fails_is_a_failure_of_the_device(monkeypatch):
+  place, failures = Writer._place, iter([OSError("no such memory")])
+
+  def failing(*args):
+    for error in failures:
+      raise error
+    place(*args)
+
+  monkeypatch.setattr(Writer, "_place", failing)
+  engine = new_engine(small("cache.save=staged"), tiny_model())
+  lost = engine.add_request(PROMPTS[0], N)
+  engine.run()
+  assert isinstance(lost.error, DeviceError) and "no such memory" in str(lost.error)
+  again = engine.add_request(PROMPTS[0], N)
+  engine.run()
+  assert again.output_tokens == greedy("gqa2", tuple(PROMPTS[0]), N)
+
+
+def test_slabs_on_their_way_count_as_memory():
+  """Two of the largest: one that is computed while the one before it leaves."""
+  conf, cfg = config("scheduler.max_inject_tokens=64", "cache.hbm_bytes=800KiB"), tiny_model().config
+  direct, staged = (CacheShape.of(cfg, override(conf, [f"cache.save={save}"]), 2) for save in ("direct", "staged"))
+  largest = 64 * cfg.n_layers  # tokens x layers: a prompt of 32 tokens runs both layers, padded to 64
+  assert staged.saving_bytes == 2 * largest * cfg.n_kv_heads * 2 * cfg.head_dim * 4
+  assert staged.fixed_bytes - direct.fixed_bytes == staged.saving_bytes and direct.saving_bytes == 0
+  assert staged.P < direct.P

@@ -6,13 +6,12 @@ import ctypes
 import itertools
 import os
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-
-from sparse_serve_jax.memory.pinned import pinned_array
 
 PINNED = "pinned_host"  # a memory kind of JAX's
 THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "pool")  # that copy blocks on the host
@@ -41,11 +40,13 @@ class HostPool:
   among its operands (`Hot.pool_id`).
   """
 
-  def __init__(self, n_parts: int):
+  def __init__(self, n_parts: int, buffer: Callable[[tuple[int, int], Any], np.ndarray] | None = None):
+    """Makes one of so many parts; `buffer(shape, device)`, uint8, is memory from which the device copies fast."""
+    self._make_buffer = buffer or (lambda shape, device: np.empty(shape, np.uint8))
     self.numbers = np.array([next(_NUMBERS) for _ in range(n_parts)], np.int32)
     self._addresses: list[int] = []
     self._rows: list[np.ndarray] = []
-    self._staging: dict[tuple[int, int], tuple[np.ndarray, Any]] = {}
+    self._buffers: dict[tuple[int, int], np.ndarray] = {}
     self._devices: list[Any] = []
     _PARTS.update({int(number): self for number in self.numbers})
 
@@ -60,7 +61,7 @@ class HostPool:
     if not self._rows:
       self._addresses, self._devices = addresses, [next(iter(part.devices())) for part in parts]
       self._rows = [
-        _bytes_at(address, part.nbytes).reshape(*part.shape[:3], -1)
+        bytes_at(address, part.nbytes).reshape(*part.shape[:3], -1)
         for address, part in zip(addresses, parts, strict=True)
       ]
     elif addresses != self._addresses:
@@ -73,8 +74,10 @@ class HostPool:
   def gather(self, part: int, ids: np.ndarray, n: int) -> np.ndarray:
     """Blocks of a part, `ids` of [K, L, M], at the beginning of a buffer [n, bytes of a block], which the next call
     overwrites."""
-    rows, out = self._rows[part], self._buffer(part, n)
-    rows = rows.reshape(-1, rows.shape[-1])
+    rows = self._rows[part].reshape(-1, self._rows[part].shape[-1])
+    if (part, n) not in self._buffers:
+      self._buffers[part, n] = self._make_buffer((n, rows.shape[1]), self._devices[part])
+    out = self._buffers[part, n]
 
     def copy(start: int) -> None:
       some = ids[start : start + step]
@@ -84,17 +87,6 @@ class HostPool:
     list(THREADS.map(copy, range(0, len(ids), step))) if len(ids) > step else copy(0)
     return out
 
-  def _buffer(self, part: int, n: int) -> np.ndarray:
-    if (part, n) not in self._staging:
-      shape, device, owner = (n, self._rows[part].shape[-1]), self._devices[part], None
-      if memory_kind() == PINNED:  # which a device copies from twice as fast
-        owner = pinned_array(shape, "uint8", device)
-        buffer = _bytes_at(owner.unsafe_buffer_pointer(), owner.nbytes).reshape(shape)
-      else:
-        buffer = np.empty(shape, np.uint8)
-      self._staging[part, n] = buffer, owner
-    return self._staging[part, n][0]
-
 
 def gather(number: int, ids: np.ndarray, n: int) -> np.ndarray:
   """`HostPool.gather` of the part of that number."""
@@ -102,5 +94,6 @@ def gather(number: int, ids: np.ndarray, n: int) -> np.ndarray:
   return pool.gather(number - int(pool.numbers[0]), ids, n)
 
 
-def _bytes_at(address: int, n: int) -> np.ndarray:
+def bytes_at(address: int, n: int) -> np.ndarray:
+  """Memory as an array, uint8 [n]. Whose it is must keep it."""
   return np.ctypeslib.as_array((ctypes.c_uint8 * n).from_address(address))

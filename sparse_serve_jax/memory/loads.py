@@ -64,9 +64,10 @@ def _arrived(located: kernels.Located, slot: Int32[Array, "B K n"]) -> kernels.L
   """
   slot, group = jnp.maximum(located.slot, slot), jnp.arange(slot.shape[-1], dtype=jnp.int32) // located.group
   key = 2 * group[None, None] + (slot < 0).astype(jnp.int32)
-  _, *lists = jax.lax.sort((key, located.blocks, slot, located.place), num_keys=1, is_stable=True)
-  n_hits = jnp.zeros_like(located.n_hits).at[..., group].add((lists[1] >= 0).astype(jnp.int32))
-  return kernels.Located(*lists, n_hits, located.length)
+  lists = key, located.blocks, slot, located.place
+  _, blocks, slot, place = jax.lax.sort(lists, num_keys=1, is_stable=True)
+  n_hits = jnp.zeros_like(located.n_hits).at[..., group].add((slot >= 0).astype(jnp.int32))
+  return kernels.Located(blocks, slot, place, n_hits, located.length)
 
 
 def _gather(pool, hot, layer, blocks, place, implementation) -> jax.Array:
