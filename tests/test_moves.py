@@ -235,3 +235,39 @@ def test_slabs_on_their_way_count_as_memory():
   assert staged.saving_bytes == 2 * largest * cfg.n_kv_heads * 2 * cfg.head_dim * 4
   assert staged.fixed_bytes - direct.fixed_bytes == staged.saving_bytes and direct.saving_bytes == 0
   assert staged.P < direct.P
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("load", sorted(LOADS))
+def test_psa_in_rounds_reads_the_same_blocks(device, load):
+  """The stop test outside of the attention kernel stops where that inside does, whatever loads a round's misses."""
+  psa = ("sparse.policy=psa", "sparse.threshold=0.5", "sparse.group_blocks=2", "sparse.window_tokens=8")
+  expected, theirs = serve(small(*psa), tiny_model(), PROMPTS, N)
+  tokens, engine = serve(small(*psa, "sparse.stop=host_loop", f"cache.load={load}"), tiny_model(), PROMPTS, N)
+  assert tokens == expected
+  everything = 4 * sum((len(prompt) + step) // S for prompt in PROMPTS for step in range(N - 1))
+  assert engine.usage.blocks_attended == theirs.usage.blocks_attended < 0.9 * everything
+  assert 0 < engine.usage.blocks_missed == engine.usage.blocks_loaded <= engine.usage.blocks_attended
+
+
+def test_psa_in_rounds_by_interpreted_kernels():
+  psa = ("sparse.policy=psa", "sparse.threshold=0.8", "sparse.group_blocks=2", "sparse.stop=host_loop")
+  xla, by_xla = serve(small(*psa), tiny_model(), PROMPTS[1:2], 6)
+  interpreted, engine = serve(small(*psa, "implementation=interpret"), tiny_model(), PROMPTS[1:2], 6)
+  assert interpreted == xla
+  for counted in ("blocks_attended", "blocks_missed", "blocks_loaded"):
+    assert getattr(engine.usage, counted) == getattr(by_xla.usage, counted) > 0
+
+
+def test_psa_in_rounds_without_a_stop_is_dense():
+  conf = small("sparse.policy=psa", "sparse.threshold=1.0", "sparse.stop=host_loop", "cache.load=gather")
+  tokens, _ = serve(conf, tiny_model(), PROMPTS, N)
+  assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("load", AHEAD)
+def test_a_stop_test_in_the_kernel_excludes_a_load_before_it(load):
+  with pytest.raises(ValueError, match=f"parts exclude each other: cache.load='{load}'.*sparse.stop='host_loop'"):
+    config("sparse.policy=psa", f"cache.load={load}")
+  with pytest.raises(ValueError, match="cache.save='staged' writes a pool in host memory"):
+    config("cache.save=staged", "cache.offload=false")

@@ -45,7 +45,7 @@ class HostPool:
     self._make_buffer = buffer or (lambda shape, device: np.empty(shape, np.uint8))
     self.numbers = np.array([next(_NUMBERS) for _ in range(n_parts)], np.int32)
     self._addresses: list[int] = []
-    self._rows: list[np.ndarray] = []
+    self.rows: list[np.ndarray] = []  # the memory of each part, uint8 [K, L, M, bytes of a block]
     self._buffers: dict[tuple[int, int], np.ndarray] = {}
     self._devices: list[Any] = []
     _PARTS.update({int(number): self for number in self.numbers})
@@ -58,23 +58,17 @@ class HostPool:
     """
     parts = [shard.data for shard in sorted(pool.addressable_shards, key=lambda shard: shard.index[0].start or 0)]
     addresses = [part.unsafe_buffer_pointer() for part in parts]
-    if not self._rows:
+    if not self.rows:
       self._addresses, self._devices = addresses, [next(iter(part.devices())) for part in parts]
-      self._rows = [
-        bytes_at(address, part.nbytes).reshape(*part.shape[:3], -1)
-        for address, part in zip(addresses, parts, strict=True)
-      ]
+      memory = [bytes_at(address, part.nbytes) for address, part in zip(addresses, parts, strict=True)]
+      self.rows = [rows.reshape(*part.shape[:3], -1) for rows, part in zip(memory, parts, strict=True)]
     elif addresses != self._addresses:
       raise RuntimeError(f"the pool has moved in memory, from {self._addresses} to {addresses}")
-
-  def rows(self, part: int) -> np.ndarray:
-    """A part's memory, uint8 [K, L, M, bytes of a block]."""
-    return self._rows[part]
 
   def gather(self, part: int, ids: np.ndarray, n: int) -> np.ndarray:
     """Blocks of a part, `ids` of [K, L, M], at the beginning of a buffer [n, bytes of a block], which the next call
     overwrites."""
-    rows = self._rows[part].reshape(-1, self._rows[part].shape[-1])
+    rows = self.rows[part].reshape(-1, self.rows[part].shape[-1])
     if (part, n) not in self._buffers:
       self._buffers[part, n] = self._make_buffer((n, rows.shape[1]), self._devices[part])
     out = self._buffers[part, n]

@@ -52,22 +52,9 @@ def _ahead(copy: Callable[..., jax.Array]) -> Load:
     wanted = ~located.hit & (located.blocks >= 0) & (located.place >= 0)
     blocks, place = (jnp.where(wanted, x, -1) for x in (located.blocks, located.place))
     slots = copy(pool, hot, layer, blocks, place, implementation)
-    return slots, _arrived(located, place), wanted.sum(-1, dtype=jnp.int32)
+    return slots, kernels.arrived(located, place), wanted.sum(-1, dtype=jnp.int32)
 
   return load
-
-
-def _arrived(located: kernels.Located, slot: Int32[Array, "B K n"]) -> kernels.Located:
-  """With blocks in `slot`, -1: not copied. Of each group hits come first, then what was copied, then misses.
-
-  A miss without a place may stand before one with a place: which places are taken decides.
-  """
-  slot, group = jnp.maximum(located.slot, slot), jnp.arange(slot.shape[-1], dtype=jnp.int32) // located.group
-  key = 2 * group[None, None] + (slot < 0).astype(jnp.int32)
-  lists = key, located.blocks, slot, located.place
-  _, blocks, slot, place = jax.lax.sort(lists, num_keys=1, is_stable=True)
-  n_hits = jnp.zeros_like(located.n_hits).at[..., group].add((slot >= 0).astype(jnp.int32))
-  return kernels.Located(blocks, slot, place, n_hits, located.length)
 
 
 def _gather(pool, hot, layer, blocks, place, implementation) -> jax.Array:

@@ -83,7 +83,7 @@ class Writer:
     for part, shard in enumerate(shards):
       source = np.asarray(shard.data)
       source = source.view(np.uint8).reshape(*source.shape[:3], -1)
-      pool = self._host.rows(part)
+      pool = self._host.rows[part]
 
       def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
         head, i = at

@@ -1,6 +1,7 @@
-"""Copies of one block each, one after the other: the slow way to move blocks, which the papers measure others against.
+"""Blocks that are copied before attention reads its lists, and copies of one block each.
 
-A copy is one launch of the kernel that otherwise copies a whole list. Only blocks that are wanted take one.
+Copies one after the other are the slow way to move blocks, which the papers measure others against. Each is a launch of
+the kernel that otherwise copies a whole list, and only blocks that are wanted take one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.copy import load_blocks, store_blocks
+from pallas_kernels.residency import Located
+
+
+def arrived(located: Located, slot: Int32[Array, "B K n"]) -> Located:
+  """With blocks in `slot`, -1: not copied. Of each group hits come first, then what was copied, then misses.
+
+  A miss without a place may stand before one with a place: which places are taken decides.
+  """
+  slot, group = jnp.maximum(located.slot, slot), jnp.arange(slot.shape[-1], dtype=jnp.int32) // located.group
+  key = 2 * group[None, None] + (slot < 0).astype(jnp.int32)
+  lists = key, located.blocks, slot, located.place
+  _, blocks, slot, place = jax.lax.sort(lists, num_keys=1, is_stable=True)
+  n_hits = jnp.zeros_like(located.n_hits).at[..., group].add((slot >= 0).astype(jnp.int32))
+  return Located(blocks, slot, place, n_hits, located.length)
 
 
 def compact(wanted: Bool[Array, " n"]) -> tuple[Int32[Array, " n"], Int32[Array, ""]]:
