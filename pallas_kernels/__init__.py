@@ -5,6 +5,7 @@ Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.
 "xla", jnp on any backend; "triton", the GPU's path; "interpret", its kernels run anywhere, slowly.
 """
 
+from pallas_kernels.ahead import arrived, compact, load_each, store_each
 from pallas_kernels.attend import Stop, Tails, attend
 from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
@@ -12,6 +13,7 @@ from pallas_kernels.digest import store_digests
 from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, victims
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
+from pallas_kernels.progress import Rounds, attend_by_block, attend_to_tail
 from pallas_kernels.residency import Located, propose
 from pallas_kernels.score import Ranking, score
 from pallas_kernels.select import select
@@ -23,14 +25,20 @@ __all__ = [
   "Partial",
   "Prefix",
   "Ranking",
+  "Rounds",
   "Stop",
   "Tails",
   "Victims",
   "ages",
+  "arrived",
   "attend",
+  "attend_by_block",
+  "attend_to_tail",
   "commit",
+  "compact",
   "gather_blocks",
   "load_blocks",
+  "load_each",
   "merge",
   "merge_along",
   "place_blocks",
@@ -42,5 +50,6 @@ __all__ = [
   "select",
   "store_blocks",
   "store_digests",
+  "store_each",
   "victims",
 ]

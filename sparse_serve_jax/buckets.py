@@ -25,12 +25,14 @@ class Buckets:
   block_tokens: int
   full: int  # the largest piece of a prompt that is cut
   unit: int  # an eighth of it: pieces other than a prompt's last are multiples
-  uncut: int  # the longest prompt that is never cut; 0: any may be
   least_prefix: int  # what the shortest first piece of a prompt that is cut holds
   whole: tuple[int, ...]
   chunks: tuple[int, ...]
   tables: tuple[int, ...]  # blocks
   batches: tuple[int, ...]  # rows
+  n_layers: int
+  allowance: int  # what an iteration may prefill: tokens through all layers if `chunked`, token x layers otherwise
+  chunked: bool
 
   @classmethod
   def of(cls, config: EngineConfig, n_layers: int, max_context: int, resumes: bool = False) -> Buckets:
@@ -60,12 +62,14 @@ class Buckets:
       block_tokens=size,
       full=full,
       unit=unit,
-      uncut=0 if chunked else allowance,
       least_prefix=least_prefix,
       whole=tuple(whole),
       chunks=tuple(chunks),
       tables=tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks})),
       batches=tuple(sorted({8, _round_up(scheduler.max_batch, 8)})),  # matrix products want multiples of 8
+      n_layers=n_layers,
+      allowance=allowance,
+      chunked=chunked,
     )
 
   def piece(self, n_tokens: int, start: int) -> int:
@@ -78,6 +82,20 @@ class Buckets:
   def batch(self, n_rows: int) -> int:
     return _fit(self.batches, n_rows, "batch of rows")
 
+  def layers(self, padded: int, start: int) -> int:
+    """The most layers that one iteration runs of a piece which begins at `start` and is padded to so many tokens."""
+    if self.chunked:
+      return self.n_layers
+    sizes = self.chunks if start else self.whole
+    least = max((n for n in sizes if n < padded), default=0) + 1
+    return max(1, min(self.n_layers, self.allowance // least))
+
+  @property
+  def most_at_once(self) -> int:
+    """Token x layers of the largest piece that one iteration runs, padded."""
+    pieces = [(n, start) for start, sizes in enumerate((self.whole, self.chunks)) for n in sizes]
+    return max(n * self.layers(n, start) for n, start in pieces)
+
   def programs(self) -> list[tuple[str, int, int]]:
     """Every decode and prefill program there can be: name, rows or tokens, table width."""
     return self._programs(self.whole, self.chunks)
@@ -85,7 +103,7 @@ class Buckets:
   def programs_of(self, prompts: Iterable[int]) -> list[tuple[str, int, int]]:
     """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them."""
     prompts = set(prompts)
-    cut = [n for n in prompts if n > self.uncut]
+    cut = [n for n in prompts if self.chunked or n > self.allowance]
     longest = min(max(cut, default=0), self.full)  # of a piece
     whole = {self.piece(n, 0) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)

@@ -68,6 +68,7 @@ class Setup:
       summarized_by=selector.method.runs_on(implementation),
       implementation=implementation,
       host_pool=cache.offload and host_pool.memory_kind() is not None,
+      staged=cache.save == "staged",
     )
     return cls(
       model=model,
@@ -116,6 +117,8 @@ class PrefillBatch(flax.struct.PyTreeNode):
   n_layers: Int32[Scalar, ""]
   lane: Int32[Scalar, ""]
   sampling: SamplingRows
+  # The blocks' own way to the pool: they leave as a slab of at most so many layers. 0: the program writes them there.
+  slab_layers: int = flax.struct.field(pytree_node=False, default=0)
 
 
 class StepCounts(NamedTuple):
@@ -202,14 +205,15 @@ def _next(hot: Hot, lanes: jax.Array, tokens: jax.Array) -> Hot:
 
 def prefill_segment(
   setup: Setup, width: int, params: llama.Params, cache: KVCache, x: jax.Array, batch: PrefillBatch
-) -> tuple[KVCache, jax.Array, StepOutput]:
+) -> tuple[KVCache, jax.Array, jax.Array | None, StepOutput]:
   """Runs some layers of one piece of a prompt.
 
   `x` [C, d] are the activations the piece's previous segment returned; layer 0 ignores them and embeds the tokens.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
-    The cache; x for the next segment; the token that follows the piece if its last layer was run.
+    The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; the token that follows the piece
+    if its last layer was run.
   """
   cfg, size = setup.model, cache.hot.tail.shape[4]
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
@@ -223,24 +227,25 @@ def prefill_segment(
   n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)
 
   def layer(i, carry):
-    x, cache, loaded = carry
+    x, cache, slab, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     o, read = prefill_attention(q, k, v, cache, i, before, setup.implementation)
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
     given = (i - batch.first_layer) * n_newest * kv.shape[0]  # by the layers before, at most
     cache = save_piece(setup.saving, cache, kv, i, blocks, n_newest, turn._replace(given=given))
-    unfinished = jax.lax.dynamic_index_in_dim(
-      kv, jnp.minimum(batch.n_tokens // size, kv.shape[1] - 1), 1, keepdims=False
-    )
-    tail = cache.hot.tail.at[:, i, batch.lane].set(unfinished)
+    slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
+    last = jnp.minimum(batch.n_tokens // size, kv.shape[1] - 1)
+    tail = cache.hot.tail.at[:, i, batch.lane].set(jax.lax.dynamic_index_in_dim(kv, last, 1, keepdims=False))
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
-    return x, cache.replace(hot=cache.hot.replace(tail=tail)), loaded + read
+    return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, loaded + read
 
   end = batch.first_layer + batch.n_layers
-  carry = x, KVCache(cache.pool, hot), jnp.int32(0)
-  x, cache, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, carry)
+  slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
+  slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
+  carry = x, KVCache(cache.pool, hot), slab, jnp.int32(0)
+  x, cache, slab, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, carry)
 
   def next_token():
     last = jax.lax.dynamic_slice_in_dim(x, batch.n_tokens - 1, 1)
@@ -251,7 +256,7 @@ def prefill_segment(
   tokens = jax.lax.cond(end == cfg.n_layers, next_token, lambda: cache.hot.last_token[lane])
   hot = _next(cache.hot, lane, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
-  return KVCache(cache.pool, hot), x, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS))
+  return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS))
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:
@@ -318,8 +323,8 @@ class Programs:
     self.prefill = program(
       prefill,
       (params, specs, whole, whole),
-      (specs, whole, output),
-      (cache, everywhere, read),
+      (specs, whole, specs.hot.tail, output),
+      (cache, everywhere, cache.hot.tail, read),
       (1, 2),
       sized=True,
     )

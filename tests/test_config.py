@@ -40,7 +40,16 @@ KINDS = {
   "training": (TrainConfig, functools.partial(read_config, TrainConfig)),
   "workloads": (WorkloadConfig, load_workload),
 }
-LADDER = ("dense", "sparse", "sparse_offload", "sparse_serve", "psa")
+LADDER = (
+  "dense",
+  "sparse",
+  "sparse_offload",
+  "flash_transfer",
+  "working_set",
+  "sparse_serve",
+  "psa",
+  "psa_host_loop",
+)
 SHAPE = dict(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_context=512)
 
 
@@ -68,18 +77,25 @@ def test_ladder_changes_what_each_rung_is_named_for():
     return {
       "policy": loaded.sparse.policy,
       "offload": loaded.cache.offload,
+      "load": loaded.cache.load,
+      "save": loaded.cache.save,
       "prefill": loaded.scheduler.prefill,
       "batch_control": loaded.scheduler.batch_control,
+      "stop": loaded.sparse.stop,
     }
 
   rungs = [rung(name) for name in LADDER]
-  assert rungs[0] == {"policy": "dense", "offload": False, "prefill": "chunked", "batch_control": "none"}
+  first = {"policy": "dense", "offload": False, "prefill": "chunked", "batch_control": "none"}
+  assert rungs[0] == first | {"load": "fused", "save": "direct", "stop": "kernel"}
   changes = [{key: b[key] for key in b if a[key] != b[key]} for a, b in itertools.pairwise(rungs)]
   assert changes == [
     {"policy": "topk"},
-    {"offload": True},
-    {"prefill": "layer_segmented", "batch_control": "working_set"},
+    {"offload": True, "load": "per_block", "save": "per_block"},
+    {"load": "gather", "save": "staged"},
+    {"batch_control": "working_set"},
+    {"prefill": "layer_segmented", "load": "fused", "save": "direct"},
     {"policy": "psa"},
+    {"stop": "host_loop"},
   ]
   assert len({load_config(name).cache.hbm_bytes for name in LADDER}) == 1
 
@@ -227,7 +243,10 @@ def test_a_dict_is_what_a_file_holds():
 
 
 def test_unknown_name_lists_what_there_is():
-  with pytest.raises(ValueError, match="'pso'.*dense, psa, sparse, sparse_offload, sparse_serve"):
+  with pytest.raises(
+    ValueError,
+    match="'pso'.*dense, flash_transfer, psa, psa_host_loop, sparse, sparse_offload, sparse_serve, working_set",
+  ):
     load_config("pso")
   with pytest.raises(ValueError, match="no such file: elsewhere/psa.json"):
     load_config("elsewhere/psa.json")

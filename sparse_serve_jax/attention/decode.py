@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -56,6 +59,7 @@ class Selector:
   reduce: str
   threshold: float | None
   group_blocks: int
+  host_loop: bool = False  # the stop test is made between calls of the attention kernel
 
   @classmethod
   def of(cls, config: EngineConfig) -> Selector:
@@ -68,6 +72,7 @@ class Selector:
       reduce=sparse.group_reduce,
       threshold=sparse.threshold if sparse.policy == "psa" else None,
       group_blocks=sparse.group_blocks,
+      host_loop=sparse.stop == "host_loop",
     )
 
   @property
@@ -88,6 +93,11 @@ class Selector:
   @property
   def stop(self) -> kernels.Stop | None:
     return None if self.threshold is None else kernels.Stop(self.threshold, self.untested)
+
+  @property
+  def rounds(self) -> kernels.Rounds | None:
+    """How lists are read if the test is made outside of the attention kernel."""
+    return kernels.Rounds(self.group_blocks, self.stop) if self.host_loop and self.stop else None
 
   def select(
     self, q: Float[Array, "B K G D"], hot: Hot, layer: Int32[Array, ""], rows: Rows, implementation: str
@@ -138,18 +148,54 @@ class DecodeAttention:
     Returns:
       The output; `hot` with residency and slots updated; what the layer's lists came to.
     """
-    on = dict(implementation=self.implementation)
-    blocks, length = self.selector.select(q, hot, layer, rows, self.implementation)
-    found = kernels.propose(
-      hot.maps, turn.victims, layer, blocks, length, given=turn.given, group=self.selector.group, **on
-    )
-    slots, located, copied = self.load(pool, hot.slots, layer, found, self.implementation)
     tails = kernels.Tails(hot.tail, rows.lanes, rows.tail_tokens)
-    partial, attended, slots = kernels.attend(q, tails, pool, slots, layer, located, self.selector.stop, **on)
-    maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
+    lists = self.selector.select(q, hot, layer, rows, self.implementation)
+    read = functools.partial(self._read, pool, layer, rows.steps)
+    if self.selector.rounds is not None:
+      return self._in_rounds(q, tails, pool, hot, layer, turn, lists, read)
+
+    def attend(slots, located):
+      stop = self.selector.stop
+      return kernels.attend(q, tails, pool, slots, layer, located, stop, implementation=self.implementation)
+
+    partial, hot, counts = read(attend, hot, turn, lists, self.selector.group)
+    return partial.output, hot, counts
+
+  def _in_rounds(self, q, tails: kernels.Tails, pool, hot: Hot, layer, turn: Turn, lists, read: Callable):
+    """Reads groups of `lists` by `read`, which is `_read` but for its first arguments, with a stop test after each."""
+    on, rounds, (blocks, length) = dict(implementation=self.implementation), self.selector.rounds, lists
+    assert rounds is not None
+
+    def attend(slots, located):
+      by_block, slots = kernels.attend_by_block(q, tails, pool, slots, layer, located, **on)
+      return by_block, located.length, slots
+
+    def read_group(blocks, length, state):
+      slots, maps, counts = state
+      left = turn._replace(given=turn.given.sum() + counts.given.sum())
+      by_block, now, of_group = read(attend, hot.replace(slots=slots, maps=maps), left, (blocks, length), None)
+      return by_block, (now.slots, now.maps, jax.tree.map(jnp.add, counts, of_group))
+
+    tail, slots = kernels.attend_to_tail(q, tails, pool, hot.slots, layer, **on)
+    state = slots, hot.maps, Counts.zeros(length.shape[0], length.shape[1])
+    partial, (slots, maps, counts) = rounds.read(tail, blocks, length, read_group, state)
+    return partial.output, hot.replace(slots=slots, maps=maps), counts
+
+  def _read(self, pool, layer, steps, attend: Callable, hot: Hot, turn: Turn, lists, group: int | None):
+    """Finds, loads, attends to and commits `lists`, (blocks, lengths).
+
+    Returns:
+      What attend(slots, located) returns first; `hot` with slots and maps updated; counts.
+    """
+    on = dict(implementation=self.implementation)
+    blocks, length = lists
+    found = kernels.propose(hot.maps, turn.victims, layer, blocks, length, given=turn.given, group=group, **on)
+    slots, located, copied = self.load(pool, hot, layer, found, self.implementation)
+    result, attended, slots = attend(slots, located)
+    maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), steps, **on)
     # Without slots the pool lies in HBM, and nothing misses.
     has_slots = slots.shape[0] > 0
     missed = found.missed(attended) if has_slots else jnp.zeros_like(attended)
     loaded = located.missed(attended) + copied if has_slots else missed
     counts = Counts(attended, missed, loaded, found.given(attended))
-    return partial.output, hot.replace(slots=slots, maps=maps), counts
+    return result, hot.replace(slots=slots, maps=maps), counts

@@ -49,6 +49,9 @@ class SparseConfig:
   group_reduce: Literal["mean", "max"] = "mean"  # over the query heads of a KV head
   threshold: float = 0.95  # psa: epsilon, stop when the estimated share of attention mass exceeds it
   group_blocks: int = 4  # psa: blocks between two stop tests
+  # psa: where the test is made. "host_loop": outside of the attention kernel, which runs once a group; the host waits
+  # for every test (PSA, section 2.3, with which the test in the kernel is compared).
+  stop: Literal["kernel", "host_loop"] = "kernel"
 
   def __post_init__(self):
     check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
@@ -104,6 +107,13 @@ class EngineConfig:
         f"({sparse.sink_tokens} tokens: {self.sink_blocks} blocks) and window ({sparse.window_tokens} tokens: "
         f"{self.window_blocks} blocks) need {least}: token_budget must be at least {least * size}"
       )
+    if sparse.policy == "psa" and sparse.stop == "kernel" and self.cache.load != "fused":
+      raise ValueError(
+        f"a rung whose parts exclude each other: cache.load={self.cache.load!r} copies all blocks of a list before "
+        f"attention, and sparse.policy='psa' stops inside it; use cache.load='fused' or sparse.stop='host_loop'"
+      )
+    if self.cache.save == "staged" and not self.cache.offload:
+      raise ValueError("cache.save='staged' writes a pool in host memory: it needs cache.offload=true")
     if self.scheduler.prefill == "chunked" and chunk % (8 * size if chunk > 8 * size else size):
       raise ValueError(f"chunk_tokens={chunk} is not whole blocks of {size}, or beyond 8 not a multiple of 8 blocks")
 

@@ -34,6 +34,8 @@ class Hot(flax.struct.PyTreeNode):
   # (`kernels.saturate`), but for -1: an empty slot. A stamp that equals it, one in 2^32, makes a slot look empty: it is
   # given up early, and nothing becomes wrong.
   clock: Int32[Array, ""]
+  # What `memory.host_pool` knows the pool's part on this device by; None if nothing on the host reads or writes it.
+  pool_id: Int32[Array, " parts"] | None = None
 
   def stamp(self, layer: jax.Array | int) -> jax.Array:
     """Time of use, ascending through layers and steps."""
@@ -55,7 +57,7 @@ def cache_specs() -> KVCache:
   split: Any = P(AXIS)
   whole: Any = P()
   maps = kernels.Maps(*[split] * 4)
-  return KVCache(split, Hot(split, split, maps, split, tables=whole, last_token=whole, clock=whole))
+  return KVCache(split, Hot(split, split, maps, split, tables=whole, last_token=whole, clock=whole, pool_id=split))
 
 
 def cache_shardings(mesh: Mesh, offload: bool) -> KVCache:

@@ -11,15 +11,20 @@ otherwise.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from sparse_serve_jax.memory.host_pool import bytes_at
 
 _PAGE = 4096  # before the data, for what DLPack says of it
 _HOST = 3  # kDLCUDAHost
+_BUFFERS: list[jax.Array] = []  # never given back
 _TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4}  # of DLPack
 
 
@@ -80,6 +85,14 @@ def pinned_array(dims: tuple[int, ...], dtype: str, device: Any) -> jax.Array:
   # Called by XLA, from any thread and also while the process ends, with the tensor's address: which is what CUDA gave.
   tensor.deleter = ctypes.cast(runtime.cudaFreeHost, ctypes.c_void_p).value
   return jax.dlpack.from_dlpack(_Exporter(address, device_id), copy=False)
+
+
+@functools.cache
+def pinned_buffer(shape: tuple[int, ...], device: Any) -> np.ndarray:
+  """Pinned bytes of which the process has one for each shape and device: its programs use it one after the other."""
+  array = pinned_array(shape, "uint8", device)
+  _BUFFERS.append(array)
+  return bytes_at(array.unsafe_buffer_pointer(), array.nbytes).reshape(shape)
 
 
 def _cuda_runtime() -> ctypes.CDLL:

@@ -37,7 +37,18 @@ def direct(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation: st
   return kernels.store_blocks(pool, new.kv, new.layer, new.ids, new.blocks, implementation=implementation)
 
 
-SAVES: dict[str, Save] = {"direct": direct}
+def per_block(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation: str) -> Float[Array, "K L M 2 S D"]:
+  """One copy a block, one after the other, as the papers' baselines do."""
+  return kernels.store_each(pool, new.kv, new.layer, new.ids, new.blocks, implementation=implementation)
+
+
+def staged(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation: str) -> Float[Array, "K L M 2 S D"]:
+  """Tails go directly. Blocks of a piece of a prompt do not come here: a slab of them leaves the program, and threads
+  of the host place them in the pool (`memory.writer`)."""
+  return direct(pool, new, implementation)
+
+
+SAVES: dict[str, Save] = {"direct": direct, "per_block": per_block, "staged": staged}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Saving:
   summarized_by: str  # the implementation that runs it
   implementation: str
   host_pool: bool  # whether the pool lies in memory that is not the device's own
+  staged: bool  # whether blocks of a piece of a prompt go to the pool beside the program
 
 
 def save_tails(
@@ -74,7 +86,8 @@ def save_tails(
   lists = jnp.broadcast_to(blocks[:, None, None], (blocks.shape[0], n_heads, n_layers))  # a rank is a layer
   maps, place = _find_places(saving, hot, lists, jnp.arange(n_layers), steps, turn)
   new = NewBlocks(hot.tail, 0, jnp.minimum(lanes, n_lanes - 1), blocks)
-  return _write(saving, cache, new, maps, jnp.moveaxis(place, 0, 2))
+  pool = saving.save(cache.pool, new, saving.implementation)
+  return KVCache(pool, _write(saving, hot, new, maps, jnp.moveaxis(place, 0, 2)))
 
 
 def save_piece(
@@ -86,7 +99,8 @@ def save_piece(
   n_newest: Int32[Array, ""],
   turn: Turn,
 ) -> KVCache:
-  """Saves one layer's blocks of a piece of a prompt; the newest enter slots, the very newest first.
+  """Saves one layer's blocks of a piece of a prompt, unless they are staged; the newest enter slots, the very newest
+  first.
 
   Args:
     saving: how.
@@ -102,8 +116,11 @@ def save_piece(
   newest = (ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
   lists = jnp.broadcast_to(jnp.where(newest, blocks, -1)[::-1], (1, n_heads, n))
   maps, place = _find_places(saving, cache.hot, lists, layer, jnp.full(1, kernels.NEVER), turn)
-  cache = _write(saving, cache, NewBlocks(kv[:, None], layer, ids, blocks), maps, place[0, :, ::-1][:, None])
-  return cache.replace(pool=host_pool.keep(cache.pool)) if saving.host_pool else cache
+  new, pool = NewBlocks(kv[:, None], layer, ids, blocks), cache.pool
+  if not saving.staged:
+    pool = saving.save(pool, new, saving.implementation)
+    pool = host_pool.keep(pool) if saving.host_pool else pool
+  return KVCache(pool, _write(saving, cache.hot, new, maps, place[0, :, ::-1][:, None]))
 
 
 def _find_places(
@@ -122,14 +139,10 @@ def _find_places(
   return maps, located.place
 
 
-def _write(
-  saving: Saving, cache: KVCache, new: NewBlocks, maps: kernels.Maps, place: Int32[Array, "K Ls n"]
-) -> KVCache:
-  """Writes new blocks to the pool and to their places in slots, and makes their digests."""
-  hot = cache.hot
+def _write(saving: Saving, hot: Hot, new: NewBlocks, maps: kernels.Maps, place: Int32[Array, "K Ls n"]) -> Hot:
+  """Writes new blocks to their places in slots, and makes their digests."""
   slots = kernels.place_blocks(hot.slots, new.kv, new.ids, place, implementation=saving.implementation)
   digest = kernels.store_digests(
     hot.digest, new.kv, new.layer, new.ids, new.blocks, rule=saving.summarize, implementation=saving.summarized_by
   )
-  pool = saving.save(cache.pool, new, saving.implementation)
-  return KVCache(pool, hot.replace(slots=slots, digest=digest, maps=maps))
+  return hot.replace(slots=slots, digest=digest, maps=maps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory.layout import BlockLayout
 
@@ -29,6 +30,7 @@ class CacheShape:
   offload: bool
   max_context: int  # tokens, prompt and output, of the longest request that model, configuration and pool allow
   slab_tokens: int  # most tokens of one layer that prefill holds at once: a piece, and what came before it
+  saving_tokens: int = 0  # most token x layers whose KV is on its way to the pool beside the programs, of two of them
 
   @property
   def N(self) -> int:
@@ -58,11 +60,15 @@ class CacheShape:
     return self.M * self.K * self.L * self.block_bytes
 
   @property
+  def saving_bytes(self) -> int:
+    return self.K * -(-self.saving_tokens // self.S) * self.block_bytes
+
+  @property
   def fixed_bytes(self) -> int:
-    """HBM apart from slots and pool: tails, tables, prefill slab (one layer's KV), digests and maps."""
+    """HBM apart from slots and pool: tails, tables, prefill slabs (one layer's KV, and what leaves), digests, maps."""
     tails = self.K * self.L * self.R * self.block_bytes
     slab = self.K * -(-self.slab_tokens // self.S) * self.block_bytes
-    return tails + self.R * self.N * INT + slab + self.M * self.per_pool_block_bytes
+    return tails + self.R * self.N * INT + slab + self.saving_bytes + self.M * self.per_pool_block_bytes
 
   @property
   def hbm_bytes(self) -> int:
@@ -97,7 +103,8 @@ class CacheShape:
     def with_pool(blocks: int) -> CacheShape:
       context = min(limit, blocks * empty.S)
       slab = context if piece >= context else context + piece
-      return dataclasses.replace(empty, M=blocks, max_context=context, slab_tokens=slab)
+      saving = 2 * Buckets.of(config, model.n_layers, context).most_at_once if cache.save == "staged" else 0
+      return dataclasses.replace(empty, M=blocks, max_context=context, slab_tokens=slab, saving_tokens=saving)
 
     if cache.offload:
       return _with_slots(with_pool, cache.dram_bytes, cache.hbm_bytes, config.tp)

@@ -33,7 +33,7 @@ class Needs:
   weights: int  # of a device
   kv: int  # of a device: slots, digests, maps, tails, prefill slab; and the pool when it lies there
   activations: int  # of a device, most that a program holds besides
-  pool: int  # of the host, for all devices; 0 if the pool lies on the devices
+  pool: int  # of the host, for all devices, with what is on its way there; 0 if the pool lies on the devices
   text: str  # what activations are of
 
   @classmethod
@@ -48,7 +48,7 @@ class Needs:
       weights=weight_bytes(cfg, n_devices),
       kv=shape.hbm_bytes // n_devices,
       activations=activations + _LOGIT_ARRAYS * 4 * rows * cfg.vocab_size,
-      pool=shape.pool_bytes if shape.offload else 0,
+      pool=shape.pool_bytes + shape.saving_bytes if shape.offload else 0,
       text=f"pieces of {piece} prompt tokens, {rows} decode rows",
     )
 

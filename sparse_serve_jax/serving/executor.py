@@ -16,8 +16,13 @@ from jax.sharding import PartitionSpec as P
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.memory import host_pool, kv_cache
 from sparse_serve_jax.memory.create import create
+from sparse_serve_jax.memory.host_pool import HostPool
+from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.memory.pinned import pinned_buffer
 from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama, place_params
 from sparse_serve_jax.serving import budget
@@ -50,7 +55,10 @@ RELEASE_WIDTH = 1024  # blocks of one call of the release program
 class DispatchedStep:
   """A dispatched iteration. Its arrays are on their way; `result` waits for them."""
 
+  iteration: int
   saved: int
+  writer: Writer | None  # of saves beside the programs
+  await_saves: bool = False
   prefilled: list[tuple[PrefillWork, StepOutput]] = dataclasses.field(default_factory=list)
   measured: tuple[tuple[DecodeRow, ...], jax.Array] | None = None
   decoded: tuple[tuple[DecodeRow, ...], StepOutput] | None = None
@@ -82,12 +90,14 @@ class DispatchedStep:
     if self.measured is not None:
       rows, counts = self.measured
       working_sets = {row.request_id: int(c) for row, c in zip(rows, np.asarray(counts), strict=False)}
+    landed = None if self.writer is None else self.writer.landed(self.iteration, wait=self.await_saves)
     not_finite = frozenset(name for name, token in tokens.items() if token == NOT_FINITE)
     return StepResult(
       tokens={name: token for name, token in tokens.items() if name not in not_finite},
       working_sets=working_sets,
       stats=StepStats(attended, missed, loaded, self.saved, last.slots_used),
       not_finite=not_finite,
+      landed=landed,
     )
 
 
@@ -116,20 +126,25 @@ class JaxExecutor:
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
     budget.check(budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
-    self.cache: Any = create(self.shape, self.mesh)
+    self._host: HostPool | None = None
+    self._writer: Writer | None = None
+    self._tables: dict[int, np.ndarray] = {}  # of lanes
+    self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
   def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
-    step = DispatchedStep(saved=blocks_saved(plan, self.shape))
+    step = DispatchedStep(plan.iteration, blocks_saved(plan, self.shape), self._writer, plan.await_saves)
+    if self._host is not None:
+      self._host.follow(self.cache.pool)
     for i in range(0, len(plan.release), RELEASE_WIDTH):
       freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
       step.done.append(self._update_hot(self.programs.release, freed))
     for admission in plan.admit:
       step.done.append(self._admit(admission))
     for work in plan.prefill:
-      step.prefilled.append((work, self._prefill(work)))
+      step.prefilled.append((work, self._prefill(work, plan.iteration)))
     if plan.measure:
       batch, width = self._decode_batch(plan.measure)
       step.measured = plan.measure, self.programs.working_sets(self.cache.hot, batch, width)
@@ -141,6 +156,8 @@ class JaxExecutor:
 
   def wait(self) -> None:
     """Blocks until nothing runs any more; a process that ends before that aborts."""
+    if self._writer is not None:
+      self._writer.drain()
     with contextlib.suppress(RuntimeError):  # arrays of an interrupted dispatch are gone
       jax.block_until_ready(self.cache)  # None after a `reset` that failed
 
@@ -152,9 +169,20 @@ class JaxExecutor:
   def reset(self) -> None:
     """After a failure: an empty cache, and nothing on its way. Raises if the device cannot go on."""
     self._activations.clear()
-    self.wait()
+    self.wait()  # threads write to the pool's memory until then
     self.cache = None  # its memory is what the new one takes
-    self.cache = jax.block_until_ready(create(self.shape, self.mesh))
+    self.cache = jax.block_until_ready(self._create())
+
+  def _create(self) -> KVCache:
+    """An empty cache, whose pool the host knows if it takes part in moves."""
+    cache = create(self.shape, self.mesh)
+    if "staged" not in (self.config.cache.load, self.config.cache.save):
+      return cache
+    self._host = HostPool(self.mesh.size, pinned_buffer if host_pool.memory_kind() else None)
+    if self.config.cache.save == "staged":
+      self._writer = Writer(self._host, self.mesh, self.shape.saving_bytes)
+    number = jax.device_put(self._host.numbers, kv_cache.cache_shardings(self.mesh, self.shape.offload).hot.pool_id)
+    return cache.replace(hot=cache.hot.replace(pool_id=number))
 
   def compile(self, prompts: Iterable[int], sampled: bool = False) -> int:
     """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
@@ -172,10 +200,12 @@ class JaxExecutor:
     needed = [of for of in self.buckets.programs_of(fit) if sampled or of[0] != "sampled decode"]
     sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0), "prefill": Sampling()}
     size, nowhere, name = self.shape.S, self.shape.R, "nothing"
+    self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
     for kind, n, width in needed:
       if kind == "prefill":
         tokens = np.zeros(n, np.int32)
-        self._prefill(PrefillWork(name, 0, tokens, width * size, 0, 0, last=False, sampling=sampling[kind]))
+        work = PrefillWork(name, 0, tokens, width * size, 0, 0, last=False, sampling=sampling[kind])
+        self._prefill(work, iteration=0)
         self.forget(name)
         continue
       rows = (DecodeRow(name, nowhere, (width - 1) * size, 0, sampling[kind]),) * n
@@ -183,7 +213,6 @@ class JaxExecutor:
       self.programs.working_sets(self.cache.hot, batch, width)
       self.cache, _ = self.programs.decode(self.params, self.cache, batch, width)
     self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
-    self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
     self.wait()
     return len(needed) + 2
 
@@ -193,9 +222,10 @@ class JaxExecutor:
     return done
 
   def _admit(self, admission: Admission) -> jax.Array:
+    self._tables[admission.lane] = admission.table
     return self._update_hot(self.programs.admit, np.int32(admission.lane), _pad(admission.table, self.shape.N, -1))
 
-  def _prefill(self, work: PrefillWork) -> StepOutput:
+  def _prefill(self, work: PrefillWork, iteration: int) -> StepOutput:
     padded = self.buckets.piece(len(work.tokens), work.start)
     width = self.buckets.table(work.start // self.shape.S) if work.start else 0
     key = (work.request_id, work.start)
@@ -210,8 +240,16 @@ class JaxExecutor:
       n_layers=np.int32(work.n_layers),
       lane=np.int32(work.lane),
       sampling=_sampling_rows([work.sampling], 1),
+      slab_layers=0 if self._writer is None else self.buckets.layers(padded, work.start),
     )
-    self.cache, x, output = self.programs.prefill(self.params, self.cache, x, batch, width)
+    if self._writer is not None:
+      self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
+    self.cache, x, slab, output = self.programs.prefill(self.params, self.cache, x, batch, width)
+    if self._writer is not None and slab is not None:
+      layers = range(work.first_layer, work.first_layer + work.n_layers)
+      first = work.start // self.shape.S
+      blocks = self._tables[work.lane][first : first + len(work.tokens) // self.shape.S]
+      self._writer.save(iteration, slab, layers, blocks, alive=self)
     if work.first_layer + work.n_layers < self.shape.L:
       self._activations[key] = x
     return output

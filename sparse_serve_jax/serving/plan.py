@@ -77,10 +77,11 @@ class Plan:
   prefill: tuple[PrefillWork, ...]
   decode: tuple[DecodeRow, ...]
   measure: tuple[DecodeRow, ...]  # requests whose working set is wanted, as it is before this iteration's decode
+  await_saves: bool = False  # nothing can be done before saves that are out have landed: the result waits for them
 
   @property
   def empty(self) -> bool:
-    return not (self.release.size or self.prefill or self.decode or self.measure)
+    return not (self.release.size or self.prefill or self.decode or self.measure or self.await_saves)
 
 
 def blocks_saved(plan: Plan, shape: CacheShape) -> int:
@@ -108,13 +109,16 @@ class StepResult:
   working_sets: dict[str, int]  # request_id -> blocks over all layers and heads
   stats: StepStats
   not_finite: frozenset[str] = frozenset()  # requests whose logits were NaN or infinite: they have no token
+  # The last iteration of which, and of all before, the blocks are in the pool. None: this one.
+  landed: int | None = None
 
 
 class Dispatched(Protocol):
   """An iteration on its way."""
 
   def result(self) -> StepResult:
-    """Waits for all that the iteration does. Raises what the device failed with, then and ever after."""
+    """Waits for all that the iteration does, but for saves beside its programs. Raises what the device failed with,
+    then and ever after."""
     ...
 
 

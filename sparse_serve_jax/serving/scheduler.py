@@ -36,6 +36,7 @@ class _Resident:
   measured_at: int = 0  # the step at which the working set was last asked for
   working_set: int | None = None  # blocks over all layers and heads; None: to be worked out for its next step
   measured: bool = False  # so `working_set` is that of its last steps
+  prefilled_in: int = 0  # the iteration of its newest piece
   # These two follow from `steps`, and are kept beside it because every iteration looks at those of all residents.
   position: int = dataclasses.field(init=False)  # tokens before the next decode step
   steps_left: int = dataclasses.field(init=False)  # to be planned: the prefill gives the first token, each step one
@@ -89,6 +90,7 @@ class Scheduler:
     chunked = config.scheduler.prefill == "chunked"
     self._allowance = self._buckets.full if chunked else config.prefill_allowance(shape.L)
     self._shape, self._cached = shape, cached
+    self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
     self._iteration = 0  # the last one planned
     self._clear()
@@ -101,6 +103,7 @@ class Scheduler:
     self._decoding: list[_Resident] = []  # oldest first
     self._admitted: list[_Resident] = []  # since the last plan
     self._in_flight: deque[_Planned] = deque()
+    self._landed = self._iteration  # of which, and of all before, saves are known to have landed
 
   @property
   def has_work(self) -> bool:
@@ -154,6 +157,8 @@ class Scheduler:
       measure=tuple(row for row in decode if row.request_id in asked),
     )
     self._admitted = []
+    if plan.empty and self.has_work and not self._in_flight and self._landed < self._iteration:
+      plan = dataclasses.replace(plan, await_saves=True)
     if not plan.empty:
       self._iteration = plan.iteration
       self._in_flight.append(_Planned(plan.iteration, running + prefilled, measured))
@@ -162,7 +167,10 @@ class Scheduler:
   def update(self, result: StepResult, now: float) -> Received:
     """Takes the result of the oldest plan that is out. Tokens of requests that have ended since are dropped."""
     flight = self._in_flight.popleft()
-    self._allocator.complete(flight.iteration)
+    landed = flight.iteration if result.landed is None else result.landed
+    for iteration in range(self._landed + 1, landed + 1):  # until then blocks of theirs may still be written
+      self._allocator.complete(iteration)
+    self._landed = max(self._landed, landed)
     received = Received([], [])
     for resident in flight.measured:
       resident.working_set, resident.measured = result.working_sets[resident.request.id], True
@@ -218,7 +226,7 @@ class Scheduler:
     oldest, and a request pauses for at most as many iterations as older requests had steps left when it could first
     run.
     """
-    candidates = [resident for resident in self._decoding if resident.steps_left][: self._config.max_batch]
+    candidates = [r for r in self._decoding if r.steps_left and self._in_pool(r)][: self._config.max_batch]
     if not self._controlled:
       return candidates
     chosen, used, slots = [], 0, self._shape.P
@@ -230,6 +238,10 @@ class Scheduler:
         chosen.append(resident)
         used += need
     return chosen
+
+  def _in_pool(self, resident: _Resident) -> bool:
+    """Whether a program that is planned now finds in the pool what has been prefilled."""
+    return not self._late or resident.prefilled_in <= self._landed
 
   @property
   def _controlled(self) -> bool:
@@ -272,7 +284,7 @@ class Scheduler:
     ended = []
     while left > 0:
       resident = self._prefilling or self._next_in_line()
-      if resident is None:
+      if resident is None or (resident.start > resident.first and not self._in_pool(resident)):
         break
       n_tokens, n_layers, cost = self._piece(resident, left, alone=not works)
       if not n_tokens or not n_layers:
@@ -337,6 +349,7 @@ class Scheduler:
   def _advance(self, resident: _Resident, n_tokens: int, n_layers: int) -> PrefillWork:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
+    resident.prefilled_in = self._iteration + 1
     resident.start += n_tokens
     if resident.start == len(request.prompt):
       resident.start, resident.layer = resident.first, layer + n_layers

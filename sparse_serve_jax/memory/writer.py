@@ -1,0 +1,92 @@
+"""How the KV of pieces of prompts comes to the pool beside the programs (FlashD2H: SparseServe, section 3.2).
+
+A slab, the KV of some layers of a piece, leaves the device by one asynchronous copy, which runs under what the device
+computes next. Threads of the host then place its blocks in the pool.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparse_serve_jax.memory import host_pool
+from sparse_serve_jax.memory.host_pool import HostPool
+from sparse_serve_jax.mesh import AXIS
+
+
+class _Job(NamedTuple):
+  iteration: int
+  n_bytes: int
+  placed: Future
+
+
+class Writer:
+  """Places slabs in the order in which they are given. Failures come to whoever asks next what has landed."""
+
+  def __init__(self, host: HostPool, mesh: Mesh, limit: int):
+    """Makes a writer to a pool. At most `limit` bytes of slabs are on their way at a time, or a single slab."""
+    self._host, self._limit = host, limit
+    self._sharding = NamedSharding(mesh, P(AXIS), memory_kind=host_pool.memory_kind())
+    self._jobs: deque[_Job] = deque()  # not known to have landed
+    self._thread = ThreadPoolExecutor(1, "save")
+
+  def make_room(self, n_bytes: int) -> None:
+    """Waits until a slab of so many bytes may be on its way too."""
+    while self._jobs and sum(job.n_bytes for job in self._jobs) + n_bytes > self._limit:
+      self._jobs.popleft().placed.result()
+
+  def save(self, iteration: int, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
+    """Starts to bring the first blocks of a slab to the pool.
+
+    Args:
+      iteration: the slab is a result of it.
+      slab: [K, Ls, n, 2, S, D], which may hold more layers and blocks than are meant.
+      layers: those that it begins with.
+      blocks: where its first blocks go in the pool, int32 [at most n].
+      alive: is not forgotten before they are there: the owner of the pool.
+    """
+    n_bytes = slab.nbytes
+    on_host = jax.device_put(slab, self._sharding)
+    for shard in on_host.addressable_shards:
+      shard.data.copy_to_host_async()
+    placed = self._thread.submit(self._place, on_host, layers, blocks, alive)
+    self._jobs.append(_Job(iteration, n_bytes, placed))
+
+  def landed(self, iteration: int, wait: bool = False) -> int:
+    """The last iteration up to `iteration` of which, and of all before, the blocks are in the pool.
+
+    Waits for them all if so asked. Raises what failed.
+    """
+    while self._jobs and self._jobs[0].iteration <= iteration and (wait or self._jobs[0].placed.done()):
+      self._jobs.popleft().placed.result()
+    return min(iteration, self._jobs[0].iteration - 1) if self._jobs else iteration
+
+  def drain(self) -> None:
+    """Waits until nothing is written any more; what failed is left to `landed`."""
+    concurrent.futures.wait([job.placed for job in self._jobs])
+
+  def forget(self) -> None:
+    """Drains, and forgets what failed."""
+    self.drain()
+    self._jobs.clear()
+
+  def _place(self, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
+    del alive
+    shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    for part, shard in enumerate(shards):
+      source = np.asarray(shard.data)
+      source = source.view(np.uint8).reshape(*source.shape[:3], -1)
+      pool = self._host.rows[part]
+
+      def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
+        head, i = at
+        pool[head, layers[i]][blocks] = source[head, i, : len(blocks)]
+
+      list(host_pool.THREADS.map(place, np.ndindex(pool.shape[0], len(layers))))

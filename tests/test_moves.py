@@ -1,0 +1,273 @@
+"""Loads and saves: what each promises, and that tokens depend on none of them.
+
+The same cases run on a GPU with `-m gpu`, there by the Triton kernels with the pool in pinned host memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as kernels
+from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, override
+from sparse_serve_jax.memory import host_pool, loads
+from sparse_serve_jax.memory.create import empty_hot
+from sparse_serve_jax.memory.host_pool import HostPool
+from sparse_serve_jax.memory.loads import LOADS
+from sparse_serve_jax.memory.saves import SAVES, NewBlocks
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.memory.writer import Writer
+from sparse_serve_jax.serving.engine import DeviceError
+from sparse_serve_jax.serving.plan import StepResult, StepStats
+from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.serving.scheduler import Scheduler
+from tests.cases import DTYPES, IMPLEMENTATIONS, assert_same_bits
+from tests.fake_engine import fake_executor
+from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
+
+K, L, M, P, S, D = 2, 3, 40, 30, 8, 16
+AHEAD = sorted(set(LOADS) - {"fused"})
+CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+
+
+def in_host_memory(array: np.ndarray) -> jax.Array:
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=host_pool.memory_kind())
+  return jax.device_put(array, sharding)
+
+
+def lists(n: int, group: int, seed: int, share: float = 0.5) -> kernels.Located:
+  """Lists as `propose` makes them, but that a miss without a place may stand anywhere among the misses."""
+  rng = np.random.default_rng(seed)
+  blocks, slot, place = (np.full((2, K, n), -1, np.int32) for _ in range(3))
+  n_hits, length = np.zeros((2, K, -(-n // group)), np.int32), np.array([[n, max(n - 3, 1)], [n, 0]], np.int32)
+  places = iter(rng.permutation(P))
+  for b, k in np.ndindex(2, K):
+    blocks[b, k, : length[b, k]] = rng.permutation(M)[: length[b, k]]
+    for g, start in enumerate(range(0, length[b, k], group)):
+      end = min(start + group, length[b, k])
+      n_hits[b, k, g] = hits = rng.integers(0, end - start + 1) if share < 1 else 0
+      for i in range(start, end):
+        if i < start + hits:
+          slot[b, k, i] = 10**6  # of no load's concern
+        elif rng.random() < share:
+          place[b, k, i] = next(places)
+  return kernels.Located(*map(jnp.asarray, (blocks, slot, place, n_hits, length)))
+
+
+@functools.cache
+def hot_of(dtype: str):
+  shape = CacheShape(K=K, L=L, M=M, P=P, R=1, S=S, D=D, E=1, dtype=dtype, offload=True, max_context=S, slab_tokens=S)
+  return empty_hot(shape)
+
+
+@pytest.mark.parametrize("name", AHEAD)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+  ("n", "group", "dtype"), [(7, 7, "float32"), (10, 4, "bfloat16"), (1, 1, "float32")], ids=lambda x: str(x)
+)
+def test_what_a_load_copies_becomes_hits_in_order(name, implementation, n, group, dtype, monkeypatch):
+  """Of each group hits, then what was copied, then misses; each in the order in which they stood."""
+  monkeypatch.setattr(loads, "STAGED", (8, 2))  # several rounds of several sizes
+  rng, layer = np.random.default_rng(0), 1
+  values = rng.normal(size=(K, L, M, 2, S, D)).astype(DTYPES[dtype])
+  pool, host = in_host_memory(values), HostPool(1)
+  host.follow(pool)
+  before = rng.normal(size=(P, 2, S, D)).astype(DTYPES[dtype])
+  hot = hot_of(dtype).replace(slots=jnp.asarray(before), pool_id=jnp.asarray(host.numbers))
+  load = jax.jit(lambda pool, hot, located: LOADS[name](pool, hot, jnp.int32(layer), located, implementation))
+  for seed, share in enumerate((0.5, 0.0, 0.99)):
+    located = lists(n, group, seed, share)
+    slots, found, copied = load(pool, hot, located)
+    expected = before.copy()
+    blocks, slot, place, n_hits, length = map(np.array, located)
+    for b, k in np.ndindex(2, K):
+      arrives = (slot[b, k] < 0) & (place[b, k] >= 0)
+      assert int(copied[b, k]) == arrives.sum()
+      expected[place[b, k][arrives]] = values[k, layer][blocks[b, k][arrives]]
+      slot[b, k][arrives] = place[b, k][arrives]
+      order = []
+      for g, start in enumerate(range(0, n, group)):
+        ranks = range(start, min(start + group, n))
+        order += sorted(ranks, key=lambda i: 2 - arrives[i] if i >= start + n_hits[b, k, g] else 0)
+        n_hits[b, k, g] += arrives[start : start + group].sum()
+      for x in (blocks, slot, place):
+        x[b, k] = x[b, k][order]
+    assert_same_bits(slots, expected)
+    for actual, wanted in zip(found, (blocks, slot, place, n_hits, length), strict=True):
+      assert_same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", sorted(SAVES))
+def test_a_save_writes_the_blocks_and_no_others(name, implementation):
+  rng = np.random.default_rng(1)
+  before = rng.normal(size=(K, L, M, 2, S, D)).astype(np.float32)
+  source = rng.normal(size=(K, 2, 5, 2, S, D)).astype(np.float32)
+  ids, blocks = np.array([4, 0, 2, 1], np.int32), np.array([7, -1, 39, 0], np.int32)
+  new = functools.partial(NewBlocks, layer=jnp.int32(1), ids=jnp.asarray(ids), blocks=jnp.asarray(blocks))
+  save = jax.jit(lambda pool, kv: SAVES[name](pool, new(kv), implementation))
+  expected = before.copy()
+  for i in (0, 2, 3):
+    expected[:, 1:, blocks[i]] = source[:, :, ids[i]]
+  assert_same_bits(save(in_host_memory(before), source), expected)
+
+
+def test_the_host_knows_a_pool_that_moves():
+  pool, host = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1)
+  host.follow(pool)
+  host.follow(pool)
+  with pytest.raises(RuntimeError, match="has moved in memory"):
+    host.follow(in_host_memory(np.ones((K, L, M, 2, S, D), np.float32)))
+
+
+N = 12
+PROMPTS = [prompt_of(n, seed=n) for n in (50, 17, 40, 7)]
+PREFILLS = ("scheduler.max_inject_tokens=128", "scheduler.max_inject_tokens=24", "scheduler.prefill=chunked")
+
+
+def small(*assignments: str) -> EngineConfig:
+  """Slots for less than an eighth of the KV, and pieces of prompts in few sizes."""
+  conf = config("scheduler.batch_control=none", "scheduler.max_context=64", "scheduler.chunk_tokens=24", *assignments)
+  return with_slots(conf, 6, tiny_model())
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("save", sorted(SAVES))
+@pytest.mark.parametrize("load", sorted(LOADS))
+def test_tokens_depend_on_no_load_and_no_save(device, load, save):
+  """Whole layers, pieces within a layer and pieces through all layers, with a budget of the whole prompt."""
+  blocks = 4 * sum(len(prompt) // S for prompt in PROMPTS)
+  for prefill in PREFILLS:
+    conf = small(f"cache.load={load}", f"cache.save={save}", prefill)
+    tokens, engine = serve(conf, tiny_model(), PROMPTS, N)
+    assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
+    assert engine.usage.blocks_loaded >= engine.usage.blocks_missed > blocks >= 8 * 6
+    assert engine._scheduler.pool_blocks_in_use == 0
+
+
+def test_late_saves_change_no_tokens(monkeypatch):
+  """Threads write as late as they like, while requests are cancelled and their blocks given out again."""
+  place, rng, waits = Writer._place, random.Random(0), []
+
+  def late(*args):
+    waits.append(rng.choice((0.0, 0.0, 0.01, 0.05)))
+    time.sleep(waits[-1])
+    place(*args)
+
+  monkeypatch.setattr(Writer, "_place", late)
+  prompts = [prompt_of(n, seed=n) for n in (50, 17, 40, 33, 25, 48, 9, 30)]
+  for prefill in PREFILLS:
+    conf = small("cache.save=staged", "cache.dram_bytes=96KiB", prefill)  # three of these requests at a time
+    engine = new_engine(conf, tiny_model())
+    requests, doomed, cancelled, step = [], [], 0, 0
+    left = list(prompts)
+    while engine.has_work or left:
+      if left and step % 4 == 0:
+        requests.append(engine.add_request(left.pop(), N))
+        doomed.append(engine.add_request(prompt_of(52, seed=step), N))
+      if step % 4 == 2:
+        cancelled += engine.cancel(doomed.pop(0).id) if doomed else 0
+      engine.step()
+      step += 1
+    assert [r.output_tokens for r in requests] == [greedy("gqa2", tuple(prompt), N) for prompt in reversed(prompts)]
+    assert cancelled > 4 and sum(waits) > 0.1
+    assert engine._scheduler._allocator.available == 24
+
+
+def test_a_request_decodes_and_blocks_are_given_out_when_saves_have_landed():
+  executor = fake_executor(SchedulerConfig(max_inject_tokens=16), M=3)
+  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged"))
+  scheduler = Scheduler(conf, executor.shape)
+  first, second = (Request(name, np.arange(18, dtype=np.int32), 4, 0.0) for name in "ab")
+  scheduler.add(first)
+  scheduler.add(second)
+  done = functools.partial(StepResult, {}, {}, StepStats())
+
+  pieces = [scheduler.schedule(0.0) for _ in range(2)]
+  assert [len(plan.prefill) for plan in pieces] == [1, 0]  # the second piece would read the first from the pool
+  scheduler.update(done(landed=0), 0.0)
+  waits = scheduler.schedule(0.0)
+  assert waits.await_saves and waits.iteration == 2 and not waits.prefill
+  scheduler.update(done(landed=2), 0.0)
+  piece = scheduler.schedule(0.0)
+  assert [work.start for work in piece.prefill] == [16]  # the rest of the layer
+
+  scheduler.cancel(first, 0.0)
+  assert scheduler.schedule(0.0).release.size == 3
+  scheduler.update(done(landed=2), 0.0)
+  scheduler.update(done(landed=2), 0.0)
+  waits = scheduler.schedule(0.0)
+  assert waits.await_saves and not waits.admit  # the cancelled request's blocks may still be written
+  scheduler.update(done(landed=5), 0.0)
+  assert [admission.request_id for admission in scheduler.schedule(0.0).admit] == ["b"]
+
+
+def test_a_save_that_fails_is_a_failure_of_the_device(monkeypatch):
+  place, failures = Writer._place, iter([OSError("no such memory")])
+
+  def failing(*args):
+    for error in failures:
+      raise error
+    place(*args)
+
+  monkeypatch.setattr(Writer, "_place", failing)
+  engine = new_engine(small("cache.save=staged"), tiny_model())
+  lost = engine.add_request(PROMPTS[0], N)
+  engine.run()
+  assert isinstance(lost.error, DeviceError) and "no such memory" in str(lost.error)
+  again = engine.add_request(PROMPTS[0], N)
+  engine.run()
+  assert again.output_tokens == greedy("gqa2", tuple(PROMPTS[0]), N)
+
+
+def test_slabs_on_their_way_count_as_memory():
+  """Two of the largest: one that is computed while the one before it leaves."""
+  conf, cfg = config("scheduler.max_inject_tokens=64", "cache.hbm_bytes=800KiB"), tiny_model().config
+  direct, staged = (CacheShape.of(cfg, override(conf, [f"cache.save={save}"]), 2) for save in ("direct", "staged"))
+  largest = 64 * cfg.n_layers  # tokens x layers: a prompt of 32 tokens runs both layers, padded to 64
+  assert staged.saving_bytes == 2 * largest * cfg.n_kv_heads * 2 * cfg.head_dim * 4
+  assert staged.fixed_bytes - direct.fixed_bytes == staged.saving_bytes and direct.saving_bytes == 0
+  assert staged.P < direct.P
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("load", sorted(LOADS))
+def test_psa_in_rounds_reads_the_same_blocks(device, load):
+  """The stop test outside of the attention kernel stops where that inside does, whatever loads a round's misses."""
+  psa = ("sparse.policy=psa", "sparse.threshold=0.5", "sparse.group_blocks=2", "sparse.window_tokens=8")
+  expected, theirs = serve(small(*psa), tiny_model(), PROMPTS, N)
+  tokens, engine = serve(small(*psa, "sparse.stop=host_loop", f"cache.load={load}"), tiny_model(), PROMPTS, N)
+  assert tokens == expected
+  everything = 4 * sum((len(prompt) + step) // S for prompt in PROMPTS for step in range(N - 1))
+  assert engine.usage.blocks_attended == theirs.usage.blocks_attended < 0.9 * everything
+  assert 0 < engine.usage.blocks_missed == engine.usage.blocks_loaded <= engine.usage.blocks_attended
+
+
+def test_psa_in_rounds_by_interpreted_kernels():
+  psa = ("sparse.policy=psa", "sparse.threshold=0.8", "sparse.group_blocks=2", "sparse.stop=host_loop")
+  xla, by_xla = serve(small(*psa), tiny_model(), PROMPTS[1:2], 6)
+  interpreted, engine = serve(small(*psa, "implementation=interpret"), tiny_model(), PROMPTS[1:2], 6)
+  assert interpreted == xla
+  for counted in ("blocks_attended", "blocks_missed", "blocks_loaded"):
+    assert getattr(engine.usage, counted) == getattr(by_xla.usage, counted) > 0
+
+
+def test_psa_in_rounds_without_a_stop_is_dense():
+  conf = small("sparse.policy=psa", "sparse.threshold=1.0", "sparse.stop=host_loop", "cache.load=gather")
+  tokens, _ = serve(conf, tiny_model(), PROMPTS, N)
+  assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("load", AHEAD)
+def test_a_stop_test_in_the_kernel_excludes_a_load_before_it(load):
+  with pytest.raises(ValueError, match=f"parts exclude each other: cache.load='{load}'.*sparse.stop='host_loop'"):
+    config("sparse.policy=psa", f"cache.load={load}")
+  with pytest.raises(ValueError, match="cache.save='staged' writes a pool in host memory"):
+    config("cache.save=staged", "cache.offload=false")
