@@ -23,7 +23,7 @@ from jaxtyping import Float32, Int32, UInt32
 
 import pallas_kernels as kernels
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
-from sparse_serve_jax.attention.prefill import Before, prefill_attention
+from sparse_serve_jax.attention.prefill import Before, pin, prefill_attention
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory import host_pool, kv_cache
 from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn
@@ -52,6 +52,7 @@ class Setup:
   attention: DecodeAttention
   dense_layers: int
   newest_blocks: int  # at most so many blocks of a piece of a prompt enter slots, where the next piece reads them
+  pins: bool  # whether a piece finds all that comes before it in slots, if these are enough
   working_set_steps: int
   saving: Saving
   eviction: Eviction
@@ -62,6 +63,7 @@ class Setup:
   def of(cls, model: ModelConfig, config: EngineConfig, implementation: str) -> Setup:
     """Raises ValueError if the configuration names a variant that there is not."""
     cache, selector = config.cache, Selector.of(config)
+    pins = cache.offload and config.scheduler.prefill == "chunked"
     saving = Saving(
       save=variant(SAVES, cache.save, "cache.save"),
       summarize=selector.method.summarize,
@@ -74,7 +76,8 @@ class Setup:
       model=model,
       attention=DecodeAttention(selector, variant(LOADS, cache.load, "cache.load"), implementation),
       dense_layers=min(config.sparse.dense_layers, model.n_layers),
-      newest_blocks=config.budget_blocks,
+      newest_blocks=model.max_context // cache.block_tokens if pins else config.budget_blocks,
+      pins=pins,
       working_set_steps=config.scheduler.working_set_steps,
       saving=saving,
       eviction=variant(EVICTIONS, cache.eviction, "cache.eviction"),
@@ -227,25 +230,28 @@ def prefill_segment(
   n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)
 
   def layer(i, carry):
-    x, cache, slab, loaded = carry
+    x, cache, slab, turn, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
+    if before is not None and setup.pins:
+      cache, turn, read = pin(cache, i, before, turn, setup.implementation)
+      loaded += read
     o, read = prefill_attention(q, k, v, cache, i, before, setup.implementation)
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
-    given = (i - batch.first_layer) * n_newest * kv.shape[0]  # by the layers before, at most
-    cache = save_piece(setup.saving, cache, kv, i, blocks, n_newest, turn._replace(given=given))
+    cache = save_piece(setup.saving, cache, kv, i, blocks, n_newest, turn)
+    turn = turn._replace(given=turn.given + n_newest * kv.shape[0])  # at most
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     last = jnp.minimum(batch.n_tokens // size, kv.shape[1] - 1)
     tail = cache.hot.tail.at[:, i, batch.lane].set(jax.lax.dynamic_index_in_dim(kv, last, 1, keepdims=False))
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
-    return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, loaded + read
+    return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, turn, loaded + read
 
   end = batch.first_layer + batch.n_layers
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
-  carry = x, KVCache(cache.pool, hot), slab, jnp.int32(0)
-  x, cache, slab, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, carry)
+  carry = x, KVCache(cache.pool, hot), slab, turn, jnp.int32(0)
+  x, cache, slab, _, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, carry)
 
   def next_token():
     last = jax.lax.dynamic_slice_in_dim(x, batch.n_tokens - 1, 1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels as kernels
+from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import KVCache
 
 
@@ -16,6 +17,27 @@ class Before(NamedTuple):
 
   blocks: Int32[Array, " N"]  # in the pool; beyond `tokens` they may be anything
   tokens: Int32[Array, ""]  # a multiple of S
+
+
+def pin(
+  cache: KVCache, layer: Int32[Array, ""], before: Before, turn: Turn, implementation: str
+) -> tuple[KVCache, Turn, Int32[Array, ""]]:
+  """Brings what comes before a piece into slots, as far as there are victims, and makes what is there the youngest.
+
+  Returns:
+    The cache, what is left of the victims, and how many blocks of this device's heads were read from the pool.
+  """
+  hot, (n_heads, size) = cache.hot, (cache.pool.shape[0], cache.pool.shape[4])
+  n, n_before = before.blocks.shape[0], before.tokens // size
+  options = dict(implementation=implementation)
+  lists = jnp.broadcast_to(jnp.where(jnp.arange(n) < n_before, before.blocks, -1), (1, n_heads, n))
+  length = jnp.full((1, n_heads), n_before)
+  located = kernels.propose(hot.maps, turn.victims, layer, lists, length, given=turn.given, group=1, **options)
+  slots = kernels.load_blocks(cache.pool, hot.slots, layer, located.blocks, located.place, **options)
+  never = jnp.full(1, kernels.NEVER)  # prefill selects nothing
+  maps = kernels.commit(hot.maps, layer, located, length, hot.stamp(layer), never, **options)
+  turn = turn._replace(given=turn.given + located.given(length).sum())
+  return cache.replace(hot=hot.replace(slots=slots, maps=maps)), turn, (located.place >= 0).sum(dtype=jnp.int32)
 
 
 def prefill_attention(

@@ -41,7 +41,7 @@ class SparseConfig:
   policy: Literal["dense", "topk", "psa"] = "topk"
   method: str = "cuboid_mean"  # a name in attention.methods.METHODS
   # topk: attended tokens a step, sinks and window included. Every policy: how much of the end of a prompt, or of each
-  # piece that it is cut into, enters slots.
+  # piece that a layer of it is cut into, enters slots; of a chunked prompt everything does.
   token_budget: int = 2048
   sink_tokens: int = 64  # always attended, as in ArkVale (two blocks of 32)
   window_tokens: int = 64  # the newest full blocks, always attended
@@ -65,7 +65,8 @@ class SparseConfig:
 class SchedulerConfig:
   """Who runs in an iteration."""
 
-  max_batch: int = 64  # decode rows
+  max_batch: int = 64  # decode rows: R_max of Algorithm 1, SparseServe
+  max_tokens: int = 0  # an iteration, a decode row being one: T_max of Algorithm 1; 0: no limit
   max_context: int = 0  # prompt + output tokens of one request; 0: what model and pool allow
   prefill: Literal["layer_segmented", "chunked"] = "layer_segmented"
   chunk_tokens: int = 2048  # chunked: prompt tokens an iteration, through all layers
@@ -77,7 +78,7 @@ class SchedulerConfig:
     check_fields(
       self,
       positive=("max_batch", "chunk_tokens", "working_set_steps"),
-      not_negative=("max_context", "max_inject_tokens"),
+      not_negative=("max_tokens", "max_context", "max_inject_tokens"),
     )
 
 
@@ -114,6 +115,11 @@ class EngineConfig:
       )
     if self.cache.save == "staged" and not self.cache.offload:
       raise ValueError("cache.save='staged' writes a pool in host memory: it needs cache.offload=true")
+    if 0 < self.scheduler.max_tokens < size:
+      raise ValueError(
+        f"max_tokens={self.scheduler.max_tokens} is below one block of {size} tokens, the least that is prefilled at "
+        f"once: it must be at least {size}, or 0 for no limit"
+      )
     if self.scheduler.prefill == "chunked" and chunk % (8 * size if chunk > 8 * size else size):
       raise ValueError(f"chunk_tokens={chunk} is not whole blocks of {size}, or beyond 8 not a multiple of 8 blocks")
 
@@ -129,11 +135,15 @@ class EngineConfig:
   def prefill_allowance(self, n_layers: int) -> int:
     """What one iteration may prefill: token x layers when layer-segmented, tokens (through all layers) when chunked.
 
-    It is also the most tokens that are prefilled at once.
+    It is also the most tokens that are prefilled at once. Under `max_tokens` a chunk is at most that long; it shrinks
+    when decode rows run. The pieces of a layer-segmented prompt are the same in every layer, so they cannot shrink:
+    they fit beside a full batch of decode rows, if that leaves a block.
     """
-    if self.scheduler.prefill == "chunked":
-      return self.scheduler.chunk_tokens
-    return self.scheduler.max_inject_tokens or 2048 * n_layers  # B x L, SparseServe, section 4
+    of, limit = self.scheduler, self.scheduler.max_tokens
+    if of.prefill == "chunked":
+      return min(of.chunk_tokens, limit or of.chunk_tokens)
+    inject = of.max_inject_tokens or 2048 * n_layers  # B x L, SparseServe, section 4
+    return min(inject, max(limit - of.max_batch, self.cache.block_tokens) * n_layers) if limit else inject
 
   @property
   def budget_blocks(self) -> int:

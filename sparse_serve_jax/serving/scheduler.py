@@ -8,6 +8,7 @@ lengths are known ahead, and a stop token found late costs one planned token tha
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,6 +54,24 @@ class _Resident:
       self.working_set = None
 
 
+@dataclasses.dataclass
+class _Room:
+  """What an iteration has left. Whoever asks first, the oldest of those that can run, gets what it needs whatever is
+  left, so no iteration is empty while somebody can run.
+  """
+
+  tokens: int
+  slots: int
+  empty: bool = True  # nobody runs so far
+
+  def take(self, tokens: int, blocks: int) -> bool:
+    """Takes them if they fit. Whether they did."""
+    if not self.empty and (tokens > self.tokens or blocks > self.slots):
+      return False
+    self.tokens, self.slots, self.empty = max(0, self.tokens - tokens), max(0, self.slots - blocks), False
+    return True
+
+
 class _Planned(NamedTuple):
   """What the result of a plan that is out is for."""
 
@@ -74,6 +93,18 @@ class Scheduler:
   A request is admitted when the first piece of its prefill is planned. It then takes a lane and the pool blocks of its
   prompt and all its output, and keeps them until it ends; the head of the queue waits for them and is never passed.
   At most one prompt is partly prefilled at any time.
+
+  Batch control is Algorithm 1 of SparseServe (arXiv 2509.24626). The requests of an iteration are asked in the order of
+  their arrival: those that decode, oldest first, then the prompt that is prefilled, which is younger than all of them.
+  R_max is `max_batch`, T_max `max_tokens`, M_avl the slots, which hold the sum of the working sets. Who does not fit
+  pauses and keeps everything. The first that is asked always runs, whatever its size, so where a request pauses an
+  older one makes a step:
+
+  - a decoding request pauses for at most as many iterations as older requests had steps left when it could first run;
+  - a prompt that is next in line and has its lane and blocks waits for at most as many, of all that decode then.
+
+  The paper leaves the unit of T_max open. Here it is the work of so many tokens through the whole model: a decode row
+  is one token, a piece of a prompt that runs through some of the layers its tokens x layers / L, rounded up.
   """
 
   def __init__(self, config: EngineConfig, shape: CacheShape, cached: Callable[[Request], np.ndarray] | None = None):
@@ -141,13 +172,15 @@ class Scheduler:
 
   def schedule(self, now: float) -> Plan:
     """Plans the next iteration. An empty plan is not to be dispatched and takes no iteration number."""
-    running = self._choose_decode()
+    slots = self._shape.P if self._controlled else sys.maxsize
+    room = _Room(self._config.max_tokens or sys.maxsize, slots)
+    running = self._choose_decode(room)
     measured = [resident for resident in running if self._measure_due(resident)]
     for resident in measured:
       resident.measured_at = resident.steps
     asked = {resident.request.id for resident in measured}
     decode = tuple(self._step(resident) for resident in running)
-    prefill, prefilled = self._plan_prefill(now)
+    prefill, prefilled = self._plan_prefill(room, now)
     plan = Plan(
       iteration=self._iteration + 1,
       release=self._allocator.take_release(),
@@ -217,27 +250,13 @@ class Scheduler:
 
   # ---------------------------------------------------------------------------------------------------------- decode
 
-  def _choose_decode(self) -> list[_Resident]:
-    """Algorithm 1 of SparseServe (arXiv 2509.24626): the first max_batch requests, less those whose working set does
-    not fit any more into the slots. There is no break, so a later one may pass; who is left out pauses and keeps
-    everything, its working set as it was measured last too.
-
-    The oldest is always chosen, whatever its size. So every iteration with a candidate lowers the steps left to the
-    oldest, and a request pauses for at most as many iterations as older requests had steps left when it could first
-    run.
+  def _choose_decode(self, room: _Room) -> list[_Resident]:
+    """The oldest requests, as many as R_max and T_max allow, less those whose working set does not fit any more. There
+    is no break, so a later one may pass. Who pauses keeps its working set as it was measured last too.
     """
-    candidates = [r for r in self._decoding if r.steps_left and self._in_pool(r)][: self._config.max_batch]
-    if not self._controlled:
-      return candidates
-    chosen, used, slots = [], 0, self._shape.P
-    for resident in candidates:
-      need = resident.working_set
-      if need is None:
-        need = resident.working_set = self._selected(resident)
-      if not chosen or used + need <= slots:
-        chosen.append(resident)
-        used += need
-    return chosen
+    most = min(self._config.max_batch, room.tokens)
+    candidates = [r for r in self._decoding if r.steps_left and self._in_pool(r)][:most]
+    return [resident for resident in candidates if room.take(1, self._working_set(resident))]
 
   def _in_pool(self, resident: _Resident) -> bool:
     """Whether a program that is planned now finds in the pool what has been prefilled."""
@@ -246,6 +265,14 @@ class Scheduler:
   @property
   def _controlled(self) -> bool:
     return self._config.batch_control == "working_set" and self._shape.P > 0
+
+  def _working_set(self, resident: _Resident) -> int:
+    """Slots that a decode step of it wants; 0 where nothing is limited by them."""
+    if not self._controlled:
+      return 0
+    if resident.working_set is None:
+      resident.working_set = self._selected(resident)
+    return resident.working_set
 
   def _selected(self, resident: _Resident) -> int:
     """Blocks over all layers and heads that one step can select: what a request without history needs (the paper leaves
@@ -273,21 +300,23 @@ class Scheduler:
 
   # --------------------------------------------------------------------------------------------------------- prefill
 
-  def _plan_prefill(self, now: float) -> tuple[tuple[PrefillWork, ...], list[_Resident]]:
-    """Returns pieces of prompts, oldest first, while the allowance lasts, and the requests whose prompts end.
+  def _plan_prefill(self, room: _Room, now: float) -> tuple[tuple[PrefillWork, ...], list[_Resident]]:
+    """Returns pieces of prompts, oldest first, while allowance and room last, and the requests whose prompts end.
 
     The allowance counts token x layers when layer-segmented and tokens when chunked. Only a single piece of one block
     in one layer may exceed it.
     """
-    left = self._allowance
+    left, n_all = self._allowance, self._shape.L
+    of_token = 1 if self._config.prefill == "chunked" else n_all  # allowance that a token of the room is worth
     works: list[PrefillWork] = []
     ended = []
     while left > 0:
       resident = self._prefilling or self._next_in_line()
       if resident is None or (resident.start > resident.first and not self._in_pool(resident)):
         break
-      n_tokens, n_layers, cost = self._piece(resident, left, alone=not works)
-      if not n_tokens or not n_layers:
+      n_tokens, n_layers, cost = self._piece(resident, min(left, room.tokens * of_token), alone=not works)
+      tokens = -(-n_tokens * n_layers // n_all)
+      if not tokens or not room.take(tokens, self._pinned(resident, n_tokens)):
         break
       if resident is not self._prefilling and not self._admit(resident, now):
         break
@@ -319,6 +348,16 @@ class Scheduler:
       return whole, n_layers, whole * n_layers
     n_tokens = min(rest, self._buckets.full)
     return (n_tokens, 1, n_tokens) if alone or n_tokens <= left else (0, 0, 0)
+
+  def _pinned(self, at: _Resident, n_tokens: int) -> int:
+    """The working set of a piece of a prompt: slots that it needs.
+
+    Layer-segmented it is one layer's KV (SparseServe, 3.3), which lies in the slab outside the slots. Chunked it is the
+    KV of all chunks before this one in all layers; and this one's, which enters slots while those are read.
+    """
+    if self._config.prefill != "chunked":
+      return 0
+    return (at.start + n_tokens) // self._shape.S * self._shape.L * self._shape.K
 
   def _next_in_line(self) -> _Resident | None:
     """The head of the queue, as it would be admitted: it has no lane yet, and only the blocks that are cached."""
