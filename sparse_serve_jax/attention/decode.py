@@ -14,7 +14,7 @@ from sparse_serve_jax.attention.methods import Method, get_method
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import Hot
-from sparse_serve_jax.memory.loads import Load
+from sparse_serve_jax.memory.loads import Load, fused
 
 
 class Rows(NamedTuple):
@@ -33,12 +33,11 @@ class Counts(NamedTuple):
   attended: Int32[Array, "B K"]  # full blocks
   missed: Int32[Array, "B K"]  # of these, those that were in no slot before the load
   loaded: Int32[Array, "B K"]  # read from the pool: copied by the load, and what missed after it
-  given: Int32[Array, "B K"]  # see kernels.Located.given
 
   @classmethod
   def zeros(cls, n_rows: int, n_heads: int) -> Counts:
     zero = jnp.zeros((n_rows, n_heads), jnp.int32)
-    return cls(zero, zero, zero, zero)
+    return cls(zero, zero, zero)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,26 +129,40 @@ class DecodeAttention:
     layer: Int32[Array, ""],
     rows: Rows,
     turn: Turn,
-  ) -> tuple[Float32[Array, "B K G D"], Hot, Counts]:
+  ) -> tuple[Float32[Array, "B K G D"], Hot, Counts, Turn]:
     """Attention over each row's selected blocks and tail.
 
     No layer writes the pool, so it is no result. `turn` is what the layers before have left of the step's victims.
 
     Returns:
-      The output; `hot` with residency and slots updated; what the layer's lists came to.
+      The output; `hot` with residency and slots updated; what the layer's lists came to; what is left of the victims.
     """
-    on = dict(implementation=self.implementation)
+    on, stop, takes = dict(implementation=self.implementation), self.selector.stop, self.load is fused
+    here, has_slots = turn.at(layer, rows.lanes), hot.slots.shape[0] > 0
     blocks, length = self.selector.select(q, hot, layer, rows, self.implementation)
-    found = kernels.propose(
-      hot.maps, turn.victims, layer, blocks, length, given=turn.given, group=self.selector.group, **on
-    )
+    if stop is None:
+      found = kernels.propose(hot.maps, here.victims, layer, blocks, length, given=turn.given, **on)
+    else:
+      found = kernels.find(hot.maps, layer, blocks, length, group=self.selector.group, **on)
+    free = here.free
+    if stop is not None and free is not None and not takes:  # a load copies ahead, to the end of the lists
+      place, free = free.take((found.blocks >= 0) & ~found.hit, turn.zone(layer, rows.lanes))
+      found = found._replace(place=place)
     slots, located, copied = self.load(pool, hot.slots, layer, found, self.implementation)
     tails = kernels.Tails(hot.tail, rows.lanes, rows.tail_tokens)
-    partial, attended, slots = kernels.attend(q, tails, pool, slots, layer, located, self.selector.stop, **on)
+    if stop is not None and free is not None and takes:
+      taking = kernels.Taking(stop, free)
+      taken = kernels.attend_and_take(q, tails, pool, slots, layer, located, taking, **on)
+      partial, attended, slots, located, free = taken
+    else:
+      partial, attended, slots = kernels.attend(q, tails, pool, slots, layer, located, stop, **on)
     maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
     # Without slots the pool lies in HBM, and nothing misses.
-    has_slots = slots.shape[0] > 0
     missed = found.missed(attended) if has_slots else jnp.zeros_like(attended)
     loaded = located.missed(attended) + copied if has_slots else missed
-    counts = Counts(attended, missed, loaded, found.given(attended))
-    return partial.output, hot.replace(slots=slots, maps=maps), counts
+    if stop is None:
+      turn = turn._replace(given=turn.given + here.by_zone(found.given))
+    elif free is not None:  # as many for the next call as have missed in this one
+      maps, free = kernels.evict(maps, turn.victims, free, here.by_zone(missed), **on)
+      turn = turn._replace(free=free._replace(zone=None))
+    return partial.output, hot.replace(slots=slots, maps=maps), Counts(attended, missed, loaded), turn
