@@ -24,7 +24,7 @@ class Free(NamedTuple):
   """A queue of empty slots for each zone: the entries [taken, made) are there to be taken."""
 
   slots: Int32[Array, "Z W"]
-  taken: Int32[Array, " Z"]  # may go beyond `made`: who came then got nothing
+  taken: Int32[Array, " Z"]  # beyond `made` until the next `evict`, if some came too late
   made: Int32[Array, " Z"]
   seen: Int32[Array, " Z"]  # of the zone's victims: those before that have been given or emptied, or were used
   zone: Int32[Array, " rows"] | None = None  # as `Victims.zone`
@@ -91,7 +91,8 @@ def _evict_xla(maps: Maps, victims: Victims, free: Free, wanted) -> tuple[Maps, 
   at = jnp.arange(n, dtype=jnp.int32)[None]
   left = unused(maps.last_used[victims.slots], victims.since) & (at >= free.seen[:, None])
   to = free.made[:, None] + jnp.cumsum(left.astype(jnp.int32), 1) - 1
-  end = jnp.minimum(free.taken, free.made) + wanted
+  taken = jnp.minimum(free.taken, free.made)
+  end = taken + wanted
   goes = left & (to < end[:, None])
   zone = jnp.arange(n_zones)[:, None]
   queue = free.slots.at[zone, only(goes, to, free.slots.shape[1])].set(victims.slots, mode="drop")
@@ -108,38 +109,38 @@ def _evict_xla(maps: Maps, victims: Victims, free: Free, wanted) -> tuple[Maps, 
     block_of=maps.block_of.at[slots].set(-1, mode="drop"),
     last_used=maps.last_used.at[slots].set(-1, mode="drop"),
   )
-  return maps, free._replace(slots=queue, made=made, seen=seen)
+  return maps, free._replace(slots=queue, taken=taken, made=made, seen=seen)
 
 
 def _evict_kernel(implementation: str, maps: Maps, victims: Victims, free: Free, wanted) -> tuple[Maps, Free]:
   """One program a zone: what is wanted is mostly among the first victims that it looks at."""
-  state = maps.slot_of, maps.block_of, maps.last_used, free.slots, free.made, free.seen
+  state = maps.slot_of, maps.block_of, maps.last_used, free.slots, free.taken, free.made, free.seen
   out = triton.call(
     _evict,
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state],
     grid=(victims.slots.shape[0],),
-    input_output_aliases={4 + i: i for i in range(len(state))},
+    input_output_aliases={3 + i: i for i in range(len(state))},
     implementation=implementation,
     name="evict",
-  )(jnp.reshape(victims.since, 1), victims.slots, wanted.ravel(), free.taken, *state)
-  slot_of, block_of, last_used, slots, made, seen = out
+  )(jnp.reshape(victims.since, 1), victims.slots, wanted.ravel(), *state)
+  slot_of, block_of, last_used, slots, taken, made, seen = out
   maps = maps._replace(slot_of=slot_of, block_of=block_of, last_used=last_used)
-  return maps, free._replace(slots=slots, made=made, seen=seen)
+  return maps, free._replace(slots=slots, taken=taken, made=made, seen=seen)
 
 
 def _evict(
   since_ref,  # [1]
   victims_ref,  # [Z, P / Z]
   wanted_ref,  # [Z], or any count where Z = 1
-  taken_ref,  # [Z]
-  *state_refs,  # six, then the same as results
+  *state_refs,  # seven, then the same as results
 ):
-  slot_of_ref, block_of_ref, last_used_ref, queue_ref, made_ref, seen_ref = state_refs[6:]
+  slot_of_ref, block_of_ref, last_used_ref, queue_ref, taken_ref, made_ref, seen_ref = state_refs[7:]
   (n_heads, n_layers, n_pool), (n_zones, n) = slot_of_ref.shape, victims_ref.shape
   n_slots, width = last_used_ref.shape[0], queue_ref.shape[1]
   zone = pl.program_id(0)
   first = made_ref[zone]
-  end = jnp.minimum(taken_ref[zone], first) + (total(wanted_ref) if n_zones == 1 else wanted_ref[zone])
+  taken = jnp.minimum(taken_ref[zone], first)
+  end = taken + (total(wanted_ref) if n_zones == 1 else wanted_ref[zone])
 
   def empty(state):
     made, seen = state
@@ -167,4 +168,4 @@ def _evict(
     return (state[0] < end) & (state[1] < n)
 
   made, seen = jax.lax.while_loop(more, empty, (first, seen_ref[zone]))
-  made_ref[zone], seen_ref[zone] = made, seen
+  taken_ref[zone], made_ref[zone], seen_ref[zone] = taken, made, seen

@@ -72,7 +72,7 @@ def ages(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:
 
 
 def victims(key: Int32[Array, " P"], since: Int32[Array, ""], n_zones: int = 1) -> Victims:
-  """The order of a step whose stamps begin at `since`: in each zone the smallest `key` first, ties to the lowest slot."""
+  """The order of a step whose stamps begin at `since`: the smallest `key` of a zone first, ties to the lowest slot."""
   ids = jnp.arange(key.shape[0], dtype=jnp.int32)
   if n_zones > 1:
     key, ids = (x.reshape(n_zones, -1) for x in (key, ids))

@@ -1,5 +1,5 @@
-"""Which block is in which slot: `propose` and `find` look listed blocks up; when attention has read them, `commit` makes
-it true.
+"""Which block is in which slot: `propose` and `find` look listed blocks up; when attention has read them, `commit`
+makes it true.
 
 Least recently used goes first, in the order that stood when the step began. A step is one jitted call that runs layers,
 of a decode batch or of a piece of a prompt.

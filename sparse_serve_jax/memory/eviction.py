@@ -17,7 +17,6 @@ from jaxtyping import Array, Int32
 
 import pallas_kernels as kernels
 
-
 Zones = Literal["shared", "layer", "lane"]  # whose slots a block may take: anybody's, its layer's, its request's
 
 

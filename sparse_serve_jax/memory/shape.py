@@ -133,7 +133,8 @@ def _with_slots(with_pool, dram_bytes: int, hbm_bytes: int, n_zones: int) -> Cac
     raise ValueError(
       f"cache.hbm_bytes={hbm_bytes} is below the minimum of {shape.fixed_bytes + least} bytes: "
       f"{blocks * shape.per_pool_block_bytes} for digests and maps of {blocks} blocks, the rest for {shape.R} tails, "
-      f"tables, the prefill slab and one slot per zone and device, {n_zones}; lower cache.dram_bytes, cache.lanes or scheduler.max_context"
+      f"tables, the prefill slab and one slot per zone and device, {n_zones} in all; lower cache.dram_bytes, "
+      "cache.lanes or scheduler.max_context"
     )
   most = -(-blocks * shape.K * shape.L // n_zones) * n_zones  # more would never fill
   return dataclasses.replace(shape, P=min(slots, most))
