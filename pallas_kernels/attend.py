@@ -94,7 +94,7 @@ def attend(
   """
   _check(tails, located, stop, implementation)
   run = attend_xla if implementation == "xla" else functools.partial(_attend_kernel, implementation)
-  return run(q, tails, pool, slots, layer, located, stop, None)[:3]
+  return run(q, tails, pool, slots, layer, located, (stop, None))[:3]
 
 
 class Taking(NamedTuple):
@@ -134,7 +134,7 @@ def attend_and_take(
   if slots.shape[0] == 0:
     return Taken(*attend(q, tails, pool, slots, layer, located, stop, implementation=implementation), located, free)
   run = attend_xla if implementation == "xla" else functools.partial(_attend_kernel, implementation)
-  partial, attended, slots, place, taken = run(q, tails, pool, slots, layer, located, stop, free)
+  partial, attended, slots, place, taken = run(q, tails, pool, slots, layer, located, taking)
   return Taken(partial, attended, slots, located._replace(place=place), free._replace(taken=taken))
 
 
@@ -412,9 +412,9 @@ def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
   refs.attended[of.b, of.k], refs.smallest[of.b, of.k, program.of_head] = jnp.minimum(i, end), acc.smallest
 
 
-def _attend_kernel(implementation, q, tails, pool, slots, layer, located, stop, free) -> tuple[Any, ...]:
+def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking) -> tuple[Any, ...]:
   """Also places and how many slots have been taken, if there are any to take."""
-  n_rows, n_heads, n_group, depth = q.shape
+  (stop, free), (n_rows, n_heads, n_group, depth) = taking, q.shape
   n_lists, has_slots = n_rows * n_heads, slots.shape[0] > 0
   block_bytes = math.prod(pool.shape[3:]) * pool.dtype.itemsize
   tiling = Tiling.of(n_lists, located.blocks.shape[2], block_bytes, has_slots, stop is not None)

@@ -15,9 +15,9 @@ from pallas_kernels.partial import Partial, merge, merge_along, partial_attentio
 WITHOUT_TESTS = 16  # blocks that XLA gathers at a time where no stop test limits it
 
 
-def attend_xla(q, tails, pool, slots, layer, located, stop, free) -> tuple[Partial, Any, Any, Any, Any]:
+def attend_xla(q, tails, pool, slots, layer, located, taking) -> tuple[Partial, Any, Any, Any, Any]:
   """`attend`; also places, and how many slots have been taken."""
-  n = located.blocks.shape[2]
+  (stop, free), n = taking, located.blocks.shape[2]
   n_slots, length = slots.shape[0], located.length
   log_threshold, untested = (math.inf, 0) if stop is None else (math.log(stop.threshold), stop.untested)
   scale = q.shape[-1] ** -0.5

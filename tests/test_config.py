@@ -227,7 +227,9 @@ def test_a_dict_is_what_a_file_holds():
 
 
 def test_unknown_name_lists_what_there_is():
-  with pytest.raises(ValueError, match="'pso'.*dense, psa, sparse, sparse_offload, sparse_serve"):
+  with pytest.raises(
+    ValueError, match="'pso'.*dense, hot_buffer, per_layer_pools, psa, sparse, sparse_offload, sparse_serve"
+  ):
     load_config("pso")
   with pytest.raises(ValueError, match="no such file: elsewhere/psa.json"):
     load_config("elsewhere/psa.json")
@@ -386,3 +388,10 @@ def test_budget_holds_sinks_and_window():
 def test_block_sizes_are_powers_of_two():
   assert all(size & (size - 1) == 0 for size in config_lib.BLOCK_SIZES)
   assert CacheConfig().block_tokens in config_lib.BLOCK_SIZES
+
+
+def test_rungs_of_zones_change_zones_alone():
+  for name, base, zones in (("hot_buffer", "sparse_serve", "lane"), ("per_layer_pools", "psa", "layer")):
+    expected = load_config(base)
+    assert expected.cache.zones == "shared"
+    assert load_config(name) == dataclasses.replace(expected, cache=dataclasses.replace(expected.cache, zones=zones))

@@ -171,7 +171,9 @@ def test_hits_come_first_and_are_never_victims(implementation: str):
 def test_hits_come_first_within_their_group(implementation: str):
   maps = fill(empty_maps(1, 1, 20, 9), ids([4, 5, 6]), 0, implementation)
   blocks = ids([1, 4, 2, 3, 7, 5, 6, 8, 9])
-  find = functools.partial(kernels.find, maps, 0, blocks, lengths(blocks), implementation=implementation)
+  options = dict(implementation=implementation)
+  maps, blocks, length = jax.tree.map(jnp.asarray, (maps, blocks, lengths(blocks)))
+  find = functools.partial(kernels.find, maps, 0, blocks, length, **options)
   located = find(group=4)
   assert (np.asarray(located.place) == -1).all()
   assert located.blocks.tolist() == [[[4, 1, 2, 3, 5, 6, 7, 8, 9]]]
@@ -284,7 +286,7 @@ def test_a_slot_idle_for_long_never_looks_new():
 
 def test_groups_are_powers_of_two():
   with pytest.raises(ValueError, match="group=3 is not a power of two"):
-    kernels.find(empty_maps(1, 1, 9, 3), 0, ids([1, 2, 3, 4]), np.full((1, 1), 4, np.int32), group=3)
+    kernels.find(Maps.empty(1, 1, 9, 3), 0, jnp.arange(4)[None, None], jnp.full((1, 1), 4), group=3)
 
 
 @every_implementation
