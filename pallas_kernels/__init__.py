@@ -6,20 +6,22 @@ Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.
 """
 
 from pallas_kernels.ahead import arrived, compact, load_each, store_each
-from pallas_kernels.attend import Stop, Tails, attend
+from pallas_kernels.attend import Stop, Tails, Taking, attend, attend_and_take
 from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
+from pallas_kernels.free import Free, evict
 from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, victims
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
 from pallas_kernels.progress import Rounds, attend_by_block, attend_to_tail
-from pallas_kernels.residency import Located, propose
+from pallas_kernels.residency import Located, find, propose
 from pallas_kernels.score import Ranking, score
 from pallas_kernels.select import select
 
 __all__ = [
   "NEVER",
+  "Free",
   "Located",
   "Maps",
   "Partial",
@@ -28,14 +30,18 @@ __all__ = [
   "Rounds",
   "Stop",
   "Tails",
+  "Taking",
   "Victims",
   "ages",
   "arrived",
   "attend",
+  "attend_and_take",
   "attend_by_block",
   "attend_to_tail",
   "commit",
   "compact",
+  "evict",
+  "find",
   "gather_blocks",
   "load_blocks",
   "load_each",

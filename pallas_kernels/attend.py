@@ -1,6 +1,7 @@
 """Attention of one decode step: every selected block is read where it lies, a slot in HBM or the pool in host memory.
 
-Blocks that miss are copied into the slots proposed for them in the same pass. With a threshold this is progressive
+Blocks that miss are copied into slots in the same pass, those proposed for them or, in `attend_and_take`, the next that
+are free. With a threshold this is progressive
 sparse attention (PSA, arXiv 2503.00392, section 2.2): groups of blocks come in descending order of score, and a
 (row, KV head) stops after a group once the estimated share of attention mass P_acc = A / (A + a_min * left) exceeds
 the threshold for every query head. A is the mass so far, a_min the smallest mass of a ranked block so far, `left` the
@@ -17,12 +18,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
-from pallas_kernels.copy import read_blocks
-from pallas_kernels.partial import Partial, merge, merge_along, partial_attention
+from pallas_kernels.attend_xla import attend_xla
+from pallas_kernels.free import Free
+from pallas_kernels.maps import only
+from pallas_kernels.partial import Partial, merge
 from pallas_kernels.residency import Located
 
 LOG2_E = math.log2(math.e)
@@ -88,6 +92,53 @@ def attend(
     ValueError: lists have no blocks, or are not grouped as `stop` needs it.
     NotImplementedError: a kernel was asked for and S or D is not a power of two.
   """
+  _check(tails, located, stop, implementation)
+  run = attend_xla if implementation == "xla" else functools.partial(_attend_kernel, implementation)
+  return run(q, tails, pool, slots, layer, located, (stop, None))[:3]
+
+
+class Taking(NamedTuple):
+  """How progressive lists are read whose misses take slots when they are read."""
+
+  stop: Stop
+  free: Free | None  # with the zone of the lists, if there are several; None without slots
+
+
+class Taken(NamedTuple):
+  """What `attend_and_take` leaves."""
+
+  partial: Partial
+  attended: Int32[Array, "B K"]  # the first so many blocks of each list have been read
+  slots: Float[Array, "P 2 S D"]
+  located: Located  # with the places that misses took
+  free: Free  # what is left
+
+
+def attend_and_take(
+  q: Float[Array, "B K G D"],
+  tails: Tails,
+  pool: Float[Array, "K L M 2 S D"],
+  slots: Float[Array, "P 2 S D"],
+  layer: Int32[Array, ""] | int,
+  located: Located,
+  taking: Taking,
+  *,
+  implementation: str = "xla",
+) -> Taken:
+  """`attend` to progressive lists of `residency.find`: a miss that is read takes the next free slot of its zone.
+
+  Which slot that is depends on who comes first; which slots are taken does not.
+  """
+  stop, free = taking
+  _check(tails, located, stop, implementation)
+  if slots.shape[0] == 0:
+    return Taken(*attend(q, tails, pool, slots, layer, located, stop, implementation=implementation), located, free)
+  run = attend_xla if implementation == "xla" else functools.partial(_attend_kernel, implementation)
+  partial, attended, slots, place, taken = run(q, tails, pool, slots, layer, located, taking)
+  return Taken(partial, attended, slots, located._replace(place=place), free._replace(taken=taken))
+
+
+def _check(tails: Tails, located: Located, stop: Stop | None, implementation: str) -> None:
   triton.check(implementation, S=tails.kv.shape[4], D=tails.kv.shape[5])
   n_groups = located.n_hits.shape[-1]
   if located.blocks.shape[-1] == 0:
@@ -96,65 +147,6 @@ def attend(
     raise ValueError(f"a list that is read whole is one group of blocks, not {n_groups}")
   if stop is not None and n_groups > 1 and stop.untested % located.group:
     raise ValueError(f"untested={stop.untested} blocks are not whole groups of {located.group}")
-  if implementation == "xla":
-    return _attend_xla(q, tails, pool, slots, layer, located, stop)
-  return _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation)
-
-
-WITHOUT_TESTS = 16  # blocks that XLA gathers at a time where no stop test limits it
-
-
-def _attend_xla(q, tails, pool, slots, layer, located, stop) -> tuple[Partial, jax.Array, jax.Array]:
-  n_rows, n_heads, n = located.blocks.shape
-  n_slots, length = slots.shape[0], located.length
-  log_threshold, untested = (math.inf, 0) if stop is None else (math.log(stop.threshold), stop.untested)
-  scale = q.shape[-1] ** -0.5
-
-  head = jnp.arange(n_heads)[None]
-  n_lanes, block_tokens = tails.kv.shape[2], tails.kv.shape[4]
-  last = tails.kv[head, layer, jnp.clip(tails.lanes, 0, n_lanes - 1)[:, None]]  # [B, K, 2, S, D]
-  in_tail = jnp.arange(block_tokens)[None] < tails.tokens[:, None]
-  in_tail = jnp.broadcast_to(in_tail[:, None], (n_rows, n_heads, block_tokens))
-  acc = partial_attention(q, last[:, :, 0], last[:, :, 1], in_tail, scale)
-
-  size = min(WITHOUT_TESTS, n) if stop is None else located.group
-  whole = ((0, 0), (0, 0), (0, -n % size))
-  lists = [jnp.pad(x, whole, constant_values=-1) for x in (located.blocks, located.slot, located.place)]
-
-  def step(carry):
-    """Attends to the next `size` ranks of every (row, head) that has not stopped."""
-    start, acc, lse_min, attended, stopped, slots = carry
-    blocks, slot, place = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in lists)
-    rank = start + jnp.arange(size)[None, None]
-    live = (rank < length[..., None]) & ~stopped[..., None]  # [B, K, size]
-    kv = read_blocks(pool, slots, layer, blocks, slot)
-    valid = jnp.broadcast_to(live[..., None], kv.shape[:3] + kv.shape[4:5])
-    by_block = partial_attention(
-      q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :], valid, scale
-    )  # o [B, K, size, G, D]
-    acc = merge(acc, merge_along(by_block, 2))
-    # Masses are kept as logarithms, so that one reference holds for all groups and nothing is rescaled.
-    ranked = (live & (rank >= untested))[..., None]
-    lse_min = jnp.minimum(lse_min, jnp.where(ranked, by_block.lse, jnp.inf).min(2))
-    attended = attended + live.sum(-1, dtype=jnp.int32)
-    left = (length - attended)[..., None]
-    # Before the first ranked block lse_min is infinite, so log P_acc is -inf; with none left as well, NaN: no test
-    # passes, and `left` alone says stop.
-    seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
-    stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
-    if n_slots:
-      slots = slots.at[jnp.where(live & (place >= 0), place, n_slots)].set(kv, mode="drop")
-    return start + size, acc, lse_min, attended, stopped, slots
-
-  def more(carry):
-    start, _, _, _, stopped, _ = carry
-    return ((start < length) & ~stopped).any()
-
-  lse_min = jnp.full(q.shape[:3], jnp.inf)
-  zero = jnp.zeros(q.shape[:2], jnp.int32)
-  start = jnp.int32(0), acc, lse_min, zero, length <= 0, slots
-  _, acc, _, attended, _, slots = jax.lax.while_loop(more, step, start)
-  return acc, attended, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +201,32 @@ class _Refs(NamedTuple):
   @property
   def n_lists(self) -> int:
     return self.length.shape[0] * self.length.shape[1]
+
+
+class _Queue(NamedTuple):
+  """What a kernel reads of free slots, and then what it writes; `place` is the one it reads, too."""
+
+  slots: Any  # [Z, W]
+  made: Any  # [Z]
+  zone: Any  # [B] or [1]
+  before: Any  # `taken`: one memory
+  place: Any  # [B, K, n]
+  taken: Any  # [Z]
+
+  def take(self, of: _List, first, end, width: int):
+    """Slots for ranks [first, end) of a list, at most `width`, which are written down; a function of the rank."""
+    zone = self.zone[of.b if self.zone.shape[0] > 1 else 0]
+    start = triton.atomic_add(self.taken, zone, end - first)
+    rank, made = first + jnp.arange(width), self.made[zone]
+
+    def slot_of(i):
+      at = start + (i - first)
+      found = (i < end) & (at < made)
+      return jnp.where(found, self.slots[zone, jnp.where(found, at, 0)], -1)
+
+    slot, (_, _, n) = slot_of(rank), self.place.shape
+    triton.store(self.place.at[of.b, of.k, only(rank < end, rank, n)], slot, mask=rank < end)
+    return slot_of
 
 
 class _Acc(NamedTuple):
@@ -289,12 +307,12 @@ class _Program:
 
     return jax.lax.fori_loop(first, end, body, acc)
 
-  def read_misses(self, of: _List, first, end, acc: _Acc, ranked=None) -> _Acc:
-    """Copies the blocks to their places, too."""
+  def read_misses(self, of: _List, first, end, acc: _Acc, ranked=None, place=None) -> _Acc:
+    """Copies the blocks to their places, too; `place` is a function of the rank if these are not the list's own."""
     pool, slots = self.refs.pool, self.refs.slots
 
     def body(i, acc):
-      block, to = self.refs.blocks[of.b, of.k, i], self.refs.place[of.b, of.k, i]
+      block, to = self.refs.blocks[of.b, of.k, i], place(i) if place else self.refs.place[of.b, of.k, i]
 
       def read(half):  # one half at a time takes fewer registers
         x = pool[of.k, self.layer, block, half]
@@ -360,7 +378,11 @@ def _whole(tiling: Tiling, *refs) -> None:
 
 
 def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
-  """A list, group by group, with the stop test between."""
+  """A list, group by group, with the stop test between. Its misses take slots if there are refs of a queue."""
+  queue, n_read = None, _Refs._fields.index("o")
+  if len(refs) > len(_Refs._fields):
+    queue = _Queue(*refs[n_read : n_read + 4], *refs[-2:])
+    refs = (*refs[:n_read], *refs[n_read + 4 : -2])
   refs = _Refs(*refs)
   program, log2_threshold = _Program(refs), math.log2(stop.threshold)
   of = program.open(pl.program_id(0))
@@ -372,7 +394,8 @@ def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
     if has_slots:
       middle = jnp.minimum(i + refs.n_hits[of.b, of.k, jax.lax.div(i, group)], end)
       acc = program.read_hits(of, i, middle, acc, ranked)
-      acc = program.read_misses(of, middle, end, acc, ranked)
+      place = queue.take(of, middle, end, pl.next_power_of_2(group)) if queue else None
+      acc = program.read_misses(of, middle, end, acc, ranked, place)
     else:
       acc = program.read_pool(of, i, end, acc, ranked)
     seen, unseen = acc.m + jnp.log2(acc.l), acc.smallest + jnp.log2((n - end).astype(jnp.float32))
@@ -389,8 +412,9 @@ def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
   refs.attended[of.b, of.k], refs.smallest[of.b, of.k, program.of_head] = jnp.minimum(i, end), acc.smallest
 
 
-def _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation):
-  n_rows, n_heads, n_group, depth = q.shape
+def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking) -> tuple[Any, ...]:
+  """Also places and how many slots have been taken, if there are any to take."""
+  (stop, free), (n_rows, n_heads, n_group, depth) = taking, q.shape
   n_lists, has_slots = n_rows * n_heads, slots.shape[0] > 0
   block_bytes = math.prod(pool.shape[3:]) * pool.dtype.itemsize
   tiling = Tiling.of(n_lists, located.blocks.shape[2], block_bytes, has_slots, stop is not None)
@@ -404,7 +428,12 @@ def _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation):
   def float32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-  o, m, l, attended, _, held = triton.call(
+  fields, aliases, queue, taken = _Refs._fields, {}, (), ()
+  if free is not None:
+    zone = np.zeros(1, np.int32) if free.zone is None else free.zone
+    queue, taken = (free.slots, free.made, zone, free.taken), (located.place, free.taken)
+    aliases = {fields.index("place"): 6, fields.index("o") + 3: 7}
+  o, m, l, attended, _, held, *taken = triton.call(
     kernel,
     out_shape=(
       float32(parts, n_rows, n_heads, n_group, depth),
@@ -412,15 +441,15 @@ def _attend_kernel(q, tails, pool, slots, layer, located, stop, implementation):
       float32(parts, n_rows, n_heads, n_group),
       jax.ShapeDtypeStruct((n_rows, n_heads), jnp.int32),
       float32(n_rows, n_heads, n_group),
-      jax.ShapeDtypeStruct(held.shape, held.dtype),
+      *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (held, *taken)),
     ),
     grid=(tiling.grid(n_lists),),
-    input_output_aliases={_Refs._fields.index("held"): 5},
+    input_output_aliases={fields.index("held"): 5} | aliases,
     implementation=implementation,
     num_warps=tiling.num_warps,
     num_stages=tiling.num_stages,
     name="attend",
-  )(jnp.reshape(layer, 1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held)
+  )(jnp.reshape(layer, 1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held, *queue)
   # Part by part, so that XLA makes one elementwise kernel of it.
   partial = functools.reduce(merge, (Partial(o[i], m[i], l[i]) for i in range(parts)))
-  return partial, located.length if stop is None else attended, held if has_slots else slots
+  return partial, located.length if stop is None else attended, held if has_slots else slots, *taken

@@ -56,25 +56,27 @@ def _commit_xla(maps, layer, located, attended, stamp, step) -> Maps:
   slot_of = slot_of.at[k, layer, only(enters, blocks, n_pool)].set(located.place, mode="drop")
   block_of = maps.block_of.at[into].set((k * n_layers + layer) * n_pool + blocks, mode="drop")
   touched = jnp.where(reached & located.hit, located.slot, into)
-  last_used = maps.last_used.at[touched].set(jnp.broadcast_to(by_rank(stamp), blocks.shape), mode="drop")
-  return Maps(slot_of, block_of, last_used, last_selected)
+  now = jnp.broadcast_to(by_rank(stamp), blocks.shape)
+  last_used, entered = maps.last_used.at[touched].set(now, mode="drop"), maps.entered.at[into].set(now, mode="drop")
+  return Maps(slot_of, block_of, last_used, entered, last_selected)
 
 
 def _commit_kernel(maps, layer, located, attended, stamp, step, implementation) -> Maps:
   n_rows, n_heads, n = located.blocks.shape
   chunk, has_slots = min(CHUNK, pl.next_power_of_2(n)), maps.last_used.shape[0] > 0
   layer, stamp = (jnp.reshape(x, -1).astype(jnp.int32) for x in (layer, stamp))
-  maps_in = maps if has_slots else maps._replace(block_of=jnp.zeros(1, jnp.int32), last_used=jnp.zeros(1, jnp.int32))
+  none = jnp.zeros(1, jnp.int32)
+  maps_in = maps if has_slots else maps._replace(block_of=none, last_used=none, entered=none)
   out = triton.call(
     functools.partial(_commit, chunk, has_slots),
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in maps_in],
     grid=(-(-n // chunk), n_rows * n_heads),
-    input_output_aliases={7 + i: i for i in range(4)},
+    input_output_aliases={7 + i: i for i in range(len(maps))},
     implementation=implementation,
     num_warps=1,
     name="commit",
   )(layer, stamp, step, attended, located.blocks, located.slot, located.place, *maps_in)
-  return Maps(*out) if has_slots else maps._replace(slot_of=out[0], last_selected=out[3])
+  return Maps(*out) if has_slots else maps._replace(slot_of=out[0], last_selected=out[-1])
 
 
 def _commit(
@@ -87,9 +89,9 @@ def _commit(
   blocks_ref,  # [B, K, n]
   slot_ref,  # [B, K, n]
   place_ref,  # [B, K, n]
-  *maps_refs,  # the four maps, then the same as results
+  *maps_refs,  # the maps, then the same as results
 ):
-  slot_of_ref, block_of_ref, last_used_ref, last_selected_ref = maps_refs[4:]
+  slot_of_ref, block_of_ref, last_used_ref, entered_ref, last_selected_ref = maps_refs[len(maps_refs) // 2 :]
   (n_heads, n_layers, n_pool), n_slots, n = slot_of_ref.shape, last_used_ref.shape[0], blocks_ref.shape[2]
   b, k = jax.lax.div(pl.program_id(1), n_heads), jax.lax.rem(pl.program_id(1), n_heads)
   rank = pl.program_id(0) * chunk + jnp.arange(chunk)
@@ -116,6 +118,7 @@ def _commit(
     triton.store(slot_of_ref.at[head, old_layer, old_block], gone, mask=evicted)
     triton.store(slot_of_ref.at[k, of_layer, only(enters, block, n_pool)], place, mask=enters)
     triton.store(block_of_ref.at[into], (k * n_layers + of_layer) * n_pool + block, mask=enters)
+    triton.store(entered_ref.at[into], now, mask=enters)
     touched = enters | (reached & (slot >= 0))
     at = jnp.where(touched, jnp.maximum(slot, place), n_slots)
     triton.store(last_used_ref.at[at], now, mask=touched)

@@ -3,6 +3,7 @@
   slot_of        [K, L, M] int32   slot that holds a block, -1 if none
   block_of       [P] int32         inverse: (k * L + layer) * M + block, -1 if the slot is empty
   last_used      [P] int32         stamp of the slot's last use, -1 if empty
+  entered        [P] int32         stamp of when the block came into the slot; of an empty one anything
   last_selected  [K, L, M] int32   the owning request's own step number when it last selected the block
 
 Stamps ascend through the layers of a step and through steps. They wrap around, and only differences count.
@@ -11,10 +12,12 @@ Stamps ascend through the layers of a step and through steps. They wrap around, 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
 NEVER = -(1 << 30)  # last_selected of a block nobody selected; NEVER + w does not overflow
@@ -25,6 +28,7 @@ class Maps(NamedTuple):
   slot_of: Int32[Array, "K L M"]
   block_of: Int32[Array, " P"]
   last_used: Int32[Array, " P"]
+  entered: Int32[Array, " P"]
   last_selected: Int32[Array, "K L M"]
 
   @classmethod
@@ -32,24 +36,31 @@ class Maps(NamedTuple):
     """Of K, L, M and P: nothing is in a slot, nothing has been selected."""
     of_block = functools.partial(jnp.full, (n_heads, n_layers, n_pool), dtype=jnp.int32)
     of_slot = functools.partial(jnp.full, n_slots, dtype=jnp.int32)
-    return cls(of_block(-1), of_slot(-1), of_slot(-1), of_block(NEVER))
+    return cls(of_block(-1), of_slot(-1), of_slot(-1), of_slot(-1), of_block(NEVER))
 
 
 class Victims(NamedTuple):
-  """The slots in the order in which they are given up."""
+  """The slots in the order in which they are given up, zone by zone: a block that misses may only take one of its zone.
 
-  slots: Int32[Array, " P"]
+  Of Z zones the z-th has the slots z * P / Z to (z + 1) * P / Z.
+  """
+
+  slots: Int32[Array, "Z of_zone"]
   since: Int32[Array, ""]  # the first stamp of the step: a slot used since then is no victim any more
+  zone: Int32[Array, " rows"] | None = None  # of a call, if there are several: that of each row [B], or of all [1]
 
 
 def saturate(maps: Maps, since: Int32[Array, ""]) -> Maps:
-  """Maps in which no slot's stamp is more than 2^30 before `since`, the first stamp of a step.
+  """Maps in which no slot's stamps are more than 2^30 before `since`, the first stamp of a step.
 
   A stamp that is 2^31 old would look new. With this done at the beginning of every step none gets so old.
   """
-  oldest = since + OLDEST
-  idle = (maps.last_used != -1) & (maps.last_used - since < OLDEST)
-  return maps._replace(last_used=jnp.where(idle, oldest, maps.last_used))
+
+  def kept(stamp):
+    idle = (maps.last_used != -1) & (stamp - since < OLDEST)
+    return jnp.where(idle, since + OLDEST, stamp)
+
+  return maps._replace(last_used=kept(maps.last_used), entered=kept(maps.entered))
 
 
 def ages(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:
@@ -60,10 +71,13 @@ def ages(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:
   return jnp.where(maps.last_used == -1, jnp.iinfo(jnp.int32).min, maps.last_used - since)
 
 
-def victims(key: Int32[Array, " P"], since: Int32[Array, ""]) -> Victims:
-  """The order of a step whose stamps begin at `since`: the smallest `key` first, ties to the lowest slot."""
+def victims(key: Int32[Array, " P"], since: Int32[Array, ""], n_zones: int = 1) -> Victims:
+  """The order of a step whose stamps begin at `since`: the smallest `key` of a zone first, ties to the lowest slot."""
   ids = jnp.arange(key.shape[0], dtype=jnp.int32)
-  return Victims(jax.lax.sort((key, ids), num_keys=1, is_stable=True)[1], since)
+  if n_zones > 1:
+    key, ids = (x.reshape(n_zones, -1) for x in (key, ids))
+  slots = jax.lax.sort((key, ids), num_keys=1, is_stable=True)[1]
+  return Victims(slots.reshape(n_zones, -1), since)
 
 
 def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
@@ -77,6 +91,7 @@ def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
     maps.slot_of.at[:, :, freed].set(-1, mode="drop"),
     maps.block_of.at[slots].set(-1, mode="drop"),
     maps.last_used.at[slots].set(-1, mode="drop"),
+    maps.entered,
     maps.last_selected.at[:, :, freed].set(NEVER, mode="drop"),
   )
 
@@ -94,3 +109,10 @@ def only(keep: jax.Array, index: jax.Array, size: int) -> jax.Array:
 def by_rank(x: jax.Array | int) -> jax.Array:
   """A scalar or [n] against lists [B, K, n]."""
   return jnp.reshape(x, (1, 1, -1))
+
+
+def total(ref: Any, wanted: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+  """The sum of the values [n] of a kernel's ref, or of those whose index is `wanted`."""
+  n = ref.shape[0]
+  i = jnp.arange(pl.next_power_of_2(n))
+  return jnp.sum(jnp.where((i < n) if wanted is None else wanted(i), ref[jnp.minimum(i, n - 1)], 0))

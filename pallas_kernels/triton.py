@@ -71,6 +71,11 @@ def store(ref: Any, value: jax.Array, *, mask: jax.Array) -> None:
   plgpu.store(ref, value, mask=mask)
 
 
+def atomic_add(ref: Any, index: jax.Array | int, value: jax.Array) -> jax.Array:
+  """Adds to ref[index] as if no other program ran meanwhile; returns what it was before."""
+  return plgpu.atomic_add(ref, (index,), value)
+
+
 def barrier(implementation: str) -> None:
   """Waits for every thread of the program; what they wrote before is then seen by all."""
   if implementation != "interpret":  # where a program is one thread

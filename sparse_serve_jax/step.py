@@ -26,7 +26,7 @@ from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Sel
 from sparse_serve_jax.attention.prefill import Before, pin, prefill_attention
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory import host_pool, kv_cache
-from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn
+from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn, Zones
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES, Saving, save_piece, save_tails
@@ -56,6 +56,7 @@ class Setup:
   working_set_steps: int
   saving: Saving
   eviction: Eviction
+  zones: Zones
   offload: bool
   implementation: str  # of the kernels: "xla", "triton" or "interpret"
 
@@ -81,15 +82,18 @@ class Setup:
       working_set_steps=config.scheduler.working_set_steps,
       saving=saving,
       eviction=variant(EVICTIONS, cache.eviction, "cache.eviction"),
+      zones=cache.zones,
       offload=cache.offload,
       implementation=implementation,
     )
 
-  def turn(self, hot: Hot) -> tuple[Hot, Turn]:
-    """The victims of a step that begins now, none of them given yet."""
-    since = hot.stamp(0)
+  def turn(self, hot: Hot, n_rows: int) -> tuple[Hot, Turn]:
+    """The victims of a step of `n_rows` rows that begins now, none of them given yet."""
+    since, (n_heads, n_layers, n_lanes) = hot.stamp(0), hot.tail.shape[:3]
     hot = hot.replace(maps=kernels.saturate(hot.maps, since))
-    return hot, Turn(kernels.victims(self.eviction(hot.maps, since), since), jnp.int32(0))
+    n_zones = {"shared": 1, "layer": n_layers, "lane": n_lanes}[self.zones] if hot.slots.shape[0] else 1
+    given = jnp.zeros((n_rows, n_heads) if n_zones == 1 else n_zones, jnp.int32)
+    return hot, Turn(self.zones, kernels.victims(self.eviction(hot.maps, since), since, n_zones), given)
 
 
 class SamplingRows(flax.struct.PyTreeNode):
@@ -146,33 +150,35 @@ def decode_step(
 ) -> tuple[KVCache, StepOutput]:
   """One token for every row; the first `width` entries of block tables are looked at."""
   cfg, pool = setup.model, cache.pool
-  hot, turn = setup.turn(cache.hot)
+  hot, turn = setup.turn(cache.hot, batch.lanes.shape[0])
   rows = _rows(hot, batch, width)
 
   def layer(attention, i, carry):
-    x, hot, counts = carry
+    x, hot, counts, given, free = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     hot = hot.replace(tail=_append(hot.tail, i, batch, k, v))
-    o, hot, of_layer = attention(q, pool, hot, i, rows, turn._replace(given=counts.given))
-    x = llama.attention_out(lp, x, o, AXIS)
-    return llama.mlp(cfg, lp, x, AXIS), hot, jax.tree.map(jnp.add, counts, of_layer)
+    o, hot, of_layer, left = attention(q, pool, hot, i, rows, turn._replace(given=given, free=free))
+    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, AXIS), AXIS)
+    return x, hot, jax.tree.map(jnp.add, counts, of_layer), left.given, left.free
 
   x = llama.embed(params, hot.last_token.at[batch.lanes].get(mode="clip"))
   cos_sin = llama.rope(cfg, batch.positions)
-  carry = x, hot, Counts.zeros(x.shape[0], hot.tail.shape[0])
+  counts, given, free = Counts.zeros(x.shape[0], hot.tail.shape[0]), turn.given, None
   for first, end, attention in (
     (0, setup.dense_layers, setup.attention.dense),
     (setup.dense_layers, cfg.n_layers, setup.attention),
   ):
     if first < end:
-      carry = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
-  x, hot, counts = carry
+      if attention.selector.takes and hot.slots.shape[0]:
+        free = kernels.Free.at_first(hot.maps, turn.victims, given)
+      carry = x, hot, counts, given, free
+      x, hot, counts, given, free = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
 
   size = hot.tail.shape[4]
   new_block = jnp.take_along_axis(rows.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
   filled = jnp.where(rows.tail_tokens == size, new_block, -1)
-  turn = turn._replace(given=counts.given)
+  turn = turn._replace(given=given, free=free)
   cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
   tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch.sampling)
   hot = _next(cache.hot, batch.lanes, tokens)
@@ -222,7 +228,7 @@ def prefill_segment(
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
   cos_sin = llama.rope(cfg, positions)
-  hot, turn = setup.turn(cache.hot)
+  hot, turn = setup.turn(cache.hot, 1)
   table = hot.tables[batch.lane]
   before = Before(table[:width], batch.start) if width else None
   ids = jnp.arange(positions.shape[0] // size)
@@ -230,27 +236,27 @@ def prefill_segment(
   n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)
 
   def layer(i, carry):
-    x, cache, slab, turn, loaded = carry
+    x, cache, slab, given, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     if before is not None and setup.pins:
-      cache, turn, read = pin(cache, i, before, turn, setup.implementation)
+      cache, given, read = pin(cache, i, batch.lane, before, turn._replace(given=given), setup.implementation)
       loaded += read
     o, read = prefill_attention(q, k, v, cache, i, before, setup.implementation)
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
-    cache = save_piece(setup.saving, cache, kv, i, blocks, n_newest, turn)
-    turn = turn._replace(given=turn.given + n_newest * kv.shape[0])  # at most
+    newest = n_newest, batch.lane
+    cache, given = save_piece(setup.saving, cache, kv, i, blocks, newest, turn._replace(given=given))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     last = jnp.minimum(batch.n_tokens // size, kv.shape[1] - 1)
     tail = cache.hot.tail.at[:, i, batch.lane].set(jax.lax.dynamic_index_in_dim(kv, last, 1, keepdims=False))
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
-    return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, turn, loaded + read
+    return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + read
 
   end = batch.first_layer + batch.n_layers
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
-  carry = x, KVCache(cache.pool, hot), slab, turn, jnp.int32(0)
+  carry = x, KVCache(cache.pool, hot), slab, jnp.zeros(turn.n_zones, jnp.int32), jnp.int32(0)
   x, cache, slab, _, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, carry)
 
   def next_token():

@@ -18,6 +18,7 @@ class Mutation(NamedTuple):
 ATTEND, RESIDENCY, COPIES, SELECTION = (
   f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
 )
+ZONES = "tests/test_zones.py"
 MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
 ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
@@ -25,21 +26,21 @@ ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
 MUTATIONS = [
   Mutation(
     "attend swaps K and V",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/attend_xla.py",
     "kv[..., 0, :, :], kv[..., 1, :, :]",
     "kv[..., 1, :, :], kv[..., 0, :, :]",
     (ATTEND_XLA,),
   ),
   Mutation(
     "attend sees one token of the tail too many",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/attend_xla.py",
     "jnp.arange(block_tokens)[None] < tails.tokens[:, None]",
     "jnp.arange(block_tokens)[None] <= tails.tokens[:, None]",
     (ATTEND_XLA,),
   ),
   Mutation(
     "the stop test is not strict",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/attend_xla.py",
     "(seen > log_threshold)",
     "(seen >= log_threshold)",
     (f"{ATTEND}::test_threshold_one_never_stops[xla]",),
@@ -164,25 +165,32 @@ MUTATIONS = [
     (f"{RESIDENCY}::test_victims_are_the_least_recently_used[xla]",),
   ),
   Mutation(
-    "misses count as given though a list has not read them",
-    RESIDENT,
-    "attended, never).min()",
-    "attended, 0).max()",
-    (f"{RESIDENCY}::test_given_are_the_misses_of_groups_that_all_lists_have_read",),
+    "a slot that the step has used is emptied",
+    "pallas_kernels/free.py",
+    "left = unused(maps.last_used[victims.slots], victims.since)",
+    "left = unused(maps.last_used[victims.slots], victims.since + 9)",
+    (f"{ZONES}::test_progressive_lists_evict_the_least_recently_used[shared-4-xla]",),
   ),
   Mutation(
-    "victims go out list by list",
-    RESIDENT,
-    "in_turn = jnp.moveaxis(by_group(miss, False), 2, 0)",
-    "in_turn = jnp.moveaxis(by_group(miss, False), 2, 2)",
-    (f"{RESIDENCY}::test_critical_groups_of_all_lists_get_victims_first[4-xla]",),
+    "the kernel empties a slot that the step has used",
+    "pallas_kernels/free.py",
+    "unused(last_used_ref[slot], since_ref[0])",
+    "unused(last_used_ref[slot], since_ref[0] + 9)",
+    (f"{ZONES}::test_progressive_lists_evict_the_least_recently_used[shared-4-interpret]",),
   ),
   Mutation(
-    "the kernel gives victims away twice",
-    RESIDENT,
-    "turn = earlier[:, None] + jnp.cumsum",
-    "turn = 0 * earlier[:, None] + jnp.cumsum",
-    (f"{RESIDENCY}::test_critical_groups_of_all_lists_get_victims_first[4-interpret]",),
+    "lists of different rows take one slot",
+    "pallas_kernels/attend.py",
+    "triton.atomic_add(self.taken, zone, end - first)",
+    "triton.atomic_add(self.taken, zone, 0 * (end - first))",
+    (f"{ZONES}::test_progressive_lists_evict_the_least_recently_used[shared-4-interpret]",),
+  ),
+  Mutation(
+    "a block takes a slot of another zone",
+    "sparse_serve_jax/memory/eviction.py",
+    "jnp.minimum(lanes, self.n_zones - 1)[:, None]",
+    "jnp.minimum(0 * lanes, self.n_zones - 1)[:, None]",
+    (f"{ZONES}::test_blocks_stay_in_their_zone[lane-topk]",),
   ),
   Mutation(
     "a stamp grows old without end",

@@ -49,15 +49,25 @@ def ops():
   def step(implementation, threshold=None, group=None):
     options = dict(implementation=implementation)
     two = jnp.full((B, K), 2)
-    first = kernels.propose(maps, kernels.Victims(order, jnp.int32(1)), layer, blocks[:, :, :2], two, **options)
+    first = kernels.propose(maps, kernels.Victims(order[None], jnp.int32(1)), layer, blocks[:, :, :2], two, **options)
     held = kernels.commit(maps, layer, first, two, jnp.int32(1), steps, **options)
     length = (blocks >= 0).sum(-1)
-    victims = kernels.Victims(order, jnp.int32(2))
-    located = kernels.propose(held, victims, layer, blocks, length, group=group, **options)
-    tails, stop = kernels.Tails(tail, jnp.arange(B), jnp.full(B, 3)), threshold and kernels.Stop(threshold, untested=0)
-    partial, attended, filled = kernels.attend(q, tails, pool, slots, layer, located, stop, **options)
+    victims, tails = kernels.Victims(order[None], jnp.int32(2)), kernels.Tails(tail, jnp.arange(B), jnp.full(B, 3))
+    if threshold is None:
+      located = kernels.propose(held, victims, layer, blocks, length, **options)
+      partial, attended, filled = kernels.attend(q, tails, pool, slots, layer, located, **options)
+      after = kernels.commit(held, layer, located, attended, jnp.int32(2), steps, **options)
+      return filled, after, attended, jnp.isfinite(partial.output)
+    free = kernels.Free.at_first(held, victims, jnp.int32(0))
+    held, free = kernels.evict(held, victims, free, jnp.int32(P - 2), **options)
+    located = kernels.find(held, layer, blocks, length, group=group, **options)
+    taking = kernels.Taking(kernels.Stop(threshold, untested=0), free)
+    made = kernels.attend_and_take(q, tails, pool, slots, layer, located, taking, **options)
+    partial, attended, _, located, free = made
     after = kernels.commit(held, layer, located, attended, jnp.int32(2), steps, **options)
-    return filled, after, attended, jnp.isfinite(partial.output)
+    after, free = kernels.evict(after, victims, free, made.located.missed(attended), **options)
+    # Who comes first gets which slot is not said: what is in slots is.
+    return after.slot_of >= 0, after.last_selected, attended, free.taken, jnp.isfinite(partial.output)
 
   q, order = random(B, K, G, D), distinct(P, P)  # in any order: what was used is passed over
   yield "attend", step

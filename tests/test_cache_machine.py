@@ -41,8 +41,7 @@ class CacheMachine(RuleBasedStateMachine):
     self.pool, self.slots = unwritten(K, L, M), unwritten(P)
     self.maps = Maps(
       np.full((K, L, M), -1, np.int32),
-      np.full(P, -1, np.int32),
-      np.full(P, -1, np.int32),
+      *[np.full(P, -1, np.int32)] * 3,
       np.full((K, L, M), NEVER, np.int32),
     )
     self.iteration = 0

@@ -245,7 +245,8 @@ def test_a_dict_is_what_a_file_holds():
 def test_unknown_name_lists_what_there_is():
   with pytest.raises(
     ValueError,
-    match="'pso'.*dense, flash_transfer, psa, psa_host_loop, sparse, sparse_offload, sparse_serve, working_set",
+    match="'pso'.*dense, flash_transfer, hot_buffer, per_layer_pools, psa, psa_host_loop, sparse, sparse_offload, "
+    "sparse_serve, working_set",
   ):
     load_config("pso")
   with pytest.raises(ValueError, match="no such file: elsewhere/psa.json"):
@@ -413,3 +414,10 @@ def test_budget_holds_sinks_and_window():
 def test_block_sizes_are_powers_of_two():
   assert all(size & (size - 1) == 0 for size in config_lib.BLOCK_SIZES)
   assert CacheConfig().block_tokens in config_lib.BLOCK_SIZES
+
+
+def test_rungs_of_zones_change_zones_alone():
+  for name, base, zones in (("hot_buffer", "sparse_serve", "lane"), ("per_layer_pools", "psa", "layer")):
+    expected = load_config(base)
+    assert expected.cache.zones == "shared"
+    assert load_config(name) == dataclasses.replace(expected, cache=dataclasses.replace(expected.cache, zones=zones))

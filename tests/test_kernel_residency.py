@@ -12,7 +12,7 @@ import pytest
 import pallas_kernels as kernels
 from pallas_kernels import Located, Maps, Victims
 from pallas_kernels.maps import NEVER
-from pallas_kernels.residency import CHUNK, LOOKS
+from pallas_kernels.residency import LOOKS
 from tests.cases import IMPLEMENTATIONS
 
 
@@ -22,39 +22,30 @@ class Residency:
   def __init__(self, K: int, L: int, M: int, P: int):
     self.shape = K, L, M, P
     self.held: dict[int, tuple[int, int, int]] = {}  # slot -> (head, layer, block)
-    self.stamp = dict.fromkeys(range(P), -1)
+    self.stamp, self.entered = dict.fromkeys(range(P), -1), dict.fromkeys(range(P), -1)
     self.selected: dict[tuple[int, int, int], int] = {}
 
   def victims(self) -> list[int]:
     return sorted(self.stamp, key=lambda slot: (self.stamp[slot], slot))
 
-  def propose(self, victims, since, layers, blocks, given, group):
-    """`layers` like `blocks` [B, K, n]; returns blocks, slots, places, and the hits of each group."""
+  def propose(self, victims, since, layer, blocks, given):
+    """Returns blocks, slots, places, and the hits of each list."""
     B, K, n = blocks.shape
-    n_groups = -(-n // group)
     where = {key: slot for slot, key in self.held.items()}
     slots, places = np.full(blocks.shape, -1, np.int32), np.full(blocks.shape, -1, np.int32)
     for b, k, i in np.ndindex(*blocks.shape):
-      slots[b, k, i] = where.get((k, layers[b, k, i], blocks[b, k, i]), -1)
+      slots[b, k, i] = where.get((k, layer, blocks[b, k, i]), -1)
     hit = slots >= 0
     claimed = set(slots[hit].tolist())
     is_left = lambda slot: slot not in claimed and self.stamp[slot] < since  # noqa: E731
-    left = [slot for slot in victims[given : given + blocks.size] if is_left(slot)]
     turn, total = 0, ((blocks >= 0) & ~hit).sum()
-    for j, b, k in np.ndindex(n_groups, B, K):
-      for i in range(j * group, min((j + 1) * group, n)):
-        if blocks[b, k, i] >= 0 and not hit[b, k, i]:
-          found = left[turn:] if n_groups > 1 else filter(is_left, victims[given + turn :: total][:LOOKS])
-          places[b, k, i] = next(iter(found), -1)
-          turn += 1
-    blocks, out_hits = blocks.copy(), np.zeros((B, K, -(-n // group)), np.int32)
-    for b, k, first in np.ndindex(B, K, out_hits.shape[2]):
-      ranks = np.arange(first * group, min((first + 1) * group, n))
-      order = sorted(ranks, key=lambda i: (not hit[b, k, i], i))
-      out_hits[b, k, first] = hit[b, k, ranks].sum()
-      for x in (blocks, slots, places):
-        x[b, k, ranks] = x[b, k, order]
-    return blocks, slots, places, out_hits
+    for b, k, i in np.ndindex(B, K, n):
+      if blocks[b, k, i] >= 0 and not hit[b, k, i]:
+        places[b, k, i] = next(filter(is_left, victims[given + turn :: total][:LOOKS]), -1)
+        turn += 1
+    order = np.argsort(~hit, -1, kind="stable")
+    blocks, slots, places = (np.take_along_axis(x, order, -1) for x in (blocks, slots, places))
+    return blocks, slots, places, hit.sum(-1, keepdims=True)
 
   def commit(self, layers, blocks, slots, places, attended, stamps, steps):
     for b, k, i in np.ndindex(*blocks.shape):
@@ -64,6 +55,8 @@ class Residency:
         at = max(int(slots[b, k, i]), int(places[b, k, i]))
         if at >= 0:
           self.stamp[at] = int(stamps[b, k, i])
+          if places[b, k, i] >= 0:
+            self.entered[at] = self.stamp[at]
           self.held[at] = key
 
   def release(self, freed):
@@ -81,7 +74,8 @@ class Residency:
     selected = np.full((K, L, M), NEVER, np.int32)
     for key, step in self.selected.items():
       selected[key] = step
-    return Maps(slot_of, block_of, np.array([self.stamp[p] for p in range(P)], np.int32), selected)
+    stamps = (np.array([of[p] for p in range(P)], np.int32) for of in (self.stamp, self.entered))
+    return Maps(slot_of, block_of, *stamps, selected)
 
   def assert_equal(self, maps: Maps):
     for name, actual, expected in zip(Maps._fields, maps, self.maps(), strict=True):
@@ -89,11 +83,11 @@ class Residency:
 
 
 @functools.cache
-def programs(implementation: str, group: int | None = None):
+def programs(implementation: str):
   options = dict(implementation=implementation)
   return (
     jax.jit(lambda maps, since: kernels.victims(kernels.ages(maps, since), since)),
-    jax.jit(functools.partial(kernels.propose, group=group, **options)),
+    jax.jit(functools.partial(kernels.propose, **options)),
     jax.jit(functools.partial(kernels.commit, **options)),
   )
 
@@ -116,9 +110,9 @@ def lengths(blocks: np.ndarray) -> np.ndarray:
   return np.full(blocks.shape[:2], blocks.shape[2], np.int32)
 
 
-def propose(maps: Maps, blocks, stamp: int, implementation: str, group: int | None = None) -> Located:
+def propose(maps: Maps, blocks, stamp: int, implementation: str) -> Located:
   """The only call, in layer 0, of a step whose stamps begin at `stamp`."""
-  oldest_first, propose, _ = programs(implementation, group=group)
+  oldest_first, propose, _ = programs(implementation)
   return propose(maps, oldest_first(maps, np.int32(stamp)), np.int32(0), blocks, lengths(blocks))
 
 
@@ -176,10 +170,15 @@ def test_hits_come_first_and_are_never_victims(implementation: str):
 @every_implementation
 def test_hits_come_first_within_their_group(implementation: str):
   maps = fill(empty_maps(1, 1, 20, 9), ids([4, 5, 6]), 0, implementation)
-  located = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=4)
+  blocks = ids([1, 4, 2, 3, 7, 5, 6, 8, 9])
+  options = dict(implementation=implementation)
+  maps, blocks, length = jax.tree.map(jnp.asarray, (maps, blocks, lengths(blocks)))
+  find = functools.partial(kernels.find, maps, 0, blocks, length, **options)
+  located = find(group=4)
+  assert (np.asarray(located.place) == -1).all()
   assert located.blocks.tolist() == [[[4, 1, 2, 3, 5, 6, 7, 8, 9]]]
   assert located.n_hits.tolist() == [[[1, 2, 0]]] and located.group == 4
-  located = propose(maps, ids([1, 4, 2, 3, 7, 5, 6, 8, 9]), 1, implementation, group=1)
+  located = find(group=1)
   assert located.blocks.tolist() == [[[1, 4, 2, 3, 7, 5, 6, 8, 9]]]
   assert located.n_hits.tolist() == [[[0, 1, 0, 0, 0, 1, 1, 0, 0]]]
 
@@ -189,7 +188,7 @@ def test_a_slot_used_since_the_program_began_is_no_victim(implementation: str):
   oldest_first, propose, commit = programs(implementation)
   maps = fill(empty_maps(1, 2, 9, 4), ids([4, 5]), 0, implementation)  # slots 2 and 3 stay empty
   victims = oldest_first(maps, np.int32(2))
-  assert victims.slots.tolist() == [2, 3, 0, 1]
+  assert victims.slots.tolist() == [[2, 3, 0, 1]]
   zero, one = np.int32(0), np.int32(1)
   two, three = np.full((1, 1), 2, np.int32), np.full((1, 1), 3, np.int32)
   first = propose(maps, victims, zero, ids([5, 1]), two)
@@ -203,27 +202,17 @@ def test_a_slot_used_since_the_program_began_is_no_victim(implementation: str):
 
 
 @every_implementation
-@pytest.mark.parametrize("group", [1, 4, 2 * CHUNK])
-def test_critical_groups_of_all_lists_get_victims_first(group: int, implementation: str):
-  """Two lists of a group and one rank more, over slots for both groups and one more."""
-  n = group + 1 if group < CHUNK else 2 * group
-  maps, n_slots = empty_maps(1, 1, 4 * n, 2 * group + 1), 2 * group + 1
-  place = propose(maps, ids(range(n), range(2 * n, 3 * n)), 0, implementation, group=group).place
-  first, second = (place[b, 0].tolist() for b in range(2))
-  assert first[:group] + second[:group] == [*range(n_slots - 1)]
-  assert first[group:] == [n_slots - 1] + [-1] * (n - group - 1) and second[group:] == [-1] * (n - group)
-
-
-@every_implementation
 def test_blocks_never_reached_are_not_taken_for_resident(implementation: str):
   maps, blocks = fill(empty_maps(1, 1, 9, 3), ids([7, 8]), 4, implementation), ids([1, 8, 2])
-  located = propose(maps, blocks, 9, implementation, group=1)
-  assert located.slot.tolist() == [[[-1, 1, -1]]] and located.place.tolist() == [[[2, -1, 0]]]
+  located = propose(maps, blocks, 9, implementation)
+  assert located.slot.tolist() == [[[1, -1, -1]]] and located.place.tolist() == [[[-1, 2, 0]]]
   commit = programs(implementation)[2]
-  after = commit(maps, np.int32(0), located, np.array([[1]], np.int32), np.int32(9), np.array([6], np.int32))
+  after = commit(maps, np.int32(0), located, np.array([[2]], np.int32), np.int32(9), np.array([6], np.int32))
   assert after.slot_of[0, 0].tolist() == [-1, 2, -1, -1, -1, -1, -1, 0, 1]  # 7 keeps its slot, 2 has none
-  assert after.last_used.tolist() == [4, 4, 9]  # an unread hit is no use
-  assert after.last_selected[0, 0, [1, 8, 2]].tolist() == [6, 0, NEVER]
+  assert after.last_used.tolist() == [4, 9, 9] and after.entered.tolist() == [4, 4, 9]
+  assert after.last_selected[0, 0, [1, 8, 2]].tolist() == [6, 6, NEVER]
+  after = commit(maps, np.int32(0), located, np.array([[0]], np.int32), np.int32(9), np.array([6], np.int32))
+  assert after.last_used.tolist() == [4, 4, -1]  # an unread hit is no use
 
 
 def test_empty_maps():
@@ -288,24 +277,16 @@ def test_a_slot_idle_for_long_never_looks_new():
       since = int(np.int32(np.uint32((since + (1 << 29)) & 0xFFFFFFFF)))
       maps = jax.jit(kernels.saturate)(maps, np.int32(since))
       victims = programs("xla")[0](maps, np.int32(since))
-      assert victims.slots.tolist() == [0, 1]
+      assert victims.slots.tolist() == [[0, 1]]
       maps = maps._replace(last_used=np.array([maps.last_used[0], since], np.int32))
   kept = np.array([-1, 7, 5 - (1 << 30), 4 - (1 << 30)], np.int32)
   saturated = jax.jit(kernels.saturate)(empty_maps(1, 1, 9, 4)._replace(last_used=kept), np.int32(5)).last_used
   assert saturated.tolist() == [-1, 7, 5 - (1 << 30), 5 - (1 << 30)]  # an empty slot stays one
 
 
-def test_given_are_the_misses_of_groups_that_all_lists_have_read():
-  length, n_hits = jnp.array([[8], [3], [0]]), jnp.array([[[1, 0, 0]], [[2, 0, 0]], [[0, 0, 0]]])
-  nothing = jnp.full((3, 1, 12), -1)
-  located = Located(nothing, nothing, nothing, n_hits, length)
-  for attended, expected in (((8, 3, 0), 7 + 1), ((4, 3, 0), 3 + 1), ((3, 3, 0), 0), ((8, 2, 0), 0)):
-    assert located.given(jnp.array(attended)[:, None]).sum() == expected
-
-
 def test_groups_are_powers_of_two():
   with pytest.raises(ValueError, match="group=3 is not a power of two"):
-    propose(empty_maps(1, 1, 9, 3), ids([1, 2, 3, 4]), 0, "xla", group=3)
+    kernels.find(Maps.empty(1, 1, 9, 3), 0, jnp.arange(4)[None, None], jnp.full((1, 1), 4), group=3)
 
 
 @every_implementation
@@ -315,46 +296,36 @@ def test_lists_have_blocks(implementation: str):
 
 
 @every_implementation
-@pytest.mark.parametrize(("P", "group"), [(1, None), (5, 2), (40, None), (200, 4)])
-def test_residency_against_a_dictionary(P: int, group: int | None, implementation: str):
-  """Programs of three calls: two layers, then all layers at once (ranks are layers)."""
+@pytest.mark.parametrize("P", [1, 5, 40, 200])
+def test_residency_against_a_dictionary(P: int, implementation: str):
+  """Programs of two calls, a layer each."""
   rng = np.random.default_rng(P)
   B, K, L, M, n = 3, 2, 2, 40, 6
   model, maps = Residency(K, L, M, P), empty_maps(K, L, M, P)
-  oldest_first, in_layer, commit = programs(implementation, group)
-  _, in_all_layers, _ = programs(implementation, 1)
+  oldest_first, propose, commit = programs(implementation)
   seen = dict(hits=0, homeless=0, unreached=0)
   for clock in range(25):
-    new = M // 2 + rng.permutation(M // 2)[:B].astype(np.int32)  # blocks that finish in this program, so nowhere yet
-    freed = np.append(new, rng.integers(-1, M // 2, 2)).astype(np.int32)
+    freed = rng.integers(-1, M // 2, 2).astype(np.int32)
     maps = release(maps, freed)
     model.release(set(freed.tolist()))
     order, since = model.victims(), clock * L
     victims: Victims = oldest_first(maps, np.int32(since))
-    np.testing.assert_array_equal(victims.slots, order)
+    np.testing.assert_array_equal(victims.slots, [order])
     steps = rng.integers(0, 99, B).astype(np.int32)
     given = np.zeros((B, K), np.int32)
-    for call in range(L + 1):
-      if call < L:
-        layer = np.int32(call)
-        blocks = np.stack([rng.permutation(M // 2)[: B * n].reshape(B, n) for _ in range(K)], 1).astype(np.int32)
-        blocks[:, :, :] = np.where(rng.random((B, 1, n)) < 0.8, blocks, -1)
-        propose, of = in_layer, group or n
-      else:  # one new block a row, the same in all heads and layers
-        layer = np.arange(L, dtype=np.int32)
-        blocks = np.broadcast_to(new[:, None, None], (B, K, L)).copy()
-        blocks[rng.random(B) < 0.3] = -1
-        propose, of = in_all_layers, 1
+    for layer in range(L):
+      blocks = np.stack([rng.permutation(M // 2)[: B * n].reshape(B, n) for _ in range(K)], 1).astype(np.int32)
+      blocks[:, :, :] = np.where(rng.random((B, 1, n)) < 0.8, blocks, -1)
       length = lengths(blocks)
-      located = propose(maps, victims, layer, blocks, length, given=given)
+      located = propose(maps, victims, np.int32(layer), blocks, length, given=given)
       layers = np.broadcast_to(layer, blocks.shape)
-      expected = Located(*model.propose(order, since, layers, blocks, given.sum(), of), length)
+      expected = Located(*model.propose(order, since, layer, blocks, given.sum()), length)
       for name, x, y in zip(Located._fields, located, expected, strict=True):
         np.testing.assert_array_equal(x, y, err_msg=name)
       blocks, slots, places, _, _ = expected
       attended = rng.integers(0, blocks.shape[2] + 1, (B, K)).astype(np.int32)
-      stamp = np.int32(since) + layer
-      maps = commit(maps, layer, located, attended, stamp, steps)
+      stamp = np.int32(since + layer)
+      maps = commit(maps, np.int32(layer), located, attended, stamp, steps)
       model.commit(layers, blocks, slots, places, attended, np.broadcast_to(stamp, blocks.shape), steps)
       model.assert_equal(maps)
       given += ((np.arange(blocks.shape[2]) < attended[..., None]) & (slots < 0)).sum(-1, dtype=np.int32)

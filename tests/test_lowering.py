@@ -26,7 +26,7 @@ from tests.tiny import tiny_model
 B, K, L, M, P, R, N = 20, 8, 32, 20480, 1 << 20, 64, 1024
 Array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
 Int = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-MAPS = kernels.Maps(Int((K, L, M)), Int((P,)), Int((P,)), Int((K, L, M)))
+MAPS = kernels.Maps(Int((K, L, M)), *[Int((P,))] * 3, Int((K, L, M)))
 ON_GPU = dict(implementation="triton")
 
 
@@ -63,13 +63,43 @@ def test_attend(shape: Shape, n: int, groups: int, threshold: float | None, n_sl
   assert 'name = "attend"' in text
 
 
+@pytest.mark.parametrize("of_call", [None, 1, B])
+def test_attend_and_take(of_call: int | None):
+  """The shape of the 8B model; zones of rows, of all lists, or none."""
+  G, S, D = REAL["llama3-8b"]
+  n_zones, zone = (1, None) if of_call is None else (64, Int((of_call,)))
+  free = kernels.Free(Int((n_zones, P // n_zones)), *[Int((n_zones,))] * 3, zone)
+  text = lower(
+    lambda *arguments: kernels.attend_and_take(
+      *arguments[:-1], kernels.Taking(kernels.Stop(0.95, untested=4), arguments[-1]), **ON_GPU
+    ),
+    Array((B, K, G, D)),
+    kernels.Tails(Array((K, L, R, 2, S, D)), Int((B,)), Int((B,))),
+    Array((K, L, M, 2, S, D)),
+    Array((P, 2, S, D)),
+    Int(()),
+    located(N, N // 4),
+    free,
+  )
+  assert 'name = "attend"' in text
+
+
 @pytest.mark.parametrize(("n", "group"), [(64, None), (N, 4), (4096, None), (L, 1)])
-def test_residency(n: int, group: int | None):
-  victims = kernels.Victims(Int((P,)), Int(()))
+@pytest.mark.parametrize(("n_zones", "of_call"), [(1, None), (L, 1), (R, B)])
+def test_residency(n: int, group: int | None, n_zones: int, of_call: int | None):
+  zone = None if of_call is None else Int((of_call,))
+  victims = kernels.Victims(Int((n_zones, P // n_zones)), Int(()), zone)
   layer = Int((L,)) if group == 1 else Int(())  # one for each rank
-  propose = functools.partial(kernels.propose, group=group, **ON_GPU)
-  text = lower(propose, MAPS, victims, layer, Int((B, K, n)), Int((B, K)))
-  assert 'name = "look_up"' in text and 'name = "assign"' in text
+  if group is None:
+    propose = functools.partial(kernels.propose, **ON_GPU)
+    text = lower(propose, MAPS, victims, layer, Int((B, K, n)), Int((B, K)))
+    assert 'name = "look_up"' in text and 'name = "assign"' in text
+  else:
+    find = functools.partial(kernels.find, group=group, **ON_GPU)
+    assert 'name = "find"' in lower(find, MAPS, Int(()), Int((B, K, n)), Int((B, K)))
+    free = kernels.Free(victims.slots, *[Int((n_zones,))] * 3)
+    wanted = Int((B, K)) if n_zones == 1 else Int((n_zones,))
+    assert 'name = "evict"' in lower(functools.partial(kernels.evict, **ON_GPU), MAPS, victims, free, wanted)
   groups = 1 if group is None else n // group
   commit = functools.partial(kernels.commit, **ON_GPU)
   assert 'name = "commit"' in lower(commit, MAPS, layer, located(n, groups), Int((B, K)), layer, Int((B,)))
@@ -115,7 +145,7 @@ def test_a_step_asks_the_host_nothing():
   setup = Setup.of(model.config, config, "triton")
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   kv = lambda *dims: f32((*dims, 2, 8, 16))  # noqa: E731
-  maps = kernels.Maps(Int((2, 2, 40)), Int((12,)), Int((12,)), Int((2, 2, 40)))
+  maps = kernels.Maps(Int((2, 2, 40)), *[Int((12,))] * 3, Int((2, 2, 40)))
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
   cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(Int((8,)), Int((8,)), Int((8,)), None)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))

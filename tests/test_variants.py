@@ -41,6 +41,15 @@ def add_eviction_policy(monkeypatch) -> None:
   monkeypatch.setitem(EVICTIONS, "mru", mru)
 
 
+def add_fifo(monkeypatch) -> None:
+  """First in, first out, empty slots before all."""
+
+  def fifo(maps, since):
+    return jnp.where(maps.block_of < 0, jnp.iinfo(jnp.int32).min, maps.entered - since)
+
+  monkeypatch.setitem(EVICTIONS, "fifo", fifo)
+
+
 def add_load(monkeypatch) -> None:
   """Copies the first miss of each list, of one group, if it has a place."""
 
@@ -90,7 +99,7 @@ def add_workload(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-  "add", [add_selection_method, add_eviction_policy, add_load, add_save, add_arrival_process, add_workload]
+  "add", [add_selection_method, add_eviction_policy, add_fifo, add_load, add_save, add_arrival_process, add_workload]
 )
 def test_a_variant_costs_fifteen_lines(add):
   assert len(inspect.getsource(add).splitlines()) <= 15
@@ -104,16 +113,44 @@ def test_a_selection_method(monkeypatch):
   assert some != whole and engine.usage.blocks_attended > 0
 
 
-def test_an_eviction_policy(monkeypatch):
+@pytest.mark.parametrize(("add", "name"), [(add_eviction_policy, "mru"), (add_fifo, "fifo")])
+def test_an_eviction_policy(monkeypatch, add, name):
   """Tokens do not depend on it, what misses does."""
-  add_eviction_policy(monkeypatch)
-  loaded = {}
-  for name in ("lru", "mru"):
+  add(monkeypatch)
+  other, loaded = name, {}
+  for name in ("lru", other):
     conf = with_slots(config(f"cache.eviction={name}", "sparse.token_budget=64"), 40, tiny_model())
     tokens, engine = serve(conf, tiny_model(), PROMPTS, 12)
     loaded[name] = engine.usage.blocks_loaded, tokens
-  assert loaded["mru"][1] == loaded["lru"][1]
-  assert loaded["mru"][0] != loaded["lru"][0]
+  assert loaded[other][1] == loaded["lru"][1]
+  assert loaded[other][0] != loaded["lru"][0]
+
+
+def test_the_first_that_came_is_not_the_least_recently_used():
+  """Slot 0 came first and was used last."""
+  maps = kernels.Maps.empty(1, 1, 9, 2)
+  one, zero = jnp.ones((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
+  for stamp, block in enumerate((4, 5, 4)):
+    victims = kernels.victims(kernels.ages(maps, jnp.int32(stamp)), jnp.int32(stamp))
+    located = kernels.propose(maps, victims, 0, jnp.full((1, 1, 1), block), one)
+    maps = kernels.commit(maps, 0, located, one, jnp.int32(stamp), zero)
+  assert maps.entered.tolist() == [0, 1] and maps.last_used.tolist() == [2, 1]
+
+
+def test_results_of_a_wrong_shape_are_refused(monkeypatch):
+  monkeypatch.setitem(EVICTIONS, "three", lambda maps, since: jnp.arange(3))
+  conf = with_slots(config("cache.eviction=three"), 40, tiny_model())
+  with pytest.raises(ValueError, match=r"cache.eviction=three gives int32\[3\], not int32\[40\]"):
+    new_engine(conf, tiny_model())
+  wide = Method(vectors=1, summarize=lambda keys: keys[..., -2:, :], score=dot)
+  flat = Method(vectors=1, summarize=lambda keys: keys[..., -1:, :], score=lambda q, digests: digests[..., 0, 0])
+  for name, method, message in (
+    ("wide", wide, r"the digest of sparse.method=wide gives float32\[2, 2, 16\], not float32\[2, 1, 16\]"),
+    ("flat", flat, r"the score of sparse.method=flat gives float32\[3\], not float32\[2, 3\]"),
+  ):
+    monkeypatch.setitem(METHODS, name, method)
+    with pytest.raises(ValueError, match=message):
+      new_engine(config(f"sparse.method={name}"), tiny_model())
 
 
 @pytest.mark.parametrize("changed", ["cache.load=first", "cache.save=scatter"])

@@ -103,7 +103,7 @@ def config(*assignments: str, block_tokens: int = 8, base: EngineConfig | None =
 def with_slots(conf: EngineConfig, slots: int, model: Model) -> EngineConfig:
   """The same configuration with an HBM budget of exactly `slots` slots over all devices."""
   probe = CacheShape.of(model.config, override(conf, ["cache.hbm_bytes=1GiB"]), 2)
-  conf = override(conf, [f"cache.hbm_bytes={probe.fixed_bytes + slots * (probe.block_bytes + 8)}"])
+  conf = override(conf, [f"cache.hbm_bytes={probe.fixed_bytes + slots * probe.slot_bytes}"])
   made = CacheShape.of(model.config, conf, 2)
   assert slots == made.P
   return conf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,12 +35,11 @@ class Counts(NamedTuple):
   attended: Int32[Array, "B K"]  # full blocks
   missed: Int32[Array, "B K"]  # of these, those that were in no slot before the load
   loaded: Int32[Array, "B K"]  # read from the pool: copied by the load, and what missed after it
-  given: Int32[Array, "B K"]  # see kernels.Located.given
 
   @classmethod
   def zeros(cls, n_rows: int, n_heads: int) -> Counts:
     zero = jnp.zeros((n_rows, n_heads), jnp.int32)
-    return cls(zero, zero, zero, zero)
+    return cls(zero, zero, zero)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +93,11 @@ class Selector:
     return None if self.threshold is None else kernels.Stop(self.threshold, self.untested)
 
   @property
+  def takes(self) -> bool:
+    """Whether the test is made in the attention kernel, and a block that misses takes its slot when it is read."""
+    return self.threshold is not None and not self.host_loop
+
+  @property
   def rounds(self) -> kernels.Rounds | None:
     """How lists are read if the test is made outside of the attention kernel."""
     return kernels.Rounds(self.group_blocks, self.stop) if self.host_loop and self.stop else None
@@ -140,29 +143,64 @@ class DecodeAttention:
     layer: Int32[Array, ""],
     rows: Rows,
     turn: Turn,
-  ) -> tuple[Float32[Array, "B K G D"], Hot, Counts]:
+  ) -> tuple[Float32[Array, "B K G D"], Hot, Counts, Turn]:
     """Attention over each row's selected blocks and tail.
 
     No layer writes the pool, so it is no result. `turn` is what the layers before have left of the step's victims.
 
     Returns:
-      The output; `hot` with residency and slots updated; what the layer's lists came to.
+      The output; `hot` with residency and slots updated; what the layer's lists came to; what is left of the victims.
     """
     tails = kernels.Tails(hot.tail, rows.lanes, rows.tail_tokens)
     lists = self.selector.select(q, hot, layer, rows, self.implementation)
-    read = functools.partial(self._read, pool, layer, rows.steps)
     if self.selector.rounds is not None:
-      return self._in_rounds(q, tails, pool, hot, layer, turn, lists, read)
+      return self._in_rounds(q, tails, pool, hot, layer, rows, turn, lists)
+    if self.selector.takes:
+      return self._progressive(q, tails, pool, hot, layer, rows, turn, lists)
 
     def attend(slots, located):
-      stop = self.selector.stop
-      return kernels.attend(q, tails, pool, slots, layer, located, stop, implementation=self.implementation)
+      return kernels.attend(q, tails, pool, slots, layer, located, implementation=self.implementation)
 
-    partial, hot, counts = read(attend, hot, turn, lists, self.selector.group)
-    return partial.output, hot, counts
+    partial, hot, counts, given = self._read(attend, pool, hot, layer, rows, turn, lists)
+    return partial.output, hot, counts, turn._replace(given=given)
 
-  def _in_rounds(self, q, tails: kernels.Tails, pool, hot: Hot, layer, turn: Turn, lists, read: Callable):
-    """Reads groups of `lists` by `read`, which is `_read` but for its first arguments, with a stop test after each."""
+  def _read(self, attend: Callable, pool, hot: Hot, layer, rows: Rows, turn: Turn, lists):
+    """Finds, loads, attends to and commits `lists`, (blocks, lengths), of which all is read.
+
+    Returns:
+      What attend(slots, located) returns first; `hot` with slots and maps updated; counts; what is `given` afterwards.
+    """
+    on, here, (blocks, length) = dict(implementation=self.implementation), turn.at(layer, rows.lanes), lists
+    found = kernels.propose(hot.maps, here.victims, layer, blocks, length, given=turn.given, **on)
+    slots, located, copied = self.load(pool, hot, layer, found, self.implementation)
+    result, attended, slots = attend(slots, located)
+    maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
+    # Without slots the pool lies in HBM, and nothing misses.
+    has_slots = slots.shape[0] > 0
+    missed = found.missed(attended) if has_slots else jnp.zeros_like(attended)
+    loaded = located.missed(attended) + copied if has_slots else missed
+    given = turn.given + here.by_zone(found.given)
+    return result, hot.replace(slots=slots, maps=maps), Counts(attended, missed, loaded), given
+
+  def _progressive(self, q, tails: kernels.Tails, pool, hot: Hot, layer, rows: Rows, turn: Turn, lists):
+    """Reads `lists` with the stop test in the attention kernel. A block that misses takes its slot when it is read."""
+    on, stop, (blocks, length) = dict(implementation=self.implementation), self.selector.stop, lists
+    assert stop is not None
+    located = kernels.find(hot.maps, layer, blocks, length, group=self.selector.group, **on)
+    here = turn.at(layer, rows.lanes)
+    taking = kernels.Taking(stop, here.free)
+    partial, attended, slots, located, free = kernels.attend_and_take(
+      q, tails, pool, hot.slots, layer, located, taking, **on
+    )
+    missed = located.missed(attended) if slots.shape[0] > 0 else jnp.zeros_like(attended)
+    maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), rows.steps, **on)
+    if free is not None:  # as many for the next call as have missed in this one
+      maps, free = kernels.evict(maps, turn.victims, free, here.by_zone(missed), **on)
+      turn = turn._replace(free=free._replace(zone=None))
+    return partial.output, hot.replace(slots=slots, maps=maps), Counts(attended, missed, missed), turn
+
+  def _in_rounds(self, q, tails: kernels.Tails, pool, hot: Hot, layer, rows: Rows, turn: Turn, lists):
+    """Reads `lists` group by group, with a stop test after each outside of the attention kernel."""
     on, rounds, (blocks, length) = dict(implementation=self.implementation), self.selector.rounds, lists
     assert rounds is not None
 
@@ -171,31 +209,12 @@ class DecodeAttention:
       return by_block, located.length, slots
 
     def read_group(blocks, length, state):
-      slots, maps, counts = state
-      left = turn._replace(given=turn.given.sum() + counts.given.sum())
-      by_block, now, of_group = read(attend, hot.replace(slots=slots, maps=maps), left, (blocks, length), None)
-      return by_block, (now.slots, now.maps, jax.tree.map(jnp.add, counts, of_group))
+      slots, maps, counts, given = state
+      now, left = hot.replace(slots=slots, maps=maps), turn._replace(given=given)
+      by_block, now, of_group, given = self._read(attend, pool, now, layer, rows, left, (blocks, length))
+      return by_block, (now.slots, now.maps, jax.tree.map(jnp.add, counts, of_group), given)
 
     tail, slots = kernels.attend_to_tail(q, tails, pool, hot.slots, layer, **on)
-    state = slots, hot.maps, Counts.zeros(length.shape[0], length.shape[1])
-    partial, (slots, maps, counts) = rounds.read(tail, blocks, length, read_group, state)
-    return partial.output, hot.replace(slots=slots, maps=maps), counts
-
-  def _read(self, pool, layer, steps, attend: Callable, hot: Hot, turn: Turn, lists, group: int | None):
-    """Finds, loads, attends to and commits `lists`, (blocks, lengths).
-
-    Returns:
-      What attend(slots, located) returns first; `hot` with slots and maps updated; counts.
-    """
-    on = dict(implementation=self.implementation)
-    blocks, length = lists
-    found = kernels.propose(hot.maps, turn.victims, layer, blocks, length, given=turn.given, group=group, **on)
-    slots, located, copied = self.load(pool, hot, layer, found, self.implementation)
-    result, attended, slots = attend(slots, located)
-    maps = kernels.commit(hot.maps, layer, located, attended, hot.stamp(layer), steps, **on)
-    # Without slots the pool lies in HBM, and nothing misses.
-    has_slots = slots.shape[0] > 0
-    missed = found.missed(attended) if has_slots else jnp.zeros_like(attended)
-    loaded = located.missed(attended) + copied if has_slots else missed
-    counts = Counts(attended, missed, loaded, found.given(attended))
-    return result, hot.replace(slots=slots, maps=maps), counts
+    state = slots, hot.maps, Counts.zeros(length.shape[0], length.shape[1]), turn.given
+    partial, (slots, maps, counts, given) = rounds.read(tail, blocks, length, read_group, state)
+    return partial.output, hot.replace(slots=slots, maps=maps), counts, turn._replace(given=given)

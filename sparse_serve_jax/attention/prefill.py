@@ -20,24 +20,25 @@ class Before(NamedTuple):
 
 
 def pin(
-  cache: KVCache, layer: Int32[Array, ""], before: Before, turn: Turn, implementation: str
-) -> tuple[KVCache, Turn, Int32[Array, ""]]:
+  cache: KVCache, layer: Int32[Array, ""], lane: Int32[Array, ""], before: Before, turn: Turn, implementation: str
+) -> tuple[KVCache, Int32[Array, " Z"], Int32[Array, ""]]:
   """Brings what comes before a piece into slots, as far as there are victims, and makes what is there the youngest.
 
   Returns:
-    The cache, what is left of the victims, and how many blocks of this device's heads were read from the pool.
+    The cache, how many of the victims are gone, and how many blocks of this device's heads were read from the pool.
   """
   hot, (n_heads, size) = cache.hot, (cache.pool.shape[0], cache.pool.shape[4])
   n, n_before = before.blocks.shape[0], before.tokens // size
-  options = dict(implementation=implementation)
+  here, on = turn.at(layer, lane[None]), dict(implementation=implementation)
   lists = jnp.broadcast_to(jnp.where(jnp.arange(n) < n_before, before.blocks, -1), (1, n_heads, n))
   length = jnp.full((1, n_heads), n_before)
-  located = kernels.propose(hot.maps, turn.victims, layer, lists, length, given=turn.given, group=1, **options)
-  slots = kernels.load_blocks(cache.pool, hot.slots, layer, located.blocks, located.place, **options)
+  located = kernels.propose(hot.maps, here.victims, layer, lists, length, given=turn.given, **on)
+  slots = kernels.load_blocks(cache.pool, hot.slots, layer, located.blocks, located.place, **on)
   never = jnp.full(1, kernels.NEVER)  # prefill selects nothing
-  maps = kernels.commit(hot.maps, layer, located, length, hot.stamp(layer), never, **options)
-  turn = turn._replace(given=turn.given + located.given(length).sum())
-  return cache.replace(hot=hot.replace(slots=slots, maps=maps)), turn, (located.place >= 0).sum(dtype=jnp.int32)
+  maps = kernels.commit(hot.maps, layer, located, length, hot.stamp(layer), never, **on)
+  given = here.by_zone(located.given)
+  given = turn.given + (given.sum() if turn.n_zones == 1 else given)
+  return cache.replace(hot=hot.replace(slots=slots, maps=maps)), given, (located.place >= 0).sum(dtype=jnp.int32)
 
 
 def prefill_attention(

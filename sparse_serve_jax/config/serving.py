@@ -27,6 +27,9 @@ class CacheConfig:
   load: str = "fused"  # DRAM to the devices
   save: str = "direct"  # finished blocks to DRAM
   eviction: str = "lru"  # which slot a block that was read from DRAM may take
+  # Among which slots: all (SparseServe), its layer's equal share, as pools of each layer are (PSA), or its lane's, a
+  # hot buffer of each request (HiSparse), of 1 / lanes of all slots however few requests there are.
+  zones: Literal["shared", "layer", "lane"] = "shared"
 
   def __post_init__(self):
     check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "lanes"))

@@ -56,7 +56,7 @@ def cache_specs() -> KVCache:
   """The PartitionSpec of every array of the cache: split by KV head or by slot, or whole on every device."""
   split: Any = P(AXIS)
   whole: Any = P()
-  maps = kernels.Maps(*[split] * 4)
+  maps = kernels.Maps(*[split] * len(kernels.Maps._fields))
   return KVCache(split, Hot(split, split, maps, split, tables=whole, last_token=whole, clock=whole, pool_id=split))
 
 

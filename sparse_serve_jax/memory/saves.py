@@ -84,7 +84,7 @@ def save_tails(
   hot = cache.hot
   n_heads, n_layers, n_lanes = hot.tail.shape[:3]
   lists = jnp.broadcast_to(blocks[:, None, None], (blocks.shape[0], n_heads, n_layers))  # a rank is a layer
-  maps, place = _find_places(saving, hot, lists, jnp.arange(n_layers), steps, turn)
+  maps, place = _find_places(saving, hot, lists, jnp.arange(n_layers), lanes, steps, turn)[:2]
   new = NewBlocks(hot.tail, 0, jnp.minimum(lanes, n_lanes - 1), blocks)
   pool = saving.save(cache.pool, new, saving.implementation)
   return KVCache(pool, _write(saving, hot, new, maps, jnp.moveaxis(place, 0, 2)))
@@ -96,9 +96,9 @@ def save_piece(
   kv: Float[Array, "K n 2 S D"],
   layer: Int32[Array, ""],
   blocks: Int32[Array, " n"],
-  n_newest: Int32[Array, ""],
+  newest: tuple[Int32[Array, ""], Int32[Array, ""]],
   turn: Turn,
-) -> KVCache:
+) -> tuple[KVCache, Int32[Array, "*any"]]:
   """Saves one layer's blocks of a piece of a prompt, unless they are staged; the newest enter slots, the very newest
   first.
 
@@ -108,19 +108,22 @@ def save_piece(
     kv: the blocks.
     layer: theirs.
     blocks: where they go in the pool, -1 from the first that is not full on.
-    n_newest: the last so many full blocks enter slots.
+    newest: the last so many full blocks enter slots; of a request in this lane.
     turn: what is left of the step's victims.
+
+  Returns:
+    The cache, and how many of the victims are gone.
   """
   n_heads, n = kv.shape[:2]
-  ids = jnp.arange(n)
-  newest = (ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
-  lists = jnp.broadcast_to(jnp.where(newest, blocks, -1)[::-1], (1, n_heads, n))
-  maps, place = _find_places(saving, cache.hot, lists, layer, jnp.full(1, kernels.NEVER), turn)
+  ids, (n_newest, lane) = jnp.arange(n), newest
+  entering = (ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
+  lists = jnp.broadcast_to(jnp.where(entering, blocks, -1)[::-1], (1, n_heads, n))
+  maps, place, given = _find_places(saving, cache.hot, lists, layer, lane[None], jnp.full(1, kernels.NEVER), turn)
   new, pool = NewBlocks(kv[:, None], layer, ids, blocks), cache.pool
   if not saving.staged:
     pool = saving.save(pool, new, saving.implementation)
     pool = host_pool.keep(pool) if saving.host_pool else pool
-  return KVCache(pool, _write(saving, cache.hot, new, maps, place[0, :, ::-1][:, None]))
+  return KVCache(pool, _write(saving, cache.hot, new, maps, place[0, :, ::-1][:, None])), given
 
 
 def _find_places(
@@ -128,15 +131,29 @@ def _find_places(
   hot: Hot,
   lists: Int32[Array, "B K n"],
   layers: Int32[Array, "*n"],
+  lanes: Int32[Array, " B"],
   steps: Int32[Array, " B"],
   turn: Turn,
-) -> tuple[kernels.Maps, Int32[Array, "B K n"]]:
-  """Places for new blocks `lists`, of one layer or of one for each rank; and the maps that have them there."""
-  options = dict(implementation=saving.implementation)
-  length = jnp.full(lists.shape[:2], lists.shape[2])
-  located = kernels.propose(hot.maps, turn.victims, layers, lists, length, given=turn.given, group=1, **options)
-  maps = kernels.commit(hot.maps, layers, located, length, hot.stamp(layers), steps, **options)
-  return maps, located.place
+) -> tuple[kernels.Maps, Int32[Array, "B K n"], Int32[Array, "*any"]]:
+  """Places for new blocks `lists`, of one layer or of one for each rank; the maps that have them there, and how many of
+  the victims are gone."""
+  options, new = dict(implementation=saving.implementation), lists >= 0
+  nowhere, length = jnp.full_like(lists, -1), jnp.full(lists.shape[:2], lists.shape[2])
+  if hot.slots.shape[0] == 0:
+    place, maps, given = nowhere, hot.maps, jnp.ravel(turn.given)
+  else:
+    zone = turn.zone(layers, lanes)
+    free = turn.free or kernels.Free.nothing(turn.victims, turn.given, lists.size)
+    count = new.astype(jnp.int32)
+    if turn.n_zones == 1:
+      wanted = count
+    else:
+      wanted = jnp.zeros(turn.n_zones, jnp.int32).at[jnp.broadcast_to(zone[:, None], lists.shape)].add(count)
+    maps, free = kernels.evict(hot.maps, turn.victims, free, wanted, **options)
+    place, given = free.take(new, zone)[0], free.seen
+  located = kernels.Located(lists, nowhere, place, jnp.zeros((*lists.shape[:2], 1), jnp.int32), length)
+  maps = kernels.commit(maps, layers, located, length, hot.stamp(layers), steps, **options)
+  return maps, place, given
 
 
 def _write(saving: Saving, hot: Hot, new: NewBlocks, maps: kernels.Maps, place: Int32[Array, "K Ls n"]) -> Hot:

@@ -52,8 +52,8 @@ class CacheShape:
 
   @property
   def slot_bytes(self) -> int:
-    """HBM of a slot and its entries in two maps."""
-    return self.block_bytes + 2 * INT
+    """HBM of a slot and its entries in three maps."""
+    return self.block_bytes + 3 * INT
 
   @property
   def pool_bytes(self) -> int:
@@ -80,7 +80,7 @@ class CacheShape:
     """Divides the byte budgets of `config.cache`; `vectors` is E of the selection method, unused when dense.
 
     Raises:
-      ValueError: a budget is below what one slot a device, or one block of a request, needs.
+      ValueError: a budget is below what one slot of every zone and device, or one block of a request, needs.
     """
     cache = config.cache
     limit = min(model.max_context, config.scheduler.max_context or model.max_context)
@@ -107,7 +107,8 @@ class CacheShape:
       return dataclasses.replace(empty, M=blocks, max_context=context, slab_tokens=slab, saving_tokens=saving)
 
     if cache.offload:
-      return _with_slots(with_pool, cache.dram_bytes, cache.hbm_bytes, config.tp)
+      zones = {"shared": 1, "layer": empty.L, "lane": empty.R}[cache.zones]
+      return _with_slots(with_pool, cache.dram_bytes, cache.hbm_bytes, zones * config.tp)
     return _in_hbm(with_pool, cache.hbm_bytes)
 
 
@@ -126,19 +127,21 @@ def _in_hbm(with_pool, hbm_bytes: int) -> CacheShape:
   return with_pool(bisect.bisect_right(range(hbm_bytes // one.pool_bytes + 1), hbm_bytes, key=needed) - 1)
 
 
-def _with_slots(with_pool, dram_bytes: int, hbm_bytes: int, n_devices: int) -> CacheShape:
-  """The pool is what DRAM holds, slots are what HBM has left."""
+def _with_slots(with_pool, dram_bytes: int, hbm_bytes: int, n_zones: int) -> CacheShape:
+  """The pool is what DRAM holds, slots are what HBM has left, in equal zones, those of all devices counted."""
   one = with_pool(1)
   blocks = dram_bytes // one.pool_bytes
   if blocks < 1:
     raise ValueError(f"cache.dram_bytes={dram_bytes} is below the {one.pool_bytes} bytes of one request's block")
   shape = with_pool(blocks)
-  least = shape.slot_bytes * n_devices  # a slot on every device
-  slots = (hbm_bytes - shape.fixed_bytes) // least * n_devices
-  if slots < n_devices:
+  least = shape.slot_bytes * n_zones
+  slots = (hbm_bytes - shape.fixed_bytes) // least * n_zones
+  if slots < n_zones:
     raise ValueError(
       f"cache.hbm_bytes={hbm_bytes} is below the minimum of {shape.fixed_bytes + least} bytes: "
       f"{blocks * shape.per_pool_block_bytes} for digests and maps of {blocks} blocks, the rest for {shape.R} tails, "
-      f"tables, the prefill slab and one slot per device; lower cache.dram_bytes, cache.lanes or scheduler.max_context"
+      f"tables, the prefill slab and one slot per zone and device, {n_zones} in all; lower cache.dram_bytes, "
+      "cache.lanes or scheduler.max_context"
     )
-  return dataclasses.replace(shape, P=min(slots, blocks * shape.K * shape.L))  # more would never fill
+  most = -(-blocks * shape.K * shape.L // n_zones) * n_zones  # more would never fill
+  return dataclasses.replace(shape, P=min(slots, most))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import Maps
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
@@ -110,7 +112,7 @@ class JaxExecutor:
 
   Raises:
     ValueError: a byte budget is too small or does not fit, `tp` does not divide the model or exceeds the devices there
-      are, or the configuration names a variant that there is not.
+      are, or the configuration names a variant that there is not, or one whose results have a wrong shape.
     NotImplementedError: the implementation does not run here, or cannot read where the pool lies.
   """
 
@@ -122,7 +124,9 @@ class JaxExecutor:
     self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
     implementation = _implementation(config, cfg.head_dim)
-    self.programs = programs(Setup.of(cfg, config, implementation), self.mesh)
+    setup = Setup.of(cfg, config, implementation)
+    _check_variants(config, setup, self.shape)
+    self.programs = programs(setup, self.mesh)
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
     budget.check(budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
@@ -269,6 +273,28 @@ class JaxExecutor:
       sampling=None if all(r.sampling.plain for r in rows) else _sampling_rows([r.sampling for r in rows], n),
     )
     return batch, width
+
+
+def _check_variants(config: EngineConfig, setup: Setup, shape: CacheShape) -> None:
+  """Raises ValueError if a variant's results have not the shape that they are read with."""
+  method, G = setup.attention.selector.method, setup.model.n_heads // setup.model.n_kv_heads
+  maps = jax.eval_shape(lambda: Maps.empty(shape.K, shape.L, shape.M, shape.P))
+  of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  keys, dtype = jax.ShapeDtypeStruct((2, shape.S, shape.D), setup.model.dtype), jnp.dtype(setup.model.dtype)
+  made = {
+    f"cache.eviction={config.cache.eviction}": (
+      jax.eval_shape(setup.eviction, maps, jax.ShapeDtypeStruct((), jnp.int32)),
+      jax.ShapeDtypeStruct((shape.P,), jnp.int32),
+    )
+  }
+  if setup.attention.selector.limit is not None:
+    digest = jax.ShapeDtypeStruct((2, method.vectors, shape.D), dtype)
+    made[f"the digest of sparse.method={config.sparse.method}"] = jax.eval_shape(method.summarize, keys), digest
+    scores = jax.eval_shape(method.score, of((G, shape.D)), of((3, method.vectors, shape.D)))
+    made[f"the score of sparse.method={config.sparse.method}"] = scores, of((G, 3))
+  for name, (actual, expected) in made.items():
+    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+      raise ValueError(f"{name} gives {actual.dtype}{list(actual.shape)}, not {expected.dtype}{list(expected.shape)}")
 
 
 def _implementation(config: EngineConfig, head_dim: int) -> str:
