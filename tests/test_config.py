@@ -243,7 +243,7 @@ def test_a_dict_is_what_a_file_holds():
 
 
 def test_unknown_name_lists_what_there_is():
-  with pytest.raises(ValueError, match="'pso'.*dense, flash_transfer, psa, psa_host_loop, sparse, sparse_offload, sparse_serve, working_set"):
+  with pytest.raises(ValueError, match=f"'pso'.*{', '.join(sorted(LADDER))}"):
     load_config("pso")
   with pytest.raises(ValueError, match="no such file: elsewhere/psa.json"):
     load_config("elsewhere/psa.json")
