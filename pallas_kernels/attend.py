@@ -111,7 +111,7 @@ class Taken(NamedTuple):
   attended: Int32[Array, "B K"]  # the first so many blocks of each list have been read
   slots: Float[Array, "P 2 S D"]
   located: Located  # with the places that misses took
-  free: Free  # what is left
+  free: Free | None  # what is left
 
 
 def attend_and_take(
@@ -131,7 +131,7 @@ def attend_and_take(
   """
   stop, free = taking
   _check(tails, located, stop, implementation)
-  if slots.shape[0] == 0:
+  if slots.shape[0] == 0 or free is None:
     return Taken(*attend(q, tails, pool, slots, layer, located, stop, implementation=implementation), located, free)
   run = attend_xla if implementation == "xla" else functools.partial(_attend_kernel, implementation)
   partial, attended, slots, place, taken = run(q, tails, pool, slots, layer, located, taking)

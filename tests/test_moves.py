@@ -129,12 +129,12 @@ def test_the_host_knows_a_pool_that_moves():
 
 N = 12
 PROMPTS = [prompt_of(n, seed=n) for n in (50, 17, 40, 7)]
-PREFILLS = ("scheduler.max_inject_tokens=128", "scheduler.max_inject_tokens=24", "scheduler.prefill=chunked")
+PREFILLS = ("scheduler.max_inject_tokens=128", "scheduler.max_inject_tokens=16", "scheduler.prefill=chunked")
 
 
 def small(*assignments: str) -> EngineConfig:
   """Slots for less than an eighth of the KV, and pieces of prompts in few sizes."""
-  conf = config("scheduler.batch_control=none", "scheduler.max_context=64", "scheduler.chunk_tokens=24", *assignments)
+  conf = config("scheduler.batch_control=none", "scheduler.max_context=64", "scheduler.chunk_tokens=16", *assignments)
   return with_slots(conf, 6, tiny_model())
 
 
@@ -150,6 +150,16 @@ def test_tokens_depend_on_no_load_and_no_save(device, load, save):
     assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
     assert engine.usage.blocks_loaded >= engine.usage.blocks_missed > blocks >= 8 * 6
     assert engine._scheduler.pool_blocks_in_use == 0
+
+
+@CPU_AND_GPU
+def test_the_host_moves_the_parts_of_two_devices(device):
+  if jax.device_count() < 2:
+    pytest.skip(f"needs two devices, there is {jax.device_count()}")
+  conf = small("cache.load=staged", "cache.save=staged", "tp=2", PREFILLS[1])
+  tokens, engine = serve(conf, tiny_model(), PROMPTS, N)
+  assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
+  assert engine.usage.blocks_missed > 0
 
 
 def test_late_saves_change_no_tokens(monkeypatch):
