@@ -153,13 +153,13 @@ class _Cut:
   def of(cls, blocks: jax.Array, group: int | None, implementation: str) -> _Cut:
     """Raises ValueError if `group` is not a power of two, or lists have no blocks."""
     triton.check(implementation)
-    n = blocks.shape[2]
+    n_rows, n_heads, n = blocks.shape
     if n == 0:
       raise ValueError("lists of 0 blocks")
     group = n if group is None else min(group, n)
     if group < 1 or (group != n and group & (group - 1)):
       raise ValueError(f"{group=} is not a power of two")
-    return cls(*blocks.shape, group)
+    return cls(n_rows, n_heads, n, group)
 
   @property
   def n_lists(self) -> int:

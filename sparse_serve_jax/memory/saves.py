@@ -102,8 +102,8 @@ def save_piece(
   """
   n_heads, n = kv.shape[:2]
   ids, (n_newest, lane) = jnp.arange(n), newest
-  newest = (ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
-  lists = jnp.broadcast_to(jnp.where(newest, blocks, -1)[::-1], (1, n_heads, n))
+  entering = (ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
+  lists = jnp.broadcast_to(jnp.where(entering, blocks, -1)[::-1], (1, n_heads, n))
   maps, place, given = _find_places(saving, cache.hot, lists, layer, lane[None], jnp.full(1, kernels.NEVER), turn)
   cache = _write(saving, cache, NewBlocks(kv[:, None], layer, ids, blocks), maps, place[0, :, ::-1][:, None])
   return cache.replace(pool=host_pool.keep(cache.pool)) if saving.host_pool else cache, given
