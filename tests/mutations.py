@@ -195,8 +195,8 @@ MUTATIONS = [
   Mutation(
     "a stamp grows old without end",
     MAPS,
-    "jnp.where(idle, oldest, maps.last_used)",
-    "maps.last_used",
+    "jnp.where(idle, since + OLDEST, stamp)",
+    "stamp",
     (f"{RESIDENCY}::test_a_slot_idle_for_long_never_looks_new",),
   ),
   Mutation(

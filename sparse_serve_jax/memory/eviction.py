@@ -48,10 +48,9 @@ class Turn(NamedTuple):
 
   def by_zone(self, counts: Int32[Array, "B K"]) -> Int32[Array, "*any"]:
     """Counts of the lists that this turn is `at`, as `given` has them."""
-    if self.n_zones == 1:
-      return counts
     zone = self.victims.zone
-    assert zone is not None
+    if zone is None:
+      return counts
     counts = counts.sum(1) if zone.shape[0] > 1 else jnp.reshape(counts.sum(), 1)
     return jnp.zeros(self.n_zones, jnp.int32).at[zone].add(counts)
 
