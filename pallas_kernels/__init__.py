@@ -9,7 +9,7 @@ from pallas_kernels.attend import Stop, Tails, attend
 from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
-from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, victims
+from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, touch, victims
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
 from pallas_kernels.residency import Located, propose
@@ -42,5 +42,6 @@ __all__ = [
   "select",
   "store_blocks",
   "store_digests",
+  "touch",
   "victims",
 ]

@@ -84,10 +84,12 @@ class Setup:
       implementation=implementation,
     )
 
-  def turn(self, hot: Hot) -> tuple[Hot, Turn]:
-    """The victims of a step that begins now, none of them given yet."""
+  def turn(self, hot: Hot, needed: jax.Array | None = None) -> tuple[Hot, Turn]:
+    """The victims of a step that begins now, none of them given yet; blocks `needed` [n] (-1: nothing) are none."""
     since = hot.stamp(0)
     hot = hot.replace(maps=kernels.saturate(hot.maps, since))
+    if needed is not None:
+      hot = hot.replace(maps=kernels.touch(hot.maps, needed, since))
     return hot, Turn(kernels.victims(self.eviction(hot.maps, since), since), jnp.int32(0))
 
 
@@ -218,9 +220,11 @@ def prefill_segment(
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
   cos_sin = llama.rope(cfg, positions)
-  hot, turn = setup.turn(cache.hot)
-  table = hot.tables[batch.lane]
-  before = Before(table[:width], batch.start) if width else None
+  table, before = cache.hot.tables[batch.lane], None
+  if width:
+    n_before = batch.start // size
+    before = Before(jnp.where(jnp.arange(width) < n_before, table[:width], -1), n_before)
+  hot, turn = setup.turn(cache.hot, before.blocks if before is not None and setup.pins else None)
   ids = jnp.arange(positions.shape[0] // size)
   blocks = jnp.where(ids < batch.n_tokens // size, table.at[batch.start // size + ids].get(mode="clip"), -1)
   n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)
