@@ -41,9 +41,9 @@ class Watch:
     live = {block for table in self.tables.values() for block in table}
     released = plan.release.tolist()
     assert len(set(released)) == len(released) and set(released) <= self.dirty and not set(released) & live
-    self.dirty -= set(released)
-    assert {admission.request_id for admission in plan.admit} <= {work.request_id for work in plan.prefill}
     self._wait(plan)
+    self.dirty -= set(released)  # to be had from the next plan on
+    assert {admission.request_id for admission in plan.admit} <= {work.request_id for work in plan.prefill}
     for admission in plan.admit:
       self._admit(admission.request_id, tuple(admission.table.tolist()))
     self._room(plan)
