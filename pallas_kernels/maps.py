@@ -96,6 +96,13 @@ def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
   )
 
 
+def touch(maps: Maps, blocks: Int32[Array, " n"], stamp: Int32[Array, ""]) -> Maps:
+  """Counts as used what slots hold of the DRAM blocks (-1: nothing) in all layers and heads."""
+  slots = maps.slot_of.at[:, :, only(blocks >= 0, blocks, maps.slot_of.shape[2])].get(mode="fill", fill_value=-1)
+  slots = only(slots >= 0, slots, maps.last_used.shape[0]).ravel()
+  return maps._replace(last_used=maps.last_used.at[slots].set(stamp, mode="drop"))
+
+
 def unused(last_used: jax.Array, since: jax.Array) -> jax.Array:
   """Whether a slot has not been used since then. Of stamps that wrap around the difference tells."""
   return (last_used == -1) | (last_used - since < 0)

@@ -87,10 +87,14 @@ class Setup:
       implementation=implementation,
     )
 
-  def turn(self, hot: Hot, n_rows: int) -> tuple[Hot, Turn]:
-    """The victims of a step of `n_rows` rows that begins now, none of them given yet."""
+  def turn(self, hot: Hot, n_rows: int, needed: jax.Array | None = None) -> tuple[Hot, Turn]:
+    """The victims of a step of `n_rows` rows that begins now, none of them given yet; blocks `needed` [n] (-1: nothing)
+    are none.
+    """
     since, (n_heads, n_layers, n_lanes) = hot.stamp(0), hot.tail.shape[:3]
     hot = hot.replace(maps=kernels.saturate(hot.maps, since))
+    if needed is not None:
+      hot = hot.replace(maps=kernels.touch(hot.maps, needed, since))
     n_zones = {"shared": 1, "layer": n_layers, "lane": n_lanes}[self.zones] if hot.slots.shape[0] else 1
     given = jnp.zeros((n_rows, n_heads) if n_zones == 1 else n_zones, jnp.int32)
     return hot, Turn(self.zones, kernels.victims(self.eviction(hot.maps, since), since, n_zones), given)
@@ -228,9 +232,11 @@ def prefill_segment(
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
   cos_sin = llama.rope(cfg, positions)
-  hot, turn = setup.turn(cache.hot, 1)
-  table = hot.tables[batch.lane]
-  before = Before(table[:width], batch.start) if width else None
+  table, before = cache.hot.tables[batch.lane], None
+  if width:
+    n_before = batch.start // size
+    before = Before(jnp.where(jnp.arange(width) < n_before, table[:width], -1), n_before)
+  hot, turn = setup.turn(cache.hot, 1, before.blocks if before is not None and setup.pins else None)
   ids = jnp.arange(positions.shape[0] // size)
   blocks = jnp.where(ids < batch.n_tokens // size, table.at[batch.start // size + ids].get(mode="clip"), -1)
   n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)

@@ -146,19 +146,21 @@ def programs_of(buckets: Buckets, plan: Plan) -> set[tuple]:
   S=st.sampled_from([8, 32, 128]),
   n_layers=st.integers(1, 4),
   max_context=st.integers(8, 6000),
+  max_tokens=st.just(0) | st.integers(128, 3000),
   data=st.data(),
 )
-def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers, max_context, data):
+def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers, max_context, max_tokens, data):
   """Prompts that share an iteration make pieces of any size: each fits a bucket, and only listed programs run.
 
   A piece is padded by an eighth of itself or of a full piece, give or take a block; or it begins a prompt and is small.
   """
   scheduler = SchedulerConfig(prefill=prefill, max_inject_tokens=inject, chunk_tokens=chunk_blocks * S, max_batch=3)
+  scheduler = dataclasses.replace(scheduler, max_tokens=max_tokens)
   conf = EngineConfig(CacheConfig(block_tokens=S), SparseConfig(token_budget=4096), scheduler)
   prompts = data.draw(st.lists(st.integers(1, max_context - 2), min_size=1, max_size=5))
   buckets = Buckets.of(conf, n_layers, max_context)
   listed = set(buckets.programs())
-  full = chunk_blocks * S if prefill == "chunked" else inject or 2048 * n_layers
+  full = conf.prefill_allowance(n_layers)
   for plan in planned(conf, sizes(n_layers, max_context, S), prompts, n_output=2):
     assert programs_of(buckets, plan) <= listed
     for work in plan.prefill:

@@ -97,6 +97,8 @@ def test_ladder_changes_what_each_rung_is_named_for():
     {"policy": "psa"},
     {"stop": "host_loop"},
   ]
+  control = dataclasses.replace(load_config("sparse_offload").scheduler, batch_control="working_set")
+  assert load_config("working_set") == dataclasses.replace(load_config("sparse_offload"), scheduler=control)
   assert len({load_config(name).cache.hbm_bytes for name in LADDER}) == 1
 
 
@@ -381,6 +383,9 @@ def test_override_refuses(assignment: str, words: list[str]):
     (lambda: SparseConfig(group_blocks=3), ["group_blocks=3", "power of two"]),
     (lambda: SchedulerConfig(max_batch=0), ["max_batch=0"]),
     (lambda: SchedulerConfig(max_context=-1), ["max_context=-1"]),
+    (lambda: SchedulerConfig(max_tokens=-1), ["max_tokens=-1"]),
+    (lambda: SchedulerConfig(max_inject_tokens=-1), ["max_inject_tokens=-1"]),
+    (lambda: EngineConfig(scheduler=SchedulerConfig(max_tokens=31)), ["max_tokens=31", "block of 32", "0 for no"]),
     (lambda: EngineConfig(tp=0), ["tp=0"]),
     (lambda: EngineConfig(SparseConfig()), ["EngineConfig.cache", "CacheConfig"]),
     (lambda: EngineConfig(scheduler=SchedulerConfig(prefill="chunked", chunk_tokens=1000)), ["1000", "32"]),

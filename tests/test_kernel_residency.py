@@ -234,6 +234,17 @@ def test_release_forgets_all_layers_and_heads():
   assert after.slot_of[0, 0].tolist() == [-1, 4, -1, -1, -1] and after.slot_of[1, 0].tolist() == [-1, -1, 5, -1, -1]
 
 
+def test_touch_uses_all_layers_and_heads():
+  maps = empty_maps(2, 2, 5, 6)
+  every = np.broadcast_to(np.array([[[3], [3]]], np.int32), (1, 2, 1))
+  for layer in range(2):
+    maps = fill(maps, every, layer, "xla", layer)
+  maps = fill(maps, np.array([[[1], [2]]], np.int32), 2, "xla")
+  after = kernels.touch(maps, np.array([3, -1, 4], np.int32), np.int32(9))
+  assert after.last_used.tolist() == [9, 9, 9, 9, 2, 2]
+  assert after._replace(last_used=maps.last_used) == maps
+
+
 @every_implementation
 def test_residency_without_slots(implementation: str):
   maps, blocks = empty_maps(2, 1, 6, 0), np.array([[[1, -1], [4, 2]]], np.int32)

@@ -31,6 +31,8 @@ class Watch:
     self.dirty: set[int] = set()  # blocks of ended requests whose release has not been seen
     self.in_flight: deque[set[int]] = deque()  # blocks in tables of plans that have not completed
     self.pauses: dict[str, tuple[int, int]] = {}  # plans that left it out, and the most there may be
+    self.waits: dict[str, tuple[int, int]] = {}  # the same of a prompt that was next in line
+    self.sizes: dict[str, int] = {}  # working sets that were measured
     self.iteration = 0
 
   def plan(self, plan: Plan) -> None:
@@ -39,14 +41,43 @@ class Watch:
     live = {block for table in self.tables.values() for block in table}
     released = plan.release.tolist()
     assert len(set(released)) == len(released) and set(released) <= self.dirty and not set(released) & live
-    self.dirty -= set(released)
+    self._wait(plan)
+    self.dirty -= set(released)  # to be had from the next plan on
     assert {admission.request_id for admission in plan.admit} <= {work.request_id for work in plan.prefill}
     for admission in plan.admit:
       self._admit(admission.request_id, tuple(admission.table.tolist()))
+    self._room(plan)
     self._decode(plan)  # before prefill: what ends its prompt now decodes from the next plan on
     self._prefill(plan)
     held = [self.tables[of.request_id] for of in (*plan.decode, *plan.prefill)]
     self.in_flight.append({block for table in held for block in table})
+
+  def _wait(self, plan: Plan) -> None:
+    """A prompt that could run waits only where an older request makes a step, so for no more steps than these have."""
+    partly = [name for name in self.tables if name not in self.prefilled]
+    waiting = [name for name, each in self.requests.items() if not each.ended and name not in self.admitted]
+    taken = self.dirty | {block for table in [*self.tables.values(), *self.in_flight] for block in table}
+    free = len(self.tables) < self.shape.R and len(taken) + self.shape.N <= self.shape.M
+    for name in (partly or (waiting if free else []))[:1]:
+      older = sum(self.left(other) for other in self.tables if other != name)
+      waits, bound = self.waits.setdefault(name, (0, older))
+      waited = all(work.request_id != name for work in plan.prefill)
+      self.waits[name] = waits + waited, bound
+      assert self.waits[name][0] <= bound
+      assert plan.decode or not waited
+
+  def _room(self, plan: Plan) -> None:
+    """What was chosen fits tokens and slots; the oldest may exceed the slots, and then no other needs one."""
+    scheduler, L = self.config.scheduler, self.shape.L
+    tokens = len(plan.decode) + sum(-(-len(work.tokens) * work.n_layers // L) for work in plan.prefill)
+    assert tokens <= (scheduler.max_tokens or tokens)
+    if scheduler.batch_control == "none" or not self.shape.P:
+      return
+    cold = lambda row: min(row.position // S, self.config.budget_blocks) * L * self.shape.K  # noqa: E731
+    needs = [self.sizes.get(row.request_id, cold(row)) for row in plan.decode]
+    if scheduler.prefill == "chunked":
+      needs += [(work.start + len(work.tokens)) // S * L * self.shape.K for work in plan.prefill]
+    assert sum(needs) <= self.shape.P or not any(needs[1:])
 
   def _decode(self, plan: Plan) -> None:
     names = [row.request_id for row in plan.decode]
@@ -123,6 +154,7 @@ def runs(draw):
     prefill=prefill,
     chunk_tokens=S * draw(st.integers(1, 6)),
     max_inject_tokens=draw(st.integers(1, 160)),
+    max_tokens=draw(st.just(0) | st.integers(S, 60)),
     batch_control=draw(st.sampled_from(["working_set", "working_set", "none"])),
     working_set_steps=draw(st.integers(1, 4)),
   )
@@ -175,6 +207,7 @@ def test_whole_runs(run):
       watch.in_flight.popleft()
       sets = {row.request_id: int(rng.integers(0, 80)) for row in oldest.measure}
       step = result(oldest, working_sets=sets)
+      watch.sizes |= sets
       tokens = {name: int(rng.integers(0, 30)) for name in step.tokens}
       for each in scheduler.update(dataclasses.replace(step, tokens=tokens), now).ended:
         assert each.id not in outcome

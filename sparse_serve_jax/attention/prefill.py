@@ -15,23 +15,22 @@ from sparse_serve_jax.memory.kv_cache import KVCache
 class Before(NamedTuple):
   """What comes before a piece of a prompt."""
 
-  blocks: Int32[Array, " N"]  # in the pool; beyond `tokens` they may be anything
-  tokens: Int32[Array, ""]  # a multiple of S
+  blocks: Int32[Array, " N"]  # in the pool; -1 beyond `n_blocks`
+  n_blocks: Int32[Array, ""]
 
 
 def pin(
   cache: KVCache, layer: Int32[Array, ""], lane: Int32[Array, ""], before: Before, turn: Turn, implementation: str
 ) -> tuple[KVCache, Int32[Array, " Z"], Int32[Array, ""]]:
-  """Brings what comes before a piece into slots, as far as there are victims, and makes what is there the youngest.
+  """Brings what comes before a piece into slots, as far as there are victims. What is there counts as used.
 
   Returns:
     The cache, how many of the victims are gone, and how many blocks of this device's heads were read from the pool.
   """
-  hot, (n_heads, size) = cache.hot, (cache.pool.shape[0], cache.pool.shape[4])
-  n, n_before = before.blocks.shape[0], before.tokens // size
-  here, on = turn.at(layer, lane[None]), dict(implementation=implementation)
-  lists = jnp.broadcast_to(jnp.where(jnp.arange(n) < n_before, before.blocks, -1), (1, n_heads, n))
-  length = jnp.full((1, n_heads), n_before)
+  hot, n_heads, on = cache.hot, cache.pool.shape[0], dict(implementation=implementation)
+  here = turn.at(layer, lane[None])
+  lists = jnp.broadcast_to(before.blocks, (1, n_heads, *before.blocks.shape))
+  length = jnp.full((1, n_heads), before.n_blocks)
   located = kernels.propose(hot.maps, here.victims, layer, lists, length, given=turn.given, **on)
   slots = kernels.load_blocks(cache.pool, hot.slots, layer, located.blocks, located.place, **on)
   never = jnp.full(1, kernels.NEVER)  # prefill selects nothing
@@ -58,10 +57,11 @@ def prefill_attention(
   if before is None:
     return kernels.prefill_attention(q, k, v, implementation=implementation), jnp.int32(0)
   slot_of = cache.hot.maps.slot_of  # [K, L, M]
-  exists = jnp.arange(before.blocks.shape[0]) < before.tokens // cache.pool.shape[4]
-  slot = jnp.where((exists & (before.blocks >= 0))[None], slot_of[:, layer, before.blocks], -1)  # [K, N]
+  exists = before.blocks >= 0
+  slot = jnp.where(exists[None], slot_of[:, layer, before.blocks], -1)  # [K, N]
   blocks = jnp.broadcast_to(before.blocks, slot.shape)
-  prefix = kernels.Prefix(cache.pool, cache.hot.slots, layer, blocks, slot, before.tokens)
+  n_tokens = before.n_blocks * cache.pool.shape[4]
+  prefix = kernels.Prefix(cache.pool, cache.hot.slots, layer, blocks, slot, n_tokens)
   o = kernels.prefill_attention(q, k, v, prefix, implementation=implementation)
   has_slots = cache.hot.slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
   return o, (exists[None] & (slot < 0) & has_slots).sum(dtype=jnp.int32)
