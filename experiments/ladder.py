@@ -13,8 +13,6 @@ these results.md, results.csv and ladder.png. What is there is not run again. Th
 
 from __future__ import annotations
 
-import math
-import pathlib
 import sys
 
 import numpy as np
@@ -23,7 +21,6 @@ from absl import flags, logging
 from experiments import cli
 from experiments.workload import WorkloadFlags, at_rate, digest
 from sparse_serve_jax import results, runtime, workloads
-from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.evaluation import ladder, ladder_report
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.workloads import Item
@@ -47,7 +44,8 @@ _VERBOSE = cli.define_verbose()
 def main() -> None:
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
-  rates, configs, workload = _rates(), _configs(), _ASKED.read()
+  configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value), _ASKED.read()
+  rates = [workloads.checked_rate(rate) for rate in cli.numbers(_RATES, float)]
   source = workloads.read(workload)
   model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   shapes = ladder.shapes(configs, model.config)
@@ -76,27 +74,6 @@ def main() -> None:
   else:
     plots.ladder(run.cells, {rung: of.rate for rung, of in found.items()}, folder / "ladder.png")
   cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
-
-
-def _rates() -> list[float]:
-  rates = cli.numbers(_RATES, float)
-  if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
-    raise ValueError(f"--rates: a rate is above 0 and finite, in requests a second, got {wrong[0]}")
-  return rates
-
-
-def _configs() -> dict[str, EngineConfig]:
-  """The rungs by name, a file's without its folder."""
-  configs: dict[str, EngineConfig] = {}
-  for given in _RUNGS.value:
-    name = pathlib.Path(given).stem
-    if name in configs:
-      raise ValueError(f"--rungs: {name} is given twice")
-    try:
-      configs[name] = override(load_config(given), _SET.value)
-    except ValueError as error:
-      raise ValueError(f"{name}: {error}") from None
-  return configs
 
 
 if __name__ == "__main__":

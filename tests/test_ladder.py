@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from experiments import cli
-from experiments import ladder as command
-from sparse_serve_jax import runtime
+from sparse_serve_jax import workloads
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.evaluation import ladder, ladder_report
 from sparse_serve_jax.models import load_model
@@ -22,6 +21,7 @@ from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.tiny import SMALL_SERVING
 
+ROOT = Path(__file__).resolve().parent.parent
 RUNGS = ("sparse_serve", "psa")
 COMMAND = [
   "--model=random:tiny",
@@ -34,24 +34,17 @@ COMMAND = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-  """What `runtime.configure` sets is for a process of its own."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+  """In a process of its own, as commands define the same flags."""
+  command = [sys.executable, "-m", "experiments.ladder", *COMMAND, *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def in_process(*arguments: str) -> int | str | None:
-  with flagsaver.flagsaver(), pytest.raises(SystemExit) as end, cli.endings(False, ""):
-    flags.FLAGS(["ladder", *arguments])
-    command.main()
-    sys.exit(0)
-  return end.value.code
-
-
-def test_cells_are_run_once_and_told_in_every_form(tmp_path, capsys, monkeypatch, optimized):
-  assert in_process(*COMMAND, f"--out={tmp_path}") == 0
-  out, err = capsys.readouterr()
-  told = json.loads(out.splitlines()[-1])
+@pytest.mark.slow
+def test_cells_are_run_once_and_told_in_every_form(tmp_path):
+  done = run(f"--out={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  told = json.loads(done.stdout.splitlines()[-1])
   assert list(told) == list(RUNGS) and all(set(of["throughput_tok_s"]) == {"5", "20"} for of in told.values())
   rows = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
   assert [(row["rung"], row["rate"]) for row in rows] == [
@@ -61,41 +54,49 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path, capsys, monkeypatch
   answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
   assert [row["request_id"] for row in answers] == 2 * [f"needle-{i}" for i in range(3)]
   assert all(len(row["tokens"]) == 6 and 0 <= row["score"] <= 1 for row in answers)
-  assert rows[1]["tokens_as_first"] == 1 and "programs compiled" in err
+  assert rows[1]["tokens_as_first"] == 1 and "programs compiled" in done.stderr
   with (tmp_path / "results.csv").open() as file:
     assert [float(row["rate"]) for row in csv.DictReader(file)] == [5, 20, 5, 20]
   assert (tmp_path / "results.md").read_text().count("\n| psa |") == 2
 
   whole = (tmp_path / "cells.jsonl").read_bytes()
-  monkeypatch.setattr(ladder.Ladder, "_serve", lambda *_: pytest.fail("a cell is run again"))
-  assert in_process(*COMMAND, f"--out={tmp_path}") == 0
-  assert json.loads(capsys.readouterr().out.splitlines()[-1]) == told
+  again = run(f"--out={tmp_path}")
+  assert again.returncode == 0 and json.loads(again.stdout.splitlines()[-1]) == told
+  assert (tmp_path / "cells.jsonl").read_bytes() == whole and "programs compiled" not in again.stderr
+
+  other = run("--set=sparse.window_tokens=24", f"--out={tmp_path}")
+  assert other.returncode == 2
+  assert "configs.sparse_serve.sparse.window_tokens was 16 and is 24" in other.stderr
   assert (tmp_path / "cells.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
-  ("changes", "message"),
+  ("names", "changes", "message"),
   [
-    (["--rates=1,0"], "--rates: a rate is above 0 and finite, in requests a second, got 0.0"),
-    (["--rates=inf"], "--rates: a rate is above 0 and finite, in requests a second, got inf"),
-    (["--rungs=dense,sprase"], "did you mean 'sparse'?"),
-    (["--rungs=psa,psa"], "--rungs: psa is given twice"),
-    (["--set=cache.hbm_bytes=300KiB"], "psa: cache.hbm_bytes=307200 is below the minimum of"),
-    (["--set=sparse.dense_layers=9"], "sparse_serve: sparse.dense_layers=9 is beyond the model's 4"),
+    (["dense", "sprase"], [], "did you mean 'sparse'?"),
+    (["psa", "psa"], [], "the rung psa is given twice"),
+    (["psa"], ["cache.load=gather"], "psa: a rung whose parts exclude each other: cache.load='gather'"),
+    (RUNGS, ["cache.hbm_bytes=300KiB"], "sparse_serve: cache.hbm_bytes=307200 is below the minimum of .* psa: cache"),
+    (["psa"], ["sparse.dense_layers=9"], "psa: sparse.dense_layers=9 is beyond the model's 4"),
   ],
 )
-def test_what_cannot_run_is_refused_before_any_rung_does(tmp_path, capsys, monkeypatch, changes, message):
-  monkeypatch.setattr(ladder, "JaxExecutor", lambda *_: pytest.fail("a rung is run"))
-  assert in_process(*COMMAND, *changes, f"--out={tmp_path}") == 2
-  (line,) = capsys.readouterr().err.splitlines()
-  assert message in line
-  assert not (tmp_path / "cells.jsonl").exists()
+def test_rungs_that_cannot_run(names, changes, message):
+  model = load_model("random:tiny")
+  with pytest.raises(ValueError, match=message):
+    ladder.shapes(ladder.read_rungs(names, [*SMALL_SERVING, *changes]), model.config)
 
 
-def test_another_ladders_folder_is_refused(tmp_path, capsys):
-  (tmp_path / "cells.jsonl").write_text('{"rung": "psa", "rate": 1}\n')
-  assert in_process(*COMMAND, f"--out={tmp_path}") == 2
-  assert "cells.jsonl but no run.json" in capsys.readouterr().err
+def test_a_users_own_rung(tmp_path):
+  (tmp_path / "mine.json").write_text('{"extends": "psa", "sparse": {"threshold": 0.5}}')
+  rungs = ladder.read_rungs(["dense", str(tmp_path / "mine.json")], ["cache.lanes=3"])
+  assert list(rungs) == ["dense", "mine"] and rungs["mine"].sparse.threshold == 0.5
+  assert [config.cache.lanes for config in rungs.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_rates_that_are_none(rate):
+  with pytest.raises(ValueError, match="the rate of arrivals must be above 0 and finite"):
+    workloads.checked_rate(rate)
 
 
 def compiled() -> list[str]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sparse_serve_jax import results
 from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.serving import metrics, run
@@ -45,6 +45,28 @@ class Goodput:
 
   rate: float | None  # requests a second, measured; None: not even the lowest rate that was tried
   fails_at: float | None  # the lowest rate above it that was tried; None: the highest that was tried serves well too
+
+
+def read_rungs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, EngineConfig]:
+  """Configurations by rung: of names in configs/serving, or of JSON files, which are named without their folder.
+
+  Args:
+    names: of the rungs.
+    changes: overrides of them all, such as "cache.hbm_bytes=8GiB".
+
+  Raises:
+    ValueError: there is no such rung, it is given twice, or its parts exclude each other.
+  """
+  configs: dict[str, EngineConfig] = {}
+  for given in names:
+    name = pathlib.Path(given).stem
+    if name in configs:
+      raise ValueError(f"the rung {name} is given twice")
+    try:
+      configs[name] = override(load_config(given), changes)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from None
+  return configs
 
 
 def shapes(configs: Mapping[str, EngineConfig], model: ModelConfig) -> dict[str, CacheShape]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sparse_serve_jax.variants import variant
 from sparse_serve_jax.workloads import generated, jsonl, longbench, needle
-from sparse_serve_jax.workloads.arrivals import ARRIVALS, arrival_times
+from sparse_serve_jax.workloads.arrivals import ARRIVALS, arrival_times, checked_rate
 from sparse_serve_jax.workloads.config import ArrivalConfig, WorkloadConfig, load_workload
 from sparse_serve_jax.workloads.item import Item, Refused, Source
 from sparse_serve_jax.workloads.traces import Trace, read_trace
@@ -31,6 +31,7 @@ __all__ = [
   "Trace",
   "WorkloadConfig",
   "arrival_times",
+  "checked_rate",
   "load_workload",
   "read",
   "read_trace",
