@@ -71,6 +71,11 @@ def ages(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:
   return jnp.where(maps.last_used == -1, jnp.iinfo(jnp.int32).min, maps.last_used - since)
 
 
+def since_entry(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:
+  """The key by which the slot whose block came first is the first victim, empty ones before all. As `ages`."""
+  return jnp.where(maps.block_of < 0, jnp.iinfo(jnp.int32).min, maps.entered - since)
+
+
 def victims(key: Int32[Array, " P"], since: Int32[Array, ""], n_zones: int = 1) -> Victims:
   """The order of a step whose stamps begin at `since`: the smallest `key` of a zone first, ties to the lowest slot."""
   ids = jnp.arange(key.shape[0], dtype=jnp.int32)

@@ -97,8 +97,6 @@ def test_ladder_changes_what_each_rung_is_named_for():
     {"policy": "psa"},
     {"stop": "host_loop"},
   ]
-  control = dataclasses.replace(load_config("sparse_offload").scheduler, batch_control="working_set")
-  assert load_config("working_set") == dataclasses.replace(load_config("sparse_offload"), scheduler=control)
   assert len({load_config(name).cache.hbm_bytes for name in LADDER}) == 1
 
 
@@ -247,8 +245,8 @@ def test_a_dict_is_what_a_file_holds():
 def test_unknown_name_lists_what_there_is():
   with pytest.raises(
     ValueError,
-    match="'pso'.*dense, flash_transfer, hot_buffer, per_layer_pools, psa, psa_host_loop, sparse, sparse_offload, "
-    "sparse_serve, working_set",
+    match="'pso'.*dense, fifo, flash_transfer, hot_buffer, per_layer_pools, psa, psa_host_loop, sparse, "
+    "sparse_offload, sparse_serve, working_set",
   ):
     load_config("pso")
   with pytest.raises(ValueError, match="no such file: elsewhere/psa.json"):

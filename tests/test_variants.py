@@ -41,15 +41,6 @@ def add_eviction_policy(monkeypatch) -> None:
   monkeypatch.setitem(EVICTIONS, "mru", mru)
 
 
-def add_fifo(monkeypatch) -> None:
-  """First in, first out, empty slots before all."""
-
-  def fifo(maps, since):
-    return jnp.where(maps.block_of < 0, jnp.iinfo(jnp.int32).min, maps.entered - since)
-
-  monkeypatch.setitem(EVICTIONS, "fifo", fifo)
-
-
 def add_load(monkeypatch) -> None:
   """Copies the first miss of each list, of one group, if it has a place."""
 
@@ -99,7 +90,7 @@ def add_workload(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-  "add", [add_selection_method, add_eviction_policy, add_fifo, add_load, add_save, add_arrival_process, add_workload]
+  "add", [add_selection_method, add_eviction_policy, add_load, add_save, add_arrival_process, add_workload]
 )
 def test_a_variant_costs_fifteen_lines(add):
   assert len(inspect.getsource(add).splitlines()) <= 15
@@ -113,10 +104,10 @@ def test_a_selection_method(monkeypatch):
   assert some != whole and engine.usage.blocks_attended > 0
 
 
-@pytest.mark.parametrize(("add", "name"), [(add_eviction_policy, "mru"), (add_fifo, "fifo")])
-def test_an_eviction_policy(monkeypatch, add, name):
+@pytest.mark.parametrize("name", ["mru", "fifo"])
+def test_an_eviction_policy(monkeypatch, name):
   """Tokens do not depend on it, what misses does."""
-  add(monkeypatch)
+  add_eviction_policy(monkeypatch)
   other, loaded = name, {}
   for name in ("lru", other):
     conf = with_slots(config(f"cache.eviction={name}", "sparse.token_budget=64"), 40, tiny_model())

@@ -58,5 +58,6 @@ class Turn(NamedTuple):
 Eviction = Callable[[kernels.Maps, Int32[Array, ""]], Int32[Array, " P"]]
 
 EVICTIONS: dict[str, Eviction] = {
+  "fifo": kernels.since_entry,  # first in, first out, however often it was used
   "lru": kernels.ages,  # least recently used, empty slots before all others (SparseServe, PSA)
 }
