@@ -169,6 +169,7 @@ def test_an_interrupted_command_keeps_its_rows(program, tmp_path):
 def test_signals_within_a_moment_are_one_interrupt(program, tmp_path):
   with begin(program, "rows", f"--out={tmp_path}") as process:
     assert process.stdout and process.stdout.readline() == "begun\n"
+    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "ends\n"  # so that they are two for the process too
     process.send_signal(signal.SIGINT)
