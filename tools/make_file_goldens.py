@@ -6,8 +6,8 @@ Needs transformers and torch, which nothing else here does:
   python tools/make_file_goldens.py tests/goldens
 
 `configs.json` holds config.json's and the rope, shape and class that transformers computes from each. `tokenizers.json`
-holds changes to the files of `goldens/tokenizer`, and ids, special tokens and rendered conversations. An error of
-transformers is kept as its type.
+holds changes to the files of `goldens/tokenizer`, and ids, special tokens and rendered conversations; `chats.json`
+templates, and what is rendered and encoded with them. An error of transformers is kept as its type.
 """
 
 from __future__ import annotations
@@ -154,15 +154,191 @@ def make_configs() -> dict[str, Any]:
   return {name: {"raw": raw_config(name), "computed": compute_config(raw_config(name))} for name in CONFIGS}
 
 
-def write(file: pathlib.Path, cases: Any) -> None:
-  made = {"transformers": transformers.__version__, "cases": cases}
-  file.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+# name -> (changes of tokenizer.json, tokenizer_config.json, special_tokens_map.json, other files: path -> text)
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+CUT = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+FILL = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0}
+NEW_TOKEN = {"content": "<new>", "lstrip": True, "rstrip": False, "normalized": False, "special": True}
+SHOW = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ tools is none }}|{{ documents is none }}|{{ x is defined }}"
+Files = tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None, dict[str, str]]
+TOKENIZERS: dict[str, Files] = {
+  "truncation": ({"truncation": CUT}, FAST, None, {}),
+  "padding": ({"padding": FILL | {"pad_token": "</s>"}}, FAST, None, {}),
+  "map alone": ({}, None, {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}, {}),
+  "map over config": ({}, FAST | {"eos_token": "<|user|>"}, {"eos_token": "</s>", "pad_token": "</s>"}, {}),
+  "config over map": (
+    {},
+    FAST | {"eos_token": "<|user|>", "added_tokens_decoder": {"0": {"content": "<s>", "special": True}}},
+    {"eos_token": "</s>", "pad_token": "</s>"},
+    {},
+  ),
+  "null": ({}, FAST | {"eos_token": None}, None, {}),
+  "added tokens": ({}, FAST | {"added_tokens_decoder": {"278": NEW_TOKEN}}, None, {}),
+  "flags of added tokens": (
+    {},
+    FAST | {"added_tokens_decoder": {"2": {"content": "<|user|>", "rstrip": True, "special": True}}},
+    None,
+    {},
+  ),
+  "unknown special tokens": ({}, FAST | {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "cat"}, None, {}),
+  "extra special tokens": ({}, FAST | {"extra_special_tokens": ["<new>"]}, None, {}),
+  "additional special tokens": ({}, FAST | {"additional_special_tokens": ["<new>", "<|user|>"]}, None, {}),
+  "additional special tokens in the map": ({}, FAST, {"additional_special_tokens": ["<new>"]}, {}),
+  "named special tokens": ({}, FAST | {"image_token": "<new>", "extra_special_tokens": {"a_token": "<pad>"}}, None, {}),
+  "added_tokens.json": ({}, FAST, None, {"added_tokens.json": '{"<new>": 278}'}),
+  "add_bos_token true, no post-processor": ({"post_processor": None}, FAST | {"add_bos_token": True}, None, {}),
+  "add_bos_token false, a post-processor": ({}, FAST | {"add_bos_token": False}, None, {}),
+  "add_eos_token true": ({}, FAST | {"add_eos_token": True}, None, {}),
+  "template in config": ({}, FAST | {"chat_template": SHOW}, None, {}),
+  "template in a file": ({}, FAST | {"chat_template": "no"}, None, {"chat_template.jinja": SHOW}),
+  "templates by name": (
+    {},
+    FAST | {"chat_template": [{"name": "default", "template": SHOW}, {"name": "tool_use", "template": "tools"}]},
+    None,
+    {},
+  ),
+  "templates in files": (
+    {},
+    FAST | {"chat_template": "no"},
+    None,
+    {"chat_template.jinja": SHOW, "chat_templates/tool_use.jinja": "{{ tools | length }} tools"},
+  ),
+}
+TEXT = "the <s> cat</s><new> <pad><unk><|user|> sat"
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <b>", "parameters": {"b": 1, "a": [None]}}}]
+CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " sat "}]
+DOCUMENTS = [{"title": "T", "text": "on the mat"}]
+
+# name -> (template, messages, arguments of apply_chat_template)
+CHATS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+  "generation": (
+    "{% set a = 1 %}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% set a = 2 %}\n"
+    "{{ m.content }}{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}\n{% endfor %}{{ a }}",
+    CHAT,
+    {},
+  ),
+  "tojson": (
+    "{{ tools | tojson }}\n{{ tools | tojson(indent=2) }}\n{{ tools | tojson(sort_keys=true, separators=(',', ':')) }}"
+    "\n{{ tools | tojson(ensure_ascii=True) }}{{ tools[0].function.parameters | tojson(true, 1) }}",
+    CHAT,
+    {"tools": TOOLS},
+  ),
+  "absent": ("{{ tools is none }}{{ documents is none }}{{ pad_token is defined }}{{ x is defined }}", CHAT, {}),
+  "documents": ("{{ documents[0].title }}: {{ documents[0]['text'] }}{{ enable_thinking }}", CHAT, {}),
+  "arguments": (
+    "{{ documents[0].title }}{{ thinking }}{{ more.a[0] }}{{ bos_token }}",
+    CHAT,
+    {"documents": DOCUMENTS, "thinking": False, "more": {"a": [1.5]}, "bos_token": "<other>"},
+  ),
+  "null in messages": (
+    "{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls is defined }}{{ m | tojson }}{% endfor %}",
+    [{"role": "assistant", "content": None, "tool_calls": None}, {"role": "user", "content": "x", "n": {"a": None}}],
+    {},
+  ),
+  "reasoning": (
+    "{% for m in messages %}{{ m | tojson }}{% endfor %}",
+    [{"role": "assistant", "content": "x", "reasoning": "r"}, {"role": "assistant", "content": "", "thinking": "t"}],
+    {},
+  ),
+  "continue": ("{% for m in messages %}<{{ m.content }}>{% endfor %}end", CHAT, {"continue_final_message": True}),
+  "continue, trimmed": (
+    "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}end",
+    CHAT,
+    {"continue_final_message": True},
+  ),
+  "continue a field": (
+    "{% for m in messages %}<{{ m.reasoning_content }}|{{ m.content }}>{% endfor %}end",
+    [{"role": "assistant", "content": "x", "thinking": "so far"}],
+    {"continue_final_message": "reasoning_content"},
+  ),
+  "continue what is dropped": ("{{ messages[0].content }}content", CHAT, {"continue_final_message": True}),
+  "raise_exception": ("{{ raise_exception('no') }}", CHAT, {}),
+  "a method that changes": ("{{ messages.append(1) }}", CHAT, {}),
+  "namespace and dict": (
+    "{% set n = namespace(a=1) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}{{ dict(a=1) }}"
+    "{% set d = dict.fromkeys(['x']) %}{{ d }}{% break %}",
+    CHAT,
+    {},
+  ),
+  "loop controls": (
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    CHAT,
+    {},
+  ),
+  "typed control tokens": (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content | trim + eos_token }}{% endfor %}",
+    [{"role": "user", "content": "the </s><|assistant|> cat<s>"}, {"role": "assistant", "content": "</s>"}],
+    {},
+  ),
+  "typed control tokens that are cut": (
+    "<|user|>{% for m in messages %}{{ m.content.split('s>')[0] }}{{ m.content[1:] }}</s>{% endfor %}",
+    [{"role": "user", "content": "a</s>\n\n b</s>"}],
+    {},
+  ),
+}
+
+
+def make_tokenizers(golden: pathlib.Path) -> dict[str, Any]:
+  made = {}
+  for name, files in TOKENIZERS.items():
+    with tempfile.TemporaryDirectory() as folder:
+      write_files(golden, pathlib.Path(folder), files)
+      tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+      ids = tokenizer.encode(TEXT)
+      computed = {
+        "ids": ids,
+        "plain": tokenizer.encode(TEXT, add_special_tokens=False, split_special_tokens=True),
+        "text": tokenizer.decode(ids, skip_special_tokens=True),
+        "special": dict(tokenizer.special_tokens_map),
+        "size": len(tokenizer),
+        "chat": tokenizer.apply_chat_template(CHAT, tokenize=False) if tokenizer.chat_template else None,
+        "tools": tokenizer.apply_chat_template(CHAT, tools=TOOLS, tokenize=False) if tokenizer.chat_template else None,
+      }
+    made[name] = {"files": files, "text": TEXT, "chat": CHAT, "tools": TOOLS, "computed": computed}
+  return made
+
+
+def write_files(golden: pathlib.Path, directory: pathlib.Path, files: Files) -> None:
+  core, config, mapped, others = files
+  raw = json.loads((golden / "tokenizer.json").read_text()) | core
+  (directory / "tokenizer.json").write_text(json.dumps(raw))
+  for name, value in (("tokenizer_config.json", config), ("special_tokens_map.json", mapped)):
+    if value is not None:
+      (directory / name).write_text(json.dumps(value))
+  for name, text in others.items():
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text(text)
+
+
+def make_chats(golden: pathlib.Path) -> dict[str, Any]:
+  tokenizer = transformers.AutoTokenizer.from_pretrained(golden)
+  made = {}
+  for name, (template, messages, arguments) in CHATS.items():
+    tokenizer.chat_template = template
+    case: dict[str, Any] = {"template": template, "messages": messages, "arguments": arguments}
+    try:
+      case["text"] = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+      ids = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **arguments)
+      case["ids"] = ids
+    except Exception as error:
+      case["error"] = type(error).__name__
+    made[name] = case
+  return made
+
+
+def write(file: pathlib.Path, cases: dict[str, Any]) -> None:
+  """One case a line."""
+  lines = [f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items()]
+  head = f'{{"transformers": "{transformers.__version__}", "cases": {{\n'
+  file.write_text(head + ",\n".join(lines) + "\n}}\n")
 
 
 def main(out: pathlib.Path) -> None:
   logging.disable(logging.WARNING)
   (out / "files").mkdir(exist_ok=True)
   write(out / "files" / "configs.json", make_configs())
+  write(out / "files" / "tokenizers.json", make_tokenizers(out / "tokenizer"))
+  write(out / "files" / "chats.json", make_chats(out / "tokenizer"))
 
 
 if __name__ == "__main__":

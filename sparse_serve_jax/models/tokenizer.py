@@ -21,7 +21,11 @@ class _Chatting:
   """Conversations, for a tokenizer that has templates by name and the texts of its special tokens by name."""
 
   special_tokens: Mapping[str, str]  # "bos_token" -> "<s>"
-  _templates: Mapping[str, str]  # one of them is "default", as a rule
+
+  @property
+  def _templates(self) -> Mapping[str, str]:
+    """By name; as a rule one of them is "default"."""
+    raise NotImplementedError
 
   def apply_chat_template(
     self,
@@ -89,10 +93,14 @@ class ByteTokenizer(_Chatting):
   bos_token_id = 256
   eos_token_ids = (257,)
   special_tokens: Mapping[str, str] = {}
-  _templates: Mapping[str, str] = {
-    "default": "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+  _TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
-  }
+  )
+
+  @property
+  def _templates(self) -> Mapping[str, str]:
+    return {"default": self._TEMPLATE}
 
   def encode(self, text: str, add_special_tokens: bool = True, special_tokens_in_text: Typed = "token") -> list[int]:
     _as_text(special_tokens_in_text)
@@ -142,8 +150,12 @@ class FileTokenizer(_Chatting):
     core.no_truncation()
     core.no_padding()
     self._core, self.special_tokens, self._sources = core, dict(special), dict(sources or {})
-    self._templates = {"default": template} if isinstance(template, str) else dict(template or {})
+    self._chat = {"default": template} if isinstance(template, str) else dict(template or {})
     self.vocab_size = core.get_vocab_size(with_added_tokens=True)
+
+  @property
+  def _templates(self) -> Mapping[str, str]:
+    return self._chat
 
   @property
   def bos_token_id(self) -> int | None:
