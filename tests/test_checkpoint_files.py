@@ -1,4 +1,4 @@
-"""Files of a checkpoint that disagree, leave things out or are broken: transformers' results, or one line that says so."""
+"""Files that disagree, leave things out or are broken: what transformers makes of them, or one line that says so."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ DISAGREE = {
   "rope_parameters + rope_scaling": "rope_scaling is .*'yarn'.* and rope_parameters is .*5000000.0",
   "rope_parameters + rope_scaling with theta": "rope_scaling is .* and rope_parameters is ",
   "rope_parameters + rope_scaling + rope_theta": "rope_scaling is .* and rope_parameters is ",
-  "rope_parameters.theta + rope_theta": "rope_parameters: its rope_theta is 5000000.0 and rope_theta beside it is 20000",
+  "rope_parameters.theta + rope_theta": "rope_parameters: its rope_theta is 5000000.0 and rope_theta .* 20000",
+  "rope_parameters + rope_scaling {}": "rope_parameters: its rope_theta is 5000000.0 and rope_theta .* 20000",
   "rope_scaling.theta + rope_theta": "rope_scaling: its rope_theta is 5000000.0 and rope_theta beside it is 20000.0",
   "rope_type + type": "rope_type is 'linear' and type is 'yarn'",
   "type + rope_type default": "rope_type is 'default' and type is 'yarn'",
@@ -215,7 +216,7 @@ def test_every_end_and_where_it_comes_from(directory):
   assert model.eos_token_ids == (2, 7, 1)
   assert model.eos_sources[2] == "generation_config.json, config.json, the chat template's end of a turn"
   assert model.describe().splitlines() == [
-    "model: 22,848 parameters in float32: 2 layers of 32, 4 heads of 8, 4 of KV, MLP of 40, vocabulary of 96",
+    "model: 22,176 parameters in float32: 2 layers of 32, 4 heads of 8, 4 of KV, MLP of 40, vocabulary of 96",
     "context: 64 tokens, rope theta 10000",
     "an output ends with: 2 (generation_config.json, config.json, the chat template's end of a turn), "
     "7 (generation_config.json), 1 (eos_token of tokenizer_config.json)",

@@ -201,7 +201,7 @@ TOKENIZERS: dict[str, Files] = {
     {},
     FAST | {"chat_template": "no"},
     None,
-    {"chat_template.jinja": SHOW, "chat_templates/tool_use.jinja": "{{ tools | length }} tools"},
+    {"chat_template.jinja": SHOW, "additional_chat_templates/tool_use.jinja": "{{ tools | length }} tools"},
   ),
 }
 TEXT = "the <s> cat</s><new> <pad><unk><|user|> sat"
@@ -256,10 +256,11 @@ CHATS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
   "a method that changes": ("{{ messages.append(1) }}", CHAT, {}),
   "namespace and dict": (
     "{% set n = namespace(a=1) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}{{ dict(a=1) }}"
-    "{% set d = dict.fromkeys(['x']) %}{{ d }}{% break %}",
+    "{% set d = dict.fromkeys(['x']) %}{{ d }}",
     CHAT,
     {},
   ),
+  "break outside a loop": ("{% break %}", CHAT, {}),
   "loop controls": (
     "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
     CHAT,

@@ -56,7 +56,7 @@ def render(
     text = _compiled(template).render(messages=chat, add_generation_prompt=add_generation_prompt, **variables)
   except _Refused as error:
     raise ValueError(f"the chat template refuses this conversation: {error}") from None
-  except (jinja2.TemplateError, TypeError, KeyError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+  except Exception as error:  # whatever a template can do wrong
     raise ValueError(f"the chat template does not render: {type(error).__name__}: {error}") from error
   return text if final is None else _cut(text, final)
 

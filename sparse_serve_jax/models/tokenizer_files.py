@@ -64,6 +64,8 @@ def read_special_tokens(
   else:
     told, extra = _merged(told, extra, has_extra, mapped)
     added = _legacy(directory / "added_tokens.json", [*told.values(), *extra])
+  if told.get("pad_token") is None and core.padding is not None:
+    told["pad_token"] = _Told(core.padding["pad_token"], directory / "tokenizer.json")
   order = [*_NAMES, *(key for key in told if key not in _NAMES)]
   texts = {key: token for key in order if (token := told.get(key)) is not None}
   _add(core, added, {token.text for token in texts.values()})
@@ -82,7 +84,7 @@ def read_templates(directory: pathlib.Path, settings: Mapping[str, Any]) -> tupl
   Raises:
     ValueError: something else than templates stands there.
   """
-  named = {path.stem: path for path in sorted((directory / "chat_templates").glob("*.jinja"))}
+  named = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
   default = directory / "chat_template.jinja"
   paths = ({"default": default} if default.exists() else {}) | named
   if paths:
