@@ -8,6 +8,7 @@ import math
 import pathlib
 import re
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,14 @@ class _Tensor(NamedTuple):
     return layer[self.part].transpose(self.order)
 
 
+class Stored(NamedTuple):
+  """What a file says of a tensor."""
+
+  file: FileStamp
+  shape: tuple[int, ...]
+  dtype: str
+
+
 def open_params(directory: pathlib.Path, cfg: ModelConfig) -> tuple[ModelConfig, llama.Params]:
   """Parameters in cfg.dtype, as leaves that read their tensors when they are wanted. Only headers are read now.
 
@@ -80,13 +89,13 @@ def open_params(directory: pathlib.Path, cfg: ModelConfig) -> tuple[ModelConfig,
     ValueError: no safetensors, or tensors that are missing, unknown, misshapen or no floats: the cause, then ten of
       them.
   """
-  found: dict[str, _Found] = {}
+  found: dict[str, Stored] = {}
   for path in _files(directory):
     stamp = FileStamp.of(path)
     with _open(path) as file:
       for name in file.keys():  # noqa: SIM118
         header = file.get_slice(name)
-        found[name] = _Found(stamp, tuple(header.get_shape()), header.get_dtype())
+        found[name] = Stored(stamp, tuple(header.get_shape()), header.get_dtype())
   if cfg.tie_embeddings and _has_own_head(found):
     cfg = dataclasses.replace(cfg, tie_embeddings=False)
     warnings.warn(
@@ -94,12 +103,33 @@ def open_params(directory: pathlib.Path, cfg: ModelConfig) -> tuple[ModelConfig,
       "model.embed_tokens.weight; the stored head is used, as in transformers",
       stacklevel=3,
     )
+
+  def fill(name: str, view: np.ndarray) -> None:
+    with _open(found[name].file.path) as file:
+      _read(file.get_slice(name), view)
+
+  return cfg, leaves(directory, cfg, found, fill)
+
+
+def leaves(
+  where: pathlib.Path, cfg: ModelConfig, found: Mapping[str, Stored], fill: Callable[[str, np.ndarray], None]
+) -> llama.Params:
+  """Parameters in cfg.dtype, as leaves that read their tensors when they are wanted.
+
+  Args:
+    where: what errors name.
+    cfg: what the tensors have to fit.
+    found: the tensors that there are.
+    fill: writes a tensor into an array that has its axes, or some of them split.
+
+  Raises:
+    ValueError: tensors that are missing, unknown, misshapen or no floats: the cause, then ten of them.
+  """
   tensors = _tensors(cfg)
-  _check(directory, cfg, tensors, found)
+  _check(where, cfg, tensors, found)
   parts: dict[str, dict[int, list[_Tensor]]] = {}
   for tensor in tensors:
     parts.setdefault(tensor.leaf, {}).setdefault(tensor.layer, []).append(tensor)
-  files = {tensor.name: found[tensor.name].file for tensor in tensors}
 
   def leaf(name: str, shape: tuple[int, ...]) -> Leaf:
     stacked, dtype = name.startswith("layers."), llama.dtype_of(cfg)
@@ -107,14 +137,13 @@ def open_params(directory: pathlib.Path, cfg: ModelConfig) -> tuple[ModelConfig,
     def read(i: int) -> np.ndarray:
       layer = np.empty(shape[stacked:], dtype)
       for tensor in parts[name][i]:
-        with _open(files[tensor.name].path) as file:
-          _read(file.get_slice(tensor.name), tensor.view(layer))
+        fill(tensor.name, tensor.view(layer))
       return layer
 
-    stamps = {files[tensor.name] for of_layer in parts[name].values() for tensor in of_layer}
+    stamps = {found[tensor.name].file for of_layer in parts[name].values() for tensor in of_layer}
     return Leaf(name, shape, dtype, read, stacked, tuple(sorted(stamps, key=lambda stamp: stamp.path)))
 
-  return cfg, llama.map_shapes(leaf, cfg)
+  return llama.map_shapes(leaf, cfg)
 
 
 def write_params(directory: pathlib.Path, cfg: ModelConfig, params: llama.Params, shard_bytes: int) -> None:
@@ -139,7 +168,7 @@ def write_params(directory: pathlib.Path, cfg: ModelConfig, params: llama.Params
     for tensor in shard:
       view = tensor.view(part_of(tensor))
       tensors[tensor.name] = np.empty(tensor.shape, view.dtype)
-      _copy(tensors[tensor.name].reshape(view.shape), view)
+      copy_strips(tensors[tensor.name].reshape(view.shape), view)
     safetensors.numpy.save_file(tensors, directory / filename, metadata={"format": "pt"})
     (directory / filename).chmod(0o644)  # the library leaves it to its owner alone
     weight_map |= {tensor.name: filename for tensor in shard}
@@ -192,14 +221,14 @@ def _read(tensor: Any, to: np.ndarray) -> None:
   step = max(1, _STRIP_BYTES // to[0].nbytes)
   for i in range(0, len(to), step):
     strip = to[i : i + step]
-    _copy(strip, tensor[i * rows : (i + len(strip)) * rows].astype(to.dtype, copy=False).reshape(strip.shape))
+    copy_strips(strip, tensor[i * rows : (i + len(strip)) * rows].astype(to.dtype, copy=False).reshape(strip.shape))
 
 
-def _copy(to: np.ndarray, source: np.ndarray) -> None:
+def copy_strips(to: np.ndarray, source: np.ndarray) -> None:
   """Copies in strips of 32 rows: what cache misses cost in a transposed copy falls to a quarter."""
   if to.ndim > 2 and len(to) <= 32:
     for a, b in zip(to, source, strict=True):
-      _copy(a, b)
+      copy_strips(a, b)
     return
   if to.dtype.itemsize == 2:
     to, source = to.view(np.uint16), source.view(np.uint16)  # numpy's own types copy faster than bfloat16
@@ -229,15 +258,7 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   return paths
 
 
-class _Found(NamedTuple):
-  """What a file's header says of a tensor."""
-
-  file: FileStamp
-  shape: tuple[int, ...]
-  dtype: str
-
-
-def _check(directory: pathlib.Path, cfg: ModelConfig, tensors: list[_Tensor], found: dict[str, _Found]) -> None:
+def _check(directory: pathlib.Path, cfg: ModelConfig, tensors: list[_Tensor], found: Mapping[str, Stored]) -> None:
   ignored = {name for name in found if _IGNORED.fullmatch(name)}
   if cfg.tie_embeddings:
     ignored.add("lm_head.weight")
@@ -268,7 +289,7 @@ def _cause(cfg: ModelConfig, tensors: list[_Tensor], found: dict[str, tuple[int,
   return "; ".join(told) or "names or types differ, sizes do not"
 
 
-def _has_own_head(found: dict[str, _Found]) -> bool:
+def _has_own_head(found: dict[str, Stored]) -> bool:
   """Whether there is an output head that differs from the embeddings."""
   head, embed = (found.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
   if head is None or embed is None:

@@ -286,10 +286,10 @@ class NoTokenizer:
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
   """The tokenizer of a model directory; without its files, one that refuses when text is needed.
 
-  Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and additional_chat_templates/ as
-  transformers 5 does: truncation and padding are off; where a tokenizer.json says what to add to a text, add_bos_token
-  and add_eos_token do not count; special_tokens_map.json overrides the other file unless that one has an
-  added_tokens_decoder. A warning names what is overridden.
+  Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja and
+  additional_chat_templates/ as transformers 5 does: truncation and padding are off; what a tokenizer.json adds to a
+  text is added whatever add_bos_token and add_eos_token say; special_tokens_map.json overrides tokenizer_config.json
+  unless that one has an added_tokens_decoder. A warning names what is overridden.
 
   Raises:
     ValueError: a file is broken; the message has its path.

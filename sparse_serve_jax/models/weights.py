@@ -1,4 +1,4 @@
-"""A model, and where it comes from: a Hugging Face directory, an orbax directory, or a random shape."""
+"""A model, and where it comes from: a Hugging Face directory, an orbax directory, a GGUF file, or a random shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from sparse_serve_jax.config import ModelConfig, find_config, from_dict, read_config
-from sparse_serve_jax.models import hf, hf_config, llama, orbax
+from sparse_serve_jax.models import gguf, hf, hf_config, llama, orbax
 from sparse_serve_jax.models import tokenizer as tokenizer_lib
 from sparse_serve_jax.models.initial import random_params
 
@@ -60,8 +60,8 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
   """Loads a model: all of it but its weights, which are only looked at.
 
   Args:
-    name_or_path: a Hugging Face directory, a directory made by `save_model`, or "random:<shape>" with the shapes of
-      configs/models and the byte tokenizer.
+    name_or_path: a Hugging Face directory, a directory made by `save_model`, a GGUF file, or "random:<shape>" with the
+      shapes of configs/models and the byte tokenizer.
     dtype: "float32" or "bfloat16"; None keeps what the model says.
     seed: of random weights.
 
@@ -76,6 +76,10 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
   path = pathlib.Path(name_or_path)
   if (path / _CARD).exists():
     return _restore(path, dtype)
+  if path.suffix == ".gguf" and path.is_file():
+    opened = gguf.open_gguf(path, dtype)
+    ends = _union([*opened.eos.items(), *opened.tokenizer.turn_ends().items()])
+    return Model(opened.config, opened.params, opened.tokenizer, tuple(ends), path.stem, ends)
   if not (path / "config.json").exists():
     raise ValueError(_no_model(name, path))
   raw = hf_config.read_object(path / "config.json")
@@ -140,7 +144,11 @@ def _ends(path: pathlib.Path, raw: dict[str, Any], tokenizer: tokenizer_lib.Toke
   generation = hf_config.read_object(file) if file.exists() else {}
   told = [(i, file.name) for i in hf_config.token_ids(generation, "eos_token_id", str(file))]
   told += [(i, config.name) for i in hf_config.token_ids(raw, "eos_token_id", str(config))]
-  told += tokenizer.turn_ends().items()
+  return _union([*told, *tokenizer.turn_ends().items()])
+
+
+def _union(told: list[tuple[int, str]]) -> dict[int, str]:
+  """Each token once, with all the places that it comes from."""
   sources: dict[int, str] = {}
   for i, source in told:
     sources[i] = f"{sources[i]}, {source}" if i in sources else source
