@@ -252,7 +252,7 @@ TEXTS = ["The quick brown fox", " it's über\n\n  naïve 猫", "def f(x):\n\tret
 
 @pytest.mark.slow
 def test_a_real_file_against_transformers(real):
-  transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+  transformers, torch, _ = (pytest.importorskip(name) for name in ("transformers", "torch", "accelerate"))
   model = models.load_model(real, "float32")
   theirs = transformers.AutoTokenizer.from_pretrained(real.parent, gguf_file=real.name)
   for text in TEXTS:

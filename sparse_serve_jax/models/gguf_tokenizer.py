@@ -44,7 +44,10 @@ def read_tokenizer(path: pathlib.Path, fields: Mapping[str, Callable[[], Any]]) 
   Raises:
     ValueError: there is none, or it is of a kind that is not known; it is named.
   """
-  get = lambda name, default=None: fields[f"tokenizer.{name}"]() if f"tokenizer.{name}" in fields else default  # noqa: E731
+
+  def get(name: str, default: Any = None) -> Any:
+    return fields[f"tokenizer.{name}"]() if f"tokenizer.{name}" in fields else default
+
   kind, tokens = get("ggml.model"), get("ggml.tokens")
   if kind not in ("gpt2", "llama") or not tokens:
     raise ValueError(f"{path}: tokenizer.ggml.model {kind!r} of {len(tokens or ())} tokens (known: gpt2, llama)")
@@ -56,7 +59,7 @@ def read_tokenizer(path: pathlib.Path, fields: Mapping[str, Callable[[], Any]]) 
   if wrong := {name: i for name, i in ids.items() if i is not None and not 0 <= i < len(tokens)}:
     raise ValueError(f"{path}: {wrong} is not within the {len(tokens)} tokens")
   special = {name: tokens[i] for name, i in ids.items() if i is not None}
-  adds = {"bos": kind == "llama" or _SPLITS.get(get("ggml.pre")) is _LLAMA3, "eos": False}
+  adds = {"bos": kind == "llama" or _SPLITS.get(str(get("ggml.pre"))) is _LLAMA3, "eos": False}
   added = {
     of: special[f"{of}_token"]
     for of in adds
@@ -67,7 +70,7 @@ def read_tokenizer(path: pathlib.Path, fields: Mapping[str, Callable[[], Any]]) 
     special_tokens=[(token, core.token_to_id(token)) for token in added.values()],
   )
   templates = {"default": template} if (template := get("chat_template")) else {}
-  templates |= {n: get(f"chat_template.{n}") for n in get("chat_templates", []) if get(f"chat_template.{n}")}
+  templates |= {n: get(f"chat_template.{n}") for n in get("chat_templates") or () if get(f"chat_template.{n}")}
   sources = dict.fromkeys((*special, "chat_template"), path.name) | {"tokenizer": path.name}
   eos = {i: f"tokenizer.ggml.{of}_token_id" for of in _ENDS if (i := get(f"ggml.{of}_token_id")) is not None}
   return Read(FileTokenizer(core, templates, special, sources), eos)
@@ -78,7 +81,7 @@ def _byte_level(path: pathlib.Path, get: Callable[..., Any], tokens: list[str]) 
   if pre not in _SPLITS:
     raise ValueError(f"{path}: tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(_SPLITS)})")
   split = _SPLITS[pre]
-  merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", [])]
+  merges = [tuple(merge.split(" ")) for merge in get("ggml.merges") or ()]
   vocabulary = {token: i for i, token in enumerate(tokens)}
   # Llama 3 and Tekken take a word that is a token as it is; their merges do not make every one.
   core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split in (_LLAMA3, _TEKKEN)))
