@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -14,7 +15,7 @@ import safetensors.numpy
 
 from sparse_serve_jax import models
 from sparse_serve_jax.models import hf_config, llama
-from sparse_serve_jax.models.tokenizer import load_tokenizer
+from sparse_serve_jax.models.tokenizer import FileTokenizer, load_tokenizer
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 cases = lambda name: json.loads((GOLDENS / "files" / f"{name}.json").read_text())["cases"]  # noqa: E731
@@ -344,3 +345,57 @@ def test_contents_of_parts(tmp_path):
     tokenizer.apply_chat_template([{"role": "user", "content": ""}], tools=[print])
   with pytest.raises(ValueError, match="exclude each other"):
     tokenizer.apply_chat_template([{"role": "user", "content": ""}], continue_final_message=True)
+
+
+# Public templates: a folder of *.jinja files, at any depth
+
+TOOL = {"name": "weather", "description": "é <b>", "parameters": {"type": "object", "properties": {"city": {}}}}
+ASKED = [{"role": "user", "content": " Hi </s> there\n"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "Hello <|user|>."}]
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+CALLED = [
+  *ASKED,
+  {"role": "assistant", "content": None, "tool_calls": [CALL]},
+  {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "sunny"},
+]
+FORMS = {
+  "user": (ASKED, {}),
+  "system": ([{"role": "system", "content": "Be brief."}, *ANSWERED, *ASKED], {}),
+  "tools": (ASKED, {"tools": [{"type": "function", "function": TOOL}]}),
+  "calls": (CALLED, {"tools": [{"type": "function", "function": TOOL}]}),
+  "thinking": (ASKED, {"enable_thinking": True}),
+  "no thinking": ([*ANSWERED, *ASKED], {"enable_thinking": False}),
+  "documents": (ASKED, {"documents": [{"title": "T", "text": "x"}]}),
+  "continue": (ANSWERED, {"continue_final_message": True, "add_generation_prompt": False}),
+}
+
+
+def test_public_templates_are_rendered_as_transformers_does():
+  """Text and ids of all forms, or both refuse."""
+  transformers = pytest.importorskip("transformers")
+  if not (folder := os.environ.get("SPARSE_SERVE_TEMPLATES")):
+    pytest.skip("chat templates: give SPARSE_SERVE_TEMPLATES, a folder of *.jinja files")
+  theirs, ours = (
+    transformers.AutoTokenizer.from_pretrained(GOLDENS / "tokenizer"),
+    load_tokenizer(GOLDENS / "tokenizer"),
+  )
+  files = sorted(pathlib.Path(folder).rglob("*.jinja"))
+  rendered, refused, wrong = 0, [], []
+  for file in files:
+    theirs.chat_template = file.read_text()
+    mine = FileTokenizer(ours._core, file.read_text(), ours.special_tokens)
+    for name, (messages, options) in FORMS.items():
+      options = {"add_generation_prompt": True} | options
+      try:
+        text = theirs.apply_chat_template(messages, tokenize=False, **options)
+        ids = theirs.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
+      except Exception:  # a template raises what it likes
+        refused.append(f"{file.name}: {name}")
+        with pytest.raises(ValueError):
+          mine.apply_chat_template(messages, **options)
+        continue
+      rendered += 1
+      if (mine.apply_chat_template(messages, **options), mine.encode_chat(messages, **options)) != (text, ids):
+        wrong.append(f"{file.name}: {name}")
+  print(f"{len(files)} templates, {rendered} conversations; refused by both: {', '.join(refused)}")
+  assert not wrong and rendered > len(files)

@@ -200,6 +200,12 @@ def test_a_sentencepiece_tokenizer():
   assert 2 not in tokenizer.encode("the</s>", False, "text")
   for text in ("the cat", "é the  猫", ""):
     assert tokenizer.decode(tokenizer.encode(text)) == text
+  chatting = read(**{"tokenizer.chat_template": "{% for m in messages %}<s>the {{ m.content }}</s>{% endfor %}"})
+  for content in ("the cat", "cat</s> the", "</s>cat", "\n</s>\n cat"):
+    made = chatting.encode_chat([{"role": "user", "content": content}])
+    whole = chatting.encode(f"<s>the {content}</s>", add_special_tokens=False)
+    assert (made == whole) == ("</s>" not in content) and [i for i in made if i in (1, 2)] == [1, 2]
+    assert chatting.decode(made, skip_special_tokens=False) == chatting.decode(whole, skip_special_tokens=False)
   bare = read(**{"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False})
   assert bare.encode("the cat") == [ids["th"], ids["e"], ids["▁cat"]] and bare.decode(bare.encode("the")) == "the"
 
