@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from sparse_serve_jax import models
 from sparse_serve_jax.config import ModelConfig, RopeConfig, find_config, read_config
-from sparse_serve_jax.models import hf, llama
+from sparse_serve_jax.models import hf, hf_config, llama
 from sparse_serve_jax.models.tokenizer import ByteTokenizer
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -54,7 +54,7 @@ def same_params(a: llama.Params, b: llama.Params) -> bool:
 
 
 def test_config_fields_are_read():
-  cfg = hf.config_from_hf(raw_config("mistral", rms_norm_eps=0.25, rope_theta=5e5))
+  cfg = hf_config.config_from_hf(raw_config("mistral", rms_norm_eps=0.25, rope_theta=5e5))
   assert cfg == ModelConfig(
     vocab_size=96,
     d_model=32,
@@ -68,20 +68,22 @@ def test_config_fields_are_read():
     rope=RopeConfig(theta=5e5),
     dtype="bfloat16",
   )
-  assert hf.config_from_hf(raw_config("llama3")).tie_embeddings
-  assert hf.config_from_hf(raw_config("qwen2")).qkv_bias and hf.config_from_hf(raw_config("qwen3")).qk_norm
-  assert hf.config_from_hf(raw_config("llama2")).dtype == "float32"
-  assert hf.config_from_hf(raw_config("llama2", torch_dtype="float16")).dtype == "bfloat16"
+  assert hf_config.config_from_hf(raw_config("llama3")).tie_embeddings
+  assert (
+    hf_config.config_from_hf(raw_config("qwen2")).qkv_bias and hf_config.config_from_hf(raw_config("qwen3")).qk_norm
+  )
+  assert hf_config.config_from_hf(raw_config("llama2")).dtype == "float32"
+  assert hf_config.config_from_hf(raw_config("llama2", torch_dtype="float16")).dtype == "bfloat16"
 
 
 def test_absent_fields_have_the_architecture_s_defaults():
   raw = raw_config("llama2")
   del raw["head_dim"], raw["num_key_value_heads"], raw["rope_theta"], raw["torch_dtype"]
-  cfg = hf.config_from_hf(raw)
+  cfg = hf_config.config_from_hf(raw)
   assert (cfg.head_dim, cfg.n_kv_heads, cfg.rope.theta, cfg.dtype) == (8, 4, 10000.0, "float32")
   raw = raw_config("qwen3")
   del raw["head_dim"]
-  assert hf.config_from_hf(raw).head_dim == 128
+  assert hf_config.config_from_hf(raw).head_dim == 128
 
 
 SCALINGS = {
@@ -96,10 +98,10 @@ def test_old_and_new_rope_entries_agree(kind):
   raw = raw_config("llama2", rope_theta=2e4)
   old, older = ({**SCALINGS[kind], key: kind} for key in ("rope_type", "type"))
   new = raw_config("llama2", rope_theta=None, rope_scaling=None, rope_parameters=old | {"rope_theta": 2e4})
-  cfg = hf.config_from_hf(raw | {"rope_scaling": old})
+  cfg = hf_config.config_from_hf(raw | {"rope_scaling": old})
   assert cfg.rope.kind == kind and cfg.rope.theta == 2e4 and cfg.rope.factor == SCALINGS[kind]["factor"]
-  assert hf.config_from_hf(raw | {"rope_scaling": older}) == cfg
-  assert hf.config_from_hf(new) == cfg
+  assert hf_config.config_from_hf(raw | {"rope_scaling": older}) == cfg
+  assert hf_config.config_from_hf(new) == cfg
 
 
 def test_context_is_counted_after_scaling():
@@ -107,13 +109,13 @@ def test_context_is_counted_after_scaling():
   linear = {"rope_type": "linear", "factor": 2.5}
   for scaling, positions, context in ((None, 64, 64), (linear, 64, 160), (yarn, 32, 128), (yarn, 128, 128)):
     raw = raw_config("llama2", rope_scaling=scaling, max_position_embeddings=positions)
-    assert hf.config_from_hf(raw).max_context == context
+    assert hf_config.config_from_hf(raw).max_context == context
 
 
 def test_yarn_amplitude():
   def amplitude(**changes):
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16} | changes
-    return llama.rope_amplitude(hf.config_from_hf(raw_config("llama2", rope_scaling=scaling)).rope)
+    return llama.rope_amplitude(hf_config.config_from_hf(raw_config("llama2", rope_scaling=scaling)).rope)
 
   assert amplitude() == pytest.approx(0.1 * math.log(4) + 1)
   assert amplitude(attention_factor=0.7) == 0.7
@@ -124,11 +126,21 @@ def test_yarn_amplitude():
 
 REFUSALS = [
   ("mistral", {"sliding_window": 4096}, "a sliding window of 4096 tokens"),
-  ("qwen2", {"use_sliding_window": True, "sliding_window": 128}, "a sliding window of 128 tokens"),
+  (
+    "qwen2",
+    {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "layer_types": None},
+    "a sliding window of 128 tokens",
+  ),
   ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer types sliding_attention"),
   ("llama2", {"num_local_experts": 8}, r"a mixture of experts \(num_local_experts=8\)"),
   ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, r"architecture 'Qwen3MoeForCausalLM' \(known: LlamaFor"),
-  ("llama2", {"architectures": None}, "architecture 'None'"),
+  ("llama2", {"architectures": None, "model_type": None}, "no architectures"),
+  ("llama2", {"model_type": "gemma"}, r"model_type 'gemma' \(known: llama, mistral"),
+  (
+    "llama2",
+    {"rope_parameters": {"full_attention": {"rope_theta": 5e6}}, "rope_scaling": None},
+    "by layer type .full_a",
+  ),
   ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
   ("qwen3", {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
   ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -143,32 +155,32 @@ REFUSALS = [
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSALS, ids=[r[2][:24] for r in REFUSALS])
 def test_what_is_not_computed_is_refused(name, changes, message):
   with pytest.raises(ValueError, match=message):
-    hf.config_from_hf(raw_config(name, **changes))
+    hf_config.config_from_hf(raw_config(name, **changes))
 
 
 def test_all_refusals_are_named_at_once():
   with pytest.raises(ValueError, match="sliding window.*hidden_act 'gelu'.*mlp_bias"):
-    hf.config_from_hf(raw_config("mistral", sliding_window=8, hidden_act="gelu", mlp_bias=True))
+    hf_config.config_from_hf(raw_config("mistral", sliding_window=8, hidden_act="gelu", mlp_bias=True))
 
 
 def test_a_window_that_is_off_is_no_window():
-  hf.config_from_hf(raw_config("qwen2", use_sliding_window=False, sliding_window=4096))
+  hf_config.config_from_hf(raw_config("qwen2", use_sliding_window=False, sliding_window=4096))
   raw = raw_config("qwen2", sliding_window=4096)
   del raw["use_sliding_window"]
-  hf.config_from_hf(raw)
+  hf_config.config_from_hf(raw)
   raw = raw_config("mistral")
   del raw["sliding_window"]  # absent means 4096 there
   with pytest.raises(ValueError, match="a sliding window of 4096"):
-    hf.config_from_hf(raw)
+    hf_config.config_from_hf(raw)
 
 
 def test_a_lacking_key_is_named():
   raw = raw_config("llama2")
   del raw["intermediate_size"]
   with pytest.raises(ValueError, match=r"config.json lacks 'intermediate_size'"):
-    hf.config_from_hf(raw)
-  with pytest.raises(ValueError, match=r"config.json lacks 'factor'"):
-    hf.config_from_hf(raw_config("llama2", rope_scaling={"rope_type": "linear"}))
+    hf_config.config_from_hf(raw)
+  with pytest.raises(ValueError, match=r"config.json, rope_scaling lacks 'factor'"):
+    hf_config.config_from_hf(raw_config("llama2", rope_scaling={"rope_type": "linear"}))
 
 
 # Tensors
@@ -254,7 +266,7 @@ def test_lacking_files_are_named(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("entry", "eos"), [({"eos_token_id": [7, 9]}, (7, 9)), ({"eos_token_id": 5}, (5,)), ({}, (2,)), (None, (2,))]
+  ("entry", "eos"), [({"eos_token_id": [7, 9]}, (7, 9, 2)), ({"eos_token_id": 5}, (5, 2)), ({}, (2,)), (None, (2,))]
 )
 def test_every_eos(checkpoint, entry, eos):
   directory = checkpoint("llama2")  # its config.json says 2

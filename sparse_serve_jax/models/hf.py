@@ -1,32 +1,24 @@
-"""Hugging Face directories: `config.json` to and from ModelConfig, safetensors to and from parameters. No torch.
-
-What this decoder does not compute (sliding windows, experts, other rope types, extra biases, quantized weights) is
-refused by name, so that no checkpoint runs as something it is not.
-"""
+"""Hugging Face directories: safetensors to and from parameters. No torch."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
 import re
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sparse_serve_jax.config import ModelConfig, RopeConfig
+from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
+from sparse_serve_jax.models.hf_config import read_object
 from sparse_serve_jax.models.leaves import FileStamp, Leaf, mismatches
-
-# What each architecture has, and the values of `sliding_window`, `use_sliding_window` and `head_dim` where absent.
-_ARCHITECTURES = {
-  "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False, "window": None, "use_window": True, "head_dim": None},
-  "MistralForCausalLM": {"qkv_bias": False, "qk_norm": False, "window": 4096, "use_window": True, "head_dim": None},
-  "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False, "window": 4096, "use_window": False, "head_dim": None},
-  "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True, "window": 4096, "use_window": False, "head_dim": 128},
-}
 
 _ALL, _Q, _K, _V = np.s_[...], np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
 _GATE, _UP = np.s_[..., 0, :], np.s_[..., 1, :]
@@ -54,81 +46,15 @@ _TENSORS = (
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # computed here
 _FLOATS = ("F64", "F32", "F16", "BF16")  # that tensors may be
 _STRIP_BYTES = 32 << 20  # of a tensor that are read at once
-
-
-def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
-  """`config.json` as a ModelConfig. float16 becomes bfloat16, the only half precision here.
-
-  Raises:
-    ValueError: the model is of a kind that this decoder does not compute; all reasons are named at once.
-  """
-  name = str((raw.get("architectures") or [None])[0])
-  family = _ARCHITECTURES.get(name)
-  problems = [] if family else [f"architecture {name!r} (known: {', '.join(_ARCHITECTURES)})"]
-  problems += _unsupported(raw, family or _ARCHITECTURES["LlamaForCausalLM"])
-  if problems or family is None:
-    raise ValueError("config.json asks for what is not supported: " + "; ".join(problems))
-  try:
-    heads = raw["num_attention_heads"]
-    rope = _rope_from_hf(raw)
-    return ModelConfig(
-      vocab_size=raw["vocab_size"],
-      d_model=raw["hidden_size"],
-      n_layers=raw["num_hidden_layers"],
-      n_heads=heads,
-      n_kv_heads=raw.get("num_key_value_heads") or heads,
-      head_dim=raw.get("head_dim") or family["head_dim"] or raw["hidden_size"] // heads,
-      d_ff=raw["intermediate_size"],
-      max_context=_max_context(raw["max_position_embeddings"], rope),
-      norm_eps=raw["rms_norm_eps"],
-      rope=rope,
-      tie_embeddings=raw.get("tie_word_embeddings", False),
-      qkv_bias=family["qkv_bias"],
-      qk_norm=family["qk_norm"],
-      dtype="float32" if _hf_dtype(raw) == "float32" else "bfloat16",
-    )
-  except KeyError as error:
-    raise ValueError(f"config.json lacks {error.args[0]!r}") from None
-
-
-def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
-  """The inverse, in the form that old and new `transformers` read.
-
-  Raises:
-    ValueError: no architecture has both qkv_bias and qk_norm.
-  """
-  wanted = cfg.qkv_bias, cfg.qk_norm
-  name = next((n for n, family in _ARCHITECTURES.items() if (family["qkv_bias"], family["qk_norm"]) == wanted), None)
-  if name is None:
-    raise ValueError(f"no Hugging Face architecture has {cfg.qkv_bias=} with {cfg.qk_norm=}")
-  rope = cfg.rope
-  scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-  if rope.kind in ("llama3", "yarn"):
-    scaling["original_max_position_embeddings"] = rope.original_context
-  if rope.kind == "llama3":
-    scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-  if rope.kind == "yarn":
-    scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-    scaling |= {"attention_factor": llama.rope_amplitude(rope)}
-  shrink = rope.factor if rope.kind == "linear" else 1  # see _max_context
-  return {
-    "architectures": [name],
-    "model_type": name.removesuffix("ForCausalLM").lower(),
-    "vocab_size": cfg.vocab_size,
-    "hidden_size": cfg.d_model,
-    "num_hidden_layers": cfg.n_layers,
-    "num_attention_heads": cfg.n_heads,
-    "num_key_value_heads": cfg.n_kv_heads,
-    "head_dim": cfg.head_dim,
-    "intermediate_size": cfg.d_ff,
-    "max_position_embeddings": round(cfg.max_context / shrink),
-    "rms_norm_eps": cfg.norm_eps,
-    "hidden_act": "silu",
-    "rope_theta": rope.theta,
-    "rope_scaling": None if rope.kind == "default" else scaling,
-    "tie_word_embeddings": cfg.tie_embeddings,
-    "torch_dtype": cfg.dtype,
-  }
+_SHOWN = 10  # tensors that an error lists
+# Fields of config.json, and where a tensor shows them.
+_SIZES = (
+  ("vocab_size", "model.embed_tokens.weight", 0),
+  ("hidden_size", "model.embed_tokens.weight", 1),
+  ("intermediate_size", "model.layers.0.mlp.gate_proj.weight", 0),
+  ("num_attention_heads x head_dim", "model.layers.0.self_attn.q_proj.weight", 0),
+  ("num_key_value_heads x head_dim", "model.layers.0.self_attn.k_proj.weight", 0),
+)
 
 
 class _Tensor(NamedTuple):
@@ -146,25 +72,64 @@ class _Tensor(NamedTuple):
     return layer[self.part].transpose(self.order)
 
 
-def open_params(directory: pathlib.Path, cfg: ModelConfig) -> llama.Params:
+class Stored(NamedTuple):
+  """What a file says of a tensor."""
+
+  file: FileStamp
+  shape: tuple[int, ...]
+  dtype: str
+
+
+def open_params(directory: pathlib.Path, cfg: ModelConfig) -> tuple[ModelConfig, llama.Params]:
   """Parameters in cfg.dtype, as leaves that read their tensors when they are wanted. Only headers are read now.
 
+  The configuration that is returned is `cfg`, without `tie_embeddings` where the file holds a head of its own.
+
   Raises:
-    ValueError: no safetensors, or tensors that are missing, unknown, misshapen or no floats; all are listed.
+    ValueError: no safetensors, or tensors that are missing, unknown, misshapen or no floats: the cause, then ten of
+      them.
   """
-  found: dict[str, _Found] = {}
+  found: dict[str, Stored] = {}
   for path in _files(directory):
     stamp = FileStamp.of(path)
     with _open(path) as file:
       for name in file.keys():  # noqa: SIM118
         header = file.get_slice(name)
-        found[name] = _Found(stamp, tuple(header.get_shape()), header.get_dtype())
+        found[name] = Stored(stamp, tuple(header.get_shape()), header.get_dtype())
+  if cfg.tie_embeddings and _has_own_head(found):
+    cfg = dataclasses.replace(cfg, tie_embeddings=False)
+    warnings.warn(
+      f"{directory}: config.json's tie_word_embeddings is true, and lm_head.weight is another matrix than "
+      "model.embed_tokens.weight; the stored head is used, as in transformers",
+      stacklevel=3,
+    )
+
+  def fill(name: str, view: np.ndarray) -> None:
+    with _open(found[name].file.path) as file:
+      _read(file.get_slice(name), view)
+
+  return cfg, leaves(directory, cfg, found, fill)
+
+
+def leaves(
+  where: pathlib.Path, cfg: ModelConfig, found: Mapping[str, Stored], fill: Callable[[str, np.ndarray], None]
+) -> llama.Params:
+  """Parameters in cfg.dtype, as leaves that read their tensors when they are wanted.
+
+  Args:
+    where: what errors name.
+    cfg: what the tensors have to fit.
+    found: the tensors that there are.
+    fill: writes a tensor into an array that has its axes, or some of them split.
+
+  Raises:
+    ValueError: tensors that are missing, unknown, misshapen or no floats: the cause, then ten of them.
+  """
   tensors = _tensors(cfg)
-  _check(directory, cfg, tensors, found)
+  _check(where, cfg, tensors, found)
   parts: dict[str, dict[int, list[_Tensor]]] = {}
   for tensor in tensors:
     parts.setdefault(tensor.leaf, {}).setdefault(tensor.layer, []).append(tensor)
-  files = {tensor.name: found[tensor.name].file for tensor in tensors}
 
   def leaf(name: str, shape: tuple[int, ...]) -> Leaf:
     stacked, dtype = name.startswith("layers."), llama.dtype_of(cfg)
@@ -172,11 +137,10 @@ def open_params(directory: pathlib.Path, cfg: ModelConfig) -> llama.Params:
     def read(i: int) -> np.ndarray:
       layer = np.empty(shape[stacked:], dtype)
       for tensor in parts[name][i]:
-        with _open(files[tensor.name].path) as file:
-          _read(file.get_slice(tensor.name), tensor.view(layer))
+        fill(tensor.name, tensor.view(layer))
       return layer
 
-    stamps = {files[tensor.name] for of_layer in parts[name].values() for tensor in of_layer}
+    stamps = {found[tensor.name].file for of_layer in parts[name].values() for tensor in of_layer}
     return Leaf(name, shape, dtype, read, stacked, tuple(sorted(stamps, key=lambda stamp: stamp.path)))
 
   return llama.map_shapes(leaf, cfg)
@@ -204,7 +168,7 @@ def write_params(directory: pathlib.Path, cfg: ModelConfig, params: llama.Params
     for tensor in shard:
       view = tensor.view(part_of(tensor))
       tensors[tensor.name] = np.empty(tensor.shape, view.dtype)
-      _copy(tensors[tensor.name].reshape(view.shape), view)
+      copy_strips(tensors[tensor.name].reshape(view.shape), view)
     safetensors.numpy.save_file(tensors, directory / filename, metadata={"format": "pt"})
     (directory / filename).chmod(0o644)  # the library leaves it to its owner alone
     weight_map |= {tensor.name: filename for tensor in shard}
@@ -257,27 +221,19 @@ def _read(tensor: Any, to: np.ndarray) -> None:
   step = max(1, _STRIP_BYTES // to[0].nbytes)
   for i in range(0, len(to), step):
     strip = to[i : i + step]
-    _copy(strip, tensor[i * rows : (i + len(strip)) * rows].astype(to.dtype, copy=False).reshape(strip.shape))
+    copy_strips(strip, tensor[i * rows : (i + len(strip)) * rows].astype(to.dtype, copy=False).reshape(strip.shape))
 
 
-def _copy(to: np.ndarray, source: np.ndarray) -> None:
+def copy_strips(to: np.ndarray, source: np.ndarray) -> None:
   """Copies in strips of 32 rows: what cache misses cost in a transposed copy falls to a quarter."""
   if to.ndim > 2 and len(to) <= 32:
     for a, b in zip(to, source, strict=True):
-      _copy(a, b)
+      copy_strips(a, b)
     return
   if to.dtype.itemsize == 2:
     to, source = to.view(np.uint16), source.view(np.uint16)  # numpy's own types copy faster than bfloat16
   for i in range(0, len(to), 32):
     to[i : i + 32] = source[i : i + 32]
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Reads a JSON file; ValueError names it."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
 
 
 def _open(path: pathlib.Path):
@@ -291,7 +247,10 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a checkpoint. (A directory may hold others, in another layout.)"""
   index = directory / "model.safetensors.index.json"
   if index.exists():
-    paths = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+      raise ValueError(f"{index}: 'weight_map' is {names!r:.80}, wanted is an object, tensor name -> file name")
+    paths = [directory / name for name in sorted(set(names.values()))]
   else:
     paths = [directory / "model.safetensors"]
   if absent := [path.name for path in paths if not path.exists()]:
@@ -299,15 +258,7 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   return paths
 
 
-class _Found(NamedTuple):
-  """What a file's header says of a tensor."""
-
-  file: FileStamp
-  shape: tuple[int, ...]
-  dtype: str
-
-
-def _check(directory: pathlib.Path, cfg: ModelConfig, tensors: list[_Tensor], found: dict[str, _Found]) -> None:
+def _check(directory: pathlib.Path, cfg: ModelConfig, tensors: list[_Tensor], found: Mapping[str, Stored]) -> None:
   ignored = {name for name in found if _IGNORED.fullmatch(name)}
   if cfg.tie_embeddings:
     ignored.add("lm_head.weight")
@@ -319,72 +270,37 @@ def _check(directory: pathlib.Path, cfg: ModelConfig, tensors: list[_Tensor], fo
     if tensor.name in found and found[tensor.name].dtype not in _FLOATS
   ]
   if lines:
-    raise ValueError(f"{directory} does not fit its configuration in {len(lines)} tensors:\n  " + "\n  ".join(lines))
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    fault = f"{directory} does not fit its configuration in {len(lines)} tensors: {_cause(cfg, tensors, shapes)}"
+    raise ValueError("\n  ".join([fault, *lines[:_SHOWN], *more]))
 
 
-def _hf_dtype(raw: dict[str, Any]) -> str:
-  return raw.get("dtype") or raw.get("torch_dtype") or "float32"
+def _cause(cfg: ModelConfig, tensors: list[_Tensor], found: dict[str, tuple[int, ...]]) -> str:
+  """One line of why a checkpoint does not fit: the fields of `config.json` that say another shape, if they do."""
+  wanted = {tensor.name: tensor.shape for tensor in tensors}
+  if found and not wanted.keys() & found.keys():
+    return f"no tensor has a name that such a model has (one is {min(found)!r}, wanted are such as {min(wanted)!r})"
+  layers = [int(match[1]) for name in found if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+  sizes = {"num_hidden_layers": (cfg.n_layers, max(layers, default=-1) + 1)}
+  for field, name, axis in _SIZES:
+    if len(found.get(name, ())) == len(wanted[name]):
+      sizes[field] = wanted[name][axis], found[name][axis]
+  told = [f"{field} is {said}, the tensors have {there}" for field, (said, there) in sizes.items() if said != there]
+  return "; ".join(told) or "names or types differ, sizes do not"
 
 
-def _unsupported(raw: dict[str, Any], family: dict[str, Any]) -> list[str]:
-  """Names what `config.json` asks for and the decoder does not compute."""
-  window = raw.get("sliding_window", family["window"])
-  windowed = window is not None and raw.get("use_sliding_window", family["use_window"])
-  kinds = sorted(set(raw.get("layer_types") or []) - {"full_attention"})
-  experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if raw.get(key)]
-  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
-  checks = {
-    f"a sliding window of {window} tokens": windowed,
-    f"layer types {', '.join(kinds)}": kinds,
-    f"a mixture of experts ({', '.join(f'{key}={raw[key]}' for key in experts)})": experts,
-    f"rope type {_rope_type(rope)!r}": _rope_type(rope) not in ("default", "linear", "llama3", "yarn"),
-    f"partial_rotary_factor {partial}": partial != 1,
-    f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
-    "attention_bias": raw.get("attention_bias"),
-    "mlp_bias": raw.get("mlp_bias"),
-    f"dtype {_hf_dtype(raw)!r}": _hf_dtype(raw) not in ("float32", "bfloat16", "float16"),
-    "quantization_config": raw.get("quantization_config"),
-  }
-  return [what for what, present in checks.items() if present]
-
-
-def _rope_type(rope: dict[str, Any]) -> str:
-  return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _rope_from_hf(raw: dict[str, Any]) -> RopeConfig:
-  """From `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
-  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  kind = _rope_type(rope)
-  fields: dict[str, Any] = {"theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0, "kind": kind}
-  if kind in ("llama3", "yarn"):
-    original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    fields["original_context"] = original or raw["max_position_embeddings"]
-  if kind in ("linear", "llama3", "yarn"):
-    fields["factor"] = rope["factor"]
-  if kind == "llama3":
-    fields |= {key: rope[key] for key in ("low_freq_factor", "high_freq_factor")}
-  if kind == "yarn":
-    if fields["factor"] is None:
-      fields["factor"] = raw["max_position_embeddings"] / fields["original_context"]
-    fields |= {"beta_fast": rope.get("beta_fast") or 32, "beta_slow": rope.get("beta_slow") or 1}
-    fields |= {"truncate": rope.get("truncate", True), "attention_factor": _yarn_attention(rope, fields["factor"])}
-  return RopeConfig(**fields)
-
-
-def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
-  """The explicit factor, else the quotient of two magnitudes, else 0: the default of RopeConfig."""
-  if rope.get("attention_factor") is not None:
-    return rope["attention_factor"]
-  up, down = rope.get("mscale"), rope.get("mscale_all_dim")
-  if not (up and down) or factor <= 1:
-    return 0.0
-  return (0.1 * up * math.log(factor) + 1) / (0.1 * down * math.log(factor) + 1)
-
-
-def _max_context(positions: int, rope: RopeConfig) -> int:
-  """Tokens after scaling. `max_position_embeddings` is the unscaled length for linear scaling, either one for YaRN."""
-  if rope.kind == "linear":
-    return round(positions * rope.factor)
-  return max(positions, round(rope.original_context * rope.factor)) if rope.kind == "yarn" else positions
+def _has_own_head(found: dict[str, Stored]) -> bool:
+  """Whether there is an output head that differs from the embeddings."""
+  head, embed = (found.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+  if head is None or embed is None:
+    return False
+  if head.shape != embed.shape:
+    return True
+  with _open(head.file.path) as a, _open(embed.file.path) as b:
+    first, second = a.get_slice("lm_head.weight"), b.get_slice("model.embed_tokens.weight")
+    step = max(1, _STRIP_BYTES // (4 * math.prod(head.shape[1:])))
+    for i in range(0, head.shape[0], step):
+      strip = slice(i, min(i + step, head.shape[0]))
+      if not np.array_equal(first[strip].astype(np.float32), second[strip].astype(np.float32), equal_nan=True):
+        return True
+  return False

@@ -1,14 +1,19 @@
-"""A model, and where it comes from: a Hugging Face directory, an orbax directory, or a random shape."""
+"""A model, and where it comes from: a Hugging Face directory, an orbax directory, a GGUF file, or a random shape."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from sparse_serve_jax.config import ModelConfig, find_config, from_dict, read_config
-from sparse_serve_jax.models import hf, llama, orbax
+from sparse_serve_jax.models import gguf, hf, hf_config, llama, orbax
 from sparse_serve_jax.models import tokenizer as tokenizer_lib
 from sparse_serve_jax.models.initial import random_params
 
@@ -29,14 +34,34 @@ class Model:
   tokenizer: tokenizer_lib.Tokenizer
   eos_token_ids: tuple[int, ...]  # any of them ends an output
   name: str
+  eos_sources: Mapping[int, str] = dataclasses.field(default_factory=dict)  # what file each of them comes from
+
+  def describe(self) -> str:
+    """Lines for a reader: name, shape, tokenizer, where each special token comes from, chat template or none."""
+    cfg = self.config
+    count = sum(math.prod(shape) for shape in jax.tree.leaves(llama.param_shapes(cfg), is_leaf=_is_shape))
+    rope = "" if cfg.rope.kind == "default" else f" ({cfg.rope.kind}, factor {cfg.rope.factor:g})"
+    shape = (
+      f"{count:,} parameters in {cfg.dtype}: {cfg.n_layers} layers of {cfg.d_model}, {cfg.n_heads} heads of "
+      f"{cfg.head_dim}, {cfg.n_kv_heads} of KV, MLP of {cfg.d_ff}, vocabulary of {cfg.vocab_size}"
+    )
+    ends = [f"{i} ({self.eos_sources.get(i, 'given')})" for i in self.eos_token_ids]
+    return "\n".join(
+      [
+        f"{self.name}: {shape}",
+        f"context: {cfg.max_context} tokens, rope theta {cfg.rope.theta:g}{rope}",
+        f"an output ends with: {', '.join(ends) or 'no token'}",
+        self.tokenizer.describe(),
+      ]
+    )
 
 
 def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed: int = 0) -> Model:
   """Loads a model: all of it but its weights, which are only looked at.
 
   Args:
-    name_or_path: a Hugging Face directory, a directory made by `save_model`, or "random:<shape>" with the shapes of
-      configs/models and the byte tokenizer.
+    name_or_path: a Hugging Face directory, a directory made by `save_model`, a GGUF file, or "random:<shape>" with the
+      shapes of configs/models and the byte tokenizer.
     dtype: "float32" or "bfloat16"; None keeps what the model says.
     seed: of random weights.
 
@@ -47,17 +72,21 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
   if name.startswith("random:"):
     cfg = _cast(read_config(ModelConfig, find_config("models", name.removeprefix("random:"))), dtype)
     tokenizer = tokenizer_lib.ByteTokenizer()
-    return Model(cfg, random_params(cfg, seed), tokenizer, tokenizer.eos_token_ids, name)
+    return Model(cfg, random_params(cfg, seed), tokenizer, tokenizer.eos_token_ids, name, tokenizer.turn_ends())
   path = pathlib.Path(name_or_path)
   if (path / _CARD).exists():
     return _restore(path, dtype)
+  if path.suffix == ".gguf" and path.is_file():
+    opened = gguf.open_gguf(path, dtype)
+    ends = _union([*opened.eos.items(), *opened.tokenizer.turn_ends().items()])
+    return Model(opened.config, opened.params, opened.tokenizer, tuple(ends), path.stem, ends)
   if not (path / "config.json").exists():
-    raise ValueError(f"{name!r} is no model: no config.json or {_CARD} there, and it does not begin with 'random:'")
-  raw = hf.read_json(path / "config.json")
-  cfg = _cast(hf.config_from_hf(raw), dtype)
-  return Model(
-    cfg, hf.open_params(path, cfg), tokenizer_lib.load_tokenizer(path), _eos_token_ids(path, raw), path.resolve().name
-  )
+    raise ValueError(_no_model(name, path))
+  raw = hf_config.read_object(path / "config.json")
+  cfg, params = hf.open_params(path, _cast(hf_config.config_from_hf(raw, str(path / "config.json")), dtype))
+  tokenizer = tokenizer_lib.load_tokenizer(path)
+  ends = _ends(path, raw, tokenizer)
+  return Model(cfg, params, tokenizer, tuple(ends), path.resolve().name, ends)
 
 
 def save_model(model: Model, path: str | pathlib.Path) -> None:
@@ -80,7 +109,7 @@ def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) 
   Raises:
     ValueError: the directory exists and is not empty, or no architecture there has this shape.
   """
-  raw = hf.config_to_hf(model.config)
+  raw = hf_config.config_to_hf(model.config)
   directory = _new_directory(path)
   eos = {"eos_token_id": list(model.eos_token_ids)}
   (directory / "config.json").write_text(json.dumps(raw | eos, indent=2) + "\n")
@@ -90,10 +119,11 @@ def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) 
 
 
 def _restore(path: pathlib.Path, dtype: str | None) -> Model:
-  card = hf.read_json(path / _CARD)
+  card = hf_config.read_object(path / _CARD)
   cfg = _cast(from_dict(ModelConfig, card["config"]), dtype)
   params = orbax.open_params(path.resolve() / "params", cfg)
-  return Model(cfg, params, tokenizer_lib.load_tokenizer(path), tuple(card["eos_token_ids"]), card["name"])
+  ends = dict.fromkeys(hf_config.token_ids(card, "eos_token_ids", str(path / _CARD)), _CARD)
+  return Model(cfg, params, tokenizer_lib.load_tokenizer(path), tuple(ends), card["name"], ends)
 
 
 def _new_directory(path: str | pathlib.Path) -> pathlib.Path:
@@ -108,9 +138,36 @@ def _cast(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
   return cfg if dtype is None else dataclasses.replace(cfg, dtype=dtype)
 
 
-def _eos_token_ids(path: pathlib.Path, raw: dict[str, Any]) -> tuple[int, ...]:
-  """Every EOS of generation_config.json, else of config.json."""
-  file = path / "generation_config.json"
-  eos = hf.read_json(file).get("eos_token_id") if file.exists() else None
-  eos = raw.get("eos_token_id") if eos is None else eos
-  return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+def _ends(path: pathlib.Path, raw: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer) -> dict[int, str]:
+  """Every token that ends an output, and where it comes from: generation_config.json, config.json, the tokenizer."""
+  file, config = path / "generation_config.json", path / "config.json"
+  generation = hf_config.read_object(file) if file.exists() else {}
+  told = [(i, file.name) for i in hf_config.token_ids(generation, "eos_token_id", str(file))]
+  told += [(i, config.name) for i in hf_config.token_ids(raw, "eos_token_id", str(config))]
+  return _union([*told, *tokenizer.turn_ends().items()])
+
+
+def _union(told: list[tuple[int, str]]) -> dict[int, str]:
+  """Each token once, with all the places that it comes from."""
+  sources: dict[int, str] = {}
+  for i, source in told:
+    sources[i] = f"{sources[i]}, {source}" if i in sources else source
+  return sources
+
+
+def _no_model(name: str, path: pathlib.Path) -> str:
+  """Why there is no model at a path."""
+  if path.is_file():
+    return f"{name!r} is a file: wanted is a directory with a config.json, or a file that ends in .gguf"
+  if path.is_dir():
+    return f"{name!r} is no model: it has no config.json and no {_CARD}"
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # as names of the Hugging Face hub are
+    return (
+      f"{name!r} is no model: there is no such directory with a config.json, and nothing is downloaded. "
+      f"`hf download {name} --local-dir DIR` (of the package huggingface_hub) fetches it; then give DIR"
+    )
+  return f"{name!r} is no model: no config.json or {_CARD} is there, and it does not begin with 'random:'"
+
+
+def _is_shape(value: Any) -> bool:
+  return isinstance(value, tuple)
