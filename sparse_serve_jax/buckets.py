@@ -76,7 +76,9 @@ class Buckets:
     return _fit(self.batches, n_rows, "batch of rows")
 
   def programs(self) -> list[tuple[str, int, int]]:
-    """Every decode and prefill program there can be: name, rows or tokens, table width."""
+    """Every decode and prefill program there can be: name, rows or tokens, table width. Those that also tell log
+    probabilities are as many again.
+    """
     kinds = ("decode", "sampled decode")  # every row takes its most likely token, or not
     decode = list(itertools.product(kinds, self.batches, self.tables))
     begin = [("prefill", c, 0) for c in self.whole]
