@@ -59,7 +59,9 @@ def define_model(default: str | None = None) -> tuple[flags.FlagHolder[Any], fla
   kinds = "A model directory." if default is None else "A model directory, or random:<name in configs/models>."
   with group("The model"):
     model = flags.DEFINE_string("model", default, kinds, required=default is None)
-    dtype = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in.")
+    dtype = flags.DEFINE_enum(
+      "dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in, on a CPU float32."
+    )
   return model, dtype
 
 

@@ -78,11 +78,11 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   results.make_folder(out)
   runtime.configure()
   # Scoring alone needs none of these.
-  from sparse_serve_jax.models import load_model
+  from sparse_serve_jax.models.here import load_model_here
   from sparse_serve_jax.serving.engine import Engine
   from sparse_serve_jax.serving.executor import JaxExecutor
 
-  model, chat = load_model(_MODEL.value, dtype=_DTYPE.value), _CHAT.value
+  model, chat = load_model_here(_MODEL.value, dtype=_DTYPE.value), _CHAT.value
   if chat:
     try:
       model.tokenizer.apply_chat_template([{"role": "user", "content": ""}])

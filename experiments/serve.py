@@ -23,7 +23,8 @@ from tqdm import tqdm
 from experiments import cli
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
-from sparse_serve_jax.models import Model, load_model
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Wall
 from sparse_serve_jax.serving.engine import Engine
@@ -70,7 +71,7 @@ def main() -> int:
     rows = results.Rows(out / "requests.jsonl")
   before = rows.all[:] if rows else []
   # All that is wrong with the command line, files or the folder is told by now.
-  model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
   clock = Wall()
   timeline = Timeline(clock)
   engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)

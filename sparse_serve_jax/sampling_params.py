@@ -7,7 +7,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypedDict, TypeVar, cast, overload
 
 MAX_LOGPROBS = 20  # most likely tokens that can be listed beside each output token
 
@@ -66,7 +66,7 @@ def _integer(low: int, high: int = 2**31 - 1) -> Callable[[object], int | None]:
   """Integers from `low` to `high`; numpy's too, but not True."""
 
   def read(value: object) -> int | None:
-    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
+    fits = type(value) is not bool and isinstance(value, numbers.Integral) and low <= int(value) <= high
     return int(cast(int, value)) if fits else None
 
   return read
@@ -76,7 +76,7 @@ def _number(fits: Callable[[float], bool]) -> Callable[[object], float | None]:
   """Finite numbers that fit; numpy's too, but not True."""
 
   def read(value: object) -> float | None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if type(value) is bool or not isinstance(value, numbers.Real):
       return None
     try:
       number = float(value)
@@ -166,6 +166,25 @@ class SamplingParams:
   def later(self, draws: int) -> SamplingParams:
     """The same with the seed that comes so many after this one; after 2**31 - 1 comes 0."""
     return dataclasses.replace(self, seed=(self.seed + draws) % 2**31) if draws else self
+
+
+class SamplingOptions(TypedDict, total=False):
+  """Fields of `SamplingParams` as keyword arguments."""
+
+  max_tokens: int | None
+  min_tokens: int | None
+  temperature: float | None
+  top_k: int | None
+  top_p: float | None
+  min_p: float | None
+  seed: int | None
+  stop: str | Iterable[str] | None
+  stop_token_ids: Iterable[int] | None
+  ignore_eos: bool | None
+  n: int | None
+  logprobs: int | None
+  add_special_tokens: bool | None
+  max_new_tokens: int | None
 
 
 _NAMES = list(SamplingParams.__annotations__)
