@@ -73,6 +73,12 @@ def define_serving() -> tuple[flags.FlagHolder[str], flags.FlagHolder[list[str]]
   return config, changes
 
 
+def define_strict() -> flags.FlagHolder[bool]:
+  """--strict, of commands that read rows of files."""
+  with group("What is asked"):
+    return flags.DEFINE_bool("strict", False, "End at the first row that cannot be served; else the others are.")
+
+
 def define_out(what: str, required: bool = True) -> flags.FlagHolder[Any]:
   """--out, a folder that holds `what`."""
   with group("Results"):

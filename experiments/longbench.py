@@ -38,6 +38,7 @@ with cli.group("What is asked"):
     lower_bound=2,
   )  # fmt: skip
   _CHAT = flags.DEFINE_bool("chat_template", True, "Use the model's; --nochat_template for a base model.")
+_STRICT = cli.define_strict()
 with cli.group("Scores"):
   _SCORE_ONLY = flags.DEFINE_string("score_only", None, "Only scores a folder's predictions; writes to --out only.")
   _CODE_SIM = flags.DEFINE_enum("code_sim", "difflib", ["difflib", "indel"], "Compares code; difflib is official.")
@@ -92,7 +93,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   max_prompt = _MAX_PROMPT.value or release.room_for_prompts(model.tokenizer, engine.max_request_tokens, chat)
   prompts = {"sha256": release.digest, "max_tokens": max_prompt, "chat_template": chat}
   results.claim(out, {"config": config, "model": {"name": model.name, "config": model.config}, "prompts": prompts})
-  run = longbench.Run(release, names, out, _LIMIT.value)
+  run = longbench.Run(release, names, out, _LIMIT.value, _STRICT.value)
   try:
     coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=config.cache.lanes)
     for _ in tqdm(coming, initial=run.n_done, total=run.n_rows, unit="row", disable=None):

@@ -35,7 +35,7 @@ from sparse_serve_jax.workloads import Item, Refused
 
 _CONFIG, _SET = cli.define_serving()
 _MODEL, _DTYPE = cli.define_model(default="random:tiny")
-with cli.group("What is served"):
+with cli.group("What is asked"):
   _WORKLOAD = flags.DEFINE_string(
     "workload", None, "A name in configs/workloads, or a JSON file. By default needle, or what a flag below is for."
   )
@@ -54,6 +54,7 @@ with cli.group("What is served"):
   _RATE = flags.DEFINE_float("rate", None, "Poisson arrivals a second; by default all arrive at once.")
   _SEED = flags.DEFINE_integer("seed", 0, "Seed of random weights, generated prompts and arrivals.", lower_bound=0)
   _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
+_STRICT = cli.define_strict()
 _OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
 
@@ -109,6 +110,7 @@ def _workload() -> workloads.WorkloadConfig:
     "prompt_tokens": _PROMPT.value,
     "max_new_tokens": _MAX_NEW.value,
     "chat_template": None if _CHAT.value else False,
+    "strict": _STRICT.value or None,
     "seed": _SEED.value if config.source == "needle" else None,
     "arrivals.process": "poisson" if poisson else None,
     "arrivals.rate": _RATE.value,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Unpack, cast, overload
 import numpy as np
 from tqdm import tqdm
 
-from sparse_serve_jax import conversation
+from sparse_serve_jax import prompting
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.detokenizer import Detokenizer
 from sparse_serve_jax.mesh import make_mesh
@@ -24,7 +24,7 @@ from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.metrics import request_metrics
 from sparse_serve_jax.serving.request import Request
-from sparse_serve_jax.tokenizing import Message, Tokenizer
+from sparse_serve_jax.tokenizing import Message
 
 BAR_DELAY = 3.0  # seconds that pass before a progress bar is shown
 
@@ -159,8 +159,8 @@ class LLM:
       ValueError: something is no conversation, the template refuses one, or as of `generate`. Nothing is run then.
     """
     if isinstance(messages, str) or (messages and isinstance(messages[0], str)):
-      raise ValueError(f"chat takes messages such as {conversation.FORM}, got {messages!r:.80}; generate takes texts")
-    one = not messages or conversation.is_message(messages[0])
+      raise ValueError(f"chat takes messages such as {prompting.FORM}, got {messages!r:.80}; generate takes texts")
+    one = not messages or prompting.is_message(messages[0])
     conversations = cast("Sequence[Sequence[Message]]", [messages] if one else messages)
     sampling = {name: value for name, value in options.items() if name not in _TEMPLATE_OPTIONS}
     template: Any = {name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS}
@@ -191,8 +191,9 @@ class LLM:
     given = {"tools": tools, "documents": documents, "continue_final_message": continue_final_message or None}
     given |= chat_template_kwargs or {}
     options = {name: value for name, value in given.items() if value is not None}
-    checked = conversation.checked(messages)
-    return _encode_chat(self.model.tokenizer, checked, not continue_final_message, special_tokens_in_text, options)
+    return prompting.encode_chat(
+      self.model.tokenizer, messages, not continue_final_message, special_tokens_in_text, options
+    )
 
   def stream(
     self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
@@ -211,7 +212,7 @@ class LLM:
     if asked.n > 1:
       raise ValueError(f"a stream is one output, got n={asked.n}")
     self._prepare()
-    if not isinstance(prompt, str) and len(prompt) and conversation.is_message(prompt[0]):
+    if not isinstance(prompt, str) and len(prompt) and prompting.is_message(prompt[0]):
       ids = self.encode_chat(cast("Sequence[Message]", prompt))
     else:
       ids = self._encode(0, cast("Prompt", prompt), asked)
@@ -220,7 +221,7 @@ class LLM:
 
   def _encode(self, i: int, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
     if isinstance(prompt, str):
-      return _encode_text(self.model.tokenizer, prompt, params.add_special_tokens)
+      return prompting.encode_text(self.model.tokenizer, prompt, params.add_special_tokens)
     if isinstance(prompt, Mapping):
       raise ValueError(f"prompt {i} is a message, which chat takes; generate takes texts and lists of token ids")
     return prompt
@@ -406,27 +407,3 @@ def _params(params: Params | None, options: Mapping[str, Any], n: int) -> list[S
   if len(params) != n:
     raise ValueError(f"{wrong}; got {len(params)}")
   return list(params)
-
-
-def _encode_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-  """Token ids of a prompt. What a tokenizer puts before texts is not put before one that begins with it, such as one
-  that a chat template has made.
-  """
-  ids = tokenizer.encode(text, add_special_tokens)
-  for n in range(1, 4 if add_special_tokens else 1):
-    if len(ids) >= 2 * n and ids[:n] == ids[n : 2 * n]:
-      plain = tokenizer.encode(text, False)
-      if plain[:n] == ids[:n] and ids[n : n + len(plain)] == plain:
-        return ids[n:]
-  return ids
-
-
-def _encode_chat(
-  tokenizer: Tokenizer, messages: Sequence[Message], generate: bool, typed: str, options: Mapping[str, Any]
-) -> list[int]:
-  encode_chat = getattr(tokenizer, "encode_chat", None)
-  if encode_chat is not None:
-    return encode_chat(messages, generate, special_tokens_in_text=typed, **options)
-  if options:
-    raise ValueError(f"this tokenizer's chat template takes no {', '.join(options)}")
-  return tokenizer.encode(tokenizer.apply_chat_template(messages, generate), add_special_tokens=False)

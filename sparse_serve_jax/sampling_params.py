@@ -15,7 +15,7 @@ T = TypeVar("T")
 Given = TypeVar("Given")
 
 # Names of the same thing elsewhere.
-_ELSEWHERE = {
+ELSEWHERE = {
   "do_sample": "temperature",
   "eos_token_id": "stop_token_ids",
   "max_completion_tokens": "max_tokens",
@@ -191,5 +191,5 @@ _NAMES = list(SamplingParams.__annotations__)
 
 
 def _nearest(name: str) -> str:
-  near = _ELSEWHERE.get(name.lower()) or next(iter(difflib.get_close_matches(name, _NAMES, n=1)), None)
+  near = ELSEWHERE.get(name.lower()) or next(iter(difflib.get_close_matches(name, _NAMES, n=1)), None)
   return f"the nearest is {near!r}" if near else f"there are {', '.join(_NAMES)}"

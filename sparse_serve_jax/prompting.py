@@ -1,12 +1,13 @@
-"""Conversations as people write them, checked: of a mistake a chat template often says nothing."""
+"""Prompts as people write them, texts and conversations: checked, and as token ids."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
-from sparse_serve_jax.tokenizing import Message
+from sparse_serve_jax.tokenizing import Message, Tokenizer
 
 FORM = '[{"role": "user", "content": "..."}]'
 ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
@@ -18,7 +19,7 @@ def is_message(value: object) -> bool:
 
 
 def checked(messages: object) -> list[Message]:
-  """A conversation whose contents are text: parts of type text are joined.
+  """A conversation whose contents are text: parts of type text are joined. Of mistakes a template may say nothing.
 
   Raises:
     ValueError: it is none; the message names the place and shows the form.
@@ -60,3 +61,33 @@ def _text(where: str, content: object) -> str:
       raise ValueError(f'{where} has a part {told:.80}; only {{"type": "text", "text": "..."}} can be read')
     texts.append(text)
   return "".join(texts)
+
+
+def encode_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+  """Token ids of a prompt. What a tokenizer puts before texts is not put before one that begins with it, such as one
+  that a chat template has made.
+  """
+  ids = tokenizer.encode(text, add_special_tokens)
+  for n in range(1, 4 if add_special_tokens else 1):
+    if len(ids) >= 2 * n and ids[:n] == ids[n : 2 * n]:
+      plain = tokenizer.encode(text, False)
+      if plain[:n] == ids[:n] and ids[n : n + len(plain)] == plain:
+        return ids[n:]
+  return ids
+
+
+def encode_chat(
+  tokenizer: Tokenizer,
+  messages: object,
+  generate: bool = True,
+  special_tokens_in_text: str = "text",
+  options: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
+  """Token ids of a conversation, checked, with what begins an answer if `generate`; `options` are the template's."""
+  messages = checked(messages)
+  encode_chat = getattr(tokenizer, "encode_chat", None)
+  if encode_chat is not None:
+    return encode_chat(messages, generate, special_tokens_in_text=special_tokens_in_text, **options)
+  if options:
+    raise ValueError(f"this tokenizer's chat template takes no {', '.join(options)}")
+  return tokenizer.encode(tokenizer.apply_chat_template(messages, generate), add_special_tokens=False)
