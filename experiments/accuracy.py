@@ -28,7 +28,7 @@ from sparse_serve_jax.attention import METHODS
 from sparse_serve_jax.evaluation import accuracy, report, selections
 from sparse_serve_jax.evaluation.accuracy import AXES, TEXT
 from sparse_serve_jax.evaluation.study import Amounts, Study
-from sparse_serve_jax.models import load_model
+from sparse_serve_jax.models.here import load_model_here
 
 PARTS = ("tasks", "text", "selections")
 
@@ -70,7 +70,7 @@ def main() -> None:
   wanted = list(accuracy.cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes))
   out = results.make_folder(_OUT.value)
   runtime.configure()
-  model = load_model(_MODEL.value, dtype=_DTYPE.value)
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value)
   asked = [*(text_lengths if "text" in parts else []), *(lengths if {"tasks", "selections"} & set(parts) else [])]
   if too_long := [n for n in asked if n > model.config.max_context]:
     raise ValueError(f"the model's context is {model.config.max_context} tokens, too short for {too_long}")

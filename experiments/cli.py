@@ -59,7 +59,9 @@ def define_model(default: str | None = None) -> tuple[flags.FlagHolder[Any], fla
   kinds = "A model directory." if default is None else "A model directory, or random:<name in configs/models>."
   with group("The model"):
     model = flags.DEFINE_string("model", default, kinds, required=default is None)
-    dtype = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in.")
+    dtype = flags.DEFINE_enum(
+      "dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in, on a CPU float32."
+    )
   return model, dtype
 
 
@@ -69,6 +71,12 @@ def define_serving() -> tuple[flags.FlagHolder[str], flags.FlagHolder[list[str]]
     config = flags.DEFINE_string("config", "sparse_serve", "A name in configs/serving, or a JSON file.")
     changes = flags.DEFINE_multi_string("set", [], "Overrides of the configuration, such as cache.hbm_bytes=8GiB.")
   return config, changes
+
+
+def define_strict() -> flags.FlagHolder[bool]:
+  """--strict, of commands that read rows of files."""
+  with group("What is asked"):
+    return flags.DEFINE_bool("strict", False, "End at the first row that cannot be served; else the others are.")
 
 
 def define_out(what: str, required: bool = True) -> flags.FlagHolder[Any]:

@@ -22,7 +22,7 @@ from experiments import cli
 from experiments.workload import WorkloadFlags, at_rate, digest
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.evaluation import ladder, ladder_report
-from sparse_serve_jax.models import load_model
+from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.workloads import Item
 
 _MODEL, _DTYPE = cli.define_model(default="models/reference")
@@ -47,7 +47,7 @@ def main() -> None:
   configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value), _ASKED.read()
   rates = [workloads.checked_rate(rate) for rate in cli.numbers(_RATES, float)]
   source = workloads.read(workload)
-  model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   shapes = ladder.shapes(configs, model.config)
   items = source(model.tokenizer, min(shape.max_context for shape in shapes.values()))
   asked = [item for item in items if isinstance(item, Item)]

@@ -38,6 +38,7 @@ with cli.group("What is asked"):
     lower_bound=2,
   )  # fmt: skip
   _CHAT = flags.DEFINE_bool("chat_template", True, "Use the model's; --nochat_template for a base model.")
+_STRICT = cli.define_strict()
 with cli.group("Scores"):
   _SCORE_ONLY = flags.DEFINE_string("score_only", None, "Only scores a folder's predictions; writes to --out only.")
   _CODE_SIM = flags.DEFINE_enum("code_sim", "difflib", ["difflib", "indel"], "Compares code; difflib is official.")
@@ -78,11 +79,11 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   results.make_folder(out)
   runtime.configure()
   # Scoring alone needs none of these.
-  from sparse_serve_jax.models import load_model
+  from sparse_serve_jax.models.here import load_model_here
   from sparse_serve_jax.serving.engine import Engine
   from sparse_serve_jax.serving.executor import JaxExecutor
 
-  model, chat = load_model(_MODEL.value, dtype=_DTYPE.value), _CHAT.value
+  model, chat = load_model_here(_MODEL.value, dtype=_DTYPE.value), _CHAT.value
   if chat:
     try:
       model.tokenizer.apply_chat_template([{"role": "user", "content": ""}])
@@ -92,7 +93,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   max_prompt = _MAX_PROMPT.value or release.room_for_prompts(model.tokenizer, engine.max_request_tokens, chat)
   prompts = {"sha256": release.digest, "max_tokens": max_prompt, "chat_template": chat}
   results.claim(out, {"config": config, "model": {"name": model.name, "config": model.config}, "prompts": prompts})
-  run = longbench.Run(release, names, out, _LIMIT.value)
+  run = longbench.Run(release, names, out, _LIMIT.value, _STRICT.value)
   try:
     coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=config.cache.lanes)
     for _ in tqdm(coming, initial=run.n_done, total=run.n_rows, unit="row", disable=None):

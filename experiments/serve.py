@@ -24,7 +24,8 @@ from experiments import cli
 from experiments.workload import WorkloadFlags, digest
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
-from sparse_serve_jax.models import Model, load_model
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Wall
 from sparse_serve_jax.serving.engine import Engine
@@ -36,8 +37,9 @@ from sparse_serve_jax.workloads import Item, Refused
 _CONFIG, _SET = cli.define_serving()
 _MODEL, _DTYPE = cli.define_model(default="random:tiny")
 _ASKED = WorkloadFlags()
-with cli.group("What is served"):
+with cli.group("What is asked"):
   _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
+_STRICT = cli.define_strict()
 _OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
 
@@ -47,7 +49,7 @@ def main() -> int:
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   config = override(load_config(_CONFIG.value), _SET.value)
-  workload = _ASKED.read()
+  workload = override(_ASKED.read(), {"strict": True}) if _STRICT.value else _ASKED.read()
   source = workloads.read(workload)
   out, rows = _OUT.value and pathlib.Path(_OUT.value), None
   if out:
@@ -55,7 +57,7 @@ def main() -> int:
     rows = results.Rows(out / "requests.jsonl")
   before = rows.all[:] if rows else []
   # All that is wrong with the command line, files or the folder is told by now.
-  model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   clock = Wall()
   timeline = Timeline(clock)
   engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)

@@ -28,7 +28,8 @@ from sparse_serve_jax import results, runtime
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.evaluation import selections
-from sparse_serve_jax.models import Model, load_model
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Clock, Virtual, Wall
 from sparse_serve_jax.serving.engine import Engine
@@ -58,7 +59,7 @@ with cli.group("The device"):
     [f"{_TRACES}/recite_16384_2048.npz", f"{_TRACES}/renumber_16384_2048.npz"],
     "--calibrate: traces of selections, as experiments.accuracy writes them, which say how blocks come back.",
   )
-with cli.group("What is served"):
+with cli.group("What is asked"):
   _TRACE = flags.DEFINE_string("trace", None, "File of times and lengths (workloads/traces.py), instead of drawn ones.")
   _REQUESTS = flags.DEFINE_integer("requests", None, "Their number: 32, or all of a trace.", lower_bound=1)
   _PROMPT = flags.DEFINE_list("prompt_tokens", ["256", "1024"], "The least and the most.")
@@ -77,7 +78,7 @@ def main() -> int:
     raise ValueError("--calibrate makes the costs that --compare tests: give one of them")
   config, lengths = override(load_config(_CONFIG.value), _SET.value), _lengths()
   cost = None if _CALIBRATE.value else read_cost(_COST.value)
-  model = load_model(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
   if cost is None:
     return _calibrate(config, model, lengths)
   if (of := (cost.about.model, cost.about.dtype)) != (model.name, model.config.dtype):

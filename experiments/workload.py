@@ -33,7 +33,7 @@ class WorkloadFlags:
       rate: whether --rate is one of them.
     """
     self._default = default
-    with cli.group("What is served"):
+    with cli.group("What is asked"):
       self._workload = flags.DEFINE_string(
         "workload",
         None,

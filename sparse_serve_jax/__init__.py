@@ -13,8 +13,11 @@ from sparse_serve_jax import runtime
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
 
 if TYPE_CHECKING:
-  from sparse_serve_jax.llm import LLM
+  from sparse_serve_jax.detokenizer import Detokenizer
+  from sparse_serve_jax.llm import LLM, TextStream
   from sparse_serve_jax.models import Model, load_model
+  from sparse_serve_jax.outputs import RequestOutput
+  from sparse_serve_jax.sampling_params import SamplingParams
   from sparse_serve_jax.serving.engine import Engine
   from sparse_serve_jax.serving.executor import JaxExecutor
   from sparse_serve_jax.serving.loop import Loop
@@ -23,18 +26,26 @@ __version__ = "0.1.0"
 
 __all__ = [
   "LLM",
+  "Detokenizer",
   "Engine",
   "EngineConfig",
   "JaxExecutor",
   "Loop",
   "Model",
   "ModelConfig",
+  "RequestOutput",
+  "SamplingParams",
+  "TextStream",
   "load_config",
   "load_model",
   "override",
 ]
 
 _HOMES = {
+  "Detokenizer": "sparse_serve_jax.detokenizer",
+  "RequestOutput": "sparse_serve_jax.outputs",
+  "SamplingParams": "sparse_serve_jax.sampling_params",
+  "TextStream": "sparse_serve_jax.llm",
   "LLM": "sparse_serve_jax.llm",
   "Engine": "sparse_serve_jax.serving.engine",
   "JaxExecutor": "sparse_serve_jax.serving.executor",

@@ -97,7 +97,9 @@ class Buckets:
     return max(n * self.layers(n, start) for n, start in pieces)
 
   def programs(self) -> list[tuple[str, int, int]]:
-    """Every decode and prefill program there can be: name, rows or tokens, table width."""
+    """Every decode and prefill program there can be: name, rows or tokens, table width. Those that also tell log
+    probabilities are as many again.
+    """
     return self._programs(self.whole, self.chunks)
 
   def programs_of(self, prompts: Iterable[int]) -> list[tuple[str, int, int]]:

@@ -35,10 +35,26 @@ def read_lines(file: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]
   Raises:
     ValueError: there is no such file, or a line is no JSON object.
   """
+  for number, row in read_rows(file):
+    if isinstance(row, ValueError):
+      raise ValueError(f"{file}:{number}: {row}")
+    yield number, row
+
+
+def read_rows(file: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+  """`read_lines` that goes on after a broken line: yields what is wrong with it instead of a row.
+
+  Raises:
+    ValueError: there is no such file.
+  """
   with _opened(file) as source:
     for number, line in enumerate(source, 1):
-      if line.strip():
+      if not line.strip():
+        continue
+      try:
         yield number, _object(_decoded(line.removesuffix(b"\n"), file, number), file, number)
+      except ValueError as error:
+        yield number, ValueError(str(error).removeprefix(f"{file}:{number}: "))
 
 
 @contextlib.contextmanager
@@ -80,6 +96,8 @@ def _opened(file: str | pathlib.Path) -> Iterator[BinaryIO]:
 def _decoded(raw: bytes, file: str | pathlib.Path, line: int) -> str:
   """`raw`, which begins at `line` of the file, as text."""
   raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+  if line == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    raise ValueError(f"{file}:1: not UTF-8: its byte order mark is that of UTF-16")
   try:
     return raw.decode()
   except UnicodeDecodeError as error:

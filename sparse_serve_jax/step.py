@@ -32,7 +32,8 @@ from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES, Saving, save_piece, save_tails
 from sparse_serve_jax.mesh import AXIS
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.models.sampling import ban, greedy, sample
+from sparse_serve_jax.models.sampling import ban, greedy, logprobs, sample
+from sparse_serve_jax.sampling_params import MAX_LOGPROBS
 from sparse_serve_jax.variants import variant
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class SamplingRows(flax.struct.PyTreeNode):
   top_p: Float32[Array, " B"]
   seeds: UInt32[Array, " B"]
   banned: Int32[Array, "B X"]  # token ids that are not drawn, padded with -1
+  top_k: Int32[Array, " B"]  # 0 is all
+  min_p: Float32[Array, " B"]
 
 
 class DecodeBatch(flax.struct.PyTreeNode):
@@ -116,6 +119,7 @@ class DecodeBatch(flax.struct.PyTreeNode):
   # None if every row takes its most likely token, which is a program of its own: a branch in one would make the host
   # wait in every step.
   sampling: SamplingRows | None
+  logprobs: bool = flax.struct.field(pytree_node=False, default=False)  # of all rows; a program of its own too
 
 
 class PrefillBatch(flax.struct.PyTreeNode):
@@ -130,6 +134,7 @@ class PrefillBatch(flax.struct.PyTreeNode):
   sampling: SamplingRows
   # The blocks' own way to the pool: they leave as a slab of at most so many layers. 0: the program writes them there.
   slab_layers: int = flax.struct.field(pytree_node=False, default=0)
+  logprobs: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class StepCounts(NamedTuple):
@@ -141,12 +146,21 @@ class StepCounts(NamedTuple):
   slots_used: Any  # slots that hold a block afterwards
 
 
+class Logprobs(NamedTuple):
+  """Of the tokens of a program, and of the X most likely ones of each row, most likely first."""
+
+  token: Float32[Array, " B"]
+  top_ids: Int32[Array, "B X"]
+  top: Float32[Array, "B X"]
+
+
 class StepOutput(NamedTuple):
   """What a program tells the host."""
 
   # NOT_FINITE where logits are not; of a prefill one token, which is meant if the last layer was run.
   tokens: Int32[Array, " B"]
   counts: Int32[Array, " 4"]  # the fields of StepCounts
+  logprobs: Logprobs | None = None  # if the batch wants them
 
 
 def decode_step(
@@ -184,10 +198,10 @@ def decode_step(
   filled = jnp.where(rows.tail_tokens == size, new_block, -1)
   turn = turn._replace(given=given, free=free)
   cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
-  tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch.sampling)
+  tokens, of_tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   done = StepCounts(counts.attended.sum(), counts.missed.sum(), counts.loaded.sum(), _slots_used(hot))
-  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS))
+  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS), of_tokens)
 
 
 def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
@@ -268,13 +282,17 @@ def prefill_segment(
   def next_token():
     last = jax.lax.dynamic_slice_in_dim(x, batch.n_tokens - 1, 1)
     logits = llama.logits(cfg, params, last, AXIS)
-    return _sample(logits, (batch.start + batch.n_tokens)[None], batch.sampling)
+    return _sample(logits, (batch.start + batch.n_tokens)[None], batch)
+
+  def no_token():
+    nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(next_token)[1])
+    return cache.hot.last_token[lane], nothing
 
   lane = batch.lane[None]
-  tokens = jax.lax.cond(end == cfg.n_layers, next_token, lambda: cache.hot.last_token[lane])
+  tokens, of_tokens = jax.lax.cond(end == cfg.n_layers, next_token, no_token)
   hot = _next(cache.hot, lane, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
-  return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS))
+  return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:
@@ -291,13 +309,16 @@ def _slots_used(hot: Hot) -> jax.Array:
   return (hot.maps.block_of >= 0).sum(dtype=jnp.int32)
 
 
-def _sample(logits, positions, rows: SamplingRows | None) -> jax.Array:
-  """The next token of every row of logits [B, V], NOT_FINITE where one of them is not."""
-  if rows is None:
+def _sample(logits, positions, batch: DecodeBatch | PrefillBatch) -> tuple[jax.Array, Logprobs | None]:
+  """The next token of every row of logits [B, V], NOT_FINITE where one of them is not; log probabilities if wanted."""
+  if (rows := batch.sampling) is None:
     tokens = greedy(logits)
   else:
-    tokens = sample(ban(logits, rows.banned), positions, rows.temperature, rows.top_p, rows.seeds)
-  return jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE)
+    cuts = rows.temperature, rows.top_p, rows.seeds, rows.top_k, rows.min_p
+    tokens = sample(ban(logits, rows.banned), positions, *cuts)
+  n_top = min(MAX_LOGPROBS, logits.shape[1])
+  of_tokens = Logprobs(*logprobs(logits, tokens, n_top)) if batch.logprobs else None
+  return jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE), of_tokens
 
 
 @functools.lru_cache(maxsize=32)
@@ -335,7 +356,7 @@ class Programs:
       counts = kv_cache.working_sets(hot, batch.lanes, n_blocks, batch.steps, width, setup.working_set_steps)
       return jax.lax.psum(counts, AXIS)
 
-    output, read = StepOutput(whole, whole), StepOutput(everywhere, everywhere)
+    output, read = StepOutput(whole, whole, whole), StepOutput(everywhere, everywhere, everywhere)
     decode, prefill = functools.partial(decode_step, setup), functools.partial(prefill_segment, setup)
     self.decode = program(decode, (params, specs, whole), (specs, output), (cache, read), (1,), sized=True)
     self.prefill = program(

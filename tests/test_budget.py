@@ -101,7 +101,7 @@ def test_activations_are_what_programs_take(name: str, context: int):
   hot = jax.tree.map(lambda x, sharding: array(x.shape, x.dtype, sharding), hot, shardings.hot.replace(pool_id=None))
   pool = array((shape.K, shape.L, shape.M, *shape.layout.shape), jnp.bfloat16, shardings.pool)
   zero, one = np.int32(0), np.zeros(1, np.float32)
-  sampling = SamplingRows(one, one, np.zeros(1, np.uint32), np.zeros((1, 8), np.int32))
+  sampling = SamplingRows(one, one, np.zeros(1, np.uint32), np.zeros((1, 8), np.int32), np.zeros(1, np.int32), one)
   batch = PrefillBatch(np.zeros(context, np.int32), zero, zero, zero, zero, zero, sampling)
   x = array((context, cfg.d_model), jnp.bfloat16)
   lowered = programs(Setup.of(cfg, conf, "triton"), mesh).prefill.lower(params, KVCache(pool, hot), x, batch, 0)

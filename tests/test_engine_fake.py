@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_serve_jax.config import SchedulerConfig
+from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.serving.metrics import request_metrics
 from sparse_serve_jax.serving.plan import MAX_BANNED, Plan, Sampling, StepResult
 from sparse_serve_jax.serving.request import Request, State
@@ -115,16 +116,16 @@ def test_what_min_tokens_bans():
     ({"prompt": [1.5]}, "a list of token ids, got float64"),
     ({"prompt": [[1]]}, r"shape \(1, 1\)"),
     ({"prompt": [1] * 60, "max_new_tokens": 5}, "65, but only 64 tokens would fit"),
-    ({"prompt": [1], "max_new_tokens": 3.0}, "max_new_tokens must be an integer, got 3.0"),
-    ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ({"prompt": [1], "max_new_tokens": 3.0}, "max_new_tokens must be an integer of at least 1, got 3.0"),
+    ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
     ({"prompt": [1], "temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
     ({"prompt": [1], "temperature": float("nan")}, "got nan"),
     ({"prompt": [1], "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
-    (
-      {"prompt": [1], "min_tokens": -1},
-      "min_tokens must be an integer of at least 0 and at most max_new_tokens=3, got -1",
-    ),
-    ({"prompt": [1], "min_tokens": 4}, "at most max_new_tokens=3, got 4"),
+    ({"prompt": [1], "min_tokens": -1}, "request 'request-0': min_tokens must be an integer of at least 0, got -1"),
+    ({"prompt": [1], "min_tokens": 4}, "at most max_tokens=3, got 4"),
+    ({"prompt": [1], "top_q": 4}, "there is no sampling parameter 'top_q'; the nearest is 'top_"),
+    ({"prompt": [1], "stop": "x"}, "stop and n are for LLM.generate"),
+    ({"prompt": [1], "params": SamplingParams()}, "give params or single options, got both"),
     ({"prompt": [1], "min_tokens": 1.0}, "got 1.0"),
     (
       {"prompt": [1], "min_tokens": 1, "stop_token_ids": range(MAX_BANNED)},

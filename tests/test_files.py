@@ -15,6 +15,17 @@ def test_lines_end_at_newlines_only_and_blank_ones_count(tmp_path):
   assert list(files.read_lines(file)) == [(1, {"a": "x\u2028y"}), (4, {"a": "\r"})]
 
 
+def test_a_broken_line_is_told_and_the_others_are_read(tmp_path):
+  file = tmp_path / "rows.jsonl"
+  file.write_bytes(b'{"a": 1}\n{"a": "caf\xe9"}\n\n[]\n{"a": 2}\n')
+  rows = list(files.read_rows(file))
+  assert [rows[0], rows[3]] == [(1, {"a": 1}), (5, {"a": 2})]
+  assert [(line, str(error)) for line, error in rows[1:3]] == [
+    (2, "not UTF-8: byte 0xe9 at byte 11 of the line"),
+    (4, "a row is a JSON object, got list"),
+  ]
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
   for name, read in (("a.json", files.read_json), ("a.jsonl", lambda file: dict(files.read_lines(file))[1])):
     (tmp_path / name).write_text('{"é": 1}\n', encoding="utf-8-sig")
@@ -26,7 +37,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
   ("content", "message"),
   [
     (b'{"a": 1}\n{"a": "caf\xe9"}\n', r":2: not UTF-8: byte 0xe9 at byte 11 of the line$"),
-    ('{"a": 1}\n'.encode("utf-16"), r":1: not UTF-8: byte 0xff at byte 1 of the line$"),
+    ('{"a": 1}\n'.encode("utf-16"), r":1: not UTF-8: its byte order mark is that of UTF-16$"),
     (b'{"a": 1}\n\n{"a" 1}\n', r":3: not JSON: Expecting ':' delimiter at column 6$"),
     (b"[1]\n", r":1: a row is a JSON object, got list$"),
     (b'{"a": ' + b"1" * 5000 + b"}", r":1: not JSON that can be read: Exceeds the limit"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def tokens_of(llm: LLM, *prompts: list[int], **options) -> list[list[int]]:
   return outputs
 
 
-def generated(llm: LLM, texts: str | list[str] = TEXTS, **options) -> list[list[int]]:
+def generated(llm: LLM, texts: Any = TEXTS, **options) -> list[list[int]]:
   return [output.token_ids for output in llm.generate(texts, max_new_tokens=N, ignore_eos=True, **options)]
 
 
@@ -54,9 +55,11 @@ def test_text_in_and_out(llm: LLM, expected):
   for output in outputs:
     assert output.text == bytes(t for t in output.token_ids if t < 256).decode(errors="replace")
     assert output.finish_reason == "length"
-    delay, first, total = (output.metrics[key] for key in ("scheduling_delay_s", "ttft_s", "total_s"))
-    assert delay is not None and first is not None and total is not None
-    assert 0 <= delay <= first < total
+    times = output.times
+    assert times.scheduled is not None and times.first_token is not None and times.between_tokens is not None
+    assert 0 <= times.scheduled <= times.first_token < times.total and times.between_tokens > 0
+    assert output.logprobs is None and output.error is None and len(output.samples) == 1
+    assert (output.usage.prompt_tokens, output.usage.output_tokens) == (len(output.prompt_token_ids), N)
 
 
 def test_tokens_are_those_of_the_model(llm: LLM):
@@ -80,8 +83,10 @@ def test_token_ids_are_taken_as_they_are(llm: LLM, expected):
   ids = llm.model.tokenizer.encode(TEXTS[0])
   outputs = llm.generate([ids, TEXTS[1]], max_new_tokens=N, ignore_eos=True)
   assert [output.token_ids for output in outputs] == expected[:2]
-  with pytest.raises(ValueError, match=r"a prompt is a list of token ids, got int64 of shape \(\)"):
-    llm.generate([1, 2, 3])  # pyright: ignore[reportArgumentType]
+  for one in (ids, tuple(ids), np.asarray(ids)):
+    assert generated(llm, one) == expected[:1]
+  with pytest.raises(ValueError, match=r"a prompt is a list of token ids, got <U"):
+    llm.generate([[1, 2, 3], ["a"]])  # pyright: ignore
 
 
 def test_a_stop_token_ends_the_text(llm: LLM, expected):

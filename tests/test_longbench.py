@@ -165,6 +165,35 @@ def test_bins_of_longbench_e(tmp_path):
   assert score(tmp_path, "trec_e", predicted("\nmill\npier", "mill", classes=["mill", "pier"]))["0-4k"] == 100
 
 
+def test_the_official_folder_of_longbench_e(tmp_path):
+  """The official code writes pred_e/<model>/<task>.jsonl, without _e in the name."""
+  rows = [predicted("mill", "mill", length=length) for length in (10, 5000)]
+  for folder in (tmp_path / "pred_e", tmp_path / "pred_e" / "llama", tmp_path / "pred"):
+    folder.mkdir()
+    write_lines(folder / "qasper.jsonl", rows)
+  for folder in ("pred_e", "pred_e/llama"):
+    scores, errors = longbench.score_folder(tmp_path / folder)
+    assert scores == {"qasper_e": Score(2, {"0-4k": 100.0, "4-8k": 100.0, "8k+": None})} and not errors
+  assert longbench.score_folder(tmp_path / "pred")[0] == {"qasper": Score(2, 100.0)}
+  assert longbench.score_file(tmp_path / "pred_e" / "qasper.jsonl").value == {"0-4k": 100, "4-8k": 100, "8k+": None}
+
+
+def test_rows_with_an_error_count_as_empty(tmp_path):
+  """Whatever is known of them; a surrogate in answers stops no scorer."""
+  broken = {"pred": "", "answers": [], "all_classes": None, "length": None, "error": "x.jsonl:2: not JSON"}
+  half = {"pred": "", "answers": ["half \ud83d"], "all_classes": None, "length": 3, "error": "x.jsonl:3: a surrogate"}
+  for name in [*TASKS, *NAMES["all_e"]]:
+    answer = "Paragraph 1" if "retrieval_en" in name else "段落1" if "retrieval_zh" in name else "1"
+    good = predicted(answer, answer, classes=["1"], length=9000)
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (good, good, broken)))
+    scored = longbench.score_file(file)
+    assert scored.n_rows == 3 and scored.errors == ("x.jsonl:2: not JSON",)
+    if not name.startswith("passage_retrieval"):  # whose right answers have a form of their own
+      file.write_text("".join(json.dumps(row) + "\n" for row in (good, half)))
+      assert longbench.score_file(file).n_rows == 2
+
+
 @pytest.mark.parametrize(
   ("name", "text", "message"),
   [
@@ -225,6 +254,8 @@ def test_what_is_official():
   del v1["qmsum"]
   v1["lcc"] = Score(3, 1.0)
   assert longbench.unofficial(v1 | e) == ["20 of the 21 tasks of LongBench", "3 rows of lcc, which has 500"]
+  v1["lcc"] = Score(300, 1.0)
+  assert "300 rows of lcc, which has 500 (LongBench-E has so many: of that, the file is" in longbench.unofficial(v1)[1]
 
 
 # ------------------------------------------------------------------------------------------------ published predictions

@@ -213,19 +213,30 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
     "hotpotqa": f"{bench / 'config' / 'dataset2prompt.json'}: nothing for task 'hotpotqa'",
     "trec_e": f"{data / 'trec_e.jsonl'} is missing",
     "qaspr": "LongBench has no task 'qaspr'; the nearest is 'qasper'",
-    "samsum": f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value at column 12",
-    "lcc": f"{data / 'lcc.jsonl'}:2: the row lacks 'length'",
-    "trec": f"{data / 'trec.jsonl'}:2: request 'trec-1': {n} prompt + 5 output tokens = {n + 5}, but only 384 tokens "
-    "would fit (the context, or the pool of 256 blocks of 8)",
   }
-  assert {name: len(rows) for name, rows in lines_of(out).items()} == {"qasper": 3, "samsum": 3, "lcc": 1, "trec": 1}
+  found = lines_of(out)
+  assert {name: len(rows) for name, rows in found.items()} == {"qasper": 3, "samsum": 4, "lcc": 3, "trec": 3}
+  wrong = {(name, i): row["error"] for name, rows in found.items() for i, row in enumerate(rows) if "error" in row}
+  assert wrong == {
+    ("samsum", 3): f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value at column 12",
+    ("lcc", 1): f"{data / 'lcc.jsonl'}:2: the row lacks 'length'",
+    ("trec", 1): f"{data / 'trec.jsonl'}:2: request 'trec-1': {n} prompt + 5 output tokens = {n + 5}, but only 384 "
+    "tokens would fit (the context, or the pool of 256 blocks of 8)",
+  }
+  assert found["samsum"][3] == {"pred": "", "answers": [], "all_classes": None, "length": None} | {
+    "error": wrong["samsum", 3]
+  }
+  scores, errors = longbench.score_folder(out)
+  assert scores["samsum"].n_rows == 4 and errors.keys() == {"samsum", "lcc", "trec"}
+  with pytest.raises(ValueError, match=r"samsum\.jsonl:5: not JSON"):
+    predict(Run(Release.read(bench), ["samsum"], tmp_path / "out", strict=True), scripted(said))
 
   del rows[0]["input"]
   write_lines(data / "trec.jsonl", rows)
   (out / "trec.jsonl").unlink()
   run = Run(Release.read(bench), ["trec"], out)
-  assert predict(run, scripted(said)) == []
-  assert run.errors == {"trec": f"{data / 'trec.jsonl'}:1: the row lacks 'input'"}
+  predict(run, scripted(said))
+  assert lines_of(out)["trec"][0]["error"] == f"{data / 'trec.jsonl'}:1: the row lacks 'input'" and not run.errors
 
 
 def test_half_of_a_character_ends_its_row_alone(tmp_path):

@@ -34,6 +34,7 @@ def oracle(prompt: list[int], stops: list[int], min_tokens: int, temperature: fl
 
 def drawn(logits: np.ndarray, position: int) -> int:
   row = np.full(1, TEMPERATURE, np.float32), np.full(1, TOP_P, np.float32), np.full(1, SEED, np.uint32)
+  row = *row, np.zeros(1, np.int32), np.zeros(1, np.float32)
   return int(sample(jnp.asarray(logits[None]), jnp.full(1, position), *map(jnp.asarray, row))[0])
 
 

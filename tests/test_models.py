@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from sparse_serve_jax import models
 from sparse_serve_jax.config import ModelConfig, RopeConfig, find_config, read_config
 from sparse_serve_jax.mesh import AXIS, make_mesh
-from sparse_serve_jax.models import ByteTokenizer, llama
+from sparse_serve_jax.models import ByteTokenizer, llama, sampling
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FAMILIES = sorted(path.parent.name for path in GOLDENS.glob("*/expected.npz"))
@@ -38,7 +38,7 @@ def random_model(name: str) -> models.Model:
 
 
 run = jax.jit(models.forward, static_argnums=0, static_argnames="hidden")
-sample, ban = jax.jit(models.sample), jax.jit(models.ban)
+sample, ban, logprobs = jax.jit(models.sample), jax.jit(models.ban), jax.jit(sampling.logprobs, static_argnums=2)
 
 
 def test_every_family_has_a_golden():
@@ -195,12 +195,14 @@ def test_random_parameters(name):
 # Sampling
 
 
-def settings(rows: int, temperature=1.0, top_p=1.0, seed=0, first_position=0):
+def settings(rows: int, temperature=1.0, top_p=1.0, seed=0, top_k=0, min_p=0.0):
   return (
-    np.arange(first_position, first_position + rows, dtype=np.int32),
+    np.arange(rows, dtype=np.int32),
     np.full(rows, temperature, np.float32),
     np.full(rows, top_p, np.float32),
     np.full(rows, seed, np.uint32),
+    np.full(rows, top_k, np.int32),
+    np.full(rows, min_p, np.float32),
   )
 
 
@@ -241,6 +243,29 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
   assert np.flatnonzero(draws(np.zeros(8), top_p=0.5)).tolist() == [0, 1, 2, 3]  # ties to the lowest ids
 
 
+def test_top_k_and_min_p_cut_before_and_after_top_p():
+  p = np.asarray([0.05, 0.4, 0.1, 0.3, 0.15])
+  kept = lambda **cuts: np.flatnonzero(draws(np.log(p), **cuts)).tolist()  # noqa: E731
+  assert [kept(top_k=k) for k in (1, 2, 4, 0, 9)] == [[1], [1, 3], [1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+  assert np.flatnonzero(draws(np.zeros(8), top_k=3)).tolist() == [0, 1, 2]  # ties to the lowest ids
+  assert [kept(min_p=m) for m in (0.1, 0.3, 0.7, 1.0)] == [[0, 1, 2, 3, 4], [1, 3, 4], [1, 3], [1]]
+  # 0.4 and 0.3 are 0.7 of all, but 0.82 of the three most likely: the third is not needed to reach 0.8 of these.
+  assert (kept(top_p=0.8), kept(top_p=0.8, top_k=3)) == ([1, 3, 4], [1, 3])
+  assert kept(top_k=4, top_p=0.9, min_p=0.5) == [1, 3]
+  counts = draws(np.log(p), top_k=3)
+  assert chi_square(counts[[1, 3, 4]], p[[1, 3, 4]] / 0.85) < 13.8  # 2 degrees of freedom, p = 0.001
+
+
+def test_log_probabilities_are_those_of_the_softmax():
+  logits = np.random.default_rng(3).standard_normal((4, 50)).astype(np.float32) * 3
+  tokens = np.asarray([7, 0, 49, -1], np.int32)  # of -1 nothing is asked
+  token, ids, top = (np.asarray(part) for part in logprobs(logits, tokens, 5))
+  expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+  np.testing.assert_allclose(token[:3], expected[np.arange(3), tokens[:3]], atol=1e-5)
+  assert ids.tolist() == np.argsort(-logits, -1)[:, :5].tolist() and ids.dtype == np.int32
+  np.testing.assert_allclose(top, np.take_along_axis(expected, ids, -1), atol=1e-5)
+
+
 def test_what_is_banned_does_not_exist():
   """For the most likely token, for draws and for the mass that top-p counts; and in its own row only."""
   p = np.asarray([0.05, 0.4, 0.1, 0.3, 0.15])
@@ -264,7 +289,9 @@ def test_a_draw_ignores_its_neighbours():
   temperature = np.where(np.arange(n) % 3 == 0, 0.0, 0.8).astype(np.float32)
   top_p = np.where(np.arange(n) % 2 == 0, 0.9, 1.0).astype(np.float32)
   seeds = rng.integers(0, 2**32, n, dtype=np.uint32)
-  args = (logits, positions, temperature, top_p, seeds)
+  top_k = np.where(np.arange(n) % 5 == 0, 7, 0).astype(np.int32)
+  min_p = np.where(np.arange(n) % 7 == 0, 0.1, 0.0).astype(np.float32)
+  args = (logits, positions, temperature, top_p, seeds, top_k, min_p)
   together = np.asarray(sample(*args))
   alone = np.concatenate([sample(*(a[i : i + 1] for a in args)) for i in range(n)])
   order = rng.permutation(n)

@@ -60,7 +60,7 @@ def no_model(monkeypatch):
   def load(*_, **__):
     raise AssertionError("a model is loaded")
 
-  monkeypatch.setattr(serve, "load_model", load)
+  monkeypatch.setattr(serve, "load_model_here", load)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -237,7 +237,7 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, mo
   command = [f"--jsonl={prompts}", f"--out={tmp_path / 'out'}"]
   assert in_process(*command) == 0
   whole = (tmp_path / "out" / "requests.jsonl").read_bytes()
-  monkeypatch.setattr(serve, "load_model", None)  # nothing is loaded for this
+  monkeypatch.setattr(serve, "load_model_here", None)  # nothing is loaded for this
   for change, told in [
     (["--set=sparse.token_budget=64"], "config.sparse.token_budget was 384 and is 64"),
     (["--rate=2"], "workload.arrivals.process was 'all_at_once' and is 'poisson'"),
@@ -302,5 +302,5 @@ def test_what_does_not_fit_the_model_ends_in_one_line(arguments, message, capsys
 
 def test_two_rows_of_one_name_are_told_by_file_and_line(tmp_path, capsys, no_model):
   file = jsonl(tmp_path, {"request_id": "a", "prompt": "x"}, {"prompt": "y"}, {"request_id": "a", "prompt": "z"})
-  assert in_process(f"--jsonl={file}") == 2
+  assert in_process(f"--jsonl={file}", "--strict") == 2
   assert f"{file}:3: the request_id 'a' is that of {file}:1 too" in capsys.readouterr().err

@@ -157,8 +157,9 @@ def test_longbench_names_and_limits(tmp_path):
 
   assert ids(limit=2) == ["qasper-0", "qasper-1", "lcc-0", "trec_e-0", "trec_e-1"]
   assert ids(tasks=("lcc", "trec_e", "lcc")) == ["lcc-0", "trec_e-0", "trec_e-1"]
+  assert [item.id for item in items_of("longbench", path=str(bench)) if isinstance(item, Refused)] == ["qasper-3"]
   with pytest.raises(ValueError, match=r"qasper\.jsonl:4: not JSON"):
-    ids()
+    items_of("longbench", path=str(bench), strict=True)
   with pytest.raises(ValueError, match=r"narrativeqa'"):
     ids(tasks=("all",))
 
@@ -299,9 +300,15 @@ def test_jsonl(tmp_path):
 
 def test_jsonl_options_go_to_the_request(tmp_path):
   options = {"temperature": 1, "top_p": 0.5, "seed": 3, "min_tokens": 2, "stop_token_ids": [7], "ignore_eos": True}
-  write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", **options}, {"prompt": "b", "temperature": None}])
+  options |= {"top_k": 4, "min_p": 0.1}
+  rows = [
+    {"prompt": "a", **options},
+    {"prompt": "b", "temperature": None, "add_special_tokens": False, "max_tokens": 9},
+  ]
+  write_lines(tmp_path / "rows.jsonl", rows)
   first, second = items_of("jsonl", path=str(tmp_path / "rows.jsonl"))
   assert first.options == options and second.options == {}
+  assert (second.prompt.tolist(), second.max_new_tokens) == ([*b"b"], 9)
 
 
 def test_jsonl_cuts_ids_and_texts(tmp_path):
@@ -333,25 +340,35 @@ def test_half_a_character_is_that_rows_and_the_rest_runs(tmp_path):
     ('{"prompt_token_ids": "1 2"}', "is a list of token ids"),
     ('{"prompt_token_ids": [1, true]}', "is a list of token ids"),
     ('{"prompt_token_ids": [99999999999]}', "is a list of token ids"),
-    ('{"messages": "hi"}', '"messages" is a list of {"role'),
-    ('{"messages": []}', '"messages" is a list of {"role'),
-    ('{"prompt": "a", "max_new_tokens": "9"}', "is a number of tokens, 1 or more, got '9'"),
-    ('{"prompt": "a", "max_new_tokens": 0}', "is a number of tokens, 1 or more, got 0"),
-    ('{"prompt": "a", "max_new_tokens": true}', "is a number of tokens, 1 or more, got True"),
-    ('{"prompt": "a", "temperature": "0.7"}', "\"temperature\" is a number of 0 or more, got '0.7'"),
-    ('{"prompt": "a", "temperature": NaN}', '"temperature" is a number of 0 or more, got nan'),
-    ('{"prompt": "a", "top_p": 0}', '"top_p" is a number above 0 and up to 1, got 0'),
-    ('{"prompt": "a", "stop_token_ids": 5}', '"stop_token_ids" is a list of token ids, got 5'),
-    ('{"prompt": "a", "ignore_eos": 1}', '"ignore_eos" is true or false, got 1'),
+    ('{"messages": "hi"}', 'a conversation is a list of messages such as [{"role'),
+    ('{"messages": []}', "a conversation has at least one message"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "has a part of type 'image'"),
+    ('{"prompt": "a", "max_new_tokens": "9"}', "max_new_tokens must be an integer of at least 1, got '9'"),
+    ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be an integer of at least 1, got 0"),
+    ('{"prompt": "a", "max_new_tokens": true}', "max_new_tokens must be an integer of at least 1, got True"),
+    ('{"prompt": "a", "temperature": "0.7"}', "temperature must be finite and at least 0, got '0.7'"),
+    ('{"prompt": "a", "temperature": NaN}', "temperature must be finite and at least 0, got nan"),
+    ('{"prompt": "a", "top_p": 0}', "top_p must be above 0 and at most 1, got 0"),
+    ('{"prompt": "a", "stop_token_ids": 5}', "stop_token_ids must be a list of token ids, got 5"),
+    ('{"prompt": "a", "ignore_eos": 1}', "ignore_eos must be True or False, got 1"),
+    ('{"prompt": "a", "min_tokens": 40}', "min_tokens must be at most max_tokens=32, got 40"),
     ('{"prompt": "a", "request_id": [1]}', '"request_id" is a text or an integer, got'),
-    ('{"prompt": "a", "max_tokens": 5}', 'a row cannot ask for "max_tokens"; it can for max_new_tokens'),
+    ('{"prompt": "a", "stop": ["x"]}', 'a row cannot ask for "stop"; it can for max_tokens, max_new_tokens'),
+    ('{"prompt": "a", "max_length": 5}', 'a row cannot ask for "max_length"'),
+    ('{"prompt": "half \\ud83d"}', "'prompt' has the lone surrogate '\\ud83d' at character 5"),
     ("{", "not JSON"),
   ],
 )
 def test_jsonl_errors_name_file_and_line(tmp_path, row, message):
   file = tmp_path / "rows.jsonl"
-  file.write_text('{"prompt": "fine"}\n\n' + row + "\n")
+  file.write_text('{"prompt": "fine"}\n\n' + row + '\n{"prompt": "fine too"}\n')
+  first, refused, last = items_of("jsonl", path=str(file))
+  assert isinstance(first, Item) and isinstance(last, Item) and isinstance(refused, Refused)
+  assert refused.where == f"{file}:3" and message in refused.reason and refused.id == "line-3"
   with pytest.raises(ValueError, match=rf"rows\.jsonl:3: .*{re.escape(message)}"):
+    workloads.read(WorkloadConfig("jsonl", path=str(file), strict=True))
+  file.write_text(row)
+  with pytest.raises(ValueError, match=rf"none of 1 rows can be served: .*rows\.jsonl:1: .*{re.escape(message)}"):
     workloads.read(WorkloadConfig("jsonl", path=str(file)))
 
 
@@ -360,13 +377,23 @@ def test_two_rows_of_one_name_are_named_both(tmp_path):
   for second in ({"prompt": "b", "request_id": "line-1"}, {"prompt_token_ids": [1], "request_id": "line-1"}):
     write_lines(file, [{"prompt": "a"}, {"prompt": "c", "request_id": "x"}, second])
     with pytest.raises(ValueError, match=r"rows\.jsonl:3: the request_id 'line-1' is that of .*rows\.jsonl:1 too"):
-      workloads.read(WorkloadConfig("jsonl", path=str(file)))
+      workloads.read(WorkloadConfig("jsonl", path=str(file), strict=True))
+    assert [(item.id, isinstance(item, Item)) for item in items_of("jsonl", path=str(file))] == [
+      ("line-1", True),
+      ("x", True),
+      ("line-3", False),
+    ]
+  write_lines(file, [{"prompt": "a", "request_id": "line-2"}, {"prompt": 5}])
+  assert [item.id for item in items_of("jsonl", path=str(file))] == ["line-2", "line-2-2"]
 
 
 def test_a_conversation_that_the_template_refuses(tmp_path):
   write_lines(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
+  config = WorkloadConfig("jsonl", path=str(tmp_path / "rows.jsonl"))
+  (refused,) = workloads.read(config)(NoTemplate(), 100)
+  assert str(refused) == f"{tmp_path / 'rows.jsonl'}:1: there is no chat template"
   with pytest.raises(ValueError, match=r"rows\.jsonl:1: there is no chat template"):
-    workloads.read(WorkloadConfig("jsonl", path=str(tmp_path / "rows.jsonl")))(NoTemplate(), 100)
+    workloads.read(override(config, {"strict": True}))(NoTemplate(), 100)
 
 
 @pytest.mark.parametrize(

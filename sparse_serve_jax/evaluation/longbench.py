@@ -2,8 +2,9 @@
 
 Scores are those of Bai et al. (arXiv 2308.14508) and of github.com/THUDM/LongBench (MIT). Predictions are files of the
 names of the release's in the official format, a row a line:
-{"pred": ..., "answers": [...], "all_classes": [...] or null, "length": ...}. A row that no model can be given, for half
-of a character in it, has an empty prediction and beside it "error", what is wrong and where.
+{"pred": ..., "answers": [...], "all_classes": [...] or null, "length": ...}. A row that no model can be given has an
+empty prediction and beside it "error", what is wrong and where. Files of LongBench-E are <task>_e.jsonl, or as the
+official code writes them <task>.jsonl in a folder pred_e, or in one of its folders.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from sparse_serve_jax.evaluation import scorers
 from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.tokenizing import Tokenizer
-from sparse_serve_jax.workloads import Refused
+from sparse_serve_jax.workloads import Item, Refused
+from sparse_serve_jax.workloads.item import unless_strict
 from sparse_serve_jax.workloads.longbench import NAMES, TASKS, Release, Row, Task, find_task
 
 if TYPE_CHECKING:  # brings jax, and scoring needs none
@@ -59,11 +61,19 @@ class Run:
 
   Line i of a file is row i's: a prediction waits for those before it, so the lines say what is left to do. A line with
   an "error" is tried again and then replaced. What else is wrong with a task's files ends the task and stands in
-  `errors` by its name; the other tasks go on.
+  `errors` by its name; the other tasks go on. A `strict` run raises ValueError at the first of all these.
   """
 
-  def __init__(self, release: Release, names: Iterable[str], folder: pathlib.Path, limit: int | None = None):
+  def __init__(
+    self,
+    release: Release,
+    names: Iterable[str],
+    folder: pathlib.Path,
+    limit: int | None = None,
+    strict: bool = False,
+  ):
     """Finds what is to do: the first `limit` rows of each named task, less those that are predicted."""
+    self._strict = strict
     self.errors: dict[str, str] = {}
     self.n_rows = self.n_done = 0
     self._release, self._folder, self._limit = release, folder, limit
@@ -110,13 +120,20 @@ class Run:
             if not line.items() >= row.beside.items():
               raise ValueError(f"{row.where}: line {row.index + 1} of {found.file} is a prediction for another row")
             continue
-          item = self._release.item(row, tokenizer, max_prompt_tokens, chat)
-          if isinstance(item, Refused):
-            self._write(row, "", error=str(item))
-            continue
-          with files.placed(row.where):
-            request = engine.add_request(item.prompt, item.max_new_tokens, request_id=item.id, **item.options)
-          yield _Asked(request, row)
+          asked = self._add(engine, row, self._release.item(row, tokenizer, max_prompt_tokens, chat))
+          if isinstance(asked, Refused):
+            self._write(row, "", error=str(unless_strict(asked, self._strict)))
+          else:
+            yield _Asked(asked, row)
+
+  @staticmethod
+  def _add(engine: Engine, row: Row, item: Item | Refused) -> Request | Refused:
+    if isinstance(item, Refused):
+      return item
+    try:
+      return engine.add_request(item.prompt, item.max_new_tokens, request_id=item.id, **item.options)
+    except ValueError as error:
+      return Refused(row.id, row.where, str(error))
 
   def _write(self, row: Row, prediction: str, **error: str) -> None:
     """Appends this row's line and those that waited for it, or nothing yet. Replaces a line that is there."""
@@ -135,6 +152,8 @@ class Run:
     try:
       yield
     except ValueError as error:
+      if self._strict:
+        raise
       self.errors[name] = str(error)
 
 
@@ -160,7 +179,7 @@ def score_folder(
   """
   scores: dict[str, Score] = {}
   errors: dict[str, str] = {}
-  found = {file.stem: file for file in sorted(folder.glob("*.jsonl")) if file.stem not in but}
+  found = {name: file for file in sorted(folder.glob("*.jsonl")) if (name := _task_name(file)) not in but}
   order = NAMES["all"] + NAMES["all_e"]
   for name in [name for name in order if name in found] + [name for name in found if name not in order]:
     try:
@@ -174,25 +193,34 @@ def score_folder(
   return scores, errors
 
 
+def _task_name(file: pathlib.Path) -> str:
+  """Of a file of predictions: its own, with _e in the official folder for LongBench-E."""
+  name, folders = file.stem, file.absolute().parts[-3:-1]
+  return f"{name}_e" if "pred_e" in folders and name in TASKS else name
+
+
 def score_file(file: pathlib.Path, code_sim: scorers.CodeSim = "difflib") -> Score:
   """Scores the predictions of one task, whose name is the file's: the mean over rows of the best over right answers.
+  Rows with an error count as empty predictions, in LongBench-E only if their length is known.
 
   Raises:
     ValueError: unknown task, no row, or a row that is none; names file and line.
     ImportError: a package that the score needs is missing.
   """
   with files.placed(str(file)):
-    task = find_task(file.stem)
+    task = find_task(_task_name(file))
   rows = list(files.read_lines(file))
   if not rows:
     raise ValueError(f"{file} holds no predictions")
   metric = METRICS[task.name]
   if metric is scorers.classification:
-    with files.placed(f"{file}:{rows[-1][0]}"):
-      metric = functools.partial(metric, all_classes=_texts("all_classes", rows[-1][1]["all_classes"]))  # for all rows
+    last, row = next((of for of in reversed(rows) if "error" not in of[1]), rows[-1])
+    with files.placed(f"{file}:{last}"):
+      classes = [] if "error" in row else row["all_classes"]
+      metric = functools.partial(metric, all_classes=_texts("all_classes", classes))  # for all rows
   elif metric is scorers.code_sim:
     metric = functools.partial(metric, ratio=code_sim)
-  extended = file.stem.endswith("_e")
+  extended = _task_name(file).endswith("_e")
   values: dict[str, list[float]] = {name: [] for name in (BINS if extended else ("any",))}
   for line, row in rows:
     with files.placed(f"{file}:{line}"):
@@ -200,7 +228,8 @@ def score_file(file: pathlib.Path, code_sim: scorers.CodeSim = "difflib") -> Sco
       if first_line_only(task):
         prediction = prediction.lstrip("\n").split("\n")[0]
       best = max((metric(prediction, answer) for answer in _texts("answers", row["answers"])), default=0.0)
-      values[_bin(row["length"]) if extended else "any"].append(best)
+      if not (extended and "error" in row and row["length"] is None):
+        values[_bin(row["length"]) if extended else "any"].append(best)
   scores = {name: round(100 * sum(inside) / len(inside), 2) if inside else None for name, inside in values.items()}
   errors = tuple(str(row["error"]) for _, row in rows if "error" in row)
   return Score(len(rows), scores if extended else scores["any"] or 0.0, errors)
@@ -223,6 +252,8 @@ def unofficial(scores: Mapping[str, Score], code_sim: scorers.CodeSim = "difflib
     official = task.n_rows_e if name.endswith("_e") else task.n_rows
     if score.n_rows != official:
       told.append(f"{score.n_rows} rows of {name}, which has {official}")
+      if score.n_rows == task.n_rows_e:
+        told[-1] += f" (LongBench-E has so many: of that, the file is {name}_e.jsonl, or {name}.jsonl in pred_e)"
   if code_sim != "difflib" and any(METRICS[find_task(name).name] is scorers.code_sim for name in scores):
     told.append(f"code compared by {code_sim}")
   return told

@@ -14,17 +14,17 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.serving.clock import Clock, Wall
 from sparse_serve_jax.serving.metrics import Usage
 from sparse_serve_jax.serving.plan import MAX_BANNED, Dispatched, Executor, Plan, Sampling, StepResult
-from sparse_serve_jax.serving.request import Request, SamplingParams, State
+from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.scheduler import Scheduler
 
 _LOG = logging.getLogger(__name__)
@@ -86,47 +86,47 @@ class Engine:
   def add_request(
     self,
     prompt: Sequence[int] | np.ndarray,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     *,
+    params: SamplingParams | None = None,
     request_id: str | None = None,
     on_token: Callable[[Request, int], None] | None = None,
     arrival_time: float | None = None,
-    **sampling: Any,
+    **options: Any,
   ) -> Request:
     """Queues a prompt.
 
     Args:
       prompt: token ids.
-      max_new_tokens: the request ends after so many, unless a stop token comes first. The stop token is not output.
+      max_new_tokens: the request ends after so many, 128 by default, unless a stop token comes first. The stop token is
+        not output.
+      params: how tokens are drawn and when the request ends; instead of max_new_tokens and `options`.
       request_id: by default a number of its own.
       on_token: called with the request and each output token. If it raises, the request is cancelled and keeps the
         exception in `error`; other requests, and its own tokens so far, are untouched.
       arrival_time: seconds of the engine's clock, now by default.
-      **sampling: fields of `SamplingParams`: temperature, top_p, seed, stop_token_ids, min_tokens, ignore_eos.
+      **options: fields of `SamplingParams`, but those for text and for several outputs: stop, add_special_tokens, n.
 
     Raises:
-      ValueError: the request could never run; nothing has changed then.
-      TypeError: `sampling` has another name.
+      ValueError: the request could never run, or there is no such option; nothing has changed then.
       RuntimeError: the engine has `failed`.
     """
     self._check_running()
     if request_id is None:
       request_id = next(name for name in self._names if name not in self._live)
-    if not isinstance(max_new_tokens, int | np.integer):
-      raise ValueError(f"request {request_id!r}: max_new_tokens must be an integer, got {max_new_tokens!r}")
-    params = SamplingParams(**sampling)
-    eos = () if params.ignore_eos else self._model.eos_token_ids
-    vocab = self._model.config.vocab_size
-    stops = frozenset(token for token in (*params.stop_token_ids, *eos) if 0 <= token < vocab)  # others never come
-    _check_min_tokens(request_id, params.min_tokens, max_new_tokens, stops)
+    if params is None:
+      params = _params_of(request_id, {"max_new_tokens": max_new_tokens, **options})
+    elif options or max_new_tokens is not None:
+      raise ValueError(f"request {request_id!r}: give params or single options, got both")
     request = Request(
       id=request_id,
       prompt=self._checked_prompt(request_id, prompt),
-      max_new_tokens=int(max_new_tokens),
+      max_new_tokens=params.max_tokens,
       arrival_time=self.clock.now() if arrival_time is None else arrival_time,
-      sampling=_checked_sampling(request_id, params),
-      stop_token_ids=stops,
-      min_tokens=int(params.min_tokens),
+      sampling=_sampling(params),
+      stop_token_ids=self._stops(request_id, params),
+      min_tokens=params.min_tokens,
+      n_logprobs=params.logprobs or 0,
       on_token=on_token,
     )
     if request_id in self._live:
@@ -136,8 +136,10 @@ class Engine:
       self._live[request_id] = request
     return request
 
-  def cancel(self, request_id: str) -> bool:
-    """Ends a request, which the next step returns. False if there is none of this name, so also if it has ended."""
+  def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
+    """Ends a request for `reason`, "cancelled" or "stop"; the next step returns it. False if there is none of this
+    name, so also if it has ended.
+    """
     request = self._live.get(request_id)
     if request is None:
       return False
@@ -145,7 +147,7 @@ class Engine:
       del self._live[request_id]
       if request.state is State.PREFILLING:
         self._executor.forget(request_id)
-      self._scheduler.cancel(request, self.clock.now())
+      self._scheduler.cancel(request, self.clock.now(), reason)
       self._ended.append(request)
     return True
 
@@ -214,6 +216,10 @@ class Engine:
         self._in_flight.popleft()
         self.usage.count_step(result.stats)
         received = self._scheduler.update(result, self.clock.now())
+        for request, _ in received.tokens:
+          if told := result.logprobs.get(request.id):
+            top = itertools.islice(told.top.items(), request.n_logprobs)
+            request.logprobs.append(told._replace(top=dict(top)))
         self._end(received.ended)
         self._to_call += [functools.partial(self._hand_over, *to) for to in received.tokens if to[0].on_token]
         if self._observer is not None:
@@ -271,26 +277,35 @@ class Engine:
       )
     return ids.astype(np.int32)
 
+  def _stops(self, request_id: str, params: SamplingParams) -> frozenset[int]:
+    """Tokens that end a request, the model's EOS tokens included."""
+    eos = () if params.ignore_eos else self._model.eos_token_ids
+    vocab, min_tokens = self._model.config.vocab_size, params.min_tokens
+    stops = frozenset(token for token in (*params.stop_token_ids, *eos) if 0 <= token < vocab)  # others never come
+    if min_tokens and len(stops) > MAX_BANNED:
+      raise ValueError(
+        f"request {request_id!r}: {min_tokens=} takes at most {MAX_BANNED} stop tokens, the model's EOS tokens "
+        f"included, got {len(stops)}"
+      )
+    return stops
 
-def _check_min_tokens(request_id: str, min_tokens: int, max_new_tokens: int, stops: frozenset[int]) -> None:
-  if not (isinstance(min_tokens, int | np.integer) and 0 <= min_tokens <= max(max_new_tokens, 0)):
-    raise ValueError(
-      f"request {request_id!r}: min_tokens must be an integer of at least 0 and at most {max_new_tokens=}, got "
-      f"{min_tokens!r}"
-    )
-  if min_tokens and len(stops) > MAX_BANNED:
-    raise ValueError(
-      f"request {request_id!r}: {min_tokens=} takes at most {MAX_BANNED} stop tokens, the model's EOS tokens included, "
-      f"got {len(stops)}"
-    )
+
+def _params_of(request_id: str, options: dict[str, Any]) -> SamplingParams:
+  try:
+    params = SamplingParams(**options)
+  except ValueError as error:
+    raise ValueError(f"request {request_id!r}: {error}") from None
+  if params.stop or params.n > 1:
+    raise ValueError(f"request {request_id!r}: stop and n are for LLM.generate, an engine knows no text")
+  return params
 
 
-def _checked_sampling(request_id: str, params: SamplingParams) -> Sampling:
-  temperature, top_p, seed = params.temperature, params.top_p, params.seed
-  if not (temperature >= 0 and math.isfinite(temperature)):
-    raise ValueError(f"request {request_id!r}: temperature must be finite and at least 0, got {temperature}")
-  if not 0 < top_p <= 1:
-    raise ValueError(f"request {request_id!r}: top_p must be above 0 and at most 1, got {top_p}")
-  if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
-    raise ValueError(f"request {request_id!r}: seed must be an integer of at least 0 and below 2**31, got {seed!r}")
-  return Sampling(temperature=float(temperature), top_p=float(top_p), seed=int(seed))
+def _sampling(params: SamplingParams) -> Sampling:
+  return Sampling(
+    temperature=params.temperature,
+    top_p=params.top_p,
+    seed=params.seed,
+    top_k=params.top_k,
+    min_p=params.min_p,
+    logprobs=params.logprobs is not None,
+  )

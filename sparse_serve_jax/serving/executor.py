@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from sparse_serve_jax.serving.plan import (
   Sampling,
   StepResult,
   StepStats,
+  TokenLogprobs,
   blocks_saved,
 )
 from sparse_serve_jax.step import (
@@ -75,6 +76,7 @@ class DispatchedStep:
   def result(self) -> StepResult:
     jax.block_until_ready(self.done)
     tokens: dict[str, int] = {}
+    logprobs: dict[str, TokenLogprobs] = {}
     loaded = 0
     last = StepCounts(0, 0, 0, 0)
     for work, output in self.prefilled:
@@ -82,12 +84,14 @@ class DispatchedStep:
       loaded += last.loaded
       if work.last:
         tokens[work.request_id] = int(np.asarray(output.tokens)[0])
+        logprobs |= _logprobs((work,), output)
     attended = missed = 0
     if self.decoded is not None:
       rows, output = self.decoded
       last = _counts(output)
       attended, missed, loaded = last.attended, last.missed, loaded + last.loaded
       tokens |= {row.request_id: int(t) for row, t in zip(rows, np.asarray(output.tokens), strict=False)}
+      logprobs |= _logprobs(rows, output)
     working_sets = {}
     if self.measured is not None:
       rows, counts = self.measured
@@ -100,11 +104,24 @@ class DispatchedStep:
       stats=StepStats(attended, missed, loaded, self.saved, last.slots_used),
       not_finite=not_finite,
       landed=landed,
+      logprobs=logprobs,
     )
 
 
 def _counts(output: StepOutput) -> StepCounts:
   return StepCounts(*np.asarray(output.counts).tolist())
+
+
+def _logprobs(rows: Sequence[PrefillWork | DecodeRow], output: StepOutput) -> dict[str, TokenLogprobs]:
+  """By request, of those that want them."""
+  if output.logprobs is None:
+    return {}
+  token, ids, top = (np.asarray(part).tolist() for part in output.logprobs)
+  return {
+    row.request_id: TokenLogprobs(token[i], dict(zip(ids[i], top[i], strict=True)))
+    for i, row in enumerate(rows)
+    if row.sampling.logprobs
+  }
 
 
 class JaxExecutor:
@@ -151,6 +168,7 @@ class JaxExecutor:
       step.prefilled.append((work, self._prefill(work, plan.iteration)))
     if plan.measure:
       batch, width = self._decode_batch(plan.measure)
+      batch = batch.replace(sampling=None, logprobs=False)  # which it does not read
       step.measured = plan.measure, self.programs.working_sets(self.cache.hot, batch, width)
     if plan.decode:
       self.cache, output = self.programs.decode(self.params, self.cache, *self._decode_batch(plan.decode))
@@ -245,6 +263,7 @@ class JaxExecutor:
       lane=np.int32(work.lane),
       sampling=_sampling_rows([work.sampling], 1),
       slab_layers=0 if self._writer is None else self.buckets.layers(padded, work.start),
+      logprobs=work.sampling.logprobs and work.first_layer + work.n_layers == self.shape.L,
     )
     if self._writer is not None:
       self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
@@ -271,6 +290,7 @@ class JaxExecutor:
       positions=column(r.position for r in rows),
       steps=column(r.step for r in rows),
       sampling=None if all(r.sampling.plain for r in rows) else _sampling_rows([r.sampling for r in rows], n),
+      logprobs=any(r.sampling.logprobs for r in rows),
     )
     return batch, width
 
@@ -330,4 +350,6 @@ def _sampling_rows(samplings: list[Sampling], n: int) -> SamplingRows:
     top_p=np.array([r.top_p for r in rows], np.float32),
     seeds=np.array([r.seed for r in rows], np.uint32),
     banned=np.stack([_pad(np.array(sorted(r.banned), np.int32), MAX_BANNED, -1) for r in rows]),
+    top_k=np.array([r.top_k for r in rows], np.int32),
+    min_p=np.array([r.min_p for r in rows], np.float32),
   )

@@ -5,7 +5,7 @@ too.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,9 @@ class Sampling:
   top_p: float = 1.0
   seed: int = 0
   banned: frozenset[int] = frozenset()  # token ids that are not drawn, as if they did not exist; at most MAX_BANNED
+  top_k: int = 0  # tokens are drawn from so many most likely ones; 0: all
+  min_p: float = 0.0  # and from those of at least this part of the probability of the most likely one
+  logprobs: bool = False  # log probabilities come with the token
 
   @property
   def plain(self) -> bool:
@@ -101,6 +104,13 @@ class StepStats:
   slots_used: int = 0  # slots that hold a block after the iteration; 0 if it neither prefilled nor decoded
 
 
+class TokenLogprobs(NamedTuple):
+  """Natural logarithms of probabilities, as the model gives them: before temperature, bans and cuts."""
+
+  logprob: float  # of the token
+  top: dict[int, float]  # of the most likely tokens, in that order
+
+
 @dataclasses.dataclass(frozen=True)
 class StepResult:
   """What an iteration produced. Reading it waits for the device; iterations are read in order."""
@@ -111,6 +121,7 @@ class StepResult:
   not_finite: frozenset[str] = frozenset()  # requests whose logits were NaN or infinite: they have no token
   # The last iteration of which, and of all before, the blocks are in the pool. None: this one.
   landed: int | None = None
+  logprobs: dict[str, TokenLogprobs] = dataclasses.field(default_factory=dict)  # of the tokens that want them
 
 
 class Dispatched(Protocol):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from sparse_serve_jax.serving.plan import Sampling
+from sparse_serve_jax.serving.plan import Sampling, TokenLogprobs
 
 
 class State(enum.Enum):
@@ -20,18 +20,6 @@ class State(enum.Enum):
   FINISHED = "finished"
   CANCELLED = "cancelled"
   FAILED = "failed"  # its logits were not finite, or the device failed; `error` says which
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-  """How a request's tokens are drawn, and which of them end it."""
-
-  temperature: float = 0.0  # 0 is greedy
-  top_p: float = 1.0  # share of the probability mass that tokens are drawn from
-  seed: int = 0  # draws depend on it and the position alone, not on other requests
-  stop_token_ids: Sequence[int] = ()  # end the request, besides the model's EOS tokens
-  min_tokens: int = 0  # stop tokens are not drawn before so many others have been; the next best token is
-  ignore_eos: bool = False  # the model's EOS tokens are output like others
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,10 +36,12 @@ class Request:
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
   stop_token_ids: frozenset[int] = frozenset()  # the model's EOS tokens included, unless they are to be ignored
   min_tokens: int = 0  # output tokens before a stop token can be drawn
+  n_logprobs: int = 0  # most likely tokens that are listed in `logprobs`, if `sampling` wants them
   on_token: Callable[[Request, int], None] | None = None  # called with every output token, as it is read
 
   state: State = State.WAITING
   output_tokens: list[int] = dataclasses.field(default_factory=list)
+  logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)  # one for each output token, or none
   finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
   error: Exception | None = None  # why it failed; or what on_token raised, for which it was cancelled
   scheduled_time: float | None = None  # its first work was planned

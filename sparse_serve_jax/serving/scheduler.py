@@ -230,7 +230,7 @@ class Scheduler:
     self._clear()
     return [resident.request for resident in residents]
 
-  def cancel(self, request: Request, now: float) -> None:
+  def cancel(self, request: Request, now: float, reason: str = "cancelled") -> None:
     """Ends a request that has not ended. Tokens of it that are still on the device are dropped."""
     if request.state is State.WAITING:
       self._waiting.remove(request)
@@ -241,7 +241,7 @@ class Scheduler:
       resident = next(r for r in self._decoding if r.request is request)
       self._decoding.remove(resident)
       self._free(resident)
-    request.end("cancelled", now)
+    request.end(reason, now)
 
   def _free(self, resident: _Resident) -> None:
     """Gives back the lane, at once since device programs run in order, and the blocks, by the allocator's rule."""

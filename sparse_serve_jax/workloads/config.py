@@ -36,6 +36,7 @@ class WorkloadConfig:
   max_new_tokens: int = 0  # of an output: needle's and text's, the most of the others'; 0: as tasks and rows say
   chat_template: bool = True  # longbench: around the prompts of the tasks that take one
   seed: int = 0  # needle, text, trace: of the prompts
+  strict: bool = False  # jsonl, longbench: a row that cannot be served ends the run; else it is refused, the others run
   arrivals: ArrivalConfig = dataclasses.field(default_factory=ArrivalConfig)
 
   def __post_init__(self):

@@ -35,5 +35,12 @@ class Refused:
     return f"{self.where}: {self.reason}"
 
 
+def unless_strict(row: Refused, strict: bool) -> Refused:
+  """The row; if `strict` its ValueError."""
+  if strict:
+    raise ValueError(str(row))
+  return row
+
+
 # What makes the items once there is a model: takes its tokenizer, and the most tokens of prompt and output together.
 Source = Callable[[Tokenizer, int], list[Item | Refused]]

@@ -22,7 +22,7 @@ from sparse_serve_jax import files
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads.config import WorkloadConfig
 from sparse_serve_jax.workloads.cut import cut_middle
-from sparse_serve_jax.workloads.item import Item, Refused, Source
+from sparse_serve_jax.workloads.item import Item, Refused, Source, unless_strict
 
 SLACK = 32  # tokens by which a prompt whose middle was cut can have grown when it is tokenized again
 
@@ -86,6 +86,7 @@ class Row(NamedTuple):
   index: int  # from 0, blank lines aside
   where: str  # file:line
   fields: dict[str, Any]
+  wrong: str = ""  # why it is no row
 
   @property
   def id(self) -> str:
@@ -94,7 +95,9 @@ class Row(NamedTuple):
   @property
   def beside(self) -> dict[str, Any]:
     """What the official format writes beside a prediction."""
-    return {key: self.fields[key] for key in ("answers", "all_classes", "length")}
+    return {"answers": self.fields.get("answers", [])} | {
+      key: self.fields.get(key) for key in ("all_classes", "length")
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +146,27 @@ class Release:
     return file
 
   def rows(self, name: str, limit: int | None = None) -> Iterator[Row]:
-    """Yields the first `limit` rows of a task, by default all. Raises ValueError at a broken one: file and line."""
+    """Yields the first `limit` rows of a task, by default all; broken ones say what is `wrong`."""
     file = self.file(name)
-    for index, (line, fields) in enumerate(itertools.islice(files.read_lines(file), limit)):
-      row = Row(name, index, f"{file}:{line}", fields)
-      with files.placed(row.where):
-        _ = row.beside  # is there
-      yield row
+    for index, (line, fields) in enumerate(itertools.islice(files.read_rows(file), limit)):
+      where = f"{file}:{line}"
+      yield (
+        Row(name, index, where, {}, str(fields))
+        if isinstance(fields, ValueError)
+        else self._row(Row(name, index, where, fields))
+      )
+
+  def _row(self, row: Row) -> Row:
+    """The row, and what is wrong with it."""
+    fields = row.fields
+    missing = [key for key in ("answers", "all_classes", "length") if key not in fields]
+    if missing:
+      return row._replace(wrong=f"the row lacks {missing[0]!r}")
+    if not isinstance(fields["answers"], list) or not all(isinstance(text, str) for text in fields["answers"]):
+      return row._replace(
+        fields={**fields, "answers": []}, wrong=f"'answers' should be texts, got {fields['answers']!r:.80}"
+      )
+    return row._replace(wrong=files.lone_surrogate(fields) or "")
 
   def prompt(self, row: Row) -> str:
     """The whole prompt of a row, before any cut or chat template."""
@@ -159,13 +176,17 @@ class Release:
     """The request for a row, as the official code makes it.
 
     A prompt of more than `max_tokens` is cut in its middle; then it goes into the chat template, if `chat` and if its
-    task takes one. samsum ends at a newline, which is not its first token. Half of a character is refused.
+    task takes one. samsum ends at a newline, which is not its first token. A row that is broken is refused.
     """
-    if wrong := files.lone_surrogate(row.fields):
-      return Refused(row.id, row.where, wrong)
+    if row.wrong:
+      return Refused(row.id, row.where, row.wrong)
     task = find_task(row.name)
-    with files.placed(row.where):
+    try:
       ids = encode_prompt(tokenizer, task, self.prompt(row), max_tokens, chat)
+    except KeyError as error:
+      return Refused(row.id, row.where, f"the row lacks {error}")
+    except ValueError as error:
+      return Refused(row.id, row.where, str(error))
     newline = tokenizer.encode("\n", add_special_tokens=False)[-1:]
     options: dict[str, Any] = {"stop_token_ids": newline, "min_tokens": 1} if task.name == "samsum" else {}
     return Item(row.id, np.array(ids, np.int32), self.max_new_tokens[task.name], options, about=row.beside)
@@ -209,16 +230,19 @@ def read(config: WorkloadConfig) -> Source:
   """The prompts of `config.tasks`, in the order of names and rows.
 
   Raises:
-    ValueError: something of the release is missing, or a row is broken; names file and line.
+    ValueError: something of the release is missing, or no row can be served, or with `config.strict` one cannot; names
+      file and line.
   """
   config.refuse("seed")
   if not config.path:
     raise ValueError("a workload of longbench needs path, the folder that holds config/ and data/")
   release = Release.read(config.path)
-  rows = [row for name in release.names(config.tasks) for row in release.rows(name, config.limit or None)]
-  for row in rows:
-    with files.placed(row.where):
-      release.prompt(row)  # can be written
+  rows = [
+    _writable(release, row) for of in release.names(config.tasks) for row in release.rows(of, config.limit or None)
+  ]
+  refused = [unless_strict(Refused(row.id, row.where, row.wrong), config.strict) for row in rows if row.wrong]
+  if rows and len(refused) == len(rows):
+    raise ValueError(f"none of {len(rows)} rows can be served: {refused[0]}")
   cap, chat = config.max_new_tokens, config.chat_template
 
   def items(tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
@@ -228,10 +252,23 @@ def read(config: WorkloadConfig) -> Source:
       except ValueError as error:
         raise ValueError(f"{error}; or set chat_template to false") from error
     room = config.prompt_tokens or release.room_for_prompts(tokenizer, max_request_tokens, chat, cap)
-    made = (release.item(row, tokenizer, room, chat) for row in rows)
+    made = [release.item(row, tokenizer, room, chat) for row in rows]
+    for item in made:
+      if isinstance(item, Refused):
+        unless_strict(item, config.strict)
     return [_capped(item, cap) if cap and isinstance(item, Item) else item for item in made]
 
   return items
+
+
+def _writable(release: Release, row: Row) -> Row:
+  """The row; it is `wrong` if its prompt cannot be written."""
+  try:
+    if not row.wrong:
+      release.prompt(row)
+  except KeyError as error:
+    return row._replace(wrong=f"the row lacks {error}")
+  return row
 
 
 def _capped(item: Item, most: int) -> Item:

@@ -1,0 +1,23 @@
+"""Models with the numbers that this machine computes with."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+
+import jax
+
+from sparse_serve_jax.models.weights import Model, load_model
+
+_LOG = logging.getLogger(__name__)
+
+
+def load_model_here(name_or_path: str | pathlib.Path, dtype: str | None = None, seed: int = 0) -> Model:
+  """`load_model`, but if `dtype` is None and JAX runs on a CPU, which multiplies bfloat16 many times slower than
+  float32, a model of bfloat16 becomes one of float32. A line of the log says so.
+  """
+  model = load_model(name_or_path, dtype, seed)
+  if dtype is not None or model.config.dtype != "bfloat16" or jax.default_backend() != "cpu":
+    return model
+  _LOG.warning("%s is bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps its own", model.name)
+  return load_model(name_or_path, "float32", seed)

@@ -1,0 +1,93 @@
+"""Prompts as people write them, texts and conversations: checked, and as token ids."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
+
+from sparse_serve_jax.tokenizing import Message, Tokenizer
+
+FORM = '[{"role": "user", "content": "..."}]'
+ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
+
+
+def is_message(value: object) -> bool:
+  """Whether it may be meant as a message: `checked` says whether it is one."""
+  return isinstance(value, Mapping)
+
+
+def checked(messages: object) -> list[Message]:
+  """A conversation whose contents are text: parts of type text are joined. Of mistakes a template may say nothing.
+
+  Raises:
+    ValueError: it is none; the message names the place and shows the form.
+  """
+  if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+    raise ValueError(f"a conversation is a list of messages such as {FORM}, got {messages!r:.80}")
+  if not messages:
+    raise ValueError(f"a conversation has at least one message, such as {FORM}, got an empty list")
+  return [_message(i, message) for i, message in enumerate(cast("Sequence[object]", messages))]
+
+
+def _message(i: int, value: object) -> Message:
+  if not isinstance(value, Mapping):
+    raise ValueError(f"message {i} of a conversation such as {FORM} is {value!r:.80}")
+  message = cast("Mapping[str, Any]", value)
+  role = message.get("role")
+  if not isinstance(role, str) or not role:
+    raise ValueError(f"message {i} needs a role, one of {', '.join(ROLES)}, got {role!r:.80}: {dict(message)!r:.120}")
+  near = difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.75)
+  if role not in ROLES and near:
+    raise ValueError(f"message {i} has the role {role!r}; the nearest is {near[0]!r}")
+  content: object = message.get("content")
+  if content is None and role == "assistant" and message.get("tool_calls"):
+    return message
+  return {**message, "content": _text(f"message {i}, of {role!r},", content)}
+
+
+def _text(where: str, content: object) -> str:
+  if isinstance(content, str):
+    return content
+  if not isinstance(content, Sequence) or isinstance(content, bytes):
+    raise ValueError(f"{where} needs a content, a text or a list of parts of type text, got {content!r:.80}")
+  texts: list[str] = []
+  for part in cast("Sequence[object]", content):
+    fields: Mapping[str, Any] = cast("Mapping[str, Any]", part) if isinstance(part, Mapping) else {}
+    kind, text = fields.get("type"), fields.get("text")
+    if kind != "text" or not isinstance(text, str):
+      told = f"of type {kind!r}" if isinstance(kind, str) and kind != "text" else repr(cast(object, part))
+      raise ValueError(f'{where} has a part {told:.80}; only {{"type": "text", "text": "..."}} can be read')
+    texts.append(text)
+  return "".join(texts)
+
+
+def encode_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+  """Token ids of a prompt. What a tokenizer puts before texts is not put before one that begins with it, such as one
+  that a chat template has made.
+  """
+  ids = tokenizer.encode(text, add_special_tokens)
+  for n in range(1, 4 if add_special_tokens else 1):
+    if len(ids) >= 2 * n and ids[:n] == ids[n : 2 * n]:
+      plain = tokenizer.encode(text, False)
+      if plain[:n] == ids[:n] and ids[n : n + len(plain)] == plain:
+        return ids[n:]
+  return ids
+
+
+def encode_chat(
+  tokenizer: Tokenizer,
+  messages: object,
+  generate: bool = True,
+  special_tokens_in_text: str = "text",
+  options: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
+  """Token ids of a conversation, checked, with what begins an answer if `generate`; `options` are the template's."""
+  messages = checked(messages)
+  encode_chat = getattr(tokenizer, "encode_chat", None)
+  if encode_chat is not None:
+    return encode_chat(messages, generate, special_tokens_in_text=special_tokens_in_text, **options)
+  if options:
+    raise ValueError(f"this tokenizer's chat template takes no {', '.join(options)}")
+  return tokenizer.encode(tokenizer.apply_chat_template(messages, generate), add_special_tokens=False)
