@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
-from sparse_serve_jax.tokenizing import Message, Tokenizer
+from sparse_serve_jax.tokenizing import Message, Tokenizer, Typed
 
 FORM = '[{"role": "user", "content": "..."}]'
 ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
@@ -80,14 +80,9 @@ def encode_chat(
   tokenizer: Tokenizer,
   messages: object,
   generate: bool = True,
-  special_tokens_in_text: str = "text",
+  special_tokens_in_text: Typed = "text",
   options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[int]:
   """Token ids of a conversation, checked, with what begins an answer if `generate`; `options` are the template's."""
   messages = checked(messages)
-  encode_chat = getattr(tokenizer, "encode_chat", None)
-  if encode_chat is not None:
-    return encode_chat(messages, generate, special_tokens_in_text=special_tokens_in_text, **options)
-  if options:
-    raise ValueError(f"this tokenizer's chat template takes no {', '.join(options)}")
-  return tokenizer.encode(tokenizer.apply_chat_template(messages, generate), add_special_tokens=False)
+  return tokenizer.encode_chat(messages, generate, special_tokens_in_text=special_tokens_in_text, **options)
