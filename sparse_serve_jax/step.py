@@ -246,10 +246,8 @@ def prefill_segment(
   positions = batch.start + jnp.arange(batch.tokens.shape[0])
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
   cos_sin = llama.rope(cfg, positions)
-  table, before = cache.hot.tables[batch.lane], None
-  if width:
-    n_before = batch.start // size
-    before = Before(jnp.where(jnp.arange(width) < n_before, table[:width], -1), n_before)
+  table = cache.hot.tables[batch.lane]
+  before = Before.of(table[:width], batch.start // size) if width else None
   hot, turn = setup.turn(cache.hot, 1, before.blocks if before is not None and setup.pins else None)
   ids = jnp.arange(positions.shape[0] // size)
   blocks = jnp.where(ids < batch.n_tokens // size, table.at[batch.start // size + ids].get(mode="clip"), -1)

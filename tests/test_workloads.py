@@ -178,6 +178,9 @@ class NoTemplate(ByteTokenizer):
   def apply_chat_template(self, messages, add_generation_prompt: bool = True) -> str:
     raise ValueError("there is no chat template")
 
+  def encode_chat(self, messages, add_generation_prompt: bool = True, **_) -> list[int]:
+    raise ValueError("there is no chat template")
+
 
 def test_a_model_without_a_chat_template(tmp_path):
   config = WorkloadConfig("longbench", path=str(write_release(tmp_path, qasper=1)), prompt_tokens=50)

@@ -18,6 +18,11 @@ class Before(NamedTuple):
   blocks: Int32[Array, " N"]  # in the pool; -1 beyond `n_blocks`
   n_blocks: Int32[Array, ""]
 
+  @classmethod
+  def of(cls, table: Int32[Array, " N"], n_blocks: Int32[Array, ""]) -> Before:
+    """The first blocks of a table."""
+    return cls(jnp.where(jnp.arange(table.shape[0]) < n_blocks, table, -1), n_blocks)
+
 
 def pin(
   cache: KVCache, layer: Int32[Array, ""], lane: Int32[Array, ""], before: Before, turn: Turn, implementation: str
