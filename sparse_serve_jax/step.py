@@ -283,14 +283,17 @@ def prefill_segment(
     return _sample(logits, (batch.start + batch.n_tokens)[None], batch)
 
   def no_token():
-    nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(next_token)[1])
-    return cache.hot.last_token[lane], nothing
+    return cache.hot.last_token[lane], _zeros_like(jax.eval_shape(next_token)[1])
 
   lane = batch.lane[None]
   tokens, of_tokens = jax.lax.cond(end == cfg.n_layers, next_token, no_token)
   hot = _next(cache.hot, lane, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
   return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
+
+
+def _zeros_like(shapes):
+  return jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), shapes)
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:
