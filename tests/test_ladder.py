@@ -112,7 +112,7 @@ def compiled() -> list[str]:
 def test_nothing_is_compiled_afterwards(prefill):
   config = override(
     load_config("sparse_serve"),
-    [*SMALL_SERVING, f"scheduler.prefill={prefill}", "scheduler.chunk_tokens=128", "scheduler.max_inject_tokens=512"],
+    [*SMALL_SERVING, f"scheduler.prefill={prefill}", "scheduler.chunk_tokens=16", "scheduler.max_inject_tokens=512"],
   )
   model, lengths = load_model("random:tiny"), [70, 200, 330]
   executor = JaxExecutor(config, model)

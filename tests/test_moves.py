@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +141,15 @@ def small(*assignments: str) -> EngineConfig:
   return with_slots(conf, 6, tiny_model())
 
 
+def pairs() -> Iterator:
+  """Every load with every save; with `make test` each of them, and those that rungs have together."""
+  for load, save in itertools.product(sorted(LOADS), sorted(SAVES)):
+    often = load == "fused" or save == "direct" or (load, save) in (("gather", "staged"), ("per_block", "per_block"))
+    yield pytest.param(load, save, marks=[] if often else [pytest.mark.soak])
+
+
 @CPU_AND_GPU
-@pytest.mark.parametrize("save", sorted(SAVES))
-@pytest.mark.parametrize("load", sorted(LOADS))
+@pytest.mark.parametrize(("load", "save"), pairs())
 def test_tokens_depend_on_no_load_and_no_save(device, load, save):
   """Whole layers, pieces within a layer and pieces through all layers, with a budget of the whole prompt."""
   blocks = 4 * sum(len(prompt) // S for prompt in PROMPTS)
