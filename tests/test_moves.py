@@ -149,7 +149,7 @@ def pairs() -> Iterator:
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize(("load", "save"), pairs())
+@pytest.mark.parametrize(("load", "save"), list(pairs()))
 def test_tokens_depend_on_no_load_and_no_save(device, load, save):
   """Whole layers, pieces within a layer and pieces through all layers, with a budget of the whole prompt."""
   blocks = 4 * sum(len(prompt) // S for prompt in PROMPTS)
