@@ -53,6 +53,7 @@ def main() -> None:
   asked = [item for item in items if isinstance(item, Item)]
   if not asked:
     raise ValueError(f"the workload has no request that can be served, of {len(items)}")
+  ladder.check(configs, model.config, asked)
   setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
   folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparse_serve_jax.evaluation import ladder, ladder_report
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
+from sparse_serve_jax.workloads import Item
 from tests.tiny import SMALL_SERVING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +86,66 @@ def test_rungs_that_cannot_run(names, changes, message):
   model = load_model("random:tiny")
   with pytest.raises(ValueError, match=message):
     ladder.shapes(ladder.read_rungs(names, [*SMALL_SERVING, *changes]), model.config)
+
+
+def item(name: str, n_prompt: int, n_output: int, **more) -> Item:
+  return Item(name, np.arange(n_prompt, dtype=np.int32), n_output, **more)
+
+
+def test_rungs_that_cannot_be_compared():
+  """A request that only some of them can serve is refused, with a minimum of HBM that is exact."""
+  model = load_model("random:tiny").config
+  items = [item("a", 300, 20), item("b", 100, 7), item("nobody", 1000, 1)]
+  memory = ["cache.dram_bytes=2MiB", "cache.hbm_bytes=400KB"]
+  names = ["dense", "sparse", "sparse_serve"]
+
+  def read(*changes: str):
+    return ladder.read_rungs(names, [*SMALL_SERVING, "scheduler.chunk_tokens=64", *memory, *changes])
+
+  with pytest.raises(ValueError) as caught:
+    ladder.check(read("cache.hbm_bytes=450KB"), model, items)
+  told = re.findall(r"(\w+): a request has 320 tokens, and only \d+ fit; .*?minimum of (\d+) bytes", str(caught.value))
+  assert [name for name, _ in told] == ["dense", "sparse"]
+  least = {name: int(n) for name, n in told}
+  ladder.check(read(f"cache.hbm_bytes={max(least.values())}"), model, items)
+  for name, n in least.items():
+    with pytest.raises(ValueError, match=f"{name}: a request has 320 tokens"):
+      ladder.check(read(f"cache.hbm_bytes={n - 1}"), model, items)
+  ladder.check(read("cache.hbm_bytes=450KB"), model, items[1:])
+  with pytest.raises(
+    ValueError, match="^sparse_serve: .* only 48 fit; cache.dram_bytes=50000 or scheduler.max_context=384 is"
+  ):
+    ladder.check(read("cache.hbm_bytes=2MiB", "cache.dram_bytes=50000"), model, items)
+  one, other = read("cache.hbm_bytes=1MiB"), read("cache.hbm_bytes=2MiB")
+  with pytest.raises(
+    ValueError, match="one cache.hbm_bytes, these have dense 1048576, sparse 2097152: set one for all"
+  ):
+    ladder.check({"dense": one["dense"], "sparse": other["sparse"]}, model, items)
+
+
+def test_what_follows_an_answer_is_not_compared(tmp_path):
+  items = [item("a", 10, 4, answer_tokens=2), item("b", 10, 4)]
+  made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
+  tokens = {"dense": [[1, 2, 3, 4], [5, 6, 7, 8]], "psa": [[1, 2, 9, 9], [5, 6, 9, 9]]}
+  for rung, answers in tokens.items():
+    for name, answer in zip("ab", answers, strict=True):
+      made._answers.append({"rung": rung, "request_id": name, "tokens": answer, "score": None})
+  assert made._quality("psa")["tokens_as_first"] == 4 / 6 and made._quality("dense")["tokens_as_first"] == 1
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"min_tokens": 5, "stop_token_ids": [3]}])
+def test_what_draws_tokens_is_compiled_before(options, tmp_path):
+  """So that no time of it is in a cell."""
+  rungs = ladder.read_rungs(
+    ["sparse_serve"], [*SMALL_SERVING, "sparse.group_blocks=8", "scheduler.working_set_steps=7"]
+  )
+  items = [item("a", 100, 8, options=options)]
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(1), tmp_path)
+  jax.clear_caches()
+  made._compiled("sparse_serve")
+  after = compiled()
+  assert made.cell("sparse_serve", 1.0)["requests"] == 1
+  assert not after
 
 
 def test_a_users_own_rung(tmp_path):

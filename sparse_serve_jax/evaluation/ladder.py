@@ -87,6 +87,50 @@ def shapes(configs: Mapping[str, EngineConfig], model: ModelConfig) -> dict[str,
   return made
 
 
+def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequence[Item]) -> None:
+  """Refuses rungs that cannot be compared: within different `cache.hbm_bytes`, or of which some cannot serve a request
+  that others can.
+
+  Raises:
+    ValueError: with the least cache.hbm_bytes that each rung needs for the longest request that some rung can serve.
+  """
+  budgets = {name: config.cache.hbm_bytes for name, config in configs.items()}
+  if len(set(budgets.values())) > 1:
+    told = ", ".join(f"{name} {n}" for name, n in budgets.items())
+    raise ValueError(f"rungs are compared within one cache.hbm_bytes, these have {told}: set one for all")
+  most = {name: shape.max_context for name, shape in shapes(configs, model).items()}
+  lengths = [len(item.prompt) + item.max_new_tokens for item in items]
+  longest = max((n for n in lengths if n <= max(most.values())), default=0)
+  wrong = [
+    f"{name}: a request has {longest} tokens, and only {n} fit; {_remedy(configs[name], model, longest)}"
+    for name, n in most.items()
+    if n < longest
+  ]
+  if wrong:
+    raise ValueError("; ".join(wrong))
+
+
+def _remedy(config: EngineConfig, model: ModelConfig, n_tokens: int) -> str:
+  """What lets a rung serve a request of so many tokens: the least cache.hbm_bytes, if HBM is what it lacks."""
+  vectors = get_method(config.sparse.method).vectors
+
+  def fits(hbm_bytes: int) -> bool:
+    cache = dataclasses.replace(config.cache, hbm_bytes=hbm_bytes)
+    try:
+      return CacheShape.of(model, dataclasses.replace(config, cache=cache), vectors).max_context >= n_tokens
+    except ValueError:
+      return False
+
+  low, high = 0, 1 << 50
+  if not fits(high):
+    dram, context = config.cache.dram_bytes, config.scheduler.max_context
+    return f"cache.dram_bytes={dram} or scheduler.max_context={context} is too small"
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if fits(middle) else (middle, high)
+  return f"cache.hbm_bytes={config.cache.hbm_bytes} is below the minimum of {high} bytes for it"
+
+
 class Ladder:
   """Runs cells, one rung's engine in memory at a time."""
 
@@ -173,7 +217,7 @@ class Ladder:
     if self._executor is None or self._executor[0] != rung:
       self._executor = None  # its memory is what the next one takes
       start, executor = time.monotonic(), JaxExecutor(self._configs[rung], self._model)
-      sampled = any(item.options.get("temperature") for item in self._items)
+      sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
       n = executor.compile([len(item.prompt) for item in self._items], sampled)
       print(f"{rung}: {n} programs compiled in {time.monotonic() - start:.1f} s", file=sys.stderr)
       self._executor = rung, executor
@@ -186,15 +230,16 @@ class Ladder:
 
   def _quality(self, rung: str) -> Row:
     """Of a rung's answers the mean score, and the share of the first rung's tokens that are its own, up to where they
-    part.
+    part. What follows an answer of known length does not count.
     """
+    ends = {item.id: item.answer_tokens for item in self._items}
     of = {
       name: {row["request_id"]: row for row in self._answers.all if row["rung"] == name}
       for name in (rung, self.rungs[0])
     }
     scores = [row["score"] for row in of[rung].values() if row["score"] is not None]
     first = of[self.rungs[0]]
-    pairs = [(row["tokens"], first[name]["tokens"]) for name, row in of[rung].items() if name in first]
+    pairs = [(row["tokens"], first[name]["tokens"][: ends[name]]) for name, row in of[rung].items() if name in first]
     return {"score_mean": float(np.mean(scores)) if scores else None, "tokens_as_first": share_equal(pairs)}
 
 

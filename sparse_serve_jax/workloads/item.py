@@ -21,6 +21,7 @@ class Item:
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # more arguments of `Engine.add_request`
   judge: Callable[[str], float] | None = None  # scores an answer's text: 1 is perfect, 0 wrong; None: not known here
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its source says of it beside the prompt
+  answer_tokens: int | None = None  # of the right answer; what a model goes on with means nothing. None: not known here
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,4 +45,5 @@ def _item(config: WorkloadConfig, task: str, i: int, tokenizer: Tokenizer) -> It
     config.max_new_tokens or made.max_new_tokens,
     judge=judge,
     about={"task": task, "answers": list(made.answers)},
+    answer_tokens=len(tokenizer.encode(made.completion, add_special_tokens=False)),
   )
