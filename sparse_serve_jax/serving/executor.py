@@ -27,6 +27,7 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama, place_params
+from sparse_serve_jax.programs import programs
 from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
@@ -48,7 +49,6 @@ from sparse_serve_jax.step import (
   Setup,
   StepCounts,
   StepOutput,
-  programs,
 )
 
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
