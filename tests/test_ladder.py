@@ -170,10 +170,10 @@ def compiled() -> list[str]:
   return names
 
 
-@pytest.mark.parametrize("prefill", ["layer_segmented", "chunked"])
-def test_nothing_is_compiled_afterwards(prefill):
+@pytest.mark.parametrize(("rung", "prefill"), [("sparse_serve", "layer_segmented"), ("flash_transfer", "chunked")])
+def test_nothing_is_compiled_afterwards(rung, prefill):
   config = override(
-    load_config("sparse_serve"),
+    load_config(rung),
     [*SMALL_SERVING, f"scheduler.prefill={prefill}", "scheduler.chunk_tokens=16", "scheduler.max_inject_tokens=512"],
   )
   model, lengths = load_model("random:tiny"), [70, 200, 330]
