@@ -148,6 +148,17 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   assert not after
 
 
+@pytest.mark.parametrize("options", [{}, {"stop_token_ids": list(range(512))}, {"min_tokens": 35}], ids=["", "stop", "min"])
+def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, tmp_path):
+  """A prompt that leaves no room for so many tokens; a stop token at once, or only after more tokens."""
+  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  lengths = [(20, 40), (382, 2), (383, 1)]
+  items = [Item(str(n), np.arange(n, dtype=np.int32) % 250, output, options) for n, output in lengths]
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, np.zeros, tmp_path)
+  row = made.alone("sparse_serve")
+  assert row["iteration_s"] > 0 and row["prompt_tokens"] + ladder.ALONE_TOKENS <= 384
+
+
 def test_a_users_own_rung(tmp_path):
   (tmp_path / "mine.json").write_text('{"extends": "psa", "sparse": {"threshold": 0.5}}')
   rungs = ladder.read_rungs(["dense", str(tmp_path / "mine.json")], ["cache.lanes=3"])
