@@ -69,6 +69,8 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
   other = run("--set=sparse.window_tokens=24", f"--out={tmp_path}")
   assert other.returncode == 2
   assert "configs.sparse_serve.sparse.window_tokens was 16 and is 24" in other.stderr
+  turned = run(f"--rungs={','.join(reversed(RUNGS))}", f"--out={tmp_path}")
+  assert turned.returncode == 2 and "compared_with was 'sparse_serve' and is 'psa'" in turned.stderr
   assert (tmp_path / "cells.jsonl").read_bytes() == whole
 
 
