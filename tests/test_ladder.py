@@ -150,7 +150,9 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   assert not after
 
 
-@pytest.mark.parametrize("options", [{}, {"stop_token_ids": list(range(512))}, {"min_tokens": 35}], ids=["", "stop", "min"])
+@pytest.mark.parametrize(
+  "options", [{}, {"stop_token_ids": list(range(512))}, {"min_tokens": 35}], ids=["", "stop", "min"]
+)
 def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, tmp_path):
   """A prompt that leaves no room for so many tokens; a stop token at once, or only after more tokens."""
   rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
@@ -159,6 +161,15 @@ def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, 
   made = ladder.Ladder(load_model("random:tiny"), rungs, items, np.zeros, tmp_path)
   row = made.alone("sparse_serve")
   assert row["iteration_s"] > 0 and row["prompt_tokens"] + ladder.ALONE_TOKENS <= 384
+
+
+def test_what_no_rung_can_serve_is_held_against_none(tmp_path, monkeypatch):
+  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  items = [item("a", 20, 4), item("nobody", 1000, 1)]
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
+  monkeypatch.setattr(made, "alone", lambda rung: {"iteration_s": 1e3})
+  cell = made.cell("sparse_serve", 1.0)
+  assert (cell["requests"], cell["refused"], cell["keeps_slo"]) == (1, 1, True)
 
 
 def test_a_users_own_rung(tmp_path):

@@ -146,7 +146,7 @@ class Ladder:
 
     Args:
       model: answers.
-      configs: the rungs by name; the others are compared with the first.
+      configs: the rungs by name, which `check` accepts; the others are compared with the first.
       items: the requests.
       arrivals: when they come, in seconds, at a mean rate in requests a second.
       folder: of the results, which is claimed for them.
@@ -172,7 +172,8 @@ class Ladder:
     if not any(row["rung"] == rung for row in self._answers.all):
       self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
-    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not (served.refused or served.failed)
+    # What is refused no rung can serve (`check`), at no rate.
+    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed
     self._cells.append(row)
     return row
 
