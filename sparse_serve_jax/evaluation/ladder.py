@@ -146,7 +146,7 @@ class Ladder:
 
     Args:
       model: answers.
-      configs: the rungs by name; the others are compared with the first.
+      configs: the rungs by name, which `check` accepts; the others are compared with the first.
       items: the requests.
       arrivals: when they come, in seconds, at a mean rate in requests a second.
       folder: of the results, which is claimed for them.
@@ -172,20 +172,24 @@ class Ladder:
     if not any(row["rung"] == rung for row in self._answers.all):
       self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
-    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not (served.refused or served.failed)
+    # What is refused no rung can serve (`check`), at no rate.
+    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed
     self._cells.append(row)
     return row
 
   def alone(self, rung: str) -> Row:
     """What a rung does of one request, the middle one by length: "iteration_s", the median time of a decode step.
 
-    It is measured at the rung's first cell, when all that the requests need has been compiled.
+    It is measured at the rung's first cell, when all that the requests need has been compiled. The prompt is cut where
+    the output would not fit any rung, and nothing but the length ends the output.
     """
     if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, None)), None):
       return there
     middle = sorted(self._items, key=lambda item: len(item.prompt))[len(self._items) // 2]
     n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in self._items)))
-    item = dataclasses.replace(middle, max_new_tokens=n, options={**middle.options, "ignore_eos": True})
+    room = min(shape.max_context for shape in shapes(self._configs, self._model.config).values()) - n
+    options = {**middle.options, "ignore_eos": True, "stop_token_ids": (), "min_tokens": 0}
+    item = dataclasses.replace(middle, prompt=middle.prompt[: max(1, room)], max_new_tokens=n, options=options)
     end = self._serve(rung, [item], np.zeros(1))[1][item.id]
     if isinstance(end, run.Refusal) or len(end.output_tokens) < n:
       raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens: {end.error}")
