@@ -343,6 +343,45 @@ def copy(b: Bench) -> Cases:
     yield f"{'load' if loads else 'store'} {n}", functools.partial(case, loads, n)
 
 
+def following(pool: jax.Array) -> host_pool.HostPool:
+  """What the host knows the pool by, while it is kept."""
+  host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
+  host.follow(pool)
+  return host
+
+
+def time_load(b: Bench, way: str, variants: list[Any]) -> Timing:
+  nothing: Any = None
+  host = following(b.pool)
+
+  def op(slots, shared, located):
+    pool, number = shared
+    hot = Hot(slots, *[nothing] * 6, pool_id=number)
+    return LOADS[way](pool, hot, jnp.int32(0), located, b.kernel["implementation"])[0], ()
+
+  return b.time(op, variants, state=b.blocks(b.n_slots), shared=(b.pool, jnp.asarray(host.numbers)))
+
+
+def time_save(b: Bench, way: str, source: jax.Array, variants: list[Any]) -> Timing:
+  if way == "staged":
+    host, (_, blocks) = following(b.pool), variants[0]
+    writer = Writer(host, make_mesh(1), limit=source.nbytes)
+
+    def once():
+      writer.save(1, source, range(1), np.asarray(blocks), host)
+      writer.landed(1, wait=True)
+
+    return timing.clock(once, b.effort)
+
+  def op(pool, source, inputs):
+    return SAVES[way](pool, NewBlocks(source, 0, *inputs), b.kernel["implementation"]), ()
+
+  pool = b.pool
+  del b.pool  # as in `copy`
+  measured, b.pool, _ = timing.measure(op, variants, b.effort, state=pool, shared=source)
+  return measured
+
+
 def moves(b: Bench) -> Cases:
   """n blocks by each load and save of the configuration, and as many by the CUDA driver: a call a block, then one wait.
 
@@ -351,51 +390,15 @@ def moves(b: Bench) -> Cases:
   slab on the device to blocks in the pool: in an engine it runs beside the next program.
   """
 
-  def following(pool):
-    """What the host knows the pool by, while it is kept."""
-    host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
-    host.follow(pool)
-    return host
-
-  def load(way, variants):
-    nothing: Any = None
-    host = following(b.pool)
-
-    def op(slots, shared, located):
-      pool, number = shared
-      hot = Hot(slots, *[nothing] * 6, pool_id=number)
-      return LOADS[way](pool, hot, jnp.int32(0), located, b.kernel["implementation"])[0], ()
-
-    return b.time(op, variants, state=b.blocks(b.n_slots), shared=(b.pool, jnp.asarray(host.numbers)))
-
-  def save(way, source, variants):
-    if way == "staged":
-      host, (_, blocks) = following(b.pool), variants[0]
-      writer = Writer(host, make_mesh(1), limit=source.nbytes)
-
-      def once():
-        writer.save(1, source, range(1), np.asarray(blocks), host)
-        writer.landed(1, wait=True)
-
-      return timing.clock(once, b.effort)
-
-    def op(pool, source, inputs):
-      return SAVES[way](pool, NewBlocks(source, 0, *inputs), b.kernel["implementation"]), ()
-
-    pool = b.pool
-    del b.pool  # as in `copy`
-    measured, b.pool, _ = timing.measure(op, variants, b.effort, state=pool, shared=source)
-    return measured
-
   def case(direction, way, n):
     loads, shape, n_bytes = direction == "load", (1, b.heads, n // b.heads), n * b.block_bytes
     if loads:
       no_hits = np.zeros((1, b.heads, 1), np.int32)
       variants = b.variants(lambda: locate(b.distinct(b.n_pool, *shape), b.distinct(b.n_slots, *shape), no_hits))
-      measured, blocks = load(way, variants), variants[0].blocks[0]
+      measured, blocks = time_load(b, way, variants), variants[0].blocks[0]
     else:
       variants = b.variants(lambda: (jnp.arange(shape[2]), b.distinct(b.n_pool, shape[2])))
-      measured = save(way, b.blocks(b.heads, 1, shape[2]), variants)
+      measured = time_save(b, way, b.blocks(b.heads, 1, shape[2]), variants)
       blocks = jnp.broadcast_to(variants[0][1], shape[1:])
 
     def driver():
