@@ -125,6 +125,45 @@ def test_rungs_that_cannot_be_compared():
     ladder.check({"dense": one["dense"], "sparse": other["sparse"]}, model, items)
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "configs" / "serving").glob("*.json")))
+def test_every_rungs_minimum_is_told_and_exact(name):
+  """Of what a rung needs at all, then of what it needs for the shortest request."""
+  model, items = load_model("random:tiny").config, [item("a", 300, 20), item("b", 280, 20)]
+
+  def check(hbm_bytes: int) -> None:
+    rungs = ladder.read_rungs([name], [*SMALL_SERVING, "cache.dram_bytes=2MiB", f"cache.hbm_bytes={hbm_bytes}"])
+    assert ladder.shapes(rungs, model)
+    ladder.check(rungs, model, items)
+
+  def least(hbm_bytes: int) -> int:
+    with pytest.raises(
+      ValueError, match=rf"^{name}: .*cache.hbm_bytes={hbm_bytes} is below the minimum of \d+ bytes"
+    ) as e:
+      check(hbm_bytes)
+    return int(re.findall(r"minimum of (\d+)", str(e.value))[0])
+
+  n = least(1000)
+  assert least(n - 1) == n
+  if name in ("dense", "sparse"):  # the pool lies there, and at first has one block
+    block, n = n, least(n)
+    assert n > block and least(n - 1) == n
+  check(n)
+
+
+@pytest.mark.parametrize("n_output", [1, 20])
+def test_a_request_alone_fits_where_the_longest_just_fits(n_output, tmp_path):
+  """Also where the time of a decode step takes more tokens than any request has, and where one stops early."""
+  longest = 100 + n_output
+  changes = [*SMALL_SERVING, f"scheduler.max_context={longest}"]
+  items = [item("a", 100, n_output, options={"stop_token_ids": [*range(250)]}), item("too long", 300, 40)]
+  rungs = ladder.read_rungs(["sparse_serve"], changes)
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
+  row = made.cell("sparse_serve", 1.0)
+  alone = made.alone("sparse_serve")
+  assert (row["requests"], row["refused"]) == (1, 1)
+  assert alone["iteration_s"] > 0 and alone["prompt_tokens"] == min(100, longest - 2)
+
+
 def test_what_follows_an_answer_is_not_compared(tmp_path):
   items = [item("a", 10, 4, answer_tokens=2), item("b", 10, 4)]
   made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
@@ -225,6 +264,25 @@ def test_what_is_compiled_changes_nothing():
     engine.run()
     tokens.append(request.output_tokens)
   assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+  ("goodput", "score", "shown"),
+  [({}, 0.5, "score of the answers"), ({"a": 2.0, "b": None}, 0.5, "goodput, requests/s"), ({}, None, "")],
+)
+def test_the_plot_shows_what_there_is(goodput, score, shown, monkeypatch, tmp_path):
+  plots = pytest.importorskip("sparse_serve_jax.evaluation.plots", exc_type=ImportError)
+  drawn = []
+  monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure))
+  times = {"ttft_mean_s": 0.02, "tbt_mean_s": None, "throughput_tok_s": 30.0}
+  cells = [{"rung": rung, "rate": rate, "score_mean": score, **times} for rung in "ab" for rate in (1, 2)]
+  plots.ladder(cells, goodput, tmp_path / "ladder.png")
+  ttft, *_, last = drawn[0].axes
+  assert last.get_ylabel() == shown and last.axison == bool(shown)
+  assert [bar.get_height() for bar in last.patches] == ([2, 0] if goodput else [score] * 2 if score else [])
+  drawn[0].canvas.draw()
+  ticks = [tick.get_text() for tick in ttft.get_xticklabels()]
+  assert {"1", "1.5", "2"} <= set(ticks) and [list(line.get_xdata()) for line in ttft.get_lines()] == [[1, 2], [1, 2]]
 
 
 # ------------------------------------------------------------------------------------------------------------- goodput

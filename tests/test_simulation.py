@@ -315,11 +315,21 @@ def test_the_command_simulates_a_trace_and_refuses_what_is_wrong(tmp_path):
   told = json.loads(done.stdout.splitlines()[-1])
   assert (told["requests"], told["refused"], told["output_tokens"]) == (2, 1, 25) and told["elapsed_s"] > 1
   made = {row["request_id"]: row for row in map(json.loads, (out / "requests.jsonl").read_text().splitlines())}
-  assert {name: row["finish_reason"] for name, row in made.items()} == {"0": "length", "1": "refused", "2": "length"}
-  assert made["2"]["output_tokens"] == 20 and made["2"]["arrival_s"] == 1.0
+  assert {name: row["finish_reason"] for name, row in made.items()} == {
+    "trace-0": "length",
+    "trace-1": "refused",
+    "trace-2": "length",
+  }
+  assert made["trace-2"]["output_tokens"] == 20 and made["trace-2"]["arrival_s"] == 1.0
   for rate in ("0", "inf"):
     wrong = command(f"--rate={rate}")
     assert wrong.returncode == 2 and f"got {float(rate)}" in wrong.stderr
+  drawn = command("--limit=3", "--prompt_tokens=200", "--max_new_tokens=9")
+  told = json.loads(drawn.stdout.splitlines()[-1])
+  assert told["requests"] == 3 and 150 <= told["prompt_tokens"] <= 600 and 9 <= told["output_tokens"] <= 27
+  needles = command("--workload=needle", "--limit=2", "--prompt_tokens=300", "--max_new_tokens=9")
+  told = json.loads(needles.stdout.splitlines()[-1])
+  assert (told["requests"], told["output_tokens"]) == (2, 18) and 400 < told["prompt_tokens"] <= 600
   other = command("--model=random:tiny-mha")
   assert other.returncode == 2 and "is of random:tiny in float32" in other.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -155,6 +156,20 @@ def test_requests_of_one_length():
   assert {(len(item.prompt), item.max_new_tokens, item.options["ignore_eos"]) for item in items} == {(200, 7, True)}
 
 
+def test_requests_of_drawn_lengths():
+  """Evenly, from a share of the longest on."""
+  config = dataclasses.replace(load_workload("mixed"), limit=4000)
+  prompts, outputs = lengths(config)
+  assert (prompts.min(), prompts.max(), outputs.min(), outputs.max()) == (256, 1024, 16, 64)
+  assert abs(prompts.mean() / 640 - 1) < 0.02 and abs(np.corrcoef(prompts, outputs)[0, 1]) < 0.05
+  items = items_of("text", limit=5, prompt_tokens=99, max_new_tokens=8, shortest=0.5, seed=3)
+  fewer = lengths(WorkloadConfig("text", limit=5, prompt_tokens=99, max_new_tokens=8, shortest=0.5, seed=3))
+  assert [len(item.prompt) for item in items] == fewer[0].tolist() and fewer[0].min() >= 50
+  assert [item.max_new_tokens for item in items] == fewer[1].tolist() and len(set(fewer[0].tolist())) > 1
+  with pytest.raises(ValueError, match=r"shortest=0.0 is not a share in \(0, 1\]"):
+    WorkloadConfig("text", shortest=0.0)
+
+
 def test_prompts_are_text_and_begin_differently():
   items = items_of("text", limit=40, prompt_tokens=400, max_new_tokens=1)
   texts = [TOKENIZER.decode(item.prompt.tolist()) for item in items]
@@ -198,6 +213,7 @@ def test_many_long_prompts_are_made_at_once(tmp_path):
     (WorkloadConfig("trace", path="absent"), "absent is missing"),
     (WorkloadConfig("trace", path="x", tasks=("count",)), "a workload of trace has no tasks"),
     (WorkloadConfig("trace", arrivals=ArrivalConfig("trace")), "'trace': missing a required .*argument: 'path'"),
+    (WorkloadConfig("trace", path="x", shortest=0.5), "a workload of trace has no shortest, got 0.5"),
     (WorkloadConfig("text", path="x"), "a workload of text has no path, got 'x'"),
     (WorkloadConfig("text", limit=2, prompt_tokens=9), r"text takes .*, 1 or more each, got \(2, 9, 0\)"),
     (WorkloadConfig("text", prompt_tokens=9, max_new_tokens=2), r"1 or more each, got \(0, 9, 2\)"),

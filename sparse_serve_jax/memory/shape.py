@@ -122,7 +122,8 @@ def _in_hbm(with_pool, hbm_bytes: int) -> CacheShape:
   if needed(1) > hbm_bytes:
     raise ValueError(
       f"cache.hbm_bytes={hbm_bytes} is below the minimum of {needed(1)} bytes without offload: {one.pool_bytes} for "
-      f"one block of a request in all layers, the rest for {one.R} tails and the prefill slab"
+      f"one block of a request in all layers, the rest for {one.R} tails and the prefill slab; set "
+      f"cache.hbm_bytes={needed(1)} or more, or lower cache.lanes"
     )
   return with_pool(bisect.bisect_right(range(hbm_bytes // one.pool_bytes + 1), hbm_bytes, key=needed) - 1)
 
@@ -137,11 +138,12 @@ def _with_slots(with_pool, cache: CacheConfig, n_zones: int) -> CacheShape:
   least = shape.slot_bytes * n_zones
   slots = (hbm_bytes - shape.fixed_bytes) // least * n_zones
   if slots < n_zones:
+    minimum = shape.fixed_bytes + least
     raise ValueError(
-      f"cache.hbm_bytes={hbm_bytes} is below the minimum of {shape.fixed_bytes + least} bytes: "
+      f"cache.hbm_bytes={hbm_bytes} is below the minimum of {minimum} bytes: "
       f"{blocks * shape.per_pool_block_bytes} for digests and maps of {blocks} blocks, the rest for {shape.R} tails, "
-      f"tables, the prefill slab and one slot per zone and device, {n_zones} in all; lower cache.dram_bytes, "
-      "cache.lanes or scheduler.max_context"
+      f"tables, the prefill slab and one slot per zone and device, {n_zones} in all; set cache.hbm_bytes={minimum} or "
+      "more, or lower cache.dram_bytes, cache.lanes or scheduler.max_context"
     )
   ids = shape.R * min(shape.N, blocks) if cache.zones == "lane" else blocks  # any lane may have the longest request
   most = -(-ids * shape.K * shape.L // n_zones) * n_zones  # more would never fill

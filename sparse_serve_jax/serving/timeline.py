@@ -6,12 +6,13 @@
   timeline.write("timeline.json")
 
 Above are the iterations: when the host dispatched them, and when the device ran them. Below is a line for each
-request: waiting, prefill, decode, paused. Between them, for each iteration, rows that decoded and blocks that moved.
+request: waiting, prefill, decode, paused. Between them are counters (`COUNTERS`), with a value for each iteration.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -24,7 +25,13 @@ from sparse_serve_jax.serving.request import Request
 
 ENGINE, REQUESTS = 1, 2  # processes of the trace
 DISPATCH, DEVICE = 1, 2  # threads of the engine's
-COUNTERS = ("decode rows", "blocks missed", "blocks loaded")
+COUNTERS = (
+  "decode rows",
+  "bytes loaded",  # read from DRAM in the iteration
+  "bytes saved",  # written to the pool in it
+  "bytes in HBM",  # of KV blocks, after it: in slots, or in the pool where that lies there
+  "bytes in DRAM",  # of the pool's blocks that requests own; 0 without offload
+)
 
 
 @dataclasses.dataclass
@@ -39,6 +46,7 @@ class _Iteration:
   prefill_tokens: int  # token x layers
   decode: tuple[str, ...]  # ids of the requests
   stats: StepStats
+  counters: tuple[int, ...]  # values of COUNTERS
 
 
 class Timeline:
@@ -74,12 +82,14 @@ class Timeline:
         event["dur"] = round(event["dur"] * 1e6, 3)
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
-  def _done(self, plan: Plan, planned: float, dispatched: float, result: StepResult) -> None:
+  def _done(self, plan: Plan, planned: float, dispatched: float, result: StepResult, counters: tuple[int, ...]) -> None:
     done = self._clock.now()
     start = max(dispatched, self._iterations[-1].done) if self._iterations else dispatched
     tokens = sum(len(work.tokens) * work.n_layers for work in plan.prefill)
     decode = tuple(row.request_id for row in plan.decode)
-    self._iterations.append(_Iteration(plan.iteration, planned, dispatched, done, start, tokens, decode, result.stats))
+    self._iterations.append(
+      _Iteration(plan.iteration, planned, dispatched, done, start, tokens, decode, result.stats, counters)
+    )
 
   def _engine_events(self) -> Iterator[dict[str, Any]]:
     for it in self._iterations:
@@ -87,9 +97,10 @@ class Timeline:
       counts = {"decode rows": len(it.decode), "prefill tokens x layers": it.prefill_tokens}
       blocks = {f"blocks {name}": n for name, n in dataclasses.asdict(it.stats).items()}
       yield _slice(f"iteration {it.number}", ENGINE, DEVICE, it.start, it.done, counts | blocks)
-      values = (len(it.decode), it.stats.missed, it.stats.loaded)
-      for name, value in zip(COUNTERS, values, strict=True):
-        yield {"name": name, "ph": "C", "ts": it.start, "pid": ENGINE, "args": {"value": value}}
+    for it, following in itertools.zip_longest(self._iterations, self._iterations[1:]):
+      yield from _counts(it.start, it.counters)
+      if following is None or following.start > it.done:  # the device is idle: nothing moves, what is held stays
+        yield from _counts(it.done, (0, 0, 0, *it.counters[3:]))
 
   def _request_events(self, requests: list[Request]) -> Iterator[dict[str, Any]]:
     ran: dict[str, list[_Iteration]] = {}
@@ -108,6 +119,8 @@ class _Watched:
 
   def __init__(self, executor: Executor, timeline: Timeline):
     self._executor, self._timeline = executor, timeline
+    self._owned: set[int] = set()  # pool blocks that requests own
+    self._in_slots = 0
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._executor, name)
@@ -115,7 +128,24 @@ class _Watched:
   def submit(self, plan: Plan) -> _WatchedStep:
     planned = self._timeline._clock.now()
     step = self._executor.submit(plan)
-    return _WatchedStep(step, plan, planned, self._timeline._clock.now(), self._timeline)
+    self._owned.difference_update(plan.release.tolist())
+    for admission in plan.admit:
+      self._owned.update(admission.table.tolist())
+    return _WatchedStep(step, plan, planned, self._timeline._clock.now(), self, len(self._owned))
+
+  def reset(self) -> None:
+    self._executor.reset()
+    self._owned.clear()
+
+  def done(self, step: _WatchedStep, result: StepResult) -> None:
+    """Takes an iteration whose result has been read."""
+    shape, stats, plan = self._executor.shape, result.stats, step.plan
+    if plan.prefill or plan.decode:  # others do not tell
+      self._in_slots = stats.slots_used
+    owned = step.owned * shape.L * shape.K
+    held = (self._in_slots, owned) if shape.offload else (owned, 0)
+    moved = (n * shape.block_bytes for n in (stats.loaded, stats.saved, *held))
+    self._timeline._done(plan, step.planned, step.dispatched, result, (len(plan.decode), *moved))
 
 
 @dataclasses.dataclass
@@ -126,11 +156,12 @@ class _WatchedStep:
   plan: Plan
   planned: float
   dispatched: float
-  timeline: Timeline
+  watched: _Watched
+  owned: int  # pool blocks that requests own while it runs
 
   def result(self) -> StepResult:
     result = self.step.result()
-    self.timeline._done(self.plan, self.planned, self.dispatched, result)
+    self.watched.done(self, result)
     return result
 
 
@@ -176,6 +207,12 @@ def _names(requests: list[Request]) -> Iterator[dict[str, Any]]:
     yield {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
   for (pid, tid), name in lines.items():
     yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _counts(at: float, values: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+  """What the counters show from then on."""
+  for name, value in zip(COUNTERS, values, strict=True):
+    yield {"name": name, "ph": "C", "ts": at, "pid": ENGINE, "args": {"value": value}}
 
 
 def _slice(

@@ -1,9 +1,11 @@
-"""Generated text of given lengths, for what is measured in time only: those of a trace, or all the same.
+"""Generated text of given lengths, for what is measured in time only: those of a trace, all the same, or drawn.
 
 Every output has its length too: a request goes on after the model's EOS tokens.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -26,7 +28,10 @@ def lengths(config: WorkloadConfig) -> tuple[np.ndarray, np.ndarray]:
     asked = (config.limit, config.prompt_tokens, config.max_new_tokens)
     if not all(asked):
       raise ValueError(f"text takes limit, prompt_tokens and max_new_tokens, 1 or more each, got {asked}")
-    return np.full(config.limit, config.prompt_tokens), np.full(config.limit, config.max_new_tokens)
+    rng, ends = np.random.default_rng(config.seed), (config.prompt_tokens, config.max_new_tokens)
+    prompts, outputs = (rng.integers(math.ceil(n * config.shortest), n, config.limit, endpoint=True) for n in ends)
+    return prompts, outputs
+  config.refuse("shortest")
   if not config.path:
     raise ValueError("a workload of trace needs path, the file of the trace")
   trace = read_trace(config.path)

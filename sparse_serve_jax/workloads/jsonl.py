@@ -45,7 +45,7 @@ def read(config: WorkloadConfig) -> Source:
   Raises:
     ValueError: no file, or no row of it can be served, or with `config.strict` one cannot; names file and line.
   """
-  config.refuse("tasks", "chat_template", "seed")
+  config.refuse("tasks", "chat_template", "seed", "shortest")
   if not config.path:
     raise ValueError("a workload of jsonl needs path, the file of prompts")
   rows: list[_Row | Refused] = []

@@ -233,7 +233,7 @@ def read(config: WorkloadConfig) -> Source:
     ValueError: something of the release is missing, or no row can be served, or with `config.strict` one cannot; names
       file and line.
   """
-  config.refuse("seed")
+  config.refuse("seed", "shortest")
   if not config.path:
     raise ValueError("a workload of longbench needs path, the folder that holds config/ and data/")
   release = Release.read(config.path)
