@@ -55,6 +55,7 @@ def main() -> None:
     raise ValueError(f"the workload has no request that can be served, of {len(items)}")
   ladder.check(configs, model.config, asked)
   setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
+  setting |= {"compared_with": next(iter(configs))}  # whose iterations and tokens the cells of all rungs are told by
   folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed})
 
   def arrivals(rate: float) -> np.ndarray:

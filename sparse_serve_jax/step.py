@@ -4,28 +4,26 @@
                    -> finished tails go to the pool -> logits, sample
   prefill_segment  some layers of a piece of a prompt -> its KV into the pool, digests made, the newest into slots
 
-Both are per-device code under `shard_map` over the mesh axis "tp"; `Programs` wraps them.
+Both are per-device code under `shard_map` over the mesh axis "tp": `programs.py` compiles them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int32, UInt32
 
 import pallas_kernels as kernels
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
 from sparse_serve_jax.attention.prefill import Before, pin, prefill_attention
 from sparse_serve_jax.config import EngineConfig, ModelConfig
-from sparse_serve_jax.memory import host_pool, kv_cache
+from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn, Zones
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.loads import LOADS
@@ -320,65 +318,3 @@ def _sample(logits, positions, batch: DecodeBatch | PrefillBatch) -> tuple[jax.A
   n_top = min(MAX_LOGPROBS, logits.shape[1])
   of_tokens = Logprobs(*logprobs(logits, tokens, n_top)) if batch.logprobs else None
   return jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE), of_tokens
-
-
-@functools.lru_cache(maxsize=32)
-def programs(setup: Setup, mesh: Mesh) -> Programs:
-  """The programs of a setup: engines of the same setup share what has been compiled."""
-  return Programs(setup, mesh)
-
-
-class Programs:
-  """The jitted programs of one setup. Calling one donates the cache it is given.
-
-  decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
-  `width` is static. admit(hot, lane, table) and release(hot, freed) also return something to wait for.
-  """
-
-  def __init__(self, setup: Setup, mesh: Mesh):
-    specs, whole = kv_cache.cache_specs(), cast(Any, P())
-    params = llama.param_specs(setup.model, mesh.size)
-    cache, everywhere = kv_cache.cache_shardings(mesh, setup.offload), cast(Any, NamedSharding(mesh, whole))
-
-    def program(f, in_specs, out_specs, out_shardings, donate=(), sized=False):
-      """f(*arrays), or if `sized` f(width, *arrays), called with the static width last."""
-
-      def run(*args):
-        arrays, per_device = (args[:-1], functools.partial(f, args[-1])) if sized else (args, f)
-        mapped = jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return mapped(*arrays)
-
-      static = len(in_specs) if sized else ()
-      # A pool in host memory stays there only if the result says so.
-      return jax.jit(run, static_argnums=static, donate_argnums=donate, out_shardings=out_shardings)
-
-    def working_sets(width, hot, batch):
-      n_blocks = batch.positions // hot.tail.shape[4]
-      counts = kv_cache.working_sets(hot, batch.lanes, n_blocks, batch.steps, width, setup.working_set_steps)
-      return jax.lax.psum(counts, AXIS)
-
-    output, read = StepOutput(whole, whole, whole), StepOutput(everywhere, everywhere, everywhere)
-    decode, prefill = functools.partial(decode_step, setup), functools.partial(prefill_segment, setup)
-    self.decode = program(decode, (params, specs, whole), (specs, output), (cache, read), (1,), sized=True)
-    self.prefill = program(
-      prefill,
-      (params, specs, whole, whole),
-      (specs, whole, specs.hot.tail, output),
-      (cache, everywhere, cache.hot.tail, read),
-      (1, 2),
-      sized=True,
-    )
-    done = (specs.hot, whole), (cache.hot, everywhere)
-    self.admit = program(_and_done(kv_cache.admit), (specs.hot, whole, whole), *done, (0,))
-    self.release = program(_and_done(kv_cache.release), (specs.hot, whole), *done, (0,))
-    self.working_sets = program(working_sets, (specs.hot, whole), whole, everywhere, sized=True)
-
-
-def _and_done(f):
-  """f(hot, ...), and something that is there when it has run."""
-
-  def run(hot, *args):
-    hot = f(hot, *args)
-    return hot, hot.clock + 0
-
-  return run

@@ -22,9 +22,10 @@ from sparse_serve_jax.memory.kv_cache import KVCache, cache_shardings
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import load_model, param_shapes, place_params
+from sparse_serve_jax.programs import programs
 from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.step import PrefillBatch, SamplingRows, Setup, programs
+from sparse_serve_jax.step import PrefillBatch, SamplingRows, Setup
 from tests.tiny import config, tiny_model
 
 NUMBERS = (

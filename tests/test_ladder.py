@@ -69,6 +69,8 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
   other = run("--set=sparse.window_tokens=24", f"--out={tmp_path}")
   assert other.returncode == 2
   assert "configs.sparse_serve.sparse.window_tokens was 16 and is 24" in other.stderr
+  turned = run(f"--rungs={','.join(reversed(RUNGS))}", f"--out={tmp_path}")
+  assert turned.returncode == 2 and "compared_with was 'sparse_serve' and is 'psa'" in turned.stderr
   assert (tmp_path / "cells.jsonl").read_bytes() == whole
 
 
@@ -148,20 +150,6 @@ def test_every_rungs_minimum_is_told_and_exact(name):
   check(n)
 
 
-@pytest.mark.parametrize("n_output", [1, 20])
-def test_a_request_alone_fits_where_the_longest_just_fits(n_output, tmp_path):
-  """Also where the time of a decode step takes more tokens than any request has, and where one stops early."""
-  longest = 100 + n_output
-  changes = [*SMALL_SERVING, f"scheduler.max_context={longest}"]
-  items = [item("a", 100, n_output, options={"stop_token_ids": [*range(250)]}), item("too long", 300, 40)]
-  rungs = ladder.read_rungs(["sparse_serve"], changes)
-  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
-  row = made.cell("sparse_serve", 1.0)
-  alone = made.alone("sparse_serve")
-  assert (row["requests"], row["refused"]) == (1, 1)
-  assert alone["iteration_s"] > 0 and alone["prompt_tokens"] == min(100, longest - 2)
-
-
 def test_what_follows_an_answer_is_not_compared(tmp_path):
   items = [item("a", 10, 4, answer_tokens=2), item("b", 10, 4)]
   made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
@@ -187,6 +175,28 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   assert not after
 
 
+@pytest.mark.parametrize(
+  "options", [{}, {"stop_token_ids": list(range(512))}, {"min_tokens": 35}], ids=["", "stop", "min"]
+)
+def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, tmp_path):
+  """A prompt that leaves no room for so many tokens; a stop token at once, or only after more tokens."""
+  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  lengths = [(20, 40), (382, 2), (383, 1)]
+  items = [Item(str(n), np.arange(n, dtype=np.int32) % 250, output, options) for n, output in lengths]
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, np.zeros, tmp_path)
+  row = made.alone("sparse_serve")
+  assert row["iteration_s"] > 0 and row["prompt_tokens"] + ladder.ALONE_TOKENS <= 384
+
+
+def test_what_no_rung_can_serve_is_held_against_none(tmp_path, monkeypatch):
+  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  items = [item("a", 20, 4), item("nobody", 1000, 1)]
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
+  monkeypatch.setattr(made, "alone", lambda rung: {"iteration_s": 1e3})
+  cell = made.cell("sparse_serve", 1.0)
+  assert (cell["requests"], cell["refused"], cell["keeps_slo"]) == (1, 1, True)
+
+
 def test_a_users_own_rung(tmp_path):
   (tmp_path / "mine.json").write_text('{"extends": "psa", "sparse": {"threshold": 0.5}}')
   rungs = ladder.read_rungs(["dense", str(tmp_path / "mine.json")], ["cache.lanes=3"])
@@ -209,10 +219,10 @@ def compiled() -> list[str]:
   return names
 
 
-@pytest.mark.parametrize("prefill", ["layer_segmented", "chunked"])
-def test_nothing_is_compiled_afterwards(prefill):
+@pytest.mark.parametrize(("rung", "prefill"), [("sparse_serve", "layer_segmented"), ("flash_transfer", "chunked")])
+def test_nothing_is_compiled_afterwards(rung, prefill):
   config = override(
-    load_config("sparse_serve"),
+    load_config(rung),
     [*SMALL_SERVING, f"scheduler.prefill={prefill}", "scheduler.chunk_tokens=16", "scheduler.max_inject_tokens=512"],
   )
   model, lengths = load_model("random:tiny"), [70, 200, 330]

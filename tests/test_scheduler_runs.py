@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_serve_jax.config import EngineConfig, SchedulerConfig
+from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import Plan
 from sparse_serve_jax.serving.request import Request
@@ -223,3 +223,68 @@ def test_whole_runs(run):
   n_tokens = scheduler.max_request_tokens
   scheduler.add(request("all", n_tokens - 1, 1))
   assert len(scheduler.schedule(0.0).prefill) >= 1
+
+
+class Late:
+  """Blocks that are written beside the programs of prefills, until it is known that they have landed."""
+
+  def __init__(self):
+    self.tables: dict[str, list[int]] = {}
+    self.writing: dict[tuple[str, int], int] = {}  # (request, start of a piece) -> the iteration of its newest layers
+    self.landed = 0
+
+  def plan(self, plan: Plan) -> None:
+    late = {name for (name, _), iteration in self.writing.items() if iteration > self.landed}
+    written = {
+      block
+      for (name, start), iteration in self.writing.items()
+      if iteration > self.landed
+      for block in self.tables[name][start // S :]
+    }
+    for admission in plan.admit:
+      assert not written & set(admission.table.tolist())
+      self.tables[admission.request_id] = admission.table.tolist()
+    assert not late & {row.request_id for row in plan.decode}
+    for work in plan.prefill:
+      before = [at for (name, start), at in self.writing.items() if name == work.request_id and start < work.start]
+      assert all(at <= self.landed for at in before)
+      self.writing[work.request_id, work.start] = plan.iteration
+
+
+@given(runs())
+def test_whole_runs_of_saves_that_land_late(run):
+  """No block is read or given out again before it has landed, and nobody waits for ever."""
+  engine_config, limits, wanted, cancels, seed, depth = run
+  engine_config = override(engine_config, ["cache.save=staged"])
+  rng, scheduler, late = np.random.default_rng(seed), Scheduler(engine_config, limits), Late()
+  requests = {str(i): request(str(i), n, out) for i, (n, out, _) in enumerate(wanted)}
+  arrivals = {name: wanted[int(name)][2] for name, each in requests.items() if n_tokens(each) <= limits.max_context}
+  out: deque[Plan] = deque()
+  added: dict[str, Request] = {}
+  last = request("all", scheduler.max_request_tokens - 1, 1)
+  arrivals["all"], requests["all"] = 40, last
+  for now in range(6000):
+    for name in [name for name, at in arrivals.items() if at <= now]:
+      del arrivals[name]
+      added[name] = requests[name]
+      scheduler.add(added[name])
+    for i, when in cancels.items():
+      if when == now and (each := added.get(str(i))) and not each.ended:
+        scheduler.cancel(each, now)
+    plan = scheduler.schedule(now)
+    if not plan.empty:
+      late.plan(plan)
+      out.append(plan)
+    if out and (len(out) > depth or plan.empty):
+      oldest = out.popleft()
+      late.landed = oldest.iteration if oldest.await_saves else int(rng.integers(late.landed, oldest.iteration + 1))
+      step = result(oldest, working_sets={row.request_id: int(rng.integers(0, 80)) for row in oldest.measure})
+      tokens = {name: int(rng.integers(0, 30)) for name in step.tokens}
+      scheduler.update(dataclasses.replace(step, tokens=tokens, landed=late.landed), now)
+    if not arrivals and not scheduler.has_work:
+      break
+  assert last.ended and scheduler.pool_blocks_in_use == 0 and not out
+
+
+def n_tokens(of: Request) -> int:
+  return len(of.prompt) + of.max_new_tokens

@@ -17,7 +17,7 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.serving.clock import Virtual
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.plan import DecodeRow, Plan, Sampling, StepResult
+from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, Sampling, StepResult
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, Seconds, Work, fit, not_negative_least_squares, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
@@ -279,6 +279,29 @@ def test_misses_fall_with_steps_and_with_slots():
   assert blocks(slots=10**9).decode(rows((8 * 6, 5)))[1] == 0  # all of its blocks are selected, and there
   assert blocks(slots=24).decode(rows((8 * 6, 5)))[1] == 24  # and half of them there
   assert blocks("cache.offload=false", slots=0).decode(rows((8 * 320, 0)))[1] == 0
+
+
+@pytest.mark.parametrize(
+  ("changes", "slots", "loaded"),
+  [
+    ((), 10**9, 32 - 8),  # what a layer's piece of 256 tokens leaves in slots is the budget
+    (("scheduler.prefill=chunked",), 10**9, 0),  # and of a chunk everything
+    (("scheduler.prefill=chunked",), 8 * 20, 32 - 20),
+    (("scheduler.prefill=chunked", "cache.offload=false", "cache.hbm_bytes=8MiB"), 0, 0),
+  ],
+)
+def test_what_comes_before_a_piece_is_read_where_no_slot_has_it(changes, slots, loaded):
+  """32 blocks, of 4 layers x 2 heads."""
+  of = blocks("scheduler.chunk_tokens=256", *changes, slots=slots)
+  work = PrefillWork("a", 0, np.zeros(100, np.int32), 256, 0, 4, True, Sampling())
+  assert of.before_piece(work, 256) == loaded * 4 * 2
+
+
+def test_a_chunked_prompt_is_in_slots_before_its_first_step():
+  chunked = blocks("scheduler.prefill=chunked", "scheduler.chunk_tokens=256")
+  assert chunked.decode(rows((8 * 40, 0))) == (8 * 8, 0)
+  half = blocks("scheduler.prefill=chunked", "scheduler.chunk_tokens=256", slots=8 * 20)
+  assert half.decode(rows((8 * 40, 0))) == (8 * 8, 32)
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -34,7 +34,8 @@ from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.step import DecodeBatch, Setup, StepCounts, programs
+from sparse_serve_jax.programs import programs
+from sparse_serve_jax.step import DecodeBatch, Setup, StepCounts
 
 _FIXED = {  # what may not be overridden, and why
   "sparse.policy": "every row has its own",

@@ -101,7 +101,7 @@ def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequen
     raise ValueError(f"rungs are compared within one cache.hbm_bytes, these have {told}: set one for all")
   most = {name: shape.max_context for name, shape in shapes(configs, model).items()}
   lengths = [len(item.prompt) + item.max_new_tokens for item in items]
-  longest = max((n for n in lengths if n <= max(most.values())), default=min(lengths))
+  longest = max((n for n in lengths if n <= max(most.values())), default=min(lengths, default=0))
   wrong = [
     f"{name}: a request has {longest} tokens, and only {n} fit; {_remedy(configs[name], model, longest)}"
     for name, n in most.items()
@@ -150,7 +150,7 @@ class Ladder:
 
     Args:
       model: answers.
-      configs: the rungs by name; the others are compared with the first.
+      configs: the rungs by name, which `check` accepts; the others are compared with the first.
       items: the requests.
       arrivals: when they come, in seconds, at a mean rate in requests a second.
       folder: of the results, which is claimed for them.
@@ -176,27 +176,27 @@ class Ladder:
     if not any(row["rung"] == rung for row in self._answers.all):
       self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
-    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not (served.refused or served.failed)
+    # What is refused no rung can serve (`check`), at no rate.
+    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed
     self._cells.append(row)
     return row
 
   def alone(self, rung: str) -> Row:
     """What a rung does of one request, the middle one by length: "iteration_s", the median time of a decode step.
 
-    It is measured at the rung's first cell, when all that the requests need has been compiled. Of a prompt after which
-    there is no room for as many tokens the beginning is taken.
+    It is measured at the rung's first cell, when all that the requests need has been compiled. The prompt is cut where
+    the output would not fit any rung, and nothing but the length ends the output.
     """
     if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, None)), None):
       return there
-    room = self._compiled(rung).shape.max_context
-    fit = [item for item in self._items if len(item.prompt) + item.max_new_tokens <= room] or self._items
-    middle = sorted(fit, key=lambda item: len(item.prompt))[len(fit) // 2]
-    n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in fit)))
-    options = {**middle.options, "ignore_eos": True, "stop_token_ids": ()}
-    item = dataclasses.replace(middle, prompt=middle.prompt[: max(1, room - n)], max_new_tokens=n, options=options)
+    middle = sorted(self._items, key=lambda item: len(item.prompt))[len(self._items) // 2]
+    n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in self._items)))
+    room = min(shape.max_context for shape in shapes(self._configs, self._model.config).values()) - n
+    options = {**middle.options, "ignore_eos": True, "stop_token_ids": (), "min_tokens": 0}
+    item = dataclasses.replace(middle, prompt=middle.prompt[: max(1, room)], max_new_tokens=n, options=options)
     end = self._serve(rung, [item], np.zeros(1))[1][item.id]
     if isinstance(end, run.Refusal) or len(end.output_tokens) < n:
-      raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens alone: {end.error}")
+      raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens: {end.error}")
     gaps = metrics.times_between_tokens(end)
     row = {"rung": rung, "rate": None, "iteration_s": float(np.median(gaps)), "prompt_tokens": len(item.prompt)}
     self._cells.append(row)

@@ -27,6 +27,7 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama, place_params
+from sparse_serve_jax.programs import programs
 from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
@@ -48,7 +49,6 @@ from sparse_serve_jax.step import (
   Setup,
   StepCounts,
   StepOutput,
-  programs,
 )
 
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
@@ -157,8 +157,7 @@ class JaxExecutor:
   def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
     step = DispatchedStep(plan.iteration, blocks_saved(plan, self.shape), self._writer, plan.await_saves)
-    if self._host is not None:
-      self._host.follow(self.cache.pool)
+    self._follow_pool()
     for i in range(0, len(plan.release), RELEASE_WIDTH):
       freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
       step.done.append(self._update_hot(self.programs.release, freed))
@@ -222,6 +221,7 @@ class JaxExecutor:
     needed = [of for of in self.buckets.programs_of(fit) if sampled or of[0] != "sampled decode"]
     sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0), "prefill": Sampling()}
     size, nowhere, name = self.shape.S, self.shape.R, "nothing"
+    self._follow_pool()
     self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
     for kind, n, width in needed:
       if kind == "prefill":
@@ -237,6 +237,11 @@ class JaxExecutor:
     self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
     self.wait()
     return len(needed) + 2
+
+  def _follow_pool(self) -> None:
+    """Before programs whose blocks the host moves."""
+    if self._host is not None:
+      self._host.follow(self.cache.pool)
 
   def _update_hot(self, program, *args) -> jax.Array:
     hot, done = program(self.cache.hot, *args)
