@@ -69,10 +69,11 @@ class Questions:
     )
 
   def changes(self, cfg: ModelConfig) -> list[str]:
-    """What makes the rungs comparable. HBM is less tails and the like."""
+    """What makes the rungs comparable. HBM is less tails and the like; short chunks take few programs to compile."""
     memory = {"cache.hbm_bytes": 2 * self.kv_bytes(cfg), "cache.dram_bytes": (self.n_prompts + 1) * self.kv_bytes(cfg)}
-    sizes = {"sparse.token_budget": self.budget, "cache.lanes": 8, "scheduler.max_context": self.max_context}
-    return [f"{key}={value}" for key, value in (memory | sizes).items()]
+    scheduler = {"scheduler.max_context": self.max_context, "scheduler.chunk_tokens": 512}
+    sizes = {"sparse.token_budget": self.budget, "cache.lanes": 8}
+    return [f"{key}={value}" for key, value in (memory | scheduler | sizes).items()]
 
   def kv_bytes(self, cfg: ModelConfig) -> int:
     """Of a request at most."""

@@ -39,7 +39,7 @@ from sparse_serve_jax.serving.plan import Executor
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, fit, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
-from sparse_serve_jax.simulation.measure import Iteration, Stopwatch
+from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, typical
 from sparse_serve_jax.simulation.reuse import Reuse, fit_reuse
 from sparse_serve_jax.workloads import Item, Refused, generated
 
@@ -163,7 +163,7 @@ def _calibrate(config: EngineConfig, model: Model, asked: Asked) -> int:
   if config.sparse.policy == "psa":
     reuse = dataclasses.replace(reuse, psa_blocks=_blocks_read(passes[0], executor, config))
   works = [iteration.work for iteration in passes[0]]
-  found = fit(works, np.median([[iteration.seconds for iteration in one] for one in passes], 0).tolist())
+  found = fit(works, typical(passes))
   device = jax.devices()[0]
   about = About(
     model=model.name,

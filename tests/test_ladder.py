@@ -150,20 +150,6 @@ def test_every_rungs_minimum_is_told_and_exact(name):
   check(n)
 
 
-@pytest.mark.parametrize("n_output", [1, 20])
-def test_a_request_alone_fits_where_the_longest_just_fits(n_output, tmp_path):
-  """Also where the time of a decode step takes more tokens than any request has, and where one stops early."""
-  longest = 100 + n_output
-  changes = [*SMALL_SERVING, f"scheduler.max_context={longest}"]
-  items = [item("a", 100, n_output, options={"stop_token_ids": [*range(250)]}), item("too long", 300, 40)]
-  rungs = ladder.read_rungs(["sparse_serve"], changes)
-  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
-  row = made.cell("sparse_serve", 1.0)
-  alone = made.alone("sparse_serve")
-  assert (row["requests"], row["refused"]) == (1, 1)
-  assert alone["iteration_s"] > 0 and alone["prompt_tokens"] == min(100, longest - 2)
-
-
 def test_what_follows_an_answer_is_not_compared(tmp_path):
   items = [item("a", 10, 4, answer_tokens=2), item("b", 10, 4)]
   made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)

@@ -101,7 +101,7 @@ def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequen
     raise ValueError(f"rungs are compared within one cache.hbm_bytes, these have {told}: set one for all")
   most = {name: shape.max_context for name, shape in shapes(configs, model).items()}
   lengths = [len(item.prompt) + item.max_new_tokens for item in items]
-  longest = max((n for n in lengths if n <= max(most.values())), default=min(lengths))
+  longest = max((n for n in lengths if n <= max(most.values())), default=min(lengths, default=0))
   wrong = [
     f"{name}: a request has {longest} tokens, and only {n} fit; {_remedy(configs[name], model, longest)}"
     for name, n in most.items()
@@ -189,15 +189,14 @@ class Ladder:
     """
     if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, None)), None):
       return there
-    room = min(shape.max_context for shape in shapes(self._configs, self._model.config).values())
-    fit = [item for item in self._items if len(item.prompt) + item.max_new_tokens <= room] or self._items
-    middle = sorted(fit, key=lambda item: len(item.prompt))[len(fit) // 2]
-    n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in fit)))
+    middle = sorted(self._items, key=lambda item: len(item.prompt))[len(self._items) // 2]
+    n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in self._items)))
+    room = min(shape.max_context for shape in shapes(self._configs, self._model.config).values()) - n
     options = {**middle.options, "ignore_eos": True, "stop_token_ids": (), "min_tokens": 0}
-    item = dataclasses.replace(middle, prompt=middle.prompt[: max(1, room - n)], max_new_tokens=n, options=options)
+    item = dataclasses.replace(middle, prompt=middle.prompt[: max(1, room)], max_new_tokens=n, options=options)
     end = self._serve(rung, [item], np.zeros(1))[1][item.id]
     if isinstance(end, run.Refusal) or len(end.output_tokens) < n:
-      raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens alone: {end.error}")
+      raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens: {end.error}")
     gaps = metrics.times_between_tokens(end)
     row = {"rung": rung, "rate": None, "iteration_s": float(np.median(gaps)), "prompt_tokens": len(item.prompt)}
     self._cells.append(row)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
+
+import numpy as np
 
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.serving.clock import Clock
@@ -18,6 +21,18 @@ class Iteration(NamedTuple):
   rows: int  # of its decode step, without padding
   full_blocks: int  # of these rows together, of one layer and head
   seconds: float
+
+
+def typical(passes: Sequence[Sequence[Iteration]]) -> list[float]:
+  """Seconds of each iteration, of passes that planned the same.
+
+  They are medians, which outliers do not move, made so much longer or shorter that they add up to the median pass:
+  disturbances only make iterations longer, so without that the sum would be too short, and a simulated queue much too
+  short.
+  """
+  seconds = np.array([[iteration.seconds for iteration in one] for one in passes])
+  middle = np.median(seconds, 0)
+  return (middle * (np.median(seconds.sum(1)) / middle.sum())).tolist()
 
 
 class Stopwatch:
