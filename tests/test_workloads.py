@@ -345,7 +345,7 @@ def test_half_a_character_is_that_rows_and_the_rest_runs(tmp_path):
     ('{"prompt_token_ids": [99999999999]}', "is a list of token ids"),
     ('{"messages": "hi"}', 'a conversation is a list of messages such as [{"role'),
     ('{"messages": []}', "a conversation has at least one message"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "has a part of type 'image'"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "has as part 0 one of type 'image'"),
     ('{"prompt": "a", "max_new_tokens": "9"}', "max_new_tokens must be an integer of at least 1, got '9'"),
     ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be an integer of at least 1, got 0"),
     ('{"prompt": "a", "max_new_tokens": true}', "max_new_tokens must be an integer of at least 1, got True"),
