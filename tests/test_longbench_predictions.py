@@ -396,7 +396,7 @@ def test_scoring_alone_needs_no_jax(tmp_path):
 
 
 def test_the_official_layout_of_longbench_e_is_scored_as_e(tmp_path):
-  """The same file is LongBench-E's in a folder pred_e, and elsewhere v1's, of which it has too many rows: both are told."""
+  """The same file is LongBench-E's in a folder pred_e, and elsewhere v1's with too many rows, which is told."""
   rows = [predicted("mill", "mill", length=9000)] * 224
   for folder in (tmp_path / "pred_e" / "llama", tmp_path / "pred" / "llama"):
     folder.mkdir(parents=True)
