@@ -342,5 +342,8 @@ def test_a_cpu_computes_in_float32_and_says_so(caplog):
     "reference is bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps its own"
   ]
   caplog.clear()
+  memory = {"cache.hbm_bytes": "16MiB", "cache.dram_bytes": "64MiB", "scheduler.max_context": 1024}
+  assert LLM(model, overrides=memory).model.config.dtype == "float32" and len(caplog.records) == 1
+  caplog.clear()
   assert load_model_here(model, dtype="bfloat16").config.dtype == "bfloat16"
   assert load_model_here("random:tiny").config.dtype == "float32" and not caplog.records

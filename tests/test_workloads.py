@@ -172,6 +172,7 @@ def test_half_a_character_in_longbench_is_that_rows(tmp_path):
   assert [isinstance(item, Item) for item in items] == [True, True, False, True]
   where = f"{bench / 'data' / 'qasper.jsonl'}:3"
   assert items[2] == Refused("qasper-2", where, "'context' has the lone surrogate '\\ud83d' at character 5")
+  assert workloads.refused_by(workloads.read(WorkloadConfig("longbench", path=str(bench)))) == (items[2],)
 
 
 class NoTemplate(ByteTokenizer):
@@ -331,6 +332,8 @@ def test_half_a_character_is_that_rows_and_the_rest_runs(tmp_path):
   assert isinstance(good, Item)
   assert half == Refused("line-2", f"{file}:2", "'prompt' has the lone surrogate '\\ud83d' at character 5")
   assert isinstance(chat, Refused) and (chat.id, chat.where) == ("m", f"{file}:3")
+  assert workloads.refused_by(workloads.read(WorkloadConfig("jsonl", path=str(file)))) == (half, chat)
+  assert workloads.refused_by(workloads.read(WorkloadConfig("needle", limit=1, prompt_tokens=300))) == ()
   assert str(half) == f"{file}:2: 'prompt' has the lone surrogate '\\ud83d' at character 5"
 
 
