@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -16,6 +18,7 @@ from absl import flags
 from experiments import cli
 from sparse_serve_jax import workloads
 from sparse_serve_jax.config import override
+from sparse_serve_jax.workloads import Refused
 
 flags.disclaim_key_flags()  # they are their caller's
 
@@ -97,6 +100,12 @@ class WorkloadFlags:
     }
     config = override(config, {key: value for key, value in changes.items() if value is not None})
     return config if self._rate is None or self._rate.value is None else at_rate(config, self._rate.value)
+
+
+def tell_refused(rows: Iterable[Refused]) -> None:
+  """A line on stderr for each row that is refused, with file, line and reason."""
+  for row in rows:
+    print(f"refused: {row}", file=sys.stderr)
 
 
 def at_rate(config: workloads.WorkloadConfig, rate: float) -> workloads.WorkloadConfig:

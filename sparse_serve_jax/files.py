@@ -74,11 +74,11 @@ def lone_surrogate(row: Mapping[str, Any]) -> str | None:
   JSON can hold such a half ("\\ud83d"), UTF-8 cannot, and so no tokenizer takes it.
   """
   for key, value in row.items():
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      return f"{key!r} has the lone surrogate {text[error.start]!a} at character {error.start}"
+    for text in (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+      try:
+        text.encode()
+      except UnicodeEncodeError as error:
+        return f"{key!r} has the lone surrogate {text[error.start]!a} at character {error.start}"
   return None
 
 

@@ -181,5 +181,24 @@ def test_a_model_that_the_demo_cannot_take_is_one_line(tmp_path):
   assert len(absent.stderr.splitlines()) == 1
   save_hf(load_model("random:tiny"), tmp_path)
   (tmp_path / "tokenizer_config.json").unlink()
-  with pytest.raises(ValueError, match="tokenizer"):
+  with pytest.raises(ValueError, match=f"^{tmp_path} has no tokenizer.json, so text cannot be read or written: .*$"):
     demo.main(str(tmp_path))
+
+
+def test_make_says_what_it_does_before_it_installs():
+  done = subprocess.run(["make", "-n", "demo", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True)
+  steps = [
+    "Making /nowhere, a virtual environment",
+    "Installing the packages",
+    " install --constraint",
+    "Serving four times",
+  ]
+  assert sorted(done.stdout.index(step) for step in steps) == [done.stdout.index(step) for step in steps]
+  (install,) = [line for line in done.stdout.splitlines() if " install --constraint" in line]
+  assert "--quiet" not in install
+
+
+def test_the_notebook_begins_with_the_reference_model_and_text():
+  (notebook,) = (ROOT / "notebooks").glob("*.ipynb")
+  first = next("".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code")
+  assert "LLM(" in first and "models/reference" in first and "llm.generate(" in first

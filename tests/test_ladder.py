@@ -312,3 +312,20 @@ def test_goodput_in_words():
 def test_tokens_up_to_where_they_part():
   assert ladder.share_equal([([1, 2, 3], [1, 2, 4]), ([5], [5, 6]), ([], [])]) == 3 / 5
   assert ladder.share_equal([([], [])]) is None
+
+
+def test_rows_that_are_refused_are_told_before_a_model_is_loaded(tmp_path):
+  file = tmp_path / "rows.jsonl"
+  file.write_text('{"prompt": "x"}\n{"prompt": 5}\n')
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.ladder",
+    f"--jsonl={file}",
+    "--model=absent",
+    f"--out={tmp_path / 'out'}",
+  ]
+  done = subprocess.run(command, capture_output=True, text=True)
+  refused, error = done.stderr.splitlines()
+  assert refused == f'refused: {file}:2: "prompt" is a text, got 5'
+  assert done.returncode == 2 and error.startswith("error: 'absent' is no model")

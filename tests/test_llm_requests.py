@@ -186,9 +186,12 @@ def test_parts_of_type_text_are_joined(llm: LLM):
     ([*ASKED, {"role": "assistant"}], "message 1, of 'assistant', needs a content, .* got None"),
     ([*ASKED, "more"], "message 1 of a conversation such as .* is 'more'"),
     ([{"role": "user", "content": {"text": "x"}}], "needs a content"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "has a part of type 'image_url'; only"),
-    ([{"role": "user", "content": ["x"]}], "has a part 'x'; only"),
-    ([{"role": "user", "content": [{"type": "text"}]}], "has a part {'type': 'text'}; only"),
+    (
+      [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+      "has as part 0 one of type 'image_url'; only",
+    ),
+    ([{"role": "user", "content": ["x"]}], "has as part 0 one 'x'; only"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "has as part 0 one {'type': 'text'}; only"),
   ],
 )
 def test_what_is_no_conversation(llm: LLM, messages, message):
@@ -227,6 +230,18 @@ def test_a_templated_text_gets_no_second_bos(llm: LLM, monkeypatch):
     assert llm.generate([text]) == [ids]
   assert llm.generate("the cat", add_special_tokens=False) == [plain]
   assert llm.generate("<s><s>the cat") == [[0, 0, *plain]]  # somebody meant two
+  assert llm.generate(tokenizer.apply_chat_template(ASKED)) == [llm.encode_chat(ASKED)]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_half_a_character_is_named(llm: LLM, monkeypatch, kind):
+  if kind == "file":
+    tokenizer = load_tokenizer(pathlib.Path(__file__).parent / "goldens" / "tokenizer")
+    monkeypatch.setattr(llm, "model", dataclasses.replace(llm.model, tokenizer=tokenizer))
+  with pytest.raises(ValueError, match=r"^'prompt' has the lone surrogate '\\ud83d' at character 5"):
+    llm.generate("half \ud83d")
+  with pytest.raises(ValueError, match=r"^message 0, 'content': .* lone surrogate '\\ud83d' at character 5"):
+    llm.chat([{"role": "user", "content": "half \ud83d"}])
 
 
 # -------------------------------------------------------------------------------------------------------------- streams
@@ -326,6 +341,9 @@ def test_a_cpu_computes_in_float32_and_says_so(caplog):
   assert [record.getMessage() for record in caplog.records] == [
     "reference is bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps its own"
   ]
+  caplog.clear()
+  memory = {"cache.hbm_bytes": "16MiB", "cache.dram_bytes": "64MiB", "scheduler.max_context": 1024}
+  assert LLM(model, overrides=memory).model.config.dtype == "float32" and len(caplog.records) == 1
   caplog.clear()
   assert load_model_here(model, dtype="bfloat16").config.dtype == "bfloat16"
   assert load_model_here("random:tiny").config.dtype == "float32" and not caplog.records

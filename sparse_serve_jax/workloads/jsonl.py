@@ -19,7 +19,7 @@ from sparse_serve_jax.sampling_params import ELSEWHERE, SamplingOptions, Samplin
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads.config import WorkloadConfig
 from sparse_serve_jax.workloads.cut import cut_ids, truncate_middle
-from sparse_serve_jax.workloads.item import Item, Refused, Source, unless_strict
+from sparse_serve_jax.workloads.item import FileSource, Item, Refused, unless_strict
 
 DEFAULT_OUTPUT = 32  # tokens, of rows that do not say
 
@@ -39,7 +39,7 @@ class _Row(NamedTuple):
   options: dict[str, Any]  # those of `params` that the row says, but its length
 
 
-def read(config: WorkloadConfig) -> Source:
+def read(config: WorkloadConfig) -> FileSource:
   """Checks every row; what takes a tokenizer is left to do.
 
   Raises:
@@ -60,14 +60,15 @@ def read(config: WorkloadConfig) -> Source:
     first[rows[-1].id] = where
   if not rows:
     raise ValueError(f"{config.path} holds no prompt")
-  if all(isinstance(row, Refused) for row in rows):
-    raise ValueError(f"none of {len(rows)} rows can be served: {rows[0]}")
+  refused = tuple(row for row in rows if isinstance(row, Refused))
+  if len(refused) == len(rows):
+    raise ValueError(f"none of {len(rows)} rows can be served: {refused[0]}")
 
   def items(tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
     made = [row if isinstance(row, Refused) else _item(config, row, tokenizer) for row in rows]
     return [unless_strict(item, config.strict) if isinstance(item, Refused) else item for item in made]
 
-  return items
+  return FileSource(items, refused)
 
 
 def _names(line: int, row: dict[str, Any] | ValueError) -> Iterator[str]:
