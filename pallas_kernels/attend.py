@@ -241,9 +241,12 @@ class _Program:
     self.of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
     self.least = rule is not None and rule.rest == "least"
     self.sums = rule is not None and not self.least
-    self.infinite, none = jnp.full((heads,), jnp.inf), jnp.zeros((heads,))
-    self.no_group = self.infinite if self.least else none
-    self.zero = _Acc(jnp.zeros((heads, depth)), -self.infinite, none, self.no_group)
+    self.infinite = jnp.full((heads,), jnp.inf)
+    self.zero = _Acc(jnp.zeros((heads, depth)), -self.infinite, jnp.zeros((heads,)), self.no_group())
+
+  def no_group(self) -> jax.Array:
+    """`_Acc.group` before the first block of a group."""
+    return jnp.full(self.of_head.shape, jnp.inf if self.least else 0.0)
 
   def open(self, i: jax.Array) -> _List:
     """List `i` of B x K."""
@@ -378,7 +381,7 @@ def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
 
   def body(state):
     i, _, known, o, m, l = state
-    end, acc = jnp.minimum(i + group, n), _Acc(o, m, l, program.no_group)
+    end, acc = jnp.minimum(i + group, n), _Acc(o, m, l, program.no_group())
     if has_slots:
       middle = jnp.minimum(i + refs.n_hits[of.b, of.k, jax.lax.div(i, group)], end)
       acc = program.read_hits(of, i, middle, acc)
@@ -394,7 +397,7 @@ def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
   tail = program.read_tail(of, program.zero, True)
   start = jnp.int32(0), n, program.infinite, tail.o, tail.m, tail.l
   i, end, known, o, m, l = jax.lax.while_loop(lambda state: state[0] < state[1], body, start)
-  program.close(of, 0, _Acc(o, m, l, program.no_group))
+  program.close(of, 0, _Acc(o, m, l, program.no_group()))
   # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
   refs.attended[of.b, of.k], refs.known[of.b, of.k, program.of_head] = jnp.minimum(i, end), known
 

@@ -1,4 +1,4 @@
-"""The stop test by rule: the op and its kernel against loops in float64, replayed steps too, and what claims are worth."""
+"""The stop test by rule: op, kernel and replayed steps against loops in float64, and what claims are worth."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import SparseConfig, override
 from sparse_serve_jax.evaluation import accuracy, replay
 from tests.cases import IMPLEMENTATIONS
-from tests.test_kernel_attend import ATTEND, ATTEND_CASES, RAGGED, TINY, N, check_attend, random_case, scored_case
+from tests.test_kernel_attend import ATTEND, ON_CPU, RAGGED, TINY, N, check_attend, expect, random_case, scored_case
 from tests.test_kernel_attend import taken_for as taken_for_by_definition
 from tests.tiny import config
 
 RULES = [kernels.StopRule(*names) for names in itertools.product(REST, WHEN)]
-OTHERS = RULES[1:]  # the first is PSA's, which tests/test_kernel_attend.py is about
+# Of every code path that PSA's, which tests/test_kernel_attend.py is about, does not have.
+TWO_RULES = [kernels.StopRule("last_group"), kernels.StopRule("last_two_groups", "mean_of_heads")]
 by_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.rest}-{rule.when}")
 by_name = lambda f: pytest.mark.parametrize("rest", REST)(pytest.mark.parametrize("when", WHEN)(f))  # noqa: E731
 
@@ -43,11 +44,14 @@ def test_the_configuration_names_every_rule():
       kernels.StopRule(**wrong)
 
 
-PROGRESSIVE = [of for of in ATTEND_CASES if ATTEND[of[0] if isinstance(of, tuple) else str(of.values[0])][2]]
+PROGRESSIVE = [name for name, (_, _, threshold) in ATTEND.items() if threshold is not None]
+PROGRESSIVE_CASES = [(name, kind) for name in PROGRESSIVE if name in ON_CPU for kind in ("xla", "interpret")] + [
+  pytest.param(name, "triton", marks=pytest.mark.gpu) for name in PROGRESSIVE
+]
 
 
-@pytest.mark.parametrize(("name", "implementation"), PROGRESSIVE)
-@pytest.mark.parametrize("rule", OTHERS, ids=lambda rule: f"{rule.rest}-{rule.when}")
+@pytest.mark.parametrize(("name", "implementation"), PROGRESSIVE_CASES)
+@pytest.mark.parametrize("rule", TWO_RULES, ids=lambda rule: f"{rule.rest}-{rule.when}")
 def test_attend(name: str, implementation: str, rule: kernels.StopRule):
   """Ragged lists and tails, as PSA's rule is tested."""
   shape, dtype, _ = ATTEND[name]
@@ -85,11 +89,12 @@ def test_claims_land_beside_the_threshold(implementation: str, when: str, rest: 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @by_rule
 def test_masses_in_any_order(implementation: str, rule: kernels.StopRule):
-  """Query heads with masses of their own; the heaviest block may be anywhere, so may the lightest."""
-  rng = np.random.default_rng(3)
-  case = scored_case([2 * rng.normal(size=(3, n)) for n in (10, 10, 10, 9, 7, 5, 3, 1)], [8, 1, 3, 5, 8, 1, 8, 2])
-  stops = stops_at(case, implementation, 0.55, rule, 8)
-  assert min(stops[:4]) < 9 and max(stops) > 6
+  """Query heads with masses of their own, the heaviest block anywhere: each rule stops where no other does."""
+  rng, threshold = np.random.default_rng(3), 0.8
+  case = scored_case([2 * rng.normal(size=(3, n)) for n in (10, 10, 10, 10, 9, 7, 3, 1)], [8, 1, 3, 5, 8, 1, 8, 2])
+  stops = stops_at(case, implementation, threshold, rule, 8)
+  for other in RULES:
+    assert (expect(case, 2, 2, threshold, other).attended[:, 0].tolist() == stops) == (other == rule)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
