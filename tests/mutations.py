@@ -18,7 +18,8 @@ class Mutation(NamedTuple):
 ATTEND, RESIDENCY, COPIES, SELECTION = (
   f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
 )
-ZONES = "tests/test_zones.py"
+ZONES, RULES = "tests/test_zones.py", "tests/test_stop_rules.py"
+STOP = "pallas_kernels/stop.py"
 MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
 ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
@@ -40,10 +41,10 @@ MUTATIONS = [
   ),
   Mutation(
     "the stop test is not strict",
-    "pallas_kernels/attend_xla.py",
-    "(seen > log_threshold)",
-    "(seen >= log_threshold)",
-    (f"{ATTEND}::test_threshold_one_never_stops[xla]",),
+    STOP,
+    "(claims > threshold)",
+    "(claims >= threshold)",
+    (f"{ATTEND}::test_threshold_one_never_stops[xla]", f"{ATTEND}::test_threshold_one_never_stops[interpret]"),
   ),
   Mutation(
     "prefill sees the next token",
@@ -74,11 +75,35 @@ MUTATIONS = [
     (ATTEND_INTERPRET,),
   ),
   Mutation(
-    "the kernel's stop test is not strict",
+    "the kernel's mean of heads counts those that pad",
+    STOP,
+    "jnp.where(real, claims, 0.0).sum(-1) / n_heads",
+    "claims.mean(-1)",
+    (f"{RULES}::test_claims_land_beside_the_threshold[interpret-mean_of_heads-last_group]",),
+  ),
+  Mutation(
+    "the last two groups are one",
+    STOP,
+    "each = jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))",
+    "each = jnp.where(before == jnp.inf, each, each)",
+    (f"{RULES}::test_claims_land_beside_the_threshold[xla-every_head-last_two_groups]",),
+  ),
+  Mutation(
+    "sinks and window say what is still to come",
+    STOP,
+    "jnp.where(start >= self.untested, group, jnp.inf)",
+    "group",
+    (
+      f"{RULES}::test_claims_land_beside_the_threshold[xla-every_head-last_two_groups]",
+      f"{RULES}::test_claims_land_beside_the_threshold[interpret-every_head-least]",
+    ),
+  ),
+  Mutation(
+    "the kernel's sum of a group knows no new maximum",
     "pallas_kernels/attend.py",
-    "(log2_p > log2_threshold)",
-    "(log2_p >= log2_threshold)",
-    (f"{ATTEND}::test_threshold_one_never_stops[interpret]",),
+    "group = group * old + mass",
+    "group = group + mass",
+    (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[interpret-last_group]",),
   ),
   Mutation(
     "a split of the hits leaves out its last block",

@@ -226,8 +226,9 @@ def test_alone_equals_in_a_batch(device):
 
 
 @CPU_AND_GPU
-def test_psa_with_threshold_1_reads_every_block(device):
-  tokens, _ = serve(config("sparse.policy=psa", "sparse.threshold=1.0"), tiny_model(), PROMPTS, N)
+@pytest.mark.parametrize("rule", [(), ("sparse.rest=last_two_groups", "sparse.stop_when=mean_of_heads")], ids=str)
+def test_psa_with_threshold_1_reads_every_block(device, rule):
+  tokens, _ = serve(config("sparse.policy=psa", "sparse.threshold=1.0", *rule), tiny_model(), PROMPTS, N)
   assert tokens == oracle()
 
 

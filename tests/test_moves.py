@@ -293,6 +293,18 @@ def test_psa_in_rounds_reads_the_same_blocks(device, load):
   assert 0 < engine.usage.blocks_missed == engine.usage.blocks_loaded <= engine.usage.blocks_attended
 
 
+@pytest.mark.parametrize("rule", [("last_group", "mean_of_heads"), ("last_two_groups", "every_head")], ids=str)
+def test_psa_in_rounds_reads_the_same_blocks_by_every_rule(rule):
+  rest, when = rule
+  psa = ("sparse.policy=psa", "sparse.threshold=0.45", "sparse.group_blocks=2", "sparse.window_tokens=8")
+  psa += f"sparse.rest={rest}", f"sparse.stop_when={when}"
+  expected, theirs = serve(small(*psa), tiny_model(), PROMPTS, N)
+  tokens, engine = serve(small(*psa, "sparse.stop=host_loop"), tiny_model(), PROMPTS, N)
+  assert tokens == expected
+  everything = 4 * sum((len(prompt) + step) // S for prompt in PROMPTS for step in range(N - 1))
+  assert engine.usage.blocks_attended == theirs.usage.blocks_attended < 0.95 * everything
+
+
 def test_psa_in_rounds_by_interpreted_kernels():
   psa = ("sparse.policy=psa", "sparse.threshold=0.8", "sparse.group_blocks=2", "sparse.stop=host_loop")
   xla, by_xla = serve(small(*psa), tiny_model(), PROMPTS[1:2], 6)

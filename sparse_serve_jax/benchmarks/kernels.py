@@ -30,6 +30,14 @@ from sparse_serve_jax.memory.saves import SAVES, NewBlocks
 from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
 
+# PSA's, and those whose code differs from it and from each other.
+STOP_RULES = [
+  kernels.StopRule(),
+  kernels.StopRule("last_group"),
+  kernels.StopRule("last_two_groups"),
+  kernels.StopRule("last_two_groups", "mean_of_heads"),
+]
+
 Cases = Iterator[tuple[str, Callable[[], Row]]]
 
 
@@ -257,8 +265,8 @@ def attend(b: Bench) -> Cases:
     measured, _, results = timing.measure(f, variants, b.effort, state=slots, shared=shared)
     return measured, shared, [attended for _, attended in results]
 
-  def sparse(rows, n, miss, threshold=None):
-    group, stop = (n, None) if threshold is None else (4, kernels.Stop(threshold, untested=4))
+  def sparse(rows, n, miss, stop=None):
+    group = n if stop is None else 4
 
     def inputs():
       n_hits = (group - b.rng.binomial(group, miss, (rows, b.heads, n // group))).astype(np.int32)
@@ -283,7 +291,10 @@ def attend(b: Bench) -> Cases:
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
-    yield f"psa {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, threshold)
+    for rule in STOP_RULES:
+      name = " ".join(["psa", *dataclasses.astuple(rule)]) if rule != kernels.StopRule() else "psa"
+      stop = kernels.Stop(threshold, untested=4, rule=rule)
+      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop)
 
 
 def copy(b: Bench) -> Cases:
