@@ -53,6 +53,9 @@ class Script:
     self._answer = answer
     self.prompts: dict[str, str] = {}
 
+  def begin(self) -> None:
+    pass
+
   def submit(self, plan: Plan):
     for work in plan.prefill:
       self.prompts[work.request_id] = self.prompts.get(work.request_id, "") + BYTES.decode(work.tokens.tolist())

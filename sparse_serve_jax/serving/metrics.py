@@ -71,6 +71,7 @@ class Summary:
 
   requests: int
   prompt_tokens: int
+  cached_tokens: int  # of these, that the cache held
   output_tokens: int
   ttft_mean_s: float | None
   ttft_p50_s: float | None
@@ -154,6 +155,7 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
   return Summary(
     requests=len(finished),
     prompt_tokens=sum(len(request.prompt) for request in finished),
+    cached_tokens=sum(request.cached_tokens for request in finished),
     output_tokens=sum(len(request.output_tokens) for request in finished),
     **_distribution("ttft", [time_to_first_token(request) for request in finished]),
     **_distribution("tbt", gaps),
