@@ -6,7 +6,8 @@
 The first serves the workload on this machine, all requests at once, and fits the cost of an iteration to what it
 measured. The second serves another workload with that cost, without the model and as fast as Python plans it; the costs
 hold for that model, device and kernels, while memory, batches and rates may be others. --compare serves a workload both
-ways. Only lengths matter: of the requests of a trace, or drawn evenly from ranges.
+ways. Only lengths matter, of the requests of a trace or drawn evenly from ranges; and which prompts begin alike, where
+a trace says so: cached_share is what the prefix cache held.
 
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
 requests.jsonl, a row for each request, and run.json, what the run was made by.
@@ -39,6 +40,7 @@ from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, fit, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
 from sparse_serve_jax.simulation.measure import Iteration, Stopwatch
+from sparse_serve_jax.simulation.prefix import prompt_of
 from sparse_serve_jax.simulation.reuse import Reuse, fit_reuse
 from sparse_serve_jax.workloads import ArrivalConfig, Item, Trace, arrival_times, read_trace
 from sparse_serve_jax.workloads.arrivals import checked_rate
@@ -111,7 +113,7 @@ def _lengths() -> Trace:
   if _TRACE.value:
     whole = read_trace(_TRACE.value)
     times = whole.times if rate is None else rescaled(whole, checked_rate(rate))
-    return Trace(times[:n], whole.prompt_tokens[:n], whole.output_tokens[:n])
+    return Trace(times[:n], whole.prompt_tokens[:n], whole.output_tokens[:n], whole.hash_ids and whole.hash_ids[:n])
   n, rng = n or 32, np.random.default_rng(_SEED.value)
   drawn = []
   for flag in (_PROMPT, _OUTPUT):
@@ -124,19 +126,19 @@ def _lengths() -> Trace:
 
 
 def _serve(executor: Executor, clock: Clock, lengths: Trace, rows: list[dict[str, Any]]) -> run.Served:
-  """Serves requests of these lengths; each adds a row as it ends. On a clock that is `Virtual` prompts are all zeros,
-  which are not there in memory."""
+  """Serves requests of these lengths; each adds a row as it ends. Prompts begin alike where the trace says so; if it
+  does not, on a clock that is `Virtual` all are zeros, which are not there in memory, and share nothing."""
   rng, vocab = np.random.default_rng(_SEED.value), executor.model.config.vocab_size
 
-  def prompt(n: int) -> np.ndarray:
+  def item(i: int, n: int, output: int) -> Item:
+    if lengths.hash_ids is not None:
+      return Item(str(i), prompt_of(lengths.hash_ids[i], n, vocab), output)
     if isinstance(clock, Virtual):
-      return np.broadcast_to(np.int32(0), (n,))
-    return rng.integers(0, vocab, n, dtype=np.int32)
+      return Item(str(i), np.broadcast_to(np.int32(0), (n,)), output, {"cache_salt": str(i)})
+    return Item(str(i), rng.integers(0, vocab, n, dtype=np.int32), output)
 
-  items = [
-    Item(str(i), prompt(int(n)), int(output))
-    for i, (n, output) in enumerate(zip(lengths.prompt_tokens, lengths.output_tokens, strict=True))
-  ]
+  asked = zip(lengths.prompt_tokens.tolist(), lengths.output_tokens.tolist(), strict=True)
+  items = [item(i, n, output) for i, (n, output) in enumerate(asked)]
   start = clock.now()
 
   def ended(end: Request | run.Refusal) -> None:

@@ -23,9 +23,11 @@ HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
 
 def mooncake(folder: Path, *rows: tuple[float, int, int], name: str = "trace.jsonl") -> str:
-  """A file of (milliseconds, prompt, output)."""
+  """A file of (milliseconds, prompt, output); prompts begin alike."""
   keys = ("timestamp", "input_length", "output_length")
-  write_lines(folder / name, [dict(zip(keys, row, strict=True)) | {"hash_ids": [0, 7]} for row in rows])
+  ids = [list(range(-(-row[1] // 512))) for row in rows]
+  lines = zip(rows, ids, strict=True)
+  write_lines(folder / name, [dict(zip(keys, row, strict=True)) | {"hash_ids": of} for row, of in lines])
   return str(folder / name)
 
 
@@ -46,6 +48,8 @@ def test_mooncakes_trace(tmp_path):
   assert len(trace) == 3 and trace.times.dtype == np.float64
   assert trace.times.tolist() == [0, 0, 3.0005]
   assert trace.prompt_tokens.tolist() == [6758, 13, 126195] and trace.output_tokens.tolist() == [500, 1, 2]
+  assert trace.hash_ids is not None and [len(ids) for ids in trace.hash_ids] == [14, 1, 247]
+  assert trace.hash_ids[0].tolist() == list(range(14))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -75,6 +79,10 @@ def test_azures_trace(tmp_path, end):
       "times must ascend, this one is 0.001 s before the las",
     ),
     ("{", "not JSON"),
+    (
+      '{"timestamp": 5, "input_length": 513, "output_length": 1, "hash_ids": [3]}',
+      '"hash_ids" of 2 blocks of 512 tokens are as many numbers, got [3]',
+    ),
   ],
 )
 def test_a_wrong_line_of_mooncakes(tmp_path, row, message):
