@@ -73,7 +73,8 @@ class Script:
 
 
 def small_config() -> EngineConfig:
-  return override(load_config("dense"), [a for a in SMALL_SERVING if not a.startswith("cache.hbm_bytes")])
+  small = [a for a in SMALL_SERVING if not a.startswith("cache.hbm_bytes")]
+  return override(load_config("dense"), [*small, "cache.prefix=false"])  # so that the device sees whole prompts
 
 
 def scripted(answer: Callable[[str], str]) -> Engine:

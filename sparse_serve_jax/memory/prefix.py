@@ -21,7 +21,7 @@ _HASH_BYTES = 16  # two chains of one hash are not to be found, by nobody who tr
 def hash_chain(
   tokens: np.ndarray, block_tokens: int, salt: str | None = None, before: Sequence[bytes] = ()
 ) -> list[bytes]:
-  """The hashes of a chain: those of blocks that come first, and of the full blocks of `tokens`, int32 [T], after them."""
+  """A chain: the hashes of blocks that come first, and those of the full blocks of `tokens`, int32 [T], after them."""
   if before:
     last = before[-1]
   else:
