@@ -126,7 +126,7 @@ class PrefixMachine(RuleBasedStateMachine):
     shared = self.known(chain)
     assert self.index.find(hashed(chain)).tolist() == shared
     n, free = len(chain) - len(shared) + more, self.free_blocks()
-    ready = [i for i in self.lru if self.blocks[i].idle <= self.completed and i not in shared]
+    ready = [i for i in self.lru if (self.blocks[i].idle or 0) <= self.completed and i not in shared]
     made = self.allocator.allocate(n, self.index.find(hashed(chain)))
     if n > len(free) + len(ready):
       assert made is None
@@ -198,7 +198,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
   @invariant()
   def counters_agree(self):
-    ready = [i for i in self.lru if self.blocks[i].idle <= self.completed]
+    ready = [i for i in self.lru if (self.blocks[i].idle or 0) <= self.completed]
     assert self.allocator.available == len(self.free_blocks()) + len(ready)
     assert self.allocator.in_use == sum(block.owners > 0 for block in self.blocks)
     assert self.allocator.idle == len(self.lru) == sum(block.idle is not None for block in self.blocks)
@@ -207,7 +207,7 @@ class PrefixMachine(RuleBasedStateMachine):
   @invariant()
   def ends_go_before_beginnings(self):
     for at, i in enumerate(self.lru):
-      before = self.known(self.blocks[i].chain[:-1])
+      before = self.known((self.blocks[i].chain or ())[:-1])
       assert not set(before) & set(self.lru[:at])
 
   def teardown(self):

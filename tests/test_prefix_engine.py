@@ -131,13 +131,13 @@ CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", mark
 A, B = prompt_of(44, seed=1), prompt_of(33, seed=2)
 
 
-def small(*assignments: str, slots: int = 8) -> EngineConfig:
+def small(*assignments: str) -> EngineConfig:
   """A pool for two or three requests, slots for two blocks in all layers and heads, pieces of prompts in few sizes."""
   conf = config(
     "scheduler.batch_control=none", "scheduler.max_context=64", "scheduler.chunk_tokens=16",
     "scheduler.max_inject_tokens=128", "cache.dram_bytes=160KiB", "cache.lanes=4", *assignments,
   )  # fmt: skip
-  return with_slots(conf, slots, tiny_model()) if conf.cache.offload else conf
+  return with_slots(conf, 8, tiny_model()) if conf.cache.offload else conf
 
 
 def served(conf: EngineConfig) -> tuple[list[Request], Engine]:
@@ -161,11 +161,10 @@ def served(conf: EngineConfig) -> tuple[list[Request], Engine]:
 
 # fmt: off
 RUNGS = {
-  "layers": ["cache.load=fused"],
   "hybrid": [
-    "scheduler.max_inject_tokens=16", "cache.load=gather", "cache.save=staged", "cache.zones=lane", "tp=2",
+    "scheduler.max_inject_tokens=16", "cache.load=staged", "cache.save=staged", "cache.zones=lane", "tp=2",
   ],
-  "chunked": ["scheduler.prefill=chunked", "cache.load=staged", "cache.save=per_block", "cache.zones=layer"],
+  "chunked": ["scheduler.prefill=chunked", "cache.load=per_block", "cache.save=per_block", "cache.zones=layer"],
   "in_hbm": ["cache.offload=false", "sparse.policy=dense", "cache.hbm_bytes=900KB"],
   "psa": ["sparse.policy=psa", "sparse.threshold=1", "cache.eviction=fifo"],
 }
@@ -190,7 +189,7 @@ def test_tokens_over_shared_blocks_are_those_of_the_model(device, rung: str):
 
 @CPU_AND_GPU
 def test_a_sparse_selection_gives_the_same_tokens_with_and_without(device):
-  conf = small("sparse.token_budget=32", "scheduler.max_inject_tokens=32", slots=9)
+  conf = small("sparse.token_budget=32", "cache.load=gather")
   alone, _ = served(override(conf, ["cache.prefix=false"]))
   requests, _ = served(conf)
   tokens = [request.output_tokens for request in requests]
