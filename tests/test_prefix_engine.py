@@ -6,14 +6,18 @@ The last cases run on a GPU with `-m gpu`, there by the Triton kernels with the 
 from __future__ import annotations
 
 import dataclasses
+import types
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
+from sparse_serve_jax.memory.kv_cache import working_sets
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request, State
 from tests.fake_engine import EOS, S, Ticks, continuation, fake_engine
@@ -122,6 +126,16 @@ def test_a_new_engine_over_a_used_executor_knows_nothing_of_the_cache():
   again = engine.add_request(STEMS[0][:37], 5)
   engine.run()
   assert again.cached_tokens == 0 and again.output_tokens == continuation(STEMS[0][:37], 5)
+
+
+def test_a_shared_block_counts_in_the_working_set_of_who_selected_it_last():
+  """Steps 3 and 40 of two requests in a window of four: block 2 is the first's, 5 the second's, 7 nobody's any more."""
+  last_selected = np.full((1, 1, 9), -(1 << 30), np.int32)
+  last_selected[0, 0, [2, 5, 7]] = [1, 39, 20]
+  maps = types.SimpleNamespace(last_selected=jnp.asarray(last_selected))
+  hot: Any = types.SimpleNamespace(tables=jnp.array([[2, 5, 7], [2, 5, 7]]), maps=maps)
+  counts = working_sets(hot, jnp.arange(2), jnp.full(2, 3), steps=jnp.array([3, 40]), width=3, w=4)
+  assert counts.tolist() == [1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- a model
