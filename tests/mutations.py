@@ -275,8 +275,8 @@ MUTATIONS = [
   Mutation(
     "the beginning of a chain gives way before its end",
     "sparse_serve_jax/memory/allocator.py",
-    "left[kept][::-1]",
-    "left[kept]",
+    "blocks[::-1].tolist()",
+    "blocks.tolist()",
     (f"{PREFIX}::test_the_least_recently_used_gives_way_its_end_first",),
   ),
   Mutation(

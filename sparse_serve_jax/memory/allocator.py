@@ -117,7 +117,9 @@ class BlockAllocator:
         self._unreleased.append((np.array([block], np.int32), after))
 
   def touch(self, blocks: np.ndarray, after: int) -> None:
-    """Idle ones of these blocks have been used until iteration `after`, the last one dispatched; the last first."""
+    """Idle ones of these blocks have been used until iteration `after`, the last one dispatched, the last block first:
+    it is given out before the others.
+    """
     for block in blocks[::-1].tolist():
       if block in self._idle:
         self._idle[block] = after
@@ -125,7 +127,6 @@ class BlockAllocator:
 
   def free(self, blocks: Iterable[int], after: int) -> None:
     """Takes blocks back from one owner. `after` is the last dispatched iteration; no later plan of it may hold them.
-    Of those to be kept that have no other owner, the last counts as the least recently used.
 
     Raises:
       ValueError: a block is named twice, is outside the pool or has no owner. Nothing is freed then.
@@ -142,7 +143,7 @@ class BlockAllocator:
     left = blocks[self._owners[blocks] == 0]
     self._in_use -= len(left)
     kept = self._kept[left]
-    self._idle.update(dict.fromkeys(left[kept][::-1].tolist(), after))
+    self._idle.update(dict.fromkeys(left[kept].tolist(), after))
     if (gone := left[~kept]).size:
       self._unreleased.append((gone, after))
 
