@@ -33,6 +33,7 @@ class Buckets:
   n_layers: int
   allowance: int  # what an iteration may prefill: tokens through all layers if `chunked`, token x layers otherwise
   chunked: bool
+  resumes: bool  # whether a prompt may begin after blocks that it shares
 
   @classmethod
   def of(cls, config: EngineConfig, n_layers: int, max_context: int) -> Buckets:
@@ -71,6 +72,7 @@ class Buckets:
       n_layers=n_layers,
       allowance=allowance,
       chunked=chunked,
+      resumes=config.cache.prefix,
     )
 
   def piece(self, n_tokens: int, start: int) -> int:
@@ -111,7 +113,9 @@ class Buckets:
     whole = {self.piece(n, 0) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)
     }
-    return self._programs(sorted(whole), [c for c in self.chunks if cut and c <= _up(self.chunks, longest)])
+    if self.resumes:  # what is left of one after its first block, or after more
+      longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.whole[-1]))
+    return self._programs(sorted(whole), [c for c in self.chunks if longest > 0 and c <= _up(self.chunks, longest)])
 
   def _programs(self, whole: Sequence[int], chunks: Sequence[int]) -> list[tuple[str, int, int]]:
     kinds = ("decode", "sampled decode")  # every row takes its most likely token, or not
