@@ -106,17 +106,17 @@ class Scheduler:
   - a prompt that is next in line and has its lane and blocks waits for at most as many, of all that decode then.
 
   With `cache.prefix` a prompt shares the full blocks in which it begins like another with the same salt, and its
-  prefill begins after them; its last token is always computed, as its logits are needed. There are
+  prefill begins after them; its last token is always computed, as its logits are needed. Shared are
 
-  - those of a prompt, from the plan on that ends its prefill: programs run in order, so the next in line, which may be
+  - blocks of a prompt, from the plan on that ends its prefill: programs run in order, so the next in line, which may be
     a sample of the same prompt, shares them in that very plan. Where saves are staged they land later than that, and
     the next in line waits until those that it shares have: until then the older request cannot decode either.
-  - those of its output when it has ended, as far as its decode steps attended to everything; then they are what a
-    prefill makes, and what comes out does not depend on who shared.
+  - blocks of its output, when it has ended, as far as its decode steps attended to everything: what a prefill makes, so
+    that no token depends on who shares what;
+  - none of a request whose logits were not finite.
 
-  Not those of a request whose logits were not finite. Nobody is passed for the sake of a prefix, and no prefix is used
-  that is below 1 / `LEAST_SHARE` of its prompt. Shared blocks are free when neither an owner nor the cache needs them;
-  the cache gives way to a request that needs room, so that one waits for others that run, and never for the cache.
+  Nobody is passed for the sake of a prefix, and none is used that is below 1 / `LEAST_SHARE` of its prompt. Blocks that
+  nobody has any more are kept until a request needs room, which so waits for others that run, and never for the cache.
 
   The paper leaves the unit of T_max open. Here it is the work of so many tokens through the whole model: a decode row
   is one token, a piece of a prompt that runs through some of the layers its tokens x layers / L, rounded up.
