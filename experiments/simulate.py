@@ -6,7 +6,8 @@
 The first serves the workload on this machine, all requests at once, and fits the cost of an iteration to what it
 measured. The second serves another workload with that cost, without the model and as fast as Python plans it; the costs
 hold for that model, device and kernels, while memory, batches and rates may be others. --compare serves a workload both
-ways. In virtual time only lengths matter, and every output has all its tokens.
+ways. In virtual time only lengths matter, and which prompts begin alike, where a trace says so: cached_share is what
+the prefix cache held. Every output has all its tokens.
 
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
 requests.jsonl, a row for each request, and run.json, what the run was made by.
@@ -40,6 +41,7 @@ from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, fit, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
 from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, typical
+from sparse_serve_jax.simulation.prefix import prompt_of
 from sparse_serve_jax.simulation.reuse import Reuse, fit_reuse
 from sparse_serve_jax.workloads import Item, Refused, generated
 
@@ -105,14 +107,18 @@ class Asked:
     return self._source(model.tokenizer, executor.shape.max_context)
 
   def without_text(self, model: Model, executor: Executor) -> list[Item | Refused]:
-    """The same requests with prompts of zeros, which take no memory."""
+    """The same requests with prompts of zeros, which take no memory and share nothing; or by the ids of a trace."""
 
     def bare(name: str, n_prompt: int, n_output: int) -> Item:
-      return Item(name, np.broadcast_to(np.int32(0), (n_prompt,)), n_output)
+      return Item(name, np.broadcast_to(np.int32(0), (n_prompt,)), n_output, {"cache_salt": name})
 
     if self.config.source in ("text", "trace"):  # text as long as that of thousands of requests takes minutes
-      lengths = zip(*(n.tolist() for n in generated.lengths(self.config)), strict=True)
-      return [bare(f"{self.config.source}-{i}", *both) for i, both in enumerate(lengths)]
+      source, asked = self.config.source, generated.lengths(self.config)
+      each = enumerate(zip(asked.prompt_tokens.tolist(), asked.output_tokens.tolist(), strict=True))
+      if asked.hash_ids is None:
+        return [bare(f"{source}-{i}", *both) for i, both in each]
+      vocab = model.config.vocab_size
+      return [Item(f"{source}-{i}", prompt_of(asked.hash_ids[i], n, vocab), output) for i, (n, output) in each]
     return [
       bare(item.id, len(item.prompt), item.max_new_tokens) if isinstance(item, Item) else item
       for item in self.items(model, executor)

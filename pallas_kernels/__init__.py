@@ -11,7 +11,7 @@ from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
 from pallas_kernels.free import Free, evict
-from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, since_entry, touch, victims
+from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, since_entry, tidy, touch, victims
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
 from pallas_kernels.progress import Rounds, attend_by_block, attend_to_tail
@@ -60,6 +60,7 @@ __all__ = [
   "store_blocks",
   "store_digests",
   "store_each",
+  "tidy",
   "touch",
   "victims",
 ]

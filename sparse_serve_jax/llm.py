@@ -95,7 +95,7 @@ class LLM:
 
     Of several outputs that are drawn, each has a seed of its own. With one `params` for all, sample j of prompt i draws
     with seed + i * n + j; with one for each prompt, sample j with seed + j. The `n` samples of a prompt are requests
-    like others: each runs the prompt.
+    like others; with `cache.prefix` all but the first share what it has made of the prompt.
 
     Args:
       prompts: a text or a list of token ids, or several of them. A text that begins with BOS gets no other one.
@@ -378,7 +378,7 @@ class _Output:
     times = request_metrics(request)
     assert times["total_s"] is not None
     at = Times(times["scheduling_delay_s"], times["ttft_s"], times["tbt_mean_s"], times["total_s"])
-    return Sample(text, tokens, reason, told, at, str(request.error) if failed else None)
+    return Sample(text, tokens, reason, told, at, request.cached_tokens, str(request.error) if failed else None)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -20,7 +20,17 @@ from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import Plan
 from sparse_serve_jax.serving.request import State
-from tests.tiny import SHAPES, config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
+from tests.tiny import (
+  SHAPES,
+  check_nothing_is_held,
+  config,
+  greedy,
+  new_engine,
+  prompt_of,
+  serve,
+  tiny_model,
+  with_slots,
+)
 
 N = 24  # tokens decoded: three blocks of 8 fill meanwhile
 PROMPTS = [
@@ -221,8 +231,7 @@ def test_alone_equals_in_a_batch(device):
   tables = {admission.request_id: admission.table for plan in plans for admission in plan.admit}
   assert len(tables) > len(prompts) and all((np.diff(table) < 0).any() for table in tables.values())  # none ascends
   assert not engine.has_work
-  maps = executor.cache.hot.maps  # everything is freed
-  assert (np.asarray(maps.slot_of) == -1).all() and (np.asarray(maps.block_of) == -1).all()
+  check_nothing_is_held(engine)
 
 
 @CPU_AND_GPU

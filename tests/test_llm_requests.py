@@ -47,6 +47,7 @@ def test_none_is_the_default_and_every_field_can_be_a_keyword():
 @pytest.mark.parametrize(
   ("given", "message"),
   [
+    ({"cache_salt": 5}, "cache_salt must be a text, got 5"),
     ({"temperature": "0.7"}, "temperature must be finite and at least 0, got '0.7'"),
     ({"temperature": float("inf")}, "got inf"),
     ({"temperature": True}, "got True"),
@@ -123,6 +124,10 @@ def test_samples_of_a_prompt(llm: LLM):
   assert drawn[4] == llm.generate(TEXT, seed=9, **options)[0].token_ids
   assert outputs[1].token_ids == drawn[3] and outputs[1].usage.output_tokens == 3 * N
   assert outputs[1].usage.total_tokens == 3 * N + len(outputs[1].prompt_token_ids)
+  cached = [sample.cached_tokens for sample in llm.generate(TEXT, n=3, cache_salt="mine", **options)[0].samples]
+  n_prompt, size = len(outputs[0].prompt_token_ids), llm.config.cache.block_tokens
+  assert cached == [0, *[(n_prompt - 1) // size * size] * 2] and cached[1] > n_prompt - size
+  assert llm.generate(TEXT, cache_salt="mine", **options)[0].usage.cached_tokens == cached[1]
   each = llm.generate([TEXT, TEXT], [SamplingParams(n=2, seed=5, **options), SamplingParams(seed=5, **options)])
   assert [[sample.token_ids for sample in of.samples] for of in each] == [drawn[:2], drawn[:1]]
 

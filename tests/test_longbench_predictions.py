@@ -53,6 +53,9 @@ class Script:
     self._answer = answer
     self.prompts: dict[str, str] = {}
 
+  def begin(self) -> None:
+    pass
+
   def submit(self, plan: Plan):
     for work in plan.prefill:
       self.prompts[work.request_id] = self.prompts.get(work.request_id, "") + BYTES.decode(work.tokens.tolist())
@@ -70,7 +73,8 @@ class Script:
 
 
 def small_config() -> EngineConfig:
-  return override(load_config("dense"), [a for a in SMALL_SERVING if not a.startswith("cache.hbm_bytes")])
+  small = [a for a in SMALL_SERVING if not a.startswith("cache.hbm_bytes")]
+  return override(load_config("dense"), [*small, "cache.prefix=false"])  # so that the device sees whole prompts
 
 
 def scripted(answer: Callable[[str], str]) -> Engine:

@@ -28,7 +28,10 @@ class Watch:
     self.steps: dict[str, int] = {}
     self.prefilled: set[str] = set()
     self.tables: dict[str, tuple[int, ...]] = {}  # of requests that have not ended
-    self.dirty: set[int] = set()  # blocks of ended requests whose release has not been seen
+    self.dirty: set[int] = set()  # blocks of ended requests whose release has not been seen, kept ones too
+    self.holds: dict[int, int] = {}  # block -> which block of a prompt it holds: prompts are all alike
+    self.shared: dict[str, tuple[int, ...]] = {}  # of requests whose first piece has not been seen
+    self.available = 0  # blocks, before a plan
     self.in_flight: deque[set[int]] = deque()  # blocks in tables of plans that have not completed
     self.pauses: dict[str, tuple[int, int]] = {}  # plans that left it out, and the most there may be
     self.waits: dict[str, tuple[int, int]] = {}  # the same of a prompt that was next in line
@@ -57,7 +60,8 @@ class Watch:
     partly = [name for name in self.tables if name not in self.prefilled]
     waiting = [name for name, each in self.requests.items() if not each.ended and name not in self.admitted]
     taken = self.dirty | {block for table in [*self.tables.values(), *self.in_flight] for block in table}
-    free = len(self.tables) < self.shape.R and len(taken) + self.shape.N <= self.shape.M
+    room = self.available if self.config.cache.prefix else self.shape.M - len(taken)
+    free = len(self.tables) < self.shape.R and room >= self.shape.N
     for name in (partly or (waiting if free else []))[:1]:
       older = sum(self.left(other) for other in self.tables if other != name)
       waits, bound = self.waits.setdefault(name, (0, older))
@@ -107,6 +111,7 @@ class Watch:
     for work in plan.prefill:
       name, prompt = work.request_id, self.requests[work.request_id].prompt
       assert work.start % S == 0 and len(work.tokens)
+      assert all(self.holds.get(block) == i for i, block in enumerate(self.shared.pop(name, ())))
       assert work.tokens.tolist() == prompt[work.start : work.start + len(work.tokens)].tolist()
       end = work.start + len(work.tokens)
       assert end == len(prompt) or end % S == 0
@@ -121,6 +126,8 @@ class Watch:
       assert work.last == whole
       if whole:
         self.prefilled.add(name)
+        full = self.tables[name][: len(prompt) // S]
+        self.holds |= {block: i for i, block in enumerate(full)}
       cost += len(work.tokens) * (1 if self.config.scheduler.prefill == "chunked" else work.n_layers)
     unfinished = {name for name in self.tables if name not in self.prefilled}
     assert len(unfinished) <= 1
@@ -135,14 +142,22 @@ class Watch:
     taken = {block for other in self.tables.values() for block in other} | self.dirty
     for held in self.in_flight:
       taken |= held - {block for other in self.tables.values() for block in other}
-    assert not set(table) & taken
+    n_shared = request.cached_tokens // S
+    assert n_shared * S == request.cached_tokens < len(request.prompt)
+    self.shared[name] = table[:n_shared]
+    self.dirty -= set(table[:n_shared])
+    assert not set(table[n_shared:]) & taken
     assert all(0 <= block < self.shape.M for block in table)
+    for block in table[n_shared:]:
+      self.holds.pop(block, None)
     self.admitted.append(name)
-    self.tables[name], self.done[name], self.steps[name] = table, {}, 0
+    self.tables[name], self.steps[name] = table, 0
+    self.done[name] = {(layer, block): True for layer in range(self.shape.L) for block in range(n_shared)}
     assert len(self.tables) <= self.shape.R
 
   def ended(self, name: str) -> None:
-    self.dirty |= set(self.tables.pop(name, ()))
+    left = set(self.tables.pop(name, ()))
+    self.dirty |= left - {block for table in self.tables.values() for block in table}
 
 
 @st.composite
@@ -168,7 +183,8 @@ def runs(draw):
   shape = st.tuples(st.integers(1, 80), st.integers(1, 20), st.integers(0, 15))
   wanted = draw(st.lists(shape, min_size=1, max_size=8))  # prompt and output tokens, iteration of arrival
   cancels = draw(st.dictionaries(st.integers(0, 7), st.integers(0, 30), max_size=2))
-  return config(scheduler), limits, wanted, cancels, draw(st.integers(0, 2**16)), draw(st.integers(0, 2))
+  engine_config = override(config(scheduler), [f"cache.prefix={str(draw(st.booleans())).lower()}"])
+  return engine_config, limits, wanted, cancels, draw(st.integers(0, 2**16)), draw(st.integers(0, 2))
 
 
 @given(runs())
@@ -198,6 +214,7 @@ def test_whole_runs(run):
         scheduler.cancel(each, now)
         watch.ended(each.id)
         outcome[each.id] = "cancelled"
+    watch.available = scheduler._allocator.available
     plan = scheduler.schedule(now)
     if not plan.empty:
       watch.plan(plan)
@@ -218,7 +235,8 @@ def test_whole_runs(run):
       break
   assert not out and len(outcome) == len(wanted), "a request never ended"
   assert watch.admitted == [name for name in queued if name in watch.admitted]
-  assert not watch.tables and not watch.dirty and scheduler.pool_blocks_in_use == 0
+  assert not watch.tables and watch.dirty == {*scheduler._allocator._idle} and scheduler.pool_blocks_in_use == 0
+  assert engine_config.cache.prefix or not watch.dirty
   # what was freed can be had again: a request as large as the pool allows is admitted in the first plan
   n_tokens = scheduler.max_request_tokens
   scheduler.add(request("all", n_tokens - 1, 1))

@@ -45,7 +45,7 @@ def cost(**prices: float) -> Cost:
 
 def config(*changes: str) -> EngineConfig:
   small = [
-    "cache.block_tokens=8", "cache.lanes=12", "cache.dram_bytes=4MiB", "cache.hbm_bytes=900KB",
+    "cache.prefix=false", "cache.block_tokens=8", "cache.lanes=12", "cache.dram_bytes=4MiB", "cache.hbm_bytes=900KB",
     "sparse.token_budget=64", "sparse.sink_tokens=8", "sparse.window_tokens=8",
     "scheduler.max_batch=6", "scheduler.max_context=512", "scheduler.max_inject_tokens=512",
   ]  # fmt: skip

@@ -30,6 +30,9 @@ class CacheConfig:
   # Among which slots: all (SparseServe), its layer's equal share, as pools of each layer are (PSA), or its lane's, a
   # hot buffer of each request (HiSparse), of 1 / lanes of all slots however few requests there are.
   zones: Literal["shared", "layer", "lane"] = "shared"
+  # Blocks stay in the pool when their request has ended, as long as there is room, and prompts that begin like it
+  # share them.
+  prefix: bool = True
 
   def __post_init__(self):
     check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "lanes"))

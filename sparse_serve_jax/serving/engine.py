@@ -59,6 +59,7 @@ class Engine:
     self.usage = Usage(executor.shape)
     self.clock: Clock = clock or Wall()
     self._model, self._executor, self._observer = executor.model, executor, observer
+    executor.begin()
     self._scheduler = Scheduler(executor.config, executor.shape)
     self._live: dict[str, Request] = {}
     self._ended: list[Request] = []  # since the last step returned
@@ -127,6 +128,7 @@ class Engine:
       stop_token_ids=self._stops(request_id, params),
       min_tokens=params.min_tokens,
       n_logprobs=params.logprobs or 0,
+      cache_salt=params.cache_salt,
       on_token=on_token,
     )
     if request_id in self._live:

@@ -150,17 +150,23 @@ class JaxExecutor:
     self._host: HostPool | None = None
     self._writer: Writer | None = None
     self._tables: dict[int, np.ndarray] = {}  # of lanes
+    self._empty = True  # no plan has used the cache
     self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
+  def begin(self) -> None:
+    """Before an engine's first plan, while nothing runs: what an earlier one has left in the cache is forgotten."""
+    if not self._empty:
+      self._release(np.arange(self.shape.M, dtype=np.int32))
+    self._empty = True
+
   def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
+    self._empty = False
     step = DispatchedStep(plan.iteration, blocks_saved(plan, self.shape), self._writer, plan.await_saves)
     self._follow_pool()
-    for i in range(0, len(plan.release), RELEASE_WIDTH):
-      freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
-      step.done.append(self._update_hot(self.programs.release, freed))
+    step.done += self._release(plan.release)
     for admission in plan.admit:
       step.done.append(self._admit(admission))
     for work in plan.prefill:
@@ -242,6 +248,10 @@ class JaxExecutor:
     """Before programs whose blocks the host moves."""
     if self._host is not None:
       self._host.follow(self.cache.pool)
+
+  def _release(self, blocks: np.ndarray) -> list[jax.Array]:
+    parts = [blocks[i : i + RELEASE_WIDTH] for i in range(0, len(blocks), RELEASE_WIDTH)]
+    return [self._update_hot(self.programs.release, _pad(part, RELEASE_WIDTH, -1)) for part in parts]
 
   def _update_hot(self, program, *args) -> jax.Array:
     hot, done = program(self.cache.hot, *args)

@@ -60,6 +60,10 @@ class SimulatedExecutor:
     self._done_at = clock.now()  # the last iteration
     self._held = [0] * self.shape.R  # blocks in slots by lane, if there were slots for all
 
+  def begin(self) -> None:
+    """What an earlier engine has left is forgotten."""
+    self._held = [0] * self.shape.R
+
   def submit(self, plan: Plan) -> SimulatedStep:
     """Dispatches the plan and returns at once."""
     stats = self._stats(plan)
