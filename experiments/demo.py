@@ -50,13 +50,13 @@ class Questions:
   """What is asked, and how much memory the answers may take: HBM for the KV of two of them, DRAM for that of all."""
 
   n_prompts: int = 6
-  prompt_tokens: int = 2048
+  prompt_tokens: int = 2000
   new_tokens: int = 24
   budget: int = 512  # tokens attended to, where a rung has a budget
 
   @property
   def max_context(self) -> int:
-    return self.prompt_tokens + 64
+    return self.prompt_tokens + 48  # 64 blocks: one width of block tables, for few programs to compile
 
   @property
   def workload(self) -> workloads.WorkloadConfig:
@@ -69,11 +69,10 @@ class Questions:
     )
 
   def changes(self, cfg: ModelConfig) -> list[str]:
-    """What makes the rungs comparable. HBM is less tails and the like; short chunks take few programs to compile."""
+    """What makes the rungs comparable. HBM is less tails and the like."""
     memory = {"cache.hbm_bytes": 2 * self.kv_bytes(cfg), "cache.dram_bytes": (self.n_prompts + 1) * self.kv_bytes(cfg)}
-    scheduler = {"scheduler.max_context": self.max_context, "scheduler.chunk_tokens": 512}
-    sizes = {"sparse.token_budget": self.budget, "cache.lanes": 8}
-    return [f"{key}={value}" for key, value in (memory | scheduler | sizes).items()]
+    sizes = {"sparse.token_budget": self.budget, "cache.lanes": 8, "scheduler.max_context": self.max_context}
+    return [f"{key}={value}" for key, value in (memory | sizes).items()]
 
   def kv_bytes(self, cfg: ModelConfig) -> int:
     """Of a request at most."""
