@@ -95,7 +95,7 @@ def test_stop_rules():
   assert list(report.certified(ROWS)) == [{"pairs": 1000, "violations": 0, "tolerance": TOLERANCE}]
   both = next(entry for entry in report.stop_rules(ROWS) if entry["threshold"] == 0.9)
   assert (both["psa"]["pairs"], both["psa"]["violations"]) == (2000, 100)
-  other = [*ROWS, stop("psa, last_group, every_head", 0.5, 0.9, 5, 40)]
+  other = [*ROWS, *(stop("psa, last_group, every_head", 0.5, 0.9, 5, 40, task=task) for task in "ab")]
   lines = report.markdown(report.summary(other, [])).splitlines()
   assert "| psa 0.5 | 4.0 | 0.900 | 2,000 | 80.0% | 0.510 | 0.490 | 200 | 6.2% | 12.5% |  |" in lines
   assert any(line.startswith("| psa, last_group, every_head 0.5 | 5.0 |") for line in lines)
