@@ -79,14 +79,14 @@ MUTATIONS = [
     STOP,
     "jnp.where(real, claims, 0.0).sum(-1) / n_heads",
     "claims.mean(-1)",
-    (f"{RULES}::test_claims_land_beside_the_threshold[interpret-mean_of_heads-last_group]",),
+    (f"{RULES}::test_claims_land_beside_the_threshold[mean_of_heads-last_group-interpret]",),
   ),
   Mutation(
     "the last two groups are one",
     STOP,
     "each = jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))",
     "each = jnp.where(before == jnp.inf, each, each)",
-    (f"{RULES}::test_claims_land_beside_the_threshold[xla-every_head-last_two_groups]",),
+    (f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",),
   ),
   Mutation(
     "sinks and window say what is still to come",
@@ -94,8 +94,8 @@ MUTATIONS = [
     "jnp.where(start >= self.untested, group, jnp.inf)",
     "group",
     (
-      f"{RULES}::test_claims_land_beside_the_threshold[xla-every_head-last_two_groups]",
-      f"{RULES}::test_claims_land_beside_the_threshold[interpret-every_head-least]",
+      f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",
+      f"{RULES}::test_claims_land_beside_the_threshold[every_head-least-interpret]",
     ),
   ),
   Mutation(
@@ -271,7 +271,7 @@ MUTATIONS = [
     "sparse_serve_jax/serving/scheduler.py",
     "resident.start, resident.layer = resident.first, layer + n_layers",
     "resident.start, resident.layer = 0, layer + n_layers",
-    ("tests/test_shared_blocks.py::test_a_piece_begins_after_what_is_cached_and_has_a_program[scheduler1-expected1]",),
+    (f"{PREFIX}::test_a_piece_begins_after_what_is_shared_and_has_a_program[scheduler1-expected1]",),
   ),
   Mutation(
     "a shared block is freed by its first owner",

@@ -30,7 +30,7 @@ COUNTERS = (
   "bytes loaded",  # read from DRAM in the iteration
   "bytes saved",  # written to the pool in it
   "bytes in HBM",  # of KV blocks, after it: in slots, or in the pool where that lies there
-  "bytes in DRAM",  # of the pool's blocks that requests own; 0 without offload
+  "bytes in DRAM",  # of the pool's blocks that requests own or the prefix cache keeps; 0 without offload
 )
 
 
@@ -119,7 +119,7 @@ class _Watched:
 
   def __init__(self, executor: Executor, timeline: Timeline):
     self._executor, self._timeline = executor, timeline
-    self._owned: set[int] = set()  # pool blocks that requests own
+    self._owned: set[int] = set()  # pool blocks that requests own or the prefix cache keeps
     self._in_slots = 0
 
   def __getattr__(self, name: str) -> Any:
