@@ -64,7 +64,7 @@ def joined(where: str, parts: Sequence[object]) -> str:
     fields: Mapping[str, Any] = cast("Mapping[str, Any]", part) if isinstance(part, Mapping) else {}
     kind, text = fields.get("type"), fields.get("text")
     if kind != "text" or not isinstance(text, str):
-      told = f"of type {kind!r}" if isinstance(kind, str) and kind != "text" else f"{part!r}"
+      told = f"of type {kind!r}" if isinstance(kind, str) and kind != "text" else repr(cast(object, part))
       raise ValueError(f'{where} has as part {i} one {told:.80}; only {{"type": "text", "text": "..."}} can be read')
     texts.append(text)
   return "".join(texts)
