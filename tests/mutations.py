@@ -246,7 +246,7 @@ MUTATIONS = [
     "sparse_serve_jax/serving/scheduler.py",
     "resident.start, resident.layer = resident.first, layer + n_layers",
     "resident.start, resident.layer = 0, layer + n_layers",
-    ("tests/test_shared_blocks.py::test_a_piece_begins_after_what_is_cached_and_has_a_program[scheduler1-expected1]",),
+    ("tests/test_prefix.py::test_a_piece_begins_after_what_is_shared_and_has_a_program[scheduler1-expected1]",),
   ),
   Mutation(
     "a shared block is freed by its first owner",
