@@ -210,3 +210,14 @@ def test_a_sparse_selection_gives_the_same_tokens_with_and_without(device):
   assert tokens == [request.output_tokens for request in alone]
   assert tokens != [greedy("gqa2", tuple(request.prompt.tolist()), 12) for request in requests]  # it bites
   assert sum(request.cached_tokens for request in requests) > 200 and not any(of.cached_tokens for of in alone)
+
+
+@CPU_AND_GPU
+def test_what_is_hot_stays_hot(device):
+  """Slots for everything: after its request has ended a prompt is read from slots, by a prefill and by decode steps."""
+  engine = new_engine(config("scheduler.max_context=64", "scheduler.max_inject_tokens=128"), tiny_model())
+  for cached in (0, 40):
+    request = engine.add_request(A, 12)
+    engine.run()
+    assert request.output_tokens == greedy("gqa2", tuple(A), 12) and request.cached_tokens == cached
+  assert engine.usage.blocks_attended > 300 and engine.usage.blocks_loaded == 0

@@ -49,8 +49,8 @@ class Usage:
   def peak_hbm_kv_bytes(self) -> int:
     """Bytes over all devices: the fixed part (digests, maps, tails, prefill slab) + most KV blocks held at a time.
 
-    With offload the blocks are those in slots, of prefixes that are kept too: peak slots used x block bytes. Without,
-    they are the pool's: peak pool blocks owned by requests x layers x KV heads x block bytes.
+    With offload the blocks are those in slots, kept ones too: peak slots used x block bytes. Without, they are the
+    pool's: peak pool blocks owned by requests x layers x KV heads x block bytes.
     """
     kv = self._peak_slots * self._shape.block_bytes if self._shape.offload else self._pool_bytes
     return self._shape.fixed_bytes + kv
