@@ -79,14 +79,14 @@ MUTATIONS = [
     STOP,
     "jnp.where(real, claims, 0.0).sum(-1) / n_heads",
     "claims.mean(-1)",
-    (f"{RULES}::test_claims_land_beside_the_threshold[interpret-mean_of_heads-last_group]",),
+    (f"{RULES}::test_claims_land_beside_the_threshold[mean_of_heads-last_group-interpret]",),
   ),
   Mutation(
     "the last two groups are one",
     STOP,
     "each = jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))",
     "each = jnp.where(before == jnp.inf, each, each)",
-    (f"{RULES}::test_claims_land_beside_the_threshold[xla-every_head-last_two_groups]",),
+    (f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",),
   ),
   Mutation(
     "sinks and window say what is still to come",
@@ -94,8 +94,8 @@ MUTATIONS = [
     "jnp.where(start >= self.untested, group, jnp.inf)",
     "group",
     (
-      f"{RULES}::test_claims_land_beside_the_threshold[xla-every_head-last_two_groups]",
-      f"{RULES}::test_claims_land_beside_the_threshold[interpret-every_head-least]",
+      f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",
+      f"{RULES}::test_claims_land_beside_the_threshold[every_head-least-interpret]",
     ),
   ),
   Mutation(
@@ -103,7 +103,7 @@ MUTATIONS = [
     "pallas_kernels/attend.py",
     "group = group * old + mass",
     "group = group + mass",
-    (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[interpret-last_group]",),
+    (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[last_group-interpret]",),
   ),
   Mutation(
     "a split of the hits leaves out its last block",
