@@ -152,7 +152,7 @@ def test_prefill_in_segments_or_chunks(pieces):
 
 
 @CPU_AND_GPU
-@settings(SMALL, MIDDLE, LARGE)
+@settings(SMALL, LARGE)
 def test_hybrid_prefill_from_few_slots(device, setting):
   """Earlier chunks are read back from slots or from the pool, wherever they are."""
   whole, engine = setting.serve(setting.sparse(), slots=9)

@@ -70,7 +70,7 @@ def caught(mutants: Mutants, mutation: Mutation, folder: Path) -> bool:
   return mutants.failed(folder, mutation.tests) == set(mutation.tests)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_mutation_is_caught(mutants: Mutants, tmp_path: Path, part: int):
   mutations = MUTATIONS[part::PARTS]
@@ -78,7 +78,7 @@ def test_every_mutation_is_caught(mutants: Mutants, tmp_path: Path, part: int):
   assert [mutation.name for mutation, yes in zip(mutations, found, strict=True) if not yes] == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_source_itself_passes(mutants: Mutants, tmp_path: Path):
   tests = sorted({test for mutation in MUTATIONS for test in mutation.tests})
   assert mutants.failed(copy_source(tmp_path / "copy"), tests) == set()

@@ -77,5 +77,6 @@ def test_a_chunk_after_a_pause_brings_back_what_was_driven_out():
   assert paused.loaded(last=3) == 0
 
 
+@pytest.mark.soak
 def test_kernels_do_the_same():
   assert run(ROWS + CHUNKS, "working_set", "implementation=interpret").loaded() == 0

@@ -24,6 +24,7 @@ def run(*command: str, platforms: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.soak
 def test_kernels_leave_what_xla_leaves():
   done = run(sys.executable, "-m", "tests.sanitized", platforms="cpu")
   assert done.returncode == 0, done.stdout + done.stderr
