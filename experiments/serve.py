@@ -61,8 +61,9 @@ def main() -> int:
   # All that is wrong with the command line, files or the folder is told by now.
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   clock = Wall()
-  timeline = Timeline(clock)
-  engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)
+  executor = JaxExecutor(config, model)
+  timeline = Timeline(executor.shape)
+  engine = Engine(executor, clock=clock, observer=timeline.observe)
   items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
   if before and not items:
     print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)

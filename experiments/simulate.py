@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Clock, Virtual, Wall
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Executor
+from sparse_serve_jax.serving.plan import Executor, Observed
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, fit, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
@@ -125,7 +126,12 @@ class Asked:
     ]
 
   def serve(
-    self, executor: Executor, clock: Clock, items: list[Item | Refused], rows: list[dict[str, Any]]
+    self,
+    executor: Executor,
+    clock: Clock,
+    items: list[Item | Refused],
+    rows: list[dict[str, Any]],
+    observer: Callable[[Observed], None] | None = None,
   ) -> run.Served:
     """Serves `items`; each adds a row as it ends."""
     start, arrivals = clock.now(), workloads.times_of(self.config, len(items))
@@ -136,7 +142,7 @@ class Asked:
       row.pop("token_s", None)
       rows.append(row)
 
-    return run.serve(Engine(executor, clock=clock), items, arrivals, ended, ignore_eos=True)
+    return run.serve(Engine(executor, clock=clock, observer=observer), items, arrivals, ended, ignore_eos=True)
 
 
 def _measured(config: EngineConfig, model: Model, asked: Asked) -> dict[str, dict[str, Any]]:
@@ -161,8 +167,8 @@ def _calibrate(config: EngineConfig, model: Model, asked: Asked) -> int:
   asked.serve(executor, clock, items, [])  # compiles
   passes: list[list[Iteration]] = []
   for _ in range(_REPEATS.value):
-    stopwatch = Stopwatch(executor, clock)
-    asked.serve(stopwatch.executor, clock, items, [])
+    stopwatch = Stopwatch(config, executor.shape)
+    asked.serve(executor, clock, items, [], stopwatch.observe)
     passes.append(stopwatch.iterations)
   if len({len(one) for one in passes}) > 1:
     raise ValueError(f"the passes have different iterations, {[len(one) for one in passes]}: a request has failed")

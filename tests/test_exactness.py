@@ -204,7 +204,7 @@ def test_alone_equals_in_a_batch(device):
   alone = [serve(sparse, model, [p], N)[0][0] for p in prompts]
 
   plans: list[Plan] = []
-  engine = new_engine(sparse, model, observer=lambda plan, result: plans.append(plan))
+  engine = new_engine(sparse, model, observer=lambda seen: plans.append(seen.plan))
   executor = engine._executor
   assert isinstance(executor, JaxExecutor) and executor.shape.M == 40
   requests = [engine.add_request(p, N) for p in prompts[:4]]

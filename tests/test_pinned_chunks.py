@@ -33,7 +33,7 @@ def run(slots: int, control: str, *assignments: str) -> Run:
   conf = config(
     "scheduler.prefill=chunked", "scheduler.chunk_tokens=40", f"scheduler.batch_control={control}", *assignments
   )
-  observe = lambda plan, result: steps.append((plan, result))  # noqa: E731
+  observe = lambda seen: steps.append((seen.plan, seen.result))  # noqa: E731
   engine = new_engine(with_slots(conf, slots, model), model, observer=observe)
   prompts = [*(prompt_of(SHORT, i) for i in range(3)), prompt_of(LONG, 3)]
   requests = [engine.add_request(prompt, N) for prompt in prompts[:3]]

@@ -17,7 +17,7 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.serving.clock import Virtual
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, Sampling, StepResult
+from sparse_serve_jax.serving.plan import DecodeRow, Observed, Plan, PrefillWork, Sampling
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, Seconds, Work, fit, not_negative_least_squares, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
@@ -119,8 +119,9 @@ def test_a_loaded_device_delays_who_comes_later():
 def test_a_stopwatch_tells_the_seconds_of_every_iteration():
   clock = Virtual()
   device = executor(config(), clock)
-  watch = Stopwatch(device, clock)
-  run.serve(Engine(watch.executor, clock=clock), items([300, 90, 33], [12, 5, 30]), [0, 0, 0.5], lambda _: None)
+  watch = Stopwatch(device.config, device.shape)
+  engine = Engine(device, clock=clock, observer=watch.observe)
+  run.serve(engine, items([300, 90, 33], [12, 5, 30]), [0, 0, 0.5], lambda _: None)
   assert len(watch.iterations) > 30
   for iteration in watch.iterations:
     assert iteration.seconds == pytest.approx(device._seconds.of(iteration.work), abs=1e-12)
@@ -365,7 +366,8 @@ class Watch:
     self.paused_most = 0
     self.full = Counter[str]()  # iterations that reached a bound
 
-  def __call__(self, plan: Plan, result: StepResult) -> None:
+  def __call__(self, seen: Observed) -> None:
+    plan, result = seen.plan, seen.result
     for name in [name for name, left in self.prefilled.items() if left == 0]:
       self._end(name)
     for admission in plan.admit:

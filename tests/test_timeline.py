@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import numbers
-from typing import Any
 
 import pytest
 
@@ -39,8 +38,8 @@ def watched(clock: Virtual | None = None, **sizes) -> tuple[Engine, Timeline]:
     return submit(plan)
 
   executor.execute, executor.submit = taking_a_second, taking_a_tenth
-  line = Timeline(clock)
-  return Engine(line.watch(executor), clock=clock), line
+  line = Timeline(executor.shape)
+  return Engine(executor, clock=clock, observer=line.observe), line
 
 
 def slices(trace: dict, pid: int, tid: int) -> list[tuple[str, float, float]]:
@@ -198,7 +197,7 @@ def test_counters_and_the_file(tmp_path):
     assert [e["ts"] / 1e6 for e in trace["traceEvents"] if e["name"] == name] == pytest.approx(moments)
 
 
-def test_counters_of_a_pool_in_hbm_of_an_idle_device_and_of_one_that_failed():
+def test_counters_of_a_pool_in_hbm_and_of_an_idle_device():
   engine, line = watched(offload=False, P=0)
   engine.add_request([1, 2], 1)
   engine.run()
@@ -207,27 +206,18 @@ def test_counters_of_a_pool_in_hbm_of_an_idle_device_and_of_one_that_failed():
   engine.run()
   one, told = SHAPE.L * SHAPE.K * 2 * S * SHAPE.D * 4, counts(line.to_dict())
   assert told["bytes in DRAM"] == [0] * 9
-  # 20 + 2 tokens are three blocks; the prefix cache keeps the two full ones.
-  assert told["bytes in HBM"] == [one, one, 0, 0, 3 * one, 3 * one, 3 * one, 2 * one, 2 * one]
+  assert told["bytes in HBM"] == [one, one, 0, 0, 3 * one, 3 * one, 3 * one, 0, 0]  # 20 + 2 tokens are three blocks
   assert told["decode rows"] == [0, 0, 0, 0, 0, 1, 0, 0, 0]
-  seen: Any = line.watch(fake_executor())
-  seen._owned = {1, 2}
-  seen.reset()
-  assert not seen._owned
 
 
 def test_nothing_to_show():
-  check_form(Timeline(Virtual()).to_dict())
+  check_form(Timeline(fake_executor().shape).to_dict())
 
 
-def test_a_watched_executor_is_one():
-  """What is not watched is the executor's own, and what fails is not drawn."""
+def test_what_fails_is_not_drawn():
   executor = fake_executor()
-  line = Timeline(Virtual())
-  seen = line.watch(executor)
-  engine = Engine(seen)
-  seen.forget("a")
-  assert executor.forgotten == ["a"]
+  line = Timeline(executor.shape)
+  engine = Engine(executor, observer=line.observe)
 
   def interrupted(plan):
     raise KeyboardInterrupt

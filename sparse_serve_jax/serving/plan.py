@@ -134,6 +134,17 @@ class Dispatched(Protocol):
     ...
 
 
+class Observed(NamedTuple):
+  """An iteration that has run. Times are seconds of the engine's clock."""
+
+  plan: Plan
+  result: StepResult
+  planned: float  # handed to the executor
+  dispatched: float  # the executor has returned
+  done: float  # the result was read
+  pool_blocks: int  # that requests own while it runs
+
+
 class ServedModel(Protocol):
   """What an engine needs to know of a model."""
 

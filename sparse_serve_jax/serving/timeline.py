@@ -1,7 +1,7 @@
 """What happened when, as a picture: a JSON file that https://ui.perfetto.dev and chrome://tracing open.
 
-  timeline = Timeline(clock)
-  engine = Engine(timeline.watch(executor), clock=clock)
+  timeline = Timeline(executor.shape)
+  engine = Engine(executor, observer=timeline.observe)
   timeline.add(request)  # each, when it has ended
   timeline.write("timeline.json")
 
@@ -17,10 +17,10 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-from sparse_serve_jax.serving.clock import Clock
-from sparse_serve_jax.serving.plan import Executor, Plan, StepResult, StepStats
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving.plan import Observed, StepStats
 from sparse_serve_jax.serving.request import Request
 
 ENGINE, REQUESTS = 1, 2  # processes of the trace
@@ -30,7 +30,7 @@ COUNTERS = (
   "bytes loaded",  # read from DRAM in the iteration
   "bytes saved",  # written to the pool in it
   "bytes in HBM",  # of KV blocks, after it: in slots, or in the pool where that lies there
-  "bytes in DRAM",  # of the pool's blocks that requests own or the prefix cache keeps; 0 without offload
+  "bytes in DRAM",  # of the pool's blocks that requests own; 0 without offload
 )
 
 
@@ -52,15 +52,35 @@ class _Iteration:
 class Timeline:
   """Collects iterations and requests in memory."""
 
-  def __init__(self, clock: Clock):
-    """Takes the engine's clock."""
-    self._clock = clock
+  def __init__(self, shape: CacheShape):
+    """Takes the shape of the engine's cache, for bytes."""
+    self._shape = shape
+    self._in_slots = 0  # blocks, after the last iteration that told
     self._iterations: list[_Iteration] = []
     self._requests: list[Request] = []
 
-  def watch(self, executor: Executor) -> Executor:
-    """The executor, whose iterations are noted when their results are read."""
-    return cast(Executor, _Watched(executor, self))
+  def observe(self, seen: Observed) -> None:
+    """Takes an iteration of the engine."""
+    plan, stats, shape = seen.plan, seen.result.stats, self._shape
+    if plan.prefill or plan.decode:  # others do not tell
+      self._in_slots = stats.slots_used
+    owned = seen.pool_blocks * shape.L * shape.K
+    held = (self._in_slots, owned) if shape.offload else (owned, 0)
+    moved = (n * shape.block_bytes for n in (stats.loaded, stats.saved, *held))
+    start = max(seen.dispatched, self._iterations[-1].done) if self._iterations else seen.dispatched
+    self._iterations.append(
+      _Iteration(
+        number=plan.iteration,
+        planned=seen.planned,
+        dispatched=seen.dispatched,
+        done=seen.done,
+        start=start,
+        prefill_tokens=sum(len(work.tokens) * work.n_layers for work in plan.prefill),
+        decode=tuple(row.request_id for row in plan.decode),
+        stats=stats,
+        counters=(len(plan.decode), *moved),
+      )
+    )
 
   def add(self, request: Request) -> None:
     """Takes a request that has ended."""
@@ -81,15 +101,6 @@ class Timeline:
       if "dur" in event:
         event["dur"] = round(event["dur"] * 1e6, 3)
     return {"displayTimeUnit": "ms", "traceEvents": events}
-
-  def _done(self, plan: Plan, planned: float, dispatched: float, result: StepResult, counters: tuple[int, ...]) -> None:
-    done = self._clock.now()
-    start = max(dispatched, self._iterations[-1].done) if self._iterations else dispatched
-    tokens = sum(len(work.tokens) * work.n_layers for work in plan.prefill)
-    decode = tuple(row.request_id for row in plan.decode)
-    self._iterations.append(
-      _Iteration(plan.iteration, planned, dispatched, done, start, tokens, decode, result.stats, counters)
-    )
 
   def _engine_events(self) -> Iterator[dict[str, Any]]:
     for it in self._iterations:
@@ -112,57 +123,6 @@ class Timeline:
       args = {"request": request.id, "prompt tokens": len(request.prompt), "finish": request.finish_reason}
       for phase, start, end in _phases(request, ran.get(request.id, [])):
         yield _slice(phase, REQUESTS, line, start, end, args)
-
-
-class _Watched:
-  """An executor, and when it did what."""
-
-  def __init__(self, executor: Executor, timeline: Timeline):
-    self._executor, self._timeline = executor, timeline
-    self._owned: set[int] = set()  # pool blocks that requests own or the prefix cache keeps
-    self._in_slots = 0
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._executor, name)
-
-  def submit(self, plan: Plan) -> _WatchedStep:
-    planned = self._timeline._clock.now()
-    step = self._executor.submit(plan)
-    self._owned.difference_update(plan.release.tolist())
-    for admission in plan.admit:
-      self._owned.update(admission.table.tolist())
-    return _WatchedStep(step, plan, planned, self._timeline._clock.now(), self, len(self._owned))
-
-  def reset(self) -> None:
-    self._executor.reset()
-    self._owned.clear()
-
-  def done(self, step: _WatchedStep, result: StepResult) -> None:
-    """Takes an iteration whose result has been read."""
-    shape, stats, plan = self._executor.shape, result.stats, step.plan
-    if plan.prefill or plan.decode:  # others do not tell
-      self._in_slots = stats.slots_used
-    owned = step.owned * shape.L * shape.K
-    held = (self._in_slots, owned) if shape.offload else (owned, 0)
-    moved = (n * shape.block_bytes for n in (stats.loaded, stats.saved, *held))
-    self._timeline._done(plan, step.planned, step.dispatched, result, (len(plan.decode), *moved))
-
-
-@dataclasses.dataclass
-class _WatchedStep:
-  """An iteration on its way, whose result is read once."""
-
-  step: Any
-  plan: Plan
-  planned: float
-  dispatched: float
-  watched: _Watched
-  owned: int  # pool blocks that requests own while it runs
-
-  def result(self) -> StepResult:
-    result = self.step.result()
-    self.watched.done(self, result)
-    return result
 
 
 def _phases(request: Request, ran: list[_Iteration]) -> Iterator[tuple[str, float, float]]:
