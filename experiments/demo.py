@@ -53,6 +53,7 @@ class Questions:
   prompt_tokens: int = 2000
   new_tokens: int = 24
   budget: int = 512  # tokens attended to, where a rung has a budget
+  rungs: tuple[str, ...] = RUNGS
 
   @property
   def max_context(self) -> int:
@@ -85,11 +86,11 @@ def main(directory: str | None = None, of: Questions | None = None) -> None:
   model = load_model(REFERENCE if directory is None else directory, dtype="float32")
   made = workloads.read(of.workload)(model.tokenizer, of.max_context)
   items = [dataclasses.replace(item, options={"ignore_eos": True}) for item in made if isinstance(item, Item)]
-  configs = ladder.read_rungs(RUNGS, of.changes(model.config))
+  configs = ladder.read_rungs(of.rungs, of.changes(model.config))
   ladder.check(configs, model.config, items)
   with tempfile.TemporaryDirectory() as folder:
     run = ladder.Ladder(model, configs, items, lambda _: np.zeros(len(items)), pathlib.Path(folder))
-    cells = {rung: run.cell(rung, 0.0) for rung in RUNGS}  # at no rate: all at once
+    cells = {rung: run.cell(rung, 0.0) for rung in of.rungs}  # at no rate: all at once
   rows = {rung: {name: _scaled(cell[key], by) for name, (key, by) in ROWS.items()} for rung, cell in cells.items()}
   asked = f"{of.n_prompts} questions about texts of {of.prompt_tokens} tokens ({', '.join(TASKS)})"
   hbm, all_kv = (f"{n * of.kv_bytes(model.config) / 1e6:.0f} MB" for n in (2, of.n_prompts))

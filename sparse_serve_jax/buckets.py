@@ -105,15 +105,17 @@ class Buckets:
     """
     return self._programs(self.whole, self.chunks)
 
-  def programs_of(self, prompts: Iterable[int]) -> list[tuple[str, int, int]]:
-    """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them."""
+  def programs_of(self, prompts: Iterable[int], shared: bool = True) -> list[tuple[str, int, int]]:
+    """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them; unless `shared`, if no
+    two of them begin alike.
+    """
     prompts = set(prompts)
     cut = [n for n in prompts if self.chunked or n > self.allowance]
     longest = min(max(cut, default=0), self.full)  # of a piece
     whole = {self.piece(n, 0) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)
     }
-    if self.resumes:  # what is left of one after its first block, or after more
+    if self.resumes and shared:  # what is left of one after its first block, or after more
       longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.whole[-1]))
     return self._programs(sorted(whole), [c for c in self.chunks if longest > 0 and c <= _up(self.chunks, longest)])
 

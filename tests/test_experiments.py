@@ -148,12 +148,13 @@ def test_the_kernels_readme_runs(capsys):
 
 
 @pytest.mark.slow
-def test_the_demos_rungs(capsys, optimized):
-  of, size = demo.Questions(n_prompts=3, prompt_tokens=1024, new_tokens=8, budget=256), 32
+@pytest.mark.parametrize("names", [("sparse", "psa"), pytest.param(demo.RUNGS, marks=pytest.mark.soak)], ids=len)
+def test_the_demos_rungs(capsys, optimized, names):
+  of, size = demo.Questions(n_prompts=3, prompt_tokens=1024, new_tokens=8, budget=256, rungs=names), 32
   demo.main(of=of)
   *printed, last = capsys.readouterr().out.splitlines()
   rungs = json.loads(last)
-  assert list(rungs) == printed[1].split() == ["dense", "sparse", "sparse_serve", "psa"]
+  assert list(rungs) == printed[1].split() == list(names)
 
   model = load_model(demo.REFERENCE, dtype="float32")
   hbm = 2 * of.kv_bytes(model.config)  # without offload room for one request
@@ -163,10 +164,9 @@ def test_the_demos_rungs(capsys, optimized):
   per_block = model.config.n_layers * model.config.n_kv_heads
   full = sum((length + step) // size for length in lengths for step in range(of.new_tokens - 1)) * per_block
   in_budget = of.n_prompts * (of.new_tokens - 1) * (of.budget // size) * per_block
-  assert rungs["dense"]["blocks attended"] == full
-  assert rungs["sparse"]["blocks attended"] == rungs["sparse_serve"]["blocks attended"] == in_budget < full
   assert in_budget / 4 < rungs["psa"]["blocks attended"] <= full
   for name, row in rungs.items():
+    assert name == "psa" or row["blocks attended"] == (full if name == "dense" else in_budget) > 0
     offloads = name in ("sparse_serve", "psa")
     assert 0 < row["HBM KV bytes"] <= hbm
     assert (row["blocks loaded"] > 0) == offloads == (row["DRAM KV bytes"] > hbm)

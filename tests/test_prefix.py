@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.allocator import BlockAllocator
-from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain
+from sparse_serve_jax.memory.prefix import PrefixIndex, begin_alike, hash_chain
 from sparse_serve_jax.serving.plan import Plan, StepResult
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.scheduler import Scheduler
@@ -331,6 +331,14 @@ def test_less_than_a_sixteenth_is_not_worth_it():
   scheduler = Scheduler(config(), shape_of())
   serve(scheduler, request("first", 9), less := request("less", 16 * S + 1))
   assert less.cached_tokens == 0
+
+
+@pytest.mark.parametrize("n", [16 * S, 16 * S + 1])
+def test_whether_prompts_begin_alike_is_what_the_scheduler_finds(n: int):
+  first, other = np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32) + 1
+  alike = np.concatenate([first[:S], other[S:]])
+  assert begin_alike([first, alike], S) == begin_alike([other, alike, first], S) == (n == 16 * S)
+  assert not begin_alike([first, other], S) and begin_alike([first, first], S) and not begin_alike([first[:S]] * 2, S)
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("dense", 40), ("topk", 24), ("psa", 8)])

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sparse_serve_jax import results
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
+from sparse_serve_jax.memory.prefix import begin_alike
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.serving import metrics, run
@@ -226,7 +227,8 @@ class Ladder:
       self._executor = None  # its memory is what the next one takes
       start, executor = time.monotonic(), JaxExecutor(self._configs[rung], self._model)
       sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
-      n = executor.compile([len(item.prompt) for item in self._items], sampled)
+      prompts = [item.prompt for item in self._items]
+      n = executor.compile(map(len, prompts), sampled, begin_alike(prompts, executor.shape.S))
       print(f"{rung}: {n} programs compiled in {time.monotonic() - start:.1f} s", file=sys.stderr)
       self._executor = rung, executor
     return self._executor[1]

@@ -9,12 +9,15 @@ beginning, as whoever uses a block uses all before it.
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from sparse_serve_jax.memory.allocator import BlockAllocator
 
+LEAST_SHARE = 16  # of a prompt: reading earlier blocks costs a pass over the rest, and programs of its own
 _HASH_BYTES = 16  # two chains of one hash are not to be found, by nobody who tries
 
 
@@ -33,6 +36,20 @@ def hash_chain(
     made.update(content[end - n_bytes : end])
     chain.append(last := made.digest())
   return chain
+
+
+def is_worth(n_shared: int, n_prompt: int) -> bool:
+  """Whether a prompt of so many tokens uses so many that others have computed: 1 / `LEAST_SHARE` of it, or more."""
+  return n_shared > 0 and n_shared * LEAST_SHARE >= n_prompt
+
+
+def begin_alike(prompts: Iterable[np.ndarray], block_tokens: int) -> bool:
+  """Whether any prompt, int32 [T] each, begins so much like another that it would use its blocks."""
+  prompts = list(prompts)
+  chains = [hash_chain(prompt, block_tokens)[: (len(prompt) - 1) // block_tokens] for prompt in prompts]
+  times = Counter(itertools.chain.from_iterable(chains))
+  alike = [sum(1 for _ in itertools.takewhile(lambda link: times[link] > 1, chain)) for chain in chains]
+  return any(is_worth(n * block_tokens, len(prompt)) for n, prompt in zip(alike, prompts, strict=True))
 
 
 class PrefixIndex:

@@ -211,7 +211,7 @@ class JaxExecutor:
     number = jax.device_put(self._host.numbers, kv_cache.cache_shardings(self.mesh, self.shape.offload).hot.pool_id)
     return cache.replace(hot=cache.hot.replace(pool_id=number))
 
-  def compile(self, prompts: Iterable[int], sampled: bool = False) -> int:
+  def compile(self, prompts: Iterable[int], sampled: bool = False, shared: bool = True) -> int:
     """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
 
     Each program runs once, on nothing: no row, no layer.
@@ -219,12 +219,13 @@ class JaxExecutor:
     Args:
       prompts: lengths in tokens.
       sampled: also where tokens are drawn, and not the most likely ones taken.
+      shared: also where a prompt begins like another (`prefix.begin_alike`), with `cache.prefix`.
 
     Returns:
       The number of programs.
     """
     fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
-    needed = [of for of in self.buckets.programs_of(fit) if sampled or of[0] != "sampled decode"]
+    needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or of[0] != "sampled decode"]
     sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0), "prefill": Sampling()}
     size, nowhere, name = self.shape.S, self.shape.R, "nothing"
     self._follow_pool()

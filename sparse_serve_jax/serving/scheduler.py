@@ -17,12 +17,10 @@ import numpy as np
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
-from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain
+from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillWork, StepResult
 from sparse_serve_jax.serving.request import Request, State
-
-LEAST_SHARE = 16  # of a prompt: reading earlier blocks costs a pass over the rest, and programs of its own
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,7 +113,7 @@ class Scheduler:
     that no token depends on who shares what;
   - none of a request whose logits were not finite.
 
-  Nobody is passed for the sake of a prefix, and none is used that is below 1 / `LEAST_SHARE` of its prompt. Blocks that
+  Nobody is passed for the sake of a prefix, and none is used that is not worth it (`prefix.is_worth`). Blocks that
   nobody has any more are kept until a request needs room, which so waits for others that run, and never for the cache.
 
   The paper leaves the unit of T_max open. Here it is the work of so many tokens through the whole model: a decode row
@@ -398,7 +396,7 @@ class Scheduler:
       return None
     request = self._waiting[0]
     blocks = self._prefix.find(request.chain[: (len(request.prompt) - 1) // self._shape.S])
-    if len(blocks) * self._shape.S * LEAST_SHARE < len(request.prompt):
+    if not is_worth(len(blocks) * self._shape.S, len(request.prompt)):
       blocks = blocks[:0]
     if self._late and (self._written_in[blocks] > self._landed).any():
       return None
