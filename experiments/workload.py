@@ -86,7 +86,8 @@ class WorkloadFlags:
     config = workloads.load_workload(self._workload.value or (implied or [self._default])[0])
     for name in implied:
       if name != config.source:
-        raise ValueError(f"--{paths[name].name} is for a workload of {name}, and this is one of {config.source}")
+        asked = self._workload.value or implied[0]
+        raise ValueError(f"--{paths[name].name} is for a workload of {name}, and {asked} is one of {config.source}")
     if config.source in paths and not (config.path or implied):
       raise ValueError(f"a workload of {config.source} needs --{paths[config.source].name}")
     changes: dict[str, Any] = {

@@ -112,7 +112,7 @@ def _object(text: str, file: str | pathlib.Path, line: int) -> dict[str, Any]:
     made = json.loads(text)
   except json.JSONDecodeError as error:
     where = f"{file}:{line + error.lineno - 1}"
-    raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    raise ValueError(f"{where}: not JSON: {error.msg}, column {error.colno}") from None
   except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
     raise ValueError(f"{file}:{line}: not JSON that can be read: {error}") from None
   if not isinstance(made, dict):

@@ -158,7 +158,9 @@ class LLM:
     Raises:
       ValueError: something is no conversation, the template refuses one, or as of `generate`. Nothing is run then.
     """
-    if isinstance(messages, str) or (messages and isinstance(messages[0], str)):
+    given = cast(object, messages)
+    none = isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence)
+    if none or (messages and isinstance(messages[0], str)):
       raise ValueError(f"chat takes messages such as {prompting.FORM}, got {messages!r:.80}; generate takes texts")
     one = not messages or prompting.is_message(messages[0])
     conversations = cast("Sequence[Sequence[Message]]", [messages] if one else messages)
@@ -211,6 +213,8 @@ class LLM:
     (asked,) = _params(params, options, 1)
     if asked.n > 1:
       raise ValueError(f"a stream is one output, got n={asked.n}")
+    if isinstance(cast(object, prompt), bytes | Mapping) or not isinstance(cast(object, prompt), Sequence | np.ndarray):
+      raise ValueError(f"a stream takes a text, token ids or messages such as {prompting.FORM}, got {prompt!r:.80}")
     self._prepare()
     if not isinstance(prompt, str) and len(prompt) and prompting.is_message(prompt[0]):
       ids = self.encode_chat(cast("Sequence[Message]", prompt))

@@ -79,6 +79,7 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
   [
     (["dense", "sprase"], [], "did you mean 'sparse'?"),
     (["psa", "psa"], [], "the rung psa is given twice"),
+    ([], [], "a ladder has one rung or more, got none"),
     (["psa"], ["cache.load=gather"], "psa: a rung whose parts exclude each other: cache.load='gather'"),
     (RUNGS, ["cache.hbm_bytes=300KiB"], "sparse_serve: cache.hbm_bytes=307200 is below the minimum of .* psa: cache"),
     (["psa"], ["sparse.dense_layers=9"], "psa: sparse.dense_layers=9 is beyond the model's 4"),

@@ -197,11 +197,19 @@ def test_parts_of_type_text_are_joined(llm: LLM):
     ),
     ([{"role": "user", "content": ["x"]}], "has as part 0 one 'x'; only"),
     ([{"role": "user", "content": [{"type": "text"}]}], "has as part 0 one {'type': 'text'}; only"),
+    (ASKED[0], "chat takes messages such as .*, got {'role'"),
+    (5, "chat takes messages such as .*, got 5"),
   ],
 )
 def test_what_is_no_conversation(llm: LLM, messages, message):
   with pytest.raises(ValueError, match=message):
     llm.chat(messages, max_tokens=2)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"text", {"role": "user", "content": "x"}])
+def test_what_cannot_be_streamed(llm: LLM, prompt: Any):
+  with pytest.raises(ValueError, match=r"a stream takes a text, token ids or messages such as .*, got "):
+    llm.stream(prompt)
 
 
 class Recording(ByteTokenizer):
@@ -344,7 +352,7 @@ def test_a_cpu_computes_in_float32_and_says_so(caplog):
 
   assert load_model_here(model).config.dtype == "float32"
   assert [record.getMessage() for record in caplog.records] == [
-    "reference is bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps its own"
+    "reference would run in bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps the other"
   ]
   caplog.clear()
   memory = {"cache.hbm_bytes": "16MiB", "cache.dram_bytes": "64MiB", "scheduler.max_context": 1024}

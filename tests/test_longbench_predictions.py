@@ -222,7 +222,7 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
   assert {name: len(rows) for name, rows in found.items()} == {"qasper": 3, "samsum": 4, "lcc": 3, "trec": 3}
   wrong = {(name, i): row["error"] for name, rows in found.items() for i, row in enumerate(rows) if "error" in row}
   assert wrong == {
-    ("samsum", 3): f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value at column 12",
+    ("samsum", 3): f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value, column 12",
     ("lcc", 1): f"{data / 'lcc.jsonl'}:2: the row lacks 'length'",
     ("trec", 1): f"{data / 'trec.jsonl'}:2: request 'trec-1': {n} prompt + 5 output tokens = {n + 5}, but only 384 "
     "tokens would fit (the context, or the pool of 256 blocks of 8)",

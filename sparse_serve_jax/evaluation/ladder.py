@@ -56,8 +56,10 @@ def read_rungs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, E
     changes: overrides of them all, such as "cache.hbm_bytes=8GiB".
 
   Raises:
-    ValueError: there is no such rung, it is given twice, or its parts exclude each other.
+    ValueError: there is none, or no such rung, it is given twice, or its parts exclude each other.
   """
+  if not names:
+    raise ValueError("a ladder has one rung or more, got none")
   configs: dict[str, EngineConfig] = {}
   for given in names:
     name = pathlib.Path(given).stem

@@ -2,8 +2,9 @@
 
 A row has one of "prompt" (text), "prompt_token_ids" and "messages" (a conversation, for the model's chat template);
 if wanted "request_id", and of `SamplingParams` "max_tokens" (or "max_new_tokens"), "min_tokens", "temperature",
-"top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos" and "add_special_tokens". Null is as if not given, and
-other keys are the user's own. A row that is wrong is refused, with file and line, and the others are served.
+"top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "add_special_tokens" and "cache_salt"; not "stop",
+"n" and "logprobs". Null is as if not given, and other keys are the user's own. A row that is wrong is refused, with
+file and line, and the others are served.
 """
 
 from __future__ import annotations
