@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from sparse_serve_jax.attention import methods
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import accuracy, replay, selections
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
+from tests import forks
 
 CFG = ModelConfig(
   vocab_size=264, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=48, max_context=1024,
@@ -174,8 +174,8 @@ def test_a_run_goes_on(model, tmp_path):
   arguments += ["--tasks=key_value", "--requests=2", "--trace_steps=40", "--steps=96"]
 
   def run(*more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "experiments.accuracy", f"--model={tmp_path / 'model'}", f"--out={out}"]
-    return subprocess.run([*command, *arguments, *more], capture_output=True, text=True)
+    folders = f"--model={tmp_path / 'model'}", f"--out={out}"
+    return forks.start("experiments.accuracy", *folders, *arguments, *more)
 
   def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]

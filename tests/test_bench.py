@@ -5,9 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,26 +17,16 @@ from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.models import init_params
 from sparse_serve_jax.results import Rows
+from tests.forks import start
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMED = {"us", "best_us", "spread", "floor_us", "fraction", "moved"}
 NO_GPU = "NotImplementedError: needs an NVIDIA GPU"
 CEILINGS = Ceilings(hbm=4e12, hbm_read=4.4e12, h2d=5e10, d2h=2.5e10, flops=5e14)
 
 
-def start(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-  return subprocess.run(
-    [sys.executable, "-m", f"experiments.{program}", *arguments],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-  )
-
-
 def run(program: str, *arguments: str) -> tuple[list[str], dict[str, dict]]:
   """What a program prints with --smoke: lines, and the JSON object of the last one."""
-  done = start(program, "--smoke", *arguments)
+  done = start(f"experiments.{program}", "--smoke", *arguments)
   assert done.returncode == 0, done.stderr
   *lines, last = done.stdout.splitlines()
   return lines, json.loads(last)
@@ -146,7 +133,7 @@ def test_bench_step(tmp_path):
   ],
 )
 def test_a_mistake_is_told_in_a_line(program, arguments, message):
-  done = start(program, *arguments.split())
+  done = start(f"experiments.{program}", *arguments.split())
   (line,) = done.stderr.splitlines()
   assert done.returncode == 2 and line.startswith("error: ") and message in line and not done.stdout
 

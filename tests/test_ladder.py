@@ -7,8 +7,6 @@ import json
 import math
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,9 +19,9 @@ from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.workloads import Item
+from tests.forks import start
 from tests.tiny import SMALL_SERVING
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNGS = ("sparse_serve", "psa")
 COMMAND = [
   "--model=random:tiny",
@@ -38,8 +36,7 @@ COMMAND = [
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
   """In a process of its own, as commands define the same flags."""
-  command = [sys.executable, "-m", "experiments.ladder", *COMMAND, *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  return start("experiments.ladder", *COMMAND, *arguments)
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import os
 import subprocess
 import sys
 import types
@@ -25,6 +25,7 @@ from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, StepResult, StepStats
 from sparse_serve_jax.workloads import WorkloadConfig
 from sparse_serve_jax.workloads.longbench import SLACK
+from tests import forks
 from tests.longbench import (
   BYTES,
   EOS,
@@ -324,14 +325,7 @@ def test_the_digest_tells_releases_apart(tmp_path):
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
-def start(*arguments: str, program: str = "-m experiments.longbench") -> subprocess.CompletedProcess[str]:
-  return subprocess.run(
-    [sys.executable, *program.split(" ", 1), *arguments],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-  )
+start = functools.partial(forks.start, "experiments.longbench")
 
 
 @pytest.mark.slow
@@ -378,9 +372,14 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   write_lines(tmp_path / "lcc_e.jsonl", [predicted("x", "x", length=5000)])
   before = sorted(tmp_path.iterdir())
   program = (
-    "-c import sys, runpy; sys.modules['jax'] = None; runpy.run_module('experiments.longbench', run_name='__main__')"
+    "import sys, runpy; sys.modules['jax'] = None; runpy.run_module('experiments.longbench', run_name='__main__')"
   )
-  done = start(f"--score_only={tmp_path}", "--code_sim=indel", program=program)
+
+  def score(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, f"--score_only={tmp_path}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+  done = score("--code_sim=indel")
   assert done.returncode == 0 and not done.stderr, done.stderr
   printed = json.loads(done.stdout.splitlines()[-1])
   assert printed["scores"] == {"qasper": 83.33, "lcc": 36.0, "lcc_e": {"0-4k": None, "4-8k": 100.0, "8k+": None}}
@@ -393,7 +392,7 @@ def test_scoring_alone_needs_no_jax(tmp_path):
 
   (tmp_path / "trec.jsonl").write_text("{}\n")
   out = tmp_path / "scores"
-  done = start(f"--score_only={tmp_path}", f"--out={out}", program=program)
+  done = score(f"--out={out}")
   assert done.returncode == 1
   assert done.stderr == f"error: trec: {tmp_path / 'trec.jsonl'}:1: the row lacks 'all_classes'\n"
   assert json.loads((out / "result.json").read_text()) == {**printed["scores"], "lcc": 27.0}

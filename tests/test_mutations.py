@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.forks import Forks
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = 2  # of the mutations, for processes that run beside each other
+IMPORTED = ("numpy", "pytest", "hypothesis", "beartype", "jaxtyping", "jax", "jax.numpy", "flax.struct", "tokenizers")
+OPTIONS = ("-q", "-rf", "--tb=no", "-p", "no:cacheprovider")
 
 
 def copy_source(to: Path) -> Path:
@@ -28,31 +27,27 @@ def copy_source(to: Path) -> Path:
 
 
 class Mutants:
-  """Runs tests of copies of the source, one after another, in forks of one process."""
+  """Runs tests of copies of the source, one after another."""
 
   def __init__(self):
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
-    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing them takes longer than the tests
-    env["PYTHONWARNINGS"] = "ignore:os.fork:RuntimeWarning"  # no thread of jax has begun
-    command = [sys.executable, str(ROOT / "tests" / "mutants.py")]
-    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    self._environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
+    self._environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing them takes longer than the tests
+    self._forks = Forks(IMPORTED, self._environment)
 
   def failed(self, folder: Path, tests: Sequence[str]) -> set[str]:
     """Those of the tests that fail. A test that is not found, or an import that fails, is an error here."""
-    out = folder / "out.txt"
-    assert self._process.stdin and self._process.stdout
-    self._process.stdin.write(json.dumps({"folder": str(folder), "tests": list(tests), "out": str(out)}) + "\n")
-    self._process.stdin.flush()
-    status, said = self._process.stdout.readline().strip(), out.read_text()
-    assert status in ("0", "1"), said
-    lines = said.splitlines()
+    arguments = *OPTIONS, f"--rootdir={folder}", *tests
+    done = self._forks.run("pytest", *arguments, folder=folder, environment=self._environment)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    lines = done.stdout.splitlines()
     # "3 failed, 1 passed in 2s": what ran is what was asked for
     words = lines[-1].replace(",", "").split()
-    assert sum(int(n) for n, what in itertools.pairwise(words) if what in ("passed", "failed")) == len(tests), said
+    ran = sum(int(n) for n, what in itertools.pairwise(words) if what in ("passed", "failed"))
+    assert ran == len(tests), done.stdout
     return {line.removeprefix("FAILED ").partition(" - ")[0] for line in lines if line.startswith("FAILED ")}
 
   def close(self) -> None:
-    self._process.communicate()  # ends its input, waits for it and closes its pipes
+    self._forks.close()
 
 
 @pytest.fixture
@@ -71,11 +66,9 @@ def caught(mutants: Mutants, mutation: Mutation, folder: Path) -> bool:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("part", range(PARTS))
-def test_every_mutation_is_caught(mutants: Mutants, tmp_path: Path, part: int):
-  mutations = MUTATIONS[part::PARTS]
-  found = [caught(mutants, mutation, tmp_path / str(i)) for i, mutation in enumerate(mutations)]
-  assert [mutation.name for mutation, yes in zip(mutations, found, strict=True) if not yes] == []
+def test_every_mutation_is_caught(mutants: Mutants, tmp_path: Path):
+  found = [caught(mutants, mutation, tmp_path / str(i)) for i, mutation in enumerate(MUTATIONS)]
+  assert [mutation.name for mutation, yes in zip(MUTATIONS, found, strict=True) if not yes] == []
 
 
 @pytest.mark.soak

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +22,8 @@ from sparse_serve_jax.simulation.executor import SimulatedExecutor
 from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, typical
 from sparse_serve_jax.simulation.reuse import Blocks, Reuse, fit_reuse
 from sparse_serve_jax.workloads import Item
+from tests.forks import start
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ModelConfig(
   vocab_size=97, d_model=8, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=8, max_context=4096, dtype="float32"
 )
@@ -317,7 +315,7 @@ def test_the_command_simulates_a_trace_and_refuses_what_is_wrong(tmp_path):
 
   def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     of = [f"--cost={file}", "--set=cache.hbm_bytes=64MiB", "--set=scheduler.max_context=4096", *arguments]
-    return subprocess.run([sys.executable, "-m", "experiments.simulate", *of], cwd=ROOT, capture_output=True, text=True)
+    return start("experiments.simulate", *of)
 
   done = command(f"--trace={trace}", f"--out={out}")
   assert done.returncode == 0, done.stderr

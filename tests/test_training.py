@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, 
 from sparse_serve_jax.training import attention_losses, data, trainer
 from sparse_serve_jax.training.config import AttentionLossWeights, Optimizer, Sources, Stage, TrainConfig
 from sparse_serve_jax.training.vocabulary import train_tokenizer
+from tests import forks
 
 MODEL = ModelConfig(
   vocab_size=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=128, max_context=64,
@@ -288,8 +288,7 @@ RUN = {
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-  command = [sys.executable, "-m", "experiments.train_reference", "--workers=0", *arguments]
-  return subprocess.run(command, capture_output=True, text=True)
+  return forks.start("experiments.train_reference", "--workers=0", *arguments)
 
 
 @pytest.mark.slow
