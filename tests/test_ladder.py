@@ -19,7 +19,7 @@ from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.workloads import Item
-from tests.forks import start
+from tests.forks import ROOT, start
 from tests.tiny import SMALL_SERVING
 
 RUNGS = ("sparse_serve", "psa")
@@ -315,15 +315,7 @@ def test_tokens_up_to_where_they_part():
 def test_rows_that_are_refused_are_told_before_a_model_is_loaded(tmp_path):
   file = tmp_path / "rows.jsonl"
   file.write_text('{"prompt": "x"}\n{"prompt": 5}\n')
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.ladder",
-    f"--jsonl={file}",
-    "--model=absent",
-    f"--out={tmp_path / 'out'}",
-  ]
-  done = subprocess.run(command, capture_output=True, text=True)
+  done = start("experiments.ladder", f"--jsonl={file}", "--model=absent", f"--out={tmp_path / 'out'}")
   refused, error = done.stderr.splitlines()
   assert refused == f'refused: {file}:2: "prompt" is a text, got 5'
   assert done.returncode == 2 and error.startswith("error: 'absent' is no model")
