@@ -380,6 +380,29 @@ def test_nor_those_of_one_that_was_cancelled_before_that_was_known():
   assert later.cached_tokens == 0
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_nor_by_the_blocks_of_one_that_shared_them_before_that_was_known(cancelled: bool):
+  """Its prefill goes on when the first one's logits are read; its own are not finite either."""
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), shape_of())
+  bad, second = request("bad", 40, 1), request("second", 72)
+  scheduler.add(bad)
+  plans = [scheduler.schedule(0.0) for _ in range(3)]
+  scheduler.add(second)
+  plans += [scheduler.schedule(0.0) for _ in range(2)]
+  for plan in plans[:3]:
+    scheduler.update(dataclasses.replace(result(plan), not_finite=frozenset({"bad"})), 0.0)
+  assert bad.state is State.FAILED and second.cached_tokens == 40
+  plans.append(scheduler.schedule(0.0))
+  assert second.state is State.DECODING
+  if cancelled:
+    scheduler.cancel(second, 0.0)
+  for plan in plans[3:]:
+    scheduler.update(dataclasses.replace(result(plan), not_finite=frozenset({"second"})), 0.0)
+  run(scheduler)
+  serve(scheduler, later := request("later", 72))
+  assert later.cached_tokens == 0
+
+
 def test_the_least_recently_used_gives_way_its_end_first():
   """Of ten blocks a and b keep three and three; c wants six, so that two of a go."""
   scheduler = Scheduler(config(), shape_of(M=10))

@@ -273,10 +273,11 @@ class Scheduler:
     request.chain = []  # which take some room, and requests are kept
 
   def _enter(self, resident: _Resident, more: np.ndarray) -> list[bytes]:
-    """Others may share the blocks of its prompt, and those of `more` tokens, int32, after the prompt's full blocks."""
-    request = resident.request
-    chain = hash_chain(more, self._shape.S, before=request.chain)
-    self._written_in[self._prefix.enter(chain, resident.table)] = resident.prefilled_in
+    """Others may share the blocks of its prompt, and those of `more` tokens, int32, after the prompt's full blocks. Those
+    that it shares are found already, or have left because they are not finite.
+    """
+    chain, own = hash_chain(more, self._shape.S, before=resident.request.chain), resident.first // self._shape.S
+    self._written_in[self._prefix.enter(chain[own:], resident.table[own:])] = resident.prefilled_in
     return chain
 
   # ---------------------------------------------------------------------------------------------------------- decode
