@@ -237,3 +237,18 @@ def test_a_watched_executor_is_one():
   with pytest.raises(KeyboardInterrupt):
     engine.run()
   assert not slices(line.to_dict(), ENGINE, DEVICE)
+
+
+def test_a_new_engine_begins_with_an_empty_pool():
+  """Blocks that the prefix cache of the one before kept are nobody's."""
+  executor, clock = fake_executor(), Virtual(50.0)
+  line = Timeline(clock)
+  seen = line.watch(executor)
+  most = []
+  for n in (5 * S, S):
+    engine, before = Engine(seen, clock=clock), len(counts(line.to_dict()).get("bytes in DRAM", []))
+    engine.add_request(list(range(n)), 2)
+    engine.run()
+    most.append(max(counts(line.to_dict())["bytes in DRAM"][before:]))
+  block = SHAPE.L * SHAPE.K * SHAPE.block_bytes
+  assert most == [6 * block, 2 * block]

@@ -133,9 +133,15 @@ class _Watched:
       self._owned.update(admission.table.tolist())
     return _WatchedStep(step, plan, planned, self._timeline._clock.now(), self, len(self._owned))
 
+  def begin(self) -> None:
+    self._executor.begin()
+    self._owned.clear()
+    self._in_slots = 0
+
   def reset(self) -> None:
     self._executor.reset()
     self._owned.clear()
+    self._in_slots = 0
 
   def done(self, step: _WatchedStep, result: StepResult) -> None:
     """Takes an iteration whose result has been read."""
