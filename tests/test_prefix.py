@@ -10,13 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sparse_serve_jax.attention.methods import METHODS, whole_budget
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain
 from sparse_serve_jax.serving.plan import Plan, StepResult
 from sparse_serve_jax.serving.request import Request, State
-from sparse_serve_jax.serving.scheduler import Scheduler
+from sparse_serve_jax.serving.scheduler import WHOLE_BUDGET, Scheduler
 from tests import test_scheduler
 from tests.test_scheduler import S, pieces, request, result, shape_of
 
@@ -342,6 +343,19 @@ def test_output_is_shared_as_far_as_its_steps_attended_to_everything(policy: str
   follow = np.array([*first.prompt, *first.output_tokens, 5, 5, 5], np.int32)
   serve(scheduler, second := Request("second", follow, 2, 0.0))
   assert second.cached_tokens == expected
+
+
+def test_no_output_is_shared_where_a_method_may_leave_out_what_the_budget_has_room_for():
+  """Top-p reads as few blocks as hold its share."""
+  scheduler = Scheduler(config(method="top_p"), shape_of())
+  serve(scheduler, first := request("first", 15, 30))
+  follow = np.array([*first.prompt, *first.output_tokens, 5], np.int32)
+  serve(scheduler, second := Request("second", follow, 2, 0.0))
+  assert second.cached_tokens == S
+
+
+def test_methods_of_which_output_is_shared_attend_to_all_that_fits():
+  assert {name for name, method in METHODS.items() if method.budget is whole_budget} >= WHOLE_BUDGET
 
 
 def test_the_last_output_token_and_what_follows_a_stop_are_not_shared():
