@@ -29,7 +29,7 @@ from sparse_serve_jax.memory.saves import SAVES, NewBlocks
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
-from sparse_serve_jax.serving.engine import DeviceError
+from sparse_serve_jax.serving.engine import DeviceError, Engine
 from sparse_serve_jax.serving.plan import StepResult, StepStats
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.scheduler import Scheduler
@@ -268,6 +268,20 @@ def test_a_save_that_fails_is_a_failure_of_the_device(monkeypatch):
   again = engine.add_request(PROMPTS[0], N)
   engine.run()
   assert again.output_tokens == greedy("gqa2", tuple(PROMPTS[0]), N)
+
+
+def test_a_new_engine_waits_for_saves_of_the_one_before(monkeypatch):
+  """Which may still be on their way when its last request has ended; iterations are counted anew."""
+  place = Writer._place
+  monkeypatch.setattr(Writer, "_place", lambda *args: (time.sleep(0.2), place(*args)))
+  engine = new_engine(small("cache.save=staged", PREFILLS[0]), tiny_model())
+  for prompt, n in ((PROMPTS[1], N), (PROMPTS[3], N), (PROMPTS[2], 1)):
+    engine.add_request(prompt, n)
+    engine.run()
+  engine = Engine(engine._executor)
+  request = engine.add_request(PROMPTS[0], N)
+  engine.run()
+  assert request.output_tokens == greedy("gqa2", tuple(PROMPTS[0]), N)
 
 
 def test_slabs_on_their_way_count_as_memory():

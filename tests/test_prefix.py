@@ -10,13 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sparse_serve_jax.attention.methods import METHODS, whole_budget
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, begin_alike, hash_chain
 from sparse_serve_jax.serving.plan import Plan, StepResult
 from sparse_serve_jax.serving.request import Request, State
-from sparse_serve_jax.serving.scheduler import Scheduler
+from sparse_serve_jax.serving.scheduler import WHOLE_BUDGET, Scheduler
 from tests import test_scheduler
 from tests.test_scheduler import S, pieces, request, result, shape_of
 
@@ -352,6 +353,19 @@ def test_output_is_shared_as_far_as_its_steps_attended_to_everything(policy: str
   assert second.cached_tokens == expected
 
 
+def test_no_output_is_shared_where_a_method_may_leave_out_what_the_budget_has_room_for():
+  """Top-p reads as few blocks as hold its share."""
+  scheduler = Scheduler(config(method="top_p"), shape_of())
+  serve(scheduler, first := request("first", 15, 30))
+  follow = np.array([*first.prompt, *first.output_tokens, 5], np.int32)
+  serve(scheduler, second := Request("second", follow, 2, 0.0))
+  assert second.cached_tokens == S
+
+
+def test_methods_of_which_output_is_shared_attend_to_all_that_fits():
+  assert {name for name, method in METHODS.items() if method.budget is whole_budget} >= WHOLE_BUDGET
+
+
 def test_the_last_output_token_and_what_follows_a_stop_are_not_shared():
   """No step has had them as input, or one that does not count."""
   for n_output, token in ((9, 1), (30, test_scheduler.STOP)):
@@ -385,6 +399,29 @@ def test_nor_those_of_one_that_was_cancelled_before_that_was_known():
   scheduler.cancel(bad, 0.0)
   scheduler.update(StepResult({}, {}, result(plan).stats, not_finite=frozenset({"bad"})), 0.0)
   serve(scheduler, later := request("later", 40))
+  assert later.cached_tokens == 0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_nor_by_the_blocks_of_one_that_shared_them_before_that_was_known(cancelled: bool):
+  """Its prefill goes on when the first one's logits are read; its own are not finite either."""
+  scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), shape_of())
+  bad, second = request("bad", 40, 1), request("second", 72)
+  scheduler.add(bad)
+  plans = [scheduler.schedule(0.0) for _ in range(3)]
+  scheduler.add(second)
+  plans += [scheduler.schedule(0.0) for _ in range(2)]
+  for plan in plans[:3]:
+    scheduler.update(dataclasses.replace(result(plan), not_finite=frozenset({"bad"})), 0.0)
+  assert bad.state is State.FAILED and second.cached_tokens == 40
+  plans.append(scheduler.schedule(0.0))
+  assert second.state is State.DECODING
+  if cancelled:
+    scheduler.cancel(second, 0.0)
+  for plan in plans[3:]:
+    scheduler.update(dataclasses.replace(result(plan), not_finite=frozenset({"second"})), 0.0)
+  run(scheduler)
+  serve(scheduler, later := request("later", 72))
   assert later.cached_tokens == 0
 
 

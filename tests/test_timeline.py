@@ -227,3 +227,18 @@ def test_what_fails_is_not_drawn():
   with pytest.raises(KeyboardInterrupt):
     engine.run()
   assert not slices(line.to_dict(), ENGINE, DEVICE)
+
+
+def test_a_new_engine_begins_with_an_empty_pool():
+  """Blocks that the prefix cache of the one before kept are nobody's."""
+  executor, clock = fake_executor(), Virtual(50.0)
+  line = Timeline(executor.shape)
+  most = []
+  for n in (5 * S, S):
+    engine = Engine(executor, clock=clock, observer=line.observe)
+    before = len(counts(line.to_dict()).get("bytes in DRAM", []))
+    engine.add_request(list(range(n)), 2)
+    engine.run()
+    most.append(max(counts(line.to_dict())["bytes in DRAM"][before:]))
+  block = SHAPE.L * SHAPE.K * SHAPE.block_bytes
+  assert most == [6 * block, 2 * block]

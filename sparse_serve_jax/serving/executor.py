@@ -157,6 +157,8 @@ class JaxExecutor:
 
   def begin(self) -> None:
     """Before an engine's first plan, while nothing runs: what an earlier one has left in the cache is forgotten."""
+    if self._writer is not None:
+      self._writer.forget()  # whose saves outlive their requests, and are known by the earlier engine's iterations
     if not self._empty:
       self._release(np.arange(self.shape.M, dtype=np.int32))
     self._empty = True

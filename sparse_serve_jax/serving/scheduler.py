@@ -22,6 +22,9 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillWork, StepResult
 from sparse_serve_jax.serving.request import Request, State
 
+# Methods (`attention.methods`) that attend to everything as long as the budget has room for it.
+WHOLE_BUDGET = frozenset({"cuboid_mean", "min_max", "mean", "representatives", "random"})
+
 
 @dataclasses.dataclass(eq=False)
 class _Resident:
@@ -128,7 +131,8 @@ class Scheduler:
     self._allowance = self._buckets.full if chunked else config.prefill_allowance(shape.L)
     self._shape, self._shares = shape, config.cache.prefix
     # Tokens of a request up to which decode steps attend to all that comes before them.
-    exact = {"dense": sys.maxsize, "topk": (config.budget_blocks + 1) * shape.S, "psa": 0}
+    fits = (config.budget_blocks + 1) * shape.S if config.sparse.method in WHOLE_BUDGET else 0
+    exact = {"dense": sys.maxsize, "topk": fits, "psa": 0}
     self._exact_tokens = exact[config.sparse.policy]
     self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
@@ -271,10 +275,11 @@ class Scheduler:
     request.chain = []  # which take some room, and requests are kept
 
   def _enter(self, resident: _Resident, more: np.ndarray) -> list[bytes]:
-    """Others may share the blocks of its prompt, and those of `more` tokens, int32, after the prompt's full blocks."""
-    request = resident.request
-    chain = hash_chain(more, self._shape.S, before=request.chain)
-    self._written_in[self._prefix.enter(chain, resident.table)] = resident.prefilled_in
+    """Others may share the blocks of its prompt, and those of `more` tokens, int32, after the prompt's full blocks.
+    What it shares itself is found already, or has left as not finite.
+    """
+    chain, own = hash_chain(more, self._shape.S, before=resident.request.chain), resident.first // self._shape.S
+    self._written_in[self._prefix.enter(chain[own:], resident.table[own:])] = resident.prefilled_in
     return chain
 
   # ---------------------------------------------------------------------------------------------------------- decode
