@@ -447,6 +447,19 @@ def test_a_request_waits_for_others_that_run_and_never_for_the_cache():
   assert len(scheduler.schedule(0.0).admit) == 1 and largest.state is State.DECODING
 
 
+def test_a_request_that_has_ended_keeps_no_hashes():
+  scheduler = Scheduler(config(), shape_of(R=1))
+  done, lost, cancelled = requests = [request(name, 40) for name in "abc"]
+  serve(scheduler, done)
+  scheduler.add(lost)
+  scheduler.add(cancelled)
+  scheduler.schedule(0.0)
+  assert lost.chain and cancelled.chain
+  scheduler.cancel(cancelled, 0.0)
+  scheduler.lose(RuntimeError("gone"), 0.0)
+  assert all(each.ended and not each.chain for each in requests)
+
+
 def test_without_the_cache_nothing_is_shared_or_kept():
   scheduler = Scheduler(config(None, "cache.prefix=false"), shape_of())
   serve(scheduler, request("a", 40), second := request("b", 40))

@@ -246,6 +246,7 @@ class Scheduler:
     residents = [*self._decoding, *([self._prefilling] if self._prefilling else [])]
     for resident in residents:
       resident.request.fail(error, now)
+      resident.request.chain = []
     self._clear()
     return [resident.request for resident in residents]
 
@@ -253,6 +254,7 @@ class Scheduler:
     """Ends a request that has not ended. Tokens of it that are still on the device are dropped."""
     if request.state is State.WAITING:
       self._waiting.remove(request)
+      request.chain = []
     elif self._prefilling and self._prefilling.request is request:
       self._free(self._prefilling)
       self._prefilling = None
