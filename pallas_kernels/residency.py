@@ -11,7 +11,8 @@ a step (its layers) goes on where the calls before it have come to, and gives a 
 Lists that are read whole get slots for all their misses at once, by `propose`. Of lists that may stop anywhere, by
 `find`, a miss takes a slot that is free (`pallas_kernels.free`) when it is read.
 
-The blocks of one call are distinct.
+The blocks of a list are distinct. Two lists may have a block in common, where requests share it: each that misses it
+gets a slot, the last one counts, and `maps.tidy` empties the others.
 """
 
 from __future__ import annotations
