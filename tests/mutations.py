@@ -338,8 +338,8 @@ MUTATIONS = [
   Mutation(
     "what sparse steps have made is shared",
     "sparse_serve_jax/serving/scheduler.py",
-    '(config.budget_blocks + 1) * shape.S, "psa": 0}',
-    'sys.maxsize, "psa": sys.maxsize}',
+    '"topk": fits, "psa": 0}',
+    '"topk": sys.maxsize, "psa": sys.maxsize}',
     (
       f"{PREFIX}::test_output_is_shared_as_far_as_its_steps_attended_to_everything[topk-24]",
       f"{PREFIX}::test_output_is_shared_as_far_as_its_steps_attended_to_everything[psa-8]",
