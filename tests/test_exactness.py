@@ -8,7 +8,7 @@ run on a GPU with `-m gpu`, there by the Triton kernels with the pool in pinned 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -80,7 +80,7 @@ SMALL, MIDDLE, LARGE = (
 )
 
 
-def settings(*chosen: Setting) -> pytest.MarkDecorator:
+def settings(*chosen: Any) -> pytest.MarkDecorator:
   return pytest.mark.parametrize("setting", chosen, ids=lambda s: f"{s.shape}-{s.block_tokens}")
 
 
@@ -152,7 +152,7 @@ def test_prefill_in_segments_or_chunks(pieces):
 
 
 @CPU_AND_GPU
-@settings(SMALL, LARGE)
+@settings(SMALL, pytest.param(MIDDLE, marks=pytest.mark.soak), LARGE)
 def test_hybrid_prefill_from_few_slots(device, setting):
   """Earlier chunks are read back from slots or from the pool, wherever they are."""
   whole, engine = setting.serve(setting.sparse(), slots=9)

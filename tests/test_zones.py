@@ -84,7 +84,7 @@ class Recent:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("per_zone", [4, 40])
+@pytest.mark.parametrize("per_zone", [4, pytest.param(12, marks=pytest.mark.soak), 40])
 @pytest.mark.parametrize("zones", ["shared", "layer", "lane"])
 def test_progressive_lists_evict_the_least_recently_used(zones: str, per_zone: int, implementation: str):
   """Though every block is listed in every step. The slots hold what the pool has, whoever came first."""

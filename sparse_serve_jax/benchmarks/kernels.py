@@ -291,7 +291,7 @@ def attend(b: Bench) -> Cases:
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
-    for rule in b.pick(STOP_RULES, STOP_RULES[-1:]):
+    for rule in b.pick(STOP_RULES, [STOP_RULES[0], STOP_RULES[-1]]):
       name = " ".join(["psa", *dataclasses.astuple(rule)]) if rule != kernels.StopRule() else "psa"
       stop = kernels.Stop(threshold, untested=4, rule=rule)
       yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop)

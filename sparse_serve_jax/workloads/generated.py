@@ -72,6 +72,7 @@ def read(config: WorkloadConfig) -> Source:
     made: list[Item | Refused] = []
     for i, (n_prompt, n_output) in enumerate(zip(asked.prompt_tokens, asked.output_tokens, strict=True)):
       numbers, size = ([i], n_prompt) if asked.hash_ids is None else (asked.hash_ids[i], HASH_TOKENS)
+      numbers = numbers[: -(-n_prompt // size)]  # of a prompt that is cut
       prompt = np.concatenate([special, *(piece(int(number), int(size)) for number in numbers)])[:n_prompt]
       made.append(Item(f"{config.source}-{i}", prompt, int(n_output), {"ignore_eos": True}))
     return made
