@@ -21,7 +21,7 @@ CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor
 help:
 	@echo 'make demo         the rungs of the ladder side by side on the reference model'
 	@echo 'make test         ruff, pyright and every test that needs no GPU'
-	@echo 'make soak         thousands of requests while devices fail: some minutes'
+	@echo 'make soak         thousands of requests while devices fail, mistakes put into the source: some minutes'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make format       lays out the code as `make test` wants it'
 	@echo 'make constraints  renews the pinned versions: PYTHON=python3.12 [JAX=0.11.2]'
@@ -32,10 +32,10 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m experiments.demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m 'not gpu and not soak' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'not gpu and not soak' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
 
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest -m soak $(PYTEST_FLAGS) tests
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'soak and not gpu' $(PYTEST_FLAGS) tests
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) tests

@@ -141,24 +141,23 @@ def small(*assignments: str) -> EngineConfig:
   return with_slots(conf, 6, tiny_model())
 
 
-def pairs() -> Iterator:
-  """Every load with every save; with `make test` each of them, and those that rungs have together."""
-  for load, save in itertools.product(sorted(LOADS), sorted(SAVES)):
-    often = load == "fused" or save == "direct" or (load, save) in (("gather", "staged"), ("per_block", "per_block"))
-    yield pytest.param(load, save, marks=[] if often else [pytest.mark.soak])
+def of_each() -> Iterator:
+  """Loads, saves and prefills: every two of these together, and all three with the soak."""
+  for (i, load), (j, save) in itertools.product(enumerate(sorted(LOADS)), enumerate(sorted(SAVES))):
+    for n, prefill in enumerate(PREFILLS):
+      yield pytest.param(load, save, prefill, marks=[] if (i + j) % len(PREFILLS) == n else [pytest.mark.soak])
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize(("load", "save"), list(pairs()))
-def test_tokens_depend_on_no_load_and_no_save(device, load, save):
+@pytest.mark.parametrize(("load", "save", "prefill"), list(of_each()))
+def test_tokens_depend_on_no_load_and_no_save(device, load, save, prefill):
   """Whole layers, pieces within a layer and pieces through all layers, with a budget of the whole prompt."""
   blocks = 4 * sum(len(prompt) // S for prompt in PROMPTS)
-  for prefill in PREFILLS:
-    conf = small(f"cache.load={load}", f"cache.save={save}", prefill)
-    tokens, engine = serve(conf, tiny_model(), PROMPTS, N)
-    assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
-    assert engine.usage.blocks_loaded >= engine.usage.blocks_missed > blocks >= 8 * 6
-    assert engine._scheduler.pool_blocks_in_use == 0
+  conf = small(f"cache.load={load}", f"cache.save={save}", prefill)
+  tokens, engine = serve(conf, tiny_model(), PROMPTS, N)
+  assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
+  assert engine.usage.blocks_loaded >= engine.usage.blocks_missed > blocks >= 8 * 6
+  assert engine._scheduler.pool_blocks_in_use == 0
 
 
 @CPU_AND_GPU
