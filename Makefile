@@ -21,7 +21,7 @@ CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor
 help:
 	@echo 'make demo         the rungs of the ladder side by side on the reference model'
 	@echo 'make test         ruff, pyright and every test that needs no GPU'
-	@echo 'make soak         thousands of requests while devices fail, mistakes put into the source: some minutes'
+	@echo 'make soak         thousands of requests while devices fail, and mutations: some minutes'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make format       lays out the code as `make test` wants it'
 	@echo 'make constraints  renews the pinned versions: PYTHON=python3.12 [JAX=0.11.2]'

@@ -19,11 +19,11 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import cli
-from experiments.workload import WorkloadFlags, at_rate, digest
+from experiments.workload import WorkloadFlags, at_rate, digest, tell_refused
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.evaluation import ladder, ladder_report
 from sparse_serve_jax.models.here import load_model_here
-from sparse_serve_jax.workloads import Item
+from sparse_serve_jax.workloads import Item, Refused
 
 _MODEL, _DTYPE = cli.define_model(default="models/reference")
 with cli.group("What is compared"):
@@ -47,14 +47,17 @@ def main() -> None:
   configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value), _ASKED.read()
   rates = [workloads.checked_rate(rate) for rate in cli.numbers(_RATES, float)]
   source = workloads.read(workload)
+  tell_refused(known := workloads.refused_by(source))
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   shapes = ladder.shapes(configs, model.config)
   items = source(model.tokenizer, min(shape.max_context for shape in shapes.values()))
   asked = [item for item in items if isinstance(item, Item)]
+  tell_refused(item for item in items if isinstance(item, Refused) and item not in known)
   if not asked:
     raise ValueError(f"the workload has no request that can be served, of {len(items)}")
   ladder.check(configs, model.config, asked)
   setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
+  setting |= {"compared_with": next(iter(configs))}  # whose iterations and tokens the cells of all rungs are told by
   folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed})
 
   def arrivals(rate: float) -> np.ndarray:

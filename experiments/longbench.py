@@ -24,6 +24,7 @@ from sparse_serve_jax import results, runtime
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.evaluation import longbench
 from sparse_serve_jax.evaluation.scorers import CodeSim
+from sparse_serve_jax.workloads.longbench import in_template
 
 _MODEL, _DTYPE = cli.define_model(default="random:tiny")
 _CONFIG, _SET = cli.define_serving()
@@ -86,7 +87,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   model, chat = load_model_here(_MODEL.value, dtype=_DTYPE.value), _CHAT.value
   if chat:
     try:
-      model.tokenizer.apply_chat_template([{"role": "user", "content": ""}])
+      in_template(model.tokenizer, "")
     except ValueError as error:
       raise ValueError(f"{error}; or give --nochat_template") from error
   engine = Engine(JaxExecutor(config, model))

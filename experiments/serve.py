@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from experiments import cli
-from experiments.workload import WorkloadFlags, digest
+from experiments.workload import WorkloadFlags, digest, tell_refused
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model
@@ -56,16 +56,19 @@ def main() -> int:
     results.claim(out, _setting(config, workload))
     rows = results.Rows(out / "requests.jsonl")
   before = rows.all[:] if rows else []
+  done, known = {row["request_id"] for row in before}, {row.id: row for row in workloads.refused_by(source)}
+  tell_refused(row for name, row in known.items() if name not in done)
   # All that is wrong with the command line, files or the folder is told by now.
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   clock = Wall()
-  timeline = Timeline(clock)
-  engine = Engine(timeline.watch(JaxExecutor(config, model)), clock=clock)
+  executor = JaxExecutor(config, model)
+  timeline = Timeline(executor.shape)
+  engine = Engine(executor, clock=clock, observer=timeline.observe)
   items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
   if before and not items:
     print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)
   with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
-    record = Record(model, timeline, rows, bar, clock.now(), {item.id: item for item in items})
+    record = Record(model, timeline, rows, bar, clock.now(), {item.id: item for item in items}, known)
     try:
       served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
     finally:
@@ -110,6 +113,7 @@ class Record:
   bar: tqdm
   start: float  # of the clock
   items: Mapping[str, Item | Refused]  # by id
+  told: Collection[str]  # ids of what was told to be refused before anything ran
   scores: list[float] = dataclasses.field(default_factory=list)  # of the answers that are judged
 
   def __call__(self, end: Request | run.Refusal) -> None:
@@ -121,7 +125,7 @@ class Record:
       if isinstance(item, Item) and item.judge and "error" not in row:
         row |= {**item.about, "score": item.judge(row["text"])}
         self.scores.append(row["score"])
-    if "error" in row:
+    if "error" in row and end.id not in self.told:
       self.bar.write(f"{row['finish_reason']}: {row['error']}", file=sys.stderr)
     if self.rows is not None:
       self.rows.append(row)

@@ -1,12 +1,13 @@
 """Serves a workload in virtual time: the engine and its scheduler, over a device that is only a cost.
 
-  python -m experiments.simulate --cost=cost.json --calibrate --model=random:tiny --config=sparse_serve --requests=24
-  python -m experiments.simulate --cost=cost.json --model=random:tiny --config=sparse_serve --requests=500 --rate=4
+  python -m experiments.simulate --cost=cost.json --calibrate --model=random:tiny --config=sparse_serve --limit=24
+  python -m experiments.simulate --cost=cost.json --model=random:tiny --config=sparse_serve --limit=500 --rate=4
 
 The first serves the workload on this machine, all requests at once, and fits the cost of an iteration to what it
 measured. The second serves another workload with that cost, without the model and as fast as Python plans it; the costs
 hold for that model, device and kernels, while memory, batches and rates may be others. --compare serves a workload both
-ways. Only lengths matter: of the requests of a trace, or drawn evenly from ranges.
+ways. In virtual time only lengths matter, and which prompts begin alike, where a trace says so: cached_share is what
+the prefix cache held. Every output has all its tokens.
 
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
 requests.jsonl, a row for each request, and run.json, what the run was made by.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +26,8 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import cli
-from sparse_serve_jax import results, runtime
+from experiments.workload import WorkloadFlags, digest
+from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.evaluation import selections
@@ -34,15 +37,14 @@ from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Clock, Virtual, Wall
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Executor
+from sparse_serve_jax.serving.plan import Executor, Observed
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, fit, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
-from sparse_serve_jax.simulation.measure import Iteration, Stopwatch
+from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, typical
+from sparse_serve_jax.simulation.prefix import prompt_of
 from sparse_serve_jax.simulation.reuse import Reuse, fit_reuse
-from sparse_serve_jax.workloads import ArrivalConfig, Item, Trace, arrival_times, read_trace
-from sparse_serve_jax.workloads.arrivals import checked_rate
-from sparse_serve_jax.workloads.traces import rescaled
+from sparse_serve_jax.workloads import Item, Refused, generated
 
 _TRACES = "models/reference/traces"
 _CONFIG, _SET = cli.define_serving()
@@ -59,13 +61,7 @@ with cli.group("The device"):
     [f"{_TRACES}/recite_16384_2048.npz", f"{_TRACES}/renumber_16384_2048.npz"],
     "--calibrate: traces of selections, as experiments.accuracy writes them, which say how blocks come back.",
   )
-with cli.group("What is asked"):
-  _TRACE = flags.DEFINE_string("trace", None, "File of times and lengths (workloads/traces.py), instead of drawn ones.")
-  _REQUESTS = flags.DEFINE_integer("requests", None, "Their number: 32, or all of a trace.", lower_bound=1)
-  _PROMPT = flags.DEFINE_list("prompt_tokens", ["256", "1024"], "The least and the most.")
-  _OUTPUT = flags.DEFINE_list("output_tokens", ["16", "64"], "The least and the most.")
-  _RATE = flags.DEFINE_float("rate", None, "Arrivals a second: Poisson, by default all at once; a trace's rescaled.")
-  _SEED = flags.DEFINE_integer("seed", 0, "Seed of lengths, arrivals and random weights.", lower_bound=0)
+_ASKED = WorkloadFlags(default="mixed")
 _OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
 
@@ -76,111 +72,117 @@ def main() -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   if _CALIBRATE.value and _COMPARE.value:
     raise ValueError("--calibrate makes the costs that --compare tests: give one of them")
-  config, lengths = override(load_config(_CONFIG.value), _SET.value), _lengths()
+  config, asked = override(load_config(_CONFIG.value), _SET.value), Asked(_ASKED.read())
   cost = None if _CALIBRATE.value else read_cost(_COST.value)
-  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   if cost is None:
-    return _calibrate(config, model, lengths)
+    return _calibrate(config, model, asked)
   if (of := (cost.about.model, cost.about.dtype)) != (model.name, model.config.dtype):
     raise ValueError(f"{_COST.value} is of {' in '.join(of)}, and this is {model.name} in {model.config.dtype}")
-  out = _OUT.value and results.claim(_OUT.value, {"config": config, "model": model.config, "cost": cost, **_workload()})
+  setting = {"config": config, "model": model.config, "cost": cost, "seed": _ASKED.seed}
+  about = {"workload": asked.config, "prompts": digest(asked.config)}
+  out = _OUT.value and results.claim(_OUT.value, setting | about)
   rows: list[dict[str, Any]] = []
   clock = Virtual()
   vectors = get_method(config.sparse.method).vectors
   executor = SimulatedExecutor(config, model.config, cost, clock, vectors)
-  simulated = _serve(executor, clock, lengths, rows).to_dict()
+  simulated = asked.serve(executor, clock, asked.without_text(model, executor), rows).to_dict()
   if out:
     pathlib.Path(out, "requests.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
   name = pathlib.Path(_CONFIG.value).stem
   if _COMPARE.value:
-    columns = {"simulated": simulated} | _measured(config, model, lengths)
+    columns = {"simulated": simulated} | _measured(config, model, asked)
     cli.end_with(metrics.table(columns), columns)
   else:
     cli.end_with(metrics.table({name: simulated}), simulated)
   return 0 if simulated["requests"] else 1
 
 
-def _workload() -> dict[str, Any]:
-  """What decides which requests there are."""
-  return {flag.name: flag.value for flag in (_TRACE, _REQUESTS, _PROMPT, _OUTPUT, _RATE, _SEED)}
+class Asked:
+  """What is served, and when. Its text is made where it is needed."""
+
+  def __init__(self, config: workloads.WorkloadConfig):
+    self.config, self._source = config, workloads.read(config)
+
+  def items(self, model: Model, executor: Executor) -> list[Item | Refused]:
+    return self._source(model.tokenizer, executor.shape.max_context)
+
+  def without_text(self, model: Model, executor: Executor) -> list[Item | Refused]:
+    """The same requests with prompts of zeros, which take no memory and share nothing; or by the ids of a trace."""
+
+    def bare(name: str, n_prompt: int, n_output: int) -> Item:
+      return Item(name, np.broadcast_to(np.int32(0), (n_prompt,)), n_output, {"cache_salt": name})
+
+    if self.config.source in ("text", "trace"):  # text as long as that of thousands of requests takes minutes
+      source, asked = self.config.source, generated.lengths(self.config)
+      each = enumerate(zip(asked.prompt_tokens.tolist(), asked.output_tokens.tolist(), strict=True))
+      if asked.hash_ids is None:
+        return [bare(f"{source}-{i}", *both) for i, both in each]
+      vocab = model.config.vocab_size
+      return [Item(f"{source}-{i}", prompt_of(asked.hash_ids[i], n, vocab), output) for i, (n, output) in each]
+    return [
+      bare(item.id, len(item.prompt), item.max_new_tokens) if isinstance(item, Item) else item
+      for item in self.items(model, executor)
+    ]
+
+  def serve(
+    self,
+    executor: Executor,
+    clock: Clock,
+    items: list[Item | Refused],
+    rows: list[dict[str, Any]],
+    observer: Callable[[Observed], None] | None = None,
+  ) -> run.Served:
+    """Serves `items`; each adds a row as it ends."""
+    start, arrivals = clock.now(), workloads.times_of(self.config, len(items))
+
+    def ended(end: Request | run.Refusal) -> None:
+      row = run.row(end, start)
+      row["output_tokens"] = len(row.pop("output_token_ids"))
+      row.pop("token_s", None)
+      rows.append(row)
+
+    return run.serve(Engine(executor, clock=clock, observer=observer), items, arrivals, ended, ignore_eos=True)
 
 
-def _lengths() -> Trace:
-  """The workload without its text."""
-  rate, n = _RATE.value, _REQUESTS.value
-  if _TRACE.value:
-    whole = read_trace(_TRACE.value)
-    times = whole.times if rate is None else rescaled(whole, checked_rate(rate))
-    return Trace(times[:n], whole.prompt_tokens[:n], whole.output_tokens[:n])
-  n, rng = n or 32, np.random.default_rng(_SEED.value)
-  drawn = []
-  for flag in (_PROMPT, _OUTPUT):
-    ends = cli.numbers(flag, int)
-    if len(ends) > 2 or ends[0] < 1:
-      raise ValueError(f"--{flag.name}: {','.join(flag.value)} is not the least and the most, from 1 on")
-    drawn.append(rng.integers(ends[0], ends[-1], n, endpoint=True))
-  arrivals = ArrivalConfig() if rate is None else ArrivalConfig("poisson", rate, _SEED.value)
-  return Trace(arrival_times(arrivals, n), *drawn)
-
-
-def _serve(executor: Executor, clock: Clock, lengths: Trace, rows: list[dict[str, Any]]) -> run.Served:
-  """Serves requests of these lengths; each adds a row as it ends. On a clock that is `Virtual` prompts are all zeros,
-  which are not there in memory."""
-  rng, vocab = np.random.default_rng(_SEED.value), executor.model.config.vocab_size
-
-  def prompt(n: int) -> np.ndarray:
-    if isinstance(clock, Virtual):
-      return np.broadcast_to(np.int32(0), (n,))
-    return rng.integers(0, vocab, n, dtype=np.int32)
-
-  items = [
-    Item(str(i), prompt(int(n)), int(output))
-    for i, (n, output) in enumerate(zip(lengths.prompt_tokens, lengths.output_tokens, strict=True))
-  ]
-  start = clock.now()
-
-  def ended(end: Request | run.Refusal) -> None:
-    row = run.row(end, start)
-    row["output_tokens"] = len(row.pop("output_token_ids"))
-    row.pop("token_s", None)
-    rows.append(row)
-
-  return run.serve(Engine(executor, clock=clock), items, lengths.times, ended, ignore_eos=True)
-
-
-def _measured(config: EngineConfig, model: Model, lengths: Trace) -> dict[str, dict[str, Any]]:
+def _measured(config: EngineConfig, model: Model, asked: Asked) -> dict[str, dict[str, Any]]:
   """The workload served here, --repeats times; names and results."""
   executor = JaxExecutor(config, model)
-  served = [_serve(executor, Wall(), lengths, []) for _ in range(_REPEATS.value + 1)]
+  items = asked.items(model, executor)
+  served = [asked.serve(executor, Wall(), items, []) for _ in range(_REPEATS.value + 1)]
   return {f"measured {i}": one.to_dict() for i, one in enumerate(served) if i}
 
 
-def _calibrate(config: EngineConfig, model: Model, lengths: Trace) -> int:
+def _calibrate(config: EngineConfig, model: Model, asked: Asked) -> int:
   """Fits a cost and writes it."""
-  if lengths.times.any():
-    raise ValueError("--calibrate has all requests arrive at once, so that each pass plans the same: leave out --rate")
+  if asked.config.arrivals.process != "all_at_once":
+    raise ValueError(
+      "--calibrate has all requests arrive at once, so that each pass plans the same: leave out --rate; "
+      f"arrivals.process is {asked.config.arrivals.process}"
+    )
   _writable(pathlib.Path(_COST.value))
   reuse = _reuse()
   executor, clock = JaxExecutor(config, model), Wall()
-  _serve(executor, clock, lengths, [])  # compiles
+  items = asked.items(model, executor)
+  asked.serve(executor, clock, items, [])  # compiles
   passes: list[list[Iteration]] = []
   for _ in range(_REPEATS.value):
-    stopwatch = Stopwatch(executor, clock)
-    _serve(stopwatch.executor, clock, lengths, [])
+    stopwatch = Stopwatch(config, executor.shape)
+    asked.serve(executor, clock, items, [], stopwatch.observe)
     passes.append(stopwatch.iterations)
   if len({len(one) for one in passes}) > 1:
     raise ValueError(f"the passes have different iterations, {[len(one) for one in passes]}: a request has failed")
   if config.sparse.policy == "psa":
     reuse = dataclasses.replace(reuse, psa_blocks=_blocks_read(passes[0], executor, config))
   works = [iteration.work for iteration in passes[0]]
-  found = fit(works, np.median([[iteration.seconds for iteration in one] for one in passes], 0).tolist())
+  found = fit(works, typical(passes))
   device = jax.devices()[0]
   about = About(
     model=model.name,
     dtype=model.config.dtype,
     device=device.device_kind,
     config=json.dumps(dataclasses.asdict(config)),
-    workload=json.dumps(_workload()),
+    workload=json.dumps(dataclasses.asdict(asked.config)),
     selections=",".join(pathlib.Path(file).name for file in _SELECTIONS.value),
     iterations=len(works),
     mean_error=found.mean_error,

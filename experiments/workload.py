@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -16,6 +18,7 @@ from absl import flags
 from experiments import cli
 from sparse_serve_jax import workloads
 from sparse_serve_jax.config import override
+from sparse_serve_jax.workloads import Refused
 
 flags.disclaim_key_flags()  # they are their caller's
 
@@ -83,7 +86,8 @@ class WorkloadFlags:
     config = workloads.load_workload(self._workload.value or (implied or [self._default])[0])
     for name in implied:
       if name != config.source:
-        raise ValueError(f"--{paths[name].name} is for a workload of {name}, and this is one of {config.source}")
+        asked = self._workload.value or implied[0]
+        raise ValueError(f"--{paths[name].name} is for a workload of {name}, and {asked} is one of {config.source}")
     if config.source in paths and not (config.path or implied):
       raise ValueError(f"a workload of {config.source} needs --{paths[config.source].name}")
     changes: dict[str, Any] = {
@@ -97,6 +101,12 @@ class WorkloadFlags:
     }
     config = override(config, {key: value for key, value in changes.items() if value is not None})
     return config if self._rate is None or self._rate.value is None else at_rate(config, self._rate.value)
+
+
+def tell_refused(rows: Iterable[Refused]) -> None:
+  """A line on stderr for each row that is refused, with file, line and reason."""
+  for row in rows:
+    print(f"refused: {row}", file=sys.stderr)
 
 
 def at_rate(config: workloads.WorkloadConfig, rate: float) -> workloads.WorkloadConfig:

@@ -6,18 +6,19 @@ Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.
 """
 
 from pallas_kernels.ahead import arrived, compact, load_each, store_each
-from pallas_kernels.attend import Stop, Tails, Taking, attend, attend_and_take
+from pallas_kernels.attend import Tails, Taking, attend, attend_and_take
 from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
 from pallas_kernels.free import Free, evict
-from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, since_entry, touch, victims
+from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, since_entry, tidy, touch, victims
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
 from pallas_kernels.progress import Rounds, attend_by_block, attend_to_tail
 from pallas_kernels.residency import Located, find, propose
 from pallas_kernels.score import Ranking, score
 from pallas_kernels.select import select
+from pallas_kernels.stop import Stop, StopRule
 
 __all__ = [
   "NEVER",
@@ -29,6 +30,7 @@ __all__ = [
   "Ranking",
   "Rounds",
   "Stop",
+  "StopRule",
   "Tails",
   "Taking",
   "Victims",
@@ -58,6 +60,7 @@ __all__ = [
   "store_blocks",
   "store_digests",
   "store_each",
+  "tidy",
   "touch",
   "victims",
 ]

@@ -1,12 +1,8 @@
 """Attention of one decode step: every selected block is read where it lies, a slot in HBM or the pool in host memory.
 
 Blocks that miss are copied into slots in the same pass, those proposed for them or, in `attend_and_take`, the next that
-are free. With a threshold this is progressive
-sparse attention (PSA, arXiv 2503.00392, section 2.2): groups of blocks come in descending order of score, and a
-(row, KV head) stops after a group once the estimated share of attention mass P_acc = A / (A + a_min * left) exceeds
-the threshold for every query head. A is the mass so far, a_min the smallest mass of a ranked block so far, `left` the
-number of blocks not yet read. The tail and the first `untested` blocks (sinks and window, rounded up to whole groups)
-count in A but never in a_min. The test is strict: a threshold of 1 never stops.
+are free. With a stop test (`pallas_kernels.stop`) this is progressive sparse attention (PSA, arXiv 2503.00392, section
+2.2): groups of blocks come in descending order of score, and a (row, KV head) stops after a group once the test passes.
 """
 
 from __future__ import annotations
@@ -28,8 +24,8 @@ from pallas_kernels.free import Free
 from pallas_kernels.maps import only
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.residency import Located
+from pallas_kernels.stop import LOG2_E, Stop, StopRule
 
-LOG2_E = math.log2(math.e)
 LEAST_HEADS = 16  # rows of the smallest matrix product of a tensor core; fewer query heads are padded with copies
 HIT_PROGRAMS = 512  # for the hits of all lists, if these are long enough: fill every SM several times over
 SPLIT_BLOCKS = 4  # of a list, for each of the programs that its hits are split over; shorter splits are not worth it
@@ -43,20 +39,6 @@ class Tails(NamedTuple):
   kv: Float[Array, "K L R 2 S D"]  # of all resident requests
   lanes: Int32[Array, " B"]  # which request; R and beyond is padding, whose `tokens` is 0
   tokens: Int32[Array, " B"]  # tokens of the tail to attend to
-
-
-@dataclasses.dataclass(frozen=True)
-class Stop:
-  """PSA's stop test, made after each group of a list."""
-
-  threshold: float  # epsilon, in (0, 1]
-  untested: int  # the first blocks of a list, read without a test (sinks and window); whole groups
-
-  def __post_init__(self):
-    if not 0 < self.threshold <= 1:
-      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
-    if self.untested < 0:
-      raise ValueError(f"untested={self.untested} blocks")
 
 
 def attend(
@@ -195,7 +177,7 @@ class _Refs(NamedTuple):
   m: Any  # [parts, B, K, G]
   l: Any  # [parts, B, K, G]
   attended: Any  # [B, K]
-  smallest: Any  # [B, K, G]
+  known: Any  # [B, K, G]
   slots: Any  # [P, 2, S, D]
 
   @property
@@ -235,7 +217,7 @@ class _Acc(NamedTuple):
   o: jax.Array  # [heads, D]
   m: jax.Array  # [heads]
   l: jax.Array  # [heads]
-  smallest: jax.Array  # [heads], log of the smallest mass of a ranked block
+  group: jax.Array  # [heads], of the masses of a group: the log of the least, or the sum as `l` is one
 
 
 class _List(NamedTuple):
@@ -249,16 +231,22 @@ class _List(NamedTuple):
 class _Program:
   """What the programs of all kernels do: loops over ranks [first, end) of a list, each acc -> acc.
 
-  `ranked` says whether the blocks count for the smallest mass; None where nobody asks for it.
+  `rule` is that of the stop test, None without one.
   """
 
-  def __init__(self, refs: _Refs):
+  def __init__(self, refs: _Refs, rule: StopRule | None = None):
     n_group, depth = refs.q.shape[2:]
     heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
     self.refs, self.layer, self.scale = refs, refs.layer[0], depth**-0.5
     self.of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
-    infinite = functools.partial(jnp.full, (heads,))
-    self.zero = _Acc(jnp.zeros((heads, depth)), infinite(-jnp.inf), jnp.zeros((heads,)), infinite(jnp.inf))
+    self.least = rule is not None and rule.rest == "least"
+    self.sums = rule is not None and not self.least
+    self.infinite = jnp.full((heads,), jnp.inf)
+    self.zero = _Acc(jnp.zeros((heads, depth)), -self.infinite, jnp.zeros((heads,)), self.no_group())
+
+  def no_group(self) -> jax.Array:
+    """`_Acc.group` before the first block of a group."""
+    return jnp.full(self.of_head.shape, jnp.inf if self.least else 0.0)
 
   def open(self, i: jax.Array) -> _List:
     """List `i` of B x K."""
@@ -272,9 +260,9 @@ class _Program:
     self.refs.o[at], self.refs.m[at] = acc.o, acc.m * (1 / LOG2_E)
     self.refs.l[at] = acc.l
 
-  def update(self, of: _List, acc: _Acc, keys, values, ranked=None, valid=None) -> _Acc:
+  def update(self, of: _List, acc: _Acc, keys, values, valid=None) -> _Acc:
     """One block more, keys and values [S, D], of which `valid` [S] count."""
-    o, m, l, smallest = acc
+    o, m, l, group = acc
     s = triton.dot(of.queries, keys, trans_b=True) * (self.scale * LOG2_E)  # [heads, S]
     if valid is not None:
       s = jnp.where(valid[None], s, -jnp.inf)
@@ -282,10 +270,12 @@ class _Program:
     top = jnp.maximum(m, s.max(1))
     p, old = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
     mass = p.sum(1)
-    if ranked is not None:
-      smallest = jnp.where(ranked, jnp.minimum(smallest, top + jnp.log2(mass)), smallest)
+    if self.least:
+      group = jnp.minimum(group, top + jnp.log2(mass))
+    if self.sums:
+      group = group * old + mass
     o = o * old[:, None] + triton.dot(p.astype(values.dtype), values)
-    return _Acc(o, top, l * old + mass, smallest)
+    return _Acc(o, top, l * old + mass, group)
 
   def read_tail(self, of: _List, acc: _Acc, wanted: jax.Array | bool) -> _Acc:
     tail = self.refs.tail
@@ -294,20 +284,21 @@ class _Program:
 
     def body(_, acc):
       keys, values = tail[of.k, self.layer, lane, 0], tail[of.k, self.layer, lane, 1]
-      return self.update(of, acc, keys, values, valid=jnp.arange(block_tokens) < n)
+      read = self.update(of, acc, keys, values, valid=jnp.arange(block_tokens) < n)
+      return read._replace(group=acc.group)  # the tail is of no group
 
     return jax.lax.fori_loop(0, (wanted & (n > 0)).astype(jnp.int32), body, acc)
 
-  def read_hits(self, of: _List, first, end, acc: _Acc, ranked=None) -> _Acc:
+  def read_hits(self, of: _List, first, end, acc: _Acc) -> _Acc:
     slots = self.refs.slots
 
     def body(i, acc):
       at = self.refs.slot[of.b, of.k, i]
-      return self.update(of, acc, slots[at, 0], slots[at, 1], ranked)
+      return self.update(of, acc, slots[at, 0], slots[at, 1])
 
     return jax.lax.fori_loop(first, end, body, acc)
 
-  def read_misses(self, of: _List, first, end, acc: _Acc, ranked=None, place=None) -> _Acc:
+  def read_misses(self, of: _List, first, end, acc: _Acc, place=None) -> _Acc:
     """Copies the blocks to their places, too; `place` is a function of the rank if these are not the list's own."""
     pool, slots = self.refs.pool, self.refs.slots
 
@@ -319,17 +310,17 @@ class _Program:
         triton.store(slots.at[jnp.maximum(to, 0), jnp.int32(half)], x, mask=jnp.broadcast_to(to >= 0, x.shape))
         return x
 
-      return self.update(of, acc, read(0), read(1), ranked)
+      return self.update(of, acc, read(0), read(1))
 
     return jax.lax.fori_loop(first, end, body, acc)
 
-  def read_pool(self, of: _List, first, end, acc: _Acc, ranked=None) -> _Acc:
+  def read_pool(self, of: _List, first, end, acc: _Acc) -> _Acc:
     """Reads the blocks where there are no slots."""
     pool = self.refs.pool
 
     def body(i, acc):
       block = self.refs.blocks[of.b, of.k, i]
-      return self.update(of, acc, pool[of.k, self.layer, block, 0], pool[of.k, self.layer, block, 1], ranked)
+      return self.update(of, acc, pool[of.k, self.layer, block, 0], pool[of.k, self.layer, block, 1])
 
     return jax.lax.fori_loop(first, end, body, acc)
 
@@ -384,32 +375,31 @@ def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
     queue = _Queue(*refs[n_read : n_read + 4], *refs[-2:])
     refs = (*refs[:n_read], *refs[n_read + 4 : -2])
   refs = _Refs(*refs)
-  program, log2_threshold = _Program(refs), math.log2(stop.threshold)
+  program = _Program(refs, stop.rule)
   of = program.open(pl.program_id(0))
-  n = refs.length[of.b, of.k]
+  n, n_heads = refs.length[of.b, of.k], refs.q.shape[2]
 
   def body(state):
-    i, _, acc = state
-    end, ranked = jnp.minimum(i + group, n), i >= stop.untested
+    i, _, known, o, m, l = state
+    end, acc = jnp.minimum(i + group, n), _Acc(o, m, l, program.no_group())
     if has_slots:
       middle = jnp.minimum(i + refs.n_hits[of.b, of.k, jax.lax.div(i, group)], end)
-      acc = program.read_hits(of, i, middle, acc, ranked)
+      acc = program.read_hits(of, i, middle, acc)
       place = queue.take(of, middle, end, pl.next_power_of_2(group)) if queue else None
-      acc = program.read_misses(of, middle, end, acc, ranked, place)
+      acc = program.read_misses(of, middle, end, acc, place)
     else:
-      acc = program.read_pool(of, i, end, acc, ranked)
-    seen, unseen = acc.m + jnp.log2(acc.l), acc.smallest + jnp.log2((n - end).astype(jnp.float32))
-    high, low = jnp.maximum(seen, unseen), jnp.minimum(seen, unseen)
-    log2_p = seen - (high + jnp.log2(1.0 + jnp.exp2(low - high)))
-    # NaN, of an infinite `smallest` and none left, is not above the threshold; `end` is then n anyway.
-    enough = jnp.min((log2_p > log2_threshold).astype(jnp.int32))
-    return end, jnp.where(enough == 1, end, n), acc
+      acc = program.read_pool(of, i, end, acc)
+    masses = acc.group if program.least else acc.m + (jnp.log2(acc.group) - math.log2(group))
+    seen, left = acc.m + jnp.log2(acc.l), (n - end).astype(jnp.float32)
+    enough, known = stop.after(known, masses, i, seen, left, n_heads)
+    return end, jnp.where(enough, end, n), known, acc.o, acc.m, acc.l
 
-  start = jnp.int32(0), n, program.read_tail(of, program.zero, True)
-  i, end, acc = jax.lax.while_loop(lambda state: state[0] < state[1], body, start)
-  program.close(of, 0, acc)
+  tail = program.read_tail(of, program.zero, True)
+  start = jnp.int32(0), n, program.infinite, tail.o, tail.m, tail.l
+  i, end, known, o, m, l = jax.lax.while_loop(lambda state: state[0] < state[1], body, start)
+  program.close(of, 0, _Acc(o, m, l, program.no_group()))
   # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
-  refs.attended[of.b, of.k], refs.smallest[of.b, of.k, program.of_head] = jnp.minimum(i, end), acc.smallest
+  refs.attended[of.b, of.k], refs.known[of.b, of.k, program.of_head] = jnp.minimum(i, end), known
 
 
 def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking) -> tuple[Any, ...]:

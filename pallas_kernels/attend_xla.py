@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.copy import read_blocks
 from pallas_kernels.free import Free
 from pallas_kernels.partial import Partial, merge, merge_along, partial_attention
+from pallas_kernels.stop import LOG2_E
 
 WITHOUT_TESTS = 16  # blocks that XLA gathers at a time where no stop test limits it
 
@@ -19,7 +19,6 @@ def attend_xla(q, tails, pool, slots, layer, located, taking) -> tuple[Partial, 
   """`attend`; also places, and how many slots have been taken."""
   (stop, free), n = taking, located.blocks.shape[2]
   n_slots, length = slots.shape[0], located.length
-  log_threshold, untested = (math.inf, 0) if stop is None else (math.log(stop.threshold), stop.untested)
   scale = q.shape[-1] ** -0.5
 
   acc = _attend_tails(q, tails, layer, scale)
@@ -30,7 +29,7 @@ def attend_xla(q, tails, pool, slots, layer, located, taking) -> tuple[Partial, 
 
   def step(carry):
     """Attends to the next `size` ranks of every (row, head) that has not stopped."""
-    start, acc, lse_min, attended, stopped, slots, places, free = carry
+    start, acc, known, attended, stopped, slots, places, free = carry
     blocks, slot, place = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (*lists, places))
     rank = start + jnp.arange(size)[None, None]
     live = (rank < length[..., None]) & ~stopped[..., None]  # [B, K, size]
@@ -43,25 +42,23 @@ def attend_xla(q, tails, pool, slots, layer, located, taking) -> tuple[Partial, 
       q[:, :, None], kv[..., 0, :, :], kv[..., 1, :, :], valid, scale
     )  # o [B, K, size, G, D]
     acc = merge(acc, merge_along(by_block, 2))
-    # Masses are kept as logarithms, so that one reference holds for all groups and nothing is rescaled.
-    ranked = (live & (rank >= untested))[..., None]
-    lse_min = jnp.minimum(lse_min, jnp.where(ranked, by_block.lse, jnp.inf).min(2))
     attended = attended + live.sum(-1, dtype=jnp.int32)
-    left = (length - attended)[..., None]
-    # Before the first ranked block lse_min is infinite, so log P_acc is -inf; with none left as well, NaN: no test
-    # passes, and `left` alone says stop.
-    seen = acc.lse - jnp.logaddexp(acc.lse, lse_min + jnp.log(left))  # log P_acc [B, K, G]
-    stopped = stopped | ((left[..., 0] <= 0) | (seen > log_threshold).all(-1))
+    stopped = stopped | (attended >= length)
+    if stop is not None:
+      # Masses are kept as logarithms, so that one reference holds for all groups and nothing is rescaled.
+      group, left = stop.rule.of_group(by_block.lse * LOG2_E, live), (length - attended)[..., None].astype(jnp.float32)
+      enough, known = stop.after(known, group, start, acc.lse * LOG2_E, left, q.shape[2])
+      stopped = stopped | enough
     if n_slots:
       slots = slots.at[jnp.where(live & (place >= 0), place, n_slots)].set(kv, mode="drop")
-    return start + size, acc, lse_min, attended, stopped, slots, places, free
+    return start + size, acc, known, attended, stopped, slots, places, free
 
   def more(carry):
     return ((carry[0] < length) & ~carry[4]).any()
 
-  lse_min = jnp.full(q.shape[:3], jnp.inf)
+  known = jnp.full(q.shape[:3], jnp.inf)
   zero = jnp.zeros(q.shape[:2], jnp.int32)
-  start = jnp.int32(0), acc, lse_min, zero, length <= 0, slots, places, free
+  start = jnp.int32(0), acc, known, zero, length <= 0, slots, places, free
   _, acc, _, attended, _, slots, places, free = jax.lax.while_loop(more, step, start)
   return acc, attended, slots, places[..., :n], free and free.taken
 

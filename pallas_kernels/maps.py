@@ -4,7 +4,7 @@
   block_of       [P] int32         inverse: (k * L + layer) * M + block, -1 if the slot is empty
   last_used      [P] int32         stamp of the slot's last use, -1 if empty
   entered        [P] int32         stamp of when the block came into the slot; of an empty one anything
-  last_selected  [K, L, M] int32   the owning request's own step number when it last selected the block
+  last_selected  [K, L, M] int32   the own step number of the request that selected the block last
 
 Stamps ascend through the layers of a step and through steps. They wrap around, and only differences count.
 """
@@ -61,6 +61,18 @@ def saturate(maps: Maps, since: Int32[Array, ""]) -> Maps:
     return jnp.where(idle, since + OLDEST, stamp)
 
   return maps._replace(last_used=kept(maps.last_used), entered=kept(maps.entered))
+
+
+def tidy(maps: Maps) -> Maps:
+  """Maps in which no slot holds a block that is not found there: it is empty.
+
+  Rows of a step that share a block and miss it bring it to a place each, and the last of them counts.
+  """
+  n_slots = maps.last_used.shape[0]
+  found = maps.slot_of.ravel().at[maps.block_of].get(mode="fill", fill_value=-1) == jnp.arange(n_slots)
+  lost = (maps.block_of >= 0) & ~found
+  block_of, last_used = (jnp.where(lost, -1, x) for x in (maps.block_of, maps.last_used))
+  return maps._replace(block_of=block_of, last_used=last_used)
 
 
 def ages(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:

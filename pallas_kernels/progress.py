@@ -6,7 +6,6 @@ Same blocks, masses and test as `attend(stop=...)`. A round knows every block's 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,16 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.attend import Stop, Tails, attend
+from pallas_kernels.attend import Tails, attend
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.residency import Located
+from pallas_kernels.stop import LOG2_E, Stop
 
 
 class _Progress(NamedTuple):
   """How far lists have been read."""
 
   acc: Partial  # [B, K, G, D], over the tail and what has been read
-  smallest: Float32[Array, "B K G"]  # log of the smallest mass of a ranked block; infinite before the first
+  known: Float32[Array, "B K G"]  # what the stop test keeps of the groups before
   read: Int32[Array, "B K"]  # blocks
   stopped: Bool[Array, "B K"]
 
@@ -67,15 +67,13 @@ class Rounds:
 
   def _after(self, before: _Progress, by_block: Partial, n: jax.Array, length: jax.Array) -> _Progress:
     """When a round has read `n` more blocks of each list."""
-    rank = jnp.arange(by_block.m.shape[2])[None, None]
-    ranked = (rank < n[..., None]) & (before.read[..., None] + rank >= self.stop.untested)
-    smallest = jnp.minimum(before.smallest, jnp.where(ranked[..., None], by_block.lse, jnp.inf).min(2))
+    read_now = jnp.arange(by_block.m.shape[2])[None, None] < n[..., None]
+    group = self.stop.rule.of_group(by_block.lse * LOG2_E, read_now)
     acc, read = merge(before.acc, merge_along(by_block, 2)), before.read + n
-    left = length - read
-    # NaN, of an infinite `smallest` and none left, passes no test; `left` alone says stop then.
-    share = acc.lse - jnp.logaddexp(acc.lse, smallest + jnp.log(left[..., None].astype(jnp.float32)))
-    enough = (share > math.log(self.stop.threshold)).all(-1)
-    return _Progress(acc, smallest, read, before.stopped | (left <= 0) | enough)
+    left = (length - read)[..., None].astype(jnp.float32)
+    start, n_heads = before.read[..., None], acc.m.shape[-1]
+    enough, known = self.stop.after(before.known, group, start, acc.lse * LOG2_E, left, n_heads)
+    return _Progress(acc, known, read, before.stopped | (length <= read) | enough)
 
 
 def attend_to_tail(q, tails: Tails, pool, slots, layer, *, implementation: str = "xla"):

@@ -33,12 +33,14 @@ class Buckets:
   n_layers: int
   allowance: int  # what an iteration may prefill: tokens through all layers if `chunked`, token x layers otherwise
   chunked: bool
+  resumes: bool  # whether a prompt may begin after blocks that it shares
 
   @classmethod
-  def of(cls, config: EngineConfig, n_layers: int, max_context: int, resumes: bool = False) -> Buckets:
+  def of(cls, config: EngineConfig, n_layers: int, max_context: int) -> Buckets:
     """Buckets for requests of up to `max_context` tokens.
 
-    With `resumes` a prompt may begin after any of its blocks, so that what is left of it comes with any prefix.
+    With `cache.prefix` a prompt may begin after any of its blocks, so that what is left of it comes with any prefix,
+    and in coarse sizes.
     """
     size, scheduler = config.cache.block_tokens, config.scheduler
     chunked = scheduler.prefill == "chunked"
@@ -55,8 +57,8 @@ class Buckets:
     chunks = [c for c in eighths if c - unit < max_context - least_prefix] if chunked or max_context > allowance else []
     if chunks:
       whole = sorted({*whole, *(c for c in (eighths if chunked else [full]) if c <= context)})
-    if resumes:
-      chunks, least_prefix = sorted({*chunks, *whole}), size
+    if config.cache.prefix:
+      chunks, least_prefix = sorted({*chunks, *_coarse(size, whole[-1])}), size
     blocks = context // size
     return cls(
       block_tokens=size,
@@ -70,6 +72,7 @@ class Buckets:
       n_layers=n_layers,
       allowance=allowance,
       chunked=chunked,
+      resumes=config.cache.prefix,
     )
 
   def piece(self, n_tokens: int, start: int) -> int:
@@ -102,15 +105,19 @@ class Buckets:
     """
     return self._programs(self.whole, self.chunks)
 
-  def programs_of(self, prompts: Iterable[int]) -> list[tuple[str, int, int]]:
-    """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them."""
+  def programs_of(self, prompts: Iterable[int], shared: bool = True) -> list[tuple[str, int, int]]:
+    """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them; unless `shared`, if no
+    two of them begin alike.
+    """
     prompts = set(prompts)
     cut = [n for n in prompts if self.chunked or n > self.allowance]
     longest = min(max(cut, default=0), self.full)  # of a piece
     whole = {self.piece(n, 0) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)
     }
-    return self._programs(sorted(whole), [c for c in self.chunks if cut and c <= _up(self.chunks, longest)])
+    if self.resumes and shared:  # what is left of one after its first block, or after more
+      longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.whole[-1]))
+    return self._programs(sorted(whole), [c for c in self.chunks if longest > 0 and c <= _up(self.chunks, longest)])
 
   def _programs(self, whole: Sequence[int], chunks: Sequence[int]) -> list[tuple[str, int, int]]:
     kinds = ("decode", "sampled decode")  # every row takes its most likely token, or not
@@ -130,6 +137,13 @@ def _geometric(size: int, largest: int) -> list[int]:
     step = max(size, 1 << (at.bit_length() - 7))  # a divisor that keeps long pieces easy to cut into tiles
     at = max(at + step, (at + at // 8) // step * step)
   return [*sizes, largest]
+
+
+def _coarse(size: int, largest: int) -> list[int]:
+  """Sizes up to `largest`, each at most twice and from 2048 on at most 3/2 of the one before, as `_geometric`."""
+  octaves = [2048 << i for i in range(max(0, largest.bit_length() - 11))]
+  sizes = {_round_up(s, size) for s in (*_SMALL, *octaves, *(3 * s // 2 for s in octaves)) if s < largest}
+  return sorted({*sizes, largest})
 
 
 def _round_up(n: int, multiple: int) -> int:

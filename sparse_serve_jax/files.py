@@ -74,11 +74,11 @@ def lone_surrogate(row: Mapping[str, Any]) -> str | None:
   JSON can hold such a half ("\\ud83d"), UTF-8 cannot, and so no tokenizer takes it.
   """
   for key, value in row.items():
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      return f"{key!r} has the lone surrogate {text[error.start]!a} at character {error.start}"
+    for text in (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+      try:
+        text.encode()
+      except UnicodeEncodeError as error:
+        return f"{key!r} has the lone surrogate {text[error.start]!a} at character {error.start}"
   return None
 
 
@@ -112,7 +112,7 @@ def _object(text: str, file: str | pathlib.Path, line: int) -> dict[str, Any]:
     made = json.loads(text)
   except json.JSONDecodeError as error:
     where = f"{file}:{line + error.lineno - 1}"
-    raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    raise ValueError(f"{where}: not JSON: {error.msg}, column {error.colno}") from None
   except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
     raise ValueError(f"{file}:{line}: not JSON that can be read: {error}") from None
   if not isinstance(made, dict):

@@ -95,7 +95,7 @@ class LLM:
 
     Of several outputs that are drawn, each has a seed of its own. With one `params` for all, sample j of prompt i draws
     with seed + i * n + j; with one for each prompt, sample j with seed + j. The `n` samples of a prompt are requests
-    like others: each runs the prompt.
+    like others; with `cache.prefix` all but the first share what it has made of the prompt.
 
     Args:
       prompts: a text or a list of token ids, or several of them. A text that begins with BOS gets no other one.
@@ -158,7 +158,9 @@ class LLM:
     Raises:
       ValueError: something is no conversation, the template refuses one, or as of `generate`. Nothing is run then.
     """
-    if isinstance(messages, str) or (messages and isinstance(messages[0], str)):
+    given = cast(object, messages)
+    none = isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence)
+    if none or (messages and isinstance(messages[0], str)):
       raise ValueError(f"chat takes messages such as {prompting.FORM}, got {messages!r:.80}; generate takes texts")
     one = not messages or prompting.is_message(messages[0])
     conversations = cast("Sequence[Sequence[Message]]", [messages] if one else messages)
@@ -211,6 +213,8 @@ class LLM:
     (asked,) = _params(params, options, 1)
     if asked.n > 1:
       raise ValueError(f"a stream is one output, got n={asked.n}")
+    if isinstance(cast(object, prompt), bytes | Mapping) or not isinstance(cast(object, prompt), Sequence | np.ndarray):
+      raise ValueError(f"a stream takes a text, token ids or messages such as {prompting.FORM}, got {prompt!r:.80}")
     self._prepare()
     if not isinstance(prompt, str) and len(prompt) and prompting.is_message(prompt[0]):
       ids = self.encode_chat(cast("Sequence[Message]", prompt))
@@ -378,7 +382,7 @@ class _Output:
     times = request_metrics(request)
     assert times["total_s"] is not None
     at = Times(times["scheduling_delay_s"], times["ttft_s"], times["tbt_mean_s"], times["total_s"])
-    return Sample(text, tokens, reason, told, at, str(request.error) if failed else None)
+    return Sample(text, tokens, reason, told, at, request.cached_tokens, str(request.error) if failed else None)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

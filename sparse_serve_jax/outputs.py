@@ -29,6 +29,7 @@ class Sample:
   finish_reason: FinishReason  # a stop token or string; max_tokens; `error` says what; cancelled by a callback
   logprobs: list[TokenLogprobs] | None  # one for each token id, if asked for
   times: Times
+  cached_tokens: int = 0  # of the prompt, that the cache held when its turn came
   error: str | None = None  # what ended it: logits that are not finite, or a device that failed
 
 
@@ -38,6 +39,7 @@ class Usage:
 
   prompt_tokens: int
   output_tokens: int
+  cached_tokens: int = 0  # of the prompt, that the cache held before its first sample was made
 
   @property
   def total_tokens(self) -> int:
@@ -77,4 +79,5 @@ class RequestOutput:
 
   @property
   def usage(self) -> Usage:
-    return Usage(len(self.prompt_token_ids), sum(len(sample.token_ids) for sample in self.samples))
+    n_output = sum(len(sample.token_ids) for sample in self.samples)
+    return Usage(len(self.prompt_token_ids), n_output, self.samples[0].cached_tokens)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
+from sparse_serve_jax import files
 from sparse_serve_jax.tokenizing import Message, Tokenizer, Typed
 
 FORM = '[{"role": "user", "content": "..."}]'
@@ -44,21 +45,27 @@ def _message(i: int, value: object) -> Message:
   content: object = message.get("content")
   if content is None and role == "assistant" and message.get("tool_calls"):
     return message
-  return {**message, "content": _text(f"message {i}, of {role!r},", content)}
-
-
-def _text(where: str, content: object) -> str:
+  where = f"message {i}, of {role!r},"
   if isinstance(content, str):
-    return content
+    return message
   if not isinstance(content, Sequence) or isinstance(content, bytes):
     raise ValueError(f"{where} needs a content, a text or a list of parts of type text, got {content!r:.80}")
+  return {**message, "content": joined(where, cast("Sequence[object]", content))}
+
+
+def joined(where: str, parts: Sequence[object]) -> str:
+  """A content that is a list of parts, {"type": "text", "text": ...}, as one text.
+
+  Raises:
+    ValueError: a part is something else; the message begins with `where` and names its type.
+  """
   texts: list[str] = []
-  for part in cast("Sequence[object]", content):
+  for i, part in enumerate(parts):
     fields: Mapping[str, Any] = cast("Mapping[str, Any]", part) if isinstance(part, Mapping) else {}
     kind, text = fields.get("type"), fields.get("text")
     if kind != "text" or not isinstance(text, str):
       told = f"of type {kind!r}" if isinstance(kind, str) and kind != "text" else repr(cast(object, part))
-      raise ValueError(f'{where} has a part {told:.80}; only {{"type": "text", "text": "..."}} can be read')
+      raise ValueError(f'{where} has as part {i} one {told:.80}; only {{"type": "text", "text": "..."}} can be read')
     texts.append(text)
   return "".join(texts)
 
@@ -66,7 +73,12 @@ def _text(where: str, content: object) -> str:
 def encode_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
   """Token ids of a prompt. What a tokenizer puts before texts is not put before one that begins with it, such as one
   that a chat template has made.
+
+  Raises:
+    ValueError: there is half of a character in it.
   """
+  if wrong := files.lone_surrogate({"prompt": text}):
+    raise ValueError(wrong)
   ids = tokenizer.encode(text, add_special_tokens)
   for n in range(1, 4 if add_special_tokens else 1):
     if len(ids) >= 2 * n and ids[:n] == ids[n : 2 * n]:

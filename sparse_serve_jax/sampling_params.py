@@ -145,6 +145,8 @@ class SamplingParams:
   """The log probability of each output token is told, and those of so many most likely tokens; None: nothing is."""
   add_special_tokens: Setting[bool, bool] = Setting(True, "True or False", _truth)
   """A prompt that is text gets what the tokenizer puts around texts, such as BOS, unless it begins with it already."""
+  cache_salt: Setting[str | None, str | None] = Setting(None, "a text", lambda v: v if isinstance(v, str) else None)
+  """Requests share what the cache holds of prompts only with those of the same salt."""
 
   max_new_tokens: dataclasses.InitVar[int | None] = None
   """Another name of `max_tokens`."""
@@ -184,6 +186,7 @@ class SamplingOptions(TypedDict, total=False):
   n: int | None
   logprobs: int | None
   add_special_tokens: bool | None
+  cache_salt: str | None
   max_new_tokens: int | None
 
 

@@ -57,6 +57,7 @@ class Setup:
   eviction: Eviction
   zones: Zones
   offload: bool
+  shares: bool  # whether several requests may have a block
   implementation: str  # of the kernels: "xla", "triton" or "interpret"
 
   @classmethod
@@ -83,6 +84,7 @@ class Setup:
       eviction=variant(EVICTIONS, cache.eviction, "cache.eviction"),
       zones=cache.zones,
       offload=cache.offload,
+      shares=cache.prefix,
       implementation=implementation,
     )
 
@@ -91,7 +93,8 @@ class Setup:
     are none.
     """
     since, (n_heads, n_layers, n_lanes) = hot.stamp(0), hot.tail.shape[:3]
-    hot = hot.replace(maps=kernels.saturate(hot.maps, since))
+    maps = kernels.tidy(hot.maps) if self.shares else hot.maps
+    hot = hot.replace(maps=kernels.saturate(maps, since))
     if needed is not None:
       hot = hot.replace(maps=kernels.touch(hot.maps, needed, since))
     n_zones = {"shared": 1, "layer": n_layers, "lane": n_lanes}[self.zones] if hot.slots.shape[0] else 1

@@ -46,8 +46,8 @@ CHECKED_ROOMS = (
 )
 CHECKED = ("pallas_kernels", *(f"sparse_serve_jax.{room}" for room in CHECKED_ROOMS))
 # Level 1 for what is optimized: compiling at 2 takes longer than it saves here. Nearly half of that time goes into the
-# code generator of fusions, which jaxlib 0.10 can do without, and a tenth into cutting a program into 32 parts that
-# are compiled at once. Later ones lack the first flag, and XLA ends a process for a flag that it does not know.
+# code generator of fusions, which jaxlib 0.10 can do without, and a fifth of the rest into cutting a program into parts
+# that compile beside each other. Later ones have no such flag, and XLA ends a process for a flag that it does not know.
 CPU_FLAGS = ("--xla_backend_optimization_level=1",)
 if metadata.version("jaxlib").startswith("0.10."):
   CPU_FLAGS += ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")

@@ -92,6 +92,9 @@ class FakeExecutor:
     self.outstanding: list[int] = []
     self.resets += 1
 
+  def begin(self) -> None:
+    """A block that a plan does not write before it is read would show anyway."""
+
   def submit(self, plan: Plan) -> _Dispatched:
     assert not plan.empty
     self.plans.append(plan)

@@ -18,7 +18,8 @@ class Mutation(NamedTuple):
 ATTEND, RESIDENCY, COPIES, SELECTION = (
   f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
 )
-ZONES = "tests/test_zones.py"
+ZONES, RULES, PREFIX = "tests/test_zones.py", "tests/test_stop_rules.py", "tests/test_prefix.py"
+STOP = "pallas_kernels/stop.py"
 MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
 ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
@@ -40,10 +41,10 @@ MUTATIONS = [
   ),
   Mutation(
     "the stop test is not strict",
-    "pallas_kernels/attend_xla.py",
-    "(seen > log_threshold)",
-    "(seen >= log_threshold)",
-    (f"{ATTEND}::test_threshold_one_never_stops[xla]",),
+    STOP,
+    "(claims > threshold)",
+    "(claims >= threshold)",
+    (f"{ATTEND}::test_threshold_one_never_stops[xla]", f"{ATTEND}::test_threshold_one_never_stops[interpret]"),
   ),
   Mutation(
     "prefill sees the next token",
@@ -74,11 +75,35 @@ MUTATIONS = [
     (ATTEND_INTERPRET,),
   ),
   Mutation(
-    "the kernel's stop test is not strict",
+    "the kernel's mean of heads counts those that pad",
+    STOP,
+    "jnp.where(real, claims, 0.0).sum(-1) / n_heads",
+    "claims.mean(-1)",
+    (f"{RULES}::test_claims_land_beside_the_threshold[mean_of_heads-last_group-interpret]",),
+  ),
+  Mutation(
+    "the last two groups are one",
+    STOP,
+    "each = jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))",
+    "each = jnp.where(before == jnp.inf, each, each)",
+    (f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",),
+  ),
+  Mutation(
+    "sinks and window say what is still to come",
+    STOP,
+    "jnp.where(start >= self.untested, group, jnp.inf)",
+    "group",
+    (
+      f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",
+      f"{RULES}::test_claims_land_beside_the_threshold[every_head-least-interpret]",
+    ),
+  ),
+  Mutation(
+    "the kernel's sum of a group knows no new maximum",
     "pallas_kernels/attend.py",
-    "(log2_p > log2_threshold)",
-    "(log2_p >= log2_threshold)",
-    (f"{ATTEND}::test_threshold_one_never_stops[interpret]",),
+    "group = group * old + mass",
+    "group = group + mass",
+    (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[last_group-interpret]",),
   ),
   Mutation(
     "a split of the hits leaves out its last block",
@@ -246,14 +271,93 @@ MUTATIONS = [
     "sparse_serve_jax/serving/scheduler.py",
     "resident.start, resident.layer = resident.first, layer + n_layers",
     "resident.start, resident.layer = 0, layer + n_layers",
-    ("tests/test_shared_blocks.py::test_a_piece_begins_after_what_is_cached_and_has_a_program[scheduler1-expected1]",),
+    (f"{PREFIX}::test_a_piece_begins_after_what_is_shared_and_has_a_program[scheduler1-expected1]",),
   ),
   Mutation(
     "a shared block is freed by its first owner",
     "sparse_serve_jax/memory/allocator.py",
-    "blocks[self._owners[blocks] == 0]).size",
-    "blocks[self._owners[blocks] >= 0]).size",
-    ("tests/test_shared_blocks.py::test_a_shared_block_is_free_when_its_last_owner_frees_it",),
+    "left = blocks[self._owners[blocks] == 0]",
+    "left = blocks[self._owners[blocks] >= 0]",
+    (f"{PREFIX}::test_a_shared_block_is_free_when_its_last_owner_frees_it",),
+  ),
+  Mutation(
+    "an idle block is given out while an iteration may read it",
+    "sparse_serve_jax/memory/allocator.py",
+    "if after <= self._completed:\n        break",
+    "if after >= 0:\n        break",
+    (f"{PREFIX}::test_idle_blocks_pass_both_gates_before_they_are_given_out",),
+  ),
+  Mutation(
+    "an idle block is given out with its residency",
+    "sparse_serve_jax/memory/allocator.py",
+    "self._reused.append(np.array(evicted, np.int32))",
+    "pass",
+    (
+      f"{PREFIX}::test_idle_blocks_pass_both_gates_before_they_are_given_out",
+      f"{PREFIX}::test_the_least_recently_used_gives_way_its_end_first",
+    ),
+  ),
+  Mutation(
+    "the beginning of a chain gives way before its end",
+    "sparse_serve_jax/memory/allocator.py",
+    "blocks[::-1].tolist()",
+    "blocks.tolist()",
+    (f"{PREFIX}::test_the_least_recently_used_gives_way_its_end_first",),
+  ),
+  Mutation(
+    "a hash does not depend on what comes before",
+    "sparse_serve_jax/memory/prefix.py",
+    "made = hashlib.blake2b(last, ",
+    "made = hashlib.blake2b(",
+    (f"{PREFIX}::test_a_chain_tells_tokens_their_places_and_salts_apart",),
+  ),
+  Mutation(
+    "the last token of a prompt is cached",
+    "sparse_serve_jax/serving/scheduler.py",
+    "(len(request.prompt) - 1) // self._shape.S]",
+    "len(request.prompt) // self._shape.S]",
+    (f"{PREFIX}::test_the_last_token_is_never_cached",),
+  ),
+  Mutation(
+    "salts do not matter",
+    "sparse_serve_jax/serving/scheduler.py",
+    "self._shape.S, request.cache_salt)",
+    "self._shape.S, None)",
+    (f"{PREFIX}::test_salts_are_apart",),
+  ),
+  Mutation(
+    "what was not finite is shared",
+    "sparse_serve_jax/serving/scheduler.py",
+    "self._prefix.leave(resident.table[resident.first // self._shape.S :])",
+    "pass",
+    (
+      f"{PREFIX}::test_blocks_of_what_was_not_finite_are_not_found",
+      f"{PREFIX}::test_nor_those_of_one_that_was_cancelled_before_that_was_known",
+    ),
+  ),
+  Mutation(
+    "what sparse steps have made is shared",
+    "sparse_serve_jax/serving/scheduler.py",
+    '(config.budget_blocks + 1) * shape.S, "psa": 0}',
+    'sys.maxsize, "psa": sys.maxsize}',
+    (
+      f"{PREFIX}::test_output_is_shared_as_far_as_its_steps_attended_to_everything[topk-24]",
+      f"{PREFIX}::test_output_is_shared_as_far_as_its_steps_attended_to_everything[psa-8]",
+    ),
+  ),
+  Mutation(
+    "blocks are shared before they have landed",
+    "sparse_serve_jax/serving/scheduler.py",
+    "if self._late and (self._written_in",
+    "if not self._late and (self._written_in",
+    (f"{PREFIX}::test_where_saves_are_staged_the_next_waits_until_they_have_landed",),
+  ),
+  Mutation(
+    "a slot that holds a block twice is kept",
+    MAPS,
+    "(maps.block_of >= 0) & ~found",
+    "(maps.block_of < 0) & ~found",
+    (f"{RESIDENCY}::test_a_block_that_two_rows_miss_keeps_one_slot[xla]",),
   ),
   Mutation(
     "after a failure the engine goes on over what the device held",

@@ -108,6 +108,8 @@ def test_blocks_by_head_and_claims(model):
   np.testing.assert_allclose(mean.mean(), psa["blocks"], atol=1e-3)
   assert psa["pairs"] == 4 * 96 * 2 * 4  # tokens, layers, query heads
   assert 0 < psa["short"] <= psa["violations"] < psa["pairs"]
+  assert psa["short"] <= psa["stopped"] and psa["broken"] <= psa["stops"] == psa["stopped"] // 2
+  assert psa["true"] < psa["claimed"] < 1 and psa["claimed"] > 0.9
 
 
 def test_only_what_was_asked_for_is_measured():
@@ -124,6 +126,10 @@ def test_only_what_was_asked_for_is_measured():
     "heads": ["best query head 128", "best query head 512"],
     "blocks": [f"blocks of {size} {budget}" for budget in (128, 512) for size in (16, 64)],
     "stops": ["psa, min_max 0.9", "certified 0.9"],
+    "rules": [
+      *("psa, least, mean_of_heads 0.9", "psa, last_group, every_head 0.9", "psa, last_group, mean_of_heads 0.9"),
+      *("psa, last_two_groups, every_head 0.9", "psa, last_two_groups, mean_of_heads 0.9"),
+    ],
   }
   assert more.keys() == accuracy.AXES.keys()
   for axis, expected in more.items():

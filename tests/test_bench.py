@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from sparse_serve_jax.benchmarks import timing
+from sparse_serve_jax.benchmarks import kernels, timing
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.models import init_params
@@ -58,12 +60,21 @@ def check(results: dict[str, dict], file: Path) -> None:
 def test_bench_kernels(tmp_path):
   lines, results = run("bench_kernels", f"--out={tmp_path}", "--commit=abc")
   check(results, tmp_path / "kernels.jsonl")
-  ops = ["digest", "score", "select", "residency", "attend", "copy", "prefill"]
+  ops = ["digest", "score", "select", "residency", "attend", "copy", "moves", "prefill"]
   assert list(dict.fromkeys(name.partition("-")[0] for name in results)) == ops
   assert [line.split()[0] for line in lines if " baselines (us)" in line] == ops
   assert lines[-1] == "smoke: times mean nothing"
   assert all(row["baselines"] for name, row in results.items() if not name.startswith("residency"))
   assert all(results[f"copy-{name} 16"]["baselines"]["memcpy each"] == NO_GPU for name in ("load", "store"))
+  moves = {name: row for name, row in results.items() if name.startswith("moves-")}
+  assert [name.removeprefix("moves-") for name in moves] == [
+    *(f"load 16 {way}" for way in ("gather", "staged", "per_block")),
+    *(f"save 16 {way}" for way in ("direct", "staged", "per_block")),
+  ]
+  for name, row in moves.items():
+    assert row["baselines"] == {"driver": NO_GPU} and "times_driver" not in row
+    assert row["moved"] == {"h2d" if "load" in name else "d2h": 16 * 512}
+    assert row["gb_s"] == pytest.approx(16 * 512 / row["us"] / 1e3)
   assert 0.05 < results["residency-2x2x4 miss 30%"]["miss_rate"] < 0.8  # lists of four blocks
   assert 0 < results["attend-2x8 miss 30%"]["miss_rate"] < 1
   assert results["attend-dense 2x64 tokens"]["moved"] == {"hbm": 2 * 2 * 9 * 512}
@@ -196,6 +207,73 @@ def test_baselines_tell_why_there_is_none():
 
   found = timing.measure_baselines({"good": lambda: Timing(3, 2, 0, 8), "bad": fails})
   assert found == {"good": 3, "bad": "NotImplementedError: not here"}
+
+
+def test_two_ways_side_by_side():
+  assert timing.beside(32e3, 8.0, "driver", 2.0) == {"gb_s": 4.0, "driver_gb_s": 16.0, "times_driver": 4.0}
+  assert timing.beside(32e3, 8.0, "driver", "NotImplementedError: not here") == {"gb_s": 4.0}
+
+
+class Driver:
+  """What `timing.memcpy_each` calls of CUDA, on arrays that the CPU can read."""
+
+  def __init__(self, code: int = 0):
+    self.code, self.copied = code, 0
+
+  def __getattr__(self, name: str):
+    def call(*arguments):
+      if name in ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2"):
+        ctypes.memmove(*arguments[:3])
+        self.copied += 1
+        return self.code
+      return 0
+
+    return call
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_the_driver_copies_a_block_a_call(loads, monkeypatch):
+  host, device = (jnp.asarray(np.arange(48.0, dtype=np.float32).reshape(6, 8) + start) for start in (0, 100))
+  blocks, slots, driver = np.array([5, 0, 2]), np.array([1, 4, 3]), Driver()
+  expected = [np.array(host), np.array(device)]
+  if loads:
+    expected[1][slots] = expected[0][blocks]
+  else:
+    expected[0][blocks] = expected[1][slots]
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+  timing.memcpy_each(loads, host, blocks, device, slots, 32)()
+  found = [timing.writable(x).view(np.float32).reshape(6, 8) for x in (host, device)]
+  assert driver.copied == 3 and all(np.array_equal(*both) for both in zip(found, expected, strict=True))
+  driver.code = 700
+  with pytest.raises(RuntimeError, match="the CUDA driver returned 700"):
+    timing.memcpy_each(loads, host, blocks, device, slots, 32)()
+
+
+def test_the_driver_copies_the_blocks_that_the_others_copy(monkeypatch):
+  """From and to the pool that they use; so many bytes each, and every figure of it in the row."""
+  seen = []
+
+  def memcpy_each(loads, host, blocks, device, slots, n_bytes):
+    seen.append((loads, blocks))
+    assert host.nbytes == n_bytes * bench.heads * bench.n_pool and device.nbytes == n_bytes * bench.n_slots
+    assert 0 <= slots.min() <= slots.max() < bench.n_slots and len(set(slots.tolist())) == len(slots) == 16
+    return lambda: None
+
+  bench = kernels.Bench(Report(None, CEILINGS, timing.SMOKE, "xla", commit=None))
+  monkeypatch.setattr(timing, "memcpy_each", memcpy_each)
+  lists = []
+  variants = bench.variants
+  monkeypatch.setattr(bench, "variants", lambda make: lists.append(variants(make)) or lists[-1])
+  for case, make in kernels.moves(bench):
+    row = make()
+    of = lists.pop()[0]
+    blocks = np.asarray(of.blocks[0] if case.startswith("load") else np.broadcast_to(of[1], (bench.heads, 8)))
+    loads, ids = seen.pop()
+    assert loads == case.startswith("load")
+    assert np.array_equal(ids, [head * bench.n_pool + block for head, list in enumerate(blocks) for block in list])
+    assert row["times_driver"] == pytest.approx(row["us"] / row["baselines"]["driver"])
+    assert row["driver_gb_s"] == pytest.approx(row["times_driver"] * row["gb_s"])
 
 
 def test_kernels_of_a_trace():

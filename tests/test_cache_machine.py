@@ -1,4 +1,4 @@
-"""Allocator, residency maps and block contents together, driven at random against dictionaries.
+"""Allocator, prefix index, residency maps and block contents together, driven at random against dictionaries.
 
 The device side is the real one: pool and slots hold a tag in every block, and only the ops of a step move them.
 """
@@ -17,12 +17,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import pallas_kernels as kernels
 from pallas_kernels import NEVER, Maps
 from sparse_serve_jax.memory.allocator import BlockAllocator
+from sparse_serve_jax.memory.prefix import PrefixIndex
 
 K, L, M, P = 2, 2, 7, 5
 B, N = 2, 3  # rows of a decode step, blocks that one selects
 LARGEST = 4  # blocks of a request
 
 propose, commit, release = jax.jit(kernels.propose), jax.jit(kernels.commit), jax.jit(kernels.release)
+tidy = jax.jit(kernels.tidy)
 oldest_first = jax.jit(lambda maps, since: kernels.victims(kernels.ages(maps, since), since))
 store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
 
@@ -33,11 +35,15 @@ def unwritten(*dims: int) -> np.ndarray:
 
 
 class CacheMachine(RuleBasedStateMachine):
-  """Every rule but `finish` is one iteration of the engine: release, then store or decode, then completion."""
+  """Every rule but `finish` is one iteration of the engine: release, then store or decode, then completion.
+
+  Requests begin like others, that run or have ended; slots that hold a block twice are tidied at the end of a step.
+  """
 
   def __init__(self):
     super().__init__()
     self.allocator = BlockAllocator(M)
+    self.index = PrefixIndex(self.allocator)
     self.pool, self.slots = unwritten(K, L, M), unwritten(P)
     self.maps = Maps(
       np.full((K, L, M), -1, np.int32),
@@ -49,6 +55,8 @@ class CacheMachine(RuleBasedStateMachine):
     self.tags = itertools.count(1)
     # The model.
     self.requests: dict[int, list[int]] = {}  # id -> blocks
+    self.chains: dict[int, list[bytes]] = {}  # of all requests there have been
+    self.written: dict[bytes, tuple[int, float]] = {}  # link of a chain -> block, and its tag of head 0, layer 0
     self.steps: dict[int, int] = {}
     self.content: dict[tuple[int, int, int], float] = {}  # (head, layer, block) -> tag
     self.held: dict[int, tuple[int, int, int]] = {}  # slot -> (head, layer, block)
@@ -73,14 +81,22 @@ class CacheMachine(RuleBasedStateMachine):
       self.completed += 1
       self.allocator.complete(self.completed)
 
-  @rule(n=st.integers(1, LARGEST), lag=st.integers(0, 1))
-  def start(self, n, lag):
-    """A request comes and its blocks are stored."""
-    blocks = self.allocator.allocate(n)
+  @rule(n=st.integers(1, LARGEST), alike=st.integers(0, 20), n_alike=st.integers(1, LARGEST - 1), lag=st.integers(0, 1))
+  def start(self, n, alike, n_alike, lag):
+    """A request comes, which may begin like the one `alike` did; its own blocks are stored."""
+    chain = self.chains.get(sorted(self.chains)[-alike - 1], []) if alike < len(self.chains) else []
+    chain = chain[: min(n_alike, n - 1)]
+    shared = self.index.find(chain)
+    for link, block in zip(chain, shared.tolist(), strict=False):  # it is what was stored for the link, and still there
+      assert self.written[link] == (block, self.content[0, 0, block])
+    n -= len(shared)
+    blocks = self.allocator.allocate(n, shared)
     self.begin()
     if blocks is not None:
-      owned = set(itertools.chain(*self.requests.values()))
+      owned = {*itertools.chain(*self.requests.values()), *shared.tolist()}
       assert not owned & set(blocks.tolist())
+      chain = [*chain[: len(shared)], *(f"{self.iteration}-{i}".encode() for i in range(n))]
+      self.chains[self.iteration] = chain
       source = unwritten(K, L, LARGEST).copy()
       to = np.full(LARGEST, -1, np.int32)
       to[:n] = blocks
@@ -89,8 +105,14 @@ class CacheMachine(RuleBasedStateMachine):
         source[k, layer, i] = tag
         self.content[k, layer, int(blocks[i])] = tag
       self.pool = store(self.pool, source, np.int32(0), np.arange(LARGEST, dtype=np.int32), to)
-      self.requests[self.iteration] = blocks.tolist()
+      self.requests[self.iteration] = [*shared.tolist(), *blocks.tolist()]
       self.steps[self.iteration] = 0
+      entered = self.index.enter(chain, np.array(self.requests[self.iteration], np.int32))
+      assert entered.tolist() == blocks.tolist()
+      self.written |= {
+        link: (block, self.content[0, 0, block])
+        for link, block in zip(chain[len(shared) :], blocks.tolist(), strict=True)
+      }
     self.end(lag)
 
   @precondition(lambda self: self.requests)
@@ -124,13 +146,22 @@ class CacheMachine(RuleBasedStateMachine):
         assert (np.asarray(self.slots)[slot[b, k, i]] == self.content[k, layer, blocks[b, k, i]]).all()
       self.slots = load(self.pool, self.slots, np.int32(layer), np.where(reached, blocks, -1), place)
       self.maps = commit(self.maps, np.int32(layer), located, attended, np.int32(since + layer), steps)
+      last = np.asarray(self.maps.last_selected)
       for b, k, i in zip(*np.nonzero(reached), strict=True):
         key = (int(k), layer, int(blocks[b, k, i]))
-        self.selected[key] = int(steps[b])
+        rows = np.nonzero((reached & (blocks == key[2]))[:, k].any(-1))[0]
+        self.selected[key] = int(last[key])  # of rows that share it, any of them
+        assert self.selected[key] in steps[rows]
         at = max(int(slot[b, k, i]), int(place[b, k, i]))
         if at >= 0:
           self.held[at] = key
           self.stamp[at] = since + layer
+    self.maps, slot_of = tidy(self.maps), np.asarray(self.maps.slot_of)
+    for slot, key in list(self.held.items()):
+      if slot_of[key] != slot:  # it was brought to two places
+        assert self.held[int(slot_of[key])] == key
+        del self.held[slot]
+        self.stamp[slot] = -1
     self.end(lag)
 
   def check_located(self, layer, blocks, located, order, since):
@@ -154,9 +185,14 @@ class CacheMachine(RuleBasedStateMachine):
   @precondition(lambda self: self.requests)
   @rule(data=st.data())
   def finish(self, data):
-    """A request ends. Its blocks may still be in slots until the next iteration releases them."""
+    """A request ends. Its blocks stay, in slots too, until their place is wanted; or they are not to be found any more,
+    and stay in slots until the next iteration releases them.
+    """
     request = data.draw(st.sampled_from(sorted(self.requests)))
-    self.allocator.free(self.requests.pop(request), after=self.iteration)
+    blocks = np.array(self.requests.pop(request), np.int32)
+    if data.draw(st.booleans()):
+      self.index.leave(blocks)
+    self.index.free(self.chains[request], blocks, after=self.iteration)
     del self.steps[request]
 
   @invariant()
@@ -188,17 +224,23 @@ class CacheMachine(RuleBasedStateMachine):
     for slot, (k, layer, block) in self.held.items():
       assert (slots[slot] == pool[k, layer, block]).all()
       assert (slots[slot] == self.content[k, layer, block]).all()
-      assert block in waiting or any(block in blocks for blocks in self.requests.values())
+      assert block in waiting or block in self.allocator._idle or any(block in b for b in self.requests.values())
 
   @invariant()
-  def no_block_has_two_owners(self):
-    owned = list(itertools.chain(*self.requests.values()))
-    assert len(owned) == len(set(owned)) == self.allocator.in_use
+  def blocks_are_owned_kept_or_on_their_way(self):
+    owned = {*itertools.chain(*self.requests.values())}
+    assert len(owned) == self.allocator.in_use and not owned & {*self.allocator._idle}
 
   def teardown(self):
     """When all requests have ended nothing is left."""
-    for blocks in self.requests.values():
-      self.allocator.free(blocks, after=self.iteration)
+    for request, blocks in self.requests.items():
+      self.index.free(self.chains[request], np.array(blocks, np.int32), after=self.iteration)
+    self.begin()
+    self.end(lag=0)
+    everything = self.allocator.allocate(M)  # so that what was kept goes
+    assert everything is not None and not len(self.index)
+    self.begin()
+    self.allocator.free(everything, after=self.iteration)
     self.begin()
     self.end(lag=0)
     assert self.allocator.available == M and self.allocator.in_use == 0 and not self.allocator.release_due

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -85,6 +86,9 @@ BROKEN = [
   ({"eos_token_id": True}, "'eos_token_id' is True"),
   ({"hidden_size": "32"}, "'hidden_size' is '32', wanted is a whole number"),
   ({"vocab_size": 0}, "'vocab_size' is 0, wanted is a number above 0"),
+  ({"vocab_size": "96"}, "'vocab_size' is '96', wanted is a whole number"),
+  ({"num_hidden_layers": -2}, "'num_hidden_layers' is -2, wanted is a number above 0"),
+  ({"head_dim": 7}, "head_dim=7 is odd; rope turns pairs"),
   ({"num_hidden_layers": 2.5}, "'num_hidden_layers' is 2.5"),
   ({"num_attention_heads": [4]}, r"'num_attention_heads' is \[4\]"),
   ({"num_key_value_heads": 3}, "config.json: n_heads=4 is not a multiple of n_kv_heads=3"),
@@ -155,6 +159,78 @@ def test_what_files_beside_it_lack_is_one_line(directory, name, raw, fault):
   with pytest.raises(ValueError) as error:
     models.load_model(directory)
   one_line(error, f"^{re.escape(str(directory / name))}", fault)
+
+
+def tokenizer_json(**changes) -> bytes:
+  return json.dumps(json.loads((GOLDENS / "tokenizer" / "tokenizer.json").read_text()) | changes).encode()
+
+
+BEYOND = {"id": 99999, "content": "<n>"} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "fault"),
+  [
+    ("model.safetensors", (GOLDENS / "llama2" / "model.safetensors").read_bytes()[:-100], " is no safetensors file: "),
+    ("model.safetensors", b"", " is no safetensors file: "),
+    ("model.safetensors", None, " is no safetensors file: "),
+    ("tokenizer.json", b"", " is no tokenizer: "),
+    ("tokenizer.json", b"[1]", " is no tokenizer: "),
+    ("tokenizer.json", b"\xff", " is no tokenizer: "),
+    ("tokenizer.json", None, " is no tokenizer: "),
+    (
+      "tokenizer.json",
+      tokenizer_json(added_tokens=[BEYOND | {"special": True}]),
+      ": 'added_tokens' has '<n>' with the id 99999, and the tokenizer gives it 278",
+    ),
+    ("tokenizer_config.json", b'{"bos_token": "\\ud83d"}', r": 'bos_token' has the lone surrogate '\\ud83d'"),
+    ("added_tokens.json", b'{"\\ud83d": 278}', ": .* has the lone surrogate"),
+    ("chat_template.jinja", b"\xe9", ":1: not UTF-8"),
+    ("chat_template.jinja", None, " is a directory"),
+    ("model.json", b"[]", " holds a list"),
+    ("model.json", b"{}", " lacks 'name'"),
+    ("model.json", b'{"name": "x"}', " lacks 'config'"),
+    ("model.json", b'{"name": "x", "config": 5}', ": .*expected an object for ModelConfig, got 5"),
+  ],
+)
+def test_a_file_of_another_kind_is_one_line(directory, name, content, fault):
+  """None stands for a folder of that name."""
+  file = directory / name
+  file.unlink(missing_ok=True)
+  if content is None:
+    file.mkdir()
+  else:
+    file.write_bytes(content)
+  with pytest.raises(ValueError) as error:
+    models.load_model(directory)
+  one_line(error, f"^{re.escape(str(file))}{fault}")
+
+
+def test_a_card_without_parameters_is_one_line(directory):
+  cfg = dataclasses.asdict(models.load_model(directory).config)
+  (directory / "model.json").write_text(json.dumps({"name": "x", "eos_token_ids": [1], "config": cfg}))
+  with pytest.raises(ValueError) as error:
+    models.load_model(directory)
+  one_line(error, f"^{re.escape(str(directory / 'params'))} holds no parameters")
+
+
+def test_an_end_that_never_comes_is_named(directory):
+  (directory / "generation_config.json").write_text('{"eos_token_id": [2, 1000]}')
+  with pytest.warns(
+    UserWarning, match=f"{directory}: .* 1000 of generation_config.json, is beyond the vocabulary of 96"
+  ):
+    model = models.load_model(directory)
+  assert 2 in model.eos_token_ids and 1000 not in model.eos_token_ids
+
+
+def test_a_broken_template_is_named_and_only_conversations_need_it(directory):
+  (directory / "chat_template.jinja").write_text("{{ bos_token }}\n{% if %}")
+  with pytest.warns(UserWarning, match=f"{directory}: .*, of chat_template.jinja, is broken in line 2: Expected"):
+    tokenizer = models.load_model(directory).tokenizer
+  assert tokenizer.encode("the cat")
+  with pytest.raises(ValueError) as error:
+    tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+  one_line(error, "the chat template does not render: TemplateSyntaxError: Expected")
 
 
 def test_a_broken_chat_template_entry(directory):
@@ -282,6 +358,15 @@ def test_files_that_disagree_are_named(name, message, tmp_path):
 # Conversations
 
 
+def test_a_template_writes_the_tokens_of_special_tokens_map(tmp_path):
+  shutil.copy(GOLDENS / "tokenizer" / "tokenizer.json", tmp_path)
+  (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+  (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+  tokenizer = load_tokenizer(tmp_path)
+  ids = tokenizer.encode_chat([{"role": "user", "content": "the cat"}])
+  assert (ids[0], ids[-1]) == (0, 1) and tokenizer.decode(ids, skip_special_tokens=False) == "<s>the cat</s>"
+
+
 def with_template(tmp_path, template: str):
   shutil.copytree(GOLDENS / "tokenizer", tmp_path, dirs_exist_ok=True)
   (tmp_path / "chat_template.jinja").write_text(template)
@@ -333,9 +418,9 @@ def test_contents_of_parts(tmp_path):
   chat = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}])  # noqa: E731
   assert chat([{"type": "text", "text": "hi"}]) == "hiuser"
   assert chat([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]) == "a buser"
-  with pytest.raises(ValueError, match="message 0, part 1 is of type 'image_url': a content is text, or a list"):
+  with pytest.raises(ValueError, match="message 0 has as part 1 one of type 'image_url'; only {.type.: .text.,"):
     chat([{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {}}])
-  with pytest.raises(ValueError, match="message 0, part 0 is 'hi'"):
+  with pytest.raises(ValueError, match="message 0 has as part 0 one 'hi'; only"):
     chat(["hi"])
   with pytest.raises(ValueError, match="message 0 is 'hi', wanted is a conversation"):
     tokenizer.apply_chat_template(["hi"])

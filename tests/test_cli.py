@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = '''"""Does what it is told.
@@ -113,6 +115,13 @@ def test_help(program, flag):
     "What is done:\n  --kinds  Kinds of things. (default: a,b)\n  --[no]fast  Does it at once.\n\n"
     "Other flags:\n  --level  Of detail. (default: 3)\n"
   )
+
+
+def test_all_may_stand_among_names():
+  assert cli.chosen("tasks", ["all", "b"], ["a", "b"]) == ["a", "b"]
+  assert cli.chosen("tasks", ["b", "all"], ["a", "b"]) == ["b", "a"]
+  with pytest.raises(ValueError, match="--tasks: no c; there are a, b"):
+    cli.chosen("tasks", ["all", "c"], ["a", "b"])
 
 
 COMMANDS = [file.stem for file in (ROOT / "experiments").glob("*.py") if "\n  cli.run(" in file.read_text()]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sparse_serve_jax.config import SchedulerConfig
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.serving.metrics import request_metrics
-from sparse_serve_jax.serving.plan import MAX_BANNED, Plan, Sampling, StepResult
+from sparse_serve_jax.serving.plan import MAX_BANNED, Observed, Plan, Sampling, StepResult
 from sparse_serve_jax.serving.request import Request, State
 from tests.fake_engine import EOS, VOCAB, FakeModel, S, continuation, fake_engine, next_token
 
@@ -253,19 +253,20 @@ def test_usage_is_counted():
 
 
 def test_the_observer_sees_every_plan_with_its_result_in_order():
-  seen: list[tuple[Plan, StepResult]] = []
+  seen: list[Observed] = []
   delivered = []  # output tokens that requests had when their plan was observed
 
-  def observer(plan: Plan, result: StepResult) -> None:
-    seen.append((plan, result))
-    delivered.extend(requests[name].output_tokens[-1] == token for name, token in result.tokens.items())
+  def observer(one: Observed) -> None:
+    seen.append(one)
+    delivered.extend(requests[name].output_tokens[-1] == token for name, token in one.result.tokens.items())
 
   engine, executor = fake_engine(SchedulerConfig(max_inject_tokens=24, working_set_steps=2), observer=observer)
   requests = {r.id: r for r in [engine.add_request([3] * n, 6) for n in (4, 20, 9)]}
   engine.run()
-  assert [id(plan) for plan, _ in seen] == [id(plan) for plan in executor.plans]
-  assert [plan.iteration for plan, _ in seen] == list(range(1, len(seen) + 1))
-  for plan, result in seen:
+  assert [id(plan) for plan, *_ in seen] == [id(plan) for plan in executor.plans]
+  assert [plan.iteration for plan, *_ in seen] == list(range(1, len(seen) + 1))
+  for plan, result, planned, dispatched, done, pool_blocks in seen:
+    assert planned < dispatched < done and 0 <= pool_blocks <= executor.shape.M
     ends = [work.request_id for work in plan.prefill if work.last]
     assert sorted(result.tokens) == sorted([*ends, *(row.request_id for row in plan.decode)])
     assert set(result.working_sets) == {row.request_id for row in plan.measure}

@@ -12,7 +12,7 @@ import pytest
 from sparse_serve_jax.config import SchedulerConfig
 from sparse_serve_jax.serving.engine import DeviceError, Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Plan, StepResult
+from sparse_serve_jax.serving.plan import Plan
 from sparse_serve_jax.serving.request import Request, State
 from tests.fake_engine import FakeExecutor, continuation, fake_engine
 from tests.tiny import config, tiny_model
@@ -135,11 +135,7 @@ def interrupted_once(seen: list[tuple[str, int]]) -> Callable[[Request, int], No
 def test_an_interrupt_in_a_callback_keeps_the_other_callbacks():
   """Those of the same iteration, and the observer, are called by the next step; none is called twice."""
   plans: list[Plan] = []
-
-  def observer(plan: Plan, result: StepResult) -> None:
-    plans.append(plan)
-
-  engine, executor = fake_engine(observer=observer)
+  engine, executor = fake_engine(observer=lambda seen: plans.append(seen.plan))
   seen: list[tuple[str, int]] = []
   on_token = interrupted_once(seen)
   requests = [engine.add_request(PROMPTS[name], 5, request_id=name, on_token=on_token) for name in "abc"]

@@ -38,7 +38,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
   [
     (b'{"a": 1}\n{"a": "caf\xe9"}\n', r":2: not UTF-8: byte 0xe9 at byte 11 of the line$"),
     ('{"a": 1}\n'.encode("utf-16"), r":1: not UTF-8: its byte order mark is that of UTF-16$"),
-    (b'{"a": 1}\n\n{"a" 1}\n', r":3: not JSON: Expecting ':' delimiter at column 6$"),
+    (b'{"a": 1}\n\n{"a" 1}\n', r":3: not JSON: Expecting ':' delimiter, column 6$"),
     (b"[1]\n", r":1: a row is a JSON object, got list$"),
     (b'{"a": ' + b"1" * 5000 + b"}", r":1: not JSON that can be read: Exceeds the limit"),
     (b"[" * 100_000, r":1: not JSON that can be read: "),
@@ -54,7 +54,7 @@ def test_what_is_no_row_is_named_with_its_line(tmp_path, content, message):
 def test_errors_in_a_json_file_have_the_line_in_it(tmp_path):
   file = tmp_path / "a.json"
   for content, message in (
-    (b'{\n"a": }', r"a\.json:2: not JSON: Expecting value at column 6"),
+    (b'{\n"a": }', r"a\.json:2: not JSON: Expecting value, column 6"),
     (b'{\n\n"a": "\xe9"}', r"a\.json:3: not UTF-8: byte 0xe9 at byte 7 of the line"),
     (b"[]", r"a\.json:1: .*got list"),
   ):

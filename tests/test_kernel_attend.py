@@ -57,8 +57,24 @@ def random_case(seed: int, shape: Shape, rows: list[Row], n: int, dtype: str = "
   return Case(make(B, K, G, D, spread=1.5), rows, make(B, K, n, 2, S, D), make(B, K, 2, S, D))
 
 
-def expect(case: Case, untested: int, group: int, threshold: float | None, swap: bool = False) -> Expected:
-  """Attention by loops over float64, and PSA's stop rule by its formula (arXiv 2503.00392, section 2.2)."""
+PSA = kernels.StopRule()
+
+
+def taken_for(rule: kernels.StopRule, masses: list[np.ndarray], group: int) -> np.ndarray:
+  """What an unread block is taken for when ranked blocks of these masses [G] have been read, in whole groups."""
+  of_blocks = {"least": masses, "last_group": masses[-group:], "last_two_groups": masses[-2 * group :]}[rule.rest]
+  return np.min(of_blocks, 0) if rule.rest == "least" else np.mean(of_blocks, 0)
+
+
+def expect(
+  case: Case,
+  untested: int,
+  group: int,
+  threshold: float | None,
+  rule: kernels.StopRule = PSA,
+  swap: bool = False,
+) -> Expected:
+  """Attention by loops over float64, and the stop test by its formula (arXiv 2503.00392, section 2.2)."""
   B, K, G, D = case.q.shape
   k_at, v_at = (1, 0) if swap else (0, 1)
   output, lse = np.zeros((B, K, G, D)), np.full((B, K, G), -np.inf)
@@ -66,7 +82,8 @@ def expect(case: Case, untested: int, group: int, threshold: float | None, swap:
   margin = np.inf
   for b, k in np.ndindex(B, K):
     row, q = case.rows[b], case.q[b, k].astype(np.float64)
-    mass, weighted, smallest = np.zeros(G), np.zeros((G, D)), np.full(G, np.inf)
+    mass, weighted = np.zeros(G), np.zeros((G, D))
+    ranked: list[np.ndarray] = []
 
     def attend_to(keys, values, q=q, mass=mass, weighted=weighted, top=largest[b, k]):
       """Adds to the sums; returns the mass of these keys alone."""
@@ -86,11 +103,12 @@ def expect(case: Case, untested: int, group: int, threshold: float | None, swap:
       attended[b, k] += 1
       if i < untested:
         continue
-      smallest = np.minimum(smallest, of_block)
-      if threshold is not None and (i + 1 - untested) % group == 0 and i + 1 < row.length:
-        accumulated = mass / (mass + smallest * (row.length - i - 1))
-        margin = min(margin, abs(accumulated.min() - threshold))
-        if (accumulated > threshold).all():
+      ranked.append(of_block)
+      if threshold is not None and len(ranked) % group == 0 and i + 1 < row.length:
+        claims = mass / (mass + taken_for(rule, ranked, group) * (row.length - i - 1))
+        claim = claims.min() if rule.when == "every_head" else claims.mean()
+        margin = min(margin, abs(claim - threshold))
+        if claim > threshold:
           break
     if mass.any():
       output[b, k], lse[b, k] = weighted / mass[:, None], np.log(mass)
@@ -153,19 +171,25 @@ def lay_out(case: Case, attended: np.ndarray, group: int, seed: int = 0, n_slots
 
 
 @functools.cache
-def attend_program(implementation: str, untested: int, threshold: float | None):
-  stop = None if threshold is None else kernels.Stop(threshold, untested)
+def attend_program(implementation: str, untested: int, threshold: float | None, rule: kernels.StopRule = PSA):
+  stop = None if threshold is None else kernels.Stop(threshold, untested, rule)
   return jax.jit(functools.partial(kernels.attend, stop=stop, implementation=implementation))
 
 
 def check_attend(
-  case: Case, implementation: str, untested: int, group: int, threshold: float | None, n_slots: int | None = None
+  case: Case,
+  implementation: str,
+  untested: int,
+  group: int,
+  threshold: float | None,
+  n_slots: int | None = None,
+  rule: kernels.StopRule = PSA,
 ) -> Expected:
-  expected = expect(case, untested, group, threshold)
+  expected = expect(case, untested, group, threshold, rule)
   assert expected.margin > 2e-6 or threshold == 1, "a stop test of this case is decided by rounding"
   n = case.kv.shape[2]
   laid = lay_out(case, expected.attended, n if threshold is None else min(group, n), n_slots=n_slots)
-  partial, attended, slots = attend_program(implementation, untested, threshold)(*laid.arguments)
+  partial, attended, slots = attend_program(implementation, untested, threshold, rule)(*laid.arguments)
   np.testing.assert_array_equal(attended, expected.attended)
   assert_same_bits(slots, laid.slots_after)
   assert all(x.dtype == jnp.float32 for x in partial) and attended.dtype == jnp.int32

@@ -215,6 +215,25 @@ def test_blocks_never_reached_are_not_taken_for_resident(implementation: str):
   assert after.last_used.tolist() == [4, 4, -1]  # an unread hit is no use
 
 
+@every_implementation
+def test_a_block_that_two_rows_miss_keeps_one_slot(implementation: str):
+  maps = fill(empty_maps(1, 1, 9, 6), ids([7]), 4, implementation)
+  blocks, two = np.array([[[4, 1]], [[4, 2]]], np.int32), np.full((2, 1), 2, np.int32)
+  located = propose(maps, blocks, 9, implementation)
+  places = np.asarray(located.place)[:, 0, 0].tolist()
+  assert len({*places, -1}) == 3
+  maps = programs(implementation)[2](maps, np.int32(0), located, two, np.int32(9), np.array([6, 6], np.int32))
+  assert [int(maps.block_of[place]) for place in places] == [4, 4]
+  kept = int(maps.slot_of[0, 0, 4])
+  (lost,) = {*places} - {kept}
+  after = jax.jit(kernels.tidy)(maps)
+  assert after.block_of[lost] == after.last_used[lost] == -1 and after.last_used[kept] == 9
+  assert sorted(np.asarray(after.block_of)[np.asarray(after.block_of) >= 0]) == [1, 2, 4, 7]
+  np.testing.assert_array_equal(after.slot_of, maps.slot_of)
+  again = propose(after, blocks, 10, implementation)
+  assert (np.asarray(again.slot)[:, 0, 0] == kept).all() and (np.asarray(again.slot) >= 0).all()
+
+
 def test_empty_maps():
   maps = Maps.empty(2, 3, 5, 4)
   Residency(2, 3, 5, 4).assert_equal(maps)

@@ -19,7 +19,7 @@ from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.workloads import Item
-from tests.forks import start
+from tests.forks import ROOT, start
 from tests.tiny import SMALL_SERVING
 
 RUNGS = ("sparse_serve", "psa")
@@ -66,6 +66,8 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
   other = run("--set=sparse.window_tokens=24", f"--out={tmp_path}")
   assert other.returncode == 2
   assert "configs.sparse_serve.sparse.window_tokens was 16 and is 24" in other.stderr
+  turned = run(f"--rungs={','.join(reversed(RUNGS))}", f"--out={tmp_path}")
+  assert turned.returncode == 2 and "compared_with was 'sparse_serve' and is 'psa'" in turned.stderr
   assert (tmp_path / "cells.jsonl").read_bytes() == whole
 
 
@@ -74,6 +76,7 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
   [
     (["dense", "sprase"], [], "did you mean 'sparse'?"),
     (["psa", "psa"], [], "the rung psa is given twice"),
+    ([], [], "a ladder has one rung or more, got none"),
     (["psa"], ["cache.load=gather"], "psa: a rung whose parts exclude each other: cache.load='gather'"),
     (RUNGS, ["cache.hbm_bytes=300KiB"], "sparse_serve: cache.hbm_bytes=307200 is below the minimum of .* psa: cache"),
     (["psa"], ["sparse.dense_layers=9"], "psa: sparse.dense_layers=9 is beyond the model's 4"),
@@ -120,6 +123,31 @@ def test_rungs_that_cannot_be_compared():
     ladder.check({"dense": one["dense"], "sparse": other["sparse"]}, model, items)
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "configs" / "serving").glob("*.json")))
+def test_every_rungs_minimum_is_told_and_exact(name):
+  """Of what a rung needs at all, then of what it needs for the shortest request."""
+  model, items = load_model("random:tiny").config, [item("a", 300, 20), item("b", 280, 20)]
+
+  def check(hbm_bytes: int) -> None:
+    rungs = ladder.read_rungs([name], [*SMALL_SERVING, "cache.dram_bytes=2MiB", f"cache.hbm_bytes={hbm_bytes}"])
+    assert ladder.shapes(rungs, model)
+    ladder.check(rungs, model, items)
+
+  def least(hbm_bytes: int) -> int:
+    with pytest.raises(
+      ValueError, match=rf"^{name}: .*cache.hbm_bytes={hbm_bytes} is below the minimum of \d+ bytes"
+    ) as e:
+      check(hbm_bytes)
+    return int(re.findall(r"minimum of (\d+)", str(e.value))[0])
+
+  n = least(1000)
+  assert least(n - 1) == n
+  if name in ("dense", "sparse"):  # the pool lies there, and at first has one block
+    block, n = n, least(n)
+    assert n > block and least(n - 1) == n
+  check(n)
+
+
 def test_what_follows_an_answer_is_not_compared(tmp_path):
   items = [item("a", 10, 4, answer_tokens=2), item("b", 10, 4)]
   made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
@@ -145,6 +173,28 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   assert not after
 
 
+@pytest.mark.parametrize(
+  "options", [{}, {"stop_token_ids": list(range(512))}, {"min_tokens": 35}], ids=["", "stop", "min"]
+)
+def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, tmp_path):
+  """A prompt that leaves no room for so many tokens; a stop token at once, or only after more tokens."""
+  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  lengths = [(20, 40), (382, 2), (383, 1)]
+  items = [Item(str(n), np.arange(n, dtype=np.int32) % 250, output, options) for n, output in lengths]
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, np.zeros, tmp_path)
+  row = made.alone("sparse_serve")
+  assert row["iteration_s"] > 0 and row["prompt_tokens"] + ladder.ALONE_TOKENS <= 384
+
+
+def test_what_no_rung_can_serve_is_held_against_none(tmp_path, monkeypatch):
+  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  items = [item("a", 20, 4), item("nobody", 1000, 1)]
+  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
+  monkeypatch.setattr(made, "alone", lambda rung: {"iteration_s": 1e3})
+  cell = made.cell("sparse_serve", 1.0)
+  assert (cell["requests"], cell["refused"], cell["keeps_slo"]) == (1, 1, True)
+
+
 def test_a_users_own_rung(tmp_path):
   (tmp_path / "mine.json").write_text('{"extends": "psa", "sparse": {"threshold": 0.5}}')
   rungs = ladder.read_rungs(["dense", str(tmp_path / "mine.json")], ["cache.lanes=3"])
@@ -167,10 +217,10 @@ def compiled() -> list[str]:
   return names
 
 
-@pytest.mark.parametrize("prefill", ["layer_segmented", "chunked"])
-def test_nothing_is_compiled_afterwards(prefill):
+@pytest.mark.parametrize(("rung", "prefill"), [("sparse_serve", "layer_segmented"), ("flash_transfer", "chunked")])
+def test_nothing_is_compiled_afterwards(rung, prefill):
   config = override(
-    load_config("sparse_serve"),
+    load_config(rung),
     [*SMALL_SERVING, f"scheduler.prefill={prefill}", "scheduler.chunk_tokens=16", "scheduler.max_inject_tokens=512"],
   )
   model, lengths = load_model("random:tiny"), [70, 200, 330]
@@ -198,6 +248,25 @@ def test_what_is_compiled_changes_nothing():
     engine.run()
     tokens.append(request.output_tokens)
   assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+  ("goodput", "score", "shown"),
+  [({}, 0.5, "score of the answers"), ({"a": 2.0, "b": None}, 0.5, "goodput, requests/s"), ({}, None, "")],
+)
+def test_the_plot_shows_what_there_is(goodput, score, shown, monkeypatch, tmp_path):
+  plots = pytest.importorskip("sparse_serve_jax.evaluation.plots", exc_type=ImportError)
+  drawn = []
+  monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure))
+  times = {"ttft_mean_s": 0.02, "tbt_mean_s": None, "throughput_tok_s": 30.0}
+  cells = [{"rung": rung, "rate": rate, "score_mean": score, **times} for rung in "ab" for rate in (1, 2)]
+  plots.ladder(cells, goodput, tmp_path / "ladder.png")
+  ttft, *_, last = drawn[0].axes
+  assert last.get_ylabel() == shown and last.axison == bool(shown)
+  assert [bar.get_height() for bar in last.patches] == ([2, 0] if goodput else [score] * 2 if score else [])
+  drawn[0].canvas.draw()
+  ticks = [tick.get_text() for tick in ttft.get_xticklabels()]
+  assert {"1", "1.5", "2"} <= set(ticks) and [list(line.get_xdata()) for line in ttft.get_lines()] == [[1, 2], [1, 2]]
 
 
 # ------------------------------------------------------------------------------------------------------------- goodput
@@ -241,3 +310,12 @@ def test_goodput_in_words():
 def test_tokens_up_to_where_they_part():
   assert ladder.share_equal([([1, 2, 3], [1, 2, 4]), ([5], [5, 6]), ([], [])]) == 3 / 5
   assert ladder.share_equal([([], [])]) is None
+
+
+def test_rows_that_are_refused_are_told_before_a_model_is_loaded(tmp_path):
+  file = tmp_path / "rows.jsonl"
+  file.write_text('{"prompt": "x"}\n{"prompt": 5}\n')
+  done = start("experiments.ladder", f"--jsonl={file}", "--model=absent", f"--out={tmp_path / 'out'}")
+  refused, error = done.stderr.splitlines()
+  assert refused == f'refused: {file}:2: "prompt" is a text, got 5'
+  assert done.returncode == 2 and error.startswith("error: 'absent' is no model")

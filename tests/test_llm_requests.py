@@ -47,6 +47,7 @@ def test_none_is_the_default_and_every_field_can_be_a_keyword():
 @pytest.mark.parametrize(
   ("given", "message"),
   [
+    ({"cache_salt": 5}, "cache_salt must be a text, got 5"),
     ({"temperature": "0.7"}, "temperature must be finite and at least 0, got '0.7'"),
     ({"temperature": float("inf")}, "got inf"),
     ({"temperature": True}, "got True"),
@@ -123,6 +124,10 @@ def test_samples_of_a_prompt(llm: LLM):
   assert drawn[4] == llm.generate(TEXT, seed=9, **options)[0].token_ids
   assert outputs[1].token_ids == drawn[3] and outputs[1].usage.output_tokens == 3 * N
   assert outputs[1].usage.total_tokens == 3 * N + len(outputs[1].prompt_token_ids)
+  cached = [sample.cached_tokens for sample in llm.generate(TEXT, n=3, cache_salt="mine", **options)[0].samples]
+  n_prompt, size = len(outputs[0].prompt_token_ids), llm.config.cache.block_tokens
+  assert cached == [0, *[(n_prompt - 1) // size * size] * 2] and cached[1] > n_prompt - size
+  assert llm.generate(TEXT, cache_salt="mine", **options)[0].usage.cached_tokens == cached[1]
   each = llm.generate([TEXT, TEXT], [SamplingParams(n=2, seed=5, **options), SamplingParams(seed=5, **options)])
   assert [[sample.token_ids for sample in of.samples] for of in each] == [drawn[:2], drawn[:1]]
 
@@ -186,14 +191,25 @@ def test_parts_of_type_text_are_joined(llm: LLM):
     ([*ASKED, {"role": "assistant"}], "message 1, of 'assistant', needs a content, .* got None"),
     ([*ASKED, "more"], "message 1 of a conversation such as .* is 'more'"),
     ([{"role": "user", "content": {"text": "x"}}], "needs a content"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "has a part of type 'image_url'; only"),
-    ([{"role": "user", "content": ["x"]}], "has a part 'x'; only"),
-    ([{"role": "user", "content": [{"type": "text"}]}], "has a part {'type': 'text'}; only"),
+    (
+      [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+      "has as part 0 one of type 'image_url'; only",
+    ),
+    ([{"role": "user", "content": ["x"]}], "has as part 0 one 'x'; only"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "has as part 0 one {'type': 'text'}; only"),
+    (ASKED[0], "chat takes messages such as .*, got {'role'"),
+    (5, "chat takes messages such as .*, got 5"),
   ],
 )
 def test_what_is_no_conversation(llm: LLM, messages, message):
   with pytest.raises(ValueError, match=message):
     llm.chat(messages, max_tokens=2)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"text", {"role": "user", "content": "x"}])
+def test_what_cannot_be_streamed(llm: LLM, prompt: Any):
+  with pytest.raises(ValueError, match=r"a stream takes a text, token ids or messages such as .*, got "):
+    llm.stream(prompt)
 
 
 class Recording(ByteTokenizer):
@@ -227,6 +243,18 @@ def test_a_templated_text_gets_no_second_bos(llm: LLM, monkeypatch):
     assert llm.generate([text]) == [ids]
   assert llm.generate("the cat", add_special_tokens=False) == [plain]
   assert llm.generate("<s><s>the cat") == [[0, 0, *plain]]  # somebody meant two
+  assert llm.generate(tokenizer.apply_chat_template(ASKED)) == [llm.encode_chat(ASKED)]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_half_a_character_is_named(llm: LLM, monkeypatch, kind):
+  if kind == "file":
+    tokenizer = load_tokenizer(pathlib.Path(__file__).parent / "goldens" / "tokenizer")
+    monkeypatch.setattr(llm, "model", dataclasses.replace(llm.model, tokenizer=tokenizer))
+  with pytest.raises(ValueError, match=r"^'prompt' has the lone surrogate '\\ud83d' at character 5"):
+    llm.generate("half \ud83d")
+  with pytest.raises(ValueError, match=r"^message 0, 'content': .* lone surrogate '\\ud83d' at character 5"):
+    llm.chat([{"role": "user", "content": "half \ud83d"}])
 
 
 # -------------------------------------------------------------------------------------------------------------- streams
@@ -324,8 +352,11 @@ def test_a_cpu_computes_in_float32_and_says_so(caplog):
 
   assert load_model_here(model).config.dtype == "float32"
   assert [record.getMessage() for record in caplog.records] == [
-    "reference is bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps its own"
+    "reference would run in bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps the other"
   ]
+  caplog.clear()
+  memory = {"cache.hbm_bytes": "16MiB", "cache.dram_bytes": "64MiB", "scheduler.max_context": 1024}
+  assert LLM(model, overrides=memory).model.config.dtype == "float32" and len(caplog.records) == 1
   caplog.clear()
   assert load_model_here(model, dtype="bfloat16").config.dtype == "bfloat16"
   assert load_model_here("random:tiny").config.dtype == "float32" and not caplog.records

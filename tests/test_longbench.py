@@ -110,6 +110,18 @@ def test_examples_and_code_go_without_the_chat_template(name):
   assert chat == (list(b"<user>01789\n<assistant>") if task.chat else raw)
 
 
+def test_the_chat_template_is_that_of_chat():
+  """Control tokens in a context stay text, BOS is the template's; where there is no template it is not doubled."""
+  tokenizer = load_tokenizer(ROOT / "tests" / "goldens" / "tokenizer")
+  text = "the cat</s><|assistant|> sat"
+  asked = encode_prompt(tokenizer, TASKS["qasper"], text, 100, chat=True)
+  assert asked == tokenizer.encode_chat([{"role": "user", "content": text}])
+  assert [i for i in asked if i < 4] == [0, 2, 1, 3]  # of the template alone
+  assert tokenizer.decode(asked, skip_special_tokens=False) == f"<s><|user|>{text}</s><|assistant|>"
+  raw = encode_prompt(tokenizer, TASKS["trec"], "<s>the cat", 100, chat=True)
+  assert raw == tokenizer.encode("the cat") and raw[0] == 0
+
+
 def test_room_for_prompts(tmp_path):
   release = Release.read(write_release(tmp_path))
   template = len("<user>\n<assistant>")
@@ -176,6 +188,14 @@ def test_the_official_folder_of_longbench_e(tmp_path):
     assert scores == {"qasper_e": Score(2, {"0-4k": 100.0, "4-8k": 100.0, "8k+": None})} and not errors
   assert longbench.score_folder(tmp_path / "pred")[0] == {"qasper": Score(2, 100.0)}
   assert longbench.score_file(tmp_path / "pred_e" / "qasper.jsonl").value == {"0-4k": 100, "4-8k": 100, "8k+": None}
+  around = tmp_path / "pred_e" / "llama" / ".." / "llama"
+  assert list(longbench.score_folder(around)[0]) == ["qasper_e"]
+
+  write_lines(tmp_path / "pred_e" / "qasper_e.jsonl", rows)  # which of the two?
+  scores, errors = longbench.score_folder(tmp_path / "pred_e")
+  assert not scores and errors == {
+    "qasper_e": f"{tmp_path / 'pred_e' / 'qasper.jsonl'} and qasper_e.jsonl are both of qasper_e: which is meant?"
+  }
 
 
 def test_rows_with_an_error_count_as_empty(tmp_path):

@@ -54,6 +54,9 @@ class Script:
     self._answer = answer
     self.prompts: dict[str, str] = {}
 
+  def begin(self) -> None:
+    pass
+
   def submit(self, plan: Plan):
     for work in plan.prefill:
       self.prompts[work.request_id] = self.prompts.get(work.request_id, "") + BYTES.decode(work.tokens.tolist())
@@ -71,7 +74,8 @@ class Script:
 
 
 def small_config() -> EngineConfig:
-  return override(load_config("dense"), [a for a in SMALL_SERVING if not a.startswith("cache.hbm_bytes")])
+  small = [a for a in SMALL_SERVING if not a.startswith("cache.hbm_bytes")]
+  return override(load_config("dense"), [*small, "cache.prefix=false"])  # so that the device sees whole prompts
 
 
 def scripted(answer: Callable[[str], str]) -> Engine:
@@ -219,7 +223,7 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
   assert {name: len(rows) for name, rows in found.items()} == {"qasper": 3, "samsum": 4, "lcc": 3, "trec": 3}
   wrong = {(name, i): row["error"] for name, rows in found.items() for i, row in enumerate(rows) if "error" in row}
   assert wrong == {
-    ("samsum", 3): f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value at column 12",
+    ("samsum", 3): f"{data / 'samsum.jsonl'}:5: not JSON: Expecting value, column 12",
     ("lcc", 1): f"{data / 'lcc.jsonl'}:2: the row lacks 'length'",
     ("trec", 1): f"{data / 'trec.jsonl'}:2: request 'trec-1': {n} prompt + 5 output tokens = {n + 5}, but only 384 "
     "tokens would fit (the context, or the pool of 256 blocks of 8)",
@@ -392,6 +396,31 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   assert done.returncode == 1
   assert done.stderr == f"error: trec: {tmp_path / 'trec.jsonl'}:1: the row lacks 'all_classes'\n"
   assert json.loads((out / "result.json").read_text()) == {**printed["scores"], "lcc": 27.0}
+
+
+def test_the_official_layout_of_longbench_e_is_scored_as_e(tmp_path):
+  """The same file is LongBench-E's in a folder pred_e, and elsewhere v1's with too many rows, which is told."""
+  rows = [predicted("mill", "mill", length=9000)] * 224
+  for folder in (tmp_path / "pred_e" / "llama", tmp_path / "pred" / "llama"):
+    folder.mkdir(parents=True)
+    write_lines(folder / "qasper.jsonl", rows)
+  e, v1 = (
+    json.loads(start(f"--score_only={tmp_path / of / 'llama'}").stdout.splitlines()[-1]) for of in ("pred_e", "pred")
+  )
+  assert e["scores"] == {"qasper_e": {"0-4k": None, "4-8k": None, "8k+": 100.0}}
+  assert e["unofficial"] == ["1 of the 13 tasks of LongBench-E"]
+  assert v1["scores"] == {"qasper": 100.0}
+  asked = "(LongBench-E has so many: of that, the file is qasper_e.jsonl, or qasper.jsonl in pred_e)"
+  assert v1["unofficial"][-1] == f"224 rows of qasper, which has 200 {asked}"
+
+
+def test_predictions_of_v1_are_not_written_where_they_are_read_as_e(tmp_path):
+  release = Release.read(write_release(tmp_path / "bench", qasper=2, qasper_e=2))
+  out = tmp_path / "pred_e" / "llama"
+  out.mkdir(parents=True)
+  run = Run(release, ["qasper", "qasper_e"], out)
+  assert predict(run, scripted(said)) == ["qasper_e"] * 2 and list(lines_of(out)) == ["qasper_e"]
+  assert run.errors == {"qasper": f"{out}: qasper.jsonl in a folder pred_e is read as qasper_e: choose another folder"}
 
 
 @pytest.mark.parametrize(

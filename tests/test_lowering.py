@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as Spec
 import pallas_kernels as kernels
 from pallas_kernels import digest
 from pallas_kernels.score import box
+from pallas_kernels.stop import REST, WHEN
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SparseConfig
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.step import DecodeBatch, Setup, decode_step
@@ -49,8 +50,18 @@ def located(n: int, groups: int) -> kernels.Located:
   ("n", "groups", "threshold", "n_slots"), [(64, 1, None, P), (N, N // 4, 0.95, P), (N, 1, None, 0)]
 )
 def test_attend(shape: Shape, n: int, groups: int, threshold: float | None, n_slots: int):
-  G, S, D = shape
   stop = None if threshold is None else kernels.Stop(threshold, untested=4)
+  check_attend(shape, n, groups, stop, n_slots)
+
+
+@pytest.mark.parametrize("rest", REST)
+@pytest.mark.parametrize("when", WHEN)
+def test_attend_by_rule(rest: str, when: str):
+  check_attend(REAL["qwen2.5-7b"], N, N // 4, kernels.Stop(0.95, untested=4, rule=kernels.StopRule(rest, when)), P)
+
+
+def check_attend(shape: Shape, n: int, groups: int, stop: kernels.Stop | None, n_slots: int) -> None:
+  G, S, D = shape
   text = lower(
     functools.partial(kernels.attend, stop=stop, **ON_GPU),
     Array((B, K, G, D)),

@@ -40,9 +40,12 @@ def test_summary_by_hand():
   b = request(2.0, 4.0, [6.0, 6.5], n_prompt=7)
   cancelled = request(0.0, 0.0, [1.0, 50.0])
   cancelled.end("cancelled", 99.0)
+  b.cached_tokens, cancelled.cached_tokens = 6, 4
   assert metrics.summarize([a, cancelled, b], usage()) == metrics.Summary(
     requests=2,
     prompt_tokens=12,
+    cached_tokens=6,
+    cached_share=0.5,
     output_tokens=5,
     ttft_mean_s=3.0,  # (2 + 4) / 2
     ttft_p50_s=3.0,

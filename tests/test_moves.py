@@ -11,6 +11,8 @@ import itertools
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from threading import Event
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES, NewBlocks
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.memory.writer import Writer
-from sparse_serve_jax.serving.engine import DeviceError
+from sparse_serve_jax.mesh import make_mesh
+from sparse_serve_jax.serving.engine import DeviceError, Engine
 from sparse_serve_jax.serving.plan import StepResult, StepStats
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.scheduler import Scheduler
@@ -130,6 +133,27 @@ def test_the_host_knows_a_pool_that_moves():
     host.follow(in_host_memory(np.ones((K, L, M, 2, S, D), np.float32)))
 
 
+def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
+  pool, host, go, place = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1), Event(), Writer._place
+  host.follow(pool)
+  monkeypatch.setattr(Writer, "_place", lambda *args: go.wait(60) and place(*args))
+  writer = Writer(host, make_mesh(1), limit=1)
+  writer.save(3, jnp.ones((K, 1, 1, 2, S, D)), range(1), np.array([5]), alive=None)
+
+  def interrupted(self):
+    raise KeyboardInterrupt
+
+  for wait in (functools.partial(writer.landed, 3, wait=True), functools.partial(writer.make_room, 1)):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+      patched.setattr(Future, "result", interrupted)
+      wait()
+    assert writer.landed(3) == 2
+  go.set()
+  writer.drain()
+  assert writer.landed(3) == 3
+  assert_same_bits(pool[:, 0, 5], np.ones((K, 2, S, D), np.float32))
+
+
 N = 12
 PROMPTS = [prompt_of(n, seed=n) for n in (50, 17, 40, 7)]
 PREFILLS = ("scheduler.max_inject_tokens=128", "scheduler.max_inject_tokens=16", "scheduler.prefill=chunked")
@@ -141,20 +165,21 @@ def small(*assignments: str) -> EngineConfig:
   return with_slots(conf, 6, tiny_model())
 
 
-def of_each() -> Iterator:
-  """Loads, saves and prefills: every two of these together, and all three with the soak."""
-  for (i, load), (j, save) in itertools.product(enumerate(sorted(LOADS)), enumerate(sorted(SAVES))):
-    for n, prefill in enumerate(PREFILLS):
-      yield pytest.param(load, save, prefill, marks=[] if (i + j) % len(PREFILLS) == n else [pytest.mark.soak])
+def combinations() -> Iterator:
+  """Every load with every save and kind of prefill; with `make test` what rungs have together, with one kind each."""
+  for i, (load, save) in enumerate(itertools.product(sorted(LOADS), sorted(SAVES))):
+    often = load == "fused" or save == "direct" or (load, save) in (("gather", "staged"), ("per_block", "per_block"))
+    for kind, prefill in enumerate(PREFILLS):
+      chosen = often and kind == (i + i // len(SAVES)) % len(PREFILLS)
+      yield pytest.param(load, save, prefill, marks=[] if chosen else [pytest.mark.soak])
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize(("load", "save", "prefill"), list(of_each()))
+@pytest.mark.parametrize(("load", "save", "prefill"), list(combinations()))
 def test_tokens_depend_on_no_load_and_no_save(device, load, save, prefill):
   """Whole layers, pieces within a layer and pieces through all layers, with a budget of the whole prompt."""
   blocks = 4 * sum(len(prompt) // S for prompt in PROMPTS)
-  conf = small(f"cache.load={load}", f"cache.save={save}", prefill)
-  tokens, engine = serve(conf, tiny_model(), PROMPTS, N)
+  tokens, engine = serve(small(f"cache.load={load}", f"cache.save={save}", prefill), tiny_model(), PROMPTS, N)
   assert tokens == [greedy("gqa2", tuple(prompt), N) for prompt in PROMPTS]
   assert engine.usage.blocks_loaded >= engine.usage.blocks_missed > blocks >= 8 * 6
   assert engine._scheduler.pool_blocks_in_use == 0
@@ -245,6 +270,20 @@ def test_a_save_that_fails_is_a_failure_of_the_device(monkeypatch):
   assert again.output_tokens == greedy("gqa2", tuple(PROMPTS[0]), N)
 
 
+def test_a_new_engine_waits_for_saves_of_the_one_before(monkeypatch):
+  """Which may still be on their way when its last request has ended; iterations are counted anew."""
+  place = Writer._place
+  monkeypatch.setattr(Writer, "_place", lambda *args: (time.sleep(0.2), place(*args)))
+  engine = new_engine(small("cache.save=staged", PREFILLS[0]), tiny_model())
+  for prompt, n in ((PROMPTS[1], N), (PROMPTS[3], N), (PROMPTS[2], 1)):
+    engine.add_request(prompt, n)
+    engine.run()
+  engine = Engine(engine._executor)
+  request = engine.add_request(PROMPTS[0], N)
+  engine.run()
+  assert request.output_tokens == greedy("gqa2", tuple(PROMPTS[0]), N)
+
+
 def test_slabs_on_their_way_count_as_memory():
   """Two of the largest: one that is computed while the one before it leaves."""
   conf, cfg = config("scheduler.max_inject_tokens=64", "cache.hbm_bytes=800KiB"), tiny_model().config
@@ -266,6 +305,18 @@ def test_psa_in_rounds_reads_the_same_blocks(device, load):
   everything = 4 * sum((len(prompt) + step) // S for prompt in PROMPTS for step in range(N - 1))
   assert engine.usage.blocks_attended == theirs.usage.blocks_attended < 0.9 * everything
   assert 0 < engine.usage.blocks_missed == engine.usage.blocks_loaded <= engine.usage.blocks_attended
+
+
+@pytest.mark.parametrize("rule", [("last_group", "mean_of_heads"), ("last_two_groups", "every_head")], ids=str)
+def test_psa_in_rounds_reads_the_same_blocks_by_every_rule(rule):
+  rest, when = rule
+  psa = ("sparse.policy=psa", "sparse.threshold=0.45", "sparse.group_blocks=2", "sparse.window_tokens=8")
+  psa += f"sparse.rest={rest}", f"sparse.stop_when={when}"
+  expected, theirs = serve(small(*psa), tiny_model(), PROMPTS, N)
+  tokens, engine = serve(small(*psa, "sparse.stop=host_loop"), tiny_model(), PROMPTS, N)
+  assert tokens == expected
+  everything = 4 * sum((len(prompt) + step) // S for prompt in PROMPTS for step in range(N - 1))
+  assert engine.usage.blocks_attended == theirs.usage.blocks_attended < 0.95 * everything
 
 
 def test_psa_in_rounds_by_interpreted_kernels():

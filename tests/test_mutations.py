@@ -65,14 +65,12 @@ def caught(mutants: Mutants, mutation: Mutation, folder: Path) -> bool:
   return mutants.failed(folder, mutation.tests) == set(mutation.tests)
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_every_mutation_is_caught(mutants: Mutants, tmp_path: Path):
   found = [caught(mutants, mutation, tmp_path / str(i)) for i, mutation in enumerate(MUTATIONS)]
   assert [mutation.name for mutation, yes in zip(MUTATIONS, found, strict=True) if not yes] == []
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_the_source_itself_passes(mutants: Mutants, tmp_path: Path):
   tests = sorted({test for mutation in MUTATIONS for test in mutation.tests})

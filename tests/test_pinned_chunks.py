@@ -35,7 +35,7 @@ def run(slots: int, control: str, *assignments: str) -> Run:
   conf = config(
     "scheduler.prefill=chunked", f"scheduler.chunk_tokens={CHUNK}", f"scheduler.batch_control={control}", *assignments
   )
-  observe = lambda plan, result: steps.append((plan, result))  # noqa: E731
+  observe = lambda seen: steps.append((seen.plan, seen.result))  # noqa: E731
   engine = new_engine(with_slots(conf, slots, model), model, observer=observe)
   prompts = [*(prompt_of(SHORT, i) for i in range(3)), prompt_of(LONG, 3)]
   requests = [engine.add_request(prompt, N) for prompt in prompts[:3]]
@@ -79,5 +79,6 @@ def test_a_chunk_after_a_pause_brings_back_what_was_driven_out():
   assert paused.loaded(last=3) == 0
 
 
+@pytest.mark.soak
 def test_kernels_do_the_same():
   assert run(ROWS + CHUNKS, "working_set", "implementation=interpret").loaded() == 0

@@ -20,6 +20,13 @@ POLICIES = {
   "topk, first layer dense": ["sparse.policy=topk", "sparse.token_budget=48", "sparse.dense_layers=1"],
   "min-max, best head": ["sparse.token_budget=56", "sparse.method=min_max", "sparse.group_reduce=max"],
   "psa": ["sparse.policy=psa", "sparse.threshold=0.6", "sparse.group_blocks=2"],
+  "psa, last two groups": [
+    *("sparse.policy=psa", "sparse.threshold=0.55", "sparse.group_blocks=2", "sparse.rest=last_two_groups"),
+  ],
+  "psa, last group, mean of heads": [
+    *("sparse.policy=psa", "sparse.threshold=0.6", "sparse.group_blocks=2", "sparse.rest=last_group"),
+    "sparse.stop_when=mean_of_heads",
+  ],
   "top-p within a budget": ["sparse.token_budget=96", "sparse.method=top_p"],
   "psa of mean": ["sparse.policy=psa", "sparse.threshold=0.8", "sparse.group_blocks=4", "sparse.method=mean"],
 }

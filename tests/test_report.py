@@ -21,6 +21,7 @@ def row(task: str, series: str, at: float, accuracy: float, blocks: float, group
 def stop(series: str, at: float, accuracy: float, blocks: float, violations: int = 0, task: str = "a") -> dict:
   by_head = {"mean": [[blocks - 1, blocks + 1]], "quantiles": [[[blocks, blocks]]] * 5}
   counts = dict(pairs=1000, stopped=800, violations=violations, short=violations // 2, estimate_error=0.01 * at)
+  counts |= dict(claimed=at + 0.01, true=at - 0.01, stops=200, broken=violations // 4)
   return row(task, series, at, accuracy, blocks, by_head=by_head, **counts)
 
 
@@ -88,12 +89,16 @@ def test_how_sure_it_is_that_a_level_is_reached():
 def test_stop_rules():
   first, second = report.stop_rules([r for r in ROWS if r["task"] == "a"])
   assert first["threshold"] == 0.5 and first["cost"] == 4 and first["certified"]["violations"] == 0
-  counts = {"pairs": 1000, "stopped": 800, "violations": 100, "short": 50}
-  assert first["psa"] == {"blocks": 4, "mass": 0.9, "estimate_error": 0.005} | counts
+  counts = {"pairs": 1000, "stopped": 800, "violations": 100, "short": 50, "stops": 200, "broken": 25}
+  assert first["psa"] == {"blocks": 4, "mass": 0.9, "estimate_error": 0.005, "claimed": 0.51, "true": 0.49} | counts
   assert second["threshold"] == 0.9 and second["cost"] is None and "certified" not in second
   assert list(report.certified(ROWS)) == [{"pairs": 1000, "violations": 0, "tolerance": TOLERANCE}]
   both = next(entry for entry in report.stop_rules(ROWS) if entry["threshold"] == 0.9)
   assert (both["psa"]["pairs"], both["psa"]["violations"]) == (2000, 100)
+  other = [*ROWS, *(stop("psa, last_group, every_head", 0.5, 0.9, 5, 40, task=task) for task in "ab")]
+  lines = report.markdown(report.summary(other, [])).splitlines()
+  assert "| psa 0.5 | 4.0 | 0.900 | 2,000 | 80.0% | 0.510 | 0.490 | 200 | 6.2% | 12.5% |  |" in lines
+  assert any(line.startswith("| psa, last_group, every_head 0.5 | 5.0 |") for line in lines)
 
 
 def test_by_task():

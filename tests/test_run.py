@@ -114,6 +114,7 @@ def test_rows_by_hand():
   assert a == {
     "request_id": "a",
     "prompt_tokens": 2,
+    "cached_tokens": 0,
     "output_token_ids": continuation([1, 2], 2),
     "finish_reason": "length",
     "arrival_s": 10,

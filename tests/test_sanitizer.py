@@ -26,6 +26,7 @@ def checked(*command: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.soak
 def test_kernels_leave_what_xla_leaves():
   done = start("tests.sanitized")
   assert done.returncode == 0, done.stdout + done.stderr

@@ -18,7 +18,7 @@ STOP = 7
 def config(scheduler: SchedulerConfig | None = None, **sparse) -> EngineConfig:
   defaults = {"token_budget": 8 * S, "sink_tokens": S, "window_tokens": S}
   return EngineConfig(
-    cache=CacheConfig(block_tokens=S),
+    cache=CacheConfig(block_tokens=S, prefix=False),  # prompts are alike: tests/test_prefix.py shares them
     sparse=SparseConfig(**{**defaults, **sparse}),
     scheduler=scheduler or SchedulerConfig(),
   )

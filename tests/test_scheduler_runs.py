@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_serve_jax.config import EngineConfig, SchedulerConfig
+from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import Plan
 from sparse_serve_jax.serving.request import Request
@@ -28,7 +28,10 @@ class Watch:
     self.steps: dict[str, int] = {}
     self.prefilled: set[str] = set()
     self.tables: dict[str, tuple[int, ...]] = {}  # of requests that have not ended
-    self.dirty: set[int] = set()  # blocks of ended requests whose release has not been seen
+    self.dirty: set[int] = set()  # blocks of ended requests whose release has not been seen, kept ones too
+    self.holds: dict[int, int] = {}  # block -> which block of a prompt it holds: prompts are all alike
+    self.shared: dict[str, tuple[int, ...]] = {}  # of requests whose first piece has not been seen
+    self.available = 0  # blocks, before a plan
     self.in_flight: deque[set[int]] = deque()  # blocks in tables of plans that have not completed
     self.pauses: dict[str, tuple[int, int]] = {}  # plans that left it out, and the most there may be
     self.waits: dict[str, tuple[int, int]] = {}  # the same of a prompt that was next in line
@@ -57,7 +60,8 @@ class Watch:
     partly = [name for name in self.tables if name not in self.prefilled]
     waiting = [name for name, each in self.requests.items() if not each.ended and name not in self.admitted]
     taken = self.dirty | {block for table in [*self.tables.values(), *self.in_flight] for block in table}
-    free = len(self.tables) < self.shape.R and len(taken) + self.shape.N <= self.shape.M
+    room = self.available if self.config.cache.prefix else self.shape.M - len(taken)
+    free = len(self.tables) < self.shape.R and room >= self.shape.N
     for name in (partly or (waiting if free else []))[:1]:
       older = sum(self.left(other) for other in self.tables if other != name)
       waits, bound = self.waits.setdefault(name, (0, older))
@@ -107,6 +111,7 @@ class Watch:
     for work in plan.prefill:
       name, prompt = work.request_id, self.requests[work.request_id].prompt
       assert work.start % S == 0 and len(work.tokens)
+      assert all(self.holds.get(block) == i for i, block in enumerate(self.shared.pop(name, ())))
       assert work.tokens.tolist() == prompt[work.start : work.start + len(work.tokens)].tolist()
       end = work.start + len(work.tokens)
       assert end == len(prompt) or end % S == 0
@@ -121,6 +126,8 @@ class Watch:
       assert work.last == whole
       if whole:
         self.prefilled.add(name)
+        full = self.tables[name][: len(prompt) // S]
+        self.holds |= {block: i for i, block in enumerate(full)}
       cost += len(work.tokens) * (1 if self.config.scheduler.prefill == "chunked" else work.n_layers)
     unfinished = {name for name in self.tables if name not in self.prefilled}
     assert len(unfinished) <= 1
@@ -135,14 +142,22 @@ class Watch:
     taken = {block for other in self.tables.values() for block in other} | self.dirty
     for held in self.in_flight:
       taken |= held - {block for other in self.tables.values() for block in other}
-    assert not set(table) & taken
+    n_shared = request.cached_tokens // S
+    assert n_shared * S == request.cached_tokens < len(request.prompt)
+    self.shared[name] = table[:n_shared]
+    self.dirty -= set(table[:n_shared])
+    assert not set(table[n_shared:]) & taken
     assert all(0 <= block < self.shape.M for block in table)
+    for block in table[n_shared:]:
+      self.holds.pop(block, None)
     self.admitted.append(name)
-    self.tables[name], self.done[name], self.steps[name] = table, {}, 0
+    self.tables[name], self.steps[name] = table, 0
+    self.done[name] = {(layer, block): True for layer in range(self.shape.L) for block in range(n_shared)}
     assert len(self.tables) <= self.shape.R
 
   def ended(self, name: str) -> None:
-    self.dirty |= set(self.tables.pop(name, ()))
+    left = set(self.tables.pop(name, ()))
+    self.dirty |= left - {block for table in self.tables.values() for block in table}
 
 
 @st.composite
@@ -168,7 +183,8 @@ def runs(draw):
   shape = st.tuples(st.integers(1, 80), st.integers(1, 20), st.integers(0, 15))
   wanted = draw(st.lists(shape, min_size=1, max_size=8))  # prompt and output tokens, iteration of arrival
   cancels = draw(st.dictionaries(st.integers(0, 7), st.integers(0, 30), max_size=2))
-  return config(scheduler), limits, wanted, cancels, draw(st.integers(0, 2**16)), draw(st.integers(0, 2))
+  engine_config = override(config(scheduler), [f"cache.prefix={str(draw(st.booleans())).lower()}"])
+  return engine_config, limits, wanted, cancels, draw(st.integers(0, 2**16)), draw(st.integers(0, 2))
 
 
 @given(runs())
@@ -198,6 +214,7 @@ def test_whole_runs(run):
         scheduler.cancel(each, now)
         watch.ended(each.id)
         outcome[each.id] = "cancelled"
+    watch.available = scheduler._allocator.available
     plan = scheduler.schedule(now)
     if not plan.empty:
       watch.plan(plan)
@@ -218,8 +235,74 @@ def test_whole_runs(run):
       break
   assert not out and len(outcome) == len(wanted), "a request never ended"
   assert watch.admitted == [name for name in queued if name in watch.admitted]
-  assert not watch.tables and not watch.dirty and scheduler.pool_blocks_in_use == 0
+  assert not watch.tables and watch.dirty == {*scheduler._allocator._idle} and scheduler.pool_blocks_in_use == 0
+  assert engine_config.cache.prefix or not watch.dirty
   # what was freed can be had again: a request as large as the pool allows is admitted in the first plan
   n_tokens = scheduler.max_request_tokens
   scheduler.add(request("all", n_tokens - 1, 1))
   assert len(scheduler.schedule(0.0).prefill) >= 1
+
+
+class Late:
+  """Blocks that are written beside the programs of prefills, until it is known that they have landed."""
+
+  def __init__(self):
+    self.tables: dict[str, list[int]] = {}
+    self.writing: dict[tuple[str, int], int] = {}  # (request, start of a piece) -> the iteration of its newest layers
+    self.landed = 0
+
+  def plan(self, plan: Plan) -> None:
+    late = {name for (name, _), iteration in self.writing.items() if iteration > self.landed}
+    written = {
+      block
+      for (name, start), iteration in self.writing.items()
+      if iteration > self.landed
+      for block in self.tables[name][start // S :]
+    }
+    for admission in plan.admit:
+      assert not written & set(admission.table.tolist())
+      self.tables[admission.request_id] = admission.table.tolist()
+    assert not late & {row.request_id for row in plan.decode}
+    for work in plan.prefill:
+      before = [at for (name, start), at in self.writing.items() if name == work.request_id and start < work.start]
+      assert all(at <= self.landed for at in before)
+      self.writing[work.request_id, work.start] = plan.iteration
+
+
+@given(runs())
+def test_whole_runs_of_saves_that_land_late(run):
+  """No block is read or given out again before it has landed, and nobody waits for ever."""
+  engine_config, limits, wanted, cancels, seed, depth = run
+  engine_config = override(engine_config, ["cache.save=staged"])
+  rng, scheduler, late = np.random.default_rng(seed), Scheduler(engine_config, limits), Late()
+  requests = {str(i): request(str(i), n, out) for i, (n, out, _) in enumerate(wanted)}
+  arrivals = {name: wanted[int(name)][2] for name, each in requests.items() if n_tokens(each) <= limits.max_context}
+  out: deque[Plan] = deque()
+  added: dict[str, Request] = {}
+  last = request("all", scheduler.max_request_tokens - 1, 1)
+  arrivals["all"], requests["all"] = 40, last
+  for now in range(6000):
+    for name in [name for name, at in arrivals.items() if at <= now]:
+      del arrivals[name]
+      added[name] = requests[name]
+      scheduler.add(added[name])
+    for i, when in cancels.items():
+      if when == now and (each := added.get(str(i))) and not each.ended:
+        scheduler.cancel(each, now)
+    plan = scheduler.schedule(now)
+    if not plan.empty:
+      late.plan(plan)
+      out.append(plan)
+    if out and (len(out) > depth or plan.empty):
+      oldest = out.popleft()
+      late.landed = oldest.iteration if oldest.await_saves else int(rng.integers(late.landed, oldest.iteration + 1))
+      step = result(oldest, working_sets={row.request_id: int(rng.integers(0, 80)) for row in oldest.measure})
+      tokens = {name: int(rng.integers(0, 30)) for name in step.tokens}
+      scheduler.update(dataclasses.replace(step, tokens=tokens, landed=late.landed), now)
+    if not arrivals and not scheduler.has_work:
+      break
+  assert last.ended and scheduler.pool_blocks_in_use == 0 and not out
+
+
+def n_tokens(of: Request) -> int:
+  return len(of.prompt) + of.max_new_tokens

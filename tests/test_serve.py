@@ -113,7 +113,7 @@ def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
     and f"{file}:5: 'prompt' has the lone surrogate" in rows["half"]["error"]
   )
   refusals = [line for line in said.err.splitlines() if line.startswith("refused: ")]
-  assert refusals == [f"refused: {rows[name]['error']}" for name in ("long", "foreign", "half")]
+  assert refusals == [f"refused: {rows[name]['error']}" for name in ("half", "long", "foreign")]  # each is told once
 
   config, model = override(load_config("sparse_serve"), SMALL_SERVING), load_model("random:tiny")
   engine = Engine(JaxExecutor(config, model))
@@ -266,10 +266,10 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, mo
     (["--workload=jsonl"], "a workload of jsonl needs --jsonl"),
     (["--workload=trace"], "a workload of trace needs --trace"),
     (["--trace=absent.csv"], "absent.csv is missing"),
-    (["--trace=a", "--workload=text"], "--trace is for a workload of trace, and this is one of text"),
+    (["--trace=a", "--workload=text"], "--trace is for a workload of trace, and text is one of text"),
     (["--jsonl=absent.txt"], "absent.txt is missing"),
-    (["--jsonl=a", "--workload=needle"], "--jsonl is for a workload of jsonl, and this is one of needle"),
-    (["--jsonl=a", "--longbench_dir=b"], "--longbench_dir is for a workload of longbench, and this is one of jsonl"),
+    (["--jsonl=a", "--workload=needle"], "--jsonl is for a workload of jsonl, and needle is one of needle"),
+    (["--jsonl=a", "--longbench_dir=b"], "--longbench_dir is for a workload of longbench, and jsonl is one of jsonl"),
     (["--rate=0"], "the rate of arrivals must be above 0"),
     (["--rate=inf"], "the rate of arrivals must be above 0 and finite, in requests a second, got inf"),
   ],
@@ -289,6 +289,10 @@ def test_mistakes_end_in_one_line_before_a_model_is_loaded(arguments, message, c
     (["--set=cache.hbm_bytes=100"], "cache.hbm_bytes=100 is below the minimum of"),
     (["--model=random:huge"], "no models configuration 'huge'; there are:"),
     (["--model=absent"], "'absent' is no model"),
+    (
+      ["--model=meta-llama/Llama-3.2-1B"],
+      "nothing is downloaded. `hf download meta-llama/Llama-3.2-1B --local-dir DIR`",
+    ),
     (["--set=sparse.dense_layers=99"], "sparse.dense_layers=99 is beyond the model's 4"),
     (["--set=scheduler.max_context=99999999"], "scheduler.max_context=99999999 is beyond the model's"),
   ],
@@ -300,7 +304,32 @@ def test_what_does_not_fit_the_model_ends_in_one_line(arguments, message, capsys
   assert line.startswith("error: ") and message in line and not said.out
 
 
-def test_two_rows_of_one_name_are_told_by_file_and_line(tmp_path, capsys, no_model):
-  file = jsonl(tmp_path, {"request_id": "a", "prompt": "x"}, {"prompt": "y"}, {"request_id": "a", "prompt": "z"})
+@pytest.mark.parametrize(
+  ("row", "fault"),
+  [
+    (b'{"request_id": "a", "prompt": "z"}', "the request_id 'a' is that of {file}:1 too"),
+    (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 16 of the line"),
+    (b'{"prompt": "half \\ud83d"}', "'prompt' has the lone surrogate '\\ud83d' at character 5"),
+    (b'{"prompt": 5}', '"prompt" is a text, got 5'),
+  ],
+)
+def test_a_row_that_is_wrong_is_told_before_a_model_is_loaded(tmp_path, capsys, no_model, row, fault):
+  file, fault = (
+    jsonl(tmp_path, {"request_id": "a", "prompt": "x"}, {"prompt": "y"}),
+    fault.format(file=tmp_path / "in.txt"),
+  )
+  file.write_bytes(file.read_bytes() + row)
+  with pytest.raises(AssertionError, match="a model is loaded"):  # for the other rows
+    in_process(f"--jsonl={file}")
+  assert capsys.readouterr().err == f"refused: {file}:3: {fault}\n"
   assert in_process(f"--jsonl={file}", "--strict") == 2
-  assert f"{file}:3: the request_id 'a' is that of {file}:1 too" in capsys.readouterr().err
+  assert capsys.readouterr().err == f"error: {file}:3: {fault}\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_prompts(tmp_path, capsys, no_model):
+  file = jsonl(tmp_path, {"prompt": "x"})
+  file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+  with pytest.raises(AssertionError, match="a model is loaded"):
+    in_process(f"--jsonl={file}", "--strict")
+  assert in_process(f"--jsonl={tmp_path}") == 2
+  assert capsys.readouterr().err == f"error: {tmp_path} is a directory, a file is wanted\n"

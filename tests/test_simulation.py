@@ -15,11 +15,11 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.serving.clock import Virtual
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.plan import DecodeRow, Plan, Sampling, StepResult
+from sparse_serve_jax.serving.plan import DecodeRow, Observed, Plan, PrefillWork, Sampling
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, Seconds, Work, fit, not_negative_least_squares, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
-from sparse_serve_jax.simulation.measure import Stopwatch
+from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, typical
 from sparse_serve_jax.simulation.reuse import Blocks, Reuse, fit_reuse
 from sparse_serve_jax.workloads import Item
 from tests.forks import start
@@ -43,7 +43,7 @@ def cost(**prices: float) -> Cost:
 
 def config(*changes: str) -> EngineConfig:
   small = [
-    "cache.block_tokens=8", "cache.lanes=12", "cache.dram_bytes=4MiB", "cache.hbm_bytes=900KB",
+    "cache.prefix=false", "cache.block_tokens=8", "cache.lanes=12", "cache.dram_bytes=4MiB", "cache.hbm_bytes=900KB",
     "sparse.token_budget=64", "sparse.sink_tokens=8", "sparse.window_tokens=8",
     "scheduler.max_batch=6", "scheduler.max_context=512", "scheduler.max_inject_tokens=512",
   ]  # fmt: skip
@@ -117,12 +117,21 @@ def test_a_loaded_device_delays_who_comes_later():
 def test_a_stopwatch_tells_the_seconds_of_every_iteration():
   clock = Virtual()
   device = executor(config(), clock)
-  watch = Stopwatch(device, clock)
-  run.serve(Engine(watch.executor, clock=clock), items([300, 90, 33], [12, 5, 30]), [0, 0, 0.5], lambda _: None)
+  watch = Stopwatch(device.config, device.shape)
+  engine = Engine(device, clock=clock, observer=watch.observe)
+  run.serve(engine, items([300, 90, 33], [12, 5, 30]), [0, 0, 0.5], lambda _: None)
   assert len(watch.iterations) > 30
   for iteration in watch.iterations:
     assert iteration.seconds == pytest.approx(device._seconds.of(iteration.work), abs=1e-12)
   assert sum(iteration.rows for iteration in watch.iterations) == 11 + 4 + 29
+
+
+def test_passes_are_as_long_as_the_median_one():
+  """Each is disturbed once, in another iteration: no iteration stands out, and none of the time is lost."""
+  nothing = Work(*[0] * len(Work._fields))
+  passes = [[Iteration(nothing, 0, 0, 1.0 + 3 * (i == late)) for i in range(4)] for late in (0, 1, 3)]
+  assert typical(passes) == pytest.approx([7 / 4] * 4)
+  assert typical(passes[:1]) == [4.0, 1.0, 1.0, 1.0]
 
 
 def test_what_never_fits_is_refused_and_the_others_run():
@@ -271,6 +280,29 @@ def test_misses_fall_with_steps_and_with_slots():
   assert blocks("cache.offload=false", slots=0).decode(rows((8 * 320, 0)))[1] == 0
 
 
+@pytest.mark.parametrize(
+  ("changes", "slots", "loaded"),
+  [
+    ((), 10**9, 32 - 8),  # what a layer's piece of 256 tokens leaves in slots is the budget
+    (("scheduler.prefill=chunked",), 10**9, 0),  # and of a chunk everything
+    (("scheduler.prefill=chunked",), 8 * 20, 32 - 20),
+    (("scheduler.prefill=chunked", "cache.offload=false", "cache.hbm_bytes=8MiB"), 0, 0),
+  ],
+)
+def test_what_comes_before_a_piece_is_read_where_no_slot_has_it(changes, slots, loaded):
+  """32 blocks, of 4 layers x 2 heads."""
+  of = blocks("scheduler.chunk_tokens=256", *changes, slots=slots)
+  work = PrefillWork("a", 0, np.zeros(100, np.int32), 256, 0, 4, True, Sampling())
+  assert of.before_piece(work, 256) == loaded * 4 * 2
+
+
+def test_a_chunked_prompt_is_in_slots_before_its_first_step():
+  chunked = blocks("scheduler.prefill=chunked", "scheduler.chunk_tokens=256")
+  assert chunked.decode(rows((8 * 40, 0))) == (8 * 8, 0)
+  half = blocks("scheduler.prefill=chunked", "scheduler.chunk_tokens=256", slots=8 * 20)
+  assert half.decode(rows((8 * 40, 0))) == (8 * 8, 32)
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -290,11 +322,21 @@ def test_the_command_simulates_a_trace_and_refuses_what_is_wrong(tmp_path):
   told = json.loads(done.stdout.splitlines()[-1])
   assert (told["requests"], told["refused"], told["output_tokens"]) == (2, 1, 25) and told["elapsed_s"] > 1
   made = {row["request_id"]: row for row in map(json.loads, (out / "requests.jsonl").read_text().splitlines())}
-  assert {name: row["finish_reason"] for name, row in made.items()} == {"0": "length", "1": "refused", "2": "length"}
-  assert made["2"]["output_tokens"] == 20 and made["2"]["arrival_s"] == 1.0
+  assert {name: row["finish_reason"] for name, row in made.items()} == {
+    "trace-0": "length",
+    "trace-1": "refused",
+    "trace-2": "length",
+  }
+  assert made["trace-2"]["output_tokens"] == 20 and made["trace-2"]["arrival_s"] == 1.0
   for rate in ("0", "inf"):
     wrong = command(f"--rate={rate}")
     assert wrong.returncode == 2 and f"got {float(rate)}" in wrong.stderr
+  drawn = command("--limit=3", "--prompt_tokens=200", "--max_new_tokens=9")
+  told = json.loads(drawn.stdout.splitlines()[-1])
+  assert told["requests"] == 3 and 150 <= told["prompt_tokens"] <= 600 and 9 <= told["output_tokens"] <= 27
+  needles = command("--workload=needle", "--limit=2", "--prompt_tokens=300", "--max_new_tokens=9")
+  told = json.loads(needles.stdout.splitlines()[-1])
+  assert (told["requests"], told["output_tokens"]) == (2, 18) and 400 < told["prompt_tokens"] <= 600
   other = command("--model=random:tiny-mha")
   assert other.returncode == 2 and "is of random:tiny in float32" in other.stderr
 
@@ -322,7 +364,8 @@ class Watch:
     self.paused_most = 0
     self.full = Counter[str]()  # iterations that reached a bound
 
-  def __call__(self, plan: Plan, result: StepResult) -> None:
+  def __call__(self, seen: Observed) -> None:
+    plan, result = seen.plan, seen.result
     for name in [name for name, left in self.prefilled.items() if left == 0]:
       self._end(name)
     for admission in plan.admit:

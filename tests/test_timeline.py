@@ -13,7 +13,7 @@ from sparse_serve_jax.serving import timeline
 from sparse_serve_jax.serving.clock import Virtual
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.timeline import DEVICE, DISPATCH, ENGINE, REQUESTS, Timeline
-from tests.fake_engine import continuation, fake_executor
+from tests.fake_engine import SHAPE, S, continuation, fake_executor
 
 
 class Passing(Virtual):
@@ -38,14 +38,23 @@ def watched(clock: Virtual | None = None, **sizes) -> tuple[Engine, Timeline]:
     return submit(plan)
 
   executor.execute, executor.submit = taking_a_second, taking_a_tenth
-  line = Timeline(clock)
-  return Engine(line.watch(executor), clock=clock), line
+  line = Timeline(executor.shape)
+  return Engine(executor, clock=clock, observer=line.observe), line
 
 
 def slices(trace: dict, pid: int, tid: int) -> list[tuple[str, float, float]]:
   """Name, start and end in seconds."""
   found = [e for e in trace["traceEvents"] if e["ph"] == "X" and (e["pid"], e["tid"]) == (pid, tid)]
   return [(e["name"], round(e["ts"] / 1e6, 6), round((e["ts"] + e["dur"]) / 1e6, 6)) for e in found]
+
+
+def counts(trace: dict) -> dict[str, list[int]]:
+  """Values of every counter, in order."""
+  found: dict[str, list[int]] = {}
+  for event in trace["traceEvents"]:
+    if event["ph"] == "C":
+      found.setdefault(event["name"], []).append(event["args"]["value"])
+  return found
 
 
 def check_form(trace: dict) -> None:
@@ -171,24 +180,44 @@ def test_counters_and_the_file(tmp_path):
   trace = json.loads((tmp_path / "timeline.json").read_text())
   assert trace == line.to_dict()
   check_form(trace)
-  n_iterations = len(slices(trace, ENGINE, DEVICE))
+  iterations = slices(trace, ENGINE, DEVICE)
+  block = 2 * S * SHAPE.D * 4  # bytes, of one layer and head
+  own = 3 * SHAPE.L * SHAPE.K * block  # each request has one pool block, in all layers and heads
+  # Prefill, three steps, an idle moment, and a plan that only releases. The fake loads a block a row, which then is in
+  # a slot, and says that it saves one each iteration.
+  assert counts(trace) == {
+    "decode rows": [0, 3, 3, 3, 0, 0, 0],
+    "bytes loaded": [0, 3 * block, 3 * block, 3 * block, 0, 0, 0],
+    "bytes saved": [block, block, block, block, 0, block, 0],
+    "bytes in HBM": [0, *[3 * block] * 6],
+    "bytes in DRAM": [own, own, own, own, own, 0, 0],
+  }
+  moments = [*(start for _, start, _ in iterations[:4]), iterations[3][2], *iterations[4][1:]]
   for name in timeline.COUNTERS:
-    values = [e["args"]["value"] for e in trace["traceEvents"] if e["ph"] == "C" and e["name"] == name]
-    assert len(values) == n_iterations and values[:4] == [0, 3, 3, 3]  # the fake misses one block a row
+    assert [e["ts"] / 1e6 for e in trace["traceEvents"] if e["name"] == name] == pytest.approx(moments)
+
+
+def test_counters_of_a_pool_in_hbm_and_of_an_idle_device():
+  engine, line = watched(offload=False, P=0)
+  engine.add_request([1, 2], 1)
+  engine.run()
+  engine.clock.sleep_until(80.0)
+  engine.add_request([1] * 20, 2)
+  engine.run()
+  one, told = SHAPE.L * SHAPE.K * 2 * S * SHAPE.D * 4, counts(line.to_dict())
+  assert told["bytes in DRAM"] == [0] * 9
+  assert told["bytes in HBM"] == [one, one, 0, 0, 3 * one, 3 * one, 3 * one, 0, 0]  # 20 + 2 tokens are three blocks
+  assert told["decode rows"] == [0, 0, 0, 0, 0, 1, 0, 0, 0]
 
 
 def test_nothing_to_show():
-  check_form(Timeline(Virtual()).to_dict())
+  check_form(Timeline(fake_executor().shape).to_dict())
 
 
-def test_a_watched_executor_is_one():
-  """What is not watched is the executor's own, and what fails is not drawn."""
+def test_what_fails_is_not_drawn():
   executor = fake_executor()
-  line = Timeline(Virtual())
-  seen = line.watch(executor)
-  engine = Engine(seen)
-  seen.forget("a")
-  assert executor.forgotten == ["a"]
+  line = Timeline(executor.shape)
+  engine = Engine(executor, observer=line.observe)
 
   def interrupted(plan):
     raise KeyboardInterrupt
@@ -198,3 +227,18 @@ def test_a_watched_executor_is_one():
   with pytest.raises(KeyboardInterrupt):
     engine.run()
   assert not slices(line.to_dict(), ENGINE, DEVICE)
+
+
+def test_a_new_engine_begins_with_an_empty_pool():
+  """Blocks that the prefix cache of the one before kept are nobody's."""
+  executor, clock = fake_executor(), Virtual(50.0)
+  line = Timeline(executor.shape)
+  most = []
+  for n in (5 * S, S):
+    engine = Engine(executor, clock=clock, observer=line.observe)
+    before = len(counts(line.to_dict()).get("bytes in DRAM", []))
+    engine.add_request(list(range(n)), 2)
+    engine.run()
+    most.append(max(counts(line.to_dict())["bytes in DRAM"][before:]))
+  block = SHAPE.L * SHAPE.K * SHAPE.block_bytes
+  assert most == [6 * block, 2 * block]

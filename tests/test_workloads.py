@@ -172,6 +172,7 @@ def test_half_a_character_in_longbench_is_that_rows(tmp_path):
   assert [isinstance(item, Item) for item in items] == [True, True, False, True]
   where = f"{bench / 'data' / 'qasper.jsonl'}:3"
   assert items[2] == Refused("qasper-2", where, "'context' has the lone surrogate '\\ud83d' at character 5")
+  assert workloads.refused_by(workloads.read(WorkloadConfig("longbench", path=str(bench)))) == (items[2],)
 
 
 class NoTemplate(ByteTokenizer):
@@ -331,6 +332,8 @@ def test_half_a_character_is_that_rows_and_the_rest_runs(tmp_path):
   assert isinstance(good, Item)
   assert half == Refused("line-2", f"{file}:2", "'prompt' has the lone surrogate '\\ud83d' at character 5")
   assert isinstance(chat, Refused) and (chat.id, chat.where) == ("m", f"{file}:3")
+  assert workloads.refused_by(workloads.read(WorkloadConfig("jsonl", path=str(file)))) == (half, chat)
+  assert workloads.refused_by(workloads.read(WorkloadConfig("needle", limit=1, prompt_tokens=300))) == ()
   assert str(half) == f"{file}:2: 'prompt' has the lone surrogate '\\ud83d' at character 5"
 
 
@@ -345,7 +348,7 @@ def test_half_a_character_is_that_rows_and_the_rest_runs(tmp_path):
     ('{"prompt_token_ids": [99999999999]}', "is a list of token ids"),
     ('{"messages": "hi"}', 'a conversation is a list of messages such as [{"role'),
     ('{"messages": []}', "a conversation has at least one message"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "has a part of type 'image'"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "has as part 0 one of type 'image'"),
     ('{"prompt": "a", "max_new_tokens": "9"}', "max_new_tokens must be an integer of at least 1, got '9'"),
     ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be an integer of at least 1, got 0"),
     ('{"prompt": "a", "max_new_tokens": true}', "max_new_tokens must be an integer of at least 1, got True"),

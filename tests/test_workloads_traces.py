@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,9 +24,11 @@ HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
 
 def mooncake(folder: Path, *rows: tuple[float, int, int], name: str = "trace.jsonl") -> str:
-  """A file of (milliseconds, prompt, output)."""
+  """A file of (milliseconds, prompt, output); prompts begin alike."""
   keys = ("timestamp", "input_length", "output_length")
-  write_lines(folder / name, [dict(zip(keys, row, strict=True)) | {"hash_ids": [0, 7]} for row in rows])
+  ids = [list(range(-(-row[1] // 512))) for row in rows]
+  lines = zip(rows, ids, strict=True)
+  write_lines(folder / name, [dict(zip(keys, row, strict=True)) | {"hash_ids": of} for row, of in lines])
   return str(folder / name)
 
 
@@ -46,6 +49,8 @@ def test_mooncakes_trace(tmp_path):
   assert len(trace) == 3 and trace.times.dtype == np.float64
   assert trace.times.tolist() == [0, 0, 3.0005]
   assert trace.prompt_tokens.tolist() == [6758, 13, 126195] and trace.output_tokens.tolist() == [500, 1, 2]
+  assert trace.hash_ids is not None and [len(ids) for ids in trace.hash_ids] == [14, 1, 247]
+  assert trace.hash_ids[0].tolist() == list(range(14))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -75,6 +80,10 @@ def test_azures_trace(tmp_path, end):
       "times must ascend, this one is 0.001 s before the las",
     ),
     ("{", "not JSON"),
+    (
+      '{"timestamp": 5, "input_length": 513, "output_length": 1, "hash_ids": [3]}',
+      '"hash_ids" of 2 blocks of 512 tokens are as many numbers, got [3]',
+    ),
   ],
 )
 def test_a_wrong_line_of_mooncakes(tmp_path, row, message):
@@ -145,14 +154,43 @@ def test_requests_have_the_lengths_of_a_trace(tmp_path):
   fewer: dict[str, Any] = dict(path=file, limit=4, prompt_tokens=300, max_new_tokens=4)
   capped = items_of("trace", **fewer)
   assert [(len(item.prompt), item.max_new_tokens) for item in capped] == [(300, 3), (1, 4), (2, 1), (300, 4)]
-  prompts, outputs = lengths(WorkloadConfig("trace", **fewer))
+  prompts, outputs, _ = lengths(WorkloadConfig("trace", **fewer))
   assert prompts.tolist() == [300, 1, 2, 300] and outputs.tolist() == [3, 4, 1, 4]
+
+
+def test_prompts_begin_alike_where_a_trace_says_so(tmp_path: Path):
+  def row(n: int, *ids: int) -> dict[str, Any]:
+    return {"timestamp": 0, "input_length": n, "output_length": 1, "hash_ids": ids}
+
+  write_lines(tmp_path / "trace.jsonl", [row(1500, 0, 1, 2), row(1200, 0, 1, 7), row(1500, 5, 1, 2)])
+  first, second, other = (item.prompt for item in items_of("trace", path=str(tmp_path / "trace.jsonl")))
+  special = len(TOKENIZER.encode(""))
+  assert [len(first), len(second), len(other)] == [1500, 1200, 1500]
+  assert (first[: special + 1024] == second[: special + 1024]).all()
+  assert (first[special : special + 8] != other[special : special + 8]).any()
+  assert (first[special + 1024 : 1200] != second[special + 1024 :]).any()
 
 
 def test_requests_of_one_length():
   items = items_of("text", limit=40, prompt_tokens=200, max_new_tokens=7)
   assert [item.id for item in items] == [f"text-{i}" for i in range(40)]
   assert {(len(item.prompt), item.max_new_tokens, item.options["ignore_eos"]) for item in items} == {(200, 7, True)}
+
+
+def test_requests_of_drawn_lengths():
+  """Evenly, from a share of the longest on."""
+  config = dataclasses.replace(load_workload("mixed"), limit=4000)
+  prompts, outputs, _ = lengths(config)
+  assert (prompts.min(), prompts.max(), outputs.min(), outputs.max()) == (256, 1024, 16, 64)
+  assert abs(prompts.mean() / 640 - 1) < 0.02 and abs(np.corrcoef(prompts, outputs)[0, 1]) < 0.05
+  items = items_of("text", limit=5, prompt_tokens=99, max_new_tokens=8, shortest=0.5, seed=3)
+  fewer = lengths(WorkloadConfig("text", limit=5, prompt_tokens=99, max_new_tokens=8, shortest=0.5, seed=3))
+  assert [len(item.prompt) for item in items] == fewer.prompt_tokens.tolist() and fewer.prompt_tokens.min() >= 50
+  assert [item.max_new_tokens for item in items] == fewer.output_tokens.tolist() and len(
+    set(fewer.prompt_tokens.tolist())
+  ) > 1
+  with pytest.raises(ValueError, match=r"shortest=0.0 is not a share in \(0, 1\]"):
+    WorkloadConfig("text", shortest=0.0)
 
 
 def test_prompts_are_text_and_begin_differently():
@@ -198,6 +236,7 @@ def test_many_long_prompts_are_made_at_once(tmp_path):
     (WorkloadConfig("trace", path="absent"), "absent is missing"),
     (WorkloadConfig("trace", path="x", tasks=("count",)), "a workload of trace has no tasks"),
     (WorkloadConfig("trace", arrivals=ArrivalConfig("trace")), "'trace': missing a required .*argument: 'path'"),
+    (WorkloadConfig("trace", path="x", shortest=0.5), "a workload of trace has no shortest, got 0.5"),
     (WorkloadConfig("text", path="x"), "a workload of text has no path, got 'x'"),
     (WorkloadConfig("text", limit=2, prompt_tokens=9), r"text takes .*, 1 or more each, got \(2, 9, 0\)"),
     (WorkloadConfig("text", prompt_tokens=9, max_new_tokens=2), r"1 or more each, got \(0, 9, 2\)"),

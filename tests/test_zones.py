@@ -161,3 +161,10 @@ def test_zones_are_equal_and_have_a_slot_each(zones: str, n_zones: int, tp: int)
   assert n_zones * tp == CacheShape.of(model, override(conf, [f"cache.hbm_bytes={least}"]), 2).P
   with pytest.raises(ValueError, match=f"below the minimum of {least} bytes"):
     CacheShape.of(model, override(conf, [f"cache.hbm_bytes={least - 1}"]), 2)
+
+
+def test_a_lanes_zone_holds_its_longest_request_where_hbm_does():
+  """More slots than the pool has blocks, since every lane has its own: 32 blocks of 2 layers x 2 heads."""
+  conf, model = config("cache.zones=lane", "cache.hbm_bytes=64MiB", "cache.dram_bytes=256KiB"), tiny_model().config
+  shape = CacheShape.of(model, conf, 2)
+  assert shape.P == shape.R * shape.N * shape.L * shape.K == 6 * 32 * 2 * 2 > shape.M * shape.L * shape.K

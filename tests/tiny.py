@@ -125,6 +125,18 @@ def new_engine(conf: EngineConfig, model: Model, **options) -> Engine:
   return engine
 
 
+def check_nothing_is_held(engine: Engine) -> None:
+  """After the end every block can be had again, and slots hold kept blocks alone, each at most once."""
+  scheduler, maps = engine._scheduler, engine._executor.cache.hot.maps  # type: ignore[attr-defined]
+  allocator, shape = scheduler._allocator, engine._executor.shape
+  assert (allocator.in_use, allocator.available) == (0, shape.M)
+  assert sorted(scheduler._lanes) == list(range(shape.R))
+  slot_of, block_of = np.asarray(maps.slot_of), np.asarray(maps.block_of)
+  assert {int(block) for block in np.argwhere(slot_of >= 0)[:, 2]} <= {*allocator._idle}
+  assert {int(block) % shape.M for block in block_of[block_of >= 0]} <= {*allocator._idle}
+  assert len(set(slot_of[slot_of >= 0].tolist())) == (slot_of >= 0).sum() or engine.config.tp > 1
+
+
 def serve(conf: EngineConfig, model: Model, prompts: Sequence[Sequence[int]], n: int, **options):
   """Greedy tokens of all prompts served at once, and the engine."""
   engine = new_engine(conf, model)

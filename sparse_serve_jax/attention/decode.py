@@ -57,6 +57,7 @@ class Selector:
   reduce: str
   threshold: float | None
   group_blocks: int
+  rule: kernels.StopRule = dataclasses.field(default_factory=kernels.StopRule)
   host_loop: bool = False  # the stop test is made between calls of the attention kernel
 
   @classmethod
@@ -70,6 +71,7 @@ class Selector:
       reduce=sparse.group_reduce,
       threshold=sparse.threshold if sparse.policy == "psa" else None,
       group_blocks=sparse.group_blocks,
+      rule=kernels.StopRule(sparse.rest, sparse.stop_when),
       host_loop=sparse.stop == "host_loop",
     )
 
@@ -90,7 +92,7 @@ class Selector:
 
   @property
   def stop(self) -> kernels.Stop | None:
-    return None if self.threshold is None else kernels.Stop(self.threshold, self.untested)
+    return None if self.threshold is None else kernels.Stop(self.threshold, self.untested, self.rule)
 
   @property
   def takes(self) -> bool:

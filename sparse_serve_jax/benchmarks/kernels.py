@@ -22,6 +22,21 @@ from pallas_kernels.digest import cuboid_mean
 from pallas_kernels.score import box
 from sparse_serve_jax.benchmarks import timing
 from sparse_serve_jax.benchmarks.timing import Baselines, Report, Row, Timing
+from sparse_serve_jax.memory import host_pool
+from sparse_serve_jax.memory.kv_cache import Hot
+from sparse_serve_jax.memory.loads import LOADS
+from sparse_serve_jax.memory.pinned import pinned_buffer
+from sparse_serve_jax.memory.saves import SAVES, NewBlocks
+from sparse_serve_jax.memory.writer import Writer
+from sparse_serve_jax.mesh import make_mesh
+
+# PSA's, and those whose code differs from it and from each other.
+STOP_RULES = [
+  kernels.StopRule(),
+  kernels.StopRule("last_group"),
+  kernels.StopRule("last_two_groups"),
+  kernels.StopRule("last_two_groups", "mean_of_heads"),
+]
 
 Cases = Iterator[tuple[str, Callable[[], Row]]]
 
@@ -250,8 +265,8 @@ def attend(b: Bench) -> Cases:
     measured, _, results = timing.measure(f, variants, b.effort, state=slots, shared=shared)
     return measured, shared, [attended for _, attended in results]
 
-  def sparse(rows, n, miss, threshold=None):
-    group, stop = (n, None) if threshold is None else (4, kernels.Stop(threshold, untested=4))
+  def sparse(rows, n, miss, stop=None):
+    group = n if stop is None else 4
 
     def inputs():
       n_hits = (group - b.rng.binomial(group, miss, (rows, b.heads, n // group))).astype(np.int32)
@@ -276,7 +291,10 @@ def attend(b: Bench) -> Cases:
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
-    yield f"psa {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, threshold)
+    for rule in b.pick(STOP_RULES, STOP_RULES[-1:]):
+      name = " ".join(["psa", *dataclasses.astuple(rule)]) if rule != kernels.StopRule() else "psa"
+      stop = kernels.Stop(threshold, untested=4, rule=rule)
+      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop)
 
 
 def copy(b: Bench) -> Cases:
@@ -336,6 +354,78 @@ def copy(b: Bench) -> Cases:
     yield f"{'load' if loads else 'store'} {n}", functools.partial(case, loads, n)
 
 
+def following(pool: jax.Array) -> host_pool.HostPool:
+  """What the host knows the pool by, while it is kept."""
+  host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
+  host.follow(pool)
+  return host
+
+
+def time_load(b: Bench, way: str, variants: list[Any]) -> Timing:
+  nothing: Any = None
+  host = following(b.pool)
+
+  def op(slots, shared, located):
+    pool, number = shared
+    hot = Hot(slots, *[nothing] * 6, pool_id=number)
+    return LOADS[way](pool, hot, jnp.int32(0), located, b.kernel["implementation"])[0], ()
+
+  return b.time(op, variants, state=b.blocks(b.n_slots), shared=(b.pool, jnp.asarray(host.numbers)))
+
+
+def time_save(b: Bench, way: str, source: jax.Array, variants: list[Any]) -> Timing:
+  if way == "staged":
+    host, (_, blocks) = following(b.pool), variants[0]
+    writer = Writer(host, make_mesh(1), limit=source.nbytes)
+
+    def once():
+      writer.save(1, source, range(1), np.asarray(blocks), host)
+      writer.landed(1, wait=True)
+
+    return timing.clock(once, b.effort)
+
+  def op(pool, source, inputs):
+    return SAVES[way](pool, NewBlocks(source, 0, *inputs), b.kernel["implementation"]), ()
+
+  pool = b.pool
+  del b.pool  # as in `copy`
+  measured, b.pool, _ = timing.measure(op, variants, b.effort, state=pool, shared=source)
+  return measured
+
+
+def moves(b: Bench) -> Cases:
+  """n blocks by each load and save of the configuration, and as many by the CUDA driver: a call a block, then one wait.
+
+  The driver copies between the same pool and slots; its calls are made from Python, whose time is in its figure. What a
+  load does besides copying, to the lists that attention reads, is left out. The save `staged` is timed alone, from a
+  slab on the device to blocks in the pool: in an engine it runs beside the next program.
+  """
+
+  def case(direction, way, n):
+    loads, shape, n_bytes = direction == "load", (1, b.heads, n // b.heads), n * b.block_bytes
+    if loads:
+      no_hits = np.zeros((1, b.heads, 1), np.int32)
+      variants = b.variants(lambda: locate(b.distinct(b.n_pool, *shape), b.distinct(b.n_slots, *shape), no_hits))
+      measured, blocks = time_load(b, way, variants), variants[0].blocks[0]
+    else:
+      variants = b.variants(lambda: (jnp.arange(shape[2]), b.distinct(b.n_pool, shape[2])))
+      measured = time_save(b, way, b.blocks(b.heads, 1, shape[2]), variants)
+      blocks = jnp.broadcast_to(variants[0][1], shape[1:])
+
+    def driver():
+      ids, slots = np.arange(b.heads)[:, None] * b.n_pool + np.asarray(blocks), b.blocks(b.n_slots)
+      copies = timing.memcpy_each(loads, b.pool, ids.ravel(), slots, b.distinct(b.n_slots, n), b.block_bytes)
+      return timing.clock(copies, b.effort)
+
+    row = b.row(measured, {"h2d" if loads else "d2h": n_bytes}, {"driver": driver})
+    return row | timing.beside(n_bytes, measured.us, "driver", row["baselines"]["driver"])
+
+  ways = {"load": ("gather", "staged", "per_block"), "save": ("direct", "staged", "per_block")}
+  for direction, n in itertools.product(ways, b.pick((16, 64, 256, 1024), (16,))):
+    for way in ways[direction]:
+      yield f"{direction} {n} {way}", functools.partial(case, direction, way, n)
+
+
 def prefill(b: Bench) -> Cases:
   def case(n, before):
     n_before, queries = before // b.size, b.heads * b.group
@@ -373,7 +463,7 @@ def prefill(b: Bench) -> Cases:
     yield f"{n} after {before}", functools.partial(case, n, before)
 
 
-OPS = {f.__name__: f for f in (digest, score, select, residency, attend, copy, prefill)}
+OPS = {f.__name__: f for f in (digest, score, select, residency, attend, copy, moves, prefill)}
 
 
 def measure(report: Report, ops: Iterable[str]) -> None:

@@ -30,6 +30,9 @@ class CacheConfig:
   # Among which slots: all (SparseServe), its layer's equal share, as pools of each layer are (PSA), or its lane's, a
   # hot buffer of each request (HiSparse), of 1 / lanes of all slots however few requests there are.
   zones: Literal["shared", "layer", "lane"] = "shared"
+  # Blocks stay in the pool when their request has ended, as long as there is room, and prompts that begin like it
+  # share them.
+  prefix: bool = True
 
   def __post_init__(self):
     check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "lanes"))
@@ -52,6 +55,11 @@ class SparseConfig:
   group_reduce: Literal["mean", "max"] = "mean"  # over the query heads of a KV head
   threshold: float = 0.95  # psa: epsilon, stop when the estimated share of attention mass exceeds it
   group_blocks: int = 4  # psa: blocks between two stop tests
+  # psa: what the test takes an unread block's attention mass for: the least of a ranked block so far (PSA), or the mean
+  # of the last ranked groups, which does not trust the ranking to leave the lightest for the end.
+  rest: Literal["least", "last_group", "last_two_groups"] = "least"
+  # psa: whose estimate must exceed the threshold: that of every query head of a KV head, or their mean.
+  stop_when: Literal["every_head", "mean_of_heads"] = "every_head"
   # psa: where the test is made. "host_loop": outside of the attention kernel, which runs once a group; the host waits
   # for every test (PSA, section 2.3, with which the test in the kernel is compared).
   stop: Literal["kernel", "host_loop"] = "kernel"

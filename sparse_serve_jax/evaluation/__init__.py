@@ -6,6 +6,5 @@ selections                    which blocks successive steps select: traces, over
 study                         rows of accuracy and selections in a folder, of which what is there is not run again
 ladder -> ladder_report, plots
                               rungs of the ladder at rates of arrival, goodput; tables
-sidebyside                    what the demo shows: rungs with all requests at once
 longbench -> scorers          LongBench's prompts, predictions and official scores
 """

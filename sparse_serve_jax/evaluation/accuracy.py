@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pallas_kernels.stop import REST, WHEN
 from sparse_serve_jax import processes, tasks
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.attention.methods import TOP_P
@@ -46,6 +47,7 @@ AXES = {
   "heads": "blocks ranked by the best query head of a group, not by the mean",
   "blocks": "blocks of 16 and 64 tokens",
   "stops": "PSA's thresholds on the ranking of min_max too, with its estimate and with a certified stop",
+  "rules": "PSA's thresholds with every other rule of the stop test (sparse.rest, sparse.stop_when)",
 }
 
 # Series that tables name; those of budgets have their method's name, or the axis's.
@@ -130,6 +132,9 @@ def cases(
     if "stops" in axes:
       yield case(PSA_MIN_MAX, threshold, *of, "sparse.method=min_max")
       yield case(CERTIFIED, threshold, *of, "sparse.method=min_max", certified=True)
+    for rest, when in itertools.product(REST, WHEN) if "rules" in axes else ():
+      if (rest, when) != (SparseConfig().rest, SparseConfig().stop_when):
+        yield case(f"{PSA}, {rest}, {when}", threshold, *of, f"sparse.rest={rest}", f"sparse.stop_when={when}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +288,9 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
 
   Of a case that stops, "pairs" counts those of a token and a query head, in every layer; "stopped" those with blocks
   left unread; "violations" those for which the stop test claimed more than the true mass (PSA's where it stopped, the
-  certified one in any test, made or not); and "short" those that got less than the threshold.
+  certified one in any test, made or not); and "short" those that got less than the threshold. "claimed" and "true" are
+  means over those that stopped, 1 if none did. "stops" counts those of a token and a KV head with blocks left unread,
+  and "broken" the ones whose query heads have less than the threshold: one of them, or their mean if that is tested.
   """
   cfg, size = model.config, case.config.cache.block_tokens
   answers = batch.answers
@@ -309,8 +316,17 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
   }
   if case.stops:
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
+    sparse = case.config.sparse
+    stops = (found.blocks < exist[..., None, None])[..., None]  # [B, n, L, K, 1]
+    least = sparse.threshold - TOLERANCE
+    of_stop = found.mass.mean(-1) if sparse.stop_when == "mean_of_heads" else found.mass.min(-1)
+    stopped = stops & np.ones_like(found.mass, bool)
     told["pairs"] = count(np.ones_like(found.mass, int))
-    told["stopped"] = count((found.blocks < exist[..., None, None])[..., None] & np.ones_like(found.mass, bool))
+    told["stopped"] = count(stopped)
     told["violations"] = count(found.excess > TOLERANCE)
-    told["short"] = count(found.mass < case.config.sparse.threshold - TOLERANCE)
+    told["short"] = count(found.mass < least)
+    told["stops"], told["broken"] = count(stops), count(stops & (of_stop < least)[..., None])
+    for key, share in (("claimed", found.estimate), ("true", found.mass)):
+      sums = count(np.where(stopped, share, 0.0).astype(float))
+      told[key] = np.where(told["stopped"] > 0, sums / np.maximum(told["stopped"], 1), 1.0)
   return told

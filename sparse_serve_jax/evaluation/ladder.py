@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sparse_serve_jax import results
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
+from sparse_serve_jax.memory.prefix import begin_alike
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.serving import metrics, run
@@ -55,8 +56,10 @@ def read_rungs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, E
     changes: overrides of them all, such as "cache.hbm_bytes=8GiB".
 
   Raises:
-    ValueError: there is no such rung, it is given twice, or its parts exclude each other.
+    ValueError: there is none, or no such rung, it is given twice, or its parts exclude each other.
   """
+  if not names:
+    raise ValueError("a ladder has one rung or more, got none")
   configs: dict[str, EngineConfig] = {}
   for given in names:
     name = pathlib.Path(given).stem
@@ -89,10 +92,11 @@ def shapes(configs: Mapping[str, EngineConfig], model: ModelConfig) -> dict[str,
 
 def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequence[Item]) -> None:
   """Refuses rungs that cannot be compared: within different `cache.hbm_bytes`, or of which some cannot serve a request
-  that others can.
+  that others can, or none any.
 
   Raises:
-    ValueError: with the least cache.hbm_bytes that each rung needs for the longest request that some rung can serve.
+    ValueError: with the least cache.hbm_bytes that each rung needs for the longest request that some rung can serve, or
+      for the shortest of all.
   """
   budgets = {name: config.cache.hbm_bytes for name, config in configs.items()}
   if len(set(budgets.values())) > 1:
@@ -100,7 +104,7 @@ def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequen
     raise ValueError(f"rungs are compared within one cache.hbm_bytes, these have {told}: set one for all")
   most = {name: shape.max_context for name, shape in shapes(configs, model).items()}
   lengths = [len(item.prompt) + item.max_new_tokens for item in items]
-  longest = max((n for n in lengths if n <= max(most.values())), default=0)
+  longest = max((n for n in lengths if n <= max(most.values())), default=min(lengths, default=0))
   wrong = [
     f"{name}: a request has {longest} tokens, and only {n} fit; {_remedy(configs[name], model, longest)}"
     for name, n in most.items()
@@ -128,7 +132,10 @@ def _remedy(config: EngineConfig, model: ModelConfig, n_tokens: int) -> str:
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (low, middle) if fits(middle) else (middle, high)
-  return f"cache.hbm_bytes={config.cache.hbm_bytes} is below the minimum of {high} bytes for it"
+  return (
+    f"cache.hbm_bytes={config.cache.hbm_bytes} is below the minimum of {high} bytes for it, set cache.hbm_bytes={high} "
+    "or more"
+  )
 
 
 class Ladder:
@@ -146,7 +153,7 @@ class Ladder:
 
     Args:
       model: answers.
-      configs: the rungs by name; the others are compared with the first.
+      configs: the rungs by name, which `check` accepts; the others are compared with the first.
       items: the requests.
       arrivals: when they come, in seconds, at a mean rate in requests a second.
       folder: of the results, which is claimed for them.
@@ -172,20 +179,24 @@ class Ladder:
     if not any(row["rung"] == rung for row in self._answers.all):
       self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
-    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not (served.refused or served.failed)
+    # What is refused no rung can serve (`check`), at no rate.
+    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed
     self._cells.append(row)
     return row
 
   def alone(self, rung: str) -> Row:
     """What a rung does of one request, the middle one by length: "iteration_s", the median time of a decode step.
 
-    It is measured at the rung's first cell, when all that the requests need has been compiled.
+    It is measured at the rung's first cell, when all that the requests need has been compiled. The prompt is cut where
+    the output would not fit any rung, and nothing but the length ends the output.
     """
     if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, None)), None):
       return there
     middle = sorted(self._items, key=lambda item: len(item.prompt))[len(self._items) // 2]
     n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in self._items)))
-    item = dataclasses.replace(middle, max_new_tokens=n, options={**middle.options, "ignore_eos": True})
+    room = min(shape.max_context for shape in shapes(self._configs, self._model.config).values()) - n
+    options = {**middle.options, "ignore_eos": True, "stop_token_ids": (), "min_tokens": 0}
+    item = dataclasses.replace(middle, prompt=middle.prompt[: max(1, room)], max_new_tokens=n, options=options)
     end = self._serve(rung, [item], np.zeros(1))[1][item.id]
     if isinstance(end, run.Refusal) or len(end.output_tokens) < n:
       raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens: {end.error}")
@@ -218,7 +229,8 @@ class Ladder:
       self._executor = None  # its memory is what the next one takes
       start, executor = time.monotonic(), JaxExecutor(self._configs[rung], self._model)
       sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
-      n = executor.compile([len(item.prompt) for item in self._items], sampled)
+      prompts = [item.prompt for item in self._items]
+      n = executor.compile(map(len, prompts), sampled, begin_alike(prompts, executor.shape.S))
       print(f"{rung}: {n} programs compiled in {time.monotonic() - start:.1f} s", file=sys.stderr)
       self._executor = rung, executor
     return self._executor[1]

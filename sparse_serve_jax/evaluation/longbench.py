@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -80,6 +81,8 @@ class Run:
     self._found: dict[str, results.Rows] = {}  # predictions by task
     for name in dict.fromkeys(names):
       with self._reported(name):
+        if (read_as := _task_name(folder / f"{name}.jsonl")) != name:
+          raise ValueError(f"{folder}: {name}.jsonl in a folder pred_e is read as {read_as}: choose another folder")
         with release.file(name).open("rb") as lines:
           n_rows = sum(1 for _ in itertools.islice(filter(bytes.strip, lines), limit))
         self._found[name] = results.Rows(self._folder / f"{name}.jsonl")
@@ -179,9 +182,15 @@ def score_folder(
   """
   scores: dict[str, Score] = {}
   errors: dict[str, str] = {}
-  found = {name: file for file in sorted(folder.glob("*.jsonl")) if (name := _task_name(file)) not in but}
+  found: dict[str, pathlib.Path] = {}
+  for file in sorted(folder.glob("*.jsonl")):
+    if (name := _task_name(file)) in found:
+      errors[name] = f"{found[name]} and {file.name} are both of {name}: which is meant?"
+    elif name not in but:
+      found[name] = file
   order = NAMES["all"] + NAMES["all_e"]
-  for name in [name for name in order if name in found] + [name for name in found if name not in order]:
+  names = [name for name in order if name in found] + [name for name in found if name not in order]
+  for name in [name for name in names if name not in errors]:
     try:
       scores[name] = score = score_file(found[name], code_sim)
     except (ValueError, ImportError) as error:
@@ -195,7 +204,7 @@ def score_folder(
 
 def _task_name(file: pathlib.Path) -> str:
   """Of a file of predictions: its own, with _e in the official folder for LongBench-E."""
-  name, folders = file.stem, file.absolute().parts[-3:-1]
+  name, folders = file.stem, pathlib.Path(os.path.abspath(file)).parts[-3:-1]
   return f"{name}_e" if "pred_e" in folders and name in TASKS else name
 
 

@@ -15,6 +15,7 @@ from sparse_serve_jax.evaluation.accuracy import Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 # Ten colors, then the same dotted, so that no two of up to twenty lines look alike.
 plt.rcParams["axes.prop_cycle"] = cycler(linestyle=["-", ":"]) * plt.rcParams["axes.prop_cycle"]
@@ -32,19 +33,35 @@ def write(folder: pathlib.Path, told: dict[str, list[Row]], reuse_rows: list[Row
 
 
 def ladder(cells: Sequence[Row], goodput: dict[str, float | None], file: pathlib.Path) -> None:
-  """Cells of a ladder against their rate, a line for each rung; and its goodput, where it was searched."""
-  shown = {"ttft_mean_s": "TTFT, s", "tbt_mean_s": "TBT, s", "throughput_tok_s": "tokens/s"}
+  """Cells of a ladder against their rate, a line for each rung; its goodput, or if that was not searched the score
+  of its answers."""
+  shown = {"ttft_mean_s": "mean TTFT, s", "tbt_mean_s": "mean TBT, s", "throughput_tok_s": "output tokens/s"}
   figure, all_axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
   rungs = list(dict.fromkeys(cell["rung"] for cell in cells))
   for axes, (key, label) in zip(all_axes.flat, shown.items(), strict=False):
     for rung in rungs:
       line = [(cell["rate"], cell[key]) for cell in cells if cell["rung"] == rung and cell[key] is not None]
       axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=rung)
-    axes.set(xlabel="requests/s", ylabel=label, xscale="log", yscale="linear" if "throughput" in key else "log")
-  last = all_axes.flat[3]
-  last.bar(rungs, [goodput.get(rung) or 0.0 for rung in rungs])
-  last.tick_params("x", rotation=30)
-  last.set(ylabel="goodput, requests/s" if goodput else "goodput: not searched")
+    axes.set(xlabel="requests/s", ylabel=label)
+    if not any(cell[key] for cell in cells):
+      continue  # a logarithm of nothing
+    axes.set_xscale("log")
+    axes.set_yscale("linear" if "throughput" in key else "log")
+    for axis in (axes.xaxis, axes.yaxis)[: 1 if "throughput" in key else 2]:  # numbers as people write them
+      axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+      axis.set_major_formatter("{x:g}")
+      axis.set_minor_formatter(ticker.NullFormatter())
+  last, colors = all_axes.flat[3], [line.get_color() for line in all_axes.flat[0].get_lines()]
+  scores = {cell["rung"]: cell["score_mean"] for cell in cells if cell["score_mean"] is not None}
+  if goodput:
+    last.bar(rungs, [goodput.get(rung) or 0.0 for rung in rungs], color=colors)
+    last.set(ylabel="goodput, requests/s")
+  elif scores:
+    last.bar(rungs, [scores.get(rung, 0.0) for rung in rungs], color=colors)
+    last.set(ylabel="score of the answers", ylim=(0, 1.02))
+  else:
+    last.set_axis_off()
+  plt.setp(last.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
   figure.legend(*all_axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=len(rungs))
   _save(figure, file)
 

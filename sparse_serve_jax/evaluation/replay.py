@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import StopRule
+from pallas_kernels.stop import LOG2_E
 from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.attention.methods import Method
 from sparse_serve_jax.config import EngineConfig, ModelConfig
@@ -32,7 +34,8 @@ class _Program(NamedTuple):
   reduce: str
   group: int  # blocks between two stop tests
   block_tokens: int
-  certified: bool = False  # the stop test counts an upper bound of what is unread, not PSA's estimate of it
+  certified: bool = False  # the stop test counts an upper bound of what is unread, not an estimate of it
+  rule: StopRule = StopRule()
 
   @classmethod
   def of(cls, config: EngineConfig, oracle: bool, certified: bool) -> _Program:
@@ -40,7 +43,8 @@ class _Program(NamedTuple):
     if certified and name != "min_max":
       raise ValueError(f"a certified stop needs the bound that min_max digests give, not {name}")
     method = None if oracle else selector.method
-    return cls(method, selector.reduce, selector.group_blocks, config.cache.block_tokens, certified)
+    size = config.cache.block_tokens
+    return cls(method, selector.reduce, selector.group_blocks, size, certified, selector.rule)
 
 
 class _Setting(NamedTuple):
@@ -71,7 +75,7 @@ class Replay(NamedTuple):
   nats: jax.Array  # [B, n] float32, its negative log-likelihood
   blocks: jax.Array  # [B, n, L, K] int32, attended, the tail not counted
   mass: jax.Array  # [B, n, L, K, G] float32, the share of the attention mass in what is attended, the tail included
-  estimate: jax.Array  # what the stop test took that share for where it stopped: PSA's P_acc, or the certified one
+  estimate: jax.Array  # what the stop test claimed where it stopped: by its rule, or the certified share
   excess: jax.Array  # by how much that was more than the share: where it stopped, or certified in the worst test
   selected: jax.Array | None  # [B, n, L, K, N] bool
 
@@ -118,7 +122,7 @@ def replay(
     start: [B] int32, the position of the first token that is a decode step's input, at least 1.
     n_steps: n; steps are at start, start + 1, ...
     oracle: blocks are ranked by their true attention mass.
-    certified: the stop test counts an upper bound of what is unread, not PSA's estimate of it.
+    certified: the stop test counts an upper bound of what is unread, not an estimate of it.
 
   Returns:
     Replay, of the predictions of tokens start + 1, start + 2, ...
@@ -210,7 +214,7 @@ def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positi
   threshold = jnp.where(layer < setting.dense_layers, 2.0, setting.threshold)
   # No stop test may leave out sinks and window, rounded up to whole groups.
   untested = -(-(setting.sinks + setting.window) // program.group) * program.group
-  used, estimate, worst = _stop(program.group, threshold, untested, ranked, by_block, tail)
+  used, estimate, worst = _stop(program, threshold, untested, ranked, by_block, tail)
   rank = jnp.argsort(ranked.ids, -1)
   selected = rank < used[..., None]  # [n, K, N]
 
@@ -255,37 +259,43 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_blo
   return _Ranked(ids, count, jnp.where(exists[:, None, None], bound, -jnp.inf))
 
 
-def _stop(group, threshold, untested, ranked: _Ranked, by_block, tail) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _stop(
+  program: _Program, threshold, untested, ranked: _Ranked, by_block, tail
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The stop test after each group of blocks; `by_block` and `tail` are logs of shares of the whole mass.
 
-  The share of mass it goes by is PSA's P_acc, which takes every block left for as heavy as the lightest one read; or by
-  `ranked.bound` one that the true share cannot be below.
+  The share of mass it goes by is what the rule claims; or by `ranked.bound` one that the true share cannot be below.
 
   Returns:
     How many blocks are read [n, K], the share there [n, K, G], and the most by which the share of any test, made or
     not, exceeds the true one [n, K, G].
   """
-  place = jnp.arange(by_block.shape[-1])[None, None]  # [1, 1, N]
-  real = (place < ranked.count[..., None])[:, :, None]  # [n, K, 1, N]
+  size, rule, n_blocks = program.group, program.rule, by_block.shape[-1]
+  n_groups = -(-n_blocks // size)  # J
+  count = ranked.count[..., None]  # [n, K, 1]
 
   def in_order(x):
-    return jnp.take_along_axis(x, jnp.broadcast_to(ranked.ids[:, :, None], x.shape), -1)
+    """[n, K, J, size, G] from [n, K, G, N]; -inf where no group has a block."""
+    x = jnp.take_along_axis(x, jnp.broadcast_to(ranked.ids[:, :, None], x.shape), -1)
+    x = jnp.pad(x, [(0, 0)] * 3 + [(0, n_groups * size - n_blocks)], constant_values=-jnp.inf)
+    return jnp.moveaxis(x, 2, -1).reshape(*count.shape[:2], n_groups, size, -1)
 
-  lse = jnp.where(real, in_order(by_block), -jnp.inf)
-  seen = jnp.logaddexp(tail[..., None], lax.cumlogsumexp(lse, axis=lse.ndim - 1))  # [n, K, G, N]
-  left = jnp.maximum(ranked.count[..., None] - (place + 1), 0)[:, :, None]  # after this place
+  place = jnp.arange(n_groups * size).reshape(1, 1, n_groups, size)
+  start, read = place[..., 0], place < count[..., None]  # [1, 1, J], [n, K, J, size]
+  lse = jnp.where(read[..., None], in_order(by_block), -jnp.inf)
+  seen = jnp.logaddexp(tail[:, :, None], lax.cumlogsumexp(jax.nn.logsumexp(lse, 3), axis=2))  # [n, K, J, G]
+  left = jnp.maximum(count - start - size, 0)  # [n, K, J], after the group
   if ranked.bound is None:
-    smallest = lax.cummin(jnp.where(real & (place >= untested)[:, :, None], lse, jnp.inf), axis=lse.ndim - 1)
-    unseen = jnp.where(left > 0, smallest + jnp.log(jnp.maximum(left, 1).astype(jnp.float32)), -jnp.inf)
+    of_group = jnp.where((start >= untested)[..., None], rule.of_group(lse * LOG2_E, read), jnp.inf)
+    before = lax.cummin(of_group, axis=2) if rule.rest == "least" else of_group
+    before = jnp.pad(before[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)], constant_values=jnp.inf)
+    claims, _ = rule.claim(before, of_group, seen * LOG2_E, left[..., None].astype(jnp.float32))
   else:
-    from_here = lax.cumlogsumexp(in_order(ranked.bound), axis=lse.ndim - 1, reverse=True)
-    unseen = jnp.pad(from_here[..., 1:], [(0, 0)] * 3 + [(0, 1)], constant_values=-jnp.inf)
-  log_p = seen - jnp.logaddexp(seen, unseen)
-  at_end = (place % group == group - 1) | (place + 1 >= ranked.count[..., None])  # [n, K, N]
-  enough = (log_p > jnp.log(threshold)).all(2) & (place + 1 >= untested)
-  enough = at_end & (enough | (left[:, :, 0] == 0))
-  used = jnp.minimum(jnp.argmax(enough, -1) + 1, ranked.count)
-  last = jnp.maximum(used - 1, 0)[:, :, None, None]
-  p, tested = jnp.exp(log_p), real & at_end[:, :, None]
-  worst = jnp.where(tested, p - jnp.exp(seen), -1.0).max(-1)
-  return used, jnp.take_along_axis(p, jnp.broadcast_to(last, (*p.shape[:3], 1)), -1)[..., 0], worst
+    from_here = lax.cumlogsumexp(jax.nn.logsumexp(in_order(ranked.bound), 3), axis=2, reverse=True)
+    unseen = jnp.pad(from_here[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0)], constant_values=-jnp.inf)
+    claims = jnp.exp(seen - jnp.logaddexp(seen, unseen))
+  enough = rule.passes(claims, threshold, claims.shape[-1]) & (start + size >= untested)
+  at = jnp.argmax(enough | (left == 0), -1)  # [n, K]
+  worst = jnp.where((start < count)[..., None], claims - jnp.exp(seen), -1.0).max(2)
+  used = jnp.minimum((at + 1) * size, ranked.count)
+  return used, jnp.take_along_axis(claims, at[..., None, None], 2)[:, :, 0], worst

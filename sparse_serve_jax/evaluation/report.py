@@ -150,9 +150,10 @@ def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
 
   Yields:
     "tokens", "group", "threshold", and for each series of cases that stops: mean "blocks", "mass" and "estimate_error",
-    by which its estimate of the mass is too high, and the counts "pairs", "stopped", "violations" and "short" of
-    `accuracy.summary`, over all tasks; "cost", blocks of the certified stop as a multiple of the estimate's on the same
-    ranking. The estimate is first asked after one group of ranked blocks, the certified stop before it.
+    by which its estimate of the mass is too high; of what stopped the mean "claimed" and "true" mass; and the counts
+    "pairs", "stopped", "violations", "short", "stops" and "broken" of `accuracy.summary`, over all tasks; "cost",
+    blocks of the certified stop as a multiple of the estimate's on the same ranking. The estimate is first asked after
+    one group of ranked blocks, the certified stop before it.
   """
   for n_tokens, group, of_group in _by_group(rows):
     stopping = [row for row in of_group if "pairs" in row]
@@ -161,8 +162,9 @@ def stop_rules(rows: Sequence[Row]) -> Iterator[Row]:
       told: Row = {mean["series"]: {key: mean[key] for key in ("blocks", "mass")} for mean in _means(chosen)}
       for series, of in told.items():
         ours = [row for row in chosen if row["series"] == series]
-        of["estimate_error"] = float(np.mean([row["estimate_error"] for row in ours]))
-        for key in ("pairs", "stopped", "violations", "short"):
+        for key in ("estimate_error", "claimed", "true"):
+          of[key] = float(np.mean([row[key] for row in ours]))
+        for key in ("pairs", "stopped", "violations", "short", "stops", "broken"):
           of[key] = sum(row[key] for row in ours)
       cost = _ratios(told.get(CERTIFIED), told.get(PSA_MIN_MAX), ("blocks",))
       yield dict(tokens=n_tokens, group=group, threshold=threshold) | told | dict(cost=cost and cost["blocks"])
@@ -321,13 +323,14 @@ def _psa_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 
 
 def _stop_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
-  for series in (PSA, PSA_MIN_MAX, CERTIFIED):
-    if series in of:
-      ours = of[series]
+  for series, ours in of.items():
+    if isinstance(ours, dict):
       cells = [f"{series} {of['threshold']:g}", f"{ours['blocks']:.1f}", f"{ours['mass']:.3f}", f"{ours['pairs']:,}"]
-      cells += [f"{ours['estimate_error']:+.3f}", f"{ours['stopped'] / ours['pairs']:.1%}", f"{ours['violations']:,}"]
-      cost = f"{of['cost']:.2f}" if series == CERTIFIED and of["cost"] else ""
-      yield [*cells, f"{ours['short'] / ours['pairs']:.1%}", cost]
+      cells += [f"{ours['stopped'] / ours['pairs']:.1%}", f"{ours['claimed']:.3f}", f"{ours['true']:.3f}"]
+      cells += [f"{ours['violations']:,}"]
+      for key, of_all in (("short", "stopped"), ("broken", "stops")):
+        cells += [f"{ours[key] / ours[of_all]:.1%}" if ours[of_all] else "-"]
+      yield [*cells, f"{of['cost']:.2f}" if series == CERTIFIED and of["cost"] else ""]
 
 
 def _head_cells(of: Row, all_of: list[Row]) -> Iterator[list[str]]:
@@ -376,11 +379,16 @@ _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
   ),
   "stop_rules": (
     "Stop tests\n"
-    "Pairs are of a token and a query head, in every layer. Stopped: those that left blocks unread. Claimed more: of "
-    "these, the ones for which the test took the attention mass to be more than it is (PSA's where it stopped, the "
-    "certified one's in any group). Below threshold: those whose true mass is below it. Claimed - true: the mean "
-    "difference. Cost: blocks of the certified stop over those of PSA's on the same ranking.",
-    ("setting", "blocks", "mass", "pairs", "claimed - true", "stopped", "claimed more", "below threshold", "cost"),
+    "Pairs are of a token and a query head, in every layer. Stopped: those that left blocks unread; of these the mean "
+    "attention mass that the test claimed, and the true one. Claimed more: pairs for which it claimed more than the "
+    "truth (PSA's where it stopped, the certified one's in any group). Below threshold: of those that stopped, those "
+    "whose true mass is below it. Broken stops: of the stops of a KV head, those with a query head below the "
+    "threshold, or whose mean is below it if means are tested. Cost: blocks of the certified stop over those of PSA's "
+    "on the same ranking.",
+    (
+      *("setting", "blocks", "mass", "pairs", "stopped", "claimed", "true", "claimed more"),
+      *("below threshold", "broken stops", "cost"),
+    ),
     ("tokens", "group"),
     _stop_cells,
   ),

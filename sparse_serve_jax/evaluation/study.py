@@ -19,7 +19,7 @@ from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.tasks import text as texts
 
-FORMAT = 3  # of rows; another one when they tell other things, or the same in another way
+FORMAT = 4  # of rows; another one when they tell other things, or the same in another way
 
 
 @dataclasses.dataclass(frozen=True)

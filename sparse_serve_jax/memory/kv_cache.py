@@ -74,14 +74,14 @@ def admit(hot: Hot, lane: Int32[Array, ""], table: Int32[Array, " N"]) -> Hot:
 
 def release(hot: Hot, freed: Int32[Array, " n"]) -> Hot:
   """Forgets that the pool's blocks `freed` (-1: nothing) were in slots."""
-  return hot.replace(maps=kernels.release(hot.maps, freed))
+  return hot.replace(maps=kernels.release(kernels.tidy(hot.maps), freed))
 
 
 def working_sets(
   hot: Hot, lanes: Int32[Array, " B"], n_blocks: Int32[Array, " B"], steps: Int32[Array, " B"], width: int, w: int
 ) -> Int32[Array, " B"]:
   """Blocks that each request selected in its last `w` steps, over this device's layers and heads (SparseServe, section
-  3.3).
+  3.3). One that several requests share is the last one's that selected it, as far as their step numbers tell.
 
   Args:
     hot: of this device's cache.
@@ -94,7 +94,8 @@ def working_sets(
   tables = hot.tables.at[lanes].get(mode="clip")[:, :width]
 
   def one(table, n, step):
-    selected = hot.maps.last_selected[:, :, table] >= step - w  # [K, L, N]
+    last = hot.maps.last_selected[:, :, table]  # [K, L, N]
+    selected = (last >= step - w) & (last < step)
     return (selected & (jnp.arange(width) < n)[None, None]).sum(dtype=jnp.int32)
 
   return jax.lax.map(lambda row: one(*row), (tables, n_blocks, steps))

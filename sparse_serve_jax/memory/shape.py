@@ -8,7 +8,7 @@ import bisect
 import dataclasses
 
 from sparse_serve_jax.buckets import Buckets
-from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sparse_serve_jax.memory.layout import BlockLayout
 
 INT = 4  # bytes of an entry of maps and tables
@@ -108,7 +108,7 @@ class CacheShape:
 
     if cache.offload:
       zones = {"shared": 1, "layer": empty.L, "lane": empty.R}[cache.zones]
-      return _with_slots(with_pool, cache.dram_bytes, cache.hbm_bytes, zones * config.tp)
+      return _with_slots(with_pool, cache, zones * config.tp)
     return _in_hbm(with_pool, cache.hbm_bytes)
 
 
@@ -122,14 +122,15 @@ def _in_hbm(with_pool, hbm_bytes: int) -> CacheShape:
   if needed(1) > hbm_bytes:
     raise ValueError(
       f"cache.hbm_bytes={hbm_bytes} is below the minimum of {needed(1)} bytes without offload: {one.pool_bytes} for "
-      f"one block of a request in all layers, the rest for {one.R} tails and the prefill slab"
+      f"one block of a request in all layers, the rest for {one.R} tails and the prefill slab; set "
+      f"cache.hbm_bytes={needed(1)} or more, or lower cache.lanes"
     )
   return with_pool(bisect.bisect_right(range(hbm_bytes // one.pool_bytes + 1), hbm_bytes, key=needed) - 1)
 
 
-def _with_slots(with_pool, dram_bytes: int, hbm_bytes: int, n_zones: int) -> CacheShape:
+def _with_slots(with_pool, cache: CacheConfig, n_zones: int) -> CacheShape:
   """The pool is what DRAM holds, slots are what HBM has left, in equal zones, those of all devices counted."""
-  one = with_pool(1)
+  one, dram_bytes, hbm_bytes = with_pool(1), cache.dram_bytes, cache.hbm_bytes
   blocks = dram_bytes // one.pool_bytes
   if blocks < 1:
     raise ValueError(f"cache.dram_bytes={dram_bytes} is below the {one.pool_bytes} bytes of one request's block")
@@ -137,11 +138,13 @@ def _with_slots(with_pool, dram_bytes: int, hbm_bytes: int, n_zones: int) -> Cac
   least = shape.slot_bytes * n_zones
   slots = (hbm_bytes - shape.fixed_bytes) // least * n_zones
   if slots < n_zones:
+    minimum = shape.fixed_bytes + least
     raise ValueError(
-      f"cache.hbm_bytes={hbm_bytes} is below the minimum of {shape.fixed_bytes + least} bytes: "
+      f"cache.hbm_bytes={hbm_bytes} is below the minimum of {minimum} bytes: "
       f"{blocks * shape.per_pool_block_bytes} for digests and maps of {blocks} blocks, the rest for {shape.R} tails, "
-      f"tables, the prefill slab and one slot per zone and device, {n_zones} in all; lower cache.dram_bytes, "
-      "cache.lanes or scheduler.max_context"
+      f"tables, the prefill slab and one slot per zone and device, {n_zones} in all; set cache.hbm_bytes={minimum} or "
+      "more, or lower cache.dram_bytes, cache.lanes or scheduler.max_context"
     )
-  most = -(-blocks * shape.K * shape.L // n_zones) * n_zones  # more would never fill
+  ids = shape.R * min(shape.N, blocks) if cache.zones == "lane" else blocks  # any lane may have the longest request
+  most = -(-ids * shape.K * shape.L // n_zones) * n_zones  # more would never fill
   return dataclasses.replace(shape, P=min(slots, most))

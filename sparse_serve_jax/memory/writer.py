@@ -40,7 +40,7 @@ class Writer:
   def make_room(self, n_bytes: int) -> None:
     """Waits until a slab of so many bytes may be on its way too."""
     while self._jobs and sum(job.n_bytes for job in self._jobs) + n_bytes > self._limit:
-      self._jobs.popleft().placed.result()
+      self._finish_oldest()
 
   def save(self, iteration: int, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
     """Starts to bring the first blocks of a slab to the pool.
@@ -65,7 +65,7 @@ class Writer:
     Waits for them all if so asked. Raises what failed.
     """
     while self._jobs and self._jobs[0].iteration <= iteration and (wait or self._jobs[0].placed.done()):
-      self._jobs.popleft().placed.result()
+      self._finish_oldest()
     return min(iteration, self._jobs[0].iteration - 1) if self._jobs else iteration
 
   def drain(self) -> None:
@@ -76,6 +76,11 @@ class Writer:
     """Drains, and forgets what failed."""
     self.drain()
     self._jobs.clear()
+
+  def _finish_oldest(self) -> None:
+    """Waits for the oldest job. It stays if that is interrupted, and if it has failed."""
+    self._jobs[0].placed.result()
+    self._jobs.popleft()
 
   def _place(self, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
     del alive

@@ -22,6 +22,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from sparse_serve_jax import files
+from sparse_serve_jax.prompting import FORM, joined
 from sparse_serve_jax.tokenizing import Message
 
 _START, _END = "\U000f0000", "\U000f0001"  # private use: around a control token that a user typed
@@ -70,11 +72,10 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
   made = []
   for i, message in enumerate(messages):
     if not isinstance(message, Mapping):
-      form = '{"role": "user", "content": "..."}'
-      raise ValueError(f"message {i} is {message!r:.80}, wanted is a conversation: a list of {form}")
+      raise ValueError(f"message {i} is {message!r:.80}, wanted is a conversation such as {FORM}")
     values = {key: plain(value, f"message {i}, {key!r}") for key, value in message.items() if value is not None}
     if isinstance(values.get("content"), list):
-      values["content"] = "".join(_part(part, f"message {i}, part {j}") for j, part in enumerate(values["content"]))
+      values["content"] = joined(f"message {i}", values["content"])
     made.append(values)
   return made
 
@@ -85,15 +86,26 @@ def plain(value: Any, where: str) -> Any:
   Raises:
     ValueError: there is something else in it.
   """
-  if value is None or type(value) in (str, int, float, bool):
+  if value is None or type(value) in (int, float, bool):
     return value
-  if isinstance(value, str):  # an enumeration
-    return str.__str__(value)
+  if isinstance(value, str):
+    if wrong := files.lone_surrogate({"text": value}):
+      raise ValueError(f"{where}: {wrong}")
+    return str.__str__(value)  # an enumeration is one too
   if isinstance(value, Mapping):
     return {key: plain(item, f"{where}, {key!r}") for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [plain(item, where) for item in value]
   raise ValueError(f"{where} is a {type(value).__name__}: templates take text, numbers, lists and objects")
+
+
+def fault(template: str) -> str | None:
+  """What is wrong with the syntax of a template, and in which line; None if nothing is."""
+  try:
+    _environment().parse(template)
+  except jinja2.TemplateSyntaxError as error:
+    return f"line {error.lineno}: {error.message}"
+  return None
 
 
 def control_tokens(template: str, added: Mapping[str, bool]) -> re.Pattern[str]:
@@ -133,14 +145,6 @@ def pieces(text: str, control: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
 
 def _any_of(tokens: Iterator[str]) -> re.Pattern[str]:
   return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-
-def _part(part: Any, where: str) -> str:
-  kind = part.get("type") if isinstance(part, dict) else None
-  if kind == "text" and isinstance(part.get("text"), str):
-    return part["text"]
-  shown = f"of type {kind!r}" if kind is not None and kind != "text" else repr(part)[:80]
-  raise ValueError(f'{where} is {shown}: a content is text, or a list of {{"type": "text", "text": "..."}}')
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:

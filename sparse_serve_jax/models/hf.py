@@ -239,7 +239,7 @@ def copy_strips(to: np.ndarray, source: np.ndarray) -> None:
 def _open(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, "numpy")
-  except safetensors.SafetensorError as error:
+  except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 

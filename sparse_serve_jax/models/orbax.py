@@ -18,8 +18,10 @@ def open_params(directory: pathlib.Path, cfg: ModelConfig) -> llama.Params:
   """Parameters in cfg.dtype, as leaves that are read when they are wanted, each at once. Only shapes are read now.
 
   Raises:
-    ValueError: arrays that are missing, unknown or misshapen; all are listed.
+    ValueError: no such directory, or arrays that are missing, unknown or misshapen; all are listed.
   """
+  if not (directory / "_METADATA").is_file():
+    raise ValueError(f"{directory} holds no parameters: it has no _METADATA")
   import orbax.checkpoint as ocp  # slow to import
 
   with ocp.PyTreeCheckpointer() as checkpointer:

@@ -6,14 +6,14 @@ import functools
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import tokenizers
 
 from sparse_serve_jax.models import chat
-from sparse_serve_jax.models.hf_config import read_object
-from sparse_serve_jax.models.tokenizer_files import read_special_tokens, read_templates
+from sparse_serve_jax.models.tokenizer_files import check_ids, read_settings, read_special_tokens, read_templates
 from sparse_serve_jax.tokenizing import Message, Tokenizer, Typed
 
 
@@ -289,13 +289,14 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
   Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja and
   additional_chat_templates/ as transformers 5 does: truncation and padding are off; what a tokenizer.json adds to a
   text is added whatever add_bos_token and add_eos_token say; special_tokens_map.json overrides tokenizer_config.json
-  unless that one has an added_tokens_decoder. A warning names what is overridden.
+  unless that one has an added_tokens_decoder. A warning names what is overridden, and a chat template that is broken:
+  only conversations need it.
 
   Raises:
     ValueError: a file is broken; the message has its path.
   """
   settings_file = directory / "tokenizer_config.json"
-  settings = read_object(settings_file) if settings_file.exists() else {}
+  settings = read_settings(settings_file)
   if settings.get("tokenizer_class") == "ByteTokenizer":
     return ByteTokenizer()
   file = directory / "tokenizer.json"
@@ -305,8 +306,11 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     core = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the library raises nothing narrower
     raise ValueError(f"{file} is no tokenizer: {error}") from error
+  check_ids(file, core)
   special = read_special_tokens(directory, settings, core)
   templates, source = read_templates(directory, settings)
+  for name, fault in [(name, fault) for name, text in templates.items() if (fault := chat.fault(text))]:
+    warnings.warn(f"{directory}: the chat template {name!r}, of {source}, is broken in {fault}", stacklevel=3)
   sources = {**special.sources, "tokenizer": "tokenizer.json", "chat_template": source}
   return FileTokenizer(core, templates, special.texts, sources)
 

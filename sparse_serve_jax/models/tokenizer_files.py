@@ -23,6 +23,28 @@ class SpecialTokens(NamedTuple):
   sources: dict[str, str]  # the file that each comes from
 
 
+def read_settings(file: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file beside a tokenizer.json; nothing if there is no such file.
+
+  Raises:
+    ValueError: something else is in it, or half of a character.
+  """
+  made = read_object(file) if file.exists() else {}
+  if wrong := files.lone_surrogate(made):
+    raise ValueError(f"{file}: {wrong}")
+  return made
+
+
+def check_ids(file: pathlib.Path, core: tokenizers.Tokenizer) -> None:
+  """Raises ValueError if an added token of a tokenizer.json has another id in the tokenizer made of it: ids beyond the
+  vocabulary are dealt out anew, in silence.
+  """
+  entries = read_object(file).get("added_tokens") or []
+  for token, i in [(entry["content"], entry["id"]) for entry in entries]:
+    if (got := core.token_to_id(token)) != i:
+      raise ValueError(f"{file}: 'added_tokens' has {token!r} with the id {i}, and the tokenizer gives it {got}")
+
+
 class _Told(NamedTuple):
   """A special token as a file tells it: text, or text with flags."""
 
@@ -109,8 +131,7 @@ def _merged(
   told: dict[str, _Told | None], extra: list[_Told], has_extra: bool, file: pathlib.Path
 ) -> tuple[dict[str, _Told | None], list[_Told]]:
   """With what special_tokens_map.json says, which counts where the two differ."""
-  raw = read_object(file) if file.exists() else {}
-  for key, value in raw.items():
+  for key, value in read_settings(file).items():
     if key == "extra_special_tokens" or (key == "additional_special_tokens" and not has_extra):
       extra = extra + _list(value, key, file)
     elif key in _NAMES:
@@ -145,7 +166,7 @@ def _decoder(value: Any, file: pathlib.Path) -> dict[int, _Told]:
 
 def _legacy(file: pathlib.Path, special: list[_Told | None]) -> dict[int, _Told]:
   """What an added_tokens.json says: tokens and their ids."""
-  ids = read_object(file) if file.exists() else {}
+  ids = read_settings(file)
   if wrong := [token for token, i in ids.items() if type(i) is not int]:
     raise ValueError(f"{file}: {wrong[0]!r} is {ids[wrong[0]]!r:.80}, wanted is a token id")
   known = {token.text for token in special if token is not None}

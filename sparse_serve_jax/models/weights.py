@@ -7,11 +7,13 @@ import json
 import math
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from sparse_serve_jax import files
 from sparse_serve_jax.config import ModelConfig, find_config, from_dict, read_config
 from sparse_serve_jax.models import gguf, hf, hf_config, llama, orbax
 from sparse_serve_jax.models import tokenizer as tokenizer_lib
@@ -78,14 +80,14 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
     return _restore(path, dtype)
   if path.suffix == ".gguf" and path.is_file():
     opened = gguf.open_gguf(path, dtype)
-    ends = _union([*opened.eos.items(), *opened.tokenizer.turn_ends().items()])
+    ends = _union(name, opened.config, [*opened.eos.items(), *opened.tokenizer.turn_ends().items()])
     return Model(opened.config, opened.params, opened.tokenizer, tuple(ends), path.stem, ends)
   if not (path / "config.json").exists():
     raise ValueError(_no_model(name, path))
   raw = hf_config.read_object(path / "config.json")
   cfg, params = hf.open_params(path, _cast(hf_config.config_from_hf(raw, str(path / "config.json")), dtype))
   tokenizer = tokenizer_lib.load_tokenizer(path)
-  ends = _ends(path, raw, tokenizer)
+  ends = _ends(path, cfg, raw, tokenizer)
   return Model(cfg, params, tokenizer, tuple(ends), path.resolve().name, ends)
 
 
@@ -119,10 +121,13 @@ def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) 
 
 
 def _restore(path: pathlib.Path, dtype: str | None) -> Model:
-  card = hf_config.read_object(path / _CARD)
-  cfg = _cast(from_dict(ModelConfig, card["config"]), dtype)
+  card, where = hf_config.read_object(path / _CARD), str(path / _CARD)
+  if absent := [key for key in ("name", "config") if key not in card]:
+    raise ValueError(f"{where} lacks {absent[0]!r}")
+  with files.placed(where):
+    cfg = _cast(from_dict(ModelConfig, card["config"]), dtype)
   params = orbax.open_params(path.resolve() / "params", cfg)
-  ends = dict.fromkeys(hf_config.token_ids(card, "eos_token_ids", str(path / _CARD)), _CARD)
+  ends = dict.fromkeys(hf_config.token_ids(card, "eos_token_ids", where), _CARD)
   return Model(cfg, params, tokenizer_lib.load_tokenizer(path), tuple(ends), card["name"], ends)
 
 
@@ -138,20 +143,28 @@ def _cast(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
   return cfg if dtype is None else dataclasses.replace(cfg, dtype=dtype)
 
 
-def _ends(path: pathlib.Path, raw: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer) -> dict[int, str]:
+def _ends(
+  path: pathlib.Path, cfg: ModelConfig, raw: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer
+) -> dict[int, str]:
   """Every token that ends an output, and where it comes from: generation_config.json, config.json, the tokenizer."""
   file, config = path / "generation_config.json", path / "config.json"
   generation = hf_config.read_object(file) if file.exists() else {}
   told = [(i, file.name) for i in hf_config.token_ids(generation, "eos_token_id", str(file))]
   told += [(i, config.name) for i in hf_config.token_ids(raw, "eos_token_id", str(config))]
-  return _union([*told, *tokenizer.turn_ends().items()])
+  return _union(str(path), cfg, [*told, *tokenizer.turn_ends().items()])
 
 
-def _union(told: list[tuple[int, str]]) -> dict[int, str]:
-  """Each token once, with all the places that it comes from."""
+def _union(where: str, cfg: ModelConfig, told: list[tuple[int, str]]) -> dict[int, str]:
+  """Each token once, with all the places that it comes from. A warning names those that the model cannot draw."""
   sources: dict[int, str] = {}
   for i, source in told:
     sources[i] = f"{sources[i]}, {source}" if i in sources else source
+  for i in [i for i in sources if i >= cfg.vocab_size]:
+    warnings.warn(
+      f"{where}: the end of an output, {i} of {sources.pop(i)}, is beyond the vocabulary of {cfg.vocab_size}: it never "
+      "comes",
+      stacklevel=3,
+    )
   return sources
 
 

@@ -16,14 +16,14 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.serving.clock import Clock, Wall
 from sparse_serve_jax.serving.metrics import Usage
-from sparse_serve_jax.serving.plan import MAX_BANNED, Dispatched, Executor, Plan, Sampling, StepResult
+from sparse_serve_jax.serving.plan import MAX_BANNED, Dispatched, Executor, Observed, Plan, Sampling
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.scheduler import Scheduler
 
@@ -32,6 +32,16 @@ _LOG = logging.getLogger(__name__)
 
 class DeviceError(RuntimeError):
   """The device failed while it held something of the request; `__cause__` is what it failed with."""
+
+
+class _InFlight(NamedTuple):
+  """An iteration on its way: see `Observed`."""
+
+  plan: Plan
+  step: Dispatched
+  planned: float
+  dispatched: float
+  pool_blocks: int
 
 
 class Engine:
@@ -45,7 +55,7 @@ class Engine:
     executor: Executor,
     *,
     clock: Clock | None = None,
-    observer: Callable[[Plan, StepResult], None] | None = None,
+    observer: Callable[[Observed], None] | None = None,
   ):
     """Makes an engine.
 
@@ -53,16 +63,17 @@ class Engine:
       executor: runs the plans, with its configuration and its model. One that an idle engine has used may be handed on
         to the next, compiled programs and all.
       clock: by default the wall's.
-      observer: called with every iteration's plan and result, after its tokens are delivered.
+      observer: called with every iteration, after its tokens are delivered.
     """
     self.config = executor.config
     self.usage = Usage(executor.shape)
     self.clock: Clock = clock or Wall()
     self._model, self._executor, self._observer = executor.model, executor, observer
+    executor.begin()
     self._scheduler = Scheduler(executor.config, executor.shape)
     self._live: dict[str, Request] = {}
     self._ended: list[Request] = []  # since the last step returned
-    self._in_flight: deque[tuple[Plan, Dispatched]] = deque()
+    self._in_flight: deque[_InFlight] = deque()
     self._to_call: deque[Callable[[], None]] = deque()  # callbacks and observer, of results that have been taken
     self._names = (f"request-{i}" for i in itertools.count())
     self._failure: BaseException | None = None  # after which the engine's state is unknown, or its device dead
@@ -127,6 +138,7 @@ class Engine:
       stop_token_ids=self._stops(request_id, params),
       min_tokens=params.min_tokens,
       n_logprobs=params.logprobs or 0,
+      cache_salt=params.cache_salt,
       on_token=on_token,
     )
     if request_id in self._live:
@@ -178,11 +190,13 @@ class Engine:
     return ended
 
   def _submit(self, plan: Plan) -> None:
-    self.usage.count_pool(self._scheduler.pool_blocks_in_use)
+    owned, planned = self._scheduler.pool_blocks_in_use, self.clock.now()
+    self.usage.count_pool(owned)
     if plan.empty:
       return
     try:
-      self._in_flight.append((plan, self._executor.submit(plan)))
+      step = self._executor.submit(plan)
+      self._in_flight.append(_InFlight(plan, step, planned, self.clock.now(), owned))
     except Exception as error:
       self._lose(error)
 
@@ -205,9 +219,9 @@ class Engine:
   def _process(self, keep: int) -> None:
     """Takes the results of the iterations in flight but the newest `keep`. One whose reading is interrupted stays."""
     while len(self._in_flight) > keep:
-      plan, dispatched = self._in_flight[0]
+      flight = self._in_flight[0]
       try:
-        result = dispatched.result()
+        result = flight.step.result()
       except Exception as error:
         with self._whole():
           self._lose(error)
@@ -215,7 +229,7 @@ class Engine:
       with self._whole():
         self._in_flight.popleft()
         self.usage.count_step(result.stats)
-        received = self._scheduler.update(result, self.clock.now())
+        received = self._scheduler.update(result, done := self.clock.now())
         for request, _ in received.tokens:
           if told := result.logprobs.get(request.id):
             top = itertools.islice(told.top.items(), request.n_logprobs)
@@ -223,7 +237,8 @@ class Engine:
         self._end(received.ended)
         self._to_call += [functools.partial(self._hand_over, *to) for to in received.tokens if to[0].on_token]
         if self._observer is not None:
-          self._to_call.append(functools.partial(self._observer, plan, result))
+          seen = Observed(flight.plan, result, flight.planned, flight.dispatched, done, flight.pool_blocks)
+          self._to_call.append(functools.partial(self._observer, seen))
 
   def _lose(self, error: Exception) -> None:
     """The device failed: all it held is gone, results on their way too. Tells the requests, and begins anew."""

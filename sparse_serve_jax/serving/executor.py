@@ -150,18 +150,25 @@ class JaxExecutor:
     self._host: HostPool | None = None
     self._writer: Writer | None = None
     self._tables: dict[int, np.ndarray] = {}  # of lanes
+    self._empty = True  # no plan has used the cache
     self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
+  def begin(self) -> None:
+    """Before an engine's first plan, while nothing runs: what an earlier one has left in the cache is forgotten."""
+    if self._writer is not None:
+      self._writer.forget()  # whose saves outlive their requests, and are known by the earlier engine's iterations
+    if not self._empty:
+      self._release(np.arange(self.shape.M, dtype=np.int32))
+    self._empty = True
+
   def submit(self, plan: Plan) -> DispatchedStep:
     """Dispatches the plan and returns at once."""
+    self._empty = False
     step = DispatchedStep(plan.iteration, blocks_saved(plan, self.shape), self._writer, plan.await_saves)
-    if self._host is not None:
-      self._host.follow(self.cache.pool)
-    for i in range(0, len(plan.release), RELEASE_WIDTH):
-      freed = _pad(plan.release[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1)
-      step.done.append(self._update_hot(self.programs.release, freed))
+    self._follow_pool()
+    step.done += self._release(plan.release)
     for admission in plan.admit:
       step.done.append(self._admit(admission))
     for work in plan.prefill:
@@ -206,7 +213,7 @@ class JaxExecutor:
     number = jax.device_put(self._host.numbers, kv_cache.cache_shardings(self.mesh, self.shape.offload).hot.pool_id)
     return cache.replace(hot=cache.hot.replace(pool_id=number))
 
-  def compile(self, prompts: Iterable[int], sampled: bool = False) -> int:
+  def compile(self, prompts: Iterable[int], sampled: bool = False, shared: bool = True) -> int:
     """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
 
     Each program runs once, on nothing: no row, no layer.
@@ -214,14 +221,16 @@ class JaxExecutor:
     Args:
       prompts: lengths in tokens.
       sampled: also where tokens are drawn, and not the most likely ones taken.
+      shared: also where a prompt begins like another (`prefix.begin_alike`), with `cache.prefix`.
 
     Returns:
       The number of programs.
     """
     fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
-    needed = [of for of in self.buckets.programs_of(fit) if sampled or of[0] != "sampled decode"]
+    needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or of[0] != "sampled decode"]
     sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0), "prefill": Sampling()}
     size, nowhere, name = self.shape.S, self.shape.R, "nothing"
+    self._follow_pool()
     self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
     for kind, n, width in needed:
       if kind == "prefill":
@@ -237,6 +246,15 @@ class JaxExecutor:
     self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
     self.wait()
     return len(needed) + 2
+
+  def _follow_pool(self) -> None:
+    """Before programs whose blocks the host moves."""
+    if self._host is not None:
+      self._host.follow(self.cache.pool)
+
+  def _release(self, blocks: np.ndarray) -> list[jax.Array]:
+    parts = [blocks[i : i + RELEASE_WIDTH] for i in range(0, len(blocks), RELEASE_WIDTH)]
+    return [self._update_hot(self.programs.release, _pad(part, RELEASE_WIDTH, -1)) for part in parts]
 
   def _update_hot(self, program, *args) -> jax.Array:
     hot, done = program(self.cache.hot, *args)

@@ -49,8 +49,8 @@ class Usage:
   def peak_hbm_kv_bytes(self) -> int:
     """Bytes over all devices: the fixed part (digests, maps, tails, prefill slab) + most KV blocks held at a time.
 
-    With offload the blocks are those in slots: peak slots used x block bytes. Without, they are the pool's: peak pool
-    blocks owned by requests x layers x KV heads x block bytes.
+    With offload the blocks are those in slots, kept ones too: peak slots used x block bytes. Without, they are the
+    pool's: peak pool blocks owned by requests x layers x KV heads x block bytes.
     """
     kv = self._peak_slots * self._shape.block_bytes if self._shape.offload else self._pool_bytes
     return self._shape.fixed_bytes + kv
@@ -71,6 +71,8 @@ class Summary:
 
   requests: int
   prompt_tokens: int
+  cached_tokens: int  # of these, that the cache held
+  cached_share: float | None
   output_tokens: int
   ttft_mean_s: float | None
   ttft_p50_s: float | None
@@ -147,13 +149,18 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
 
   ttft (to the first token), latency (from arrival to finish) and scheduling_delay are over requests; tbt (between
   tokens) is over all gaps of all requests, so a long request weighs more. Percentiles are linear between ranks.
+  cached_share is of prompt tokens: those before which a prefill began / all.
   """
   finished = [request for request in requests if request.state is State.FINISHED]
+  prompt_tokens = sum(len(request.prompt) for request in finished)
+  cached_tokens = sum(request.cached_tokens for request in finished)
   gaps = np.concatenate([np.zeros(0), *(times_between_tokens(request) for request in finished)])
   delays = [scheduling_delay(request) for request in finished]
   return Summary(
     requests=len(finished),
-    prompt_tokens=sum(len(request.prompt) for request in finished),
+    prompt_tokens=prompt_tokens,
+    cached_tokens=cached_tokens,
+    cached_share=cached_tokens / prompt_tokens if finished else None,
     output_tokens=sum(len(request.output_tokens) for request in finished),
     **_distribution("ttft", [time_to_first_token(request) for request in finished]),
     **_distribution("tbt", gaps),

@@ -42,7 +42,7 @@ class Admission:
 
   request_id: str
   lane: int  # where the request's tail and table live
-  table: np.ndarray  # int32, pool blocks of its prompt and all its output
+  table: np.ndarray  # int32, pool blocks of its prompt and all its output; others may have the first ones too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Plan:
   """One iteration: release, then admit, then prefill, then measure, then decode."""
 
   iteration: int
-  release: np.ndarray  # int32, pool blocks freed since the last plan: their residency is cleared
+  # int32, pool blocks freed since the last plan, or nobody's until this one: their residency is cleared.
+  release: np.ndarray
   admit: tuple[Admission, ...]
   prefill: tuple[PrefillWork, ...]
   decode: tuple[DecodeRow, ...]
@@ -133,6 +134,17 @@ class Dispatched(Protocol):
     ...
 
 
+class Observed(NamedTuple):
+  """An iteration that has run. Times are seconds of the engine's clock."""
+
+  plan: Plan
+  result: StepResult
+  planned: float  # handed to the executor
+  dispatched: float  # the executor has returned
+  done: float  # the result was read
+  pool_blocks: int  # that requests own while it runs
+
+
 class ServedModel(Protocol):
   """What an engine needs to know of a model."""
 
@@ -154,6 +166,10 @@ class Executor(Protocol):
 
   @property
   def shape(self) -> CacheShape: ...
+
+  def begin(self) -> None:
+    """Before an engine's first plan, while nothing runs: what an earlier one has left in the cache is forgotten."""
+    ...
 
   def submit(self, plan: Plan) -> Dispatched:
     """Dispatches the plan and returns at once."""

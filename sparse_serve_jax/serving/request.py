@@ -37,11 +37,14 @@ class Request:
   stop_token_ids: frozenset[int] = frozenset()  # the model's EOS tokens included, unless they are to be ignored
   min_tokens: int = 0  # output tokens before a stop token can be drawn
   n_logprobs: int = 0  # most likely tokens that are listed in `logprobs`, if `sampling` wants them
+  cache_salt: str | None = None  # it shares blocks with requests of the same salt
   on_token: Callable[[Request, int], None] | None = None  # called with every output token, as it is read
 
   state: State = State.WAITING
   output_tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)  # one for each output token, or none
+  chain: list[bytes] = dataclasses.field(default_factory=list)  # hashes of the prompt's full blocks, if it may share
+  cached_tokens: int = 0  # of its prompt, that were in the pool when it was admitted: its prefill began after them
   finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
   error: Exception | None = None  # why it failed; or what on_token raised, for which it was cancelled
   scheduled_time: float | None = None  # its first work was planned

@@ -105,6 +105,7 @@ def row(end: Request | Refusal, start: float) -> dict[str, Any]:
   made = {
     "request_id": end.id,
     "prompt_tokens": len(end.prompt),
+    "cached_tokens": end.cached_tokens,
     "output_token_ids": list(end.output_tokens),
     "finish_reason": end.finish_reason,
     "arrival_s": since(end.arrival_time),

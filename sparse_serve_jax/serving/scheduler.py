@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +17,13 @@ import numpy as np
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
+from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillWork, StepResult
 from sparse_serve_jax.serving.request import Request, State
+
+# Methods (`attention.methods`) that attend to everything as long as the budget has room for it.
+WHOLE_BUDGET = frozenset({"cuboid_mean", "min_max", "mean", "representatives", "random"})
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,7 +33,7 @@ class _Resident:
   request: Request
   lane: int
   table: np.ndarray  # int32, the same for life
-  first: int = 0  # prompt tokens that are in the pool already: its prefill begins after them in every layer
+  first: int = 0  # prompt tokens that were in the pool already: its prefill begins after them in every layer
   start: int = 0  # prompt tokens before the next piece, in layer `layer`
   layer: int = 0
   steps: int = 0  # decode steps
@@ -103,24 +106,34 @@ class Scheduler:
   - a decoding request pauses for at most as many iterations as older requests had steps left when it could first run;
   - a prompt that is next in line and has its lane and blocks waits for at most as many, of all that decode then.
 
+  With `cache.prefix` a prompt shares the full blocks in which it begins like another with the same salt, and its
+  prefill begins after them; its last token is always computed, as its logits are needed. Shared are
+
+  - blocks of a prompt, from the plan on that ends its prefill: programs run in order, so the next in line, which may be
+    a sample of the same prompt, shares them in that very plan. Where saves are staged they land later than that, and
+    the next in line waits until those that it shares have: until then the older request cannot decode either.
+  - blocks of its output, when it has ended, as far as its decode steps attended to everything: what a prefill makes, so
+    that no token depends on who shares what;
+  - none of a request whose logits were not finite.
+
+  Nobody is passed for the sake of a prefix, and none is used that is not worth it (`prefix.is_worth`). Blocks that
+  nobody has any more are kept until a request needs room, which so waits for others that run, and never for the cache.
+
   The paper leaves the unit of T_max open. Here it is the work of so many tokens through the whole model: a decode row
   is one token, a piece of a prompt that runs through some of the layers its tokens x layers / L, rounded up.
   """
 
-  def __init__(self, config: EngineConfig, shape: CacheShape, cached: Callable[[Request], np.ndarray] | None = None):
-    """Makes a scheduler.
-
-    Args:
-      config: what runs together.
-      shape: what there is of lanes, blocks and slots.
-      cached: pool blocks, int32, that hold the beginning of a request's prompt already. They get it as one more owner,
-        and its prefill begins after them.
-    """
+  def __init__(self, config: EngineConfig, shape: CacheShape):
+    """Makes a scheduler of what there is of lanes, blocks and slots."""
     self._sparse, self._config, self._budget_blocks = config.sparse, config.scheduler, config.budget_blocks
-    self._buckets = Buckets.of(config, shape.L, shape.max_context, resumes=cached is not None)
+    self._buckets = Buckets.of(config, shape.L, shape.max_context)
     chunked = config.scheduler.prefill == "chunked"
     self._allowance = self._buckets.full if chunked else config.prefill_allowance(shape.L)
-    self._shape, self._cached = shape, cached
+    self._shape, self._shares = shape, config.cache.prefix
+    # Tokens of a request up to which decode steps attend to all that comes before them.
+    fits = (config.budget_blocks + 1) * shape.S if config.sparse.method in WHOLE_BUDGET else 0
+    exact = {"dense": sys.maxsize, "topk": fits, "psa": 0}
+    self._exact_tokens = exact[config.sparse.policy]
     self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
     self._iteration = 0  # the last one planned
@@ -129,6 +142,8 @@ class Scheduler:
   def _clear(self) -> None:
     """Nothing is resident."""
     self._allocator = BlockAllocator(self._shape.M, completed=self._iteration)
+    self._prefix = PrefixIndex(self._allocator)
+    self._written_in = np.zeros(self._shape.M, np.int64)  # of blocks of the index: the iteration that saves them
     self._lanes = list(range(self._shape.R - 1, -1, -1))  # free ones; the last one is taken first
     self._prefilling: _Resident | None = None
     self._decoding: list[_Resident] = []  # oldest first
@@ -168,6 +183,8 @@ class Scheduler:
   def add(self, request: Request) -> None:
     """Queues a request that `check` accepts."""
     self.check(request)
+    if self._shares:
+      request.chain = hash_chain(request.prompt, self._shape.S, request.cache_salt)
     self._waiting.append(request)
 
   def schedule(self, now: float) -> Plan:
@@ -209,6 +226,8 @@ class Scheduler:
       resident.working_set, resident.measured = result.working_sets[resident.request.id], True
     for resident in flight.sampled:
       request = resident.request
+      if request.id in result.not_finite:
+        self._prefix.leave(resident.table[resident.first // self._shape.S :])
       if request.ended:
         continue
       if request.id in result.not_finite:
@@ -227,6 +246,7 @@ class Scheduler:
     residents = [*self._decoding, *([self._prefilling] if self._prefilling else [])]
     for resident in residents:
       resident.request.fail(error, now)
+      resident.request.chain = []
     self._clear()
     return [resident.request for resident in residents]
 
@@ -234,6 +254,7 @@ class Scheduler:
     """Ends a request that has not ended. Tokens of it that are still on the device are dropped."""
     if request.state is State.WAITING:
       self._waiting.remove(request)
+      request.chain = []
     elif self._prefilling and self._prefilling.request is request:
       self._free(self._prefilling)
       self._prefilling = None
@@ -246,7 +267,22 @@ class Scheduler:
   def _free(self, resident: _Resident) -> None:
     """Gives back the lane, at once since device programs run in order, and the blocks, by the allocator's rule."""
     self._lanes.append(resident.lane)
-    self._allocator.free(resident.table, after=self._iteration)
+    chain, request = resident.request.chain, resident.request
+    if self._shares and resident.layer == self._shape.L and request.state is not State.FAILED:
+      # The last output token may not have been the input of a step.
+      n = min(resident.position, len(request.prompt) + len(request.output_tokens) - 1, self._exact_tokens)
+      tokens = np.array([*request.prompt[len(chain) * self._shape.S :], *request.output_tokens], np.int32)
+      chain = self._enter(resident, tokens[: max(0, n - len(chain) * self._shape.S)])
+    self._prefix.free(chain, resident.table, after=self._iteration)
+    request.chain = []  # which take some room, and requests are kept
+
+  def _enter(self, resident: _Resident, more: np.ndarray) -> list[bytes]:
+    """Others may share the blocks of its prompt, and those of `more` tokens, int32, after the prompt's full blocks.
+    What it shares itself is found already, or has left as not finite.
+    """
+    chain, own = hash_chain(more, self._shape.S, before=resident.request.chain), resident.first // self._shape.S
+    self._written_in[self._prefix.enter(chain[own:], resident.table[own:])] = resident.prefilled_in
+    return chain
 
   # ---------------------------------------------------------------------------------------------------------- decode
 
@@ -360,28 +396,30 @@ class Scheduler:
     return (at.start + n_tokens) // self._shape.S * self._shape.L * self._shape.K
 
   def _next_in_line(self) -> _Resident | None:
-    """The head of the queue, as it would be admitted: it has no lane yet, and only the blocks that are cached."""
-    if not self._waiting:
+    """The head of the queue, as it would be admitted: it has no lane yet, and only the blocks that it shares. None if
+    there is no lane for it, or its turn has not come.
+    """
+    if not (self._waiting and self._lanes):
       return None
-    request, blocks = self._waiting[0], np.zeros(0, np.int32)
-    if self._cached is not None:  # never its last token, whose logits are needed
-      blocks = self._cached(request)[: (len(request.prompt) - 1) // self._shape.S]
+    request = self._waiting[0]
+    blocks = self._prefix.find(request.chain[: (len(request.prompt) - 1) // self._shape.S])
+    if not is_worth(len(blocks) * self._shape.S, len(request.prompt)):
+      blocks = blocks[:0]
+    if self._late and (self._written_in[blocks] > self._landed).any():
+      return None
     first = len(blocks) * self._shape.S
     return _Resident(request, lane=-1, table=blocks, first=first, start=first)
 
   def _admit(self, resident: _Resident, now: float) -> bool:
-    """Gives the head of the queue a lane and its blocks. Whether they were free."""
-    if not self._lanes:
-      return False
-    request, cached = resident.request, resident.table
+    """Gives the head of the queue a lane, of which there is one, and its blocks. Whether there were enough."""
+    request, shared = resident.request, resident.table
     n_tokens = len(request.prompt) + request.max_new_tokens
-    own = self._allocator.allocate(-(-n_tokens // self._shape.S) - len(cached))
+    own = self._allocator.allocate(-(-n_tokens // self._shape.S) - len(shared), shared)
     if own is None:
       return False
-    self._allocator.share(cached)
     self._waiting.popleft()
-    request.state, request.scheduled_time = State.PREFILLING, now
-    resident.lane, resident.table = self._lanes.pop(), np.concatenate([cached, own])
+    request.state, request.scheduled_time, request.cached_tokens = State.PREFILLING, now, resident.first
+    resident.lane, resident.table = self._lanes.pop(), np.concatenate([shared, own])
     self._admitted.append(resident)
     return True
 
@@ -392,6 +430,8 @@ class Scheduler:
     resident.start += n_tokens
     if resident.start == len(request.prompt):
       resident.start, resident.layer = resident.first, layer + n_layers
+    if resident.layer == self._shape.L:
+      self._enter(resident, np.zeros(0, np.int32))
     return PrefillWork(
       request_id=request.id,
       lane=resident.lane,

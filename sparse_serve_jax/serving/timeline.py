@@ -1,30 +1,37 @@
 """What happened when, as a picture: a JSON file that https://ui.perfetto.dev and chrome://tracing open.
 
-  timeline = Timeline(clock)
-  engine = Engine(timeline.watch(executor), clock=clock)
+  timeline = Timeline(executor.shape)
+  engine = Engine(executor, observer=timeline.observe)
   timeline.add(request)  # each, when it has ended
   timeline.write("timeline.json")
 
 Above are the iterations: when the host dispatched them, and when the device ran them. Below is a line for each
-request: waiting, prefill, decode, paused. Between them, for each iteration, rows that decoded and blocks that moved.
+request: waiting, prefill, decode, paused. Between them are counters (`COUNTERS`), with a value for each iteration.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-from sparse_serve_jax.serving.clock import Clock
-from sparse_serve_jax.serving.plan import Executor, Plan, StepResult, StepStats
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving.plan import Observed, StepStats
 from sparse_serve_jax.serving.request import Request
 
 ENGINE, REQUESTS = 1, 2  # processes of the trace
 DISPATCH, DEVICE = 1, 2  # threads of the engine's
-COUNTERS = ("decode rows", "blocks missed", "blocks loaded")
+COUNTERS = (
+  "decode rows",
+  "bytes loaded",  # read from DRAM in the iteration
+  "bytes saved",  # written to the pool in it
+  "bytes in HBM",  # of KV blocks, after it: in slots, or in the pool where that lies there
+  "bytes in DRAM",  # of the pool's blocks that requests own; 0 without offload
+)
 
 
 @dataclasses.dataclass
@@ -39,20 +46,41 @@ class _Iteration:
   prefill_tokens: int  # token x layers
   decode: tuple[str, ...]  # ids of the requests
   stats: StepStats
+  counters: tuple[int, ...]  # values of COUNTERS
 
 
 class Timeline:
   """Collects iterations and requests in memory."""
 
-  def __init__(self, clock: Clock):
-    """Takes the engine's clock."""
-    self._clock = clock
+  def __init__(self, shape: CacheShape):
+    """Takes the shape of the engine's cache, for bytes."""
+    self._shape = shape
+    self._in_slots = 0  # blocks, after the last iteration that told
     self._iterations: list[_Iteration] = []
     self._requests: list[Request] = []
 
-  def watch(self, executor: Executor) -> Executor:
-    """The executor, whose iterations are noted when their results are read."""
-    return cast(Executor, _Watched(executor, self))
+  def observe(self, seen: Observed) -> None:
+    """Takes an iteration of the engine."""
+    plan, stats, shape = seen.plan, seen.result.stats, self._shape
+    if plan.prefill or plan.decode:  # others do not tell
+      self._in_slots = stats.slots_used
+    owned = seen.pool_blocks * shape.L * shape.K
+    held = (self._in_slots, owned) if shape.offload else (owned, 0)
+    moved = (n * shape.block_bytes for n in (stats.loaded, stats.saved, *held))
+    start = max(seen.dispatched, self._iterations[-1].done) if self._iterations else seen.dispatched
+    self._iterations.append(
+      _Iteration(
+        number=plan.iteration,
+        planned=seen.planned,
+        dispatched=seen.dispatched,
+        done=seen.done,
+        start=start,
+        prefill_tokens=sum(len(work.tokens) * work.n_layers for work in plan.prefill),
+        decode=tuple(row.request_id for row in plan.decode),
+        stats=stats,
+        counters=(len(plan.decode), *moved),
+      )
+    )
 
   def add(self, request: Request) -> None:
     """Takes a request that has ended."""
@@ -74,22 +102,16 @@ class Timeline:
         event["dur"] = round(event["dur"] * 1e6, 3)
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
-  def _done(self, plan: Plan, planned: float, dispatched: float, result: StepResult) -> None:
-    done = self._clock.now()
-    start = max(dispatched, self._iterations[-1].done) if self._iterations else dispatched
-    tokens = sum(len(work.tokens) * work.n_layers for work in plan.prefill)
-    decode = tuple(row.request_id for row in plan.decode)
-    self._iterations.append(_Iteration(plan.iteration, planned, dispatched, done, start, tokens, decode, result.stats))
-
   def _engine_events(self) -> Iterator[dict[str, Any]]:
     for it in self._iterations:
       yield _slice(f"dispatch {it.number}", ENGINE, DISPATCH, it.planned, it.dispatched)
       counts = {"decode rows": len(it.decode), "prefill tokens x layers": it.prefill_tokens}
       blocks = {f"blocks {name}": n for name, n in dataclasses.asdict(it.stats).items()}
       yield _slice(f"iteration {it.number}", ENGINE, DEVICE, it.start, it.done, counts | blocks)
-      values = (len(it.decode), it.stats.missed, it.stats.loaded)
-      for name, value in zip(COUNTERS, values, strict=True):
-        yield {"name": name, "ph": "C", "ts": it.start, "pid": ENGINE, "args": {"value": value}}
+    for it, following in itertools.zip_longest(self._iterations, self._iterations[1:]):
+      yield from _counts(it.start, it.counters)
+      if following is None or following.start > it.done:  # the device is idle: nothing moves, what is held stays
+        yield from _counts(it.done, (0, 0, 0, *it.counters[3:]))
 
   def _request_events(self, requests: list[Request]) -> Iterator[dict[str, Any]]:
     ran: dict[str, list[_Iteration]] = {}
@@ -101,37 +123,6 @@ class Timeline:
       args = {"request": request.id, "prompt tokens": len(request.prompt), "finish": request.finish_reason}
       for phase, start, end in _phases(request, ran.get(request.id, [])):
         yield _slice(phase, REQUESTS, line, start, end, args)
-
-
-class _Watched:
-  """An executor, and when it did what."""
-
-  def __init__(self, executor: Executor, timeline: Timeline):
-    self._executor, self._timeline = executor, timeline
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._executor, name)
-
-  def submit(self, plan: Plan) -> _WatchedStep:
-    planned = self._timeline._clock.now()
-    step = self._executor.submit(plan)
-    return _WatchedStep(step, plan, planned, self._timeline._clock.now(), self._timeline)
-
-
-@dataclasses.dataclass
-class _WatchedStep:
-  """An iteration on its way, whose result is read once."""
-
-  step: Any
-  plan: Plan
-  planned: float
-  dispatched: float
-  timeline: Timeline
-
-  def result(self) -> StepResult:
-    result = self.step.result()
-    self.timeline._done(self.plan, self.planned, self.dispatched, result)
-    return result
 
 
 def _phases(request: Request, ran: list[_Iteration]) -> Iterator[tuple[str, float, float]]:
@@ -176,6 +167,12 @@ def _names(requests: list[Request]) -> Iterator[dict[str, Any]]:
     yield {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
   for (pid, tid), name in lines.items():
     yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _counts(at: float, values: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+  """What the counters show from then on."""
+  for name, value in zip(COUNTERS, values, strict=True):
+    yield {"name": name, "ph": "C", "ts": at, "pid": ENGINE, "args": {"value": value}}
 
 
 def _slice(

@@ -60,6 +60,10 @@ class SimulatedExecutor:
     self._done_at = clock.now()  # the last iteration
     self._held = [0] * self.shape.R  # blocks in slots by lane, if there were slots for all
 
+  def begin(self) -> None:
+    """What an earlier engine has left is forgotten."""
+    self._held = [0] * self.shape.R
+
   def submit(self, plan: Plan) -> SimulatedStep:
     """Dispatches the plan and returns at once."""
     stats = self._stats(plan)
@@ -90,7 +94,7 @@ class SimulatedExecutor:
     before = 0
     for work in plan.prefill:
       before += self._blocks.before_piece(work, self.buckets.full)
-      newest = min(len(work.tokens) // shape.S, self.config.budget_blocks)
+      newest = min(len(work.tokens) // shape.S, self._blocks.newest)
       self._held[work.lane] += newest * work.n_layers * shape.K
     attended, missed = self._blocks.decode(plan.decode) if plan.decode else (0, 0)
     for row in plan.decode:  # misses enter slots; which row's they are does not matter for their sum

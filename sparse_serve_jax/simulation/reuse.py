@@ -63,7 +63,9 @@ class Blocks:
     self._dense_layers = min(config.sparse.dense_layers, shape.L)
     limits = {"dense": np.inf, "topk": config.budget_blocks, "psa": reuse.psa_blocks}
     self._limit = limits[config.sparse.policy]
-    self._newest = config.budget_blocks  # of the end of a piece, which enter slots
+    # Blocks of the end of a piece that enter slots: of a chunked prompt all that there is room for.
+    chunked = config.scheduler.prefill == "chunked"
+    self.newest = shape.P // (shape.K * shape.L) if chunked else config.budget_blocks
     steps = np.arange(1, _LONGEST + 1, dtype=np.float64)
     self._unseen = reuse.first * steps**-reuse.decay  # [w - 1], the share of a selection in none of w steps before
     self._working_set = 1 + np.concatenate([[0.0], np.cumsum(self._unseen)[:-1]])  # [w - 1], in selections
@@ -94,7 +96,7 @@ class Blocks:
     if not shape.P or not prefix:
       return 0
     pieces = -(-work.start // piece_tokens)
-    kept = min(prefix, pieces * min(self._newest, piece_tokens // shape.S), shape.P // (shape.K * shape.L))
+    kept = min(prefix, pieces * min(self.newest, piece_tokens // shape.S), shape.P // (shape.K * shape.L))
     return (prefix - kept) * shape.K * work.n_layers
 
   # Of rows, float64 [B]: `full` blocks, and `of_layer`, how many of these a layer and head selects on average.
@@ -125,5 +127,5 @@ class Blocks:
     missing = self._unseen[known - 1] * scale
     missing[self._union(full, of_layer, scale, known) >= full] = 0  # all blocks are there
     # Before a request's first step only the end of its prompt is there.
-    missing = np.where(steps > 0, missing, 1 - np.minimum(1, self._newest / np.maximum(full, 1)))
+    missing = np.where(steps > 0, missing, 1 - np.minimum(1, self.newest / np.maximum(full, 1)))
     return missing if room >= 1 else 1 - (1 - missing) * room

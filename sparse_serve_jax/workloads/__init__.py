@@ -18,13 +18,14 @@ from sparse_serve_jax.variants import variant
 from sparse_serve_jax.workloads import generated, jsonl, longbench, needle
 from sparse_serve_jax.workloads.arrivals import ARRIVALS, arrival_times, checked_rate
 from sparse_serve_jax.workloads.config import ArrivalConfig, WorkloadConfig, load_workload
-from sparse_serve_jax.workloads.item import Item, Refused, Source
+from sparse_serve_jax.workloads.item import FileSource, Item, Refused, Source, refused_by
 from sparse_serve_jax.workloads.traces import Trace, read_trace
 
 __all__ = [
   "ARRIVALS",
   "WORKLOADS",
   "ArrivalConfig",
+  "FileSource",
   "Item",
   "Refused",
   "Source",
@@ -35,6 +36,7 @@ __all__ = [
   "load_workload",
   "read",
   "read_trace",
+  "refused_by",
   "times_of",
 ]
 

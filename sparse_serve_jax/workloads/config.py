@@ -34,6 +34,7 @@ class WorkloadConfig:
   # needle: of prompt and answer; text: of a prompt; others cut longer ones; 0: jsonl no, longbench to leave room.
   prompt_tokens: int = 0
   max_new_tokens: int = 0  # of an output: needle's and text's, the most of the others'; 0: as tasks and rows say
+  shortest: float = 1.0  # text: lengths are drawn, evenly, from this share of prompt_tokens and max_new_tokens on
   chat_template: bool = True  # longbench: around the prompts of the tasks that take one
   seed: int = 0  # needle, text, trace: of the prompts
   strict: bool = False  # jsonl, longbench: a row that cannot be served ends the run; else it is refused, the others run
@@ -41,6 +42,8 @@ class WorkloadConfig:
 
   def __post_init__(self):
     check_fields(self, not_negative=("limit", "prompt_tokens", "max_new_tokens", "seed"))
+    if not 0 < self.shortest <= 1:
+      raise ValueError(f"WorkloadConfig.shortest={self.shortest} is not a share in (0, 1]")
     if self.prompt_tokens == 1:
       raise ValueError("WorkloadConfig.prompt_tokens=1: a prompt whose middle is cut keeps 2 tokens or more")
 

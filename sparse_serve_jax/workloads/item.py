@@ -45,3 +45,19 @@ def unless_strict(row: Refused, strict: bool) -> Refused:
 
 # What makes the items once there is a model: takes its tokenizer, and the most tokens of prompt and output together.
 Source = Callable[[Tokenizer, int], list[Item | Refused]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+  """A source of which it is known before there is a model that it refuses some rows."""
+
+  items: Source
+  refused: tuple[Refused, ...]  # they are among the items too
+
+  def __call__(self, tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
+    return self.items(tokenizer, max_request_tokens)
+
+
+def refused_by(source: Source) -> tuple[Refused, ...]:
+  """The rows that a source refuses whatever the model is."""
+  return source.refused if isinstance(source, FileSource) else ()

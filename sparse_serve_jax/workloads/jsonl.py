@@ -2,8 +2,9 @@
 
 A row has one of "prompt" (text), "prompt_token_ids" and "messages" (a conversation, for the model's chat template);
 if wanted "request_id", and of `SamplingParams` "max_tokens" (or "max_new_tokens"), "min_tokens", "temperature",
-"top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos" and "add_special_tokens". Null is as if not given, and
-other keys are the user's own. A row that is wrong is refused, with file and line, and the others are served.
+"top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "add_special_tokens" and "cache_salt"; not "stop",
+"n" and "logprobs". Null is as if not given, and other keys are the user's own. A row that is wrong is refused, with
+file and line, and the others are served.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sparse_serve_jax.sampling_params import ELSEWHERE, SamplingOptions, Samplin
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads.config import WorkloadConfig
 from sparse_serve_jax.workloads.cut import cut_ids, truncate_middle
-from sparse_serve_jax.workloads.item import Item, Refused, Source, unless_strict
+from sparse_serve_jax.workloads.item import FileSource, Item, Refused, unless_strict
 
 DEFAULT_OUTPUT = 32  # tokens, of rows that do not say
 
@@ -39,13 +40,13 @@ class _Row(NamedTuple):
   options: dict[str, Any]  # those of `params` that the row says, but its length
 
 
-def read(config: WorkloadConfig) -> Source:
+def read(config: WorkloadConfig) -> FileSource:
   """Checks every row; what takes a tokenizer is left to do.
 
   Raises:
     ValueError: no file, or no row of it can be served, or with `config.strict` one cannot; names file and line.
   """
-  config.refuse("tasks", "chat_template", "seed")
+  config.refuse("tasks", "chat_template", "seed", "shortest")
   if not config.path:
     raise ValueError("a workload of jsonl needs path, the file of prompts")
   rows: list[_Row | Refused] = []
@@ -60,14 +61,15 @@ def read(config: WorkloadConfig) -> Source:
     first[rows[-1].id] = where
   if not rows:
     raise ValueError(f"{config.path} holds no prompt")
-  if all(isinstance(row, Refused) for row in rows):
-    raise ValueError(f"none of {len(rows)} rows can be served: {rows[0]}")
+  refused = tuple(row for row in rows if isinstance(row, Refused))
+  if len(refused) == len(rows):
+    raise ValueError(f"none of {len(rows)} rows can be served: {refused[0]}")
 
   def items(tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
     made = [row if isinstance(row, Refused) else _item(config, row, tokenizer) for row in rows]
     return [unless_strict(item, config.strict) if isinstance(item, Refused) else item for item in made]
 
-  return items
+  return FileSource(items, refused)
 
 
 def _names(line: int, row: dict[str, Any] | ValueError) -> Iterator[str]:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparse_serve_jax import files
+from sparse_serve_jax import files, prompting
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads.config import WorkloadConfig
 from sparse_serve_jax.workloads.cut import cut_middle
-from sparse_serve_jax.workloads.item import Item, Refused, Source, unless_strict
+from sparse_serve_jax.workloads.item import FileSource, Item, Refused, unless_strict
 
 SLACK = 32  # tokens by which a prompt whose middle was cut can have grown when it is tokenized again
 
@@ -203,7 +203,7 @@ class Release:
     Raises:
       ValueError: nothing is left.
     """
-    template = len(_in_template(tokenizer, "")) if chat else 0
+    template = len(in_template(tokenizer, "")) if chat else 0
     output = max(self.max_new_tokens.values())
     output = min(most_output or output, output)
     left = max_request_tokens - output - template - SLACK
@@ -218,22 +218,22 @@ class Release:
 def encode_prompt(tokenizer: Tokenizer, task: Task, text: str, max_tokens: int, chat: bool) -> list[int]:
   """Token ids [T] of a whole prompt: cut first, then in the chat template if there is one and the task takes it."""
   text = cut_middle(tokenizer, text, max_tokens)
-  return _in_template(tokenizer, text) if chat and task.chat else tokenizer.encode(text)
+  return in_template(tokenizer, text) if chat and task.chat else prompting.encode_text(tokenizer, text, True)
 
 
-def _in_template(tokenizer: Tokenizer, text: str) -> list[int]:
-  conversation = tokenizer.apply_chat_template([{"role": "user", "content": text}])
-  return tokenizer.encode(conversation, add_special_tokens=False)
+def in_template(tokenizer: Tokenizer, text: str) -> list[int]:
+  """Token ids [T] of a text as a user's message. Raises ValueError if the model has no chat template for it."""
+  return prompting.encode_chat(tokenizer, [{"role": "user", "content": text}])
 
 
-def read(config: WorkloadConfig) -> Source:
+def read(config: WorkloadConfig) -> FileSource:
   """The prompts of `config.tasks`, in the order of names and rows.
 
   Raises:
     ValueError: something of the release is missing, or no row can be served, or with `config.strict` one cannot; names
       file and line.
   """
-  config.refuse("seed")
+  config.refuse("seed", "shortest")
   if not config.path:
     raise ValueError("a workload of longbench needs path, the folder that holds config/ and data/")
   release = Release.read(config.path)
@@ -248,7 +248,7 @@ def read(config: WorkloadConfig) -> Source:
   def items(tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
     if chat:
       try:
-        _in_template(tokenizer, "")
+        in_template(tokenizer, "")
       except ValueError as error:
         raise ValueError(f"{error}; or set chat_template to false") from error
     room = config.prompt_tokens or release.room_for_prompts(tokenizer, max_request_tokens, chat, cap)
@@ -258,7 +258,7 @@ def read(config: WorkloadConfig) -> Source:
         unless_strict(item, config.strict)
     return [_capped(item, cap) if cap and isinstance(item, Item) else item for item in made]
 
-  return items
+  return FileSource(items, tuple(refused))
 
 
 def _writable(release: Release, row: Row) -> Row:

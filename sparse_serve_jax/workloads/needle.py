@@ -18,7 +18,7 @@ def read(config: WorkloadConfig) -> Source:
   Raises:
     ValueError: a task that there is not, or a number of prompts or tokens that is not given.
   """
-  config.refuse("path", "chat_template", "strict")
+  config.refuse("path", "chat_template", "strict", "shortest")
   if not (0 < config.limit <= MOST and config.prompt_tokens > 0):
     raise ValueError(
       f"needle takes limit, 1 to {MOST} prompts, and prompt_tokens, got {config.limit=} and {config.prompt_tokens=}"

@@ -2,7 +2,8 @@
 
 Two public formats, told apart by what stands in a file:
 - Mooncake's (arXiv 2407.00079), a JSON object a line: {"timestamp": milliseconds, "input_length": tokens,
-  "output_length": tokens}. Other keys are not read.
+  "output_length": tokens}. If every line has "hash_ids", prompts begin alike where these do: the i-th stands for the
+  i-th 512 tokens and all before them. Other keys are not read.
 - Azure's (arXiv 2311.18677), a table with the columns TIMESTAMP (2023-11-16 18:17:03.9799600), ContextTokens and
   GeneratedTokens.
 """
@@ -22,7 +23,10 @@ from sparse_serve_jax import files
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
-_Row = tuple[str, float, int, int]  # file:line, microseconds, tokens of the prompt and of the output
+HASH_TOKENS = 512  # that an id of Mooncake's stands for
+
+# file:line, microseconds, tokens of the prompt and of the output, ids of its blocks if there are any.
+_Row = tuple[str, float, int, int, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class Trace:
   times: np.ndarray  # float64 [requests], seconds after the first, ascending
   prompt_tokens: np.ndarray  # int64 [requests], 1 or more
   output_tokens: np.ndarray  # int64 [requests], 1 or more
+  hash_ids: tuple[np.ndarray, ...] | None = None  # of each prompt's blocks of HASH_TOKENS, int64; None: not known
 
   def __len__(self) -> int:
     return len(self.times)
@@ -47,12 +52,13 @@ def read_trace(path: str | pathlib.Path) -> Trace:
   rows = list(_mooncake(path) if text.lstrip().startswith("{") else _azure(path, text))
   if not rows:
     raise ValueError(f"{path} holds no request")
-  where, times, prompts, outputs = zip(*rows, strict=True)
+  where, times, prompts, outputs, ids = zip(*rows, strict=True)
   elapsed = (np.array(times, np.float64) - times[0]) / 1e6
   if (earlier := np.flatnonzero(np.diff(elapsed) < 0)).size:
     i = int(earlier[0]) + 1
     raise ValueError(f"{where[i]}: times must ascend, this one is {elapsed[i - 1] - elapsed[i]} s before the last")
-  return Trace(elapsed, np.array(prompts, np.int64), np.array(outputs, np.int64))
+  hash_ids = None if any(of is None for of in ids) else ids
+  return Trace(elapsed, np.array(prompts, np.int64), np.array(outputs, np.int64), hash_ids)
 
 
 def _mooncake(path: str | pathlib.Path) -> Iterator[_Row]:
@@ -62,7 +68,9 @@ def _mooncake(path: str | pathlib.Path) -> Iterator[_Row]:
       time, prompt, output = row["timestamp"], row["input_length"], row["output_length"]
       if type(time) not in (int, float) or not 0 <= time < 1e15:
         raise ValueError(f'"timestamp" is a number of milliseconds, got {time!r:.80}')
-      yield where, time * 1000, _tokens("input_length", prompt), _tokens("output_length", output)
+      n_prompt = _tokens("input_length", prompt)
+      ids = None if (given := row.get("hash_ids")) is None else _ids(given, -(-n_prompt // HASH_TOKENS))
+      yield where, time * 1000, n_prompt, _tokens("output_length", output), ids
 
 
 def _azure(path: str | pathlib.Path, text: str) -> Iterator[_Row]:
@@ -77,7 +85,7 @@ def _azure(path: str | pathlib.Path, text: str) -> Iterator[_Row]:
         continue
       if len(values) != len(header):
         raise ValueError(f"{len(values)} values, the header has {len(header)} columns")
-      yield where, *_fields(dict(zip(header, values, strict=True)))
+      yield where, *_fields(dict(zip(header, values, strict=True))), None
 
 
 def _header(columns: list[str]) -> list[str]:
@@ -98,6 +106,13 @@ def _tokens(name: str, value: Any) -> int:
   if type(value) is not int or not 1 <= value < 2**31:
     raise ValueError(f'"{name}" is a number of tokens, 1 or more, got {value!r:.80}')
   return value
+
+
+def _ids(value: Any, n: int) -> np.ndarray:
+  """As int64 [n]."""
+  if not isinstance(value, list) or len(value) != n or not all(type(one) is int and 0 <= one < 2**31 for one in value):
+    raise ValueError(f'"hash_ids" of {n} blocks of {HASH_TOKENS} tokens are as many numbers, got {value!r:.80}')
+  return np.array(value, np.int64)
 
 
 def rescaled(trace: Trace, rate: float) -> np.ndarray:

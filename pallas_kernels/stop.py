@@ -1,0 +1,106 @@
+"""When a progressive list ends: the stop test of PSA (arXiv 2503.00392, section 2.2), and others that differ in a term.
+
+After each group of a list a query head claims a share of the attention mass, A / (A + a left). A is the mass that has
+been read, `left` the number of blocks that have not, and `a` the mass that each of these is taken for. Rules differ in
+`a` (`REST`) and in whose claims count (`WHEN`).
+
+Only ranked blocks say what is still to come: the tail and the first `untested` blocks (sinks and window, rounded up to
+whole groups) count in A but never in `a`, since they are read wherever they rank and are often the heaviest of all.
+So nothing is claimed before a ranked group has been read, and the last two groups are one after the first.
+
+Logarithms are to base 2, and +inf is the mass of a group that says nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+LOG2_E = math.log2(math.e)
+
+REST = {  # what an unread block is taken for
+  "least": "the least mass of a ranked block so far, PSA's rule",
+  "last_group": "the mean mass of a block of the last group",
+  "last_two_groups": "the mean mass of a block of the last two groups",
+}
+WHEN = {  # what must exceed the threshold
+  "every_head": "the claim of each query head of a KV head",
+  "mean_of_heads": "the mean of their claims",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StopRule:
+  """How a claim is made of masses, and a decision of claims."""
+
+  rest: str = "least"  # a name in REST
+  when: str = "every_head"  # a name in WHEN
+
+  def __post_init__(self):
+    for name, value, known in (("rest", self.rest, REST), ("when", self.when, WHEN)):
+      if value not in known:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
+
+  def of_group(self, masses: Float[Array, "... size G"], read: Bool[Array, "... size"]) -> Float32[Array, "... G"]:
+    """Log of the least or the mean mass of a group's blocks, as `claim` wants it, from logs; all of a group is read."""
+    here = read[..., None]
+    if self.rest == "least":
+      return jnp.where(here, masses, jnp.inf).min(-2)
+    masses = jnp.where(here, masses, -jnp.inf)
+    top = masses.max(-2)
+    top = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf would be NaN
+    return top + jnp.log2(jnp.exp2(masses - top[..., None, :]).sum(-2)) - math.log2(masses.shape[-2])
+
+  def claim(self, before: jax.Array, group: jax.Array, seen: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is claimed after a group. Functions of scalars and powers of two alone: kernels call it too.
+
+    Args:
+      before: what the last call returned, +inf before the first.
+      group: `of_group` of this group, +inf if it is not ranked.
+      seen: log of the mass that has been read, this group included.
+      left: blocks not yet read, float32.
+
+    Returns:
+      The share, in [0, 1], and what the next call needs.
+    """
+    if self.rest == "least":
+      group = jnp.minimum(before, group)
+    each = jnp.exp2(group - seen)  # relative to what has been read
+    if self.rest == "last_two_groups":
+      each = jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))
+    return 1.0 / (1.0 + jnp.where(left > 0, each * left, 0.0)), group
+
+  def passes(self, claims: jax.Array, threshold: jax.Array | float, n_heads: int) -> jax.Array:
+    """Whether claims [..., >= n_heads] suffice; those beyond n_heads, which pad, are copies of others. Strict: a claim
+    is at most 1, so a threshold of 1 is never passed.
+    """
+    if self.when == "every_head":
+      return (claims > threshold).astype(jnp.int32).min(-1) == 1
+    real = jax.lax.broadcasted_iota(jnp.int32, claims.shape, claims.ndim - 1) < n_heads
+    return jnp.where(real, claims, 0.0).sum(-1) / n_heads > threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+  """A stop test, made after each group of a list."""
+
+  threshold: float  # epsilon, in (0, 1]
+  untested: int  # the first blocks of a list, read without a test (sinks and window); whole groups
+  rule: StopRule = StopRule()
+
+  def __post_init__(self):
+    if not 0 < self.threshold <= 1:
+      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    if self.untested < 0:
+      raise ValueError(f"untested={self.untested} blocks")
+
+  def after(
+    self, before: jax.Array, group: jax.Array, start: jax.Array, seen: jax.Array, left: jax.Array, n_heads: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Whether to stop after the group that began with block `start`, and what the next call needs; as `claim`."""
+    claims, known = self.rule.claim(before, jnp.where(start >= self.untested, group, jnp.inf), seen, left)
+    return self.rule.passes(claims, self.threshold, n_heads), known

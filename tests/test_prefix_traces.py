@@ -1,0 +1,70 @@
+"""What a prefix cache is worth on a trace: prompts by the ids of their blocks, and curves over the size of a pool."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparse_serve_jax.serving import run
+from sparse_serve_jax.serving.clock import Virtual
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.simulation.prefix import hit_shares, prompt_of
+from sparse_serve_jax.workloads import Item, Trace, read_trace
+from tests.test_simulation import config, executor
+
+BLOCK = 512
+
+
+def trace_of(*requests: tuple[int, list[int]]) -> Trace:
+  """Of (prompt tokens, ids)."""
+  n = len(requests)
+  ids = tuple(np.array(ids, np.int64) for _, ids in requests)
+  return Trace(np.arange(n) * 10.0, np.array([tokens for tokens, _ in requests]), np.full(n, 3), ids)
+
+
+# 13 blocks. The second finds two of the first's three, the third its first two, not its own last; the fourth nothing.
+REQUESTS = ((1400, [1, 2, 3]), (1500, [1, 2, 4]), (1024, [1, 2]), (2500, [9, 2, 3, 4, 5]))
+
+
+def test_prompts_begin_alike_where_their_ids_do():
+  for vocab in (7, 97, 50_000):
+    a, b, c = (prompt_of(np.array(ids), 1500, vocab) for ids in ([0, 5, 60_000], [0, 5, 59_999], [1, 5, 60_000]))
+    assert a.dtype == np.int32 and len(a) == 1500 and max(a.max(), b.max(), c.max()) < vocab
+    assert (a[: 2 * BLOCK] == b[: 2 * BLOCK]).all() and (a[2 * BLOCK :] != b[2 * BLOCK :]).any()
+    assert (a[:8] != c[:8]).any()
+
+
+def test_shares_by_hand():
+  assert hit_shares(trace_of(*REQUESTS), [0]) == [3 / 13]  # of the third its last block is computed
+  assert hit_shares(trace_of(*REQUESTS), [3, 2]) == [3 / 13, 0]  # only the third fits two blocks, and is alone there
+  repeated = trace_of((1536, [1, 2, 3]), (1536, [4, 5, 6]), (1537, [1, 2, 3, 7]))
+  assert hit_shares(repeated, [4, 5, 6, 7, 8]) == [1 / 10, 2 / 10, 3 / 10, 3 / 10, 3 / 10]
+  with pytest.raises(ValueError, match="it has no hash_ids"):
+    hit_shares(Trace(np.zeros(1), np.ones(1, int), np.ones(1, int)), [0])
+
+
+def test_a_simulation_has_the_same_hits():
+  """One request after the other, blocks of 8 tokens: the share is of tokens, so that parts of blocks count."""
+  clock = Virtual()
+  device = executor(config("cache.prefix=true", "scheduler.max_context=4096", "cache.hbm_bytes=9MiB"), clock)
+  trace = trace_of(*REQUESTS)
+  assert trace.hash_ids is not None
+  items = [
+    Item(str(i), prompt_of(ids, int(n), 97), 3)
+    for i, (ids, n) in enumerate(zip(trace.hash_ids, trace.prompt_tokens, strict=True))
+  ]
+  rows = []
+  served = run.serve(Engine(device, clock=clock), items, trace.times, lambda end: rows.append(run.row(end, 0.0)))
+  assert [row["cached_tokens"] for row in rows] == [0, 1024, 1016, 0]
+  assert served.summary.cached_tokens == 2040 and served.summary.cached_share == 2040 / 6424
+
+
+def test_the_published_traces():
+  if not (folder := os.environ.get("SPARSE_SERVE_TRACES")):
+    pytest.skip("$SPARSE_SERVE_TRACES is not set: the folder of the published traces")
+  for name, share in (("conversation", 0.366), ("synthetic", 0.638)):
+    (found,) = hit_shares(read_trace(Path(folder) / "mooncake" / f"{name}_trace.jsonl"), [0])
+    assert found == pytest.approx(share, abs=5e-4)
