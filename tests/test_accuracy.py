@@ -15,6 +15,7 @@ import pytest
 from sparse_serve_jax.attention import methods
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import accuracy, replay, selections
+from sparse_serve_jax.evaluation.cases import AXES, GRID
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
 
 CFG = ModelConfig(
@@ -65,13 +66,12 @@ def test_what_a_setting_reads(model):
 
 
 def test_text_of_a_file(model, tmp_path):
-  """Needles stand in it, and it is the text whose likelihood is told."""
+  """Needles stand in it."""
   (tmp_path / "own.txt").write_text("One sentence of mine. " * 3)
-  for task in "single_text", "text":
-    sample = accuracy.Sample(task, 640, 1, 1, 192, text=str(tmp_path / "own.txt"))
-    (ids,) = sample.batch(model.tokenizer, 0).tokens
-    words = model.tokenizer.decode(ids[ids > 0].tolist())
-    assert words.count("One sentence of mine.") > 10 and ("special code" in words) == (task != "text")
+  sample = accuracy.Sample("single_text", 640, 1, 1, 192, text=(str(tmp_path / "own.txt"),))
+  (ids,) = sample.batch(model.tokenizer, 0).tokens
+  words = model.tokenizer.decode(ids[ids > 0].tolist())
+  assert words.count("One sentence of mine.") > 10 and "special code" in words
 
 
 def test_ordinary_text(model):
@@ -122,16 +122,20 @@ def test_only_what_was_asked_for_is_measured():
   more = {
     "between": ["cuboid_mean 320"],
     "sinks": ["no sinks, no window 128", "no sinks, no window 512"],
-    "layers": ["two layers dense 128", "two layers dense 512"],
+    "grid": [f"cuboid_mean {32 * n}" for n in GRID if n not in (4, 16)],
+    "layers": [
+      *("one layer dense 128", "two layers dense 128", "one layer dense 512", "two layers dense 512"),
+      *("psa, one layer dense 0.9", "psa, two layers dense 0.9"),
+    ],
     "heads": ["best query head 128", "best query head 512"],
     "blocks": [f"blocks of {size} {budget}" for budget in (128, 512) for size in (16, 64)],
-    "stops": ["psa, min_max 0.9", "certified 0.9"],
+    "stops": ["psa, min_max 0.9", "certified 0.9", "oracle stop 0.9", "oracle stop, mean_of_heads 0.9"],
     "rules": [
       *("psa, least, mean_of_heads 0.9", "psa, last_group, every_head 0.9", "psa, last_group, mean_of_heads 0.9"),
       *("psa, last_two_groups, every_head 0.9", "psa, last_two_groups, mean_of_heads 0.9"),
     ],
   }
-  assert more.keys() == accuracy.AXES.keys()
+  assert more.keys() == AXES.keys()
   for axis, expected in more.items():
     assert [name for name in names(*asked, [axis]) if name not in names(*asked)] == expected
 
@@ -191,7 +195,8 @@ def test_a_run_goes_on(model, tmp_path):
   after = rows("results.jsonl")
   new = after[len(before) :]
   assert after[: len(before)] == before, second.stderr
-  stops = ["psa, min_max 0.5", "certified 0.5", "psa 0.9", "psa, min_max 0.9", "certified 0.9"]
+  kinds = "psa, min_max", "certified", "oracle stop", "oracle stop, mean_of_heads"
+  stops = [*(f"{kind} 0.5" for kind in kinds), "psa 0.9", *(f"{kind} 0.9" for kind in kinds)]
   assert [row["case"] for row in new if row["task"] == "key_value"] == stops
   assert {row["tokens"] for row in new if row["task"] == "text"} == {600}
   assert [row["case"] for row in rows("reuse.jsonl")] == 2 * ["cuboid_mean 128", "psa 0.5", "psa 0.9"]
