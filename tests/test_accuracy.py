@@ -59,6 +59,9 @@ def test_what_a_setting_reads(model):
   np.testing.assert_allclose(rows["dense"]["mass"], 1, rtol=1e-5)
   np.testing.assert_allclose(rows["cuboid_mean"]["blocks"], 4)
   np.testing.assert_allclose(rows["cuboid_mean"]["bytes"], 4 / exist + 1 / 32, rtol=1e-2)
+  block = 2 * 2 * 32 * 16 * 4  # K and V of 2 KV heads, 32 tokens of 16 float32
+  np.testing.assert_allclose(rows["dense"]["bytes_read"], exist * block)
+  np.testing.assert_allclose(rows["cuboid_mean"]["bytes_read"], (4 + exist / 32) * block)
   np.testing.assert_allclose(rows["blocks of 16"]["bytes"], 8 / (exist * 2) + 1 / 16, rtol=5e-2)
   mass = {series: row["mass"].mean() for series, row in rows.items()}
   assert max(mass["cuboid_mean"], mass["random"], mass["sinks and window"]) < mass["oracle"] < 1
@@ -91,7 +94,18 @@ def test_ordinary_text(model):
   row = told["dense"]
   np.testing.assert_allclose(row["each"]["nats"], nats.mean(1), rtol=1e-4)
   np.testing.assert_allclose(row["each"]["accuracy"], (chosen.argmax(-1) == target).mean(1), atol=1e-6)
-  assert told["cuboid_mean"]["nats"] != row["nats"]
+  sparse = told["cuboid_mean"]
+  assert sparse["nats"] != row["nats"]
+  assert row["agreement"] == 1 and row["error"] < 1e-5 < 0.01 < sparse["error"]
+  found = accuracy.replayed(model, model.params, wanted[1], replay.prefill(CFG, model.params, batch.tokens), batch)
+  agreement = (np.asarray(found.best) == chosen.argmax(-1)).mean(1)
+  np.testing.assert_allclose(sparse["each"]["agreement"], agreement, atol=1e-6)
+  assert 0 < sparse["agreement"] < 1
+  np.testing.assert_allclose(sparse["each"]["error"], np.asarray(found.error).mean((1, 2, 3, 4)), atol=1e-5)
+  np.testing.assert_allclose(np.mean(sparse["error_by_layer"]), sparse["error"], atol=1e-4)
+  # Dense is what others agree with, also when its own row is there.
+  ((_, alone),) = accuracy.measure(model, model.params, accuracy.Sample("text", 300, 2, 2, 96), wanted[1:])
+  assert alone == sparse
 
 
 def test_blocks_by_head_and_claims(model):

@@ -120,6 +120,43 @@ def test_a_certified_stop_leaves_out_no_window():
   assert used.min() == 8 and estimate.min() > 0.01  # 1 + 6 blocks, in groups of two
 
 
+def test_the_error_of_a_heads_output():
+  """Against softmax in numpy, over all that a query may see and over what was selected with the tail."""
+  attention = Attention(0, spread=0.3, sharpness=2.0)
+  error, selected = (attention.run(0.6, claims="rule")[i] for i in (2, 5))
+  keys, values, q = (np.asarray(x, np.float64) for x in (attention.keys, attention.values, attention.q))
+  for step, position in enumerate(np.asarray(attention.positions)):
+    tail = np.arange(len(keys)) >= position // S * S
+    for head, one in np.ndindex(q.shape[1:3]):
+      seen = np.repeat(selected[step, head], S) | tail
+      outputs = []
+      for which in (seen, np.ones_like(seen)):
+        which = which & (np.arange(len(keys)) <= position)
+        p = np.exp(keys[which, head] @ q[step, head, one] * 16**-0.5)
+        outputs.append(p / p.sum() @ values[which, head])
+      o, dense = outputs
+      expected = np.linalg.norm(o - dense) / np.linalg.norm(dense)
+      np.testing.assert_allclose(error[step, head, one], expected, rtol=2e-3, atol=2e-5)
+  assert error.max() > 0.05
+  assert attention.run(1.0, claims="rule")[2].max() < 1e-6  # nothing is left out
+
+
+def test_a_stop_that_knows_the_true_mass():
+  """It stops after the first group of two at which every head has the share."""
+  attention = Attention(1, spread=0.3, sharpness=2.0)
+  used, mass, _, estimate, excess, _ = attention.run(0.8, claims="true")
+  left = used < (np.arange(184, 192) // S)[:, None]
+  assert left.any() and (mass.min(-1)[left] > 0.8).all()
+  np.testing.assert_allclose(excess, 0, atol=TOLERANCE)
+  np.testing.assert_allclose(estimate, mass, atol=TOLERANCE)
+  # A budget of a group less leaves some head below.
+  for step, head in zip(*np.nonzero(used > 2), strict=True):
+    fewer = attention.run(0.8, f"sparse.token_budget={S * (used[step, head] - 2)}", claims="rule")
+    assert fewer[1][step, head].min() <= 0.8 + TOLERANCE
+  with pytest.raises(ValueError, match="claims='truth' is none of rule, certified, true"):
+    replayed("gqa2", config("sparse.policy=psa", block_tokens=S), [prompt_of(99, 0)], [50], 9, claims="truth")
+
+
 def test_a_wrong_bound_is_noticed():
   """The product with the mean key is below the mean product, and so is its exponential: it bounds from below."""
   excess = Attention(0, spread=0.3, sharpness=3.0).run(0.9, method="mean")[4]
