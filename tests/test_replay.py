@@ -143,16 +143,17 @@ def test_the_error_of_a_heads_output():
 
 def test_a_stop_that_knows_the_true_mass():
   """It stops after the first group of two at which every head has the share."""
-  attention = Attention(1, spread=0.3, sharpness=2.0)
-  used, mass, _, estimate, excess, _ = attention.run(0.8, claims="true")
+  attention, small = Attention(1, spread=0.3, sharpness=2.0), ("sparse.sink_tokens=8", "sparse.window_tokens=8")
+  used, mass, _, estimate, excess, _ = attention.run(0.8, *small, claims="true")
   left = used < (np.arange(184, 192) // S)[:, None]
   assert left.any() and (mass.min(-1)[left] > 0.8).all()
   np.testing.assert_allclose(excess, 0, atol=TOLERANCE)
   np.testing.assert_allclose(estimate, mass, atol=TOLERANCE)
-  # A budget of a group less leaves some head below.
-  for step, head in zip(*np.nonzero(used > 2), strict=True):
-    fewer = attention.run(0.8, f"sparse.token_budget={S * (used[step, head] - 2)}", claims="rule")
-    assert fewer[1][step, head].min() <= 0.8 + TOLERANCE
+  later = np.unique(used[left & (used > 2)])  # than sink and window
+  assert later.size > 0
+  for n in later:
+    before = attention.run(1.0, *small, f"sparse.token_budget={S * (n - 2)}", "sparse.policy=topk", claims="rule")[1]
+    assert before[left & (used == n)].min(-1).max() <= 0.8 + TOLERANCE
   with pytest.raises(ValueError, match="claims='truth' is none of rule, certified, true"):
     replayed("gqa2", config("sparse.policy=psa", block_tokens=S), [prompt_of(99, 0)], [50], 9, claims="truth")
 
