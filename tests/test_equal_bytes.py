@@ -26,9 +26,9 @@ def row(task: str, series: str, at: float, read: float, seed: int, level: float,
 
 def rows_of(task: str, seed: int) -> list[dict]:
   budgets = [row(task, "cuboid_mean", at, 10.0 * at, seed + i, 1 / at) for i, at in enumerate((128, 512, 256, 640))]
-  psa = row(task, "psa", 0.9, 3000.0, seed + 10, 0.002, stopped=1000, short=70)
+  psa = row(task, "psa", 0.9, 3000.0, seed + 10, 0.002, stopped=1000, short=70, stops=400, broken=30)
   same = budgets[1] | {"series": "top_p", "case": "top_p 1"}
-  far = row(task, "psa", 0.99, 9000.0, seed + 11, 0.001, stopped=0, short=0)
+  far = row(task, "psa", 0.99, 9000.0, seed + 11, 0.001, stopped=0, short=0, stops=0, broken=0)
   return [row(task, "dense", 1, 20000.0, seed + 12, 0.001), *budgets, psa, same, far]
 
 
@@ -53,7 +53,8 @@ def test_errors_and_nats_at_equal_bytes(rows):
   assert psa["error"] == pytest.approx(error) and psa["error_ratio"] == pytest.approx(error / fixed("error"))
   assert psa["nats_more_than_fixed"] == pytest.approx(nats - fixed("nats"))
   assert psa["nats_more"] == pytest.approx(nats - np.mean([r["nats"] for r in of["dense 1"]]))
-  assert psa["short"] == 140 / 2000 and told["psa 0.99"]["short"] is told["dense 1"]["short"] is None
+  assert psa["broken"] == 60 / 800 and psa["short"] == 140 / 2000
+  assert told["psa 0.99"]["short"] is told["dense 1"]["broken"] is None
   low, high = psa["ratio_interval"]
   assert low < psa["error_ratio"] < high and psa["nats_interval"][0] < psa["nats_more_than_fixed"]
   # What a budget is compared with at its own bytes is itself, and instance by instance.
@@ -89,7 +90,7 @@ def test_the_interval_of_a_ratio_is_paired():
 
 
 def test_pieces_share_no_token(tmp_path):
-  """The first of each text, then the second; a text of less than a piece has none."""
+  """The first of each text, then the second, whose order is that of the texts; a text of less than a piece has none."""
   (tmp_path / "texts" / "deep").mkdir(parents=True)
   texts = {"a.txt": "a" * 25, "b.md": "b" * 12, "deep/c.txt": "c" * 31, "short.txt": "d" * 8, "other.py": "e" * 99}
   for name, text in texts.items():
@@ -98,7 +99,10 @@ def test_pieces_share_no_token(tmp_path):
   corpus = Corpus((str(tmp_path / "one.txt"), str(tmp_path / "texts")))
   pieces = corpus.pieces(BYTES, 10, 7)
   assert pieces.dtype == np.int32 and (pieces[:, 0] == BOS).all()
-  assert [BYTES.decode(of.tolist()) for of in pieces] == [9 * letter for letter in "fabcacc"]
+  letters = "".join(BYTES.decode(of.tolist())[0] for of in pieces)
+  assert {BYTES.decode(of.tolist()) for of in pieces} == {9 * letter for letter in "abcf"}
+  assert sorted(letters[:4]) == list("abcf") and letters[6] == "c" and sorted(letters[4:6]) == list("ac")
+  np.testing.assert_array_equal(corpus.pieces(BYTES, 10, 3), pieces[:3])
   with pytest.raises(ValueError, match="5 texts give 7 pieces of 10 tokens, and 8 are asked for"):
     corpus.pieces(BYTES, 10, 8)
   with pytest.raises(ValueError, match="1 tokens are taken up by the 1"):

@@ -189,16 +189,15 @@ def measure(
   parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
   blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
   errors: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
-  dense = next(cases([], [], []))
-  dense_best = np.zeros(())
-  of_dense = [case for case in wanted if case.series == DENSE]
-  for batch, case, found in replays(model, params, sample, [dense, *(c for c in wanted if c not in of_dense)], workers):
+  dense, best_of_dense = next(cases([], [], [])), np.zeros(())
+  others = [case for case in wanted if case.series != DENSE]
+  for batch, case, found in replays(model, params, sample, [dense, *others], workers):
     found = jax.device_get(found._replace(selected=None))  # by far the largest
     if case is dense:
-      dense_best = found.best
-    if case.name not in parts:  # dense, whose row is there
+      best_of_dense = found.best
+    if case.name not in parts:  # dense, which is not wanted itself
       continue
-    parts[case.name].append(summary(model, case, batch, found) | {"agreement": batch.mean(found.best == dense_best)})
+    parts[case.name].append(summary(model, case, batch, found) | {"agreement": batch.mean(found.best == best_of_dense)})
     errors[case.name].append(found.error.mean((3, 4))[batch.answers])  # [tokens, L]
     if case.stops:
       blocks[case.name].append(found.blocks[batch.answers])

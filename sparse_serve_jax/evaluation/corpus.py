@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -55,10 +55,11 @@ class Corpus:
     return f"{zlib.crc32(whole.encode()):08x}"
 
   def pieces(self, tokenizer: Tokenizer, n_tokens: int, n: int) -> np.ndarray:
-    """Token ids [n, n_tokens] int32 of pieces that share no token: the first of each text, then the second of each, ...
+    """Token ids [n, n_tokens] int32 of pieces that share no token.
 
-    A piece begins with what the tokenizer puts before a text or the template before a user's message, and has no end of
-    it. Of a text what is left after its last whole piece is not used.
+    Texts come in a random order, always the same: the first piece of each, then the second of each, ... A piece begins
+    with what the tokenizer puts before a text or the template before a user's message, and has no end of it. Of a text
+    what is left after its last whole piece is not used.
 
     Raises:
       ValueError: there are fewer pieces, or with `chat` no template.
@@ -67,15 +68,19 @@ class Corpus:
     size = n_tokens - len(head)
     if size < 1:
       raise ValueError(f"{n_tokens} tokens are taken up by the {len(head)} that stand before a text")
-    cut = [list(_whole(tokenizer.encode(text, False, "text"), size)) for text in self.documents()]
+    texts, cut = self.documents(), []
+    for i in np.random.default_rng(0).permutation(len(texts)):
+      cut += [whole] if (whole := _whole(tokenizer.encode(texts[i], False, "text"), size)) else []
+      if len(cut) == n:  # of the others none is needed
+        break
     rounds = [piece for nth in itertools.zip_longest(*cut) for piece in nth if piece is not None]
     if len(rounds) < n:
-      raise ValueError(f"{len(cut)} texts give {len(rounds)} pieces of {n_tokens} tokens, and {n} are asked for")
+      raise ValueError(f"{len(texts)} texts give {len(rounds)} pieces of {n_tokens} tokens, and {n} are asked for")
     return np.array([[*head, *piece] for piece in rounds[:n]], np.int32)
 
 
-def _whole(ids: list[int], size: int) -> Iterator[list[int]]:
-  return (ids[i : i + size] for i in range(0, len(ids) - size + 1, size))
+def _whole(ids: list[int], size: int) -> list[list[int]]:
+  return [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
 
 
 def _head(encode: Callable[[str], list[int]]) -> list[int]:

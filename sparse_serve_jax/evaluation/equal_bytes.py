@@ -23,9 +23,9 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
   """Of the rows of one length and group, an entry for each case that all of its tasks have.
 
   Yields:
-    "case", "series", "at", means over tasks of MEANS, "nats_more", more than dense's, and "short", the share of stopped
-    pairs of a token and a query head that have less than the threshold, None where nothing stops. Against the fixed
-    budget at equal bytes: "fixed_error", "error_ratio" with "ratio_interval", and "nats_more_than_fixed" with
+    "case", "series", "at", means over tasks of MEANS, "nats_more", more than dense's, "short", the share of stopped pairs
+    of a token and a query head that have less than the threshold, and "broken", that of stops of a KV head that break
+    their promise, both None where nothing stops. Against the fixed budget at equal bytes: "fixed_error", "error_ratio" with "ratio_interval", and "nats_more_than_fixed" with
     "nats_interval", None where there is no such budget, or the case is one, or dense. Intervals are 95 % ones of the
     paired bootstrap over instances.
   """
@@ -35,8 +35,9 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
   for ours in cases:
     told: Row = {key: ours[0][key] for key in ("case", "series", "at")}
     told |= {key: float(np.mean([row[key] for row in ours])) for key in MEANS}
-    stopped = sum(row.get("stopped", 0) for row in ours)
-    told["short"] = sum(row["short"] for row in ours) / stopped if stopped else None
+    for key, of_all in (("short", "stopped"), ("broken", "stops")):
+      n = sum(row.get(of_all, 0) for row in ours)
+      told[key] = sum(row[key] for row in ours) / n if n else None
     told["nats_more"] = told["nats"] - float(np.mean([row["nats"] for row in dense])) if dense else None
     yield told | _against(ours, fixed if ours is not dense and ours not in fixed else [])
 
@@ -105,11 +106,12 @@ TITLE = (
   "KiB are those of a step and layer, digests included. Error: the mean over query heads and layers of |o - o_dense| / "
   "|o_dense| of a head's output. Ratio: the error by that of a fixed budget of as many bytes, and the nats more than "
   "its; between budgets its values are interpolated for each instance. Intervals are 95 % ones of the paired bootstrap "
-  "over instances. Below threshold: of the pairs of a token and a query head that stopped, those with less true mass."
+  "over instances. Below threshold: of the pairs of a token and a query head that stopped, those with less true mass; "
+  "broken stops: of those of a KV head, the ones with such a head, or whose mean is below if means are tested."
 )
 HEAD = (
   *("setting", "blocks", "KiB", "mass", "error", "of fixed", "ratio", "interval"),
-  *("nats vs dense", "nats vs fixed", "interval", "agreement", "below threshold"),
+  *("nats vs dense", "nats vs fixed", "interval", "agreement", "below threshold", "broken stops"),
 )
 
 
@@ -124,5 +126,5 @@ def cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
     ratio = [f"{of['fixed_error']:.4f}", f"{of['error_ratio']:.3f}", f"{low:.3f} to {high:.3f}"]
     nats = [f"{of['nats_more_than_fixed']:+.4f}", f"{less:+.4f} to {more:+.4f}"]
   vs_dense = "" if of["nats_more"] is None else f"{of['nats_more']:+.4f}"
-  short = "" if of["short"] is None else f"{of['short']:.1%}"
-  yield [*line, *ratio, vs_dense, *nats, f"{of['agreement']:.1%}", short]
+  promise = ["" if of[key] is None else f"{of[key]:.1%}" for key in ("short", "broken")]
+  yield [*line, *ratio, vs_dense, *nats, f"{of['agreement']:.1%}", *promise]
