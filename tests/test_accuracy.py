@@ -150,8 +150,15 @@ def test_only_what_was_asked_for_is_measured():
     ],
   }
   assert more.keys() == AXES.keys()
+  assert [case.name for case in accuracy.cases([], [], [0.9], ["rules"], ["last_group"])] == [
+    *("dense 1", "psa 0.9", "psa, last_group, every_head 0.9", "psa, last_group, mean_of_heads 0.9")
+  ]
+  small = [case.at for case in accuracy.cases([], [128], [], ["grid"], longest=512) if case.series == "cuboid_mean"]
+  assert small == [256, 384, 512]
   for axis, expected in more.items():
     assert [name for name in names(*asked, [axis]) if name not in names(*asked)] == expected
+  every = names(*asked, list(AXES))
+  assert len(every) == len(set(every))
 
 
 def test_steps_that_are_too_few_say_how_many_it_takes(model):
@@ -205,22 +212,26 @@ def test_a_run_goes_on(model, tmp_path):
   assert [row["case"] for row in before] == ["dense 1", "cuboid_mean 128", "psa 0.5"], first.stderr
   with (out / "results.jsonl").open("a") as file:
     file.write('{"task": "key_val')  # as a run that is killed leaves it
-  second = run("--thresholds=0.5,0.9", "--axes=stops")
+  second = run("--thresholds=0.5,0.9", "--axes=stops,rules", "--rules=least")
   after = rows("results.jsonl")
   new = after[len(before) :]
   assert after[: len(before)] == before, second.stderr
   kinds = "psa, min_max", "certified", "oracle stop", "oracle stop, mean_of_heads"
-  stops = [*(f"{kind} 0.5" for kind in kinds), "psa 0.9", *(f"{kind} 0.9" for kind in kinds)]
+  rule = "psa, least, mean_of_heads"
+  stops = [*(f"{kind} 0.5" for kind in (*kinds, rule)), "psa 0.9", *(f"{kind} 0.9" for kind in (*kinds, rule))]
   assert [row["case"] for row in new if row["task"] == "key_value"] == stops
   assert {row["tokens"] for row in new if row["task"] == "text"} == {600}
-  assert [row["case"] for row in rows("reuse.jsonl")] == 2 * ["cuboid_mean 128", "psa 0.5", "psa 0.9"]
+  assert [row["case"] for row in rows("reuse.jsonl")] == 2 * [
+    *("cuboid_mean 128", "psa 0.5", f"{rule} 0.5", "psa 0.9", f"{rule} 0.9")
+  ]
   told = json.loads(second.stdout.splitlines()[-1])
   whole = json.loads((out / "summary.json").read_text())
   dense = [entry["accuracy"] for entry in whole["accuracies"] if entry["series"] == "dense"]
   assert told == {"dense": {"retrieval 640": dense[0]}, "rows": len(after), "out": str(out)}
   made = json.loads((out / "run.json").read_text())
   assert made["setting"]["model"]["dtype"] == "float32" and len(made["parts"]) == 2
-  for name in ("accuracy_retrieval_640", "psa_retrieval_640", "psa_text_600", "reuse_recite_640", "reuse_renumber_640"):
+  by_head = "psa_retrieval_640", "psa_text_600", "psa_least_mean_of_heads_text_600"
+  for name in (*by_head, "accuracy_retrieval_640", "reuse_recite_640", "reuse_renumber_640", "equal_bytes_text_600"):
     assert (out / f"{name}.png").stat().st_size > 10_000
   assert selections.Trace.load(out / "traces" / "recite_640_128.npz").selected.shape == (2, 40, 2, 2, 20)
 
@@ -229,6 +240,8 @@ def test_a_run_goes_on(model, tmp_path):
     "--lengths=2048": "the model's context is 1024 tokens, too short for [2048]",
     "--budgets=many": "--budgets: many are not numbers",
     "--text=none.txt": "none.txt is missing",
+    "--text_chat": "--text_chat is of texts of --text or --longbench_dir",
+    "--rules=most": "--rules: no most; there are least",
     "--instances=4": "holds another run, choose another folder: instances was 3 and is 4",
     "--dtype=bfloat16": "model.dtype was 'float32' and is 'bfloat16'",
     "--tasks=all,none": "--tasks: no none; there are single_noise",

@@ -23,11 +23,11 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
   """Of the rows of one length and group, an entry for each case that all of its tasks have.
 
   Yields:
-    "case", "series", "at", means over tasks of MEANS, "nats_more", more than dense's, "short", the share of stopped pairs
-    of a token and a query head that have less than the threshold, and "broken", that of stops of a KV head that break
-    their promise, both None where nothing stops. Against the fixed budget at equal bytes: "fixed_error", "error_ratio" with "ratio_interval", and "nats_more_than_fixed" with
-    "nats_interval", None where there is no such budget, or the case is one, or dense. Intervals are 95 % ones of the
-    paired bootstrap over instances.
+    "case", "series", "at", means over tasks of MEANS, "nats_more", more than dense's; "short", the share of stopped
+    pairs of a token and a query head that have less than the threshold, and "broken", that of stops of a KV head that
+    break their promise, both None where nothing stops. Against the fixed budget at equal bytes: "fixed_error",
+    "error_ratio" with "ratio_interval", and "nats_more_than_fixed" with "nats_interval", None where there is no such
+    budget, or the case is one, or dense. Intervals are 95 % ones of the paired bootstrap over instances.
   """
   cases = _complete(rows)
   fixed = sorted((ours for ours in cases if ours[0]["series"] == DEFAULT_METHOD), key=_bytes)
