@@ -73,9 +73,12 @@ def test_instances_are_interpolated_each(rows):
   found = equal_bytes.at_bytes(budgets, 5760.0, "nats")
   each = np.array([ours[0]["each"]["nats"] for ours in budgets])  # [4, N]
   expected = [np.interp(5760.0, (1280, 2560, 5120, 6400), of) for of in each.T]
+  assert found is not None
   np.testing.assert_allclose(found, [expected])
   for ends, read in ((0, 1280.0), (3, 6400.0)):
-    np.testing.assert_allclose(equal_bytes.at_bytes(budgets, read, "nats"), [each[ends]])
+    found = equal_bytes.at_bytes(budgets, read, "nats")
+    assert found is not None
+    np.testing.assert_allclose(found, [each[ends]])
   assert equal_bytes.at_bytes(budgets, 1279.0, "nats") is equal_bytes.at_bytes(budgets, 6401.0, "nats") is None
   assert equal_bytes.at_bytes([], 1280.0, "nats") is None
 
