@@ -100,7 +100,7 @@ def at_equal_bytes(compared: Sequence[Row], file: pathlib.Path) -> None:
   if dense := [row["nats"] for row in compared if row["series"] == DENSE]:
     right.axhline(dense[0], color="gray", linewidth=1, label=DENSE)
   for axes in (left, right):
-    axes.set(xlabel="KiB read a step and layer, digests included", xscale="log")
+    axes.set(xlabel="KiB read a step and layer, digests included")
   figure.suptitle(f"{compared[0]['group']}, {compared[0]['tokens']} tokens")
   figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
   _save(figure, file)
