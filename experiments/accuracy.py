@@ -1,12 +1,15 @@
 """Measures what a model still answers when it attends to part of its context.
 
   python -m experiments.accuracy --model=DIR --out=/tmp/accuracy
+  python -m experiments.accuracy --model=FILE.gguf --parts=text --text=notes/ --text_lengths=8192 --axes=grid,rules
 
 There are three parts, of which --parts chooses:
 
   tasks        Every setting (selection methods by budget, PSA by threshold) answers the same instances of the
                generated tasks.
-  text         Every setting predicts the same ordinary text that no training saw, long and short: nats a token.
+  text         Every setting predicts the same ordinary text, long and short: nats a token, and how often its most
+               likely next token is that of dense attention. The text is generated, or that of --text and
+               --longbench_dir, cut into as many pieces as --instances says, that share no token.
   selections   What budgets and PSA select while a long answer is decoded: overlap of steps, working sets, traces.
 
 Settings are those of --methods, --budgets and --thresholds, and dense. --axes adds variations.
@@ -23,10 +26,13 @@ import sys
 from absl import flags
 
 from experiments import cli
+from pallas_kernels.stop import REST
 from sparse_serve_jax import results, runtime, tasks
 from sparse_serve_jax.attention import METHODS
-from sparse_serve_jax.evaluation import accuracy, report, selections
-from sparse_serve_jax.evaluation.accuracy import AXES, TEXT
+from sparse_serve_jax.evaluation import report, selections
+from sparse_serve_jax.evaluation.accuracy import TEXT
+from sparse_serve_jax.evaluation.cases import AXES, cases
+from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.evaluation.study import Amounts, Study
 from sparse_serve_jax.models.here import load_model_here
 
@@ -38,7 +44,18 @@ with cli.group("What is asked"):
   _TASKS = flags.DEFINE_list("tasks", ["all"], "Names of generated tasks, for the part tasks; all.")
   _LENGTHS = flags.DEFINE_list("lengths", ["16384"], "Tokens of prompt and answer.")
   _TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Tokens, for the part text.")
-  _TEXT = flags.DEFINE_string("text", None, "A UTF-8 file to take ordinary text from; by default it is generated.")
+  _TEXT = flags.DEFINE_list(
+    "text",
+    None,
+    "UTF-8 files, and folders of .txt and .md files, of ordinary text; by default it is generated.",
+  )
+  _LONGBENCH = flags.DEFINE_string(
+    "longbench_dir", None, "A folder with config/ and data/; contexts of its rows are ordinary text, for the part text."
+  )
+  _LONGBENCH_TASKS = flags.DEFINE_list("longbench_tasks", None, "Names; by default all whose rows are there.")
+  _CHAT = flags.DEFINE_bool(
+    "text_chat", False, "Texts of files and rows are a user's message in the model's chat template, for the part text."
+  )
 with cli.group("Settings"):
   _METHODS = flags.DEFINE_list("methods", ["all"], f"Some of {', '.join(METHODS)}, oracle, window; all.")
   _BUDGETS = flags.DEFINE_list("budgets", ["128", "256", "512", "1024", "2048", "4096"], "Tokens attended to.")
@@ -48,6 +65,7 @@ with cli.group("Settings"):
   _AXES = flags.DEFINE_list(
     "axes", None, f"Variations, some of {', '.join(AXES)}; all. By default all with --methods=all, else none."
   )
+  _RULES = flags.DEFINE_list("rules", ["all"], f"Of the axis rules, some of {', '.join(REST)}; all.")
 with cli.group("How much"):
   _INSTANCES = flags.DEFINE_integer("instances", 200, "Instances of every task and length.", lower_bound=2)
   _STEPS = flags.DEFINE_integer("steps", 96, "Most decode steps; a longer answer is judged by its beginning.")
@@ -67,14 +85,16 @@ def main() -> None:
   by_default = ["all"] if _METHODS.value == ["all"] else []
   axes = cli.chosen("axes", by_default if _AXES.value is None else _AXES.value, list(AXES))
   lengths, text_lengths, budgets = (cli.numbers(flag, int) for flag in (_LENGTHS, _TEXT_LENGTHS, _BUDGETS))
-  wanted = list(accuracy.cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes))
+  asked = [*(text_lengths if "text" in parts else []), *(lengths if {"tasks", "selections"} & set(parts) else [])]
+  rests = cli.chosen("rules", _RULES.value, list(REST))
+  wanted = list(cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes, rests, max(asked, default=0)))
+  text = _corpus()
   out = results.make_folder(_OUT.value)
   runtime.configure()
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value)
-  asked = [*(text_lengths if "text" in parts else []), *(lengths if {"tasks", "selections"} & set(parts) else [])]
   if too_long := [n for n in asked if n > model.config.max_context]:
     raise ValueError(f"the model's context is {model.config.max_context} tokens, too short for {too_long}")
-  amounts = Amounts(_INSTANCES.value, _STEPS.value, _REQUESTS.value, _TRACE_STEPS.value, _TEXT.value)
+  amounts = Amounts(_INSTANCES.value, _STEPS.value, _REQUESTS.value, _TRACE_STEPS.value, text)
   study = Study(model, out, wanted, amounts, _TOKENS.value, _WORKERS.value)
   # The shorter parts first.
   for n_tokens in lengths if "selections" in parts else []:
@@ -94,6 +114,15 @@ def main() -> None:
   else:
     plots.write(out, told, study.reuse.all)
   cli.end_with(report.markdown(told), report.in_short(told) | {"rows": len(study.rows.all), "out": str(out)})
+
+
+def _corpus() -> Corpus | None:
+  """What the flags say of texts; None: they are generated."""
+  if _TEXT.value or _LONGBENCH.value is not None:
+    return Corpus(tuple(_TEXT.value or ()), _LONGBENCH.value, tuple(_LONGBENCH_TASKS.value or ()), _CHAT.value)
+  if _CHAT.value or _LONGBENCH_TASKS.value:
+    raise ValueError("--text_chat is of texts of --text or --longbench_dir, and --longbench_tasks of --longbench_dir")
+  return None
 
 
 if __name__ == "__main__":

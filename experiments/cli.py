@@ -56,7 +56,11 @@ def group(title: str) -> Iterator[None]:
 
 def define_model(default: str | None = None) -> tuple[flags.FlagHolder[Any], flags.FlagHolder[Any]]:
   """--model, which has to be given if it has no default, and --dtype."""
-  kinds = "A model directory." if default is None else "A model directory, or random:<name in configs/models>."
+  kinds = (
+    "A model directory or a GGUF file."
+    if default is None
+    else "A model directory, a GGUF file, or random:<name in configs/models>."
+  )
   with group("The model"):
     model = flags.DEFINE_string("model", default, kinds, required=default is None)
     dtype = flags.DEFINE_enum(

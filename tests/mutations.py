@@ -415,4 +415,18 @@ MUTATIONS = [
     "(token == banned[:, :1, None])",
     ("tests/test_models.py::test_what_is_banned_does_not_exist",),
   ),
+  Mutation(
+    "equal bytes are those of the next larger budget",
+    "sparse_serve_jax/evaluation/equal_bytes.py",
+    "share = min((read - sizes[below]) / width, 1.0) if width > 0 else 0.0",
+    "share = 1.0",
+    ("tests/test_equal_bytes.py::test_errors_and_nats_at_equal_bytes",),
+  ),
+  Mutation(
+    "pieces of a text overlap",
+    "sparse_serve_jax/evaluation/corpus.py",
+    "for i in range(0, len(ids) - size + 1, size)]",
+    "for i in range(0, len(ids) - size + 1)]",
+    ("tests/test_equal_bytes.py::test_pieces_share_no_token",),
+  ),
 ]

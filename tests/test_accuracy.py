@@ -14,6 +14,7 @@ import pytest
 from sparse_serve_jax.attention import methods
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import accuracy, replay, selections
+from sparse_serve_jax.evaluation.cases import AXES, GRID
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
 from tests import forks
 
@@ -58,6 +59,9 @@ def test_what_a_setting_reads(model):
   np.testing.assert_allclose(rows["dense"]["mass"], 1, rtol=1e-5)
   np.testing.assert_allclose(rows["cuboid_mean"]["blocks"], 4)
   np.testing.assert_allclose(rows["cuboid_mean"]["bytes"], 4 / exist + 1 / 32, rtol=1e-2)
+  block = 2 * 2 * 32 * 16 * 4  # K and V of 2 KV heads, 32 tokens of 16 float32
+  np.testing.assert_allclose(rows["dense"]["bytes_read"], exist * block)
+  np.testing.assert_allclose(rows["cuboid_mean"]["bytes_read"], (4 + exist / 32) * block)
   np.testing.assert_allclose(rows["blocks of 16"]["bytes"], 8 / (exist * 2) + 1 / 16, rtol=5e-2)
   mass = {series: row["mass"].mean() for series, row in rows.items()}
   assert max(mass["cuboid_mean"], mass["random"], mass["sinks and window"]) < mass["oracle"] < 1
@@ -65,13 +69,12 @@ def test_what_a_setting_reads(model):
 
 
 def test_text_of_a_file(model, tmp_path):
-  """Needles stand in it, and it is the text whose likelihood is told."""
+  """Needles stand in it."""
   (tmp_path / "own.txt").write_text("One sentence of mine. " * 3)
-  for task in "single_text", "text":
-    sample = accuracy.Sample(task, 640, 1, 1, 192, text=str(tmp_path / "own.txt"))
-    (ids,) = sample.batch(model.tokenizer, 0).tokens
-    words = model.tokenizer.decode(ids[ids > 0].tolist())
-    assert words.count("One sentence of mine.") > 10 and ("special code" in words) == (task != "text")
+  sample = accuracy.Sample("single_text", 640, 1, 1, 192, text=(str(tmp_path / "own.txt"),))
+  (ids,) = sample.batch(model.tokenizer, 0).tokens
+  words = model.tokenizer.decode(ids[ids > 0].tolist())
+  assert words.count("One sentence of mine.") > 10 and "special code" in words
 
 
 def test_ordinary_text(model):
@@ -91,7 +94,18 @@ def test_ordinary_text(model):
   row = told["dense"]
   np.testing.assert_allclose(row["each"]["nats"], nats.mean(1), rtol=1e-4)
   np.testing.assert_allclose(row["each"]["accuracy"], (chosen.argmax(-1) == target).mean(1), atol=1e-6)
-  assert told["cuboid_mean"]["nats"] != row["nats"]
+  sparse = told["cuboid_mean"]
+  assert sparse["nats"] != row["nats"]
+  assert row["agreement"] == 1 and row["error"] < 1e-5 < 0.01 < sparse["error"]
+  found = accuracy.replayed(model, model.params, wanted[1], replay.prefill(CFG, model.params, batch.tokens), batch)
+  agreement = (np.asarray(found.best) == chosen.argmax(-1)).mean(1)
+  np.testing.assert_allclose(sparse["each"]["agreement"], agreement, atol=1e-6)
+  assert 0 < sparse["agreement"] < 1
+  np.testing.assert_allclose(sparse["each"]["error"], np.asarray(found.error).mean((1, 2, 3, 4)), atol=1e-5)
+  np.testing.assert_allclose(np.mean(sparse["error_by_layer"]), sparse["error"], atol=1e-4)
+  # Dense is what others agree with, also when its own row is there.
+  ((_, alone),) = accuracy.measure(model, model.params, accuracy.Sample("text", 300, 2, 2, 96), wanted[1:])
+  assert alone == sparse
 
 
 def test_blocks_by_head_and_claims(model):
@@ -122,18 +136,29 @@ def test_only_what_was_asked_for_is_measured():
   more = {
     "between": ["cuboid_mean 320"],
     "sinks": ["no sinks, no window 128", "no sinks, no window 512"],
-    "layers": ["two layers dense 128", "two layers dense 512"],
+    "grid": [f"cuboid_mean {32 * n}" for n in GRID if n not in (4, 16)],
+    "layers": [
+      *("one layer dense 128", "two layers dense 128", "one layer dense 512", "two layers dense 512"),
+      *("psa, one layer dense 0.9", "psa, two layers dense 0.9"),
+    ],
     "heads": ["best query head 128", "best query head 512"],
     "blocks": [f"blocks of {size} {budget}" for budget in (128, 512) for size in (16, 64)],
-    "stops": ["psa, min_max 0.9", "certified 0.9"],
+    "stops": ["psa, min_max 0.9", "certified 0.9", "oracle stop 0.9", "oracle stop, mean_of_heads 0.9"],
     "rules": [
       *("psa, least, mean_of_heads 0.9", "psa, last_group, every_head 0.9", "psa, last_group, mean_of_heads 0.9"),
       *("psa, last_two_groups, every_head 0.9", "psa, last_two_groups, mean_of_heads 0.9"),
     ],
   }
-  assert more.keys() == accuracy.AXES.keys()
+  assert more.keys() == AXES.keys()
+  assert [case.name for case in accuracy.cases([], [], [0.9], ["rules"], ["last_group"])] == [
+    *("dense 1", "psa 0.9", "psa, last_group, every_head 0.9", "psa, last_group, mean_of_heads 0.9")
+  ]
+  small = [case.at for case in accuracy.cases([], [128], [], ["grid"], longest=512) if case.series == "cuboid_mean"]
+  assert small == [256, 384, 512]
   for axis, expected in more.items():
     assert [name for name in names(*asked, [axis]) if name not in names(*asked)] == expected
+  every = names(*asked, list(AXES))
+  assert len(every) == len(set(every))
 
 
 def test_steps_that_are_too_few_say_how_many_it_takes(model):
@@ -187,21 +212,26 @@ def test_a_run_goes_on(model, tmp_path):
   assert [row["case"] for row in before] == ["dense 1", "cuboid_mean 128", "psa 0.5"], first.stderr
   with (out / "results.jsonl").open("a") as file:
     file.write('{"task": "key_val')  # as a run that is killed leaves it
-  second = run("--thresholds=0.5,0.9", "--axes=stops")
+  second = run("--thresholds=0.5,0.9", "--axes=stops,rules", "--rules=least")
   after = rows("results.jsonl")
   new = after[len(before) :]
   assert after[: len(before)] == before, second.stderr
-  stops = ["psa, min_max 0.5", "certified 0.5", "psa 0.9", "psa, min_max 0.9", "certified 0.9"]
+  kinds = "psa, min_max", "certified", "oracle stop", "oracle stop, mean_of_heads"
+  rule = "psa, least, mean_of_heads"
+  stops = [*(f"{kind} 0.5" for kind in (*kinds, rule)), "psa 0.9", *(f"{kind} 0.9" for kind in (*kinds, rule))]
   assert [row["case"] for row in new if row["task"] == "key_value"] == stops
   assert {row["tokens"] for row in new if row["task"] == "text"} == {600}
-  assert [row["case"] for row in rows("reuse.jsonl")] == 2 * ["cuboid_mean 128", "psa 0.5", "psa 0.9"]
+  assert [row["case"] for row in rows("reuse.jsonl")] == 2 * [
+    *("cuboid_mean 128", "psa 0.5", f"{rule} 0.5", "psa 0.9", f"{rule} 0.9")
+  ]
   told = json.loads(second.stdout.splitlines()[-1])
   whole = json.loads((out / "summary.json").read_text())
   dense = [entry["accuracy"] for entry in whole["accuracies"] if entry["series"] == "dense"]
   assert told == {"dense": {"retrieval 640": dense[0]}, "rows": len(after), "out": str(out)}
   made = json.loads((out / "run.json").read_text())
   assert made["setting"]["model"]["dtype"] == "float32" and len(made["parts"]) == 2
-  for name in ("accuracy_retrieval_640", "psa_retrieval_640", "psa_text_600", "reuse_recite_640", "reuse_renumber_640"):
+  by_head = "psa_retrieval_640", "psa_text_600", "psa_least_mean_of_heads_text_600"
+  for name in (*by_head, "accuracy_retrieval_640", "reuse_recite_640", "reuse_renumber_640", "equal_bytes_text_600"):
     assert (out / f"{name}.png").stat().st_size > 10_000
   assert selections.Trace.load(out / "traces" / "recite_640_128.npz").selected.shape == (2, 40, 2, 2, 20)
 
@@ -210,6 +240,8 @@ def test_a_run_goes_on(model, tmp_path):
     "--lengths=2048": "the model's context is 1024 tokens, too short for [2048]",
     "--budgets=many": "--budgets: many are not numbers",
     "--text=none.txt": "none.txt is missing",
+    "--text_chat": "--text_chat is of texts of --text or --longbench_dir",
+    "--rules=most": "--rules: no most; there are least",
     "--instances=4": "holds another run, choose another folder: instances was 3 and is 4",
     "--dtype=bfloat16": "model.dtype was 'float32' and is 'bfloat16'",
     "--tasks=all,none": "--tasks: no none; there are single_noise",

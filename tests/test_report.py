@@ -14,8 +14,10 @@ from tests.test_selections import drifting
 
 def row(task: str, series: str, at: float, accuracy: float, blocks: float, group: str = "retrieval", **more) -> dict:
   each = {"accuracy": [1.0] * round(10 * accuracy) + [0.0] * round(10 - 10 * accuracy), "nats": [1.0, 2.0, 4.0]}
+  each |= {"agreement": [1.0, 0.5, 0.6], "error": [0.1, 0.2, 0.3]}
   told = dict(task=task, group=group, tokens=1024, case=f"{series} {at:g}", series=series, at=at)
-  return told | dict(accuracy=accuracy, nats=2.0, blocks=blocks, bytes=blocks / 32, mass=0.9, each=each) | more
+  told |= dict(accuracy=accuracy, nats=2.0, blocks=blocks, bytes=blocks / 32, mass=0.9, each=each)
+  return told | dict(bytes_read=32.0 * blocks, agreement=0.7, error=0.2) | more
 
 
 def stop(series: str, at: float, accuracy: float, blocks: float, violations: int = 0, task: str = "a") -> dict:
@@ -60,14 +62,16 @@ def test_psa_against_fixed():
   c = found["c", 0.99]
   assert c["psa"] is c["fixed"] is c["fixed_fails"] is c["psa_fails"] is None
   lines = report.markdown(report.summary(ROWS, [])).splitlines()
-  assert any(line.startswith("| b | 98% | 50.0% | 32.0 | none reaches it |") for line in lines)
-  assert any(line.startswith("| c | 98% | 0.0% | 32.0 | dense does not solve it |") for line in lines)
+  assert any(line.startswith("| b | psa | 98% | 50.0% | 32.0 | none reaches it |") for line in lines)
+  assert any(line.startswith("| c | psa | 98% | 0.0% | 32.0 | dense does not solve it |") for line in lines)
 
 
 def test_what_was_not_measured_is_not_compared():
   dense = row("a", "dense", 1, 1.0, 32)
   assert not list(report.psa_against_fixed([dense, row("a", "random", 128, 0.1, 4)]))
-  line = report.markdown(report.summary([dense, stop("psa", 0.9, 1.0, 8)], [])).split("| a | 98% |")[1].split("\n")[0]
+  line = (
+    report.markdown(report.summary([dense, stop("psa", 0.9, 1.0, 8)], [])).split("| a | psa | 98% |")[1].split("\n")[0]
+  )
   assert "not measured" in line and "none reaches it" not in line
 
 
@@ -99,6 +103,35 @@ def test_stop_rules():
   lines = report.markdown(report.summary(other, [])).splitlines()
   assert "| psa 0.5 | 4.0 | 0.900 | 2,000 | 80.0% | 0.510 | 0.490 | 200 | 6.2% | 12.5% |  |" in lines
   assert any(line.startswith("| psa, last_group, every_head 0.5 | 5.0 |") for line in lines)
+
+
+def test_every_rule_has_its_comparison_and_its_blocks_by_head():
+  name = "psa, last_two_groups, every_head"
+  rows = [*ROWS, *(stop(name, at, 1.0, 6 * at, task="a") for at in (0.5, 0.9))]
+  found = [entry for entry in report.psa_against_fixed(rows) if entry["of"] == "a" and entry["level"] == 0.98]
+  assert [(entry["series"], entry["psa"]["at"], entry["psa"]["blocks"]) for entry in found] == [
+    ("psa", 0.9, 8),
+    (name, 0.5, 3),
+  ]
+  assert found[1]["fixed_by_psa"]["blocks"] == pytest.approx(16 / 3) and found[1]["psa_fails"] is None
+  heads = {(entry["series"], entry["threshold"]): entry["mean"] for entry in report.psa_by_head(rows)}
+  assert heads == {
+    ("psa", 0.5): [[3, 5]], ("psa", 0.9): [[7, 9]], (name, 0.5): [[2, 4]], (name, 0.9): [[4.4, 6.4]]
+  }  # fmt: skip
+  lines = report.markdown(report.summary(rows, [])).splitlines()
+  assert any(line.startswith(f"| {name} 0.9 | 0 | 5.4 | 4.4 | 6.4 |") for line in lines)
+
+
+def test_agreement_has_an_interval_over_texts():
+  (only,) = report.likelihoods([row("text", "dense", 1, 0.3, 32, "text")])
+  low, high = only["agreement_interval"]
+  assert 0.5 <= low < only["agreement"] == 0.7 < high <= 1
+  line = next(
+    line
+    for line in report.markdown(report.summary([row("text", "dense", 1, 0.3, 32, "text")], [])).split("\n")
+    if line.startswith("| dense 1 | 2.0000")
+  )
+  assert f"| 70.0% | {low:.1%} to {high:.1%} |" in line
 
 
 def test_by_task():

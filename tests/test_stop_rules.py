@@ -238,7 +238,9 @@ def test_what_is_told_of_stops():
   blocks = np.array([[[[2, 4]], [[3, 3]]]])  # of 4: three stops
   mass = np.array([[[[[0.95, 0.88], [1.0, 1.0]]], [[[0.5, 0.8], [0.9, 0.99]]]]], np.float32)
   claimed = np.array([[[[[0.97, 0.93], [1.0, 1.0]]], [[[0.95, 0.95], [0.91, 0.95]]]]], np.float32)
-  found = replay.Replay(np.ones((1, 2), bool), np.ones((1, 2)), blocks, mass, claimed, claimed - mass, None)
+  found = replay.Replay(
+    np.zeros((1, 2)), np.ones((1, 2), bool), np.ones((1, 2)), blocks, mass, 0 * mass, claimed, claimed - mass, None
+  )
   model = accuracy.Model(cfg, None, accuracy.Tokenizer, (), "none")  # pyright: ignore
   told = {}
   for when in WHEN:

@@ -13,128 +13,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.stop import REST, WHEN
 from sparse_serve_jax import processes, tasks
-from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.attention.methods import TOP_P
-from sparse_serve_jax.config import EngineConfig, ModelConfig, SparseConfig, override
+from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import replay
+from sparse_serve_jax.evaluation.cases import BLOCK_SIZES, DENSE, Case, cases
 from sparse_serve_jax.models import Model, llama
 from sparse_serve_jax.models.tokenizer import Tokenizer
 from sparse_serve_jax.serving.budget import bytes_free
 from sparse_serve_jax.tasks import text as texts
 
-BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
-DEFAULT_METHOD = SparseConfig().method
-
-# Variations that may be asked for besides methods, budgets and thresholds. Those of budgets are the default method's.
-AXES = {
-  "between": "budgets between those given, for comparison with PSA",
-  "sinks": "without sinks and window",
-  "layers": "two dense layers",
-  "heads": "blocks ranked by the best query head of a group, not by the mean",
-  "blocks": "blocks of 16 and 64 tokens",
-  "stops": "PSA's thresholds on the ranking of min_max too, with its estimate and with a certified stop",
-  "rules": "PSA's thresholds with every other rule of the stop test (sparse.rest, sparse.stop_when)",
-}
-
-# Series that tables name; those of budgets have their method's name, or the axis's.
-DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
+EACH = ("accuracy", "nats", "agreement", "error")  # of every instance
 
 # What a stop test claims may exceed the true mass by this: both are sums of float32 shares of a few hundred blocks, and
 # the bound allows for the rounding of logits. Thresholds beyond 0.999 are too near to 1 for a stop test in float32.
 TOLERANCE = 1e-5
 
 Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One setting: a point of a series, that is of a line of a plot, at a budget in tokens, a threshold or 1."""
-
-  series: str
-  at: float
-  config: EngineConfig
-  oracle: bool = False
-  certified: bool = False
-
-  @property
-  def name(self) -> str:
-    return f"{self.series} {self.at:g}"
-
-  @property
-  def stops(self) -> bool:
-    """Whether a test, and no budget, says how much is attended to."""
-    return self.config.sparse.policy == "psa"
-
-  @property
-  def digest_vectors(self) -> int:
-    """Vectors that are read of each block to rank them: none where nothing is ranked, or by true mass."""
-    unranked = self.oracle or self.series in (DENSE, WINDOW)
-    return 0 if unranked else get_method(self.config.sparse.method).vectors
-
-
-def cases(
-  names: Sequence[str], budgets: Sequence[int], thresholds: Sequence[float], axes: Collection[str] = ()
-) -> Iterator[Case]:
-  """Dense; every method at every budget; PSA at every threshold; and along the `AXES` that are named."""
-
-  def case(
-    series: str,
-    at: float,
-    *changes: str,
-    oracle: bool = False,
-    certified: bool = False,
-    block_tokens: int = BLOCK_SIZES[0],
-  ) -> Case:
-    small = f"sparse.sink_tokens={block_tokens}", f"sparse.window_tokens={block_tokens}"
-    base = [f"cache.block_tokens={block_tokens}", *small, "sparse.policy=topk"]
-    return Case(series, at, override(EngineConfig(), [*base, *changes]), oracle, certified)
-
-  yield case(DENSE, 1, "sparse.policy=dense")
-  for low, high in itertools.pairwise(budgets) if "between" in axes else ():
-    if (between := (low + high) // 2 // max(BLOCK_SIZES) * max(BLOCK_SIZES)) > low:
-      yield case(DEFAULT_METHOD, between, f"sparse.token_budget={between}")
-  for budget in budgets:
-    of = f"sparse.token_budget={budget}"
-    for name in names:
-      if name == "window":
-        rest = max(0, budget - BLOCK_SIZES[0])
-        yield case(WINDOW, budget, of, f"sparse.window_tokens={rest}")
-      elif name != "top_p":
-        method = DEFAULT_METHOD if name == "oracle" else name
-        yield case(name, budget, of, f"sparse.method={method}", oracle=name == "oracle")
-    if "sinks" in axes:
-      yield case("no sinks, no window", budget, of, "sparse.sink_tokens=0", "sparse.window_tokens=0")
-    if "layers" in axes:
-      yield case("two layers dense", budget, of, "sparse.dense_layers=2")
-    if "heads" in axes:
-      yield case("best query head", budget, of, "sparse.group_reduce=max")
-    for size in BLOCK_SIZES[1:] if "blocks" in axes else ():
-      yield case(f"blocks of {size}", budget, of, block_tokens=size)
-  if "top_p" in names:
-    yield case("top_p", TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
-  for threshold in thresholds:
-    of = "sparse.policy=psa", f"sparse.threshold={threshold}"
-    yield case(PSA, threshold, *of)
-    if "stops" in axes:
-      yield case(PSA_MIN_MAX, threshold, *of, "sparse.method=min_max")
-      yield case(CERTIFIED, threshold, *of, "sparse.method=min_max", certified=True)
-    for rest, when in itertools.product(REST, WHEN) if "rules" in axes else ():
-      if (rest, when) != (SparseConfig().rest, SparseConfig().stop_when):
-        yield case(f"{PSA}, {rest}, {when}", threshold, *of, f"sparse.rest={rest}", f"sparse.stop_when={when}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,15 +90,26 @@ class Instances:
   ) -> Instances:
     """Beginnings of texts that no training saw: `training.data` seeds its own with a step number instead of the CRC.
 
-    The last tokens are the answer, at most a half.
+    They are split as those of `of_pieces`.
     """
-    width = -(-n_tokens // max(BLOCK_SIZES)) * max(BLOCK_SIZES)
-    tokens, n = np.zeros((len(seeds), width), np.int32), min(most_steps, n_tokens // 2)
+    tokens = np.zeros((len(seeds), n_tokens), np.int32)
     for row, seed in zip(tokens, seeds, strict=True):
       rng = np.random.default_rng([1, zlib.crc32(TEXT.encode()), n_tokens, seed])
-      row[:n_tokens] = tokenizer.encode(texts.document(rng, n_tokens, text))[:n_tokens]  # a word is a token or more
-    start = np.full(len(seeds), n_tokens - n - 1, np.int32)
-    return cls(tokens, start, np.ones((len(seeds), n), bool), by_token=True)
+      row[:] = tokenizer.encode(texts.document(rng, n_tokens, text))[:n_tokens]  # a word is a token or more
+    return cls.of_pieces(tokens, n_tokens, most_steps)
+
+  @classmethod
+  def of_pieces(cls, pieces: np.ndarray, n_tokens: int, most_steps: int) -> Instances:
+    """Of texts [B, >= n_tokens] of one length. The last tokens are the answer, at most a half."""
+    width, n = -(-n_tokens // max(BLOCK_SIZES)) * max(BLOCK_SIZES), min(most_steps, n_tokens // 2)
+    tokens = np.zeros((len(pieces), width), np.int32)
+    tokens[:, :n_tokens] = pieces[:, :n_tokens]
+    start = np.full(len(pieces), n_tokens - n - 1, np.int32)
+    return cls(tokens, start, np.ones((len(pieces), n), bool), by_token=True)
+
+  def mean(self, x: np.ndarray) -> np.ndarray:
+    """[B], over the steps of x [B, n] that are answers."""
+    return (x * self.answers).sum(1) / self.answers.sum(1)
 
 
 class Sample(NamedTuple):
@@ -204,11 +120,14 @@ class Sample(NamedTuple):
   instances: int  # of the evaluation split, from its first on
   at_once: int  # of a batch
   steps: int  # decode steps at most; a longer answer is judged by its beginning
-  text: str | None = None  # a file that sentences are taken from; None: they are generated
+  text: tuple[str, ...] = ()  # files that the sentences of tasks are taken from; none: they are generated
+  pieces: np.ndarray | None = None  # [instances, tokens] of TEXT, as `Corpus.pieces`; None: it is generated
 
   def batch(self, tokenizer: Tokenizer, first: int) -> Instances:
     seeds = range(first, min(first + self.at_once, self.instances))
-    text = texts.user_text(self.text) if self.text else texts.sentences
+    text = texts.user_text(*self.text) if self.text else texts.sentences
+    if self.task == TEXT and self.pieces is not None:
+      return Instances.of_pieces(self.pieces[seeds.start : seeds.stop], self.tokens, self.steps)
     if self.task == TEXT:
       return Instances.of_text(tokenizer, self.tokens, seeds, self.steps, text)
     return Instances.of(tokenizer, self.task, self.tokens, seeds, self.steps, text)
@@ -246,8 +165,8 @@ def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
 
 def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:
   """The replay of a case over the prefill of a batch, on the device."""
-  n, options = batch.answers.shape[1], dict(oracle=case.oracle, certified=case.certified)
-  return replay.replay(model.config, params, case.config, dense, batch.start, n, **options)
+  n = batch.answers.shape[1]
+  return replay.replay(model.config, params, case.config, dense, batch.start, n, oracle=case.oracle, claims=case.claims)
 
 
 def measure(
@@ -255,9 +174,10 @@ def measure(
 ) -> Iterator[tuple[Case, Row]]:
   """Yields what there is to tell of each case.
 
-  A row has of what `summary` tells means over instances, and sums of counts; under "each" accuracy and nats of every
-  instance; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over all
-  answers' tokens [L, K], and QUANTILES over these tokens [5, L, K].
+  A row has of what `summary` tells means over instances, and sums of counts; "agreement", the share of steps whose most
+  likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative error of
+  heads' outputs [L]; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over
+  all answers' tokens [L, K], and QUANTILES over these tokens [5, L, K].
 
   Args:
     model: the model.
@@ -268,9 +188,17 @@ def measure(
   """
   parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
   blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
-  for batch, case, found in replays(model, params, sample, wanted, workers):
+  errors: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
+  dense, best_of_dense = next(cases([], [], [])), np.zeros(())
+  others = [case for case in wanted if case.series != DENSE]
+  for batch, case, found in replays(model, params, sample, [dense, *others], workers):
     found = jax.device_get(found._replace(selected=None))  # by far the largest
-    parts[case.name].append(summary(model, case, batch, found))
+    if case is dense:
+      best_of_dense = found.best
+    if case.name not in parts:  # dense, which is not wanted itself
+      continue
+    parts[case.name].append(summary(model, case, batch, found) | {"agreement": batch.mean(found.best == best_of_dense)})
+    errors[case.name].append(found.error.mean((3, 4))[batch.answers])  # [tokens, L]
     if case.stops:
       blocks[case.name].append(found.blocks[batch.answers])
   for case in wanted:
@@ -280,7 +208,8 @@ def measure(
       of_tokens = np.concatenate(blocks[case.name])  # [tokens, L, K]
       quantiles = np.quantile(of_tokens, QUANTILES, 0)
       row["by_head"] = {"mean": of_tokens.mean(0).round(3).tolist(), "quantiles": quantiles.round(3).tolist()}
-    yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in ("accuracy", "nats")}}
+    row["error_by_layer"] = np.concatenate(errors[case.name]).mean(0).round(5).tolist()
+    yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH}}
 
 
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:
@@ -293,11 +222,7 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
   and "broken" the ones whose query heads have less than the threshold: one of them, or their mean if that is tested.
   """
   cfg, size = model.config, case.config.cache.block_tokens
-  answers = batch.answers
-
-  def mean(x):
-    """Over the steps of x [B, n] that are answers."""
-    return (x * answers).sum(1) / answers.sum(1)
+  answers, mean = batch.answers, batch.mean
 
   def count(x):
     """Over the answers' steps, all layers and heads of x [B, n, L, K, G]."""
@@ -307,12 +232,15 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
   exist = (batch.start[:, None] + np.arange(answers.shape[1])[None]) // size  # [B, n]
   block, digest = 2 * size * cfg.head_dim, case.digest_vectors * cfg.head_dim
   digest *= 1 - case.config.sparse.dense_layers / cfg.n_layers
+  read = attended * block + exist * digest  # [B, n] numbers, of a layer and KV head
   told = {
     "accuracy": mean(found.right) if batch.by_token else (found.right | ~answers).all(1),
     "nats": mean(found.nats),
     "blocks": mean(attended),
-    "bytes": mean((attended * block + exist * digest) / np.maximum(exist * block, 1)),  # 0 where only a tail is
+    "bytes": mean(read / np.maximum(exist * block, 1)),  # of dense's; 0 where only a tail is
+    "bytes_read": mean(read * cfg.n_kv_heads * llama.dtype_of(cfg).itemsize),  # a step and layer
     "mass": mean(found.mass.mean((2, 3, 4))),
+    "error": mean(found.error.mean((2, 3, 4))),
   }
   if case.stops:
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))

@@ -12,6 +12,7 @@ from cycler import cycler
 
 from sparse_serve_jax.evaluation import report
 from sparse_serve_jax.evaluation.accuracy import Row
+from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,8 +27,11 @@ def write(folder: pathlib.Path, told: dict[str, list[Row]], reuse_rows: list[Row
   for name, entries in _by(told["accuracies"], "group", "tokens").items():
     if len(entries) > 1:  # dense alone is no line
       accuracy_by_bytes(entries, folder / f"accuracy_{name}.png")
-  for name, entries in _by(told["psa_by_head"], "group", "tokens").items():
-    blocks_by_head(nearest(entries), folder / f"psa_{name}.png")
+  for name, entries in _by(told["equal_bytes"], "group", "tokens").items():
+    if len(entries) > 1:
+      at_equal_bytes(entries, folder / f"equal_bytes_{name}.png")
+  for name, entries in _by(told["psa_by_head"], "series", "group", "tokens").items():
+    blocks_by_head(nearest(entries), folder / f"{name}.png")
   for name, entries in _by(reuse_rows, "task", "tokens").items():
     reuse(entries, folder / f"reuse_{name}.png")
 
@@ -81,6 +85,27 @@ def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path) -> None:
   _save(figure, file)
 
 
+def at_equal_bytes(compared: Sequence[Row], file: pathlib.Path) -> None:
+  """Entries of `report.at_equal_bytes`: error and nats against the bytes that are read, a line for each series."""
+  figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+  for series in dict.fromkeys(row["series"] for row in compared if row["series"] != DENSE):
+    line = sorted((row["bytes_read"] / 1024, row["error"], row["nats"]) for row in compared if row["series"] == series)
+    read, error, nats = zip(*line, strict=True)
+    style: dict[str, Any] = dict(marker="*", markersize=9, linestyle="") if len(line) == 1 else dict(marker="o")
+    style |= dict(color="black", linestyle="-", linewidth=2) if series == DEFAULT_METHOD else {}
+    for axes, values in ((left, error), (right, nats)):
+      axes.plot(read, values, label=f"{series}, fixed budget" if series == DEFAULT_METHOD else series, **style)
+  left.set(ylabel="error of a head's output, relative to dense", yscale="log")
+  right.set(ylabel="nats a token")
+  if dense := [row["nats"] for row in compared if row["series"] == DENSE]:
+    right.axhline(dense[0], color="gray", linewidth=1, label=DENSE)
+  for axes in (left, right):
+    axes.set(xlabel="KiB read a step and layer, digests included")
+  figure.suptitle(f"{compared[0]['group']}, {compared[0]['tokens']} tokens")
+  figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+  _save(figure, file)
+
+
 def blocks_by_head(of_psa: Row, file: pathlib.Path) -> None:
   """An entry of `report.psa_by_head`: a heat map of layers and KV heads, and quantiles over tokens by layer."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.5), layout="constrained")
@@ -90,7 +115,7 @@ def blocks_by_head(of_psa: Row, file: pathlib.Path) -> None:
     right.fill_between(np.arange(quantiles.shape[1]), quantiles[low], quantiles[high], alpha=0.25, color="C0")
   right.plot(quantiles[2], marker="o", markersize=3)
   right.set(xlabel="layer", ylabel="blocks: median, 50 % and 90 % of tokens", ylim=(0, None))
-  figure.suptitle(f"PSA {of_psa['threshold']:g}: {of_psa['group']}, {of_psa['tokens']} tokens")
+  figure.suptitle(f"{of_psa['series']} {of_psa['threshold']:g}: {of_psa['group']}, {of_psa['tokens']} tokens")
   _save(figure, file)
 
 
@@ -117,10 +142,11 @@ def nearest(entries: Sequence[Row]) -> Row:
 
 
 def _by(entries: Sequence[Row], *keys: str) -> dict[str, list[Row]]:
-  """Entries by their values under keys."""
+  """Entries by their values under keys, which make a name of a file."""
   named: dict[str, list[Row]] = {}
   for entry in entries:
-    named.setdefault("_".join(str(entry[key]) for key in keys), []).append(entry)
+    name = "_".join(str(entry[key]) for key in keys)
+    named.setdefault(name.replace(", ", "_").replace(" ", "_"), []).append(entry)
   return named
 
 

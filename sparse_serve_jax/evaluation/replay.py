@@ -25,6 +25,11 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.models import llama
 
 ALL = 1 << 30  # blocks: no limit
+CLAIMS = {  # what a stop test goes by
+  "rule": "what the rule of the configuration claims",
+  "certified": "an upper bound of what is unread",
+  "true": "the true mass, which no engine knows",
+}
 
 
 class _Program(NamedTuple):
@@ -34,17 +39,19 @@ class _Program(NamedTuple):
   reduce: str
   group: int  # blocks between two stop tests
   block_tokens: int
-  certified: bool = False  # the stop test counts an upper bound of what is unread, not an estimate of it
+  claims: str = "rule"  # a name in CLAIMS
   rule: StopRule = StopRule()
 
   @classmethod
-  def of(cls, config: EngineConfig, oracle: bool, certified: bool) -> _Program:
+  def of(cls, config: EngineConfig, oracle: bool, claims: str) -> _Program:
     selector, name = Selector.of(config), "oracle" if oracle else config.sparse.method
-    if certified and name != "min_max":
+    if claims not in CLAIMS:
+      raise ValueError(f"{claims=} is none of {', '.join(CLAIMS)}")
+    if claims == "certified" and name != "min_max":
       raise ValueError(f"a certified stop needs the bound that min_max digests give, not {name}")
     method = None if oracle else selector.method
     size = config.cache.block_tokens
-    return cls(method, selector.reduce, selector.group_blocks, size, certified, selector.rule)
+    return cls(method, selector.reduce, selector.group_blocks, size, claims, selector.rule)
 
 
 class _Setting(NamedTuple):
@@ -71,11 +78,13 @@ class _Setting(NamedTuple):
 class Replay(NamedTuple):
   """n decode steps of B sequences. Steps beyond a sequence's end hold anything."""
 
-  right: jax.Array  # [B, n] bool, the next token is the most likely one
+  best: jax.Array  # [B, n] int32, the most likely next token
+  right: jax.Array  # [B, n] bool, it is the next token
   nats: jax.Array  # [B, n] float32, its negative log-likelihood
   blocks: jax.Array  # [B, n, L, K] int32, attended, the tail not counted
   mass: jax.Array  # [B, n, L, K, G] float32, the share of the attention mass in what is attended, the tail included
-  estimate: jax.Array  # what the stop test claimed where it stopped: by its rule, or the certified share
+  error: jax.Array  # of a head's output, |o - o_dense| / |o_dense|, o_dense being dense attention of the same query
+  estimate: jax.Array  # what the stop test went by where it stopped, see CLAIMS
   excess: jax.Array  # by how much that was more than the share: where it stopped, or certified in the worst test
   selected: jax.Array | None  # [B, n, L, K, N] bool
 
@@ -110,7 +119,7 @@ def replay(
   n_steps: int,
   *,
   oracle: bool = False,
-  certified: bool = False,
+  claims: str = "rule",
 ) -> Replay:
   """Runs decode steps over a prefill. Only what `_Program` holds of a configuration is compiled anew.
 
@@ -122,15 +131,15 @@ def replay(
     start: [B] int32, the position of the first token that is a decode step's input, at least 1.
     n_steps: n; steps are at start, start + 1, ...
     oracle: blocks are ranked by their true attention mass.
-    certified: the stop test counts an upper bound of what is unread, not an estimate of it.
+    claims: a name in CLAIMS, what the stop test goes by.
 
   Returns:
     Replay, of the predictions of tokens start + 1, start + 2, ...
 
   Raises:
-    ValueError: certified, and the method's score is no bound.
+    ValueError: no such claims, or they are certified and the method's score is no bound.
   """
-  program = _Program.of(config, oracle, certified)
+  program = _Program.of(config, oracle, claims)
   return _replay(cfg, program, params, _Setting.of(config), dense, start, n_steps)
 
 
@@ -162,7 +171,8 @@ def _replay_one(cfg, program: _Program, params, setting: _Setting, n_steps, dens
   logits = llama.logits(cfg, params, x, None)  # [n, V]
   target = tokens[jnp.minimum(positions + 1, tokens.shape[0] - 1)]
   nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1)[:, 0]
-  return Replay(logits.argmax(-1) == target, nats, *(jnp.moveaxis(x, 0, 1) for x in found))
+  best = logits.argmax(-1).astype(jnp.int32)
+  return Replay(best, best == target, nats, *(jnp.moveaxis(x, 0, 1) for x in found))
 
 
 class _Ranked(NamedTuple):
@@ -218,11 +228,18 @@ def _attend(program: _Program, setting: _Setting, layer, q, keys, values, positi
   rank = jnp.argsort(ranked.ids, -1)
   selected = rank < used[..., None]  # [n, K, N]
 
-  attended = (selected[..., None] | in_tail[:, None])[:, :, None]  # [n, K, 1, N, S]
-  p = jax.nn.softmax(jnp.where(attended, logits, -jnp.inf).reshape(n, n_heads, n_group, -1), -1)
-  o = jnp.einsum("nkgt,tkd->nkgd", p, values.astype(jnp.float32), precision=precision)
+  def output(attended):
+    """o [n, K, G, D], of the tokens that are attended to [n, K or 1, 1, N, S]."""
+    p = jax.nn.softmax(jnp.where(attended, logits, -jnp.inf).reshape(n, n_heads, n_group, -1), -1)
+    return jnp.einsum("nkgt,tkd->nkgd", p, values.astype(jnp.float32), precision=precision)
+
+  o = output((selected[..., None] | in_tail[:, None])[:, :, None])
+  o_dense = output((exists[..., None] | in_tail)[:, None, None])
+  tiny = jnp.finfo(jnp.float32).tiny
+  error = jnp.linalg.norm(o - o_dense, axis=-1) / jnp.maximum(jnp.linalg.norm(o_dense, axis=-1), tiny)
   mass = jnp.exp(jnp.logaddexp(tail, jax.nn.logsumexp(jnp.where(selected[:, :, None], by_block, -jnp.inf), -1)))
-  return o, (used, mass, estimate, worst if program.certified else estimate - mass, selected)
+  excess = worst if program.claims == "certified" else estimate - mass
+  return o, (used, mass, error, estimate, excess, selected)
 
 
 def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_block: jax.Array, whole: _Mass) -> _Ranked:
@@ -249,7 +266,7 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_blo
     ordered = jnp.take_along_axis(scores, ids, -1)
     counted = program.method.budget(jnp.where(block[None] < limit, ordered, -jnp.inf), count)
     count = jnp.where(layer < setting.dense_layers, count, counted)
-  if not program.certified:
+  if program.claims != "certified":
     return _Ranked(ids, count, None)
   # No key of a block has a larger product with q than the score, and there are S of them. Of D float32 products both
   # are sums, each off by at most D 2^-24 of the products' sizes (Higham, Accuracy and Stability, section 3.1).
@@ -264,7 +281,8 @@ def _stop(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The stop test after each group of blocks; `by_block` and `tail` are logs of shares of the whole mass.
 
-  The share of mass it goes by is what the rule claims; or by `ranked.bound` one that the true share cannot be below.
+  The share of mass it goes by is what the rule claims, or the true one, or by `ranked.bound` one that the true share
+  cannot be below.
 
   Returns:
     How many blocks are read [n, K], the share there [n, K, G], and the most by which the share of any test, made or
@@ -285,7 +303,9 @@ def _stop(
   lse = jnp.where(read[..., None], in_order(by_block), -jnp.inf)
   seen = jnp.logaddexp(tail[:, :, None], lax.cumlogsumexp(jax.nn.logsumexp(lse, 3), axis=2))  # [n, K, J, G]
   left = jnp.maximum(count - start - size, 0)  # [n, K, J], after the group
-  if ranked.bound is None:
+  if program.claims == "true":
+    claims = jnp.exp(seen)
+  elif ranked.bound is None:
     of_group = jnp.where((start >= untested)[..., None], rule.of_group(lse * LOG2_E, read), jnp.inf)
     before = lax.cummin(of_group, axis=2) if rule.rest == "least" else of_group
     before = jnp.pad(before[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)], constant_values=jnp.inf)

@@ -16,51 +16,20 @@ import numpy as np
 
 from sparse_serve_jax import results
 from sparse_serve_jax.config import SparseConfig
-from sparse_serve_jax.evaluation.accuracy import (
-  CERTIFIED,
-  DEFAULT_METHOD,
-  DENSE,
-  PSA,
-  PSA_MIN_MAX,
-  QUANTILES,
-  TEXT,
-  TOLERANCE,
-  Row,
-)
+from sparse_serve_jax.evaluation import equal_bytes
+from sparse_serve_jax.evaluation.accuracy import QUANTILES, TEXT, TOLERANCE, Row
+from sparse_serve_jax.evaluation.cases import CERTIFIED, DEFAULT_METHOD, DENSE, PSA, PSA_MIN_MAX, RULES
+from sparse_serve_jax.evaluation.intervals import draws, interval
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
 SOLVED = 0.5  # dense accuracy from which on a task counts as solved
 WINDOWS = (1, 2, 4, 8, 12, 16, 32)  # steps w that are shown of working sets; 12 is SparseServe's
 
 
-def draws(
-  values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], level: float = 1.0, seed: int = 0
-) -> np.ndarray:
-  """Means of values - level dense in 10,000 draws of the paired bootstrap, [10000].
-
-  Args:
-    values: of each task, of each instance. Instances are drawn within their task, and the tasks weigh the same.
-    dense: the same instances'.
-    level: what of dense they are compared with.
-    seed: of the draws.
-  """
-  rng, drawn = np.random.default_rng(seed), np.zeros(10_000)
-  for ours, theirs in zip(values, dense, strict=True):
-    difference = np.array(ours, float) - level * np.array(theirs, float)
-    for part in np.array_split(drawn, 10):  # views
-      part += difference[rng.integers(0, len(difference), (len(part), len(difference)))].mean(1) / len(values)
-  return drawn
-
-
-def interval(values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> tuple[float, float]:
-  """95 % interval of the mean difference from dense; where no instance differs, nothing."""
-  low, high = np.quantile(draws(values, dense), (0.025, 0.975))
-  return float(low), float(high)
-
-
 def summary(rows: Sequence[Row], reuse: Sequence[Row]) -> dict[str, list[Row]]:
   """Everything but the rows themselves; each entry says what it is."""
   return {
+    "equal_bytes": list(at_equal_bytes(rows)),
     "accuracies": list(accuracies(rows)),
     "by_task": list(by_task(rows)),
     "psa_against_fixed": list(psa_against_fixed(rows)),
@@ -70,6 +39,13 @@ def summary(rows: Sequence[Row], reuse: Sequence[Row]) -> dict[str, list[Row]]:
     "text": list(likelihoods(rows)),
     "reuse": [reused(row) for row in reuse],
   }
+
+
+def at_equal_bytes(rows: Sequence[Row]) -> Iterator[Row]:
+  """What `equal_bytes.compared` tells, by length and group."""
+  for n_tokens, group, chosen in _by_group(rows):
+    for entry in equal_bytes.compared(chosen):
+      yield dict(tokens=n_tokens, group=group) | entry
 
 
 def accuracies(rows: Sequence[Row]) -> Iterator[Row]:
@@ -97,7 +73,8 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
   """The least that PSA and a fixed budget read for a share of dense accuracy: by task, and for the mean of each group.
 
   Yields:
-    "tokens", "of" (a task, or "mean of" the tasks of a group that dense solves) and "level". Under "dense", "psa" and
+    "tokens", "of" (a task, or "mean of" the tasks of a group that dense solves), "series" (one of RULES that there are
+    rows of; if there are none the default one) and "level". Under "dense", "psa" and
     "fixed" the case with the fewest blocks whose accuracy reaches the level, None where none does; "at" is its
     threshold, or its budget in tokens, and "sure" in how many of the bootstrap's draws it reaches the level. Under
     "psa_fails" and "fixed_fails" the next with fewer blocks, which does not reach it: what is needed lies between the
@@ -113,10 +90,11 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
     for name, chosen in (by_task | {f"mean of {group}": of_solved}).items():
       means = _means(chosen)
       dense = next((case for case in means if case["series"] == DENSE), None)
-      if group == TEXT or dense is None or not {case["series"] for case in means} & {PSA, DEFAULT_METHOD}:
+      measured = {case["series"] for case in means}
+      if group == TEXT or dense is None or not measured & {*RULES, DEFAULT_METHOD}:
         continue
-      for level in LEVELS:
-        psa, psa_fails = _least(chosen, means, dense, PSA, level)
+      for series, level in itertools.product([rule for rule in RULES if rule in measured] or [PSA], LEVELS):
+        psa, psa_fails = _least(chosen, means, dense, series, level)
         fixed, fixed_fails = _least(chosen, means, dense, DEFAULT_METHOD, level)
         cases = dict(dense=dense, psa=psa, psa_fails=psa_fails, fixed=fixed, fixed_fails=fixed_fails)
         ratios = {
@@ -125,7 +103,7 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
           "at_least": _ratios(fixed_fails, psa),
           "at_most": _ratios(fixed, psa_fails),
         }
-        yield dict(tokens=n_tokens, of=name, level=level) | cases | ratios
+        yield dict(tokens=n_tokens, of=name, series=series, level=level) | cases | ratios
 
 
 def _least(
@@ -177,29 +155,36 @@ def certified(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def psa_by_head(rows: Sequence[Row]) -> Iterator[Row]:
-  """Blocks that PSA attends to by layer and KV head, by length, group and threshold.
+  """Blocks that PSA's rules attend to by layer and KV head, by length, group, series and threshold.
 
   Yields:
-    "tokens", "group", "threshold"; "mean" [L, K] over tokens and "quantiles" [5, L, K], those of QUANTILES over tokens;
-    both are means over the tasks.
+    "tokens", "group", "series", "threshold"; "mean" [L, K] over tokens and "quantiles" [5, L, K], those of QUANTILES
+    over tokens; both are means over the tasks.
   """
   for n_tokens, group, of_group in _by_group(rows):
-    of_psa = [row for row in of_group if row["series"] == PSA]
-    for threshold in _values(of_psa, "at"):
-      ours = [row["by_head"] for row in of_psa if row["at"] == threshold]
+    of_psa = [row for row in of_group if row["series"] in RULES]
+    for series, threshold in dict.fromkeys((row["series"], row["at"]) for row in of_psa):
+      ours = [row["by_head"] for row in of_psa if (row["series"], row["at"]) == (series, threshold)]
       mean = {key: np.mean([of[key] for of in ours], 0).round(3).tolist() for key in ("mean", "quantiles")}
-      yield dict(tokens=n_tokens, group=group, threshold=threshold) | mean
+      yield dict(tokens=n_tokens, group=group, series=series, threshold=threshold) | mean
+
+
+_OF_TEXT = ("nats", "accuracy", "agreement", "blocks", "bytes", "mass", "error")
 
 
 def likelihoods(rows: Sequence[Row]) -> Iterator[Row]:
-  """Nats a token of ordinary text, by length and case; "more" than dense, with the 95 % "interval" of that."""
+  """Nats a token of ordinary text, by length and case; "more" than dense, with the 95 % "interval" of that; and the
+  "agreement" of the most likely next token with dense's, with its "agreement_interval". Both are of the paired
+  bootstrap over texts.
+  """
   for _, group, chosen in _by_group(rows):
     dense = next((row for row in chosen if row["series"] == DENSE), None)
     if group == TEXT and dense is not None:
       for row in chosen:
-        told = {key: row[key] for key in ("tokens", "case", "nats", "accuracy", "blocks", "bytes", "mass")}
+        told = {key: row[key] for key in ("tokens", "case", *_OF_TEXT)}
         more = interval([row["each"]["nats"]], [dense["each"]["nats"]])
-        yield told | {"more": row["nats"] - dense["nats"], "interval": more}
+        agreement = interval([row["each"]["agreement"]], [[0.0] * len(row["each"]["agreement"])])
+        yield told | {"more": row["nats"] - dense["nats"], "interval": more, "agreement_interval": agreement}
 
 
 def reused(row: Row) -> Row:
@@ -309,17 +294,18 @@ def _task_cells(of: Row, all_of: list[Row]) -> Iterator[list[str]]:
 
 
 def _psa_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
-  cells = [of["of"], f"{of['level']:.0%}", f"{of['dense']['accuracy']:.1%}", f"{of['dense']['blocks']:.1f}"]
+  dense = of["dense"]
+  cells = [of["of"], of["series"], f"{of['level']:.0%}", f"{dense['accuracy']:.1%}", f"{dense['blocks']:.1f}"]
   for case, fails in ((of["psa"], of["psa_fails"]), (of["fixed"], of["fixed_fails"])):
     none = "none reaches it" if fails else "not measured"
-    cells += [none if of["dense"]["accuracy"] >= SOLVED else "dense does not solve it", "", ""]
+    cells += [none if dense["accuracy"] >= SOLVED else "dense does not solve it", "", ""]
     if case is not None:
       cells[-3:] = [f"{case['at']:g}", f"{case['accuracy']:.1%} ({case['sure']:.0%})", f"{case['blocks']:.1f}"]
-  fixed, dense = of["fixed_by_psa"], of["dense_by_psa"]
+  fixed, by_dense = of["fixed_by_psa"], of["dense_by_psa"]
   for key in ("blocks", "bytes"):
     low, high = ("?" if ratio is None else f"{ratio[key]:.2f}" for ratio in (of["at_least"], of["at_most"]))
     cells.append("-" if fixed is None else f"{fixed[key]:.2f} ({low} to {high})")
-  yield [*cells, *("-" if dense is None else f"{dense[key]:.2f}" for key in ("blocks", "bytes"))]
+  yield [*cells, *("-" if by_dense is None else f"{by_dense[key]:.2f}" for key in ("blocks", "bytes"))]
 
 
 def _stop_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
@@ -334,17 +320,19 @@ def _stop_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 
 
 def _head_cells(of: Row, all_of: list[Row]) -> Iterator[list[str]]:
-  if of["threshold"] == nearest_threshold([other["threshold"] for other in all_of]):
+  if of["threshold"] == nearest_threshold([row["threshold"] for row in all_of if row["series"] == of["series"]]):
     mean, quantiles = np.array(of["mean"]), np.array(of["quantiles"]).mean(2)  # [L, K], [5, L]
     for layer, heads in enumerate(mean):
-      cells = [f"psa {of['threshold']:g}", str(layer), *(f"{x:.1f}" for x in (heads.mean(), heads.min(), heads.max()))]
-      yield [*cells, *(f"{x:.1f}" for x in quantiles[:, layer])]
+      numbers = heads.mean(), heads.min(), heads.max(), *quantiles[:, layer]
+      yield [f"{of['series']} {of['threshold']:g}", str(layer), *(f"{x:.1f}" for x in numbers)]
 
 
 def _text_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
   low, high = of["interval"]
   cells = [of["case"], f"{of['nats']:.4f}", f"{of['more']:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{of['accuracy']:.1%}"]
-  yield [*cells, f"{of['blocks']:.1f}", f"{of['bytes']:.1%}", f"{of['mass']:.3f}"]
+  least, most = of["agreement_interval"]
+  cells += [f"{of['agreement']:.1%}", f"{least:.1%} to {most:.1%}"]
+  yield [*cells, f"{of['blocks']:.1f}", f"{of['bytes']:.1%}", f"{of['mass']:.3f}", f"{of['error']:.4f}"]
 
 
 def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
@@ -355,6 +343,7 @@ def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
 
 # Of each key of a summary: title, head of the tables, what there is a table for, lines of an entry.
 _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
+  "equal_bytes": (equal_bytes.TITLE, equal_bytes.HEAD, ("tokens", "group"), equal_bytes.cells),
   "accuracies": (
     "Accuracy by setting\n"
     "Means over tasks, and the difference from dense attention with its 95 % interval. Where no instance differs the "
@@ -371,7 +360,7 @@ _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
     "a ratio: what it would be with the next cheaper budget, and with the next cheaper threshold, which do not reach "
     "the share; ? where nothing cheaper was measured.",
     (
-      *("of", "share", "dense", "blocks", "PSA at", "accuracy", "blocks", "budget", "accuracy", "blocks"),
+      *("of", "rule", "share", "dense", "blocks", "PSA at", "accuracy", "blocks", "budget", "accuracy", "blocks"),
       *("fixed / PSA: blocks", "bytes", "dense / PSA: blocks", "bytes"),
     ),
     ("tokens",),
@@ -407,8 +396,12 @@ _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
     _head_cells,
   ),
   "text": (
-    "Ordinary text\nNats a token, and the difference from dense attention with its 95 % interval.",
-    ("setting", "nats", "vs dense", "interval", "next token right", "blocks", "bytes of dense", "mass"),
+    "Ordinary text\nNats a token, and the difference from dense attention; how often the most likely next token is "
+    "that of dense attention. Intervals are 95 % ones of the paired bootstrap over texts.",
+    (
+      *("setting", "nats", "vs dense", "interval", "next token right", "that of dense", "interval"),
+      *("blocks", "bytes of dense", "mass", "error"),
+    ),
     ("tokens",),
     _text_cells,
   ),

@@ -15,11 +15,13 @@ import numpy as np
 
 from sparse_serve_jax import results, tasks
 from sparse_serve_jax.evaluation import accuracy, selections
-from sparse_serve_jax.evaluation.accuracy import TEXT, Case, Row, Sample
+from sparse_serve_jax.evaluation.accuracy import TEXT, Row, Sample
+from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, RULES, Case
+from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.tasks import text as texts
 
-FORMAT = 4  # of rows; another one when they tell other things, or the same in another way
+FORMAT = 5  # of rows; another one when they tell other things, or the same in another way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Amounts:
   steps: int = 96  # decode steps at most; a longer answer is judged by its beginning
   requests: int = 4  # of which selections are traced, for every task of a long answer
   trace_steps: int = 256  # of these, decode steps of an answer at most
-  text: str | None = None  # a file that ordinary text is taken from; None: it is generated
+  text: Corpus | None = None  # ordinary text; None: it is generated
 
 
 class Table(results.Rows):
@@ -83,7 +85,11 @@ class Study:
     checkpoint = zlib.crc32(np.asarray(model.params["final_norm"]).tobytes())
     of_model = dict(name=model.name, dtype=model.config.dtype, checkpoint=f"{checkpoint:08x}")
     amounts_of = {key: value for key, value in dataclasses.asdict(amounts).items() if key != "text"}  # is in prompts
-    results.claim(folder, {"model": of_model, "prompts": _prompts(model, amounts), "format": FORMAT, **amounts_of})
+    self._files = tuple(map(str, amounts.text.files())) if amounts.text else ()
+    setting = {"model": of_model, "prompts": _prompts(model, self._files), "format": FORMAT, **amounts_of}
+    if of_text := amounts.text:
+      setting |= {"text": of_text.digest(), "chat": of_text.chat}
+    results.claim(folder, setting)
     self.rows, self.reuse = Table(folder / "results.jsonl"), Table(folder / "reuse.jsonl")
     self._model, self._wanted, self._amounts = model, wanted, amounts
     self._at_once, self._workers = tokens_at_once, workers
@@ -97,8 +103,10 @@ class Study:
         self.rows.add(task, n_tokens, case, row)
 
   def trace(self, task: str, n_tokens: int) -> None:
-    """What the default method's budgets and PSA select while answers of a task are decoded; of each budget a trace."""
-    series = accuracy.DEFAULT_METHOD, accuracy.PSA
+    """What the default method's budgets and PSA's rules select while answers of a task are decoded; of each budget a
+    trace.
+    """
+    series = DEFAULT_METHOD, *RULES
     if left := self.reuse.left(task, n_tokens, [case for case in self._wanted if case.series in series]):
       folder = self.reuse.file.parent / "traces"
       folder.mkdir(exist_ok=True)
@@ -112,8 +120,11 @@ class Study:
         self.reuse.add(task, n_tokens, case, told)
 
   def _sample(self, task: str, n_tokens: int) -> Sample:
-    of = self._amounts
-    return Sample(task, n_tokens, of.instances, max(1, self._at_once // n_tokens), of.steps, of.text)
+    of, pieces = self._amounts, None
+    if task == TEXT and of.text is not None:
+      pieces = of.text.pieces(self._model.tokenizer, n_tokens, of.instances)
+    at_once = max(1, self._at_once // n_tokens)
+    return Sample(task, n_tokens, of.instances, at_once, of.steps, self._files, pieces)
 
 
 def _crc(case: Case) -> str:
@@ -121,8 +132,8 @@ def _crc(case: Case) -> str:
   return f"{zlib.crc32(repr(case).encode()):08x}"
 
 
-def _prompts(model: Model, amounts: Amounts) -> str:
+def _prompts(model: Model, files: Sequence[str]) -> str:
   """Another one when tasks are written in another way, or take other text."""
-  text = texts.user_text(amounts.text) if amounts.text else texts.sentences
+  text = texts.user_text(*files) if files else texts.sentences
   each = [tasks.make(name, 2048, 0, model.tokenizer, split="eval", text=text).text for name in tasks.TASKS]
   return f"{zlib.crc32(''.join(each).encode()):08x}"

@@ -54,24 +54,24 @@ def document(rng: np.random.Generator, n_words: int, text: Text = sentences) -> 
   return "".join(taken)[1:]
 
 
-def user_text(file: str | pathlib.Path) -> Text:
-  """The sentences of a UTF-8 file, from a random one on and round again at the end of the file.
+def user_text(*paths: str | pathlib.Path) -> Text:
+  """The sentences of UTF-8 files, one after the other, from a random one on and round again at the end of the last.
 
   Blank lines part paragraphs; other line breaks are spaces. A sentence ends after a word that ends in one of .!? or has
   39 words before it, so that a unit stays small where there is no punctuation.
 
   Raises:
-    ValueError: the file is missing, is not UTF-8 or has no words.
+    ValueError: a file is missing or not UTF-8, or they have no words.
   """
   units: list[str] = []
-  for paragraph in re.split(r"\n\s*\n", files.read_text(file)):
+  for paragraph in (of for file in paths for of in re.split(r"\n\s*\n", files.read_text(file))):
     words, start = paragraph.split(), 0
     for i, word in enumerate(words, 1):
       if word[-1] in ".!?" or i - start == 40 or i == len(words):
         units.append(("\n" if start == 0 else " ") + " ".join(words[start:i]))
         start = i
   if not units:
-    raise ValueError(f"{file} has no words")
+    raise ValueError(f"{', '.join(map(str, paths))} has no words")
 
   def text(rng: np.random.Generator) -> Iterator[str]:
     first = int(rng.integers(len(units)))

@@ -1,0 +1,42 @@
+"""How sure a difference from other answers to the same instances is: the paired bootstrap over instances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+N_DRAWS = 10_000
+
+
+def draws(
+  values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], level: float = 1.0, seed: int = 0
+) -> np.ndarray:
+  """Means of values - level dense in 10,000 draws of the paired bootstrap, [10000].
+
+  Args:
+    values: of each task, of each instance. Instances are drawn within their task, and the tasks weigh the same.
+    dense: the same instances'.
+    level: what of dense they are compared with.
+    seed: of the draws.
+  """
+  rng, drawn = np.random.default_rng(seed), np.zeros(N_DRAWS)
+  for ours, theirs in zip(values, dense, strict=True):
+    difference = np.array(ours, float) - level * np.array(theirs, float)
+    for part in np.array_split(drawn, 10):  # views
+      part += difference[rng.integers(0, len(difference), (len(part), len(difference)))].mean(1) / len(values)
+  return drawn
+
+
+def interval(values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> tuple[float, float]:
+  """95 % interval of the mean difference from dense; where no instance differs, nothing."""
+  low, high = np.quantile(draws(values, dense), (0.025, 0.975))
+  return float(low), float(high)
+
+
+def of_ratio(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float]:
+  """95 % interval of the mean of values by the mean of others, which are positive, of the same instances."""
+  zeros = [[0.0] * len(of) for of in values]
+  ours, theirs = (draws(of, zeros) for of in (values, others))  # the same seed: the same instances
+  low, high = np.quantile(ours / theirs, (0.025, 0.975))
+  return float(low), float(high)
