@@ -32,10 +32,10 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m experiments.demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m 'not gpu and not soak' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'not gpu and not soak' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
 
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m 'soak and not gpu' $(PYTEST_FLAGS) tests
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'soak and not gpu' $(PYTEST_FLAGS) tests
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) tests

@@ -32,6 +32,7 @@ from tests.tiny import (
   with_slots,
 )
 
+TIGHT = 10  # slots: few, and as many for each of two devices
 N = 24  # tokens decoded: three blocks of 8 fill meanwhile
 PROMPTS = [
   prompt_of(n, seed=n) for n in (150, 37, 96, 7)
@@ -92,7 +93,7 @@ def oracle(shape="gqa2", prompts=PROMPTS, n=N):
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize(("shape", "block_tokens"), [*((shape, 8) for shape in SHAPES), ("gqa2", 16), ("gqa2", 32)])
+@pytest.mark.parametrize(("shape", "block_tokens"), list(zip(SHAPES, (8, 8, 16, 32), strict=True)))
 def test_a_budget_of_the_whole_context_is_dense(device, shape, block_tokens):
   model = tiny_model(shape)
   tokens, _ = serve(config(block_tokens=block_tokens), model, PROMPTS, N)
@@ -125,7 +126,7 @@ def test_a_sparse_selection_does_not_depend_on_residency(device, setting):
   """Budget below the context, so that a wrong selection or a stale slot changes tokens."""
   in_hbm, engine = setting.serve(setting.sparse("cache.offload=false"))
   assert in_hbm != setting.oracle  # it bites: blocks are left out
-  tight, tight_engine = setting.serve(setting.sparse(), slots=9)
+  tight, tight_engine = setting.serve(setting.sparse(), slots=TIGHT)
   assert tight == in_hbm
   assert tight_engine.usage.blocks_attended == engine.usage.blocks_attended
   loaded = tight_engine.usage.blocks_loaded
@@ -155,8 +156,8 @@ def test_prefill_in_segments_or_chunks(pieces):
 @settings(SMALL, pytest.param(MIDDLE, marks=pytest.mark.soak), LARGE)
 def test_hybrid_prefill_from_few_slots(device, setting):
   """Earlier chunks are read back from slots or from the pool, wherever they are."""
-  whole, engine = setting.serve(setting.sparse(), slots=9)
-  cut, cut_engine = setting.serve(setting.sparse("scheduler.max_inject_tokens=64"), slots=9)
+  whole, engine = setting.serve(setting.sparse(), slots=TIGHT)
+  cut, cut_engine = setting.serve(setting.sparse("scheduler.max_inject_tokens=64"), slots=TIGHT)
   assert cut == whole
   assert engine.usage.blocks_loaded == engine.usage.blocks_missed  # by decode steps alone
   assert cut_engine.usage.blocks_loaded > cut_engine.usage.blocks_missed
@@ -246,7 +247,7 @@ def test_psa_with_threshold_1_reads_every_block(device, rule):
 def test_psa_stops_early_and_alike_whatever_the_memory(device, setting):
   conf = setting.config("sparse.policy=psa", "sparse.threshold=0.8", "sparse.group_blocks=2")
   roomy, engine = setting.serve(conf)
-  tight, tight_engine = setting.serve(conf, slots=9)
+  tight, tight_engine = setting.serve(conf, slots=TIGHT)
   assert roomy == tight
   everything = sum(setting.full_blocks(step) for step in range(N - 1))
   assert engine.usage.blocks_attended == tight_engine.usage.blocks_attended < everything
@@ -267,12 +268,9 @@ def test_dense_first_layers():
 def test_two_devices_equal_one(device, policy):
   if jax.device_count() < 2:
     pytest.skip(f"needs two devices, there is {jax.device_count()}")
-  model = tiny_model()
-  conf = config(
-    f"sparse.policy={policy}", "sparse.token_budget=64", "sparse.threshold=0.8", "scheduler.max_inject_tokens=64"
-  )
-  one, engine = serve(with_slots(conf, 10, model), model, PROMPTS, N)
-  two, engine2 = serve(config("tp=2", base=with_slots(conf, 10, model)), model, PROMPTS, N)
+  conf = SMALL.sparse(f"sparse.policy={policy}", "sparse.threshold=0.8", "scheduler.max_inject_tokens=64")
+  conf = with_slots(conf, TIGHT, SMALL.model)
+  (one, engine), (two, engine2) = (SMALL.serve(config(f"tp={n}", base=conf)) for n in (1, 2))
   assert one == two
   assert engine.usage.blocks_attended == engine2.usage.blocks_attended
   assert engine2.usage.blocks_loaded > 0

@@ -24,6 +24,7 @@ from sparse_serve_jax import runtime, workloads
 from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
 from sparse_serve_jax.memory import eviction
 from sparse_serve_jax.models import load_model, save_hf
+from tests.forks import start
 from tests.test_timeline import check_form
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,7 +178,7 @@ def test_the_demos_rungs(capsys, optimized, names):
 
 
 def test_a_model_that_the_demo_cannot_take_is_one_line(tmp_path):
-  absent = subprocess.run([sys.executable, "-m", "experiments.demo", "/nope"], cwd=ROOT, capture_output=True, text=True)
+  absent = start("experiments.demo", "/nope")
   assert (absent.returncode, absent.stdout) == (2, "") and absent.stderr.startswith("error: '/nope' is no model: ")
   assert len(absent.stderr.splitlines()) == 1
   save_hf(load_model("random:tiny"), tmp_path)

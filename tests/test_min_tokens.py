@@ -56,7 +56,7 @@ def likely(prompt: list[int], n: int) -> list[int]:
 def test_the_first_token_is_the_best_that_does_not_stop(device, pieces):
   """Whatever the pieces of the prompt; and every decode step is the greedy program's."""
   plans: list[Plan] = []
-  conf = config(pieces, "scheduler.chunk_tokens=40")
+  conf = config(pieces, "scheduler.chunk_tokens=16")
   engine = new_engine(conf, tiny_model(), observer=lambda seen: plans.append(seen.plan))
   banned = [likely(prompt, n) for prompt, n in zip(PROMPTS, (1, 2, 3, 8), strict=True)]
   requests = [engine.add_request(p, N, stop_token_ids=b, min_tokens=1) for p, b in zip(PROMPTS, banned, strict=True)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,11 @@ import pallas_kernels as kernels
 from sparse_serve_jax.config import override
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.shape import CacheShape
-from tests.cases import IMPLEMENTATIONS
 from tests.tiny import config, greedy, new_engine, prompt_of, tiny_model, with_slots
 
 K, L, B, N, S, D = 2, 3, 3, 12, 8, 16  # every row lists its N blocks, in an order that drifts
 STOP = kernels.Stop(0.6, untested=2)
+N_ZONES = {"shared": 1, "layer": L, "lane": B}
 LANES = np.array([2, 0, 1], np.int32)
 
 
@@ -27,7 +29,7 @@ def programs(zones: str, implementation: str):
   on = dict(implementation=implementation)
 
   def begin(maps, since):
-    n_zones = {"shared": 1, "layer": L, "lane": B}[zones]
+    n_zones = N_ZONES[zones]
     victims = kernels.victims(kernels.ages(maps, since), since, n_zones)
     return victims, kernels.Free.at_first(maps, victims, jnp.zeros(n_zones, jnp.int32))
 
@@ -83,13 +85,19 @@ class Recent:
     return len(missed)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("per_zone", [4, pytest.param(12, marks=pytest.mark.soak), 40])
-@pytest.mark.parametrize("zones", ["shared", "layer", "lane"])
+def of_each() -> Iterator:
+  """Zones, slots of each and implementations; on a CPU every two of these together, and all three with the soak."""
+  for (i, zones), (j, per_zone) in itertools.product(enumerate(N_ZONES), enumerate((4, 12, 40))):
+    for n, implementation in enumerate(("xla", "interpret")):
+      yield pytest.param(zones, per_zone, implementation, marks=[] if (i + j) % 2 == n else [pytest.mark.soak])
+    yield pytest.param(zones, per_zone, "triton", marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(("zones", "per_zone", "implementation"), list(of_each()))
 def test_progressive_lists_evict_the_least_recently_used(zones: str, per_zone: int, implementation: str):
   """Though every block is listed in every step. The slots hold what the pool has, whoever came first."""
   rng = np.random.default_rng(per_zone)
-  n_zones = {"shared": 1, "layer": L, "lane": B}[zones]
+  n_zones = N_ZONES[zones]
   P, M = per_zone * n_zones, B * N
   begin, layer = programs(zones, implementation)
   pool = rng.normal(size=(K, L, M, 2, S, D)).astype(np.float32)
