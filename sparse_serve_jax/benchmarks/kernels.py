@@ -19,7 +19,7 @@ from jax import lax
 
 import pallas_kernels as kernels
 from pallas_kernels.digest import cuboid_mean
-from pallas_kernels.score import box
+from pallas_kernels.score import REDUCTIONS, box
 from sparse_serve_jax.benchmarks import timing
 from sparse_serve_jax.benchmarks.timing import Baselines, Report, Row, Timing
 from sparse_serve_jax.memory import host_pool
@@ -108,20 +108,20 @@ def digest(b: Bench) -> Cases:
 
 
 def score(b: Bench) -> Cases:
-  ranking = kernels.Ranking(box, sinks=2, window=2)
-
-  def op(table, _, inputs, **options):
+  def op(ranking, table, _, inputs, **options):
     q, tables = inputs
     full = jnp.full(tables.shape[0], tables.shape[1])
     return table, kernels.score(q, table, jnp.int32(0), tables, full, ranking, **options)
 
-  def case(rows, n):
+  def case(rows, n, reduce):
     variants = b.variants(lambda: (b.random(rows, b.heads, b.group, b.depth), b.distinct(b.n_pool, rows, n)))
     moved = dict(hbm=rows * n * (b.heads * (b.digest_bytes + 4) + 4))
-    return b.row_of_digests(op, variants, moved)
+    ranking = kernels.Ranking(box, reduce, sinks=2, window=2)
+    return b.row_of_digests(functools.partial(op, ranking), variants, moved)
 
   for rows, n in b.pick([(32, 1024), (8, 4096)], [(2, 16)]):
-    yield f"{rows}x{n}", functools.partial(case, rows, n)
+    for reduce in REDUCTIONS:
+      yield f"{reduce} {rows}x{n}", functools.partial(case, rows, n, reduce)
 
 
 def select(b: Bench) -> Cases:
@@ -265,8 +265,8 @@ def attend(b: Bench) -> Cases:
     measured, _, results = timing.measure(f, variants, b.effort, state=slots, shared=shared)
     return measured, shared, [attended for _, attended in results]
 
-  def sparse(rows, n, miss, stop=None):
-    group = n if stop is None else 4
+  def sparse(rows, n, miss, stop=None, group=None):
+    group = group or n
 
     def inputs():
       n_hits = (group - b.rng.binomial(group, miss, (rows, b.heads, n // group))).astype(np.int32)
@@ -291,10 +291,13 @@ def attend(b: Bench) -> Cases:
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
-    for rule in b.pick(STOP_RULES, [STOP_RULES[0], STOP_RULES[-1]]):
-      name = " ".join(["psa", *dataclasses.astuple(rule)]) if rule != kernels.StopRule() else "psa"
-      stop = kernels.Stop(threshold, untested=4, rule=rule)
-      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop)
+    for rule, group in b.pick([*itertools.product(STOP_RULES, [8]), (STOP_RULES[0], 4)], [(STOP_RULES[-1], 4)]):
+      name = " ".join(["psa", *dataclasses.astuple(rule)])
+      stop = kernels.Stop(threshold, untested=group, rule=rule)
+      yield (
+        f"{name} groups of {group} {threshold} {rows}x{n} miss {miss:.0%}",
+        functools.partial(sparse, rows, n, miss, stop, group),
+      )
 
 
 def copy(b: Bench) -> Cases:

@@ -52,7 +52,9 @@ class SparseConfig:
   sink_tokens: int = 64  # always attended, as in ArkVale (two blocks of 32)
   window_tokens: int = 64  # the newest full blocks, always attended
   dense_layers: int = 0  # the first layers that attend to everything (2 in ArkVale and Quest)
-  group_reduce: Literal["mean", "max"] = "mean"  # over the query heads of a KV head
+  # What a block's scores of the query heads of a KV head become: their mean, the largest, or the mean of the shares
+  # that they estimate, in which a head whose query is large counts no more than another.
+  group_reduce: Literal["mean", "max", "softmax"] = "mean"
   threshold: float = 0.95  # psa: epsilon, stop when the estimated share of attention mass exceeds it
   group_blocks: int = 4  # psa: blocks between two stop tests
   # psa: what the test takes an unread block's attention mass for: the least of a ranked block so far (PSA), or the mean

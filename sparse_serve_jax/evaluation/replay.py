@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import StopRule
+from pallas_kernels.score import across_heads
 from pallas_kernels.stop import LOG2_E
 from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.attention.methods import Method
@@ -248,15 +249,15 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_blo
   `by_block` are logs of the blocks' shares of the `whole` mass; shape comments are those of `_attend`.
   """
   exists = jnp.arange(by_block.shape[-1])[None] < n_blocks[:, None]  # [n, N]
-  by_head = jnp.exp(by_block)  # [n, K, G, N]
+  by_head, reduce = jnp.exp(by_block), "max" if program.reduce == "max" else "mean"  # [n, K, G, N], shares
   if program.method is not None:
     blocks = keys.swapaxes(0, 1).reshape(keys.shape[1], -1, program.block_tokens, keys.shape[2])  # [K, N, S, D]
     digests = program.method.summarize(blocks)  # [K, N, E, D]
     queries, digests = q.astype(jnp.float32), digests.astype(jnp.float32)
-    by_head = program.method.score(queries, digests[None])
-  scores = by_head.max(2) if program.reduce == "max" else by_head.mean(2)
-  block, last = jnp.arange(scores.shape[-1])[None], n_blocks[:, None]
+    by_head, reduce = program.method.score(queries, digests[None]), program.reduce
+  block, last = jnp.arange(by_head.shape[-1])[None], n_blocks[:, None]
   forced = (block < setting.sinks) | (block >= last - setting.window)
+  scores = across_heads(by_head, (exists & ~forced)[:, None], q.shape[-1], reduce)
   scores = jnp.where(forced[:, None], jnp.inf, scores)
   scores = jnp.where(exists[:, None], scores, -jnp.inf)
   ids = jnp.argsort(-scores, -1, stable=True)
