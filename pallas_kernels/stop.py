@@ -88,12 +88,12 @@ class StopRule:
 class Stop:
   """A stop test, made after each group of a list."""
 
-  threshold: float  # epsilon, in (0, 1]
+  threshold: float | Float32[Array, ""]  # epsilon, in (0, 1]; an array where one program serves many of them
   untested: int  # the first blocks of a list, read without a test (sinks and window); whole groups
   rule: StopRule = StopRule()
 
   def __post_init__(self):
-    if not 0 < self.threshold <= 1:
+    if not isinstance(self.threshold, jax.Array) and not 0 < self.threshold <= 1:
       raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
     if self.untested < 0:
       raise ValueError(f"untested={self.untested} blocks")

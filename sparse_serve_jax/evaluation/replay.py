@@ -71,7 +71,7 @@ class _Setting(NamedTuple):
       sinks=jnp.int32(selector.sinks),
       window=jnp.int32(selector.window),
       dense_layers=jnp.int32(sparse.dense_layers),
-      threshold=jnp.float32(2.0 if selector.threshold is None else selector.threshold),
+      threshold=jnp.float32(sparse.fixed_threshold if selector.progressive else 2.0),
     )
 
 
