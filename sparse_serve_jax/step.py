@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
 import pallas_kernels as kernels
+from sparse_serve_jax.attention.audit import Audit, AuditAt, Stopped, audit
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
 from sparse_serve_jax.attention.prefill import Before, pin, prefill_attention
 from sparse_serve_jax.config import EngineConfig, ModelConfig
@@ -120,7 +121,9 @@ class DecodeBatch(flax.struct.PyTreeNode):
   # None if every row takes its most likely token, which is a program of its own: a branch in one would make the host
   # wait in every step.
   sampling: SamplingRows | None
-  logprobs: bool = flax.struct.field(pytree_node=False, default=False)  # of all rows; a program of its own too
+  threshold: Float32[Scalar, ""] | None = None  # of the stop test, if lists are progressive
+  audit: AuditAt | None = None  # of one of the layers whose lists are; a program of its own too
+  logprobs: bool = flax.struct.field(pytree_node=False, default=False)  # of all rows; and so is this
 
 
 class PrefillBatch(flax.struct.PyTreeNode):
@@ -162,6 +165,7 @@ class StepOutput(NamedTuple):
   tokens: Int32[Array, " B"]
   counts: Int32[Array, " 4"]  # the fields of StepCounts
   logprobs: Logprobs | None = None  # if the batch wants them
+  audit: Audit | None = None  # likewise
 
 
 def decode_step(
@@ -173,17 +177,20 @@ def decode_step(
   rows = _rows(hot, batch, width)
 
   def layer(attention, i, carry):
-    x, hot, counts, given, free = carry
+    x, hot, counts, given, free, stopped = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     hot = hot.replace(tail=_append(hot.tail, i, batch, k, v))
-    o, hot, of_layer, left = attention(q, pool, hot, i, rows, turn._replace(given=given, free=free))
-    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, AXIS), AXIS)
-    return x, hot, jax.tree.map(jnp.add, counts, of_layer), left.given, left.free
+    partial, hot, of_layer, left = attention(q, pool, hot, i, rows, turn._replace(given=given, free=free))
+    if stopped is not None:
+      stopped = stopped.noted(i, q, partial, of_layer)
+    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, partial.output, AXIS), AXIS)
+    return x, hot, jax.tree.map(jnp.add, counts, of_layer), left.given, left.free, stopped
 
   x = llama.embed(params, hot.last_token.at[batch.lanes].get(mode="clip"))
   cos_sin = llama.rope(cfg, batch.positions)
   counts, given, free = Counts.zeros(x.shape[0], hot.tail.shape[0]), turn.given, None
+  stopped = batch.audit and Stopped.nowhere(batch.audit, cfg.n_heads // cfg.n_kv_heads, hot)
   for first, end, attention in (
     (0, setup.dense_layers, setup.attention.dense),
     (setup.dense_layers, cfg.n_layers, setup.attention),
@@ -191,9 +198,10 @@ def decode_step(
     if first < end:
       if attention.selector.takes and hot.slots.shape[0]:
         free = kernels.Free.at_first(hot.maps, turn.victims, given)
-      carry = x, hot, counts, given, free
-      x, hot, counts, given, free = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
+      carry = x, hot, counts, given, free, stopped
+      x, hot, counts, given, free, stopped = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
 
+  found, hot = (None, hot) if stopped is None else audit(setup.attention, stopped, pool, hot, rows)
   size = hot.tail.shape[4]
   new_block = jnp.take_along_axis(rows.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
   filled = jnp.where(rows.tail_tokens == size, new_block, -1)
@@ -202,7 +210,7 @@ def decode_step(
   tokens, of_tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   done = StepCounts(counts.attended.sum(), counts.missed.sum(), counts.loaded.sum(), _slots_used(hot))
-  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS), of_tokens)
+  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS), of_tokens, found)
 
 
 def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
@@ -214,6 +222,7 @@ def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
     n_blocks=jnp.where(real, batch.positions // size, 0),
     tail_tokens=jnp.where(real, batch.positions % size + 1, 0),
     steps=batch.steps,
+    threshold=None if batch.threshold is None else jnp.asarray(batch.threshold),
   )
 
 

@@ -18,6 +18,7 @@ import pallas_kernels as kernels
 from pallas_kernels import digest
 from pallas_kernels.score import box
 from pallas_kernels.stop import REST, WHEN
+from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SparseConfig
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.step import DecodeBatch, Setup, decode_step
@@ -148,7 +149,8 @@ def test_copies(shape: Shape):
     assert f'name = "{name}"' in lower(functools.partial(getattr(kernels, name), **ON_GPU), *arguments)
 
 
-def test_a_step_asks_the_host_nothing():
+@pytest.mark.parametrize("audit", [None, AuditAt(Int(()), Int(()))], ids=["plain", "audited"])
+def test_a_step_asks_the_host_nothing(audit: AuditAt | None):
   """A decode step on a GPU has no branch and no loop of unknown length outside its kernels: for either, the host would
   wait for the device, in the middle of a step."""
   model = tiny_model()
@@ -158,7 +160,7 @@ def test_a_step_asks_the_host_nothing():
   kv = lambda *dims: f32((*dims, 2, 8, 16))  # noqa: E731
   maps = kernels.Maps(Int((2, 2, 40)), *[Int((12,))] * 3, Int((2, 2, 40)))
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
-  cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(Int((8,)), Int((8,)), Int((8,)), None)
+  cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(*[Int((8,))] * 3, None, f32(()), audit)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
     functools.partial(decode_step, setup, 16), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False

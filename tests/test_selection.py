@@ -91,7 +91,7 @@ def selected(selector: Selector, scores: np.ndarray, n_blocks: int) -> tuple[lis
 
 
 def topk(limit: int, **changes) -> Selector:
-  selector = Selector(BY_NUMBER, limit, sinks=1, window=2, reduce="mean", threshold=None, group_blocks=4)
+  selector = Selector(BY_NUMBER, limit, sinks=1, window=2, reduce="mean", progressive=False, group_blocks=4)
   return dataclasses.replace(selector, **changes)
 
 
@@ -115,7 +115,7 @@ def test_dense_takes_every_block_in_order():
 def test_psa_ranks_every_block():
   psa = dataclasses.replace(Selector.of(config("sparse.policy=psa")), method=BY_NUMBER)
   assert selected(psa, ONE_HEAD, 8)[0] == [0, 6, 7, 3, 5, 1, 4, 2]
-  assert psa.threshold == 0.95
+  assert psa.progressive and not psa.dense.progressive
 
 
 def test_group_reduce():

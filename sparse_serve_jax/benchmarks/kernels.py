@@ -32,7 +32,7 @@ from sparse_serve_jax.mesh import make_mesh
 
 # PSA's, and those whose code differs from it and from each other.
 STOP_RULES = [
-  kernels.StopRule(),
+  kernels.StopRule("least"),
   kernels.StopRule("last_group"),
   kernels.StopRule("last_two_groups"),
   kernels.StopRule("last_two_groups", "mean_of_heads"),
@@ -291,7 +291,7 @@ def attend(b: Bench) -> Cases:
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
-    for rule, group in b.pick([*itertools.product(STOP_RULES, [8]), (STOP_RULES[0], 4)], [(STOP_RULES[-1], 4)]):
+    for rule, group in b.pick([*itertools.product(STOP_RULES, [16]), (STOP_RULES[2], 4)], [(STOP_RULES[-1], 4)]):
       name = " ".join(["psa", *dataclasses.astuple(rule)])
       stop = kernels.Stop(threshold, untested=group, rule=rule)
       yield (

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sparse_serve_jax.config.model import ModelConfig
 from sparse_serve_jax.config.reader import check_fields, find_config, read_config
 
+MOVING = "auto:"  # begins a threshold that moves
+AUDIT, MOST_AUDIT = 0.01, 0.1  # sparse.audit where a threshold that moves needs one; the most there can be
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
 
@@ -55,11 +57,17 @@ class SparseConfig:
   # What a block's scores of the query heads of a KV head become: their mean, the largest, or the mean of the shares
   # that they estimate, in which a head whose query is large counts no more than another.
   group_reduce: Literal["mean", "max", "softmax"] = "mean"
-  threshold: float = 0.95  # psa: epsilon, stop when the estimated share of attention mass exceeds it
-  group_blocks: int = 4  # psa: blocks between two stop tests
-  # psa: what the test takes an unread block's attention mass for: the least of a ranked block so far (PSA), or the mean
-  # of the last ranked groups, which does not trust the ranking to leave the lightest for the end.
-  rest: Literal["least", "last_group", "last_two_groups"] = "least"
+  # psa: epsilon, stop when the estimated share of attention mass exceeds it. "auto:0.95" moves it while serving, until
+  # the true share is 0.95 in 95 % of the stops that are audited.
+  threshold: float | str = 0.95
+  # psa: how many blocks may be read to find the true share of some stops, as a part of those attended to: 0.01 is 1 %.
+  # 0: none, but 0.01 for a threshold that moves.
+  audit: float = 0.0
+  group_blocks: int = 16  # psa: blocks between two stop tests, and before the first (docs/psa.md says why so many)
+  # psa: what the test takes an unread block's attention mass for, a name in pallas_kernels.stop.REST: the least of a
+  # ranked block so far (PSA), or the mean of the last ranked groups, which does not trust the ranking to leave the
+  # lightest for the end.
+  rest: str = "last_two_groups"
   # psa: whose estimate must exceed the threshold: that of every query head of a KV head, or their mean.
   stop_when: Literal["every_head", "mean_of_heads"] = "every_head"
   # psa: where the test is made. "host_loop": outside of the attention kernel, which runs once a group; the host waits
@@ -68,10 +76,49 @@ class SparseConfig:
 
   def __post_init__(self):
     check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
-    if not 0 < self.threshold <= 1:
-      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    self._check_promise()
     if self.group_blocks & (self.group_blocks - 1):
       raise ValueError(f"group_blocks={self.group_blocks} is not a power of two")
+
+  @property
+  def moves(self) -> bool:
+    """Whether the threshold is one that moves."""
+    return isinstance(self.threshold, str)
+
+  @property
+  def promise(self) -> float:
+    """The share of the attention mass that a progressive list is to reach: P of "auto:P", or the threshold."""
+    return float(self.threshold.removeprefix(MOVING)) if isinstance(self.threshold, str) else self.threshold
+
+  @property
+  def fixed_threshold(self) -> float:
+    """The threshold, of a configuration that has one and keeps it."""
+    if isinstance(self.threshold, str):
+      raise ValueError(f"sparse.threshold={self.threshold!r} moves while an engine serves; here it must be a number")
+    return self.threshold
+
+  @property
+  def audit_share(self) -> float:
+    """`audit`, or what a threshold that moves has by default."""
+    return self.audit or (AUDIT if self.moves else 0.0)
+
+  def _check_promise(self) -> None:
+    if isinstance(self.threshold, str):
+      try:
+        promise = self.promise if self.threshold.startswith(MOVING) else math.nan
+      except ValueError:
+        promise = math.nan
+      if not 0 < promise < 1:
+        raise ValueError(f"threshold={self.threshold!r} is neither a number in (0, 1] nor auto:P with P in (0, 1)")
+    elif not 0 < self.threshold <= 1:
+      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    if not 0 <= self.audit <= MOST_AUDIT:
+      raise ValueError(f"audit={self.audit} is not in [0, {MOST_AUDIT}]")
+    for name, given in (("threshold", self.moves), ("audit", self.audit > 0)):
+      if given and self.policy != "psa":
+        raise ValueError(
+          f"{name}={getattr(self, name)!r} is of progressive lists, it needs policy='psa', not {self.policy!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,7 +246,7 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
     sparse = case.config.sparse
     stops = (found.blocks < exist[..., None, None])[..., None]  # [B, n, L, K, 1]
-    least = sparse.threshold - TOLERANCE
+    least = sparse.fixed_threshold - TOLERANCE
     of_stop = found.mass.mean(-1) if sparse.stop_when == "mean_of_heads" else found.mass.min(-1)
     stopped = stops & np.ones_like(found.mass, bool)
     told["pairs"] = count(np.ones_like(found.mass, int))

@@ -11,6 +11,7 @@ from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.attention.methods import TOP_P
 from sparse_serve_jax.config import EngineConfig, SparseConfig, override
 
+GROUPS = (4, 8)  # blocks between two stop tests, beside the default
 BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
 GRID = (*range(4, 65, 4), *range(80, 129, 16), *range(160, 257, 32))  # blocks
 DEFAULT_METHOD = SparseConfig().method
@@ -21,7 +22,8 @@ AXES = {
   "grid": "a fine grid of budgets: every 4 blocks up to 64, then 16 up to 128 and 32 up to 256",
   "sinks": "without sinks and window",
   "layers": "the first layer dense, and two: budgets, and rules that test every head",
-  "heads": "blocks ranked by the best query head of a group, not by the mean",
+  "heads": "blocks ranked by the best query head of a group, and by estimated shares, not by the mean of scores",
+  "groups": "PSA's thresholds with a stop test after every 4 and 8 blocks",
   "blocks": "blocks of 16 and 64 tokens",
   "stops": "PSA's thresholds on the ranking of min_max too, with its estimate and with a certified stop; and, on the "
   "default ranking, with stops that know the true mass",
@@ -129,6 +131,7 @@ def _of_budget(names: Sequence[str], budget: int, axes: Collection[str]) -> Iter
     yield _case(name, budget, of, f"sparse.dense_layers={n}")
   if "heads" in axes:
     yield _case("best query head", budget, of, "sparse.group_reduce=max")
+    yield _case("shares of query heads", budget, of, "sparse.group_reduce=softmax")
   for size in BLOCK_SIZES[1:] if "blocks" in axes else ():
     yield _case(f"blocks of {size}", budget, of, block_tokens=size)
 
@@ -141,6 +144,8 @@ def _of_threshold(threshold: float, axes: Collection[str], rests: Collection[str
     yield _case(CERTIFIED, threshold, *of, "sparse.method=min_max", claims="certified")
     yield _case(TRUE_STOP, threshold, *of, claims="true")
     yield _case(f"{TRUE_STOP}, mean_of_heads", threshold, *of, "sparse.stop_when=mean_of_heads", claims="true")
+  for n in GROUPS if "groups" in axes else ():
+    yield _case(f"{PSA}, groups of {n}", threshold, *of, f"sparse.group_blocks={n}")
   for series, (rest, when) in RULES.items():
     changes = *of, f"sparse.rest={rest}", f"sparse.stop_when={when}"
     asked = "rules" in axes and rest in rests

@@ -72,7 +72,7 @@ class _Setting(NamedTuple):
       sinks=jnp.int32(selector.sinks),
       window=jnp.int32(selector.window),
       dense_layers=jnp.int32(sparse.dense_layers),
-      threshold=jnp.float32(2.0 if selector.threshold is None else selector.threshold),
+      threshold=jnp.float32(sparse.fixed_threshold if selector.progressive else 2.0),
     )
 
 
@@ -308,9 +308,14 @@ def _stop(
     claims = jnp.exp(seen)
   elif ranked.bound is None:
     of_group = jnp.where((start >= untested)[..., None], rule.of_group(lse * LOG2_E, read), jnp.inf)
-    before = lax.cummin(of_group, axis=2) if rule.rest == "least" else of_group
-    before = jnp.pad(before[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)], constant_values=jnp.inf)
-    claims, _ = rule.claim(before, of_group, seen * LOG2_E, left[..., None].astype(jnp.float32))
+
+    def test(before, group):
+      claims, kept = rule.claim(before, *group)
+      return kept, claims
+
+    groups = of_group, seen * LOG2_E, left[..., None].astype(jnp.float32)
+    of_each = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), groups)  # [J, n, K, G or 1]
+    claims = jnp.moveaxis(lax.scan(test, jnp.full_like(of_each[0][0], jnp.inf), of_each)[1], 0, 2)
   else:
     from_here = lax.cumlogsumexp(jax.nn.logsumexp(in_order(ranked.bound), 3), axis=2, reverse=True)
     unseen = jnp.pad(from_here[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0)], constant_values=-jnp.inf)

@@ -204,7 +204,7 @@ def reuse_curve(row: Row, key: str) -> np.ndarray:
 
 def nearest_threshold(thresholds: Sequence[float]) -> float:
   """The one to show where one is shown: nearest to the default, PSA's example."""
-  return min(thresholds, key=lambda threshold: abs(threshold - SparseConfig().threshold))
+  return min(thresholds, key=lambda threshold: abs(threshold - SparseConfig().fixed_threshold))
 
 
 def _values(rows: Sequence[Row], key: str) -> list:
