@@ -57,7 +57,7 @@ def random_case(seed: int, shape: Shape, rows: list[Row], n: int, dtype: str = "
   return Case(make(B, K, G, D, spread=1.5), rows, make(B, K, n, 2, S, D), make(B, K, 2, S, D))
 
 
-PSA = kernels.StopRule()
+PSA = kernels.StopRule("least")  # the paper's
 
 
 def taken_for(rule: kernels.StopRule, masses: list[np.ndarray], group: int) -> np.ndarray:

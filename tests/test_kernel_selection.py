@@ -163,9 +163,9 @@ def check_score(
     each = q[b].astype(float)[:, :, None, None] * vectors.astype(float)[:, None]  # [K, G, n, E, D]
     by_head = each.max(-2).sum(-1)
     if reduce == "softmax":
-      logits = np.where(forced, -np.inf, by_head * D**-0.5)
-      shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) if not forced.all() else logits
-      expected[b, :, :n] = np.log(shares.sum(1))
+      logits = by_head[:, :, ~forced] * D**-0.5
+      shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+      expected[b, :, :n][:, ~forced] = np.log(shares.sum(1))
     else:
       expected[b, :, :n] = by_head.max(1) if reduce == "max" else by_head.mean(1)
     expected[b, :, :n][:, forced] = np.inf

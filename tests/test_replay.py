@@ -108,7 +108,7 @@ def test_the_certified_share_is_a_lower_bound(seed: int, spread: float, sharpnes
 
 def test_a_bound_reads_more_than_the_estimate_and_less_than_all():
   attention = Attention(0, spread=0.05, sharpness=3.0)
-  certified, estimated = attention.run(0.9), attention.run(0.9, claims="rule")
+  certified, estimated = attention.run(0.9), attention.run(0.9, "sparse.rest=least", claims="rule")
   assert estimated[0].mean() < certified[0].mean() < 20  # of 23 or 24
   assert certified[1].min() > 0.9 > estimated[1].min()
 

@@ -37,6 +37,7 @@ STOP_RULES = [
   kernels.StopRule("last_two_groups"),
   kernels.StopRule("last_two_groups", "mean_of_heads"),
 ]
+STOPS = [*itertools.product(STOP_RULES, [16]), (kernels.StopRule(), 4), (kernels.StopRule(), 8)]  # with their groups
 
 Cases = Iterator[tuple[str, Callable[[], Row]]]
 
@@ -291,13 +292,11 @@ def attend(b: Bench) -> Cases:
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
-    for rule, group in b.pick([*itertools.product(STOP_RULES, [16]), (STOP_RULES[2], 4)], [(STOP_RULES[-1], 4)]):
-      name = " ".join(["psa", *dataclasses.astuple(rule)])
+    for rule, group in b.pick(STOPS, [(STOP_RULES[-1], 4)]):
+      name = " ".join(["psa", *dataclasses.astuple(rule), f"groups of {group}"])
       stop = kernels.Stop(threshold, untested=group, rule=rule)
-      yield (
-        f"{name} groups of {group} {threshold} {rows}x{n} miss {miss:.0%}",
-        functools.partial(sparse, rows, n, miss, stop, group),
-      )
+      case = functools.partial(sparse, rows, n, miss, stop, group)
+      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", case
 
 
 def copy(b: Bench) -> Cases:
