@@ -22,7 +22,7 @@ from sparse_serve_jax.serving.audit import Audits, wilson
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import Audited, AuditOf, DecodeRow, Observed, Plan, Sampling
-from tests.fake_engine import SHAPE
+from tests.fake_engine import SHAPE, continuation, fake_executor
 from tests.tiny import config, new_engine, poisoned, prompt_of, serve, tiny_model, with_slots
 
 PROMPTS = [prompt_of(n, seed=n) for n in (150, 37, 96)]
@@ -31,10 +31,10 @@ CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", mark
 SETTINGS = {
   "tight": (),
   "host_loop": ("sparse.stop=host_loop",),
-  "in HBM": ("cache.offload=false",),
+  "in_hbm": ("cache.offload=false",),
   "interpret": ("implementation=interpret",),
-  "dense layer": ("sparse.dense_layers=1", "sparse.rest=last_group", "cache.zones=layer"),
-  "two devices": ("tp=2",),
+  "dense_layer": ("sparse.dense_layers=1", "sparse.rest=last_group", "cache.zones=layer"),
+  "two_devices": ("tp=2",),
 }
 
 
@@ -84,12 +84,12 @@ def by_hand(model, of: AuditOf, row: DecodeRow, token: int, kept) -> tuple[np.nd
 @pytest.mark.parametrize("name", SETTINGS)
 def test_shares_are_those_of_all_keys_and_nothing_else_changes(device, name):
   """Tokens, blocks read, and what was in slots are those of a run without audits."""
-  if name == "two devices" and jax.device_count() < 2:
+  if name == "two_devices" and jax.device_count() < 2:
     pytest.skip(f"needs two devices, there is {jax.device_count()}")
   if device == "gpu" and name == "interpret":
     pytest.skip("the interpreter cannot read a pool in host memory")
   model, conf = tiny_model("gqa3-tied"), config(*PSA, *SETTINGS[name])
-  conf = conf if name == "in HBM" else with_slots(conf, 10, model)
+  conf = conf if name == "in_hbm" else with_slots(conf, 10, model)
   expected, plain = serve(conf, model, PROMPTS, 10)
   executor = Watched(conf, model)
   engine = Engine(poisoned(executor))
@@ -289,6 +289,17 @@ def test_nothing_audited_says_nothing():
     None,
     1.0,
   )
+
+
+def test_an_executor_that_audits_nothing():
+  """As the simulator's: plans are run, and nothing is counted."""
+  executor = fake_executor()
+  executor.config = override(executor.config, ["sparse.policy=psa", "sparse.threshold=auto:0.9", "sparse.audit=0.1"])
+  engine = Engine(executor)
+  request = engine.add_request([1, 2, 3] * 6, 30)
+  engine.run()
+  assert request.output_tokens == continuation([1, 2, 3] * 6, 30) and any(plan.audit for plan in executor.plans)
+  assert engine.audits and (engine.audits.summary().audits, engine.audits.summary().audit_blocks) == (0, 0)
 
 
 def moving(broken: list[bool], promise: float = 0.9) -> list[float]:
