@@ -23,7 +23,7 @@ from sparse_serve_jax.serving.plan import Audited, AuditOf, DecodeRow, Observed,
 SEED = 0
 ROUNDING = 1e-5  # of a share, which comes of float32
 KEPT = 0.95  # of the audited stops, that are to keep the promise of a threshold that moves
-STEP = 0.2  # how far a broken promise moves the threshold's log odds, 1 / (1 - KEPT) = 20 times what a kept one does
+STEP = 0.2  # of the threshold's log odds: a broken promise moves them up by KEPT of it, a kept one down by the rest
 LEAST, MOST = 0.1, 1e6  # the range of its odds p / (1 - p): this part of the promise's, and these
 Z = 1.959964  # standard deviations of a normal distribution that 95 % lie within
 
@@ -59,9 +59,9 @@ class Audits:
   that attend to everything are left out.
 
   The threshold (adaptive conformal inference, Gibbs and Candes, arXiv 2106.00193): each audited stop moves its log odds
-  by STEP * (broken - (1 - KEPT)). Unless it comes to the end of its range, n stops break at most (1 - KEPT) n +
-  log(MOST / odds of the promise) / STEP promises, 54 more than 5 % with a promise of 0.95, whatever comes: nothing is
-  assumed of the model or the texts.
+  by STEP * (broken - (1 - KEPT)), broken being 1 or 0. Unless it comes to the end of its range, n stops break at most
+  (1 - KEPT) n + log(MOST / odds of the promise) / STEP promises, with a promise of 0.95 in 5 % of them and 54 more,
+  whatever comes: nothing is assumed of the model or the texts.
   """
 
   def __init__(self, sparse: SparseConfig, shape: CacheShape):
