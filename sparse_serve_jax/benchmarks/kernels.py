@@ -295,8 +295,7 @@ def attend(b: Bench) -> Cases:
     for rule, group in b.pick(STOPS, [(STOP_RULES[-1], 4)]):
       name = " ".join(["psa", *dataclasses.astuple(rule), f"groups of {group}"])
       stop = kernels.Stop(threshold, untested=group, rule=rule)
-      case = functools.partial(sparse, rows, n, miss, stop, group)
-      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", case
+      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop, group)
 
 
 def copy(b: Bench) -> Cases:
