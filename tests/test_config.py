@@ -245,7 +245,7 @@ def test_a_dict_is_what_a_file_holds():
 def test_unknown_name_lists_what_there_is():
   with pytest.raises(
     ValueError,
-    match="'pso'.*dense, fifo, flash_transfer, hot_buffer, per_layer_pools, psa, psa_host_loop, sparse, "
+    match="'pso'.*dense, fifo, flash_transfer, hot_buffer, per_layer_pools, psa, psa_host_loop, psa_paper, sparse, "
     "sparse_offload, sparse_serve, working_set",
   ):
     load_config("pso")
