@@ -106,7 +106,7 @@ def test_stop_rules():
 
 
 def test_every_rule_has_its_comparison_and_its_blocks_by_head():
-  name = "psa, last_two_groups, every_head"
+  name = "psa, least, every_head"
   rows = [*ROWS, *(stop(name, at, 1.0, 6 * at, task="a") for at in (0.5, 0.9))]
   found = [entry for entry in report.psa_against_fixed(rows) if entry["of"] == "a" and entry["level"] == 0.98]
   assert [(entry["series"], entry["psa"]["at"], entry["psa"]["blocks"]) for entry in found] == [

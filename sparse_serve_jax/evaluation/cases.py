@@ -35,10 +35,10 @@ DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa",
 TRUE_STOP = "oracle stop"
 DENSE_LAYERS = {1: "one layer dense", 2: "two layers dense"}
 
-# Rules of the stop test on the default ranking: series -> (sparse.rest, sparse.stop_when).
-RULES = {
-  PSA if rule == (SparseConfig().rest, SparseConfig().stop_when) else f"{PSA}, {', '.join(rule)}": rule
-  for rule in itertools.product(REST, WHEN)
+# Rules of the stop test on the default ranking: series -> (sparse.rest, sparse.stop_when), the default first.
+DEFAULT_RULE = SparseConfig().rest, SparseConfig().stop_when
+RULES = {PSA: DEFAULT_RULE} | {
+  f"{PSA}, {', '.join(rule)}": rule for rule in itertools.product(REST, WHEN) if rule != DEFAULT_RULE
 }
 
 
