@@ -85,8 +85,8 @@ MUTATIONS = [
   Mutation(
     "the last two groups are one",
     STOP,
-    "each = jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))",
-    "each = jnp.where(before == jnp.inf, each, each)",
+    "jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))",
+    "jnp.where(before == jnp.inf, each, each)",
     (f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",),
   ),
   Mutation(

@@ -57,11 +57,18 @@ def mutants() -> Iterator[Mutants]:
   mutants.close()
 
 
+def places(mutation: Mutation) -> int:
+  return (ROOT / mutation.file).read_text().count(mutation.old)
+
+
+def test_every_mutation_has_its_place():
+  """One only, so that a change of the source changes its mutation too, before the soak is run."""
+  assert {mutation.name: places(mutation) for mutation in MUTATIONS if places(mutation) != 1} == {}
+
+
 def caught(mutants: Mutants, mutation: Mutation, folder: Path) -> bool:
   path = copy_source(folder) / mutation.file
-  source = path.read_text()
-  assert source.count(mutation.old) == 1, f"{mutation.name}: {source.count(mutation.old)} places in {mutation.file}"
-  path.write_text(source.replace(mutation.old, mutation.new))
+  path.write_text(path.read_text().replace(mutation.old, mutation.new))
   return mutants.failed(folder, mutation.tests) == set(mutation.tests)
 
 
