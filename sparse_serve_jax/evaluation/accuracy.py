@@ -164,8 +164,10 @@ def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
 
 
 def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:
-  """The replay of a case over the prefill of a batch, on the device."""
+  """The replay of a case over the prefill of a batch, or over one of its own if it is sparse, on the device."""
   n = batch.answers.shape[1]
+  if case.prefills:
+    dense = replay.sparse_prefill(model.config, params, case.config, batch.tokens, batch.start)
   return replay.replay(model.config, params, case.config, dense, batch.start, n, oracle=case.oracle, claims=case.claims)
 
 
@@ -176,7 +178,8 @@ def measure(
 
   A row has of what `summary` tells means over instances, and sums of counts; "agreement", the share of steps whose most
   likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative error of
-  heads' outputs [L]; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over
+  heads' outputs [L]; for a case of sparse prefill "read", the share of the blocks before a tile of queries that it reads,
+  and "read_by_layer" [L]; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over
   all answers' tokens [L, K], and QUANTILES over these tokens [5, L, K].
 
   Args:
@@ -189,6 +192,7 @@ def measure(
   parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
   blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
   errors: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
+  reads: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
   dense, best_of_dense = next(cases([], [], [])), np.zeros(())
   others = [case for case in wanted if case.series != DENSE]
   for batch, case, found in replays(model, params, sample, [dense, *others], workers):
@@ -201,6 +205,8 @@ def measure(
     errors[case.name].append(found.error.mean((3, 4))[batch.answers])  # [tokens, L]
     if case.stops:
       blocks[case.name].append(found.blocks[batch.answers])
+    if case.prefills:
+      reads[case.name].append(found.read)  # [B, L]
   for case in wanted:
     whole = {key: np.concatenate([part[key] for part in parts[case.name]]) for key in parts[case.name][0]}
     row: Row = {key: int(x.sum()) if x.dtype == int else float(x.mean()) for key, x in whole.items()}
@@ -208,6 +214,8 @@ def measure(
       of_tokens = np.concatenate(blocks[case.name])  # [tokens, L, K]
       quantiles = np.quantile(of_tokens, QUANTILES, 0)
       row["by_head"] = {"mean": of_tokens.mean(0).round(3).tolist(), "quantiles": quantiles.round(3).tolist()}
+    if case.prefills:
+      row["read_by_layer"] = np.concatenate(reads[case.name]).mean(0).round(5).tolist()
     row["error_by_layer"] = np.concatenate(errors[case.name]).mean(0).round(5).tolist()
     yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH}}
 
@@ -242,6 +250,8 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
     "mass": mean(found.mass.mean((2, 3, 4))),
     "error": mean(found.error.mean((2, 3, 4))),
   }
+  if case.prefills:
+    told["read"] = found.read.mean(1)
   if case.stops:
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
     sparse = case.config.sparse

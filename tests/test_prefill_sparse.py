@@ -1,0 +1,134 @@
+"""Block-sparse prefill in the engine: what reads everything is dense, and what does not is the same however it runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pallas_kernels as kernels
+from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.evaluation import replay
+from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
+
+S, N = 8, 10
+SHARED = prompt_of(64, seed=1)  # eight blocks that two prompts begin with
+PROMPTS = [prompt_of(n, n) for n in (230, 37)] + [SHARED + prompt_of(n, n) for n in (120, 90)]
+PREFILLS = {
+  "whole": ["scheduler.max_inject_tokens=4096"],
+  "pieces": ["scheduler.max_inject_tokens=64"],
+  "chunked": ["scheduler.prefill=chunked", "scheduler.chunk_tokens=64"],
+  "beside decode rows": ["scheduler.prefill=chunked", "scheduler.chunk_tokens=64", "scheduler.max_tokens=36"],
+}
+CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+
+
+def sparse(*changes: str, slots: int = 30, model=None) -> EngineConfig:
+  """Few slots, so that pieces read what comes before them from the pool too."""
+  conf = config("scheduler.batch_control=none", "sparse.policy=dense", "sparse.prefill=top_k", *changes, block_tokens=S)
+  return with_slots(conf, slots, model or tiny_model()) if slots else conf
+
+
+def in_turn(conf: EngineConfig) -> list[list[int]]:
+  """Greedy tokens of prompts that are served one after the other, so that the later find the earlier ones' blocks."""
+  engine, tokens = new_engine(conf, tiny_model()), []
+  for prompt in PROMPTS:
+    request = engine.add_request(prompt, N)
+    engine.run()
+    tokens.append(request.output_tokens)
+  return tokens
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("by", ["top_k", "threshold"])
+@pytest.mark.parametrize("kind", PREFILLS)
+def test_a_share_of_all_is_dense(device, kind: str, by: str):
+  """Also of what is shared with a prompt before, which requests of one time and of one after the other do."""
+  expected = [greedy("gqa2", tuple(p), N) for p in PROMPTS]
+  conf = sparse(f"sparse.prefill={by}", "sparse.prefill_share=1", *PREFILLS[kind])
+  assert serve(conf, tiny_model(), PROMPTS, N)[0] == expected
+  assert in_turn(conf) == expected
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("kind", ["whole", "pieces"])
+def test_dense_layers_are_dense(device, kind: str):
+  """All of them; and one of two is neither this nor sparse in both."""
+  expected = [greedy("gqa2", tuple(p), N) for p in PROMPTS]
+  none, one, both = (
+    serve(sparse("sparse.prefill_share=0.01", f"sparse.dense_layers={n}", *PREFILLS[kind]), tiny_model(), PROMPTS, N)[0]
+    for n in range(3)
+  )
+  assert both == expected and one != expected and one != none
+
+
+RULES = {
+  "a quarter": ["sparse.prefill_share=0.25"],
+  "half of the mass": ["sparse.prefill=threshold", "sparse.prefill_share=0.5"],
+  "second layer": ["sparse.prefill_share=0.1", "sparse.dense_layers=1"],
+  "min-max, best head": ["sparse.prefill_share=0.3", "sparse.method=min_max", "sparse.group_reduce=max"],
+  "no sinks": ["sparse.prefill_share=0.2", "sparse.sink_tokens=0", "sparse.window_tokens=0"],
+}
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("rule", RULES)
+def test_the_engines_tokens_are_the_replays(device, rule: str):
+  """Dense decoding over what a sparse prefill has left. The replay runs whole prompts, and no cache lies between."""
+  conf = sparse(*RULES[rule], "cache.hbm_bytes=8MiB", "cache.prefix=false", *PREFILLS["whole"], slots=0)
+  model = tiny_model()
+  tokens, _ = serve(conf, model, PROMPTS, N)
+  rows = np.zeros((len(PROMPTS), 256), np.int32)
+  for row, prompt, answer in zip(rows, PROMPTS, tokens, strict=True):
+    row[: len(prompt) + N] = prompt + answer
+  start = np.array([len(p) for p in PROMPTS], np.int32)
+  prefilled = replay.sparse_prefill(model.config, model.params, conf, rows, start)
+  found = replay.replay(model.config, model.params, conf, prefilled, start, N - 1)
+  assert np.asarray(found.right).all()
+  read = np.asarray(found.read)
+  assert read.shape == (4, 2) and read[0].min() < 0.9 and (read[1] == 1).all()  # one tile has nothing before it
+  assert tokens != [greedy("gqa2", tuple(p), N) for p in PROMPTS]
+
+
+@CPU_AND_GPU
+def test_slots_change_no_token(device):
+  """Whether a piece reads what comes before it from slots or from the pool."""
+  some = ["sparse.prefill_share=0.3", *PREFILLS["pieces"]]
+  few, engine = serve(sparse(*some, slots=10), tiny_model(), PROMPTS, N)
+  many, _ = serve(sparse(*some, slots=400), tiny_model(), PROMPTS, N)
+  in_hbm, _ = serve(sparse(*some, "cache.offload=false", "cache.hbm_bytes=8MiB", slots=0), tiny_model(), PROMPTS, N)
+  assert few == many == in_hbm
+  assert engine.usage.blocks_loaded > 0
+
+
+def test_a_sparse_piece_loads_less():
+  """One request, whose decode steps are the same: what is not read is not loaded."""
+
+  def loaded(share: float) -> int:
+    conf = sparse(f"sparse.prefill_share={share}", "sparse.prefill=top_k", *PREFILLS["pieces"], slots=10)
+    return serve(conf, tiny_model(), PROMPTS[:1], 1)[1].usage.blocks_loaded
+
+  assert 0 < loaded(0.1) < 0.8 * loaded(1.0)
+
+
+@CPU_AND_GPU
+def test_two_devices(device):
+  conf = sparse("sparse.prefill_share=0.25", *PREFILLS["pieces"], slots=40)
+  alone = serve(conf, tiny_model(), PROMPTS, N)[0]
+  both = sparse("sparse.prefill_share=0.25", *PREFILLS["pieces"], "tp=2", slots=40)
+  assert serve(both, tiny_model(), PROMPTS, N)[0] == alone
+
+
+@pytest.mark.parametrize("kind", ["whole", "chunked"])
+def test_kernels_serve(kind: str):
+  """The interpreted kernels."""
+  conf = sparse("sparse.prefill_share=0.25", "sparse.policy=topk", *PREFILLS[kind])
+  expected = serve(conf, tiny_model(), PROMPTS[:2], 3)[0]
+  interpreted = sparse("sparse.prefill_share=0.25", "sparse.policy=topk", *PREFILLS[kind], "implementation=interpret")
+  assert serve(interpreted, tiny_model(), PROMPTS[:2], 3)[0] == expected
+
+
+def test_a_prefill_that_selects_nothing_is_refused():
+  model, tokens = tiny_model(), np.zeros((1, 64), np.int32)
+  with pytest.raises(ValueError, match="sparse.prefill='dense' selects nothing"):
+    replay.sparse_prefill(model.config, model.params, sparse("sparse.prefill=dense"), tokens, np.array([9], np.int32))
+  assert kernels.Tiles.of(230 + 2, S).tile == 128  # so that the long prompts here have blocks to choose from
