@@ -10,15 +10,16 @@ There are four parts, of which --parts chooses:
   text         Every setting predicts the same ordinary text, long and short: nats a token, and how often its most
                likely next token is that of dense attention. The text is generated, or that of --text and
                --longbench_dir, cut into as many pieces as --instances says, that share no token.
-  prefill      The same tasks and texts, their prompts read sparsely and decoded densely: nats and accuracy by the share of
-               earlier blocks that tiles of queries read, for --methods and the axes layers and heads.
+  prefill      The same tasks and texts, of which prompts are read sparsely and the rest is decoded densely: nats of
+               both and accuracy by the share of earlier blocks that tiles of queries read, for --methods and the axes
+               layers and heads.
   selections   What budgets and PSA select while a long answer is decoded: overlap of steps, working sets, traces.
 
 Settings are those of --methods, --budgets and --thresholds, and dense. --axes adds variations.
 
-The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts, prefill.jsonl
-and reuse.jsonl of the others, traces/*.npz, and made of these results.md, summary.json and plots. What is there is not run again. The last
-line of stdout is one JSON object: how many rows there are, and what dense attention answers.
+The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts, prefill.jsonl and
+reuse.jsonl of the others, traces/*.npz, and made of these results.md, summary.json and plots. What is there is not run
+again. The last line of stdout is one JSON object: how many rows there are, and what dense attention answers.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def main() -> None:
   rests = cli.chosen("rules", _RULES.value, list(REST))
   wanted = list(cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes, rests, max(asked, default=0)))
   shares = [cli.numbers(flag, float) for flag in (_SHARES, _PREFILL_THRESHOLDS)]
-  wanted += list(prefill_cases([name for name in methods if name in METHODS], *shares, axes))[1:]
+  wanted += list(prefill_cases([name for name in methods if name in METHODS], shares[0], shares[1], axes))
   text = _corpus()
   out = results.make_folder(_OUT.value)
   runtime.configure()
@@ -127,7 +128,8 @@ def main() -> None:
     print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
   else:
     plots.write(out, told, study.reuse.all)
-  cli.end_with(report.markdown(told), report.in_short(told) | {"rows": len(study.rows.all), "out": str(out)})
+  n_rows = len(study.rows.all) + len(study.prefill.all)
+  cli.end_with(report.markdown(told), report.in_short(told) | {"rows": n_rows, "out": str(out)})
 
 
 def _of_prefill(text_lengths: list[int], lengths: list[int], names: list[str]) -> list[tuple[int, str]]:

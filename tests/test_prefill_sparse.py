@@ -8,6 +8,9 @@ import pytest
 import pallas_kernels as kernels
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.evaluation import replay
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving import budget
+from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
 
 S, N = 8, 10
@@ -125,6 +128,28 @@ def test_kernels_serve(kind: str):
   expected = serve(conf, tiny_model(), PROMPTS[:2], 3)[0]
   interpreted = sparse("sparse.prefill_share=0.25", "sparse.policy=topk", *PREFILLS[kind], "implementation=interpret")
   assert serve(interpreted, tiny_model(), PROMPTS[:2], 3)[0] == expected
+
+
+def test_digests_are_there_for_what_selects():
+  """Dense decoding needs none, and neither does a dense prefill."""
+  vectors = {
+    (policy, prefill): CacheShape.of(
+      tiny_model().config, sparse(f"sparse.policy={policy}", f"sparse.prefill={prefill}", slots=0), 2
+    ).E
+    for policy in ("dense", "topk")
+    for prefill in ("dense", "top_k", "threshold")
+  }
+  assert [key for key, n in vectors.items() if n == 0] == [("dense", "dense")] and set(vectors.values()) == {0, 2}
+
+
+def test_sparse_prefill_is_counted_as_memory():
+  def activations(prefill: str) -> int:
+    conf = sparse(f"sparse.prefill={prefill}")
+    executor = JaxExecutor(conf, tiny_model())
+    return budget.Needs.of(tiny_model().config, conf, executor.shape, executor.buckets, cudnn=False).activations
+
+  keys_and_values = 2 * 2 * 256 * 16 * 4  # of 256 tokens, 2 heads of 16 float32
+  assert activations("top_k") - activations("dense") > keys_and_values
 
 
 def test_a_prefill_that_selects_nothing_is_refused():

@@ -33,7 +33,7 @@ from sparse_serve_jax.tasks import text as texts
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
-EACH = ("accuracy", "nats", "agreement", "error")  # of every instance
+EACH = ("accuracy", "nats", "agreement", "error", "prompt_nats")  # of every instance; the last of sparse prefill
 
 # What a stop test claims may exceed the true mass by this: both are sums of float32 shares of a few hundred blocks, and
 # the bound allows for the rounding of logits. Thresholds beyond 0.999 are too near to 1 for a stop test in float32.
@@ -178,9 +178,10 @@ def measure(
 
   A row has of what `summary` tells means over instances, and sums of counts; "agreement", the share of steps whose most
   likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative error of
-  heads' outputs [L]; for a case of sparse prefill "read", the share of the blocks before a tile of queries that it reads,
-  and "read_by_layer" [L]; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over
-  all answers' tokens [L, K], and QUANTILES over these tokens [5, L, K].
+  heads' outputs [L]. For a case of sparse prefill: "prompt_nats", those of a prompt's last tokens, "read", the share of
+  the blocks before a tile of queries that it reads, and "read_by_layer" [L]. For a case that stops: under "by_head" the
+  blocks attended by layer and KV head: their mean over all answers' tokens [L, K], and QUANTILES over these tokens
+  [5, L, K].
 
   Args:
     model: the model.
@@ -217,7 +218,7 @@ def measure(
     if case.prefills:
       row["read_by_layer"] = np.concatenate(reads[case.name]).mean(0).round(5).tolist()
     row["error_by_layer"] = np.concatenate(errors[case.name]).mean(0).round(5).tolist()
-    yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH}}
+    yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH if key in whole}}
 
 
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:
@@ -251,7 +252,7 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
     "error": mean(found.error.mean((2, 3, 4))),
   }
   if case.prefills:
-    told["read"] = found.read.mean(1)
+    told |= {"read": found.read.mean(1), "prompt_nats": found.prompt_nats}
   if case.stops:
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
     sparse = case.config.sparse

@@ -32,6 +32,7 @@ AXES = {
 # Series that tables name; those of budgets have their method's name, or the axis's.
 DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
 TRUE_STOP = "oracle stop"
+DENSE_PREFILL = "dense prefill"
 DENSE_LAYERS = {1: "one layer dense", 2: "two layers dense"}
 
 # Rules of the stop test on the default ranking: series -> (sparse.rest, sparse.stop_when).
@@ -104,7 +105,7 @@ def cases(
 def prefill_cases(
   names: Sequence[str], shares: Sequence[float], thresholds: Sequence[float], axes: Collection[str] = ()
 ) -> Iterator[Case]:
-  """Dense, and prompts read sparsely: a share of the blocks, or blocks with a share of the estimated mass.
+  """Prompts read whole, tile by tile too; and sparsely, a share of the blocks or of the estimated mass.
 
   Args:
     names: of methods.
@@ -112,7 +113,8 @@ def prefill_cases(
     thresholds: shares of the mass.
     axes: of AXES "layers" and "heads" count; they are the default method's.
   """
-  yield _case(DENSE, 1, "sparse.policy=dense")
+  dense = "sparse.policy=dense"
+  yield _case(DENSE_PREFILL, 1, dense, "sparse.prefill=top_k", "sparse.prefill_share=1")
   varied = {name: (f"sparse.dense_layers={n}",) for n, name in DENSE_LAYERS.items() if "layers" in axes}
   varied |= {"best query head": ("sparse.group_reduce=max",)} if "heads" in axes else {}
   ways = [(name, (f"sparse.method={name}",)) for name in names]
@@ -120,7 +122,7 @@ def prefill_cases(
   for (name, changes), (by, at) in itertools.product(ways, (("top_k", shares), ("threshold", thresholds))):
     for share in at:
       of = f"sparse.prefill={by}", f"sparse.prefill_share={share}"
-      yield _case(f"prefill {by}, {name}", share, "sparse.policy=dense", *of, *changes)
+      yield _case(f"prefill {by}, {name}", share, dense, *of, *changes)
 
 
 def _case(

@@ -28,6 +28,7 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.models import llama
 
 ALL = 1 << 30  # blocks: no limit
+PROMPT_TOKENS = 1024
 CLAIMS = {  # what a stop test goes by
   "rule": "what the rule of the configuration claims",
   "certified": "an upper bound of what is unread",
@@ -90,7 +91,10 @@ class Replay(NamedTuple):
   estimate: jax.Array  # what the stop test went by where it stopped, see CLAIMS
   excess: jax.Array  # by how much that was more than the share: where it stopped, or certified in the worst test
   selected: jax.Array | None  # [B, n, L, K, N] bool
-  read: jax.Array | None = None  # [B, L] float32, what a sparse prefill read of the blocks before its tiles, as a share
+  # Of a sparse prefill: what it read of the blocks before its tiles, as a share [B, L] float32; and the mean negative
+  # log-likelihood of a prompt's last tokens [B] float32, at most PROMPT_TOKENS, by the prefill itself.
+  read: jax.Array | None = None
+  prompt_nats: jax.Array | None = None
 
 
 class Prefill(NamedTuple):
@@ -100,6 +104,7 @@ class Prefill(NamedTuple):
   keys: jax.Array  # [L, B, T, K, D]
   values: jax.Array  # [L, B, T, K, D]
   read: jax.Array | None = None  # as in Replay
+  prompt_nats: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,9 +171,19 @@ def _sparse_prefill(cfg, tiled: _Tiled, params, tokens, start) -> Prefill:
     x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None)
     return (x, index + 1), (k, v, share)
 
+  def nats(of):
+    """Of the last n tokens of a prompt that have one before them."""
+    x, tokens, start = of
+    n = min(PROMPT_TOKENS, tokens.shape[0] // 2)
+    at = start - 1 - n + jnp.arange(n)
+    logits = llama.logits(cfg, params, x[jnp.maximum(at, 0)], None)
+    target = tokens[jnp.maximum(at, 0) + 1]
+    each = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1)[:, 0]
+    return jnp.where(at >= 0, each, 0.0).sum() / jnp.maximum((at >= 0).sum(), 1)
+
   first = llama.embed(params, tokens), jnp.int32(0)
-  keys, values, read = lax.scan(layer, first, params["layers"])[1]
-  return Prefill(tokens, keys, values, read.T)
+  (x, _), (keys, values, read) = lax.scan(layer, first, params["layers"])
+  return Prefill(tokens, keys, values, read.T, lax.map(nats, (x, tokens, start)))
 
 
 def replay(
@@ -201,8 +216,10 @@ def replay(
     ValueError: no such claims, or they are certified and the method's score is no bound.
   """
   program = _Program.of(config, oracle, claims)
-  found = _replay(cfg, program, params, _Setting.of(config), dense._replace(read=None), start, n_steps)
-  return found._replace(read=dense.read)
+  found = _replay(
+    cfg, program, params, _Setting.of(config), dense._replace(read=None, prompt_nats=None), start, n_steps
+  )
+  return found._replace(read=dense.read, prompt_nats=dense.prompt_nats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 6))

@@ -1,8 +1,8 @@
 """What the rows of the accuracy experiment say: numbers for machines (`summary`), tables of them (`markdown`).
 
 A row of `rows` is of one task, length and case: what `accuracy.measure` tells, with the keys task, group, tokens, case,
-series and at; so is one of `prefill`, of cases of sparse prefill. A row of `reuse` is what `selections.reuse` tells, with the keys task, tokens, case, and
-requests and traced, how many requests and steps of each it is of.
+series and at; so is one of `prefill`, of cases of sparse prefill. A row of `reuse` is what `selections.reuse` tells,
+with the keys task, tokens, case, and requests and traced, how many requests and steps of each it is of.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The accuracy experiment in a folder: many settings of one model, of which what is there is not measured again.
 
-The folder holds results.jsonl, rows of `accuracy.measure`; prefill.jsonl, those of cases of sparse prefill; reuse.jsonl,
-rows of `selections.reuse`; and traces/*.npz.
-Every row has the keys task, group, tokens, case, series and at, so that `report` can make tables of them.
+The folder holds results.jsonl, rows of `accuracy.measure`; prefill.jsonl, those of cases of sparse prefill;
+reuse.jsonl, rows of `selections.reuse`; and traces/*.npz. Every row has the keys task, group, tokens, case, series and
+at, so that `report` can make tables of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from sparse_serve_jax import results, tasks
 from sparse_serve_jax.evaluation import accuracy, selections
 from sparse_serve_jax.evaluation.accuracy import TEXT, Row, Sample
-from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE, RULES, Case
+from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, RULES, Case
 from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.tasks import text as texts
@@ -101,9 +101,8 @@ class Study:
     self._measure(self.rows, task, n_tokens, [case for case in self._wanted if not case.prefills])
 
   def measure_prefill(self, task: str, n_tokens: int) -> None:
-    """The same of each setting of sparse prefill, and of dense."""
-    wanted = {case.name: case for case in self._wanted if case.prefills or case.series == DENSE}
-    self._measure(self.prefill, task, n_tokens, list(wanted.values()))
+    """The same of each setting of sparse prefill."""
+    self._measure(self.prefill, task, n_tokens, [case for case in self._wanted if case.prefills])
 
   def _measure(self, table: Table, task: str, n_tokens: int, wanted: Sequence[Case]) -> None:
     if left := table.left(task, n_tokens, wanted):
