@@ -150,8 +150,9 @@ def _kernel(
   if turn > 1:
     acc = jax.lax.fori_loop(turns * turn, length, listed(1), acc)
   of_own = min(turn, tiles.blocks)
-  o, _, l = jax.lax.fori_loop(0, tiles.blocks // of_own, own(of_own), acc)
-  o_ref[rows, head, g] = (o / l[:, None]).astype(o_ref.dtype)
+  o, m, l = jax.lax.fori_loop(0, tiles.blocks // of_own, own(of_own), acc)
+  # `m` is finite. Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
+  o_ref[rows, head, g] = jnp.where(m[:, None] > -jnp.inf, o / l[:, None], 0.0).astype(o_ref.dtype)
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, lists: TileLists, tiles: Tiles, width: int) -> jax.Array:

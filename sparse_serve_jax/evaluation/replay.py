@@ -179,7 +179,7 @@ def _sparse_prefill(cfg, tiled: _Tiled, params, tokens, start) -> Prefill:
     logits = llama.logits(cfg, params, x[jnp.maximum(at, 0)], None)
     target = tokens[jnp.maximum(at, 0) + 1]
     each = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1)[:, 0]
-    return jnp.where(at >= 0, each, 0.0).sum() / jnp.maximum((at >= 0).sum(), 1)
+    return jnp.where(at >= 0, each, 0.0).sum() / jnp.maximum((at >= 0).sum(), 1).astype(jnp.float32)
 
   first = llama.embed(params, tokens), jnp.int32(0)
   (x, _), (keys, values, read) = lax.scan(layer, first, params["layers"])
