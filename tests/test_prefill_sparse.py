@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels as kernels
+from pallas_kernels.digest import cuboid_mean
+from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.evaluation import replay
+from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.executor import JaxExecutor
+from tests.cases import assert_same_bits
 from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
 
 S, N = 8, 10
@@ -111,6 +119,57 @@ def test_a_sparse_piece_loads_less():
     return serve(conf, tiny_model(), PROMPTS[:1], 1)[1].usage.blocks_loaded
 
   assert 0 < loaded(0.1) < 0.8 * loaded(1.0)
+
+
+def layer_of_a_piece(seed: int) -> tuple[tuple[jax.Array, ...], KVCache, Piece]:
+  """q, k, v of 64 tokens, of which 60 are real, after 20 blocks of a pool in layer 1; a third of these in slots."""
+  rng, (K, G, L, M, P, D, layer) = np.random.default_rng(seed), (2, 2, 2, 40, 20, 16, 1)
+  make = lambda *dims: rng.normal(size=dims).astype(np.float32)  # noqa: E731
+  pool, slots = make(K, L, M, 2, S, D), np.full((P, 2, S, D), np.nan, np.float32)
+  before, own = np.split(rng.permutation(M)[:27].astype(np.int32), [20])
+  slot_of = np.full((K, L, M), -1, np.int32)
+  for slot, (head, i) in enumerate(itertools.product(range(K), range(0, 20, 3))):
+    slot_of[head, layer, before[i + head]], slots[slot] = slot, pool[head, layer, before[i + head]]
+  qkv = 2 * make(64, K, G, D), make(64, K, D), make(64, K, D)
+  pool[:, layer, own] = np.stack(qkv[1:])[:, :56].reshape(2, 7, S, K, D).transpose(3, 1, 0, 2, 4)
+  kv, ids = jnp.asarray(pool), jnp.arange(M)
+  digest = kernels.store_digests(jnp.full((K, L, M, 2, D), jnp.nan), kv, 0, ids, ids, rule=cuboid_mean)
+  maps = kernels.Maps.empty(K, L, M, P)._replace(slot_of=jnp.asarray(slot_of))
+  nothing = jnp.zeros((1, 27), jnp.int32), jnp.zeros(1, jnp.int32), jnp.int32(0)
+  hot = Hot(jnp.asarray(slots), digest, maps, jnp.zeros((K, L, 1, 2, S, D)), *nothing)
+  table = np.full(24, -1, np.int32)  # with room for more
+  table[:20] = before
+  blocks = np.append(own, -1).astype(np.int32)
+  piece = Piece(Before(jnp.asarray(table), jnp.int32(20)), jnp.asarray(blocks), jnp.int32(60))
+  return tuple(map(jnp.asarray, qkv)), KVCache(kv, hot), piece
+
+
+@pytest.mark.parametrize("by", ["top_k", "threshold"])
+def test_blocks_that_are_not_read_never_matter(by: str):
+  """NaN in the slots and the pool of what no tile reads: the output is bit for bit the same, and other blocks count."""
+  (q, k, v), cache, piece = layer_of_a_piece(5)
+  attention = PrefillAttention(TileSelector.of(sparse(f"sparse.prefill={by}", "sparse.prefill_share=0.3")), "xla")
+  assert attention.selector is not None and piece.before is not None
+  expected, loaded = attention(q, k, v, cache, jnp.int32(1), piece)
+  table = np.concatenate([piece.before.blocks, piece.blocks])
+  digests = cache.hot.digest[:, 1, jnp.maximum(jnp.asarray(table), 0)]
+  tiles, places = kernels.Tiles.of(64, S), kernels.Places(20, 7, 24)
+  read = np.asarray(attention.selector.lists(q, jnp.int32(60), digests, tiles, places, "xla").any_reads(24))[:, :20]
+  pool, slots, slot_of = np.array(cache.pool), np.array(cache.hot.slots), np.asarray(cache.hot.maps.slot_of)
+  missed = 0
+  for head, i in np.ndindex(2, 20):
+    block = table[i]
+    missed += bool(read[head, i] and slot_of[head, 1, block] < 0)
+    if not read[head, i] or slot_of[head, 1, block] >= 0:
+      pool[head, 1, block] = np.nan
+    if not read[head, i] and slot_of[head, 1, block] >= 0:
+      slots[slot_of[head, 1, block]] = np.nan
+  poisoned = KVCache(jnp.asarray(pool), cache.hot.replace(slots=jnp.asarray(slots)))
+  actual, _ = attention(q, k, v, poisoned, jnp.int32(1), piece)
+  assert 0 < read.sum() < 30 and int(loaded) == missed > 0
+  assert_same_bits(np.asarray(actual)[:60], np.asarray(expected)[:60])
+  others, _ = attention(q, k, v, cache.replace(pool=-cache.pool), jnp.int32(1), piece)
+  assert (np.asarray(others) != np.asarray(expected)).any()
 
 
 @CPU_AND_GPU
