@@ -18,6 +18,7 @@ class Mutation(NamedTuple):
 ATTEND, RESIDENCY, COPIES, SELECTION = (
   f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
 )
+TILES = "tests/test_kernel_tiles.py"
 ZONES, RULES, PREFIX = "tests/test_zones.py", "tests/test_stop_rules.py", "tests/test_prefix.py"
 AUDIT = "tests/test_audit.py"
 STOP = "pallas_kernels/stop.py"
@@ -60,6 +61,41 @@ MUTATIONS = [
     "(place[None] - before <= at)",
     "(place[None] - before < at)",
     (f"{COPIES}::test_prefill_attention[2-float32-xla]",),
+  ),
+  Mutation(
+    "a tile sees the next token",
+    "pallas_kernels/prefill_tiles.py",
+    "(token - t * tiles.tile <= row)",
+    "(token - t * tiles.tile <= row + 1)",
+    (f"{TILES}::test_prefill_tiles[None-float32-xla]",),
+  ),
+  Mutation(
+    "the kernel of a tile sees the next token",
+    "pallas_kernels/prefill_tiles.py",
+    "row[:, None] >= (columns",
+    "row[:, None] + 1 >= (columns",
+    (f"{TILES}::test_prefill_tiles[None-float32-interpret]",),
+  ),
+  Mutation(
+    "the kernel of a tile leaves out what is left of a turn",
+    "pallas_kernels/prefill_tiles.py",
+    "  if turn > 1:",
+    "  if turn > 99:",
+    (f"{TILES}::test_prefill_tiles[3-float32-interpret]",),
+  ),
+  Mutation(
+    "a window of a tile is one block short",
+    "pallas_kernels/tiles.py",
+    "first - rule.window)",
+    "first - rule.window + 1)",
+    (f"{TILES}::test_tile_lists[1-2-0.1-top_k-xla]",),
+  ),
+  Mutation(
+    "a threshold leaves out the block that passes it",
+    "pallas_kernels/tiles.py",
+    "jnp.cumsum(masses, -1) - masses < rule.share",
+    "jnp.cumsum(masses, -1) < rule.share",
+    (f"{TILES}::test_tile_lists[1-2-0.5-threshold-xla]",),
   ),
   Mutation(
     "the kernel's keys are values",

@@ -32,14 +32,14 @@ MAPS = kernels.Maps(Int((K, L, M)), *[Int((P,))] * 3, Int((K, L, M)))
 ON_GPU = dict(implementation="triton")
 
 
-def lower(f, *arguments) -> str:
+def lower(f, *arguments, **named) -> str:
   """The program of `f` for a Hopper GPU."""
   with contextlib.ExitStack() as stack:
     if hasattr(jax.sharding, "AbstractDevice"):  # since 0.11 the lowering asks for a device
       device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
       mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
       stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
-    return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(f).trace(*arguments, **named).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def located(n: int, groups: int) -> kernels.Located:
@@ -147,6 +147,19 @@ def test_copies(shape: Shape):
     "gather_blocks": (pool, slots, Int(()), Int((K, N)), Int((K, N))),
   }.items():
     assert f'name = "{name}"' in lower(functools.partial(getattr(kernels, name), **ON_GPU), *arguments)
+
+
+@pytest.mark.parametrize("before", [0, N])
+@pytest.mark.parametrize("shape", [*REAL.values(), Shape(1, 128, 128), Shape(1, 8, 16)], ids=str)
+def test_prefill_tiles(shape: Shape, before: int):
+  (G, S, D), C = shape, 4096 + shape.S  # not whole tiles
+  tiles, n = kernels.Tiles.of(C, S), before + C // S
+  lists = kernels.TileLists(Int((tiles.count, K, n)), Int((tiles.count, K)))
+  pool, slots = Array((K, L, M, 2, S, D)), Array((P, 2, S, D))
+  prefix = kernels.Prefix(pool, slots, Int(()), *[Int((K, before))] * 2, Int(())) if before else None
+  f = functools.partial(kernels.prefill_tiles, tiles=tiles, **ON_GPU)
+  text = lower(f, Array((C, K, G, D)), *[Array((C, K, D))] * 2, lists, prefix=prefix)
+  assert 'name = "prefill_tiles"' in text
 
 
 @pytest.mark.parametrize("audit", [None, AuditAt(Int(()), Int(()))], ids=["plain", "audited"])

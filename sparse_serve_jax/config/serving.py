@@ -44,7 +44,7 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-  """What a decode step attends to."""
+  """What a decode step attends to, and the queries of a prompt."""
 
   policy: Literal["dense", "topk", "psa"] = "topk"
   method: str = "cuboid_mean"  # a name in attention.methods.METHODS
@@ -73,10 +73,17 @@ class SparseConfig:
   # psa: where the test is made. "host_loop": outside of the attention kernel, which runs once a group; the host waits
   # for every test (PSA, section 2.3, with which the test in the kernel is compared).
   stop: Literal["kernel", "host_loop"] = "kernel"
+  # Of the blocks before it a tile of 128 queries of a prompt reads all; or the best by `method`, sinks and window among
+  # them: "top_k" a share of the blocks, "threshold" so many that they hold a share of the attention mass, as the scores
+  # estimate it. The first `dense_layers` read all.
+  prefill: Literal["dense", "top_k", "threshold"] = "dense"
+  prefill_share: float = 0.5  # of blocks, or of mass; 1 is all
 
   def __post_init__(self):
     check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
     self._check_promise()
+    if not 0 < self.prefill_share <= 1:
+      raise ValueError(f"prefill_share={self.prefill_share} is not in (0, 1]")
     if self.group_blocks & (self.group_blocks - 1):
       raise ValueError(f"group_blocks={self.group_blocks} is not a power of two")
 
@@ -204,6 +211,11 @@ class EngineConfig:
       return min(of.chunk_tokens, limit or of.chunk_tokens)
     inject = of.max_inject_tokens or 2048 * n_layers  # B x L, SparseServe, section 4
     return min(inject, max(limit - of.max_batch, self.cache.block_tokens) * n_layers) if limit else inject
+
+  @property
+  def selects(self) -> bool:
+    """Whether anything is attended to in part, for which blocks have digests."""
+    return self.sparse.policy != "dense" or self.sparse.prefill != "dense"
 
   @property
   def budget_blocks(self) -> int:

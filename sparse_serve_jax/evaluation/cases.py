@@ -1,4 +1,5 @@
-"""Settings whose accuracy is compared: selection methods by budget, PSA's stop rules by threshold, variations."""
+"""Settings whose accuracy is compared: selection methods by budget, PSA's stop rules by threshold, variations; and
+sparse prefill by the share that it reads."""
 
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ AXES = {
 # Series that tables name; those of budgets have their method's name, or the axis's.
 DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
 TRUE_STOP = "oracle stop"
+DENSE_PREFILL = "dense prefill"
 DENSE_LAYERS = {1: "one layer dense", 2: "two layers dense"}
 
 # Rules of the stop test on the default ranking: series -> (sparse.rest, sparse.stop_when), the default first.
@@ -62,9 +64,14 @@ class Case:
     return self.config.sparse.policy == "psa"
 
   @property
+  def prefills(self) -> bool:
+    """Whether prompts are read sparsely."""
+    return self.config.sparse.prefill != "dense"
+
+  @property
   def digest_vectors(self) -> int:
-    """Vectors that are read of each block to rank them: none where nothing is ranked, or by true mass."""
-    unranked = self.oracle or self.series in (DENSE, WINDOW)
+    """Vectors that a decode step reads of each block to rank them: none where nothing is ranked, or by true mass."""
+    unranked = self.oracle or self.series == WINDOW or self.config.sparse.policy == "dense"
     return 0 if unranked else get_method(self.config.sparse.method).vectors
 
 
@@ -95,6 +102,29 @@ def cases(
     yield _case("top_p", TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
   for threshold in thresholds:
     yield from _of_threshold(threshold, axes, rests)
+
+
+def prefill_cases(
+  names: Sequence[str], shares: Sequence[float], thresholds: Sequence[float], axes: Collection[str] = ()
+) -> Iterator[Case]:
+  """Prompts read whole, tile by tile too; and sparsely, a share of the blocks or of the estimated mass.
+
+  Args:
+    names: of methods.
+    shares: of blocks.
+    thresholds: shares of the mass.
+    axes: of AXES "layers" and "heads" count; they are the default method's.
+  """
+  dense = "sparse.policy=dense"
+  yield _case(DENSE_PREFILL, 1, dense, "sparse.prefill=top_k", "sparse.prefill_share=1")
+  varied = {name: (f"sparse.dense_layers={n}",) for n, name in DENSE_LAYERS.items() if "layers" in axes}
+  varied |= {"best query head": ("sparse.group_reduce=max",)} if "heads" in axes else {}
+  ways = [(name, (f"sparse.method={name}",)) for name in names]
+  ways += [(f"{DEFAULT_METHOD}, {name}", changes) for name, changes in varied.items()]
+  for (name, changes), (by, at) in itertools.product(ways, (("top_k", shares), ("threshold", thresholds))):
+    for share in at:
+      of = f"sparse.prefill={by}", f"sparse.prefill_share={share}"
+      yield _case(f"prefill {by}, {name}", share, dense, *of, *changes)
 
 
 def _case(

@@ -1,9 +1,10 @@
 """What sparse attention does to a model's predictions, many settings on one prefill.
 
-A sequence is run once with dense attention. Then its last tokens are run again as decode steps, with sparse attention,
-over the dense keys and values of what precedes them. Tokens and counts of blocks are those of the engine's decode steps
-over such a cache, but all steps are made at once, since each layer's keys of all of them are there when the layer
-begins. Every key is looked at and what is not selected is masked, so the true attention mass comes with it.
+A sequence is run once with dense attention, or its prompt with sparse attention (`sparse_prefill`). Then its last
+tokens are run again as decode steps, with sparse attention, over the keys and values of what precedes them. Tokens and
+counts of blocks are those of the engine's decode steps over such a cache, but all steps are made at once, since each
+layer's keys of all of them are there when the layer begins. Every key is looked at and what is not selected is masked,
+so the true attention mass comes with it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import pallas_kernels as kernels
 from pallas_kernels import StopRule
 from pallas_kernels.score import across_heads
 from pallas_kernels.stop import LOG2_E
 from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.attention.methods import Method
+from sparse_serve_jax.attention.prefill import TileSelector
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.models import llama
 
 ALL = 1 << 30  # blocks: no limit
+PROMPT_TOKENS = 1024
 CLAIMS = {  # what a stop test goes by
   "rule": "what the rule of the configuration claims",
   "certified": "an upper bound of what is unread",
@@ -88,14 +92,20 @@ class Replay(NamedTuple):
   estimate: jax.Array  # what the stop test went by where it stopped, see CLAIMS
   excess: jax.Array  # by how much that was more than the share: where it stopped, or certified in the worst test
   selected: jax.Array | None  # [B, n, L, K, N] bool
+  # Of a sparse prefill: what it read of the blocks before its tiles, as a share [B, L] float32; and the mean negative
+  # log-likelihood of a prompt's last tokens [B] float32, at most PROMPT_TOKENS, by the prefill itself.
+  read: jax.Array | None = None
+  prompt_nats: jax.Array | None = None
 
 
 class Prefill(NamedTuple):
-  """Whole sequences, run with dense attention."""
+  """Whole sequences that have been run."""
 
   tokens: jax.Array  # [B, T] int32, padded
   keys: jax.Array  # [L, B, T, K, D]
   values: jax.Array  # [L, B, T, K, D]
+  read: jax.Array | None = None  # as in Replay
+  prompt_nats: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,6 +119,72 @@ def prefill(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> Prefil
     return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), (k, v)
 
   return Prefill(tokens, *lax.scan(layer, llama.embed(params, tokens), params["layers"])[1])
+
+
+class _Tiled(NamedTuple):
+  """The part of a configuration that a sparse prefill is compiled for."""
+
+  selector: TileSelector
+  dense_layers: int
+  block_tokens: int
+
+  def attend(self, layer, q, k, v, n_tokens) -> tuple[jax.Array, jax.Array]:
+    """o [T, K, G, D] of a prompt of `n_tokens`, padded to T, and the share of blocks read; `PrefillAttention`'s."""
+    size, n_heads = self.block_tokens, k.shape[1]
+    tiles, places = kernels.Tiles.of(q.shape[0], size), kernels.Places(0, n_tokens // size, 0)
+    digests = self.selector.method.summarize(k.reshape(-1, size, *k.shape[1:]).transpose(2, 0, 1, 3))
+    lists = self.selector.lists(q, n_tokens, digests, tiles, places, "xla")
+    n_all = places.seen(tiles, self.selector.rule)[0].sum() * n_heads
+    share = jnp.where(n_all > 0, lists.length.sum() / jnp.maximum(n_all, 1), 1.0)
+
+    def dense():
+      o = kernels.prefill_attention(q, k, v)
+      return o, jnp.ones_like(share)
+
+    def sparse():
+      return kernels.prefill_tiles(q, k, v, lists, tiles), share
+
+    return lax.cond(layer < self.dense_layers, dense, sparse)
+
+
+def sparse_prefill(
+  cfg: ModelConfig, params: llama.Params, config: EngineConfig, tokens: np.ndarray, start: np.ndarray
+) -> Prefill:
+  """Runs prompts tokens[b, :start[b]], each in one piece; what follows one is as padding to it.
+
+  Raises:
+    ValueError: `config.sparse.prefill` is dense.
+  """
+  selector, sparse = TileSelector.of(config), config.sparse
+  if selector is None:
+    raise ValueError(f"sparse.prefill={sparse.prefill!r} selects nothing")
+  return _sparse_prefill(cfg, _Tiled(selector, sparse.dense_layers, config.cache.block_tokens), params, tokens, start)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sparse_prefill(cfg, tiled: _Tiled, params, tokens, start) -> Prefill:
+  cos_sin = llama.rope(cfg, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+
+  def layer(carry, lp):
+    x, index = carry
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
+    o, share = lax.map(lambda one: tiled.attend(index, *one), (q, k, v, start))
+    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None)
+    return (x, index + 1), (k, v, share)
+
+  def nats(of):
+    """Of the last n tokens of a prompt that have one before them."""
+    x, tokens, start = of
+    n = min(PROMPT_TOKENS, tokens.shape[0] // 2)
+    at = start - 1 - n + jnp.arange(n)
+    logits = llama.logits(cfg, params, x[jnp.maximum(at, 0)], None)
+    target = tokens[jnp.maximum(at, 0) + 1]
+    each = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1)[:, 0]
+    return jnp.where(at >= 0, each, 0.0).sum() / jnp.maximum((at >= 0).sum(), 1).astype(jnp.float32)
+
+  first = llama.embed(params, tokens), jnp.int32(0)
+  (x, _), (keys, values, read) = lax.scan(layer, first, params["layers"])
+  return Prefill(tokens, keys, values, read.T, lax.map(nats, (x, tokens, start)))
 
 
 def replay(
@@ -141,7 +217,10 @@ def replay(
     ValueError: no such claims, or they are certified and the method's score is no bound.
   """
   program = _Program.of(config, oracle, claims)
-  return _replay(cfg, program, params, _Setting.of(config), dense, start, n_steps)
+  found = _replay(
+    cfg, program, params, _Setting.of(config), dense._replace(read=None, prompt_nats=None), start, n_steps
+  )
+  return found._replace(read=dense.read, prompt_nats=dense.prompt_nats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 6))

@@ -346,7 +346,7 @@ def _check_variants(config: EngineConfig, setup: Setup, shape: CacheShape) -> No
       jax.ShapeDtypeStruct((shape.P,), jnp.int32),
     )
   }
-  if setup.attention.selector.limit is not None:
+  if config.selects:
     digest = jax.ShapeDtypeStruct((2, method.vectors, shape.D), dtype)
     made[f"the digest of sparse.method={config.sparse.method}"] = jax.eval_shape(method.summarize, keys), digest
     scores = jax.eval_shape(method.score, of((G, shape.D)), of((3, method.vectors, shape.D)))
