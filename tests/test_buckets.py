@@ -245,7 +245,7 @@ def test_programs_hold_no_second_cache(policy: str, monkeypatch):
   model = tiny_model()
   conf = config(
     f"sparse.policy={policy}", "sparse.token_budget=64", "scheduler.max_batch=1", "scheduler.max_context=128",
-    "cache.lanes=512", "cache.dram_bytes=32MiB",
+    "cache.lanes=512", "cache.dram_bytes=32MiB", "sparse.group_blocks=4",
   )  # fmt: skip
   conf = with_slots(conf, 4096, model)
   memory = {}
