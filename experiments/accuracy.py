@@ -75,7 +75,7 @@ with cli.group("Settings"):
   _AXES = flags.DEFINE_list(
     "axes", None, f"Variations, some of {', '.join(AXES)}; all. By default all with --methods=all, else none."
   )
-  _RULES = flags.DEFINE_list("rules", ["all"], f"Of the axis rules, some of {', '.join(REST)}; all.")
+  _RULES = flags.DEFINE_list("rules", ["all"], f"Some of {', '.join(REST)}, for the axis rules; all.")
 with cli.group("How much"):
   _INSTANCES = flags.DEFINE_integer("instances", 200, "Instances of every task and length.", lower_bound=2)
   _STEPS = flags.DEFINE_integer("steps", 96, "Most decode steps; a longer answer is judged by its beginning.")
