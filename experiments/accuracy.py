@@ -67,10 +67,10 @@ with cli.group("Settings"):
     "thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99", "0.999"], "Thresholds of PSA."
   )
   _SHARES = flags.DEFINE_list(
-    "prefill_shares", ["0.125", "0.25", "0.5", "0.75"], "Of the blocks before a tile, for the part prefill."
+    "prefill_shares", ["0.125", "0.25", "0.5", "0.75"], "Shares of the blocks before a tile, for the part prefill."
   )
   _PREFILL_THRESHOLDS = flags.DEFINE_list(
-    "prefill_thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98"], "Of their estimated mass, for the part prefill."
+    "prefill_thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98"], "Shares of their estimated mass, for the part prefill."
   )
   _AXES = flags.DEFINE_list(
     "axes", None, f"Variations, some of {', '.join(AXES)}; all. By default all with --methods=all, else none."
