@@ -65,7 +65,8 @@ def main() -> int:
   clock = Wall()
   executor = JaxExecutor(config, model)
   timeline = Timeline(executor.shape)
-  found = results.Rows(out / "audits.jsonl") if out and config.sparse.audit_share else None
+  audits = f"audits-after-{len(before)}.jsonl" if before else "audits.jsonl"  # each part begins its own
+  found = results.Rows(out / audits) if out and config.sparse.audit_share else None
 
   def observe(seen: Observed) -> None:
     timeline.observe(seen)

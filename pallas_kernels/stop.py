@@ -74,16 +74,20 @@ class StopRule:
 
   rest: str = "last_two_groups"  # a name in REST
   when: str = "every_head"  # a name in WHEN
+  entry: Rest = dataclasses.field(
+    init=False, repr=False
+  )  # what REST says now: programs are kept by it, not by its name
 
   def __post_init__(self):
     for name, value, known in (("rest", self.rest, REST), ("when", self.when, WHEN)):
       if value not in known:
         raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
+    object.__setattr__(self, "entry", REST[self.rest])
 
   @property
   def least(self) -> bool:
     """Whether it looks at the least mass of a group's blocks, not at their mean."""
-    return REST[self.rest].of == "least"
+    return self.entry.of == "least"
 
   def of_group(self, masses: Float[Array, "... size G"], read: Bool[Array, "... size"]) -> Float32[Array, "... G"]:
     """Log of the least or the mean mass of a group's blocks, as `claim` wants it, from logs; all of a group is read."""
@@ -107,7 +111,7 @@ class StopRule:
     Returns:
       The share, in [0, 1], and what the next call needs.
     """
-    each, kept = REST[self.rest].taken(before, group, seen)
+    each, kept = self.entry.taken(before, group, seen)
     return 1.0 / (1.0 + jnp.where(left > 0, each * left, 0.0)), kept
 
   def passes(self, claims: jax.Array, threshold: jax.Array | float, n_heads: int) -> jax.Array:

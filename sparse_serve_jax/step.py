@@ -204,12 +204,15 @@ def decode_step(
       carry = x, hot, counts, given, free, stopped
       x, hot, counts, given, free, stopped = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
 
-  found, hot = (None, hot) if stopped is None else audit(setup.attention, stopped, pool, hot, rows)
   size = hot.tail.shape[4]
   new_block = jnp.take_along_axis(rows.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
   filled = jnp.where(rows.tail_tokens == size, new_block, -1)
   turn = turn._replace(given=given, free=free)
   cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
+  found = None
+  if stopped is not None:  # only now: XLA copies a pool that is read and then written where nothing orders the two
+    found, hot = audit(setup.attention, stopped, cache.pool, cache.hot, rows)
+    cache = cache.replace(hot=hot)
   tokens, of_tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   done = StepCounts(counts.attended.sum(), counts.missed.sum(), counts.loaded.sum(), _slots_used(hot))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -128,6 +129,15 @@ def test_the_rule_of_the_docs(implementation: str, monkeypatch: pytest.MonkeyPat
   case = scored_case([2 * rng.normal(size=(3, n)) for n in (10, 10, 10, 10, 9, 7)], [8, 1, 3, 5, 8, 1])
   stops = stops_at(case, implementation, threshold, kernels.StopRule("heaviest"), 6)
   assert all(expect(case, 2, 2, threshold, other).attended[:, 0].tolist() != stops for other in RULES)
+
+
+def test_a_rule_that_is_defined_anew_is_another(monkeypatch: pytest.MonkeyPatch):
+  """Programs that are kept for rules are not those of the one that had its name."""
+  before = kernels.StopRule("last_group")
+  monkeypatch.setitem(REST, "last_group", dataclasses.replace(REST["last_group"]))
+  assert kernels.StopRule("last_group") == before
+  monkeypatch.setitem(REST, "last_group", dataclasses.replace(REST["last_group"], taken=REST["least"].taken))
+  assert kernels.StopRule("last_group") != before
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -57,7 +57,7 @@ class Stopped(NamedTuple):
 def audit(
   attention: DecodeAttention, stopped: Stopped, pool: Float[Array, "K L M 2 S D"], hot: Hot, rows: Rows
 ) -> tuple[Audit, Hot]:
-  """Reads the whole list of the audited row and layer, before the step's tails are saved."""
+  """Reads the whole list of the audited row and layer, after the step has saved its tails; the row's still stands."""
   (at, q, lse, attended), on = stopped, attention.implementation
   row = Rows(*(jax.lax.dynamic_slice_in_dim(x, at.row, 1) for x in rows[:-1]))  # its threshold is of no use here
   blocks, length = attention.dense.selector.select(q[None], hot, at.layer, row, on)

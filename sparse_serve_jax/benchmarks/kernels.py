@@ -241,7 +241,7 @@ def attend(b: Bench) -> Cases:
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
     for rule, group in b.pick(STOPS, [(STOP_RULES[-1], 4)]):
-      name = " ".join(["psa", *dataclasses.astuple(rule), f"groups of {group}"])
+      name = f"psa {rule.rest} {rule.when} groups of {group}"
       stop = kernels.Stop(threshold, untested=group, rule=rule)
       yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop, group)
 

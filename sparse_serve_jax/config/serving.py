@@ -12,6 +12,7 @@ from sparse_serve_jax.config.model import ModelConfig
 from sparse_serve_jax.config.reader import check_fields, find_config, read_config
 
 MOVING = "auto:"  # begins a threshold that moves
+MOST_PROMISE = 0.9999  # of one that moves: shares are of float32, and one rounded to 1 is never passed
 AUDIT, MOST_AUDIT = 0.01, 0.1  # sparse.audit where a threshold that moves needs one; the most there can be
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
@@ -115,8 +116,10 @@ class SparseConfig:
         promise = self.promise if self.threshold.startswith(MOVING) else math.nan
       except ValueError:
         promise = math.nan
-      if not 0 < promise < 1:
-        raise ValueError(f"threshold={self.threshold!r} is neither a number in (0, 1] nor auto:P with P in (0, 1)")
+      if not 0 < promise <= MOST_PROMISE:
+        raise ValueError(
+          f"threshold={self.threshold!r} is neither a number in (0, 1] nor auto:P with P in (0, {MOST_PROMISE}]"
+        )
     elif not 0 < self.threshold <= 1:
       raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
     if not 0 <= self.audit <= MOST_AUDIT:

@@ -24,7 +24,8 @@ AXES = {
   "sinks": "without sinks and window",
   "layers": "the first layer dense, and two: budgets, and rules that test every head",
   "heads": "blocks ranked by the best query head of a group, and by estimated shares, not by the mean of scores",
-  "groups": "PSA's thresholds with a stop test after every 4 and 8 blocks",
+  "groups": "PSA's thresholds with a stop test after every 4 and 8 blocks: by the default rule, by PSA's own (which "
+  "has 4), and with stops that know the true mass",
   "blocks": "blocks of 16 and 64 tokens",
   "stops": "PSA's thresholds on the ranking of min_max too, with its estimate and with a certified stop; and, on the "
   "default ranking, with stops that know the true mass",
@@ -175,7 +176,10 @@ def _of_threshold(threshold: float, axes: Collection[str], rests: Collection[str
     yield _case(TRUE_STOP, threshold, *of, claims="true")
     yield _case(f"{TRUE_STOP}, mean_of_heads", threshold, *of, "sparse.stop_when=mean_of_heads", claims="true")
   for n in GROUPS if "groups" in axes else ():
-    yield _case(f"{PSA}, groups of {n}", threshold, *of, f"sparse.group_blocks={n}")
+    in_groups = *of, f"sparse.group_blocks={n}"
+    yield _case(f"{PSA}, groups of {n}", threshold, *in_groups)
+    yield _case(f"{PSA}, least, groups of {n}", threshold, *in_groups, "sparse.rest=least")
+    yield _case(f"{TRUE_STOP}, groups of {n}", threshold, *in_groups, claims="true")
   for series, (rest, when) in RULES.items():
     changes = *of, f"sparse.rest={rest}", f"sparse.stop_when={when}"
     asked = "rules" in axes and rest in rests

@@ -149,7 +149,7 @@ def row_of(seen: Observed) -> dict[str, Any] | None:
     "layer": of.layer,
     "threshold": seen.plan.threshold,
     "unread_blocks": found.unread.tolist(),
-    "true_share": [[round(float(x), 6) for x in share] for share in found.share],
+    "true_share": [[round(float(x), 6) if np.isfinite(x) else None for x in share] for share in found.share],
   }
 
 
