@@ -3,24 +3,28 @@
   python -m experiments.accuracy --model=DIR --out=/tmp/accuracy
   python -m experiments.accuracy --model=FILE.gguf --parts=text --text=notes/ --text_lengths=8192 --axes=grid,rules
 
-There are three parts, of which --parts chooses:
+There are four parts, of which --parts chooses:
 
   tasks        Every setting (selection methods by budget, PSA by threshold) answers the same instances of the
                generated tasks.
   text         Every setting predicts the same ordinary text, long and short: nats a token, and how often its most
                likely next token is that of dense attention. The text is generated, or that of --text and
                --longbench_dir, cut into as many pieces as --instances says, that share no token.
+  prefill      The same tasks and texts, of which prompts are read sparsely and the rest is decoded densely: nats of
+               both and accuracy by the share of earlier blocks that tiles of queries read, for --methods and the axes
+               layers and heads.
   selections   What budgets and PSA select while a long answer is decoded: overlap of steps, working sets, traces.
 
 Settings are those of --methods, --budgets and --thresholds, and dense. --axes adds variations.
 
-The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts and reuse.jsonl of
-the third, traces/*.npz, and made of these results.md, summary.json and plots. What is there is not run again. The last
-line of stdout is one JSON object: how many rows there are, and what dense attention answers.
+The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts, prefill.jsonl and
+reuse.jsonl of the others, traces/*.npz, and made of these results.md, summary.json and plots. What is there is not run
+again. The last line of stdout is one JSON object: how many rows there are, and what dense attention answers.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 from absl import flags
@@ -31,12 +35,12 @@ from sparse_serve_jax import results, runtime, tasks
 from sparse_serve_jax.attention import METHODS
 from sparse_serve_jax.evaluation import report, selections
 from sparse_serve_jax.evaluation.accuracy import TEXT
-from sparse_serve_jax.evaluation.cases import AXES, cases
+from sparse_serve_jax.evaluation.cases import AXES, cases, prefill_cases
 from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.evaluation.study import Amounts, Study
 from sparse_serve_jax.models.here import load_model_here
 
-PARTS = ("tasks", "text", "selections")
+PARTS = ("tasks", "text", "prefill", "selections")
 
 _MODEL, _DTYPE = cli.define_model()
 with cli.group("What is asked"):
@@ -62,6 +66,12 @@ with cli.group("Settings"):
   _THRESHOLDS = flags.DEFINE_list(
     "thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99", "0.999"], "Thresholds of PSA."
   )
+  _SHARES = flags.DEFINE_list(
+    "prefill_shares", ["0.125", "0.25", "0.5", "0.75"], "Shares of the blocks before a tile, for the part prefill."
+  )
+  _PREFILL_THRESHOLDS = flags.DEFINE_list(
+    "prefill_thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98"], "Shares of their estimated mass, for the part prefill."
+  )
   _AXES = flags.DEFINE_list(
     "axes", None, f"Variations, some of {', '.join(AXES)}; all. By default all with --methods=all, else none."
   )
@@ -85,9 +95,12 @@ def main() -> None:
   by_default = ["all"] if _METHODS.value == ["all"] else []
   axes = cli.chosen("axes", by_default if _AXES.value is None else _AXES.value, list(AXES))
   lengths, text_lengths, budgets = (cli.numbers(flag, int) for flag in (_LENGTHS, _TEXT_LENGTHS, _BUDGETS))
-  asked = [*(text_lengths if "text" in parts else []), *(lengths if {"tasks", "selections"} & set(parts) else [])]
+  asked = [*(text_lengths if {"text", "prefill"} & set(parts) else [])]
+  asked += lengths if {"tasks", "prefill", "selections"} & set(parts) else []
   rests = cli.chosen("rules", _RULES.value, list(REST))
   wanted = list(cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes, rests, max(asked, default=0)))
+  shares = [cli.numbers(flag, float) for flag in (_SHARES, _PREFILL_THRESHOLDS)]
+  wanted += list(prefill_cases([name for name in methods if name in METHODS], shares[0], shares[1], axes))
   text = _corpus()
   out = results.make_folder(_OUT.value)
   runtime.configure()
@@ -102,10 +115,12 @@ def main() -> None:
       study.trace(task, n_tokens)
   for n_tokens in text_lengths if "text" in parts else []:
     study.measure(TEXT, n_tokens)
+  for n_tokens, task in _of_prefill(text_lengths, lengths, names) if "prefill" in parts else []:
+    study.measure_prefill(task, n_tokens)
   for n_tokens in lengths if "tasks" in parts else []:
     for task in names:
       study.measure(task, n_tokens)
-  told = report.summary(study.rows.all, study.reuse.all)
+  told = report.summary(study.rows.all, study.reuse.all, study.prefill.all)
   report.write(out, told)
   try:
     from sparse_serve_jax.evaluation import plots  # slow to import
@@ -113,7 +128,13 @@ def main() -> None:
     print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
   else:
     plots.write(out, told, study.reuse.all)
-  cli.end_with(report.markdown(told), report.in_short(told) | {"rows": len(study.rows.all), "out": str(out)})
+  n_rows = len(study.rows.all) + len(study.prefill.all)
+  cli.end_with(report.markdown(told), report.in_short(told) | {"rows": n_rows, "out": str(out)})
+
+
+def _of_prefill(text_lengths: list[int], lengths: list[int], names: list[str]) -> list[tuple[int, str]]:
+  """Lengths and tasks of the part prefill."""
+  return [(n, TEXT) for n in text_lengths] + list(itertools.product(lengths, names))
 
 
 def _corpus() -> Corpus | None:

@@ -4,7 +4,8 @@
 
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
 requests.jsonl, a row for each request as it ends, with the text of its answer; timeline.json, which ui.perfetto.dev
-shows; and run.json, what the run was made by. The same command goes on with a run that was interrupted.
+shows; audits.jsonl, what audits of PSA's promise found (--set sparse.audit=0.01); and run.json, what the run was made
+by. The same command goes on with a run that was interrupted.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.here import load_model_here
-from sparse_serve_jax.serving import metrics, run
+from sparse_serve_jax.serving import audit, metrics, run
 from sparse_serve_jax.serving.clock import Wall
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
+from sparse_serve_jax.serving.plan import Observed
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.timeline import Timeline
 from sparse_serve_jax.workloads import Item, Refused
@@ -63,7 +65,15 @@ def main() -> int:
   clock = Wall()
   executor = JaxExecutor(config, model)
   timeline = Timeline(executor.shape)
-  engine = Engine(executor, clock=clock, observer=timeline.observe)
+  audits = f"audits-after-{len(before)}.jsonl" if before else "audits.jsonl"  # each part begins its own
+  found = results.Rows(out / audits) if out and config.sparse.audit_share else None
+
+  def observe(seen: Observed) -> None:
+    timeline.observe(seen)
+    if found is not None and (row := audit.row_of(seen)):
+      found.append(row)
+
+  engine = Engine(executor, clock=clock, observer=observe)
   items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
   if before and not items:
     print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)

@@ -14,11 +14,13 @@ from pallas_kernels.free import Free, evict
 from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, since_entry, tidy, touch, victims
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
+from pallas_kernels.prefill_tiles import Tiling, prefill_tiles
 from pallas_kernels.progress import Rounds, attend_by_block, attend_to_tail
 from pallas_kernels.residency import Located, find, propose
 from pallas_kernels.score import Ranking, score
 from pallas_kernels.select import select
 from pallas_kernels.stop import Stop, StopRule
+from pallas_kernels.tiles import Places, TileLists, TileRule, Tiles, tile_lists
 
 __all__ = [
   "NEVER",
@@ -26,6 +28,7 @@ __all__ = [
   "Located",
   "Maps",
   "Partial",
+  "Places",
   "Prefix",
   "Ranking",
   "Rounds",
@@ -33,6 +36,10 @@ __all__ = [
   "StopRule",
   "Tails",
   "Taking",
+  "TileLists",
+  "TileRule",
+  "Tiles",
+  "Tiling",
   "Victims",
   "ages",
   "arrived",
@@ -51,6 +58,7 @@ __all__ = [
   "merge_along",
   "place_blocks",
   "prefill_attention",
+  "prefill_tiles",
   "propose",
   "release",
   "saturate",
@@ -61,6 +69,7 @@ __all__ = [
   "store_digests",
   "store_each",
   "tidy",
+  "tile_lists",
   "touch",
   "victims",
 ]

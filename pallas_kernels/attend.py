@@ -162,6 +162,7 @@ class _Refs(NamedTuple):
   """What a kernel reads, and then what it writes. The last of both are one memory."""
 
   layer: Any  # [1]
+  threshold: Any  # [1], of the stop test
   lanes: Any  # [B]
   tokens: Any  # [B]
   blocks: Any  # [B, K, n]
@@ -239,7 +240,7 @@ class _Program:
     heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
     self.refs, self.layer, self.scale = refs, refs.layer[0], depth**-0.5
     self.of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
-    self.least = rule is not None and rule.rest == "least"
+    self.least = rule is not None and rule.least
     self.sums = rule is not None and not self.least
     self.infinite = jnp.full((heads,), jnp.inf)
     self.zero = _Acc(jnp.zeros((heads, depth)), -self.infinite, jnp.zeros((heads,)), self.no_group())
@@ -368,14 +369,14 @@ def _whole(tiling: Tiling, *refs) -> None:
     _read_split(tiling, program, me - tiling.miss_programs, program.read_hits, n_hits)
 
 
-def _progressive(stop: Stop, group: int, has_slots: bool, *refs) -> None:
+def _progressive(untested: int, rule: StopRule, group: int, has_slots: bool, *refs) -> None:
   """A list, group by group, with the stop test between. Its misses take slots if there are refs of a queue."""
   queue, n_read = None, _Refs._fields.index("o")
   if len(refs) > len(_Refs._fields):
     queue = _Queue(*refs[n_read : n_read + 4], *refs[-2:])
     refs = (*refs[:n_read], *refs[n_read + 4 : -2])
   refs = _Refs(*refs)
-  program = _Program(refs, stop.rule)
+  program, stop = _Program(refs, rule), Stop(refs.threshold[0], untested, rule)
   of = program.open(pl.program_id(0))
   n, n_heads = refs.length[of.b, of.k], refs.q.shape[2]
 
@@ -410,9 +411,10 @@ def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking
   tiling = Tiling.of(n_lists, located.blocks.shape[2], block_bytes, has_slots, stop is not None)
   parts = tiling.splits + (tiling.miss_programs > 0)
   if stop is not None:
-    kernel = functools.partial(_progressive, stop, located.group, has_slots)
+    kernel = functools.partial(_progressive, stop.untested, stop.rule, located.group, has_slots)
   else:
     kernel = functools.partial(_whole if has_slots else _whole_from_pool, tiling)
+  threshold = jnp.asarray(1.0 if stop is None else stop.threshold, jnp.float32)
   held = slots if has_slots else jnp.zeros((1, *slots.shape[1:]), slots.dtype)
 
   def float32(*shape):
@@ -439,7 +441,7 @@ def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking
     num_warps=tiling.num_warps,
     num_stages=tiling.num_stages,
     name="attend",
-  )(jnp.reshape(layer, 1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held, *queue)
+  )(jnp.reshape(layer, 1), threshold.reshape(1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held, *queue)
   # Part by part, so that XLA makes one elementwise kernel of it.
   partial = functools.reduce(merge, (Partial(o[i], m[i], l[i]) for i in range(parts)))
   return partial, located.length if stop is None else attended, held if has_slots else slots, *taken

@@ -47,23 +47,44 @@ box = Linear(2, lambda q, e: jnp.where(e == 0, jnp.maximum(q, 0), jnp.minimum(q,
 dot = Linear(1, lambda q, e: q)
 
 
+REDUCTIONS = {  # what the scores of a KV head's query heads become
+  "mean": "their mean",
+  "max": "the largest",
+  "softmax": "the log of the mean share, where the scores of a query head are logits of the blocks that are ranked",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranking:
   """How blocks are ranked."""
 
   # q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]: for a kernel a `Linear`, for XLA any function.
   rule: Callable[[jax.Array, jax.Array], jax.Array]
-  reduce: str = "mean"  # or "max", over the G query heads of a KV head
+  reduce: str = "mean"  # a name in REDUCTIONS, over the G query heads of a KV head
   sinks: int = 0  # the first blocks, forced: attended whatever their score, which is +inf
   window: int = 0  # likewise the last full blocks
 
   def __post_init__(self):
-    if self.reduce not in ("mean", "max"):
-      raise ValueError(f"reduce={self.reduce!r} is neither 'mean' nor 'max'")
+    if self.reduce not in REDUCTIONS:
+      raise ValueError(f"reduce={self.reduce!r} is none of {', '.join(REDUCTIONS)}")
 
   def forced(self, block: Int32[Array, "*#b"], n_blocks: Int32[Array, "*#b"]) -> Bool[Array, "*any"]:
     """Whether blocks of a row of `n_blocks` are sinks or in the window."""
     return (block < self.sinks) | (block >= n_blocks - self.window)
+
+
+def across_heads(
+  by_head: Float32[Array, "*b G N"], ranked: Bool[Array, "*#b N"], depth: int, reduce: str
+) -> Float32[Array, "*b N"]:
+  """One score of each block from those of G query heads of D = `depth` channels; `reduce` is a name in REDUCTIONS.
+
+  Where a block is not `ranked` it is any number.
+  """
+  if reduce != "softmax":
+    return by_head.max(-2) if reduce == "max" else by_head.mean(-2)
+  # Logs, as shares below 1e-38 would all be equal.
+  logits = jnp.where(ranked[..., None, :], by_head * depth**-0.5, -jnp.inf)
+  return jax.nn.logsumexp(jax.nn.log_softmax(logits, -1), -2)
 
 
 def score(
@@ -104,20 +125,27 @@ def score(
     return _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation)
   k = jnp.arange(digest.shape[0])[None, :, None]
   gathered = digest[k, layer, tables[:, None, :]].astype(jnp.float32)  # [B, K, N, E, D]
-  by_head = rule(q.astype(jnp.float32), gathered)  # [B, K, G, N]
-  scores = by_head.max(2) if ranking.reduce == "max" else by_head.mean(2)
-  n = jnp.arange(tables.shape[1])[None]  # [1, N]
-  last = n_blocks[:, None]
-  scores = jnp.where(ranking.forced(n, last)[:, None], jnp.inf, scores)
-  return jnp.where((n < last)[:, None], scores, -jnp.inf)
+  return _reduced(rule(q.astype(jnp.float32), gathered), n_blocks, q.shape[-1], ranking)
+
+
+def _reduced(by_head, n_blocks, depth, ranking):
+  """[B, K, N] from [B, K, G, N]."""
+  block, last = jnp.arange(by_head.shape[-1])[None], n_blocks[:, None]
+  exists, forced = block < last, ranking.forced(block, last)
+  scores = across_heads(by_head, (exists & ~forced)[:, None], depth, ranking.reduce)
+  return jnp.where(exists[:, None], jnp.where(forced[:, None], jnp.inf, scores), -jnp.inf)
 
 
 def _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation):
-  """One program scores one tile of a row's blocks against all query heads of one KV head."""
+  """One program scores one tile of a row's blocks against all query heads of one KV head.
+
+  Shares of a head need its scores of all tiles: with "softmax" the kernel writes them, and XLA does the rest.
+  """
   n_rows, n_heads, n_group, depth = q.shape
   width = digest.shape[3] * depth  # a digest's E vectors, contiguous
   n = tables.shape[1]
   tile = min(pl.next_power_of_2(n), max(1, TILE_BYTES // (width * digest.dtype.itemsize)))
+  n_written = n_group if ranking.reduce == "softmax" else 1  # H
 
   def kernel(layer_ref, tables_ref, n_blocks_ref, q_ref, digest_ref, scores_ref):
     k, b = pl.program_id(1), pl.program_id(2)
@@ -128,23 +156,26 @@ def _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation):
     heads = (q_ref[b, k, g, channel & (depth - 1)].astype(jnp.float32) for g in range(n_group))
     weights = [ranking.rule.weight(head, channel // depth)[None] for head in heads]  # G times [1, E * D]
 
-    def products():
+    def products():  # H times [tile]
       block = jnp.where(exists & ~forced, tables_ref[b, i], 0)  # any block that can be read: its score is not used
       vectors = digest_ref[k, layer_ref[0], block].astype(jnp.float32)  # [tile, E * D]
       if ranking.reduce == "mean":
-        return jnp.sum(vectors * (sum(weights) / n_group), 1)
-      return functools.reduce(jnp.maximum, [jnp.sum(vectors * w, 1) for w in weights])
+        return (jnp.sum(vectors * (sum(weights) / n_group), 1),)
+      scores = [jnp.sum(vectors * w, 1) for w in weights]
+      return tuple(scores) if ranking.reduce == "softmax" else (functools.reduce(jnp.maximum, scores),)
 
     # Otherwise no block of the tile needs its digest.
     ranked = (start < last - ranking.window) & (start + tile > ranking.sinks)
-    scores = jax.lax.cond(ranked, products, lambda: jnp.zeros(tile, jnp.float32))
-    scores_ref[b, k, i] = jnp.where(exists, jnp.where(forced, jnp.inf, scores), -jnp.inf)
+    scores = jax.lax.cond(ranked, products, lambda: (jnp.zeros(tile, jnp.float32),) * n_written)
+    for g, of_head in enumerate(scores):
+      scores_ref[b, k, g, i] = jnp.where(exists, jnp.where(forced, jnp.inf, of_head), -jnp.inf)
 
-  return triton.call(
+  by_head = triton.call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((n_rows, n_heads, n), jnp.float32),
+    out_shape=jax.ShapeDtypeStruct((n_rows, n_heads, n_written, n), jnp.float32),
     grid=(pl.cdiv(n, tile), n_heads, n_rows),
     implementation=implementation,
     num_warps=NUM_WARPS,
     name="score",
   )(jnp.reshape(layer, 1), tables, n_blocks, q, digest.reshape(*digest.shape[:3], width))
+  return _reduced(by_head, n_blocks, depth, ranking) if ranking.reduce == "softmax" else by_head[:, :, 0]

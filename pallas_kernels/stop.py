@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,43 @@ from jaxtyping import Array, Bool, Float, Float32
 
 LOG2_E = math.log2(math.e)
 
-REST = {  # what an unread block is taken for
-  "least": "the least mass of a ranked block so far, PSA's rule",
-  "last_group": "the mean mass of a block of the last group",
-  "last_two_groups": "the mean mass of a block of the last two groups",
+
+def _least_so_far(before: jax.Array, group: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+  least = jnp.minimum(before, group)
+  return jnp.exp2(least - seen), least
+
+
+def _last_group(before: jax.Array, group: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+  del before
+  return jnp.exp2(group - seen), group
+
+
+def _last_two_groups(before: jax.Array, group: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+  each = jnp.exp2(group - seen)
+  return jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen))), group
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+  """What the mass of an unread block is taken for. To try an own one, add it to `REST`: kernels call it too.
+
+  Attributes:
+    about: a sentence.
+    of: what it looks at of a group: the "least" mass of its blocks, or their "mean".
+    taken: what it kept after the last ranked group (+inf before the first), the log of this group's least or mean mass,
+      and that of all the mass read so far -> the mass of an unread block as a part of what has been read, and what it
+      keeps. Functions of scalars and powers of two alone.
+  """
+
+  about: str
+  of: Literal["least", "mean"]
+  taken: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+REST = {
+  "least": Rest("the least mass of a ranked block so far, PSA's rule", "least", _least_so_far),
+  "last_group": Rest("the mean mass of a block of the last group", "mean", _last_group),
+  "last_two_groups": Rest("the mean mass of a block of the last two groups", "mean", _last_two_groups),
 }
 WHEN = {  # what must exceed the threshold
   "every_head": "the claim of each query head of a KV head",
@@ -37,18 +72,27 @@ WHEN = {  # what must exceed the threshold
 class StopRule:
   """How a claim is made of masses, and a decision of claims."""
 
-  rest: str = "least"  # a name in REST
+  rest: str = "last_two_groups"  # a name in REST
   when: str = "every_head"  # a name in WHEN
+  entry: Rest = dataclasses.field(
+    init=False, repr=False
+  )  # what REST says now: programs are kept by it, not by its name
 
   def __post_init__(self):
     for name, value, known in (("rest", self.rest, REST), ("when", self.when, WHEN)):
       if value not in known:
         raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
+    object.__setattr__(self, "entry", REST[self.rest])
+
+  @property
+  def least(self) -> bool:
+    """Whether it looks at the least mass of a group's blocks, not at their mean."""
+    return self.entry.of == "least"
 
   def of_group(self, masses: Float[Array, "... size G"], read: Bool[Array, "... size"]) -> Float32[Array, "... G"]:
     """Log of the least or the mean mass of a group's blocks, as `claim` wants it, from logs; all of a group is read."""
     here = read[..., None]
-    if self.rest == "least":
+    if self.least:
       return jnp.where(here, masses, jnp.inf).min(-2)
     masses = jnp.where(here, masses, -jnp.inf)
     top = masses.max(-2)
@@ -56,7 +100,7 @@ class StopRule:
     return top + jnp.log2(jnp.exp2(masses - top[..., None, :]).sum(-2)) - math.log2(masses.shape[-2])
 
   def claim(self, before: jax.Array, group: jax.Array, seen: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What is claimed after a group. Functions of scalars and powers of two alone: kernels call it too.
+    """What is claimed after a group.
 
     Args:
       before: what the last call returned, +inf before the first.
@@ -67,12 +111,8 @@ class StopRule:
     Returns:
       The share, in [0, 1], and what the next call needs.
     """
-    if self.rest == "least":
-      group = jnp.minimum(before, group)
-    each = jnp.exp2(group - seen)  # relative to what has been read
-    if self.rest == "last_two_groups":
-      each = jnp.where(before == jnp.inf, each, 0.5 * (each + jnp.exp2(before - seen)))
-    return 1.0 / (1.0 + jnp.where(left > 0, each * left, 0.0)), group
+    each, kept = self.entry.taken(before, group, seen)
+    return 1.0 / (1.0 + jnp.where(left > 0, each * left, 0.0)), kept
 
   def passes(self, claims: jax.Array, threshold: jax.Array | float, n_heads: int) -> jax.Array:
     """Whether claims [..., >= n_heads] suffice; those beyond n_heads, which pad, are copies of others. Strict: a claim
@@ -88,12 +128,12 @@ class StopRule:
 class Stop:
   """A stop test, made after each group of a list."""
 
-  threshold: float  # epsilon, in (0, 1]
+  threshold: float | Float32[Array, ""]  # epsilon, in (0, 1]; an array where one program serves many of them
   untested: int  # the first blocks of a list, read without a test (sinks and window); whole groups
   rule: StopRule = StopRule()
 
   def __post_init__(self):
-    if not 0 < self.threshold <= 1:
+    if not isinstance(self.threshold, jax.Array) and not 0 < self.threshold <= 1:
       raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
     if self.untested < 0:
       raise ValueError(f"untested={self.untested} blocks")

@@ -50,7 +50,9 @@ class Programs:
       counts = kv_cache.working_sets(hot, batch.lanes, n_blocks, batch.steps, width, setup.working_set_steps)
       return jax.lax.psum(counts, AXIS)
 
-    output, read = StepOutput(whole, whole, whole), StepOutput(everywhere, everywhere, everywhere)
+    heads, held = cast(Any, (specs.hot.tail, cache.hot.tail))  # of what an audit finds
+    output = StepOutput(whole, whole, whole, audit=heads)
+    read = StepOutput(everywhere, everywhere, everywhere, audit=held)
     decode, prefill = functools.partial(decode_step, setup), functools.partial(prefill_segment, setup)
     self.decode = program(decode, (params, specs, whole), (specs, output), (cache, read), (1,), sized=True)
     self.prefill = program(

@@ -2,7 +2,8 @@
 
   decode_step      embed -> for each layer: qkv, append to the tail, attend to selected blocks where they lie, MLP
                    -> finished tails go to the pool -> logits, sample
-  prefill_segment  some layers of a piece of a prompt -> its KV into the pool, digests made, the newest into slots
+  prefill_segment  some layers of a piece of a prompt -> digests made, attention, its KV into the pool, the newest into
+                   slots
 
 Both are per-device code under `shard_map` over the mesh axis "tp": `programs.py` compiles them.
 """
@@ -20,14 +21,15 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
 import pallas_kernels as kernels
+from sparse_serve_jax.attention.audit import Audit, AuditAt, Stopped, audit
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
-from sparse_serve_jax.attention.prefill import Before, pin, prefill_attention
+from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector, pin
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn, Zones
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.loads import LOADS
-from sparse_serve_jax.memory.saves import SAVES, Saving, save_piece, save_tails
+from sparse_serve_jax.memory.saves import SAVES, NewBlocks, Saving, save_digests, save_piece, save_tails
 from sparse_serve_jax.mesh import AXIS
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.models.sampling import ban, greedy, logprobs, sample
@@ -49,6 +51,7 @@ class Setup:
 
   model: ModelConfig
   attention: DecodeAttention
+  prefill: PrefillAttention
   dense_layers: int
   newest_blocks: int  # at most so many blocks of a piece of a prompt enter slots, where the next piece reads them
   pins: bool  # whether a piece finds all that comes before it in slots, if these are enough
@@ -76,6 +79,7 @@ class Setup:
     return cls(
       model=model,
       attention=DecodeAttention(selector, variant(LOADS, cache.load, "cache.load"), implementation),
+      prefill=PrefillAttention(TileSelector.of(config), implementation),
       dense_layers=min(config.sparse.dense_layers, model.n_layers),
       newest_blocks=model.max_context // cache.block_tokens if pins else config.budget_blocks,
       pins=pins,
@@ -120,7 +124,9 @@ class DecodeBatch(flax.struct.PyTreeNode):
   # None if every row takes its most likely token, which is a program of its own: a branch in one would make the host
   # wait in every step.
   sampling: SamplingRows | None
-  logprobs: bool = flax.struct.field(pytree_node=False, default=False)  # of all rows; a program of its own too
+  threshold: Float32[Scalar, ""] | None = None  # of the stop test, if lists are progressive
+  audit: AuditAt | None = None  # of one of the layers whose lists are; a program of its own too
+  logprobs: bool = flax.struct.field(pytree_node=False, default=False)  # of all rows; and so is this
 
 
 class PrefillBatch(flax.struct.PyTreeNode):
@@ -162,6 +168,7 @@ class StepOutput(NamedTuple):
   tokens: Int32[Array, " B"]
   counts: Int32[Array, " 4"]  # the fields of StepCounts
   logprobs: Logprobs | None = None  # if the batch wants them
+  audit: Audit | None = None  # likewise
 
 
 def decode_step(
@@ -173,17 +180,20 @@ def decode_step(
   rows = _rows(hot, batch, width)
 
   def layer(attention, i, carry):
-    x, hot, counts, given, free = carry
+    x, hot, counts, given, free, stopped = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     hot = hot.replace(tail=_append(hot.tail, i, batch, k, v))
-    o, hot, of_layer, left = attention(q, pool, hot, i, rows, turn._replace(given=given, free=free))
-    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, AXIS), AXIS)
-    return x, hot, jax.tree.map(jnp.add, counts, of_layer), left.given, left.free
+    partial, hot, of_layer, left = attention(q, pool, hot, i, rows, turn._replace(given=given, free=free))
+    if stopped is not None:
+      stopped = stopped.noted(i, q, partial, of_layer)
+    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, partial.output, AXIS), AXIS)
+    return x, hot, jax.tree.map(jnp.add, counts, of_layer), left.given, left.free, stopped
 
   x = llama.embed(params, hot.last_token.at[batch.lanes].get(mode="clip"))
   cos_sin = llama.rope(cfg, batch.positions)
   counts, given, free = Counts.zeros(x.shape[0], hot.tail.shape[0]), turn.given, None
+  stopped = batch.audit and Stopped.nowhere(batch.audit, cfg.n_heads // cfg.n_kv_heads, hot)
   for first, end, attention in (
     (0, setup.dense_layers, setup.attention.dense),
     (setup.dense_layers, cfg.n_layers, setup.attention),
@@ -191,18 +201,22 @@ def decode_step(
     if first < end:
       if attention.selector.takes and hot.slots.shape[0]:
         free = kernels.Free.at_first(hot.maps, turn.victims, given)
-      carry = x, hot, counts, given, free
-      x, hot, counts, given, free = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
+      carry = x, hot, counts, given, free, stopped
+      x, hot, counts, given, free, stopped = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
 
   size = hot.tail.shape[4]
   new_block = jnp.take_along_axis(rows.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
   filled = jnp.where(rows.tail_tokens == size, new_block, -1)
   turn = turn._replace(given=given, free=free)
   cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
+  found = None
+  if stopped is not None:  # only now: XLA copies a pool that is read and then written where nothing orders the two
+    found, hot = audit(setup.attention, stopped, cache.pool, cache.hot, rows)
+    cache = cache.replace(hot=hot)
   tokens, of_tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   done = StepCounts(counts.attended.sum(), counts.missed.sum(), counts.loaded.sum(), _slots_used(hot))
-  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS), of_tokens)
+  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS), of_tokens, found)
 
 
 def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
@@ -214,6 +228,7 @@ def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
     n_blocks=jnp.where(real, batch.positions // size, 0),
     tail_tokens=jnp.where(real, batch.positions % size + 1, 0),
     steps=batch.steps,
+    threshold=None if batch.threshold is None else jnp.asarray(batch.threshold),
   )
 
 
@@ -253,18 +268,20 @@ def prefill_segment(
   ids = jnp.arange(positions.shape[0] // size)
   blocks = jnp.where(ids < batch.n_tokens // size, table.at[batch.start // size + ids].get(mode="clip"), -1)
   n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)
+  piece = Piece(before, blocks, batch.n_tokens)
 
-  def layer(i, carry):
+  def layer(attention, i, carry):
     x, cache, slab, given, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     if before is not None and setup.pins:
       cache, given, read = pin(cache, i, batch.lane, before, turn._replace(given=given), setup.implementation)
       loaded += read
-    o, read = prefill_attention(q, k, v, cache, i, before, setup.implementation)
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
-    newest = n_newest, batch.lane
-    cache, given = save_piece(setup.saving, cache, kv, i, blocks, newest, turn._replace(given=given))
+    new = NewBlocks(kv[:, None], i, ids, blocks)
+    cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
+    o, read = attention(q, k, v, cache, i, piece)
+    cache, given = save_piece(setup.saving, cache, new, (n_newest, batch.lane), turn._replace(given=given))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     last = jnp.minimum(batch.n_tokens // size, kv.shape[1] - 1)
     tail = cache.hot.tail.at[:, i, batch.lane].set(jax.lax.dynamic_index_in_dim(kv, last, 1, keepdims=False))
@@ -276,7 +293,17 @@ def prefill_segment(
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
   carry = x, KVCache(cache.pool, hot), slab, jnp.zeros(turn.n_zones, jnp.int32), jnp.int32(0)
-  x, cache, slab, _, loaded = jax.lax.fori_loop(batch.first_layer, end, layer, carry)
+  for first, until, attention in setup.prefill.parts(batch.first_layer, end, setup.dense_layers):
+    carry = jax.lax.fori_loop(first, until, functools.partial(layer, attention), carry)
+  x, cache, slab, _, loaded = carry
+  tokens, of_tokens = _token_after(cfg, params, cache.hot, x, batch)
+  hot = _next(cache.hot, batch.lane[None], tokens)
+  counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
+  return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
+
+
+def _token_after(cfg: ModelConfig, params: llama.Params, hot: Hot, x: jax.Array, batch: PrefillBatch):
+  """What `_sample` gives for a piece's last token if its last layer was run, else the lane's last token."""
 
   def next_token():
     last = jax.lax.dynamic_slice_in_dim(x, batch.n_tokens - 1, 1)
@@ -284,13 +311,9 @@ def prefill_segment(
     return _sample(logits, (batch.start + batch.n_tokens)[None], batch)
 
   def no_token():
-    return cache.hot.last_token[lane], _zeros_like(jax.eval_shape(next_token)[1])
+    return hot.last_token[batch.lane[None]], _zeros_like(jax.eval_shape(next_token)[1])
 
-  lane = batch.lane[None]
-  tokens, of_tokens = jax.lax.cond(end == cfg.n_layers, next_token, no_token)
-  hot = _next(cache.hot, lane, tokens)
-  counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
-  return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
+  return jax.lax.cond(batch.first_layer + batch.n_layers == cfg.n_layers, next_token, no_token)
 
 
 def _zeros_like(shapes):

@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser):
 # Packages and modules whose annotations are checked. Values that jax also makes of other things than arrays (shardings,
 # sentinels) are checked by test_shapes.py.
 CHECKED_ROOMS = (
+  "attention.audit",
   "attention.decode",
   "attention.prefill",
   "models.llama",

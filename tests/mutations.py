@@ -18,7 +18,9 @@ class Mutation(NamedTuple):
 ATTEND, RESIDENCY, COPIES, SELECTION = (
   f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
 )
+TILES = "tests/test_kernel_tiles.py"
 ZONES, RULES, PREFIX = "tests/test_zones.py", "tests/test_stop_rules.py", "tests/test_prefix.py"
+AUDIT = "tests/test_audit.py"
 STOP = "pallas_kernels/stop.py"
 MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
@@ -59,6 +61,41 @@ MUTATIONS = [
     "(place[None] - before <= at)",
     "(place[None] - before < at)",
     (f"{COPIES}::test_prefill_attention[2-float32-xla]",),
+  ),
+  Mutation(
+    "a tile sees the next token",
+    "pallas_kernels/prefill_tiles.py",
+    "(token - t * tiles.tile <= row)",
+    "(token - t * tiles.tile <= row + 1)",
+    (f"{TILES}::test_prefill_tiles[None-float32-xla]",),
+  ),
+  Mutation(
+    "the kernel of a tile sees the next token",
+    "pallas_kernels/prefill_tiles.py",
+    "row[:, None] >= (columns",
+    "row[:, None] + 1 >= (columns",
+    (f"{TILES}::test_prefill_tiles[None-float32-interpret]",),
+  ),
+  Mutation(
+    "the kernel of a tile leaves out what is left of a turn",
+    "pallas_kernels/prefill_tiles.py",
+    "  if turn > 1:",
+    "  if turn > 99:",
+    (f"{TILES}::test_prefill_tiles[3-float32-interpret]",),
+  ),
+  Mutation(
+    "a window of a tile is one block short",
+    "pallas_kernels/tiles.py",
+    "first - rule.window)",
+    "first - rule.window + 1)",
+    (f"{TILES}::test_tile_lists[1-2-0.1-top_k-xla]",),
+  ),
+  Mutation(
+    "a threshold leaves out the block that passes it",
+    "pallas_kernels/tiles.py",
+    "jnp.cumsum(masses, -1) - masses < rule.share",
+    "jnp.cumsum(masses, -1) < rule.share",
+    (f"{TILES}::test_tile_lists[1-2-0.5-threshold-xla]",),
   ),
   Mutation(
     "the kernel's keys are values",
@@ -414,6 +451,34 @@ MUTATIONS = [
     "(token == banned[:, :, None])",
     "(token == banned[:, :1, None])",
     ("tests/test_models.py::test_what_is_banned_does_not_exist",),
+  ),
+  Mutation(
+    "an audit is of the layer before",
+    "sparse_serve_jax/attention/audit.py",
+    "layer == self.at.layer",
+    "layer == jnp.maximum(self.at.layer - 1, 0)",
+    (f"{AUDIT}::test_shares_are_those_of_all_keys_and_nothing_else_changes[in_hbm-cpu]",),
+  ),
+  Mutation(
+    "an audit knows no tail",
+    "sparse_serve_jax/attention/audit.py",
+    "kernels.Tails(hot.tail, row.lanes, row.tail_tokens)",
+    "kernels.Tails(hot.tail, row.lanes, row.tail_tokens - 1)",
+    (f"{AUDIT}::test_shares_are_those_of_all_keys_and_nothing_else_changes[in_hbm-cpu]",),
+  ),
+  Mutation(
+    "audits cost what the drawn row costs, not the longest",
+    "sparse_serve_jax/serving/audit.py",
+    "not 0 < max(blocks) <= may_cost",
+    "not 0 < min(blocks) <= may_cost",
+    (f"{AUDIT}::test_a_long_row_has_its_turn_when_it_can_be_paid_for",),
+  ),
+  Mutation(
+    "a broken promise lowers the threshold",
+    "sparse_serve_jax/serving/audit.py",
+    "self._log_odds + STEP * (broken - (1 - KEPT))",
+    "self._log_odds - STEP * (broken - (1 - KEPT))",
+    (f"{AUDIT}::test_broken_promises_raise_the_threshold_and_kept_ones_lower_it",),
   ),
   Mutation(
     "equal bytes are those of the next larger budget",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax.attention import methods
-from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.config import ModelConfig, override
 from sparse_serve_jax.evaluation import accuracy, replay, selections
-from sparse_serve_jax.evaluation.cases import AXES, GRID
+from sparse_serve_jax.evaluation.cases import AXES, DENSE_PREFILL, GRID, prefill_cases
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
 from tests import forks
 
@@ -47,8 +48,8 @@ def test_what_a_setting_reads(model):
   batch = accuracy.Instances.of(model.tokenizer, "single_text", 640, range(4), 192)
   dense = replay.prefill(CFG, model.params, batch.tokens)
   rows = {}
-  series = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa"
-  every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5], ["blocks"])
+  series = "dense", "cuboid_mean", "oracle", "random", "sinks and window", "blocks of 16", "psa, groups of 4"
+  every = accuracy.cases(["cuboid_mean", "oracle", "random", "window"], [128], [0.5], ["blocks", "groups"])
   for case in [case for case in every if case.series in series]:
     found = accuracy.replayed(model, model.params, case, dense, batch)
     rows[case.series] = accuracy.summary(model, case, batch, jax.device_get(found))
@@ -65,7 +66,7 @@ def test_what_a_setting_reads(model):
   np.testing.assert_allclose(rows["blocks of 16"]["bytes"], 8 / (exist * 2) + 1 / 16, rtol=5e-2)
   mass = {series: row["mass"].mean() for series, row in rows.items()}
   assert max(mass["cuboid_mean"], mass["random"], mass["sinks and window"]) < mass["oracle"] < 1
-  assert 4 <= rows["psa"]["blocks"].mean() < rows["dense"]["blocks"].mean()
+  assert 8 <= rows["psa, groups of 4"]["blocks"].mean() < rows["dense"]["blocks"].mean()
 
 
 def test_text_of_a_file(model, tmp_path):
@@ -110,7 +111,9 @@ def test_ordinary_text(model):
 
 def test_blocks_by_head_and_claims(model):
   """Of a case that stops; another claims nothing."""
-  wanted = [case for case in accuracy.cases(["cuboid_mean"], [128], [0.9]) if case.series in ("cuboid_mean", "psa")]
+  _, fixed, psa = accuracy.cases(["cuboid_mean"], [128], [0.9])
+  paper = override(psa.config, ["sparse.rest=least", "sparse.group_blocks=4"])  # some of its stops break the promise
+  wanted = [fixed, dataclasses.replace(psa, config=paper)]
   rows = {
     case.series: row
     for case, row in accuracy.measure(model, model.params, accuracy.Sample("text", 512, 4, 2, 96), wanted)
@@ -141,12 +144,13 @@ def test_only_what_was_asked_for_is_measured():
       *("one layer dense 128", "two layers dense 128", "one layer dense 512", "two layers dense 512"),
       *("psa, one layer dense 0.9", "psa, two layers dense 0.9"),
     ],
-    "heads": ["best query head 128", "best query head 512"],
+    "heads": [f"{name} {budget}" for budget in (128, 512) for name in ("best query head", "shares of query heads")],
+    "groups": [f"{name}, groups of {n} 0.9" for n in (4, 8) for name in ("psa", "psa, least", "oracle stop")],
     "blocks": [f"blocks of {size} {budget}" for budget in (128, 512) for size in (16, 64)],
     "stops": ["psa, min_max 0.9", "certified 0.9", "oracle stop 0.9", "oracle stop, mean_of_heads 0.9"],
     "rules": [
-      *("psa, least, mean_of_heads 0.9", "psa, last_group, every_head 0.9", "psa, last_group, mean_of_heads 0.9"),
-      *("psa, last_two_groups, every_head 0.9", "psa, last_two_groups, mean_of_heads 0.9"),
+      *("psa, least, every_head 0.9", "psa, least, mean_of_heads 0.9", "psa, last_group, every_head 0.9"),
+      *("psa, last_group, mean_of_heads 0.9", "psa, last_two_groups, mean_of_heads 0.9"),
     ],
   }
   assert more.keys() == AXES.keys()
@@ -159,6 +163,39 @@ def test_only_what_was_asked_for_is_measured():
     assert [name for name in names(*asked, [axis]) if name not in names(*asked)] == expected
   every = names(*asked, list(AXES))
   assert len(every) == len(set(every))
+
+
+def test_cases_of_sparse_prefill():
+  names = [case.name for case in prefill_cases(["mean"], [0.5], [0.9], ["layers", "heads", "rules"])]
+  ways = "mean", *(f"cuboid_mean, {way}" for way in ("one layer dense", "two layers dense", "best query head"))
+  assert names == ["dense prefill 1", *(f"prefill {by}, {way} {at}" for way in ways for by, at in BY_SHARE)]
+  assert all(case.prefills and not case.digest_vectors for case in prefill_cases(["mean"], [0.5], [0.9]))
+
+
+BY_SHARE = ("top_k", 0.5), ("threshold", 0.9)
+
+
+def test_sparse_prefill(model):
+  """Reading everything is dense attention; reading less changes what follows, and the prompt's own nats more."""
+  wanted, sample = list(prefill_cases(["cuboid_mean"], [0.25], [0.5])), accuracy.Sample("text", 600, 3, 2, 96)
+  rows = {case.series: row for case, row in accuracy.measure(model, model.params, sample, wanted)}
+  dense, (top_k, threshold) = rows[DENSE_PREFILL], [row for series, row in rows.items() if series != DENSE_PREFILL]
+  ((_, expected),) = accuracy.measure(model, model.params, sample, [next(accuracy.cases([], [], []))])
+  np.testing.assert_allclose(dense["each"]["nats"], expected["each"]["nats"], rtol=1e-5)
+  assert dense["agreement"] == 1 and dense["read"] == 1 and dense["read_by_layer"] == [1, 1]
+  assert "read" not in expected and "prompt_nats" not in expected["each"]
+  batch = accuracy.Instances.of_text(model.tokenizer, 600, range(3), 96)
+  logits = jax.nn.log_softmax(jax.vmap(lambda ids: forward(CFG, model.params, ids))(batch.tokens))
+  of_tokens = -np.take_along_axis(np.asarray(logits)[:, :-1], batch.tokens[:, 1:, None], 2)[..., 0]
+  prompts = [of[start - 1 - 320 : start - 1].mean() for of, start in zip(of_tokens, batch.start, strict=True)]
+  np.testing.assert_allclose(dense["each"]["prompt_nats"], prompts, rtol=1e-4)
+  # 503 tokens are four tiles, the last of 119; before the last three are 4, 8 and 12 blocks, of which a quarter is
+  # read, but two at least: sink and window.
+  np.testing.assert_allclose(top_k["read_by_layer"], (2 + 2 + 3) / 24, atol=1e-5)
+  assert len(set(threshold["read_by_layer"])) == 2 and 0.25 < threshold["read"] < 1
+  for row in (top_k, threshold):
+    assert row["prompt_nats"] != dense["prompt_nats"] and row["nats"] != dense["nats"]
+    assert row["mass"] == pytest.approx(1, abs=1e-5)  # decoding is dense
 
 
 def test_steps_that_are_too_few_say_how_many_it_takes(model):
@@ -212,22 +249,28 @@ def test_a_run_goes_on(model, tmp_path):
   assert [row["case"] for row in before] == ["dense 1", "cuboid_mean 128", "psa 0.5"], first.stderr
   with (out / "results.jsonl").open("a") as file:
     file.write('{"task": "key_val')  # as a run that is killed leaves it
-  second = run("--thresholds=0.5,0.9", "--axes=stops,rules", "--rules=least")
+  shares = "--prefill_shares=0.5", "--prefill_thresholds=0.9"
+  second = run("--thresholds=0.5,0.9", "--axes=stops,rules", "--rules=least", *shares)
   after = rows("results.jsonl")
   new = after[len(before) :]
   assert after[: len(before)] == before, second.stderr
   kinds = "psa, min_max", "certified", "oracle stop", "oracle stop, mean_of_heads"
-  rule = "psa, least, mean_of_heads"
-  stops = [*(f"{kind} 0.5" for kind in (*kinds, rule)), "psa 0.9", *(f"{kind} 0.9" for kind in (*kinds, rule))]
+  rules = "psa, least, every_head", "psa, least, mean_of_heads"
+  stops = [*(f"{kind} 0.5" for kind in (*kinds, *rules)), "psa 0.9", *(f"{kind} 0.9" for kind in (*kinds, *rules))]
   assert [row["case"] for row in new if row["task"] == "key_value"] == stops
   assert {row["tokens"] for row in new if row["task"] == "text"} == {600}
   assert [row["case"] for row in rows("reuse.jsonl")] == 2 * [
-    *("cuboid_mean 128", "psa 0.5", f"{rule} 0.5", "psa 0.9", f"{rule} 0.9")
+    *("cuboid_mean 128", "psa 0.5", *(f"{rule} 0.5" for rule in rules), "psa 0.9", *(f"{rule} 0.9" for rule in rules))
+  ]
+  prefills = "dense prefill 1", *(f"prefill {by}, cuboid_mean {at}" for by, at in BY_SHARE)
+  of_prefill = rows("prefill.jsonl")
+  assert [(row["task"], row["case"]) for row in of_prefill] == [
+    (task, case) for task in ("text", "key_value") for case in prefills
   ]
   told = json.loads(second.stdout.splitlines()[-1])
   whole = json.loads((out / "summary.json").read_text())
   dense = [entry["accuracy"] for entry in whole["accuracies"] if entry["series"] == "dense"]
-  assert told == {"dense": {"retrieval 640": dense[0]}, "rows": len(after), "out": str(out)}
+  assert told == {"dense": {"retrieval 640": dense[0]}, "rows": len(after) + 6, "out": str(out)}
   made = json.loads((out / "run.json").read_text())
   assert made["setting"]["model"]["dtype"] == "float32" and len(made["parts"]) == 2
   by_head = "psa_retrieval_640", "psa_text_600", "psa_least_mean_of_heads_text_600"

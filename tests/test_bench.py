@@ -60,7 +60,7 @@ def check(results: dict[str, dict], file: Path) -> None:
 def test_bench_kernels(tmp_path):
   lines, results = run("bench_kernels", f"--out={tmp_path}", "--commit=abc")
   check(results, tmp_path / "kernels.jsonl")
-  ops = ["digest", "score", "select", "residency", "attend", "copy", "moves", "prefill"]
+  ops = ["digest", "score", "select", "residency", "attend", "copy", "moves", "prefill", "prefill_tiles", "tile_lists"]
   assert list(dict.fromkeys(name.partition("-")[0] for name in results)) == ops
   assert [line.split()[0] for line in lines if " baselines (us)" in line] == ops
   assert lines[-1] == "smoke: times mean nothing"
@@ -75,6 +75,11 @@ def test_bench_kernels(tmp_path):
     assert row["baselines"] == {"driver": NO_GPU} and "times_driver" not in row
     assert row["moved"] == {"h2d" if "load" in name else "d2h": 16 * 512}
     assert row["gb_s"] == pytest.approx(16 * 512 / row["us"] / 1e3)
+  # Four tiles of two blocks, with 0 + 2 + 4 + 6 before them for each of two heads, of which all are read, or a quarter
+  # of each rounded up; and 4 of their own.
+  every, quarter = (results[f"prefill_tiles-64 share {share}"] for share in ("1", "0.25"))
+  assert every["blocks_read"] == 2 * (12 + 4) and quarter["blocks_read"] == 2 * (0 + 1 + 1 + 2 + 4)
+  assert every["times_dense_per_block"] == pytest.approx(every["us"] / every["baselines"]["dense"])
   assert 0.05 < results["residency-2x2x4 miss 30%"]["miss_rate"] < 0.8  # lists of four blocks
   assert 0 < results["attend-2x8 miss 30%"]["miss_rate"] < 1
   assert results["attend-dense 2x64 tokens"]["moved"] == {"hbm": 2 * 2 * 9 * 512}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_serve_jax.buckets import Buckets
-from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, SparseConfig
+from sparse_serve_jax.config import CacheConfig, EngineConfig, SchedulerConfig, SparseConfig, override
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
@@ -239,14 +239,16 @@ def test_nothing_is_compiled_in_steady_state():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-@pytest.mark.parametrize("policy", ["topk", "psa"])
+@pytest.mark.parametrize("policy", ["topk", "psa", "audited psa"])
 def test_programs_hold_no_second_cache(policy: str, monkeypatch):
   """Pool, slots, digests and tails are updated in place: they alias, and no temporary is as large as any of them."""
   model = tiny_model()
   conf = config(
-    f"sparse.policy={policy}", "sparse.token_budget=64", "scheduler.max_batch=1", "scheduler.max_context=128",
-    "cache.lanes=512", "cache.dram_bytes=32MiB",
+    f"sparse.policy={policy.split()[-1]}", "sparse.token_budget=64", "scheduler.max_batch=1",
+    "scheduler.max_context=128", "cache.lanes=512", "cache.dram_bytes=32MiB", "sparse.group_blocks=4",
   )  # fmt: skip
+  if policy == "audited psa":  # the program that is looked at last; at first nothing has been attended to
+    conf = override(conf, ["sparse.audit=0.1"])
   conf = with_slots(conf, 4096, model)
   memory = {}
 
@@ -266,8 +268,10 @@ def test_programs_hold_no_second_cache(policy: str, monkeypatch):
   for name in ("decode", "prefill"):
     monkeypatch.setattr(executor.programs, name, spied(getattr(executor.programs, name), name))
   engine = Engine(executor)
-  engine.add_request(prompt_of(100), 3)
-  engine.run()
+  audited = engine.audits is not None
+  engine.add_request(prompt_of(100), 26 if audited else 3)
+  while engine.has_work and not (audited and engine.audits.summary().audit_blocks):
+    engine.step()
 
   cache, hot = executor.cache, executor.cache.hot
   arrays = [x.nbytes for x in (cache.pool, hot.slots, hot.digest, hot.tail)]

@@ -83,14 +83,16 @@ def test_weights_that_are_there_take_nothing_more(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("prefill", ["dense", "top_k", "threshold"])
 @pytest.mark.parametrize("context", [2048, 32768])
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama3-8b"])
-def test_activations_are_what_programs_take(name: str, context: int):
+def test_activations_are_what_programs_take(name: str, context: int, prefill: str):
   """The estimate is not below what XLA plans for the longest piece of a prompt, nor far above it."""
   cfg, mesh = read_config(ModelConfig, find_config("models", name)), make_mesh(1)
   conf = override(
     EngineConfig(), ["cache.hbm_bytes=8GiB", "cache.dram_bytes=16GiB", f"scheduler.max_context={context}"]
   )
+  conf = override(conf, f"sparse.prefill={prefill}")
   shape = CacheShape.of(cfg, conf, 2)
 
   def array(dims, dtype, sharding=None):

@@ -245,7 +245,7 @@ def test_a_dict_is_what_a_file_holds():
 def test_unknown_name_lists_what_there_is():
   with pytest.raises(
     ValueError,
-    match="'pso'.*dense, fifo, flash_transfer, hot_buffer, per_layer_pools, psa, psa_host_loop, sparse, "
+    match="'pso'.*dense, fifo, flash_transfer, hot_buffer, per_layer_pools, psa, psa_host_loop, psa_paper, sparse, "
     "sparse_offload, sparse_serve, working_set",
   ):
     load_config("pso")
@@ -348,6 +348,15 @@ def test_override_of_a_model_leaves_the_original():
     ("cache.hbm_bytes=8gb", ["cache.hbm_bytes", "'8gb'"]),
     ("scheduler.prefill=chunk", ["layer_segmented, chunked", "'chunk'"]),
     ("sparse.threshold=NaN", ["nan", "(0, 1]"]),
+    ("sparse.threshold=true", ["sparse.threshold", "expected float", "True (bool)"]),
+    ("sparse.threshold=auto", ["'auto'", "(0, 1]", "auto:P"]),
+    ("sparse.threshold=auto:", ["'auto:'", "auto:P"]),
+    ("sparse.threshold=auto:1", ["'auto:1'", "(0, 0.9999]"]),
+    ("sparse.threshold=auto:-0.1", ["'auto:-0.1'", "(0, 0.9999]"]),
+    ("sparse.threshold=auto:0.99999", ["auto:0.99999", "(0, 0.9999]"]),
+    ("sparse.threshold=0,9", ["'0,9'", "(0, 1]"]),
+    ("sparse.threshold=auto:0.95", ["'auto:0.95'", "policy='psa', not 'topk'"]),
+    ("sparse.audit=0.01", ["audit=0.01", "policy='psa', not 'topk'"]),
   ],
 )
 def test_override_refuses(assignment: str, words: list[str]):
@@ -376,9 +385,15 @@ def test_override_refuses(assignment: str, words: list[str]):
     (lambda: CacheConfig(lanes=-1), ["lanes=-1"]),
     (lambda: SparseConfig(threshold=0.0), ["threshold=0.0"]),
     (lambda: SparseConfig(threshold=1.01), ["threshold=1.01"]),
+    (lambda: SparseConfig(policy="psa", audit=0.11), ["audit=0.11", "[0, 0.1]"]),
+    (lambda: SparseConfig(policy="psa", audit=-0.01), ["audit=-0.01", "[0, 0.1]"]),
+    (lambda: SparseConfig(policy="psa", threshold="auto:0.9").fixed_threshold, ["'auto:0.9'", "must be a number"]),
+    (lambda: SparseConfig(prefill_share=0.0), ["prefill_share=0.0", "(0, 1]"]),
+    (lambda: SparseConfig(prefill_share=1.5), ["prefill_share=1.5"]),
     (lambda: SparseConfig(sink_tokens=-1), ["sink_tokens=-1"]),
     (lambda: SparseConfig(group_blocks=0), ["group_blocks=0"]),
     (lambda: SparseConfig(group_blocks=3), ["group_blocks=3", "power of two"]),
+    (lambda: override(EngineConfig(), "sparse.prefill=topk"), ["sparse.prefill", "dense, top_k, threshold", "'topk'"]),
     (lambda: SchedulerConfig(max_batch=0), ["max_batch=0"]),
     (lambda: SchedulerConfig(max_context=-1), ["max_context=-1"]),
     (lambda: SchedulerConfig(max_tokens=-1), ["max_tokens=-1"]),
@@ -412,6 +427,17 @@ def test_budget_holds_sinks_and_window():
   EngineConfig(blocks_of_32, dataclasses.replace(sparse, policy="psa"))  # has no budget
   with pytest.raises(ValueError, match="token_budget=31 is 0 blocks"):
     EngineConfig(blocks_of_32, SparseConfig(token_budget=31, sink_tokens=0, window_tokens=0))
+
+
+def test_a_threshold_moves_or_stays():
+  psa = load_config("psa")
+  moving = override(psa, ["sparse.threshold=auto:0.9"])
+  assert (psa.sparse.promise, psa.sparse.fixed_threshold, psa.sparse.moves) == (0.95, 0.95, False)
+  assert (moving.sparse.promise, moving.sparse.moves) == (0.9, True)
+  shares = [override(of, [f"sparse.audit={x}"]).sparse.audit_share for of in (psa, moving) for x in (0, 0.02)]
+  assert shares == [0.0, 0.02, 0.01, 0.02]
+  assert from_dict(EngineConfig, json.loads(to_json(moving))) == moving
+  assert override(moving, ["sparse.threshold=1"]).sparse.threshold == 1.0
 
 
 def test_block_sizes_are_powers_of_two():

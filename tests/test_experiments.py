@@ -116,7 +116,9 @@ def test_what_else_the_readme_names_exists():
   modules = set(re.findall(r"python -m experiments\.(\w+)", README))
   assert {"serve", "bench_kernels", "bench_step"} <= modules <= {f.stem for f in (ROOT / "experiments").glob("*.py")}
   in_python = [ast.literal_eval(f"[{text}]") for text in re.findall(r"overrides=\[(.*?)\]", README)]
-  override(EngineConfig(), [*re.findall(r"--set[= ]([\w.]+=\w+)", README), *itertools.chain.from_iterable(in_python)])
+  override(
+    load_config("psa"), [*re.findall(r"--set[= ]([\w.]+=[\w.:]+)", README), *itertools.chain.from_iterable(in_python)]
+  )
   configs = {file.stem for file in (ROOT / "configs" / "serving").glob("*.json")}
   assert set(re.findall(r"^\| `(\w+)` \|", README, re.M)) == configs
   targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)

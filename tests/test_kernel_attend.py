@@ -57,13 +57,15 @@ def random_case(seed: int, shape: Shape, rows: list[Row], n: int, dtype: str = "
   return Case(make(B, K, G, D, spread=1.5), rows, make(B, K, n, 2, S, D), make(B, K, 2, S, D))
 
 
-PSA = kernels.StopRule()
+PSA = kernels.StopRule("least")  # the paper's
 
 
-def taken_for(rule: kernels.StopRule, masses: list[np.ndarray], group: int) -> np.ndarray:
-  """What an unread block is taken for when ranked blocks of these masses [G] have been read, in whole groups."""
-  of_blocks = {"least": masses, "last_group": masses[-group:], "last_two_groups": masses[-2 * group :]}[rule.rest]
-  return np.min(of_blocks, 0) if rule.rest == "least" else np.mean(of_blocks, 0)
+# sparse.rest -> the mass of an unread block, when ranked blocks of these masses [n, G] have been read, in whole groups.
+TAKEN_FOR = {
+  "least": lambda masses, group: np.min(masses, 0),
+  "last_group": lambda masses, group: np.mean(masses[-group:], 0),
+  "last_two_groups": lambda masses, group: np.mean(masses[-2 * group :], 0),
+}
 
 
 def expect(
@@ -105,7 +107,7 @@ def expect(
         continue
       ranked.append(of_block)
       if threshold is not None and len(ranked) % group == 0 and i + 1 < row.length:
-        claims = mass / (mass + taken_for(rule, ranked, group) * (row.length - i - 1))
+        claims = mass / (mass + TAKEN_FOR[rule.rest](ranked, group) * (row.length - i - 1))
         claim = claims.min() if rule.when == "every_head" else claims.mean()
         margin = min(margin, abs(claim - threshold))
         if claim > threshold:

@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels as kernels
 from pallas_kernels import digest
-from pallas_kernels.score import Linear, Ranking, box, dot
+from pallas_kernels.score import REDUCTIONS, Linear, Ranking, box, dot
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, assert_rows_close, assert_same_bits
 
 RULES = {"cuboid_mean": 2, "min_max": 2, "mean": 1}
@@ -125,7 +125,7 @@ def test_what_an_op_cannot_do_is_said():
   q, tables, n_blocks = jnp.ones((1, 1, 1, 24)), jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
   with pytest.raises(ValueError, match="reads 1 vectors of a digest, and these have 2"):
     kernels.score(q, jnp.ones((1, 1, 3, 2, 24)), 0, tables, n_blocks, Ranking(dot))
-  with pytest.raises(ValueError, match="reduce='median' is neither 'mean' nor 'max'"):
+  with pytest.raises(ValueError, match="reduce='median' is none of mean, max, softmax"):
     Ranking(box, "median")
   with pytest.raises(NotImplementedError, match="'E': 3"):
     three = Linear(3, box.weight)
@@ -162,7 +162,12 @@ def check_score(
     digests[:, layer, tables[b, :n][forced]] = np.nan
     each = q[b].astype(float)[:, :, None, None] * vectors.astype(float)[:, None]  # [K, G, n, E, D]
     by_head = each.max(-2).sum(-1)
-    expected[b, :, :n] = by_head.max(1) if reduce == "max" else by_head.mean(1)
+    if reduce == "softmax":
+      logits = by_head[:, :, ~forced] * D**-0.5
+      shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+      expected[b, :, :n][:, ~forced] = np.log(shares.sum(1))
+    else:
+      expected[b, :, :n] = by_head.max(1) if reduce == "max" else by_head.mean(1)
     expected[b, :, :n][:, forced] = np.inf
 
   ranking = Ranking({"box": box, "dot": dot}[rule], reduce, sinks, window)
@@ -175,7 +180,7 @@ def check_score(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("rule", ["box", "dot"])
 def test_score(rule: str, reduce: str, dtype: str, implementation: str):
   """Three tiles of a kernel and more; rows that end in the first, and one of sinks and window alone."""
@@ -192,7 +197,7 @@ def test_score_of_groups(G: int, D: int, implementation: str):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", REAL)
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("rule", ["box", "dot"])
 def test_score_of_long_rows(rule: str, reduce: str, model: str):
   check_score(rule, reduce, "triton", "bfloat16", (8, REAL[model].G, REAL[model].D, 1024), [1024, 1000, 317, 64, 1])

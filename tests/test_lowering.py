@@ -18,6 +18,7 @@ import pallas_kernels as kernels
 from pallas_kernels import digest
 from pallas_kernels.score import box
 from pallas_kernels.stop import REST, WHEN
+from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SparseConfig
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.step import DecodeBatch, Setup, decode_step
@@ -31,14 +32,14 @@ MAPS = kernels.Maps(Int((K, L, M)), *[Int((P,))] * 3, Int((K, L, M)))
 ON_GPU = dict(implementation="triton")
 
 
-def lower(f, *arguments) -> str:
+def lower(f, *arguments, **named) -> str:
   """The program of `f` for a Hopper GPU."""
   with contextlib.ExitStack() as stack:
     if hasattr(jax.sharding, "AbstractDevice"):  # since 0.11 the lowering asks for a device
       device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
       mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
       stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
-    return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(f).trace(*arguments, **named).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def located(n: int, groups: int) -> kernels.Located:
@@ -148,7 +149,21 @@ def test_copies(shape: Shape):
     assert f'name = "{name}"' in lower(functools.partial(getattr(kernels, name), **ON_GPU), *arguments)
 
 
-def test_a_step_asks_the_host_nothing():
+@pytest.mark.parametrize("before", [0, N])
+@pytest.mark.parametrize("shape", [*REAL.values(), Shape(1, 128, 128), Shape(1, 8, 16)], ids=str)
+def test_prefill_tiles(shape: Shape, before: int):
+  (G, S, D), C = shape, 4096 + shape.S  # not whole tiles
+  tiles, n = kernels.Tiles.of(C, S), before + C // S
+  lists = kernels.TileLists(Int((tiles.count, K, n)), Int((tiles.count, K)))
+  pool, slots = Array((K, L, M, 2, S, D)), Array((P, 2, S, D))
+  prefix = kernels.Prefix(pool, slots, Int(()), *[Int((K, before))] * 2, Int(())) if before else None
+  f = functools.partial(kernels.prefill_tiles, tiles=tiles, **ON_GPU)
+  text = lower(f, Array((C, K, G, D)), *[Array((C, K, D))] * 2, lists, prefix=prefix)
+  assert 'name = "prefill_tiles"' in text
+
+
+@pytest.mark.parametrize("audit", [None, AuditAt(Int(()), Int(()))], ids=["plain", "audited"])
+def test_a_step_asks_the_host_nothing(audit: AuditAt | None):
   """A decode step on a GPU has no branch and no loop of unknown length outside its kernels: for either, the host would
   wait for the device, in the middle of a step."""
   model = tiny_model()
@@ -158,7 +173,7 @@ def test_a_step_asks_the_host_nothing():
   kv = lambda *dims: f32((*dims, 2, 8, 16))  # noqa: E731
   maps = kernels.Maps(Int((2, 2, 40)), *[Int((12,))] * 3, Int((2, 2, 40)))
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
-  cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(Int((8,)), Int((8,)), Int((8,)), None)
+  cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(*[Int((8,))] * 3, None, f32(()), audit)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
     functools.partial(decode_step, setup, 16), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False

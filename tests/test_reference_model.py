@@ -51,13 +51,14 @@ def test_it_answers_through_the_engine(optimized):  # README.md's example does w
 @pytest.mark.slow
 def test_it_retrieves_from_few_blocks(model, optimized):
   """At 2k tokens 63 blocks; a random choice of blocks finds next to nothing, so that what is chosen matters."""
-  cases = accuracy.cases(["cuboid_mean", "random"], [512], [0.95])
-  wanted = {case.name: case for case in cases if case.name in ("dense 1", "cuboid_mean 512", "random 512", "psa 0.95")}
+  psa, names = "psa, groups of 4 0.95", ("dense 1", "cuboid_mean 512", "random 512", "psa, groups of 4 0.95")
+  cases = accuracy.cases(["cuboid_mean", "random"], [512], [0.95], ["groups"])
+  wanted = {case.name: case for case in cases if case.name in names}
   sample = Sample("key_value", 2048, 8, at_once=8, steps=48)
   rows = {case.name: row for case, row in accuracy.measure(model, place_params(model), sample, [*wanted.values()])}
   found = {name: row["accuracy"] for name, row in rows.items()}
-  assert min(found["dense 1"], found["cuboid_mean 512"], found["psa 0.95"]) == 1 and found["random 512"] < 0.5
-  assert rows["dense 1"]["blocks"] > 60 and rows["psa 0.95"]["blocks"] < 12
+  assert min(found["dense 1"], found["cuboid_mean 512"], found[psa]) == 1 and found["random 512"] < 0.5
+  assert rows["dense 1"]["blocks"] > 60 and rows[psa]["blocks"] < 16
 
 
 @pytest.mark.parametrize("file", [f"{task}_16384_{n}.npz" for task in ("recite", "renumber") for n in (512, 2048)])

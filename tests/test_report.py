@@ -106,7 +106,7 @@ def test_stop_rules():
 
 
 def test_every_rule_has_its_comparison_and_its_blocks_by_head():
-  name = "psa, last_two_groups, every_head"
+  name = "psa, least, every_head"
   rows = [*ROWS, *(stop(name, at, 1.0, 6 * at, task="a") for at in (0.5, 0.9))]
   found = [entry for entry in report.psa_against_fixed(rows) if entry["of"] == "a" and entry["level"] == 0.98]
   assert [(entry["series"], entry["psa"]["at"], entry["psa"]["blocks"]) for entry in found] == [
@@ -164,10 +164,34 @@ def test_the_interval_is_paired():
   np.testing.assert_allclose(report.interval([[0] * 10, [1] * 10], [[1] * 10, [1] * 10]), (-0.5, -0.5))
 
 
+def prefill_row(series: str, at: float, nats: list[float], read: float, task: str = "a") -> dict:
+  told = row(task, series, at, 0.5, 32, read=read, read_by_layer=[read / 2, 3 * read / 2], prompt_nats=2.5)
+  told["nats"], told["each"] = float(np.mean(nats)), told["each"] | {"nats": nats, "prompt_nats": [2.0, 2.5, 3.0]}
+  return told
+
+
+def test_sparse_prefill_beside_dense():
+  rows = [
+    prefill_row("prefill top_k, mean", 0.5, [1.5, 2.5, 4.5], 0.5),
+    prefill_row("prefill top_k, mean", 0.25, [2.0, 3.0, 5.0], 0.25),
+    prefill_row("dense prefill", 1, [1.0, 2.0, 4.0], 1.0),
+    prefill_row("dense prefill", 1, [1.0, 2.0, 4.0], 1.0, "b"),
+    prefill_row("prefill top_k, mean", 0.5, [1.1, 2.1, 4.1], 0.6, "b"),
+  ]
+  dense, half = report.summary([], [], rows)["prefill"]  # a quarter is not there of both tasks
+  assert dense["nats_more"] == 0 and half["nats_more"] == pytest.approx(0.3) and half["at"] == 0.5
+  np.testing.assert_allclose(half["nats_interval"], (0.3, 0.3))
+  assert half["read"] == pytest.approx(0.55) and half["read_by_layer"] == [0.275, 0.825]
+  lines = report.markdown(report.summary([], [], rows)).splitlines()
+  assert any(
+    line.startswith("| prefill top_k, mean 0.5 | 55.0% | 27.5% | 82.5% | 2.5000 | +0.0000 |") for line in lines
+  )
+
+
 def test_every_part_of_a_summary_has_a_table():
   reuse = selections.reuse(drifting()) | dict(task="recite", tokens=1024, case="psa 0.9", requests=2, traced=44)
   rows = [*ROWS, row("text", "dense", 1, 0.3, 32, "text")]
-  told = report.summary(rows, [reuse])
+  told = report.summary(rows, [reuse], [prefill_row("dense prefill", 1, [1.0, 2.0, 4.0], 1.0)])
   assert all(told.values()) and json.loads(json.dumps(told)) == json.loads(json.dumps(told, allow_nan=False))
   assert report.markdown(told).count("\n## ") == len(told) - 1
   overlap = np.array(reuse["overlap"])[..., 11]

@@ -17,7 +17,8 @@ LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 def run(code: str, **environment: str) -> dict:
   """Runs `code` in a new process without our variables and returns the JSON it prints."""
-  clean = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", LIMIT)}
+  ours = ("XLA_FLAGS", LIMIT, *(environment.pop("without", "").split()))
+  clean = {key: value for key, value in os.environ.items() if key not in ours}
   command = [sys.executable, "-c", f"import json, os, sys\n{code}"]
   environment = clean | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
   done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -85,3 +86,38 @@ def test_unknown_public_name():
 
   with pytest.raises(AttributeError, match="'LMM'"):
     _ = sparse_serve_jax.LMM
+
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+KEPT = """
+if {early}: import jax
+from sparse_serve_jax import runtime
+runtime.configure()
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+f = jax.jit(lambda x: sum(x @ x * i for i in range(60)))
+f(jax.numpy.ones((8, 8))).block_until_ready()
+n = sum(hit == "/jax/compilation_cache/cache_hits" for hit in hits)
+print(json.dumps({{"hits": n, "folder": jax.config.jax_compilation_cache_dir}}))
+"""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, early: bool):
+  """Whether JAX was imported before or not."""
+  settings = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  first, second = (run(KEPT.format(early=early), without=CACHE, **settings) for _ in range(2))
+  assert first["folder"] == second["folder"] and Path(first["folder"]).parent == tmp_path / "sparse_serve_jax"
+  assert first["hits"] == 0 < second["hits"]
+
+
+def test_the_user_s_folder_of_programs_stays():
+  assert configured(**{CACHE: "/mine"})[CACHE] == "/mine"
+  assert configured(**{CACHE: ""})[CACHE] == ""
+
+
+def test_where_nothing_can_be_written_no_program_is_kept(tmp_path: Path):
+  (tmp_path / "file").write_text("")
+  found = run(KEPT.format(early=False), without=CACHE, XDG_CACHE_HOME=str(tmp_path / "file"))
+  assert found == {"hits": 0, "folder": None}

@@ -91,7 +91,7 @@ def selected(selector: Selector, scores: np.ndarray, n_blocks: int) -> tuple[lis
 
 
 def topk(limit: int, **changes) -> Selector:
-  selector = Selector(BY_NUMBER, limit, sinks=1, window=2, reduce="mean", threshold=None, group_blocks=4)
+  selector = Selector(BY_NUMBER, limit, sinks=1, window=2, reduce="mean", progressive=False, group_blocks=4)
   return dataclasses.replace(selector, **changes)
 
 
@@ -115,7 +115,7 @@ def test_dense_takes_every_block_in_order():
 def test_psa_ranks_every_block():
   psa = dataclasses.replace(Selector.of(config("sparse.policy=psa")), method=BY_NUMBER)
   assert selected(psa, ONE_HEAD, 8)[0] == [0, 6, 7, 3, 5, 1, 4, 2]
-  assert psa.threshold == 0.95
+  assert psa.progressive and not psa.dense.progressive
 
 
 def test_group_reduce():
@@ -123,6 +123,20 @@ def test_group_reduce():
   scores = np.array([[0.0, 0.0, 0.0, 9.0, 1.0, 0.0], [0.0, 0.0, 0.0, -9.0, 1.0, 0.0]])
   assert selected(topk(1, sinks=0, window=0), scores, 6)[0] == [4]
   assert selected(topk(1, sinks=0, window=0, reduce="max"), scores, 6)[0] == [3]
+  assert selected(topk(1, sinks=0, window=0, reduce="softmax"), scores, 6)[0] == [3]
+
+
+def test_a_head_with_a_large_query_counts_no_more_than_another_by_shares():
+  """The first is sure of block 2 among many, the other, ten times as loud, prefers all of the others a little."""
+  quiet, loud = [0.0, 0.0, 3.0, 0.0], [20.0, 20.0, 0.0, 20.0]
+  scores = np.array([quiet, loud])
+  assert selected(topk(1, sinks=0, window=0), scores, 4)[0] == [0]
+  assert selected(topk(1, sinks=0, window=0, reduce="softmax"), scores, 4)[0] == [2]
+
+
+def test_shares_too_small_for_float32_keep_their_order():
+  scores = np.array([[0.0, -400.0, 9.0, -500.0, -300.0]])
+  assert selected(topk(5, sinks=0, window=0, reduce="softmax"), scores, 5)[0] == [2, 0, 4, 1, 3]
 
 
 # ------------------------------------------------------------------------------- a new method, from outside the package

@@ -90,6 +90,19 @@ def test_a_row_for_every_request(tmp_path, capsys):
   assert [slices(trace, 2, line)[-1][0] for line in range(1, 7)] == ["decode"] * 6
 
 
+def test_audits_are_told_and_written(tmp_path, capsys):
+  psa = ["--set=sparse.policy=psa", "--set=sparse.threshold=auto:0.6", "--set=sparse.audit=0.1"]
+  assert in_process(*NEEDLES, *psa, "--max_new_tokens=16", f"--out={tmp_path / 'out'}") == 0
+  table, told = (said := capsys.readouterr().out).split("{")[0], json.loads(said.splitlines()[-1])
+  rows = [json.loads(line) for line in (tmp_path / "out" / "audits.jsonl").read_text().splitlines()]
+  stops = [share for row in rows for share, n in zip(row["true_share"], row["unread_blocks"], strict=True) if n]
+  assert told["audited_stops"] == len(stops) > 0 and told["audits"] <= len(rows)
+  assert 0 < told["audit_blocks"] <= 0.1 * told["blocks_attended"]
+  assert told["audit_true_share"] == pytest.approx(sum(map(sum, stops)) / sum(map(len, stops)), abs=1e-5)
+  assert rows[0]["threshold"] == pytest.approx(0.6) and told["psa_threshold"] != pytest.approx(0.6)
+  assert "audit_kept_share" in table and {row["request_id"] for row in rows} <= {f"needle-{i}" for i in range(6)}
+
+
 def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
   """A file of prompts needs no --workload."""
   file = jsonl(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,21 @@ from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import SparseConfig, override
 from sparse_serve_jax.evaluation import accuracy, replay
 from tests.cases import IMPLEMENTATIONS
-from tests.test_kernel_attend import ATTEND, ON_CPU, RAGGED, TINY, N, check_attend, expect, random_case, scored_case
-from tests.test_kernel_attend import taken_for as taken_for_by_definition
+from tests.test_kernel_attend import (
+  ATTEND,
+  ON_CPU,
+  RAGGED,
+  TAKEN_FOR,
+  TINY,
+  N,
+  check_attend,
+  expect,
+  random_case,
+  scored_case,
+)
 from tests.tiny import config
 
+ROOT = Path(__file__).resolve().parent.parent
 RULES = [kernels.StopRule(*names) for names in itertools.product(REST, WHEN)]
 # Of every code path that PSA's, which tests/test_kernel_attend.py is about, does not have.
 TWO_RULES = [kernels.StopRule("last_group"), kernels.StopRule("last_two_groups", "mean_of_heads")]
@@ -34,11 +48,12 @@ def stops_at(case, implementation: str, threshold: float, rule: kernels.StopRule
 
 
 def test_the_configuration_names_every_rule():
-  """The default is the paper's."""
+  """The first is the paper's, the default the one that keeps its promise on other models too."""
   for rule in RULES:
     sparse = override(SparseConfig(), [f"rest={rule.rest}", f"stop_when={rule.when}"])
     assert kernels.StopRule(sparse.rest, sparse.stop_when) == rule
-  assert kernels.StopRule() == RULES[0] == kernels.StopRule(SparseConfig().rest, SparseConfig().stop_when)
+  assert RULES[0] == kernels.StopRule("least", "every_head")
+  assert kernels.StopRule() == kernels.StopRule(SparseConfig().rest, SparseConfig().stop_when)
   for wrong in dict(rest="last"), dict(when="all"):
     with pytest.raises(ValueError, match=r"(rest='last'|when='all') is none of "):
       kernels.StopRule(**wrong)
@@ -76,7 +91,7 @@ def test_claims_land_beside_the_threshold(implementation: str, when: str, rest: 
       log_mass = np.repeat(np.sort(rng.uniform(0.0, 0.2, n))[None, ::-1] + 2.0, 3, 0)
       log_mass[:, 1] = TINY
       masses = np.exp(log_mass)
-      each = taken_for_by_definition(rule, list(masses[:, untested:stop].T), group)
+      each = TAKEN_FOR[rule.rest](list(masses[:, untested:stop].T), group)
       claims = p + np.array([0.0, 0.02, 0.03] if when == "every_head" else [-0.02, 0.05, -0.03])
       # The first block makes up the mass that claims the share; the tail is 3 tokens of 8, whose masses are 1/8.
       first = claims / (1 - claims) * each * (n - stop) - 3 / 8 - masses[:, 1:stop].sum(1)
@@ -95,6 +110,34 @@ def test_masses_in_any_order(implementation: str, rule: kernels.StopRule):
   stops = stops_at(case, implementation, threshold, rule, 8)
   for other in RULES:
     assert (expect(case, 2, 2, threshold, other).attended[:, 0].tolist() == stops) == (other == rule)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_rule_of_the_docs(implementation: str, monkeypatch: pytest.MonkeyPatch):
+  """Added from outside, and served with; op and kernel stop where its definition says, and where no other rule does."""
+  monkeypatch.chdir(ROOT)
+  for table in REST, TAKEN_FOR:
+    monkeypatch.setitem(table, "heaviest", None)
+  (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "psa.md").read_text(), re.M | re.S)
+  assert len(example.splitlines()) <= 15
+  exec(compile(example, "docs/psa.md", "exec"), found := {})
+  assert found["llm"].engine.config.sparse.rest == "heaviest"
+  TAKEN_FOR["heaviest"] = lambda masses, group: np.max(
+    [np.mean(masses[i : i + group], 0) for i in range(0, len(masses), group)], 0
+  )
+  rng, threshold = np.random.default_rng(3), 0.8
+  case = scored_case([2 * rng.normal(size=(3, n)) for n in (10, 10, 10, 10, 9, 7)], [8, 1, 3, 5, 8, 1])
+  stops = stops_at(case, implementation, threshold, kernels.StopRule("heaviest"), 6)
+  assert all(expect(case, 2, 2, threshold, other).attended[:, 0].tolist() != stops for other in RULES)
+
+
+def test_a_rule_that_is_defined_anew_is_another(monkeypatch: pytest.MonkeyPatch):
+  """Programs that are kept for rules are not those of the one that had its name."""
+  before = kernels.StopRule("last_group")
+  monkeypatch.setitem(REST, "last_group", dataclasses.replace(REST["last_group"]))
+  assert kernels.StopRule("last_group") == before
+  monkeypatch.setitem(REST, "last_group", dataclasses.replace(REST["last_group"], taken=REST["least"].taken))
+  assert kernels.StopRule("last_group") != before
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -194,9 +237,7 @@ class Masses:
         if end >= n or end <= self.untested:
           continue
         seen = np.exp(self.tail[at].astype(float)) + masses[:end].sum(0)
-        claims = seen / (
-          seen + (n - end) * taken_for_by_definition(rule, list(masses[self.untested : end]), self.group)
-        )
+        claims = seen / (seen + (n - end) * TAKEN_FOR[rule.rest](list(masses[self.untested : end]), self.group))
         if (claims.min() if rule.when == "every_head" else claims.mean()) > threshold:
           claimed[at] = claims
           break

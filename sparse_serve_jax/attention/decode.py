@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 import pallas_kernels as kernels
+from pallas_kernels.score import Linear
 from pallas_kernels.select import fits
 from sparse_serve_jax.attention.methods import Method, get_method
 from sparse_serve_jax.config import EngineConfig
@@ -27,6 +28,7 @@ class Rows(NamedTuple):
   n_blocks: Int32[Array, " B"]  # full blocks
   tail_tokens: Int32[Array, " B"]  # tokens in the tail, the new one included; 0 for padding
   steps: Int32[Array, " B"]  # the request's own step number
+  threshold: Float32[Array, ""] | None = None  # of the stop test, if lists are progressive
 
 
 class Counts(NamedTuple):
@@ -47,7 +49,7 @@ class Selector:
   """What a layer attends to, in blocks.
 
   `limit` None: every block, in order of position (dense). Otherwise the `limit` best by `method`, sinks and window
-  first; with a `threshold`, progressively until it is passed.
+  first; if `progressive`, until a stop test passes. Its threshold comes with the rows: one program serves all.
   """
 
   method: Method
@@ -55,7 +57,7 @@ class Selector:
   sinks: int
   window: int
   reduce: str
-  threshold: float | None
+  progressive: bool
   group_blocks: int
   rule: kernels.StopRule = dataclasses.field(default_factory=kernels.StopRule)
   host_loop: bool = False  # the stop test is made between calls of the attention kernel
@@ -63,13 +65,18 @@ class Selector:
   @classmethod
   def of(cls, config: EngineConfig) -> Selector:
     sparse = config.sparse
+    if sparse.group_reduce == "softmax" and not isinstance(get_method(sparse.method).score, Linear):
+      raise ValueError(
+        f"group_reduce='softmax' takes scores for products of queries and keys, and those of method {sparse.method!r} "
+        "are none"
+      )
     return cls(
       method=get_method(sparse.method),
       limit={"dense": None, "topk": config.budget_blocks, "psa": 1 << 30}[sparse.policy],
       sinks=config.sink_blocks,
       window=config.window_blocks,
       reduce=sparse.group_reduce,
-      threshold=sparse.threshold if sparse.policy == "psa" else None,
+      progressive=sparse.policy == "psa",
       group_blocks=sparse.group_blocks,
       rule=kernels.StopRule(sparse.rest, sparse.stop_when),
       host_loop=sparse.stop == "host_loop",
@@ -78,31 +85,27 @@ class Selector:
   @property
   def dense(self) -> Selector:
     """The same, attending to everything."""
-    return dataclasses.replace(self, limit=None, threshold=None)
+    return dataclasses.replace(self, limit=None, progressive=False)
 
   @property
   def group(self) -> int | None:
     """Blocks of a list between two stop tests; None without tests."""
-    return None if self.threshold is None else self.group_blocks
+    return self.group_blocks if self.progressive else None
 
   @property
   def untested(self) -> int:
     """The first blocks of a list that no stop test may leave out: sinks and window, rounded up to whole groups."""
     return 0 if self.group is None else -(-(self.sinks + self.window) // self.group) * self.group
 
-  @property
-  def stop(self) -> kernels.Stop | None:
-    return None if self.threshold is None else kernels.Stop(self.threshold, self.untested, self.rule)
+  def stop(self, rows: Rows) -> kernels.Stop:
+    """The stop test of progressive lists."""
+    assert rows.threshold is not None
+    return kernels.Stop(rows.threshold, self.untested, self.rule)
 
   @property
   def takes(self) -> bool:
     """Whether the test is made in the attention kernel, and a block that misses takes its slot when it is read."""
-    return self.threshold is not None and not self.host_loop
-
-  @property
-  def rounds(self) -> kernels.Rounds | None:
-    """How lists are read if the test is made outside of the attention kernel."""
-    return kernels.Rounds(self.group_blocks, self.stop) if self.host_loop and self.stop else None
+    return self.progressive and not self.host_loop
 
   def select(
     self, q: Float[Array, "B K G D"], hot: Hot, layer: Int32[Array, ""], rows: Rows, implementation: str
@@ -145,17 +148,18 @@ class DecodeAttention:
     layer: Int32[Array, ""],
     rows: Rows,
     turn: Turn,
-  ) -> tuple[Float32[Array, "B K G D"], Hot, Counts, Turn]:
+  ) -> tuple[kernels.Partial, Hot, Counts, Turn]:
     """Attention over each row's selected blocks and tail.
 
     No layer writes the pool, so it is no result. `turn` is what the layers before have left of the step's victims.
 
     Returns:
-      The output; `hot` with residency and slots updated; what the layer's lists came to; what is left of the victims.
+      The result, [B, K, G, D]; `hot` with residency and slots updated; what the layer's lists came to; what is left of
+      the victims.
     """
     tails = kernels.Tails(hot.tail, rows.lanes, rows.tail_tokens)
     lists = self.selector.select(q, hot, layer, rows, self.implementation)
-    if self.selector.rounds is not None:
+    if self.selector.progressive and self.selector.host_loop:
       return self._in_rounds(q, tails, pool, hot, layer, rows, turn, lists)
     if self.selector.takes:
       return self._progressive(q, tails, pool, hot, layer, rows, turn, lists)
@@ -164,7 +168,7 @@ class DecodeAttention:
       return kernels.attend(q, tails, pool, slots, layer, located, implementation=self.implementation)
 
     partial, hot, counts, given = self._read(attend, pool, hot, layer, rows, turn, lists)
-    return partial.output, hot, counts, turn._replace(given=given)
+    return partial, hot, counts, turn._replace(given=given)
 
   def _read(self, attend: Callable, pool, hot: Hot, layer, rows: Rows, turn: Turn, lists):
     """Finds, loads, attends to and commits `lists`, (blocks, lengths), of which all is read.
@@ -186,11 +190,10 @@ class DecodeAttention:
 
   def _progressive(self, q, tails: kernels.Tails, pool, hot: Hot, layer, rows: Rows, turn: Turn, lists):
     """Reads `lists` with the stop test in the attention kernel. A block that misses takes its slot when it is read."""
-    on, stop, (blocks, length) = dict(implementation=self.implementation), self.selector.stop, lists
-    assert stop is not None
+    on, (blocks, length) = dict(implementation=self.implementation), lists
     located = kernels.find(hot.maps, layer, blocks, length, group=self.selector.group, **on)
     here = turn.at(layer, rows.lanes)
-    taking = kernels.Taking(stop, here.free)
+    taking = kernels.Taking(self.selector.stop(rows), here.free)
     partial, attended, slots, located, free = kernels.attend_and_take(
       q, tails, pool, hot.slots, layer, located, taking, **on
     )
@@ -199,12 +202,12 @@ class DecodeAttention:
     if free is not None:  # as many for the next call as have missed in this one
       maps, free = kernels.evict(maps, turn.victims, free, here.by_zone(missed), **on)
       turn = turn._replace(free=free._replace(zone=None))
-    return partial.output, hot.replace(slots=slots, maps=maps), Counts(attended, missed, missed), turn
+    return partial, hot.replace(slots=slots, maps=maps), Counts(attended, missed, missed), turn
 
   def _in_rounds(self, q, tails: kernels.Tails, pool, hot: Hot, layer, rows: Rows, turn: Turn, lists):
     """Reads `lists` group by group, with a stop test after each outside of the attention kernel."""
-    on, rounds, (blocks, length) = dict(implementation=self.implementation), self.selector.rounds, lists
-    assert rounds is not None
+    on, (blocks, length) = dict(implementation=self.implementation), lists
+    rounds = kernels.Rounds(self.selector.group_blocks, self.selector.stop(rows))
 
     def attend(slots, located):
       by_block, slots = kernels.attend_by_block(q, tails, pool, slots, layer, located, **on)
@@ -219,4 +222,4 @@ class DecodeAttention:
     tail, slots = kernels.attend_to_tail(q, tails, pool, hot.slots, layer, **on)
     state = slots, hot.maps, Counts.zeros(length.shape[0], length.shape[1]), turn.given
     partial, (slots, maps, counts, given) = rounds.read(tail, blocks, length, read_group, state)
-    return partial.output, hot.replace(slots=slots, maps=maps), counts, turn._replace(given=given)
+    return partial, hot.replace(slots=slots, maps=maps), counts, turn._replace(given=given)

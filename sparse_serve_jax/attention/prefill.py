@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels as kernels
+from sparse_serve_jax.attention.methods import Method, get_method
+from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import KVCache
+
+Bound = int | jax.Array  # of a range of layers
 
 
 class Before(NamedTuple):
@@ -22,6 +28,20 @@ class Before(NamedTuple):
   def of(cls, table: Int32[Array, " N"], n_blocks: Int32[Array, ""]) -> Before:
     """The first blocks of a table."""
     return cls(jnp.where(jnp.arange(table.shape[0]) < n_blocks, table, -1), n_blocks)
+
+  def prefix(self, cache: KVCache, layer: Int32[Array, ""]) -> kernels.Prefix:
+    """Where it lies."""
+    slot = jnp.where((self.blocks >= 0)[None], cache.hot.maps.slot_of[:, layer, self.blocks], -1)  # [K, N]
+    blocks, n_tokens = jnp.broadcast_to(self.blocks, slot.shape), self.n_blocks * cache.pool.shape[4]
+    return kernels.Prefix(cache.pool, cache.hot.slots, layer, blocks, slot, n_tokens)
+
+
+class Piece(NamedTuple):
+  """A piece of a prompt, as every layer sees it."""
+
+  before: Before | None  # None: it begins the prompt
+  blocks: Int32[Array, " n"]  # its own, in the pool; -1 from the first that is not full on
+  n_tokens: Int32[Array, ""]  # those that are not padding
 
 
 def pin(
@@ -45,28 +65,84 @@ def pin(
   return cache.replace(hot=hot.replace(slots=slots, maps=maps)), given, (located.place >= 0).sum(dtype=jnp.int32)
 
 
-def prefill_attention(
-  q: Float[Array, "C K G D"],
-  k: Float[Array, "C K D"],
-  v: Float[Array, "C K D"],
-  cache: KVCache,
-  layer: Int32[Array, ""],
-  before: Before | None,
-  implementation: str,
-) -> tuple[Float[Array, "C K G D"], Int32[Array, ""]]:
-  """Dense causal attention over the piece's own keys and values and all that comes before it.
+@dataclasses.dataclass(frozen=True)
+class TileSelector:
+  """Which blocks before it a tile of a prompt's queries attends to: the best by the score of its mean query."""
 
-  Returns:
-    The output, and how many blocks of this device's heads were read from the pool because no slot has them.
-  """
-  if before is None:
-    return kernels.prefill_attention(q, k, v, implementation=implementation), jnp.int32(0)
-  slot_of = cache.hot.maps.slot_of  # [K, L, M]
-  exists = before.blocks >= 0
-  slot = jnp.where(exists[None], slot_of[:, layer, before.blocks], -1)  # [K, N]
-  blocks = jnp.broadcast_to(before.blocks, slot.shape)
-  n_tokens = before.n_blocks * cache.pool.shape[4]
-  prefix = kernels.Prefix(cache.pool, cache.hot.slots, layer, blocks, slot, n_tokens)
-  o = kernels.prefill_attention(q, k, v, prefix, implementation=implementation)
-  has_slots = cache.hot.slots.shape[0] > 0  # otherwise the pool lies in HBM, and nothing misses
-  return o, (exists[None] & (slot < 0) & has_slots).sum(dtype=jnp.int32)
+  method: Method
+  reduce: str
+  rule: kernels.TileRule
+
+  @classmethod
+  def of(cls, config: EngineConfig) -> TileSelector | None:
+    """None: to all."""
+    sparse = config.sparse
+    if sparse.prefill == "dense":
+      return None
+    rule = kernels.TileRule(sparse.prefill, sparse.prefill_share, config.sink_blocks, config.window_blocks)
+    return cls(get_method(sparse.method), sparse.group_reduce, rule)
+
+  def lists(
+    self,
+    q: Float[Array, "C K G D"],
+    n_tokens: Int32[Array, ""],
+    digests: Float[Array, "K n E D"],
+    tiles: kernels.Tiles,
+    places: kernels.Places,
+    implementation: str,
+  ) -> kernels.TileLists:
+    """The lists of all tiles; `n_tokens` of the queries are not padding, and every place has a digest or anything."""
+    _, n_heads, n_group, depth = q.shape
+    queries = jnp.moveaxis(tiles.mean(q, n_tokens), 0, 1).reshape(n_heads, -1, depth)  # [K, t * G, D]
+    by_head = self.method.score(queries, digests.astype(jnp.float32))
+    by_head = by_head.reshape(n_heads, tiles.count, n_group, -1)
+    scores = by_head.max(2) if self.reduce == "max" else by_head.mean(2)  # "softmax" is of decode steps
+    scores = jnp.moveaxis(scores, 0, 1) * depth**-0.5
+    return kernels.tile_lists(scores, tiles, places, self.rule, implementation=implementation)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillAttention:
+  """What is fixed of the attention of a piece when a program is compiled; dense without a `selector`."""
+
+  selector: TileSelector | None
+  implementation: str
+
+  def parts(self, first: Bound, end: Bound, dense_layers: int) -> list[tuple[Bound, Bound, PrefillAttention]]:
+    """How layers [first, end) attend: ranges of them, any of which may be empty."""
+    if self.selector is None or dense_layers == 0:
+      return [(first, end, self)]
+    dense = dataclasses.replace(self, selector=None)
+    return [(first, jnp.minimum(end, dense_layers), dense), (jnp.maximum(first, dense_layers), end, self)]
+
+  def __call__(
+    self,
+    q: Float[Array, "C K G D"],
+    k: Float[Array, "C K D"],
+    v: Float[Array, "C K D"],
+    cache: KVCache,
+    layer: Int32[Array, ""],
+    piece: Piece,
+  ) -> tuple[Float[Array, "C K G D"], Int32[Array, ""]]:
+    """Attention over the piece's own keys and values and over what comes before it; digests of all are there.
+
+    Returns:
+      The output, and how many blocks of this device's heads were read from the pool because no slot has them.
+    """
+    before, read = piece.before, None
+    prefix = None if before is None else before.prefix(cache, layer)
+    if self.selector is None:
+      o = kernels.prefill_attention(q, k, v, prefix, implementation=self.implementation)
+    else:
+      n_before, width = (0, 0) if before is None else (before.n_blocks, before.blocks.shape[0])
+      table = piece.blocks if before is None else jnp.concatenate([before.blocks, piece.blocks])
+      tiles = kernels.Tiles.of(q.shape[0], cache.pool.shape[4])
+      places = kernels.Places(n_before, (piece.blocks >= 0).sum(dtype=jnp.int32), width)
+      digests = cache.hot.digest[:, layer, jnp.maximum(table, 0)]
+      lists = self.selector.lists(q, piece.n_tokens, digests, tiles, places, self.implementation)
+      o = kernels.prefill_tiles(q, k, v, lists, tiles, prefix, implementation=self.implementation)
+      read = lists.any_reads(width)
+    if before is None or prefix is None or cache.hot.slots.shape[0] == 0:  # nothing before; or the pool lies in HBM
+      return o, jnp.int32(0)
+    missed = (before.blocks >= 0)[None] & (prefix.slot < 0)
+    return o, (missed if read is None else missed & read).sum(dtype=jnp.int32)

@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,9 +19,11 @@ from jax import lax
 
 import pallas_kernels as kernels
 from pallas_kernels.digest import cuboid_mean
-from pallas_kernels.score import box
+from pallas_kernels.score import REDUCTIONS, box
 from sparse_serve_jax.benchmarks import timing
-from sparse_serve_jax.benchmarks.timing import Baselines, Report, Row, Timing
+from sparse_serve_jax.benchmarks.bench import Bench, Cases
+from sparse_serve_jax.benchmarks.tiles import prefill_tiles, tile_lists
+from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.kv_cache import Hot
 from sparse_serve_jax.memory.loads import LOADS
@@ -32,65 +34,12 @@ from sparse_serve_jax.mesh import make_mesh
 
 # PSA's, and those whose code differs from it and from each other.
 STOP_RULES = [
-  kernels.StopRule(),
+  kernels.StopRule("least"),
   kernels.StopRule("last_group"),
   kernels.StopRule("last_two_groups"),
   kernels.StopRule("last_two_groups", "mean_of_heads"),
 ]
-
-Cases = Iterator[tuple[str, Callable[[], Row]]]
-
-
-class Bench:
-  """The shapes, the rates and the arrays that cases share. `pick` chooses between a real size and one for --smoke."""
-
-  def __init__(self, report: Report):
-    self.pick = lambda real, tiny: tiny if report.smoke else real
-    self.effort, self.ceilings = report.effort, report.ceilings
-    self.kernel, self.xla = dict(implementation=report.implementation), dict(implementation="xla")
-    self.heads, self.group, self.depth, self.size = self.pick((8, 4, 128, 32), (2, 2, 16, 8))  # K, G, D, S
-    self.block_bytes = 2 * self.size * self.depth * 2
-    self.digest_bytes = 2 * self.depth * 2  # E = 2
-    self.n_pool, self.n_slots = self.pick(65536, 64), self.pick(131072, 128)  # M, P: 8 GiB and 2 GiB
-    self.n_variants = self.pick(4, 1)
-    self.rng = np.random.default_rng(0)
-    self.attention: Any = "cudnn" if jax.default_backend() == "gpu" else "xla"
-
-  def time(self, op: timing.Op, variants: Any, **kwargs: Any) -> Timing:
-    return timing.measure(op, variants, self.effort, **kwargs)[0]
-
-  def row(self, measured: Timing, moved: dict[str, float], baselines: Baselines, **others: float) -> Row:
-    moved, found = {way: float(amount) for way, amount in moved.items()}, timing.measure_baselines(baselines)
-    return timing.row(measured, self.ceilings.floor_us(**moved), moved, baselines=found, **others)
-
-  def row_of_digests(self, op: timing.Op, variants: Any, moved: dict[str, float]) -> Row:
-    """A row of an op on the digests [K, 1, M, 2, D] that takes `implementation`."""
-
-    def time(options):
-      digest = self.random(self.heads, 1, self.n_pool, 2, self.depth)
-      return self.time(functools.partial(op, **options), variants, state=digest)
-
-    return self.row(time(self.kernel), moved, {"xla": lambda: time(self.xla)})
-
-  def variants(self, make: Callable[[], Any]) -> list[Any]:
-    return [jax.device_put(make()) for _ in range(self.n_variants)]
-
-  def random(self, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
-    return timing.normal(jax.random.key(int(self.rng.integers(1 << 31)), impl="rbg"), shape, dtype)
-
-  def distinct(self, limit: int, *shape: int) -> np.ndarray:
-    return self.rng.permutation(limit)[: np.prod(shape)].reshape(shape).astype(np.int32)
-
-  def blocks(self, *leading: int) -> jax.Array:
-    return self.random(*leading, 2, self.size, self.depth)
-
-  @functools.cached_property
-  def pool(self) -> jax.Array:
-    """[K, 1, M, 2, S, D] of random blocks, in host memory if this device has one of its own."""
-    shape = self.heads, 1, self.n_pool, 2, self.size, self.depth
-    pool = jax.device_put(np.zeros(shape, jnp.bfloat16), timing.host_sharding())
-    timing.fill_pool(pool)
-    return pool
+STOPS = [*itertools.product(STOP_RULES, [16]), (kernels.StopRule(), 4), (kernels.StopRule(), 8)]  # with their groups
 
 
 def digest(b: Bench) -> Cases:
@@ -108,20 +57,20 @@ def digest(b: Bench) -> Cases:
 
 
 def score(b: Bench) -> Cases:
-  ranking = kernels.Ranking(box, sinks=2, window=2)
-
-  def op(table, _, inputs, **options):
+  def op(ranking, table, _, inputs, **options):
     q, tables = inputs
     full = jnp.full(tables.shape[0], tables.shape[1])
     return table, kernels.score(q, table, jnp.int32(0), tables, full, ranking, **options)
 
-  def case(rows, n):
+  def case(rows, n, reduce):
     variants = b.variants(lambda: (b.random(rows, b.heads, b.group, b.depth), b.distinct(b.n_pool, rows, n)))
     moved = dict(hbm=rows * n * (b.heads * (b.digest_bytes + 4) + 4))
-    return b.row_of_digests(op, variants, moved)
+    ranking = kernels.Ranking(box, reduce, sinks=2, window=2)
+    return b.row_of_digests(functools.partial(op, ranking), variants, moved)
 
   for rows, n in b.pick([(32, 1024), (8, 4096)], [(2, 16)]):
-    yield f"{rows}x{n}", functools.partial(case, rows, n)
+    for reduce in REDUCTIONS:
+      yield f"{reduce} {rows}x{n}", functools.partial(case, rows, n, reduce)
 
 
 def select(b: Bench) -> Cases:
@@ -265,8 +214,8 @@ def attend(b: Bench) -> Cases:
     measured, _, results = timing.measure(f, variants, b.effort, state=slots, shared=shared)
     return measured, shared, [attended for _, attended in results]
 
-  def sparse(rows, n, miss, stop=None):
-    group = n if stop is None else 4
+  def sparse(rows, n, miss, stop=None, group=None):
+    group = group or n
 
     def inputs():
       n_hits = (group - b.rng.binomial(group, miss, (rows, b.heads, n // group))).astype(np.int32)
@@ -291,10 +240,10 @@ def attend(b: Bench) -> Cases:
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
     yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
-    for rule in b.pick(STOP_RULES, [STOP_RULES[0], STOP_RULES[-1]]):
-      name = " ".join(["psa", *dataclasses.astuple(rule)]) if rule != kernels.StopRule() else "psa"
-      stop = kernels.Stop(threshold, untested=4, rule=rule)
-      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop)
+    for rule, group in b.pick(STOPS, [(STOP_RULES[-1], 4)]):
+      name = f"psa {rule.rest} {rule.when} groups of {group}"
+      stop = kernels.Stop(threshold, untested=group, rule=rule)
+      yield f"{name} {threshold} {rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss, stop, group)
 
 
 def copy(b: Bench) -> Cases:
@@ -463,7 +412,8 @@ def prefill(b: Bench) -> Cases:
     yield f"{n} after {before}", functools.partial(case, n, before)
 
 
-OPS = {f.__name__: f for f in (digest, score, select, residency, attend, copy, moves, prefill)}
+EVERY = digest, score, select, residency, attend, copy, moves, prefill, prefill_tiles, tile_lists
+OPS = {f.__name__: f for f in EVERY}
 
 
 def measure(report: Report, ops: Iterable[str]) -> None:

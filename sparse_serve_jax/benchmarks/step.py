@@ -250,6 +250,7 @@ class Bench:
       positions=column(case.n_blocks * size - size // 2),  # no tail fills
       steps=column(1),
       sampling=None,
+      threshold=np.float32(case.config.sparse.fixed_threshold),
     )
     whole = NamedSharding(self.mesh, P())
     tokens = np.zeros(self.shape.R, np.int32)  # the last token of every lane

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -144,6 +145,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
       return parse_bytes(value)
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
+  if isinstance(hint, types.UnionType):  # of numbers and text
+    hint = next((kind for kind in typing.get_args(hint) if type(value) is kind), float)
   if hint is float and type(value) is int:
     return float(value)
   if type(value) is not hint:
@@ -164,7 +167,7 @@ def _assigned(leaves: Mapping[str, Any], assignments: str | Iterable[str]) -> di
 
 def _from_text(hint: Any, text: str) -> Any:
   """What a command line means by `text` for a field of type `hint`."""
-  if hint not in (int, float, bool):
+  if hint not in (int, float, bool, float | str):
     return text
   try:
     return json.loads(text)

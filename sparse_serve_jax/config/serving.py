@@ -11,6 +11,9 @@ from typing import Any, Literal
 from sparse_serve_jax.config.model import ModelConfig
 from sparse_serve_jax.config.reader import check_fields, find_config, read_config
 
+MOVING = "auto:"  # begins a threshold that moves
+MOST_PROMISE = 0.9999  # of one that moves: shares are of float32, and one rounded to 1 is never passed
+AUDIT, MOST_AUDIT = 0.01, 0.1  # sparse.audit where a threshold that moves needs one; the most there can be
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
 
@@ -42,7 +45,7 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-  """What a decode step attends to."""
+  """What a decode step attends to, and the queries of a prompt."""
 
   policy: Literal["dense", "topk", "psa"] = "topk"
   method: str = "cuboid_mean"  # a name in attention.methods.METHODS
@@ -52,24 +55,80 @@ class SparseConfig:
   sink_tokens: int = 64  # always attended, as in ArkVale (two blocks of 32)
   window_tokens: int = 64  # the newest full blocks, always attended
   dense_layers: int = 0  # the first layers that attend to everything (2 in ArkVale and Quest)
-  group_reduce: Literal["mean", "max"] = "mean"  # over the query heads of a KV head
-  threshold: float = 0.95  # psa: epsilon, stop when the estimated share of attention mass exceeds it
-  group_blocks: int = 4  # psa: blocks between two stop tests
-  # psa: what the test takes an unread block's attention mass for: the least of a ranked block so far (PSA), or the mean
-  # of the last ranked groups, which does not trust the ranking to leave the lightest for the end.
-  rest: Literal["least", "last_group", "last_two_groups"] = "least"
+  # What a block's scores of the query heads of a KV head become: their mean, the largest, or the mean of the shares
+  # that they estimate, in which a head whose query is large counts no more than another.
+  group_reduce: Literal["mean", "max", "softmax"] = "mean"
+  # psa: epsilon, stop when the estimated share of attention mass exceeds it. "auto:0.95" moves it while serving, until
+  # the true share is 0.95 in 95 % of the stops that are audited.
+  threshold: float | str = 0.95
+  # psa: how many blocks may be read to find the true share of some stops, as a part of those attended to: 0.01 is 1 %.
+  # 0: none, but 0.01 for a threshold that moves.
+  audit: float = 0.0
+  group_blocks: int = 16  # psa: blocks between two stop tests, and before the first (docs/psa.md says why so many)
+  # psa: what the test takes an unread block's attention mass for, a name in pallas_kernels.stop.REST: the least of a
+  # ranked block so far (PSA), or the mean of the last ranked groups, which does not trust the ranking to leave the
+  # lightest for the end.
+  rest: str = "last_two_groups"
   # psa: whose estimate must exceed the threshold: that of every query head of a KV head, or their mean.
   stop_when: Literal["every_head", "mean_of_heads"] = "every_head"
   # psa: where the test is made. "host_loop": outside of the attention kernel, which runs once a group; the host waits
   # for every test (PSA, section 2.3, with which the test in the kernel is compared).
   stop: Literal["kernel", "host_loop"] = "kernel"
+  # Of the blocks before it a tile of 128 queries of a prompt reads all; or the best by `method`, sinks and window among
+  # them: "top_k" a share of the blocks, "threshold" so many that they hold a share of the attention mass, as the scores
+  # estimate it. The first `dense_layers` read all.
+  prefill: Literal["dense", "top_k", "threshold"] = "dense"
+  prefill_share: float = 0.5  # of blocks, or of mass; 1 is all
 
   def __post_init__(self):
     check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
-    if not 0 < self.threshold <= 1:
-      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    self._check_promise()
+    if not 0 < self.prefill_share <= 1:
+      raise ValueError(f"prefill_share={self.prefill_share} is not in (0, 1]")
     if self.group_blocks & (self.group_blocks - 1):
       raise ValueError(f"group_blocks={self.group_blocks} is not a power of two")
+
+  @property
+  def moves(self) -> bool:
+    """Whether the threshold is one that moves."""
+    return isinstance(self.threshold, str)
+
+  @property
+  def promise(self) -> float:
+    """The share of the attention mass that a progressive list is to reach: P of "auto:P", or the threshold."""
+    return float(self.threshold.removeprefix(MOVING)) if isinstance(self.threshold, str) else self.threshold
+
+  @property
+  def fixed_threshold(self) -> float:
+    """The threshold, of a configuration that has one and keeps it."""
+    if isinstance(self.threshold, str):
+      raise ValueError(f"sparse.threshold={self.threshold!r} moves while an engine serves; here it must be a number")
+    return self.threshold
+
+  @property
+  def audit_share(self) -> float:
+    """`audit`, or what a threshold that moves has by default."""
+    return self.audit or (AUDIT if self.moves else 0.0)
+
+  def _check_promise(self) -> None:
+    if isinstance(self.threshold, str):
+      try:
+        promise = self.promise if self.threshold.startswith(MOVING) else math.nan
+      except ValueError:
+        promise = math.nan
+      if not 0 < promise <= MOST_PROMISE:
+        raise ValueError(
+          f"threshold={self.threshold!r} is neither a number in (0, 1] nor auto:P with P in (0, {MOST_PROMISE}]"
+        )
+    elif not 0 < self.threshold <= 1:
+      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+    if not 0 <= self.audit <= MOST_AUDIT:
+      raise ValueError(f"audit={self.audit} is not in [0, {MOST_AUDIT}]")
+    for name, given in (("threshold", self.moves), ("audit", self.audit > 0)):
+      if given and self.policy != "psa":
+        raise ValueError(
+          f"{name}={getattr(self, name)!r} is of progressive lists, it needs policy='psa', not {self.policy!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +214,11 @@ class EngineConfig:
       return min(of.chunk_tokens, limit or of.chunk_tokens)
     inject = of.max_inject_tokens or 2048 * n_layers  # B x L, SparseServe, section 4
     return min(inject, max(limit - of.max_batch, self.cache.block_tokens) * n_layers) if limit else inject
+
+  @property
+  def selects(self) -> bool:
+    """Whether anything is attended to in part, for which blocks have digests."""
+    return self.sparse.policy != "dense" or self.sparse.prefill != "dense"
 
   @property
   def budget_blocks(self) -> int:

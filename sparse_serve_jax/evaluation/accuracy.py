@@ -33,7 +33,7 @@ from sparse_serve_jax.tasks import text as texts
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
-EACH = ("accuracy", "nats", "agreement", "error")  # of every instance
+EACH = ("accuracy", "nats", "agreement", "error", "prompt_nats")  # of every instance; the last of sparse prefill
 
 # What a stop test claims may exceed the true mass by this: both are sums of float32 shares of a few hundred blocks, and
 # the bound allows for the rounding of logits. Thresholds beyond 0.999 are too near to 1 for a stop test in float32.
@@ -164,8 +164,10 @@ def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
 
 
 def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:
-  """The replay of a case over the prefill of a batch, on the device."""
+  """The replay of a case over the prefill of a batch, or over one of its own if it is sparse, on the device."""
   n = batch.answers.shape[1]
+  if case.prefills:
+    dense = replay.sparse_prefill(model.config, params, case.config, batch.tokens, batch.start)
   return replay.replay(model.config, params, case.config, dense, batch.start, n, oracle=case.oracle, claims=case.claims)
 
 
@@ -176,8 +178,10 @@ def measure(
 
   A row has of what `summary` tells means over instances, and sums of counts; "agreement", the share of steps whose most
   likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative error of
-  heads' outputs [L]; for a case that stops, under "by_head" the blocks attended by layer and KV head: their mean over
-  all answers' tokens [L, K], and QUANTILES over these tokens [5, L, K].
+  heads' outputs [L]. For a case of sparse prefill: "prompt_nats", those of a prompt's last tokens, "read", the share of
+  the blocks before a tile of queries that it reads, and "read_by_layer" [L]. For a case that stops: under "by_head" the
+  blocks attended by layer and KV head: their mean over all answers' tokens [L, K], and QUANTILES over these tokens
+  [5, L, K].
 
   Args:
     model: the model.
@@ -189,6 +193,7 @@ def measure(
   parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
   blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
   errors: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
+  reads: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
   dense, best_of_dense = next(cases([], [], [])), np.zeros(())
   others = [case for case in wanted if case.series != DENSE]
   for batch, case, found in replays(model, params, sample, [dense, *others], workers):
@@ -201,6 +206,8 @@ def measure(
     errors[case.name].append(found.error.mean((3, 4))[batch.answers])  # [tokens, L]
     if case.stops:
       blocks[case.name].append(found.blocks[batch.answers])
+    if case.prefills:
+      reads[case.name].append(found.read)  # [B, L]
   for case in wanted:
     whole = {key: np.concatenate([part[key] for part in parts[case.name]]) for key in parts[case.name][0]}
     row: Row = {key: int(x.sum()) if x.dtype == int else float(x.mean()) for key, x in whole.items()}
@@ -208,8 +215,10 @@ def measure(
       of_tokens = np.concatenate(blocks[case.name])  # [tokens, L, K]
       quantiles = np.quantile(of_tokens, QUANTILES, 0)
       row["by_head"] = {"mean": of_tokens.mean(0).round(3).tolist(), "quantiles": quantiles.round(3).tolist()}
+    if case.prefills:
+      row["read_by_layer"] = np.concatenate(reads[case.name]).mean(0).round(5).tolist()
     row["error_by_layer"] = np.concatenate(errors[case.name]).mean(0).round(5).tolist()
-    yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH}}
+    yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH if key in whole}}
 
 
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:
@@ -242,11 +251,13 @@ def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str,
     "mass": mean(found.mass.mean((2, 3, 4))),
     "error": mean(found.error.mean((2, 3, 4))),
   }
+  if case.prefills:
+    told |= {"read": found.read.mean(1), "prompt_nats": found.prompt_nats}
   if case.stops:
     told["estimate_error"] = mean((found.estimate - found.mass).mean((2, 3, 4)))
     sparse = case.config.sparse
     stops = (found.blocks < exist[..., None, None])[..., None]  # [B, n, L, K, 1]
-    least = sparse.threshold - TOLERANCE
+    least = sparse.fixed_threshold - TOLERANCE
     of_stop = found.mass.mean(-1) if sparse.stop_when == "mean_of_heads" else found.mass.min(-1)
     stopped = stops & np.ones_like(found.mass, bool)
     told["pairs"] = count(np.ones_like(found.mass, int))

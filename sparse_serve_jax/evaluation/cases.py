@@ -1,4 +1,5 @@
-"""Settings whose accuracy is compared: selection methods by budget, PSA's stop rules by threshold, variations."""
+"""Settings whose accuracy is compared: selection methods by budget, PSA's stop rules by threshold, variations; and
+sparse prefill by the share that it reads."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.attention.methods import TOP_P
 from sparse_serve_jax.config import EngineConfig, SparseConfig, override
 
+GROUPS = (4, 8)  # blocks between two stop tests, beside the default
 BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
 GRID = (*range(4, 65, 4), *range(80, 129, 16), *range(160, 257, 32))  # blocks
 DEFAULT_METHOD = SparseConfig().method
@@ -21,7 +23,9 @@ AXES = {
   "grid": "a fine grid of budgets: every 4 blocks up to 64, then 16 up to 128 and 32 up to 256",
   "sinks": "without sinks and window",
   "layers": "the first layer dense, and two: budgets, and rules that test every head",
-  "heads": "blocks ranked by the best query head of a group, not by the mean",
+  "heads": "blocks ranked by the best query head of a group, and by estimated shares, not by the mean of scores",
+  "groups": "PSA's thresholds with a stop test after every 4 and 8 blocks: by the default rule, by PSA's own (which "
+  "has 4), and with stops that know the true mass",
   "blocks": "blocks of 16 and 64 tokens",
   "stops": "PSA's thresholds on the ranking of min_max too, with its estimate and with a certified stop; and, on the "
   "default ranking, with stops that know the true mass",
@@ -31,12 +35,13 @@ AXES = {
 # Series that tables name; those of budgets have their method's name, or the axis's.
 DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
 TRUE_STOP = "oracle stop"
+DENSE_PREFILL = "dense prefill"
 DENSE_LAYERS = {1: "one layer dense", 2: "two layers dense"}
 
-# Rules of the stop test on the default ranking: series -> (sparse.rest, sparse.stop_when).
-RULES = {
-  PSA if rule == (SparseConfig().rest, SparseConfig().stop_when) else f"{PSA}, {', '.join(rule)}": rule
-  for rule in itertools.product(REST, WHEN)
+# Rules of the stop test on the default ranking: series -> (sparse.rest, sparse.stop_when), the default first.
+DEFAULT_RULE = SparseConfig().rest, SparseConfig().stop_when
+RULES = {PSA: DEFAULT_RULE} | {
+  f"{PSA}, {', '.join(rule)}": rule for rule in itertools.product(REST, WHEN) if rule != DEFAULT_RULE
 }
 
 
@@ -60,9 +65,14 @@ class Case:
     return self.config.sparse.policy == "psa"
 
   @property
+  def prefills(self) -> bool:
+    """Whether prompts are read sparsely."""
+    return self.config.sparse.prefill != "dense"
+
+  @property
   def digest_vectors(self) -> int:
-    """Vectors that are read of each block to rank them: none where nothing is ranked, or by true mass."""
-    unranked = self.oracle or self.series in (DENSE, WINDOW)
+    """Vectors that a decode step reads of each block to rank them: none where nothing is ranked, or by true mass."""
+    unranked = self.oracle or self.series == WINDOW or self.config.sparse.policy == "dense"
     return 0 if unranked else get_method(self.config.sparse.method).vectors
 
 
@@ -93,6 +103,29 @@ def cases(
     yield _case("top_p", TOP_P, f"sparse.token_budget={1 << 20}", "sparse.method=top_p")
   for threshold in thresholds:
     yield from _of_threshold(threshold, axes, rests)
+
+
+def prefill_cases(
+  names: Sequence[str], shares: Sequence[float], thresholds: Sequence[float], axes: Collection[str] = ()
+) -> Iterator[Case]:
+  """Prompts read whole, tile by tile too; and sparsely, a share of the blocks or of the estimated mass.
+
+  Args:
+    names: of methods.
+    shares: of blocks.
+    thresholds: shares of the mass.
+    axes: of AXES "layers" and "heads" count; they are the default method's.
+  """
+  dense = "sparse.policy=dense"
+  yield _case(DENSE_PREFILL, 1, dense, "sparse.prefill=top_k", "sparse.prefill_share=1")
+  varied = {name: (f"sparse.dense_layers={n}",) for n, name in DENSE_LAYERS.items() if "layers" in axes}
+  varied |= {"best query head": ("sparse.group_reduce=max",)} if "heads" in axes else {}
+  ways = [(name, (f"sparse.method={name}",)) for name in names]
+  ways += [(f"{DEFAULT_METHOD}, {name}", changes) for name, changes in varied.items()]
+  for (name, changes), (by, at) in itertools.product(ways, (("top_k", shares), ("threshold", thresholds))):
+    for share in at:
+      of = f"sparse.prefill={by}", f"sparse.prefill_share={share}"
+      yield _case(f"prefill {by}, {name}", share, dense, *of, *changes)
 
 
 def _case(
@@ -129,6 +162,7 @@ def _of_budget(names: Sequence[str], budget: int, axes: Collection[str]) -> Iter
     yield _case(name, budget, of, f"sparse.dense_layers={n}")
   if "heads" in axes:
     yield _case("best query head", budget, of, "sparse.group_reduce=max")
+    yield _case("shares of query heads", budget, of, "sparse.group_reduce=softmax")
   for size in BLOCK_SIZES[1:] if "blocks" in axes else ():
     yield _case(f"blocks of {size}", budget, of, block_tokens=size)
 
@@ -141,6 +175,11 @@ def _of_threshold(threshold: float, axes: Collection[str], rests: Collection[str
     yield _case(CERTIFIED, threshold, *of, "sparse.method=min_max", claims="certified")
     yield _case(TRUE_STOP, threshold, *of, claims="true")
     yield _case(f"{TRUE_STOP}, mean_of_heads", threshold, *of, "sparse.stop_when=mean_of_heads", claims="true")
+  for n in GROUPS if "groups" in axes else ():
+    in_groups = *of, f"sparse.group_blocks={n}"
+    yield _case(f"{PSA}, groups of {n}", threshold, *in_groups)
+    yield _case(f"{PSA}, least, groups of {n}", threshold, *in_groups, "sparse.rest=least")
+    yield _case(f"{TRUE_STOP}, groups of {n}", threshold, *in_groups, claims="true")
   for series, (rest, when) in RULES.items():
     changes = *of, f"sparse.rest={rest}", f"sparse.stop_when={when}"
     asked = "rules" in axes and rest in rests

@@ -1,9 +1,10 @@
 """What sparse attention does to a model's predictions, many settings on one prefill.
 
-A sequence is run once with dense attention. Then its last tokens are run again as decode steps, with sparse attention,
-over the dense keys and values of what precedes them. Tokens and counts of blocks are those of the engine's decode steps
-over such a cache, but all steps are made at once, since each layer's keys of all of them are there when the layer
-begins. Every key is looked at and what is not selected is masked, so the true attention mass comes with it.
+A sequence is run once with dense attention, or its prompt with sparse attention (`sparse_prefill`). Then its last
+tokens are run again as decode steps, with sparse attention, over the keys and values of what precedes them. Tokens and
+counts of blocks are those of the engine's decode steps over such a cache, but all steps are made at once, since each
+layer's keys of all of them are there when the layer begins. Every key is looked at and what is not selected is masked,
+so the true attention mass comes with it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import pallas_kernels as kernels
 from pallas_kernels import StopRule
+from pallas_kernels.score import across_heads
 from pallas_kernels.stop import LOG2_E
 from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.attention.methods import Method
+from sparse_serve_jax.attention.prefill import TileSelector
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.models import llama
 
 ALL = 1 << 30  # blocks: no limit
+PROMPT_TOKENS = 1024
 CLAIMS = {  # what a stop test goes by
   "rule": "what the rule of the configuration claims",
   "certified": "an upper bound of what is unread",
@@ -71,7 +76,7 @@ class _Setting(NamedTuple):
       sinks=jnp.int32(selector.sinks),
       window=jnp.int32(selector.window),
       dense_layers=jnp.int32(sparse.dense_layers),
-      threshold=jnp.float32(2.0 if selector.threshold is None else selector.threshold),
+      threshold=jnp.float32(sparse.fixed_threshold if selector.progressive else 2.0),
     )
 
 
@@ -87,14 +92,20 @@ class Replay(NamedTuple):
   estimate: jax.Array  # what the stop test went by where it stopped, see CLAIMS
   excess: jax.Array  # by how much that was more than the share: where it stopped, or certified in the worst test
   selected: jax.Array | None  # [B, n, L, K, N] bool
+  # Of a sparse prefill: what it read of the blocks before its tiles, as a share [B, L] float32; and the mean negative
+  # log-likelihood of a prompt's last tokens [B] float32, at most PROMPT_TOKENS, by the prefill itself.
+  read: jax.Array | None = None
+  prompt_nats: jax.Array | None = None
 
 
 class Prefill(NamedTuple):
-  """Whole sequences, run with dense attention."""
+  """Whole sequences that have been run."""
 
   tokens: jax.Array  # [B, T] int32, padded
   keys: jax.Array  # [L, B, T, K, D]
   values: jax.Array  # [L, B, T, K, D]
+  read: jax.Array | None = None  # as in Replay
+  prompt_nats: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,6 +119,72 @@ def prefill(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> Prefil
     return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None), (k, v)
 
   return Prefill(tokens, *lax.scan(layer, llama.embed(params, tokens), params["layers"])[1])
+
+
+class _Tiled(NamedTuple):
+  """The part of a configuration that a sparse prefill is compiled for."""
+
+  selector: TileSelector
+  dense_layers: int
+  block_tokens: int
+
+  def attend(self, layer, q, k, v, n_tokens) -> tuple[jax.Array, jax.Array]:
+    """o [T, K, G, D] of a prompt of `n_tokens`, padded to T, and the share of blocks read; `PrefillAttention`'s."""
+    size, n_heads = self.block_tokens, k.shape[1]
+    tiles, places = kernels.Tiles.of(q.shape[0], size), kernels.Places(0, n_tokens // size, 0)
+    digests = self.selector.method.summarize(k.reshape(-1, size, *k.shape[1:]).transpose(2, 0, 1, 3))
+    lists = self.selector.lists(q, n_tokens, digests, tiles, places, "xla")
+    n_all = places.seen(tiles, self.selector.rule)[0].sum() * n_heads
+    share = jnp.where(n_all > 0, lists.length.sum() / jnp.maximum(n_all, 1), 1.0)
+
+    def dense():
+      o = kernels.prefill_attention(q, k, v)
+      return o, jnp.ones_like(share)
+
+    def sparse():
+      return kernels.prefill_tiles(q, k, v, lists, tiles), share
+
+    return lax.cond(layer < self.dense_layers, dense, sparse)
+
+
+def sparse_prefill(
+  cfg: ModelConfig, params: llama.Params, config: EngineConfig, tokens: np.ndarray, start: np.ndarray
+) -> Prefill:
+  """Runs prompts tokens[b, :start[b]], each in one piece; what follows one is as padding to it.
+
+  Raises:
+    ValueError: `config.sparse.prefill` is dense.
+  """
+  selector, sparse = TileSelector.of(config), config.sparse
+  if selector is None:
+    raise ValueError(f"sparse.prefill={sparse.prefill!r} selects nothing")
+  return _sparse_prefill(cfg, _Tiled(selector, sparse.dense_layers, config.cache.block_tokens), params, tokens, start)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sparse_prefill(cfg, tiled: _Tiled, params, tokens, start) -> Prefill:
+  cos_sin = llama.rope(cfg, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+
+  def layer(carry, lp):
+    x, index = carry
+    q, k, v = llama.qkv(cfg, lp, x, cos_sin)
+    o, share = lax.map(lambda one: tiled.attend(index, *one), (q, k, v, start))
+    x = llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None)
+    return (x, index + 1), (k, v, share)
+
+  def nats(of):
+    """Of the last n tokens of a prompt that have one before them."""
+    x, tokens, start = of
+    n = min(PROMPT_TOKENS, tokens.shape[0] // 2)
+    at = start - 1 - n + jnp.arange(n)
+    logits = llama.logits(cfg, params, x[jnp.maximum(at, 0)], None)
+    target = tokens[jnp.maximum(at, 0) + 1]
+    each = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1)[:, 0]
+    return jnp.where(at >= 0, each, 0.0).sum() / jnp.maximum((at >= 0).sum(), 1).astype(jnp.float32)
+
+  first = llama.embed(params, tokens), jnp.int32(0)
+  (x, _), (keys, values, read) = lax.scan(layer, first, params["layers"])
+  return Prefill(tokens, keys, values, read.T, lax.map(nats, (x, tokens, start)))
 
 
 def replay(
@@ -140,7 +217,10 @@ def replay(
     ValueError: no such claims, or they are certified and the method's score is no bound.
   """
   program = _Program.of(config, oracle, claims)
-  return _replay(cfg, program, params, _Setting.of(config), dense, start, n_steps)
+  found = _replay(
+    cfg, program, params, _Setting.of(config), dense._replace(read=None, prompt_nats=None), start, n_steps
+  )
+  return found._replace(read=dense.read, prompt_nats=dense.prompt_nats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 6))
@@ -248,15 +328,15 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_blo
   `by_block` are logs of the blocks' shares of the `whole` mass; shape comments are those of `_attend`.
   """
   exists = jnp.arange(by_block.shape[-1])[None] < n_blocks[:, None]  # [n, N]
-  by_head = jnp.exp(by_block)  # [n, K, G, N]
+  by_head, reduce = jnp.exp(by_block), "max" if program.reduce == "max" else "mean"  # [n, K, G, N], shares
   if program.method is not None:
     blocks = keys.swapaxes(0, 1).reshape(keys.shape[1], -1, program.block_tokens, keys.shape[2])  # [K, N, S, D]
     digests = program.method.summarize(blocks)  # [K, N, E, D]
     queries, digests = q.astype(jnp.float32), digests.astype(jnp.float32)
-    by_head = program.method.score(queries, digests[None])
-  scores = by_head.max(2) if program.reduce == "max" else by_head.mean(2)
-  block, last = jnp.arange(scores.shape[-1])[None], n_blocks[:, None]
+    by_head, reduce = program.method.score(queries, digests[None]), program.reduce
+  block, last = jnp.arange(by_head.shape[-1])[None], n_blocks[:, None]
   forced = (block < setting.sinks) | (block >= last - setting.window)
+  scores = across_heads(by_head, (exists & ~forced)[:, None], q.shape[-1], reduce)
   scores = jnp.where(forced[:, None], jnp.inf, scores)
   scores = jnp.where(exists[:, None], scores, -jnp.inf)
   ids = jnp.argsort(-scores, -1, stable=True)
@@ -307,9 +387,14 @@ def _stop(
     claims = jnp.exp(seen)
   elif ranked.bound is None:
     of_group = jnp.where((start >= untested)[..., None], rule.of_group(lse * LOG2_E, read), jnp.inf)
-    before = lax.cummin(of_group, axis=2) if rule.rest == "least" else of_group
-    before = jnp.pad(before[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)], constant_values=jnp.inf)
-    claims, _ = rule.claim(before, of_group, seen * LOG2_E, left[..., None].astype(jnp.float32))
+
+    def test(before, group):
+      claims, kept = rule.claim(before, *group)
+      return kept, claims
+
+    groups = of_group, seen * LOG2_E, left[..., None].astype(jnp.float32)
+    of_each = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), groups)  # [J, n, K, G or 1]
+    claims = jnp.moveaxis(lax.scan(test, jnp.full_like(of_each[0][0], jnp.inf), of_each)[1], 0, 2)
   else:
     from_here = lax.cumlogsumexp(jax.nn.logsumexp(in_order(ranked.bound), 3), axis=2, reverse=True)
     unseen = jnp.pad(from_here[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0)], constant_values=-jnp.inf)

@@ -1,8 +1,8 @@
 """What the rows of the accuracy experiment say: numbers for machines (`summary`), tables of them (`markdown`).
 
 A row of `rows` is of one task, length and case: what `accuracy.measure` tells, with the keys task, group, tokens, case,
-series and at. A row of `reuse` is what `selections.reuse` tells, with the keys task, tokens, case, and
-requests and traced, how many requests and steps of each it is of.
+series and at; so is one of `prefill`, of cases of sparse prefill. A row of `reuse` is what `selections.reuse` tells,
+with the keys task, tokens, case, and requests and traced, how many requests and steps of each it is of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from sparse_serve_jax import results
 from sparse_serve_jax.config import SparseConfig
-from sparse_serve_jax.evaluation import equal_bytes
+from sparse_serve_jax.evaluation import equal_bytes, prefill_report
 from sparse_serve_jax.evaluation.accuracy import QUANTILES, TEXT, TOLERANCE, Row
 from sparse_serve_jax.evaluation.cases import CERTIFIED, DEFAULT_METHOD, DENSE, PSA, PSA_MIN_MAX, RULES
 from sparse_serve_jax.evaluation.intervals import draws, interval
@@ -26,7 +26,7 @@ SOLVED = 0.5  # dense accuracy from which on a task counts as solved
 WINDOWS = (1, 2, 4, 8, 12, 16, 32)  # steps w that are shown of working sets; 12 is SparseServe's
 
 
-def summary(rows: Sequence[Row], reuse: Sequence[Row]) -> dict[str, list[Row]]:
+def summary(rows: Sequence[Row], reuse: Sequence[Row], prefill: Sequence[Row] = ()) -> dict[str, list[Row]]:
   """Everything but the rows themselves; each entry says what it is."""
   return {
     "equal_bytes": list(at_equal_bytes(rows)),
@@ -37,6 +37,7 @@ def summary(rows: Sequence[Row], reuse: Sequence[Row]) -> dict[str, list[Row]]:
     "certified": list(certified(rows)),
     "psa_by_head": list(psa_by_head(rows)),
     "text": list(likelihoods(rows)),
+    "prefill": list(prefill_report.compared(prefill)),
     "reuse": [reused(row) for row in reuse],
   }
 
@@ -204,7 +205,7 @@ def reuse_curve(row: Row, key: str) -> np.ndarray:
 
 def nearest_threshold(thresholds: Sequence[float]) -> float:
   """The one to show where one is shown: nearest to the default, PSA's example."""
-  return min(thresholds, key=lambda threshold: abs(threshold - SparseConfig().threshold))
+  return min(thresholds, key=lambda threshold: abs(threshold - SparseConfig().fixed_threshold))
 
 
 def _values(rows: Sequence[Row], key: str) -> list:
@@ -405,6 +406,7 @@ _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
     ("tokens",),
     _text_cells,
   ),
+  "prefill": (prefill_report.TITLE, prefill_report.HEAD, ("tokens", "group"), prefill_report.cells),
   "reuse": (
     "Reuse of selections\n"
     "Overlap: the share of a step's selected blocks that one of the w steps before it selected too. Working set: the "

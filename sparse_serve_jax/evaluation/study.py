@@ -1,7 +1,8 @@
 """The accuracy experiment in a folder: many settings of one model, of which what is there is not measured again.
 
-The folder holds results.jsonl, rows of `accuracy.measure`; reuse.jsonl, rows of `selections.reuse`; and traces/*.npz.
-Every row has the keys task, group, tokens, case, series and at, so that `report` can make tables of them.
+The folder holds results.jsonl, rows of `accuracy.measure`; prefill.jsonl, those of cases of sparse prefill;
+reuse.jsonl, rows of `selections.reuse`; and traces/*.npz. Every row has the keys task, group, tokens, case, series and
+at, so that `report` can make tables of them.
 """
 
 from __future__ import annotations
@@ -90,17 +91,24 @@ class Study:
     if of_text := amounts.text:
       setting |= {"text": of_text.digest(), "chat": of_text.chat}
     results.claim(folder, setting)
-    self.rows, self.reuse = Table(folder / "results.jsonl"), Table(folder / "reuse.jsonl")
+    self.rows, self.prefill, self.reuse = (Table(folder / f"{name}.jsonl") for name in ("results", "prefill", "reuse"))
     self._model, self._wanted, self._amounts = model, wanted, amounts
     self._at_once, self._workers = tokens_at_once, workers
     self._params = place_params(model)
 
   def measure(self, task: str, n_tokens: int) -> None:
     """What each setting answers of a generated task, or predicts of ordinary text (`TEXT`), at a length."""
-    if left := self.rows.left(task, n_tokens, self._wanted):
+    self._measure(self.rows, task, n_tokens, [case for case in self._wanted if not case.prefills])
+
+  def measure_prefill(self, task: str, n_tokens: int) -> None:
+    """The same of each setting of sparse prefill."""
+    self._measure(self.prefill, task, n_tokens, [case for case in self._wanted if case.prefills])
+
+  def _measure(self, table: Table, task: str, n_tokens: int, wanted: Sequence[Case]) -> None:
+    if left := table.left(task, n_tokens, wanted):
       sample = self._sample(task, n_tokens)
       for case, row in accuracy.measure(self._model, self._params, sample, left, self._workers):
-        self.rows.add(task, n_tokens, case, row)
+        table.add(task, n_tokens, case, row)
 
   def trace(self, task: str, n_tokens: int) -> None:
     """What the default method's budgets and PSA's rules select while answers of a task are decoded; of each budget a

@@ -1,7 +1,8 @@
 """How finished blocks leave for the pool, and how the newest of them enter slots.
 
 A save is one function `(pool, new, implementation) -> pool` that writes `NewBlocks` to the pool. What goes with every
-save is here once: places in slots, their maps, and the digests that selection reads.
+save is here once: places in slots, their maps, and the digests that selection reads. A piece of a prompt has its
+digests before its attention, which may select by them.
 """
 
 from __future__ import annotations
@@ -86,40 +87,38 @@ def save_tails(
   lists = jnp.broadcast_to(blocks[:, None, None], (blocks.shape[0], n_heads, n_layers))  # a rank is a layer
   maps, place = _find_places(saving, hot, lists, jnp.arange(n_layers), lanes, steps, turn)[:2]
   new = NewBlocks(hot.tail, 0, jnp.minimum(lanes, n_lanes - 1), blocks)
-  pool = saving.save(cache.pool, new, saving.implementation)
+  pool, hot = saving.save(cache.pool, new, saving.implementation), save_digests(saving, hot, new)
   return KVCache(pool, _write(saving, hot, new, maps, jnp.moveaxis(place, 0, 2)))
 
 
 def save_piece(
   saving: Saving,
   cache: KVCache,
-  kv: Float[Array, "K n 2 S D"],
-  layer: Int32[Array, ""],
-  blocks: Int32[Array, " n"],
+  new: NewBlocks,
   newest: tuple[Int32[Array, ""], Int32[Array, ""]],
   turn: Turn,
 ) -> tuple[KVCache, Int32[Array, "*any"]]:
   """Saves one layer's blocks of a piece of a prompt, unless they are staged; the newest enter slots, the very newest
-  first.
+  first. Their digests are there.
 
   Args:
     saving: how.
     cache: this device's.
-    kv: the blocks.
-    layer: theirs.
-    blocks: where they go in the pool, -1 from the first that is not full on.
+    new: all of the source, of one layer; -1 from the first that is not full on.
     newest: the last so many full blocks enter slots; of a request in this lane.
     turn: what is left of the step's victims.
 
   Returns:
     The cache, and how many of the victims are gone.
   """
-  n_heads, n = kv.shape[:2]
-  ids, (n_newest, lane) = jnp.arange(n), newest
-  entering = (ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
+  n_heads, n = new.kv.shape[0], new.blocks.shape[0]
+  blocks, (n_newest, lane) = new.blocks, newest
+  entering = (new.ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
   lists = jnp.broadcast_to(jnp.where(entering, blocks, -1)[::-1], (1, n_heads, n))
-  maps, place, given = _find_places(saving, cache.hot, lists, layer, lane[None], jnp.full(1, kernels.NEVER), turn)
-  new, pool = NewBlocks(kv[:, None], layer, ids, blocks), cache.pool
+  maps, place, given = _find_places(
+    saving, cache.hot, lists, jnp.asarray(new.layer), lane[None], jnp.full(1, kernels.NEVER), turn
+  )
+  pool = cache.pool
   if not saving.staged:
     pool = saving.save(pool, new, saving.implementation)
     pool = host_pool.keep(pool) if saving.host_pool else pool
@@ -157,9 +156,14 @@ def _find_places(
 
 
 def _write(saving: Saving, hot: Hot, new: NewBlocks, maps: kernels.Maps, place: Int32[Array, "K Ls n"]) -> Hot:
-  """Writes new blocks to their places in slots, and makes their digests."""
+  """Writes new blocks to their places in slots."""
   slots = kernels.place_blocks(hot.slots, new.kv, new.ids, place, implementation=saving.implementation)
+  return hot.replace(slots=slots, maps=maps)
+
+
+def save_digests(saving: Saving, hot: Hot, new: NewBlocks) -> Hot:
+  """Makes the digests of new blocks."""
   digest = kernels.store_digests(
     hot.digest, new.kv, new.layer, new.ids, new.blocks, rule=saving.summarize, implementation=saving.summarized_by
   )
-  return hot.replace(slots=slots, digest=digest, maps=maps)
+  return hot.replace(digest=digest)

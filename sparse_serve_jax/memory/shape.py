@@ -77,7 +77,7 @@ class CacheShape:
 
   @classmethod
   def of(cls, model: ModelConfig, config: EngineConfig, vectors: int) -> CacheShape:
-    """Divides the byte budgets of `config.cache`; `vectors` is E of the selection method, unused when dense.
+    """Divides the byte budgets of `config.cache`; `vectors` is E of the selection method, unused when all is dense.
 
     Raises:
       ValueError: a budget is below what one slot of every zone and device, or one block of a request, needs.
@@ -93,7 +93,7 @@ class CacheShape:
       R=cache.lanes,
       S=cache.block_tokens,
       D=model.head_dim,
-      E=0 if config.sparse.policy == "dense" else vectors,
+      E=vectors if config.selects else 0,
       dtype=model.dtype,
       offload=cache.offload,
       max_context=limit,

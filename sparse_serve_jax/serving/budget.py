@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from pallas_kernels.tiles import TILE
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory.layout import ITEM_BYTES
@@ -44,6 +45,8 @@ class Needs:
     kept = max(piece, shape.max_context) if segmented else piece
     activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # before a segment and after it
     activations += _layer_bytes(cfg, piece, shape.max_context, n_devices, cudnn)
+    if config.sparse.prefill != "dense":
+      activations += _tile_bytes(cfg, piece, shape, n_devices)
     return cls(
       weights=weight_bytes(cfg, n_devices),
       kv=shape.hbm_bytes // n_devices,
@@ -75,6 +78,14 @@ def _layer_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cud
   # For the one row of logits of a prefill XLA converts a head in 16 bits to float32 (jax 0.11.2).
   head = 4 * cfg.vocab_size * cfg.d_model if item < 4 else 0
   return max(attention + mlp, head)
+
+
+def _tile_bytes(cfg: ModelConfig, piece: int, shape: CacheShape, n_devices: int) -> int:
+  """What sparse prefill of a layer holds besides: queries, and all keys and values in one, are copied; and five numbers
+  for each block before a tile (`pallas_kernels.tiles`)."""
+  item, n_kv = ITEM_BYTES[cfg.dtype], cfg.n_kv_heads // n_devices
+  copies = (2 * piece * (cfg.n_heads // n_devices) + 2 * n_kv * (piece + shape.max_context)) * cfg.head_dim * item
+  return copies + 5 * 4 * n_kv * (-(-piece // TILE)) * (shape.N + piece // shape.S)
 
 
 def check(needs: Needs, model: Model, mesh: Mesh) -> None:

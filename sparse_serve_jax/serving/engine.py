@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparse_serve_jax.sampling_params import SamplingParams
+from sparse_serve_jax.serving.audit import Audits
 from sparse_serve_jax.serving.clock import Clock, Wall
 from sparse_serve_jax.serving.metrics import Usage
 from sparse_serve_jax.serving.plan import MAX_BANNED, Dispatched, Executor, Observed, Plan, Sampling
@@ -66,7 +67,8 @@ class Engine:
       observer: called with every iteration, after its tokens are delivered.
     """
     self.config = executor.config
-    self.usage = Usage(executor.shape)
+    self.usage, sparse = Usage(executor.shape), executor.config.sparse
+    self.audits = Audits(sparse, executor.shape) if sparse.audit_share else None  # of what PSA promises
     self.clock: Clock = clock or Wall()
     self._model, self._executor, self._observer = executor.model, executor, observer
     executor.begin()
@@ -194,6 +196,8 @@ class Engine:
     self.usage.count_pool(owned)
     if plan.empty:
       return
+    if self.audits is not None:
+      plan = self.audits.plan(plan, self.usage.blocks_attended)
     try:
       step = self._executor.submit(plan)
       self._in_flight.append(_InFlight(plan, step, planned, self.clock.now(), owned))
@@ -229,6 +233,8 @@ class Engine:
       with self._whole():
         self._in_flight.popleft()
         self.usage.count_step(result.stats)
+        if self.audits is not None and result.audit is not None:
+          self.audits.take(flight.plan, result.audit)
         received = self._scheduler.update(result, done := self.clock.now())
         for request, _ in received.tokens:
           if told := result.logprobs.get(request.id):

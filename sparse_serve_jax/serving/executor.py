@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Maps
+from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
@@ -32,6 +33,8 @@ from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
   Admission,
+  Audited,
+  AuditOf,
   DecodeRow,
   Plan,
   PrefillWork,
@@ -85,13 +88,14 @@ class DispatchedStep:
       if work.last:
         tokens[work.request_id] = int(np.asarray(output.tokens)[0])
         logprobs |= _logprobs((work,), output)
-    attended = missed = 0
+    attended, missed, audit = 0, 0, None
     if self.decoded is not None:
       rows, output = self.decoded
       last = _counts(output)
       attended, missed, loaded = last.attended, last.missed, loaded + last.loaded
       tokens |= {row.request_id: int(t) for row, t in zip(rows, np.asarray(output.tokens), strict=False)}
       logprobs |= _logprobs(rows, output)
+      audit = output.audit and Audited(*map(np.asarray, output.audit))
     working_sets = {}
     if self.measured is not None:
       rows, counts = self.measured
@@ -105,6 +109,7 @@ class DispatchedStep:
       not_finite=not_finite,
       landed=landed,
       logprobs=logprobs,
+      audit=audit,
     )
 
 
@@ -174,12 +179,9 @@ class JaxExecutor:
     for work in plan.prefill:
       step.prefilled.append((work, self._prefill(work, plan.iteration)))
     if plan.measure:
-      batch, width = self._decode_batch(plan.measure)
-      batch = batch.replace(sampling=None, logprobs=False)  # which it does not read
-      step.measured = plan.measure, self.programs.working_sets(self.cache.hot, batch, width)
+      step.measured = plan.measure, self._measure(plan.measure)
     if plan.decode:
-      self.cache, output = self.programs.decode(self.params, self.cache, *self._decode_batch(plan.decode))
-      step.decoded = plan.decode, output
+      step.decoded = plan.decode, self._decode(plan.decode, plan.threshold, plan.audit)
     step.copy_to_host()
     return step
 
@@ -229,6 +231,7 @@ class JaxExecutor:
     fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
     needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or of[0] != "sampled decode"]
     sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0), "prefill": Sampling()}
+    audits = (None, AuditOf(0, 0)) if self.config.sparse.audit_share else (None,)
     size, nowhere, name = self.shape.S, self.shape.R, "nothing"
     self._follow_pool()
     self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
@@ -240,12 +243,12 @@ class JaxExecutor:
         self.forget(name)
         continue
       rows = (DecodeRow(name, nowhere, (width - 1) * size, 0, sampling[kind]),) * n
-      batch, width = self._decode_batch(rows)
-      self.programs.working_sets(self.cache.hot, batch, width)
-      self.cache, _ = self.programs.decode(self.params, self.cache, batch, width)
+      self._measure(rows)
+      for audit in audits:
+        self._decode(rows, audit=audit)
     self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
     self.wait()
-    return len(needed) + 2
+    return len(needed) + 2 + (len(audits) - 1) * sum(kind != "prefill" for kind, _, _ in needed)
 
   def _follow_pool(self) -> None:
     """Before programs whose blocks the host moves."""
@@ -295,6 +298,24 @@ class JaxExecutor:
       self._activations[key] = x
     return output
 
+  def _decode(
+    self, rows: tuple[DecodeRow, ...], threshold: float | None = None, audit: AuditOf | None = None
+  ) -> StepOutput:
+    batch, width = self._decode_batch(rows)
+    sparse = self.config.sparse
+    if sparse.policy == "psa":
+      batch = batch.replace(threshold=np.float32(sparse.promise if threshold is None else threshold))
+    if audit is not None:
+      batch = batch.replace(audit=AuditAt(np.int32(audit.row), np.int32(audit.layer)))
+    self.cache, output = self.programs.decode(self.params, self.cache, batch, width)
+    return output
+
+  def _measure(self, rows: tuple[DecodeRow, ...]) -> jax.Array:
+    """Working sets of the rows."""
+    batch, width = self._decode_batch(rows)
+    batch = batch.replace(sampling=None, logprobs=False)  # which it does not read
+    return self.programs.working_sets(self.cache.hot, batch, width)
+
   def _decode_batch(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
     """The batch, padded, and how many entries of block tables it looks at."""
     n = self.buckets.batch(len(rows))
@@ -325,7 +346,7 @@ def _check_variants(config: EngineConfig, setup: Setup, shape: CacheShape) -> No
       jax.ShapeDtypeStruct((shape.P,), jnp.int32),
     )
   }
-  if setup.attention.selector.limit is not None:
+  if config.selects:
     digest = jax.ShapeDtypeStruct((2, method.vectors, shape.D), dtype)
     made[f"the digest of sparse.method={config.sparse.method}"] = jax.eval_shape(method.summarize, keys), digest
     scores = jax.eval_shape(method.score, of((G, shape.D)), of((3, method.vectors, shape.D)))

@@ -70,6 +70,13 @@ class DecodeRow:
   sampling: Sampling
 
 
+class AuditOf(NamedTuple):
+  """The stops of a plan that are audited: those of a row in a layer."""
+
+  row: int  # of the decode rows
+  layer: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """One iteration: release, then admit, then prefill, then measure, then decode."""
@@ -82,6 +89,8 @@ class Plan:
   decode: tuple[DecodeRow, ...]
   measure: tuple[DecodeRow, ...]  # requests whose working set is wanted, as it is before this iteration's decode
   await_saves: bool = False  # nothing can be done before saves that are out have landed: the result waits for them
+  threshold: float | None = None  # of PSA's stop test; None: the configuration's
+  audit: AuditOf | None = None
 
   @property
   def empty(self) -> bool:
@@ -112,6 +121,13 @@ class TokenLogprobs(NamedTuple):
   top: dict[int, float]  # of the most likely tokens, in that order
 
 
+class Audited(NamedTuple):
+  """What an audit found in one row and layer."""
+
+  share: np.ndarray  # float32 [K, G]: of each query head's attention mass, what was read
+  unread: np.ndarray  # int32 [K], full blocks that the lists left out
+
+
 @dataclasses.dataclass(frozen=True)
 class StepResult:
   """What an iteration produced. Reading it waits for the device; iterations are read in order."""
@@ -123,6 +139,7 @@ class StepResult:
   # The last iteration of which, and of all before, the blocks are in the pool. None: this one.
   landed: int | None = None
   logprobs: dict[str, TokenLogprobs] = dataclasses.field(default_factory=dict)  # of the tokens that want them
+  audit: Audited | None = None  # if the plan has one and the executor can
 
 
 class Dispatched(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_serve_jax.serving.audit import AuditSummary
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.metrics import Summary, summarize
 from sparse_serve_jax.serving.request import Request
@@ -32,11 +33,12 @@ class Served:
   refused: int
   failed: int  # ended by an error
   elapsed_s: float  # from the start of the run to its end
+  audits: AuditSummary | None = None  # if the configuration wants them
 
   def to_dict(self) -> dict[str, int | float | None]:
-    """The summary with the other fields, flat."""
+    """The summaries with the other fields, flat."""
     others = {"refused": self.refused, "failed": self.failed, "elapsed_s": self.elapsed_s}
-    return self.summary.to_dict() | others
+    return self.summary.to_dict() | others | (self.audits.to_dict() if self.audits else {})
 
 
 def serve(
@@ -85,7 +87,8 @@ def serve(
     engine.wait()
     raise
   failed = sum(request.finish_reason == "error" for request in ended)
-  return Served(summarize(ended, engine.usage), refused, failed, clock.now() - start)
+  audits = engine.audits and engine.audits.summary()
+  return Served(summarize(ended, engine.usage), refused, failed, clock.now() - start, audits)
 
 
 def row(end: Request | Refusal, start: float) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Block-sparse prefill in the engine: what reads everything is dense, and what does not is the same however it runs."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as kernels
+from pallas_kernels.digest import cuboid_mean
+from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector
+from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.evaluation import replay
+from sparse_serve_jax.memory.kv_cache import Hot, KVCache
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.serving import budget
+from sparse_serve_jax.serving.executor import JaxExecutor
+from tests.cases import assert_same_bits
+from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
+
+S, N = 8, 10
+SHARED = prompt_of(64, seed=1)  # eight blocks that two prompts begin with
+PROMPTS = [prompt_of(n, n) for n in (230, 37)] + [SHARED + prompt_of(n, n) for n in (120, 90)]
+PREFILLS = {
+  "whole": ["scheduler.max_inject_tokens=4096"],
+  "pieces": ["scheduler.max_inject_tokens=64"],
+  "chunked": ["scheduler.prefill=chunked", "scheduler.chunk_tokens=64"],
+  "beside decode rows": ["scheduler.prefill=chunked", "scheduler.chunk_tokens=64", "scheduler.max_tokens=36"],
+}
+CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+
+
+def sparse(*changes: str, slots: int = 30, model=None) -> EngineConfig:
+  """Few slots, so that pieces read what comes before them from the pool too."""
+  conf = config("scheduler.batch_control=none", "sparse.policy=dense", "sparse.prefill=top_k", *changes, block_tokens=S)
+  return with_slots(conf, slots, model or tiny_model()) if slots else conf
+
+
+def in_turn(conf: EngineConfig) -> list[list[int]]:
+  """Greedy tokens of prompts that are served one after the other, so that the later find the earlier ones' blocks."""
+  engine, tokens = new_engine(conf, tiny_model()), []
+  for prompt in PROMPTS:
+    request = engine.add_request(prompt, N)
+    engine.run()
+    tokens.append(request.output_tokens)
+  return tokens
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("by", ["top_k", "threshold"])
+@pytest.mark.parametrize("kind", PREFILLS)
+def test_a_share_of_all_is_dense(device, kind: str, by: str):
+  """Also of what is shared with a prompt before, which requests of one time and of one after the other do."""
+  expected = [greedy("gqa2", tuple(p), N) for p in PROMPTS]
+  conf = sparse(f"sparse.prefill={by}", "sparse.prefill_share=1", *PREFILLS[kind])
+  assert serve(conf, tiny_model(), PROMPTS, N)[0] == expected
+  assert in_turn(conf) == expected
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("kind", ["whole", "pieces"])
+def test_dense_layers_are_dense(device, kind: str):
+  """All of them; and one of two is neither this nor sparse in both."""
+  expected = [greedy("gqa2", tuple(p), N) for p in PROMPTS]
+  none, one, both = (
+    serve(sparse("sparse.prefill_share=0.01", f"sparse.dense_layers={n}", *PREFILLS[kind]), tiny_model(), PROMPTS, N)[0]
+    for n in range(3)
+  )
+  assert both == expected and one != expected and one != none
+
+
+RULES = {
+  "a quarter": ["sparse.prefill_share=0.25"],
+  "half of the mass": ["sparse.prefill=threshold", "sparse.prefill_share=0.5"],
+  "second layer": ["sparse.prefill_share=0.1", "sparse.dense_layers=1"],
+  "min-max, best head": ["sparse.prefill_share=0.3", "sparse.method=min_max", "sparse.group_reduce=max"],
+  "no sinks": ["sparse.prefill_share=0.2", "sparse.sink_tokens=0", "sparse.window_tokens=0"],
+}
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("rule", RULES)
+def test_the_engines_tokens_are_the_replays(device, rule: str):
+  """Dense decoding over what a sparse prefill has left. The replay runs whole prompts, and no cache lies between."""
+  conf = sparse(*RULES[rule], "cache.hbm_bytes=8MiB", "cache.prefix=false", *PREFILLS["whole"], slots=0)
+  model = tiny_model()
+  tokens, _ = serve(conf, model, PROMPTS, N)
+  rows = np.zeros((len(PROMPTS), 256), np.int32)
+  for row, prompt, answer in zip(rows, PROMPTS, tokens, strict=True):
+    row[: len(prompt) + N] = prompt + answer
+  start = np.array([len(p) for p in PROMPTS], np.int32)
+  prefilled = replay.sparse_prefill(model.config, model.params, conf, rows, start)
+  found = replay.replay(model.config, model.params, conf, prefilled, start, N - 1)
+  assert np.asarray(found.right).all()
+  read = np.asarray(found.read)
+  assert read.shape == (4, 2) and read[0].min() < 0.9 and (read[1] == 1).all()  # one tile has nothing before it
+  assert tokens != [greedy("gqa2", tuple(p), N) for p in PROMPTS]
+
+
+@CPU_AND_GPU
+def test_slots_change_no_token(device):
+  """Whether a piece reads what comes before it from slots or from the pool."""
+  some = ["sparse.prefill_share=0.3", *PREFILLS["pieces"]]
+  few, engine = serve(sparse(*some, slots=10), tiny_model(), PROMPTS, N)
+  many, _ = serve(sparse(*some, slots=400), tiny_model(), PROMPTS, N)
+  in_hbm, _ = serve(sparse(*some, "cache.offload=false", "cache.hbm_bytes=8MiB", slots=0), tiny_model(), PROMPTS, N)
+  assert few == many == in_hbm
+  assert engine.usage.blocks_loaded > 0
+
+
+def test_a_sparse_piece_loads_less():
+  """One request, whose decode steps are the same: what is not read is not loaded."""
+
+  def loaded(share: float) -> int:
+    conf = sparse(f"sparse.prefill_share={share}", "sparse.prefill=top_k", *PREFILLS["pieces"], slots=10)
+    return serve(conf, tiny_model(), PROMPTS[:1], 1)[1].usage.blocks_loaded
+
+  assert 0 < loaded(0.1) < 0.8 * loaded(1.0)
+
+
+def layer_of_a_piece(seed: int) -> tuple[tuple[jax.Array, ...], KVCache, Piece]:
+  """q, k, v of 64 tokens, of which 60 are real, after 20 blocks of a pool in layer 1; a third of these in slots."""
+  rng, (K, G, L, M, P, D, layer) = np.random.default_rng(seed), (2, 2, 2, 40, 20, 16, 1)
+  make = lambda *dims: rng.normal(size=dims).astype(np.float32)  # noqa: E731
+  pool, slots = make(K, L, M, 2, S, D), np.full((P, 2, S, D), np.nan, np.float32)
+  before, own = np.split(rng.permutation(M)[:27].astype(np.int32), [20])
+  slot_of = np.full((K, L, M), -1, np.int32)
+  for slot, (head, i) in enumerate(itertools.product(range(K), range(0, 20, 3))):
+    slot_of[head, layer, before[i + head]], slots[slot] = slot, pool[head, layer, before[i + head]]
+  qkv = 2 * make(64, K, G, D), make(64, K, D), make(64, K, D)
+  pool[:, layer, own] = np.stack(qkv[1:])[:, :56].reshape(2, 7, S, K, D).transpose(3, 1, 0, 2, 4)
+  kv, ids = jnp.asarray(pool), jnp.arange(M)
+  digest = kernels.store_digests(jnp.full((K, L, M, 2, D), jnp.nan), kv, 0, ids, ids, rule=cuboid_mean)
+  maps = kernels.Maps.empty(K, L, M, P)._replace(slot_of=jnp.asarray(slot_of))
+  nothing = jnp.zeros((1, 27), jnp.int32), jnp.zeros(1, jnp.int32), jnp.int32(0)
+  hot = Hot(jnp.asarray(slots), digest, maps, jnp.zeros((K, L, 1, 2, S, D)), *nothing)
+  table = np.full(24, -1, np.int32)  # with room for more
+  table[:20] = before
+  blocks = np.append(own, -1).astype(np.int32)
+  piece = Piece(Before(jnp.asarray(table), jnp.int32(20)), jnp.asarray(blocks), jnp.int32(60))
+  return tuple(map(jnp.asarray, qkv)), KVCache(kv, hot), piece
+
+
+@pytest.mark.parametrize("by", ["top_k", "threshold"])
+def test_blocks_that_are_not_read_never_matter(by: str):
+  """NaN in the slots and the pool of what no tile reads: the output is bit for bit the same, and other blocks count."""
+  (q, k, v), cache, piece = layer_of_a_piece(5)
+  attention = PrefillAttention(TileSelector.of(sparse(f"sparse.prefill={by}", "sparse.prefill_share=0.3")), "xla")
+  assert attention.selector is not None and piece.before is not None
+  expected, loaded = attention(q, k, v, cache, jnp.int32(1), piece)
+  table = np.concatenate([piece.before.blocks, piece.blocks])
+  digests = cache.hot.digest[:, 1, jnp.maximum(jnp.asarray(table), 0)]
+  tiles, places = kernels.Tiles.of(64, S), kernels.Places(20, 7, 24)
+  read = np.asarray(attention.selector.lists(q, jnp.int32(60), digests, tiles, places, "xla").any_reads(24))[:, :20]
+  pool, slots, slot_of = np.array(cache.pool), np.array(cache.hot.slots), np.asarray(cache.hot.maps.slot_of)
+  missed = 0
+  for head, i in np.ndindex(2, 20):
+    block = table[i]
+    missed += bool(read[head, i] and slot_of[head, 1, block] < 0)
+    if not read[head, i] or slot_of[head, 1, block] >= 0:
+      pool[head, 1, block] = np.nan
+    if not read[head, i] and slot_of[head, 1, block] >= 0:
+      slots[slot_of[head, 1, block]] = np.nan
+  poisoned = KVCache(jnp.asarray(pool), cache.hot.replace(slots=jnp.asarray(slots)))
+  actual, _ = attention(q, k, v, poisoned, jnp.int32(1), piece)
+  assert 0 < read.sum() < 30 and int(loaded) == missed > 0
+  assert_same_bits(np.asarray(actual)[:60], np.asarray(expected)[:60])
+  others, _ = attention(q, k, v, cache.replace(pool=-cache.pool), jnp.int32(1), piece)
+  assert (np.asarray(others) != np.asarray(expected)).any()
+
+
+@CPU_AND_GPU
+def test_two_devices(device):
+  conf = sparse("sparse.prefill_share=0.25", *PREFILLS["pieces"], slots=40)
+  alone = serve(conf, tiny_model(), PROMPTS, N)[0]
+  both = sparse("sparse.prefill_share=0.25", *PREFILLS["pieces"], "tp=2", slots=40)
+  assert serve(both, tiny_model(), PROMPTS, N)[0] == alone
+
+
+@pytest.mark.parametrize("kind", ["whole", "chunked"])
+def test_kernels_serve(kind: str):
+  """The interpreted kernels."""
+  conf = sparse("sparse.prefill_share=0.25", "sparse.policy=topk", *PREFILLS[kind])
+  expected = serve(conf, tiny_model(), PROMPTS[:2], 3)[0]
+  interpreted = sparse("sparse.prefill_share=0.25", "sparse.policy=topk", *PREFILLS[kind], "implementation=interpret")
+  assert serve(interpreted, tiny_model(), PROMPTS[:2], 3)[0] == expected
+
+
+def test_digests_are_there_for_what_selects():
+  """Dense decoding needs none, and neither does a dense prefill."""
+  vectors = {
+    (policy, prefill): CacheShape.of(
+      tiny_model().config, sparse(f"sparse.policy={policy}", f"sparse.prefill={prefill}", slots=0), 2
+    ).E
+    for policy in ("dense", "topk")
+    for prefill in ("dense", "top_k", "threshold")
+  }
+  assert [key for key, n in vectors.items() if n == 0] == [("dense", "dense")] and set(vectors.values()) == {0, 2}
+
+
+def test_sparse_prefill_is_counted_as_memory():
+  def activations(prefill: str) -> int:
+    conf = sparse(f"sparse.prefill={prefill}")
+    executor = JaxExecutor(conf, tiny_model())
+    return budget.Needs.of(tiny_model().config, conf, executor.shape, executor.buckets, cudnn=False).activations
+
+  keys_and_values = 2 * 2 * 256 * 16 * 4  # of 256 tokens, 2 heads of 16 float32
+  assert activations("top_k") - activations("dense") > keys_and_values
+
+
+def test_a_prefill_that_selects_nothing_is_refused():
+  model, tokens = tiny_model(), np.zeros((1, 64), np.int32)
+  with pytest.raises(ValueError, match="sparse.prefill='dense' selects nothing"):
+    replay.sparse_prefill(model.config, model.params, sparse("sparse.prefill=dense"), tokens, np.array([9], np.int32))
+  assert kernels.Tiles.of(230 + 2, S).tile == 128  # so that the long prompts here have blocks to choose from
