@@ -206,11 +206,12 @@ def decode_step(
 
   size = hot.tail.shape[4]
   new_block = jnp.take_along_axis(rows.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
-  filled = jnp.where(rows.tail_tokens == size, new_block, -1)
+  # XLA copies a pool that is read and then written where nothing orders the two. Here x does: what attention gave.
+  filled = jnp.where((rows.tail_tokens == size) & jnp.isfinite(x).all(-1), new_block, -1)
   turn = turn._replace(given=given, free=free)
   cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
   found = None
-  if stopped is not None:  # only now: XLA copies a pool that is read and then written where nothing orders the two
+  if stopped is not None:  # only now, for the same reason
     found, hot = audit(setup.attention, stopped, cache.pool, cache.hot, rows)
     cache = cache.replace(hot=hot)
   tokens, of_tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch)

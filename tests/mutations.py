@@ -297,6 +297,13 @@ MUTATIONS = [
     ("tests/test_selection.py::test_digests_are_those_of_their_blocks[mean]",),
   ),
   Mutation(
+    "a filled tail is saved whether or not attention is done",
+    "sparse_serve_jax/step.py",
+    "jnp.where((rows.tail_tokens == size) & jnp.isfinite(x).all(-1), new_block, -1)",
+    "jnp.where(rows.tail_tokens == size, new_block, -1)",
+    ("tests/test_buckets.py::test_programs_hold_no_second_cache[topk-1-cpu]",),
+  ),
+  Mutation(
     "logits that are not finite give a token",
     "sparse_serve_jax/step.py",
     "jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE)",

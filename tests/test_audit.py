@@ -53,7 +53,8 @@ class Watched(JaxExecutor):
     tokens = np.asarray(self.cache.hot.last_token)
     step, row = super().submit(dataclasses.replace(plan, audit=of)), plan.decode[of.row]
     hot = self.cache.hot
-    kept = jax.device_get((self.cache.pool, hot.tail, hot.tables, hot.maps.last_selected))
+    pool = jax.device_put(self.cache.pool, hot.tail.sharding)  # a view of pinned memory would forbid its donation
+    kept = jax.device_get((pool, hot.tail, hot.tables, hot.maps.last_selected))
     self.seen.append((of, row, int(tokens[row.lane]), kept, step))
     return step
 

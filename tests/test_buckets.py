@@ -239,17 +239,20 @@ def test_nothing_is_compiled_in_steady_state():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dense_layers", [0, 1])  # 1: the last loop over layers has one trip, and is none to XLA
 @pytest.mark.parametrize("policy", ["topk", "psa", "audited psa"])
-def test_programs_hold_no_second_cache(policy: str, monkeypatch):
+def test_programs_hold_no_second_cache(policy: str, dense_layers: int, device: str, monkeypatch):
   """Pool, slots, digests and tails are updated in place: they alias, and no temporary is as large as any of them."""
   model = tiny_model()
   conf = config(
     f"sparse.policy={policy.split()[-1]}", "sparse.token_budget=64", "scheduler.max_batch=1",
-    "scheduler.max_context=128", "cache.lanes=512", "cache.dram_bytes=32MiB", "sparse.group_blocks=4",
+    "scheduler.max_context=128", "cache.lanes=1024", "cache.dram_bytes=64MiB", "sparse.group_blocks=4",
+    f"sparse.dense_layers={dense_layers}",
   )  # fmt: skip
   if policy == "audited psa":  # the program that is looked at last; at first nothing has been attended to
     conf = override(conf, ["sparse.audit=0.1"])
-  conf = with_slots(conf, 4096, model)
+  conf = with_slots(conf, 8192, model)
   memory = {}
 
   def spied(program, name: str):
@@ -277,5 +280,5 @@ def test_programs_hold_no_second_cache(policy: str, monkeypatch):
   arrays = [x.nbytes for x in (cache.pool, hot.slots, hot.digest, hot.tail)]
   cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
   for name in ("decode", "prefill"):
-    assert memory[name].temp_size_in_bytes < min(arrays) / 2
+    assert memory[name].temp_size_in_bytes + memory[name].host_temp_size_in_bytes < min(arrays) / 2
     assert memory[name].alias_size_in_bytes >= cache_bytes
