@@ -25,8 +25,8 @@ class Tiling:
   """How a program, of one tile of queries and one query head, goes through its list."""
 
   turn_tokens: int = 64  # keys that are multiplied before the output is rescaled; whole blocks
-  num_warps: int = 8
-  num_stages: int = 3
+  num_warps: int = 4
+  num_stages: int = 2
 
   def turn_blocks(self, block_tokens: int) -> int:
     return max(1, self.turn_tokens // block_tokens)
