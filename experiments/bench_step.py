@@ -37,7 +37,7 @@ _VERBOSE = cli.define_verbose()
 
 
 def main() -> int:
-  sizes = {text: _case(text) for text in _CASES.value}
+  sizes = cli.sizes(_CASES)
   batches = list(dict.fromkeys(map(_batch, _DENSE.value)))
   misses = {f"{100 * share:g}%": share for share in map(_share, _MISSES.value)}
   cfg, changes = read_config(ModelConfig, find_config("models", _MODEL.value)), _SET.value
@@ -50,14 +50,6 @@ def main() -> int:
   report = timing.start(effort, cli.file_in(_OUT, "step.jsonl"), commit=_COMMIT.value)
   step.measure(report, cfg, cases, misses, batches, _STEPS.value, _PROFILE.value)
   return report.close()
-
-
-def _case(text: str) -> tuple[int, int]:
-  """Requests and tokens of each, of an entry of --cases."""
-  match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-  if not match:
-    raise ValueError(f"--cases: {text!r} is not <requests>x<tokens>")
-  return int(match[1]), int(match[2])
 
 
 def _batch(text: str) -> int:

@@ -124,6 +124,18 @@ def chosen(flag: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
   return list(dict.fromkeys(name for one in given for name in (known if one == "all" else [one])))
 
 
+def sizes(flag: flags.FlagHolder[Any]) -> dict[str, tuple[int, int]]:
+  """Requests and tokens of each, by the entries of a list of <requests>x<tokens>.
+
+  Raises:
+    ValueError: one is not that.
+  """
+  matches = {text: re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text) for text in flag.value}
+  if wrong := [text for text, match in matches.items() if match is None]:
+    raise ValueError(f"--{flag.name}: {wrong[0]!r} is not <requests>x<tokens>")
+  return {text: (int(match[1]), int(match[2])) for text, match in matches.items() if match}
+
+
 def numbers(flag: flags.FlagHolder[Any], kind: type[int] | type[float]) -> list[Any]:
   """The numbers of a list, ascending, each once.
 

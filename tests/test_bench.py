@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_serve_jax.benchmarks import kernels, timing
+from sparse_serve_jax.benchmarks import kernels, prefill, timing
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.models import init_params
@@ -91,6 +91,22 @@ def test_bench_kernels_of_some_ops():
   assert json.loads(lines[0])["implementation"] == "interpret"
 
 
+def test_bench_prefill(tmp_path):
+  _, results = run("bench_prefill", f"--out={tmp_path}", "--commit=abc", "--ways=quarter,cached")
+  check(results, tmp_path / "prefill.jsonl")
+  assert list(results) == ["prefill-3x40 quarter", "prefill-3x40 cached"]
+  for row in results.values():
+    assert row["floor_us"] == pytest.approx(sum(row["floors_us"].values()))
+    assert row["tokens_per_s"] == pytest.approx(120e6 / row["us"])
+
+
+def test_what_a_cached_prompt_has_new():
+  first, second = (prefill.Case(2, 40, "cached").prompts(264, i) for i in range(2))
+  assert all((a[:36] == b[:36]).all() and (a[36:] != b[36:]).any() for a, b in zip(first, second, strict=True))
+  assert (first[0] != first[1]).any()
+  assert (prefill.Case(1, 40, "quarter").prompts(264, 0)[0] != prefill.Case(1, 40, "quarter").prompts(264, 1)[0]).any()
+
+
 POLICIES = ("topk", 0), ("topk", 50.5), ("psa", 0)
 
 
@@ -124,6 +140,9 @@ def test_bench_step(tmp_path):
     ("bench_kernels", "", "needs an NVIDIA GPU, JAX runs on cpu; --smoke tries it anywhere"),
     ("bench_kernels", f"--out={__file__}", f"{__file__} is a file, results need a folder"),
     ("bench_step", "--smoke --cases=64x", "--cases: '64x' is not <requests>x<tokens>"),
+    ("bench_prefill", "--smoke --cases=64", "--cases: '64' is not <requests>x<tokens>"),
+    ("bench_prefill", "--smoke --ways=all,half", "--ways: no half; there are layer_segmented, chunked, quarter"),
+    ("bench_prefill", "--cases=1x300000", "a prompt of 300000 tokens and one more exceed the model's context, 262144"),
     ("bench_step", "--cases=2x128,2x16", "2x16 has no full block of 32 tokens"),
     ("bench_step", "--smoke --dense_batches=0", "--dense_batches: '0' is no number of rows"),
     ("bench_step", "--smoke --model=llama", "no models configuration 'llama'; there are: "),

@@ -1,0 +1,184 @@
+"""Times of whole prompts of a model with random weights, from their arrival to their first tokens, on one GPU.
+
+An engine serves requests that ask for one token each, all at once: the time is that of prefill with all that belongs to
+it, saves, slots and host. The floor is what the matrix products and dense attention by cuDNN over contiguous keys take
+when each is timed alone, in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax import lax
+
+import pallas_kernels as kernels
+from sparse_serve_jax.benchmarks import step, timing
+from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
+from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
+from sparse_serve_jax.mesh import make_mesh
+from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.models.tokenizer import ByteTokenizer
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
+
+# How prompts are served: name -> changes of configs/serving/sparse_serve, whose prefill is layer-segmented and dense.
+WAYS = {
+  "layer_segmented": (),
+  "chunked": ("scheduler.prefill=chunked",),
+  "quarter": ("sparse.prefill=top_k", "sparse.prefill_share=0.25"),
+  "eighth": ("sparse.prefill=top_k", "sparse.prefill_share=0.125"),
+  "cached": (),  # all but a tenth of each prompt is in the cache
+}
+NEW = 0.1  # share of a prompt that "cached" does not find
+TILE = 8192  # tokens that products are timed with at most
+SMOKE_SIZES = {"3x40": (3, 40)}
+SMOKE_CHANGES = step.SMOKE_CHANGES
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Requests of equal length that arrive together."""
+
+  n_requests: int
+  n_tokens: int
+  way: str  # a name in WAYS
+
+  def config(self, cfg: ModelConfig, given: Sequence[str]) -> EngineConfig:
+    """Its cache just holds the prompts. `given` overrides it.
+
+    Raises:
+      ValueError: `given` is wrong, or the prompt is longer than the model's context.
+    """
+    if self.n_tokens >= cfg.max_context:
+      raise ValueError(f"a prompt of {self.n_tokens} tokens and one more exceed the model's context, {cfg.max_context}")
+    base = override(load_config("sparse_serve"), given)
+    token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
+    blocks = self.n_requests * (-(-(self.n_tokens + 1) // base.cache.block_tokens) + 1)
+    blocks += (1 + self.n_requests) * self.n_new // base.cache.block_tokens  # a cached prompt's own end, and the last's
+    defaults = [
+      f"cache.dram_bytes={blocks * base.cache.block_tokens * token_bytes}",
+      f"cache.lanes={max(8, self.n_requests)}",
+      f"scheduler.max_context={self.n_tokens + 1}",
+      "cache.hbm_bytes=8GiB",
+    ]
+    return override(base, [*defaults, *WAYS[self.way], *given])
+
+  @property
+  def n_new(self) -> int:
+    """Tokens of a prompt that the cache does not have."""
+    return max(1, round(NEW * self.n_tokens)) if self.way == "cached" else self.n_tokens
+
+  def prompts(self, vocab_size: int, round: int) -> list[np.ndarray]:
+    """Of one round; those of "cached" begin alike in all rounds."""
+    prompts = [np.random.default_rng(i).integers(0, vocab_size, self.n_tokens) for i in range(self.n_requests)]
+    for i, prompt in enumerate(prompts):
+      prompt[self.n_tokens - self.n_new :] = np.random.default_rng((i, round)).integers(0, vocab_size, self.n_new)
+    return prompts
+
+
+def serve(case: Case, config: EngineConfig, model: Model, report: Report) -> tuple[Timing, Row]:
+  """The time until the last first token, over rounds of new prompts; and what the two before, which compile, took."""
+  engine = Engine(JaxExecutor(config, model))
+  seconds, steps = [], 0
+  for i in range(report.effort.calls + 2):  # the first fills the cache that the others find, the second compiles
+    requests = [engine.add_request(prompt, 1) for prompt in case.prompts(model.config.vocab_size, i)]
+    at = engine.usage.iterations
+    start = time.perf_counter()
+    engine.run()
+    seconds.append(time.perf_counter() - start)
+    steps = engine.usage.iterations - at
+    if wrong := [request.finish_reason for request in requests if request.finish_reason != "length"]:
+      raise RuntimeError(f"{len(wrong)} of {len(requests)} requests ended by {wrong[0]!r}")
+  return Timing.of(seconds[2:], 1), dict(iterations=steps, compiling_s=sum(seconds[:2]))
+
+
+def products_us(cfg: ModelConfig, params: llama.Params, n_tokens: int, report: Report) -> float:
+  """us of all matrix products of all layers for so many tokens, at most TILE at a time, of inputs that are there."""
+  n = min(n_tokens, TILE)
+
+  def op(state, params, x):
+    def layer(i, state):
+      lp = llama.layer_params(params, i)
+      for name in ("wqkv", "wo", "w_gate_up", "w_down"):
+        w = lp[name].reshape(_depth(cfg, name), -1)
+        state = state | {name: _product(x[w.shape[0]], w)}
+      return state
+
+    return lax.fori_loop(0, cfg.n_layers, layer, state), ()
+
+  shapes = {name: params["layers"][name][0].size // _depth(cfg, name) for name in ("wqkv", "wo", "w_gate_up", "w_down")}
+  dtype, device = llama.dtype_of(cfg), timing.device_sharding()
+  state = {name: step.random(0, (n, width), dtype, device) for name, width in shapes.items()}
+  widths = {_depth(cfg, name) for name in shapes}
+  variants = [{d: step.random(seed, (n, d), dtype, device) for d in widths} for seed in range(2)]
+  measured, _, _ = timing.measure(op, variants, report.effort, state=state, shared=params)
+  return measured.us * n_tokens / n
+
+
+def _depth(cfg: ModelConfig, name: str) -> int:
+  """Rows of a weight as one matrix."""
+  return {"wo": cfg.n_heads * cfg.head_dim, "w_down": cfg.d_ff}.get(name, cfg.d_model)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+  return jax.numpy.dot(x, w, precision=lax.Precision.HIGHEST if x.dtype == np.float32 else None)
+
+
+def attention_us(cfg: ModelConfig, n_tokens: int, n_before: int, report: Report) -> float:
+  """us of the dense attention of all layers: of so many tokens, and over so many before them, as two calls."""
+  dtype, device = llama.dtype_of(cfg), timing.device_sharding()
+  dims = (cfg.n_kv_heads, cfg.head_dim)
+
+  def inputs(seed):
+    q = step.random(seed, (n_tokens, dims[0], cfg.group, dims[1]), dtype, device)
+    kv = [step.random(seed + i, (n_tokens, *dims), dtype, device) for i in (1, 2)]
+    return q, *kv, *(step.random(seed + i, (max(1, n_before), *dims), dtype, device) for i in (3, 4))
+
+  def op(state, _, inputs):
+    q, k, v, k_before, v_before = inputs
+    own = kernels.prefill_attention(q, k, v, None, implementation=report.implementation)
+    if n_before == 0:
+      return state, own
+    heads = q.reshape(1, n_tokens, -1, dims[1])
+    cudnn = "cudnn" if llama.attends_fused(cfg) else "xla"
+    return state, (own, jax.nn.dot_product_attention(heads, k_before[None], v_before[None], implementation=cudnn))
+
+  measured, _, _ = timing.measure(op, [inputs(seed) for seed in (0, 10)], report.effort)
+  return measured.us * cfg.n_layers
+
+
+def measure(
+  report: Report, cfg: ModelConfig, sizes: Mapping[str, tuple[int, int]], ways: Sequence[str], given: Sequence[str]
+) -> None:
+  """Adds the rows of all sizes, each by all ways, to the report.
+
+  Args:
+    report: what it goes to.
+    cfg: the model.
+    sizes: requests and tokens of each, by name.
+    ways: names in WAYS.
+    given: overrides of the configuration.
+  """
+  mesh, tokenizer = make_mesh(1), ByteTokenizer()
+  model = Model(cfg, step.random_params(cfg, mesh), tokenizer, (), "random")
+  products = functools.cache(lambda n: products_us(cfg, model.params, n, report))
+  attention = functools.cache(lambda n, before: attention_us(cfg, n, before, report))
+
+  def row(case: Case) -> Row:
+    measured, others = serve(case, case.config(cfg, given), model, report)
+    gc.collect()  # the engine's cache, before the next one is made
+    n = case.n_requests
+    parts = dict(products=n * products(case.n_new), attention=n * attention(case.n_new, case.n_tokens - case.n_new))
+    floor = sum(parts.values())
+    others |= dict(ttft_ms=measured.us / 1e3, tokens_per_s=n * case.n_tokens / measured.us * 1e6)
+    return timing.row(measured, floor, {}, floors_us=parts, times_floor=measured.us / floor, **others)
+
+  for name, (n, tokens) in sizes.items():
+    for way in ways:
+      report.add("prefill", f"{name} {way}", functools.partial(row, Case(n, tokens, way)))
