@@ -147,7 +147,7 @@ def test_a_sparse_selection_does_not_depend_on_residency(device, setting):
   ],
 )
 def test_prefill_in_segments_or_chunks(pieces):
-  conf = config(pieces, "scheduler.chunk_tokens=40")
+  conf = config(pieces, "scheduler.chunk_tokens=24")
   tokens, _ = serve(conf, tiny_model(), PROMPTS, N)
   assert tokens == oracle()
 
