@@ -147,7 +147,7 @@ def test_a_sparse_selection_does_not_depend_on_residency(device, setting):
   ],
 )
 def test_prefill_in_segments_or_chunks(pieces):
-  conf = config(pieces, "scheduler.chunk_tokens=24")
+  conf = config(pieces, "scheduler.chunk_tokens=40")
   tokens, _ = serve(conf, tiny_model(), PROMPTS, N)
   assert tokens == oracle()
 
@@ -276,14 +276,11 @@ def test_two_devices_equal_one(device, policy):
   assert engine2.usage.blocks_loaded > 0
 
 
-@pytest.mark.parametrize(("policy", "pieces"), [("topk", 64), ("psa", 512)])  # tokens x layers: cut, and whole
-def test_interpreted_kernels_equal_xla(policy, pieces):
+@pytest.mark.parametrize("policy", ["topk", "psa"])
+def test_interpreted_kernels_equal_xla(policy):
   model = tiny_model("gqa3-tied")
   conf = config(
-    f"sparse.policy={policy}",
-    "sparse.token_budget=64",
-    "sparse.threshold=0.8",
-    f"scheduler.max_inject_tokens={pieces}",
+    f"sparse.policy={policy}", "sparse.token_budget=64", "sparse.threshold=0.8", "scheduler.max_inject_tokens=64"
   )
   conf = with_slots(conf, 16, model)
   prompts = PROMPTS[1:]
