@@ -43,6 +43,11 @@ def test_the_steps_of_an_answer(model):
     assert answer.strip().isdigit() and answer == text[text.rindex(" is ") + len(" is") :]
 
 
+def logits_of(model, tokens: np.ndarray) -> jax.Array:
+  """[n, T, V]"""
+  return jax.jit(jax.vmap(lambda ids: forward(CFG, model.params, ids)))(tokens)
+
+
 def test_what_a_setting_reads(model):
   """Bytes and blocks of hand-computed cases; the oracle's mass is the most that a budget can have."""
   batch = accuracy.Instances.of(model.tokenizer, "single_text", 640, range(4), 192)
@@ -88,7 +93,7 @@ def test_ordinary_text(model):
     case.series: row
     for case, row in accuracy.measure(model, model.params, accuracy.Sample("text", 300, 2, 2, 96), wanted)
   }
-  logits = jax.vmap(lambda ids: forward(CFG, model.params, ids))(batch.tokens[:, :300])
+  logits = logits_of(model, batch.tokens[:, :300])
   at = batch.start[:, None] + np.arange(96)
   chosen, target = np.take_along_axis(np.asarray(logits), at[..., None], 1), batch.tokens[np.arange(2)[:, None], at + 1]
   nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(chosen)), target[..., None], 2)[..., 0]
@@ -185,7 +190,7 @@ def test_sparse_prefill(model):
   assert dense["agreement"] == 1 and dense["read"] == 1 and dense["read_by_layer"] == [1, 1]
   assert "read" not in expected and "prompt_nats" not in expected["each"]
   batch = accuracy.Instances.of_text(model.tokenizer, 600, range(3), 96)
-  logits = jax.nn.log_softmax(jax.vmap(lambda ids: forward(CFG, model.params, ids))(batch.tokens))
+  logits = jax.nn.log_softmax(logits_of(model, batch.tokens))
   of_tokens = -np.take_along_axis(np.asarray(logits)[:, :-1], batch.tokens[:, 1:, None], 2)[..., 0]
   prompts = [of[start - 1 - 320 : start - 1].mean() for of, start in zip(of_tokens, batch.start, strict=True)]
   np.testing.assert_allclose(dense["each"]["prompt_nats"], prompts, rtol=1e-4)

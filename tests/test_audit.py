@@ -110,8 +110,13 @@ def test_shares_are_those_of_all_keys_and_nothing_else_changes(device, name):
   assert left > 10 and layers == set(range(conf.sparse.dense_layers, 2))
 
 
+def tight(*changes: str) -> EngineConfig:
+  """Of one setup, whose programs the first of these tests has compiled, for its model."""
+  return with_slots(config(*PSA, *changes), 10, tiny_model("gqa3-tied"))
+
+
 def test_drawn_tokens_and_log_probabilities_stay():
-  model, conf = tiny_model(), config(*PSA)
+  model, conf = tiny_model("gqa3-tied"), tight()
   told = []
   for kind in (JaxExecutor, Watched):
     engine = Engine(poisoned(kind(conf, model)))
@@ -128,7 +133,7 @@ def audited(conf: EngineConfig, n: int = 24, prompts=PROMPTS, model=None) -> tup
     if row := audit.row_of(seen):
       rows.append(row)
 
-  engine = new_engine(conf, model or tiny_model(), observer=observe)
+  engine = new_engine(conf, model or tiny_model("gqa3-tied"), observer=observe)
   for prompt in prompts:
     engine.add_request(prompt, n)
   engine.run()
@@ -136,7 +141,7 @@ def audited(conf: EngineConfig, n: int = 24, prompts=PROMPTS, model=None) -> tup
 
 
 def test_a_run_is_audited_within_its_share_and_again_alike():
-  conf = with_slots(config(*PSA, "sparse.audit=0.05"), 10, tiny_model())
+  conf = tight("sparse.audit=0.05")
   engine, rows = audited(conf)
   assert engine.audits
   found = engine.audits.summary()
@@ -151,9 +156,9 @@ def test_a_run_is_audited_within_its_share_and_again_alike():
 
 
 def test_one_program_serves_all_thresholds():
-  model, attended = tiny_model(), {}
+  model, attended = tiny_model("gqa3-tied"), {}
   for threshold in (0.5, 0.9):
-    conf = config(*PSA, f"sparse.threshold={threshold}")
+    conf = tight(f"sparse.threshold={threshold}")
     executor = JaxExecutor(conf, model)
     before = executor.programs.decode._cache_size()
     engine = Engine(executor)
@@ -164,7 +169,7 @@ def test_one_program_serves_all_thresholds():
 
 
 def test_audits_are_compiled_before():
-  conf = config(*PSA, "sparse.audit=0.1")
+  conf = config(*PSA, "sparse.audit=0.1", "cache.prefix=false")
   executor = JaxExecutor(conf, tiny_model())
   plain = JaxExecutor(override(conf, ["sparse.audit=0"]), tiny_model()).compile([150])
   assert executor.compile([150]) > plain
@@ -200,7 +205,7 @@ def kept(rows: list[dict[str, Any]], promise: float) -> list[bool]:
   return [min(share) >= promise for shares, left in stops for share, n in zip(shares, left, strict=True) if n]
 
 
-@pytest.mark.usefixtures("digests", "optimized")
+@pytest.mark.usefixtures("digests")
 def test_a_digest_that_hides_heavy_blocks_breaks_promises_until_the_threshold_moves():
   """With one query head a KV head an exact ranking never claims too much: its threshold may fall."""
   model, prompts = tiny_model("mha-qknorm"), [prompt_of(150, seed=i) for i in range(4)]

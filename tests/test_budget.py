@@ -82,10 +82,15 @@ def test_weights_that_are_there_take_nothing_more(monkeypatch):
   del held
 
 
+SIZES = [(name, context) for name in ("llama-3.2-1b", "llama3-8b") for context in (2048, 32768)]
+SPARSE = "threshold", "top_k", "top_k", "threshold"  # both ways of both models, and of short and long pieces
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("prefill", ["dense", "top_k", "threshold"])
-@pytest.mark.parametrize("context", [2048, 32768])
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama3-8b"])
+@pytest.mark.parametrize(
+  ("name", "context", "prefill"),
+  [*((*size, "dense") for size in SIZES), *((*size, way) for size, way in zip(SIZES, SPARSE, strict=True))],
+)
 def test_activations_are_what_programs_take(name: str, context: int, prefill: str):
   """The estimate is not below what XLA plans for the longest piece of a prompt, nor far above it."""
   cfg, mesh = read_config(ModelConfig, find_config("models", name)), make_mesh(1)

@@ -93,7 +93,7 @@ def oracle(shape="gqa2", prompts=PROMPTS, n=N):
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize(("shape", "block_tokens"), list(zip(SHAPES, (8, 8, 16, 32), strict=True)))
+@pytest.mark.parametrize(("shape", "block_tokens"), [("gqa2", 8), ("gqa4-bias", 8)])  # the others with few slots below
 def test_a_budget_of_the_whole_context_is_dense(device, shape, block_tokens):
   model = tiny_model(shape)
   tokens, _ = serve(config(block_tokens=block_tokens), model, PROMPTS, N)

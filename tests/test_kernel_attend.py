@@ -173,9 +173,14 @@ def lay_out(case: Case, attended: np.ndarray, group: int, seed: int = 0, n_slots
 
 
 @functools.cache
-def attend_program(implementation: str, untested: int, threshold: float | None, rule: kernels.StopRule = PSA):
-  stop = None if threshold is None else kernels.Stop(threshold, untested, rule)
-  return jax.jit(functools.partial(kernels.attend, stop=stop, implementation=implementation))
+def attend_program(implementation: str, untested: int, rule: kernels.StopRule = PSA):
+  """attend(threshold or None, its arguments): one program serves all thresholds."""
+
+  def run(threshold, *arguments):
+    stop = None if threshold is None else kernels.Stop(threshold, untested, rule)
+    return kernels.attend(*arguments, stop=stop, implementation=implementation)
+
+  return jax.jit(run)
 
 
 def check_attend(
@@ -191,7 +196,7 @@ def check_attend(
   assert expected.margin > 2e-6 or threshold == 1, "a stop test of this case is decided by rounding"
   n = case.kv.shape[2]
   laid = lay_out(case, expected.attended, n if threshold is None else min(group, n), n_slots=n_slots)
-  partial, attended, slots = attend_program(implementation, untested, threshold, rule)(*laid.arguments)
+  partial, attended, slots = attend_program(implementation, untested, rule)(threshold, *laid.arguments)
   np.testing.assert_array_equal(attended, expected.attended)
   assert_same_bits(slots, laid.slots_after)
   assert all(x.dtype == jnp.float32 for x in partial) and attended.dtype == jnp.int32
@@ -272,8 +277,8 @@ def test_blocks_beyond_4_gib():
   blocks, slot, place = (np.array([[ids]], np.int32) for ids in ([0, n - 1], [n - 1, -1], [-1, n - 2]))
   located = Located(blocks, slot, place, np.ones((1, 1, 1), np.int32), np.full((1, 1), 2, np.int32))
   tails = kernels.Tails(case.tail[:, :, None].swapaxes(0, 1), np.zeros(1, np.int32), np.array([3], np.int32))
-  program = attend_program("triton", 0, None)
-  partial, _, slots = program(case.q, tails, pool, fill(case.kv[0, 0, 0]), np.int32(0), located)
+  program = attend_program("triton", 0)
+  partial, _, slots = program(None, case.q, tails, pool, fill(case.kv[0, 0, 0]), np.int32(0), located)
   assert_rows_close(partial.output, expect(case, 0, 2, None).output, TOLERANCE["bfloat16"])
   assert_same_bits(slots[n - 2], case.kv[0, 0, 1])
 
@@ -381,7 +386,7 @@ def test_groups_must_fit_the_stop_test():
   ):
     laid = lay_out(case, np.full((1, 2), 4), group)
     with pytest.raises(ValueError, match=message):
-      attend_program("xla", untested, threshold)(*laid.arguments)
+      attend_program("xla", untested)(threshold, *laid.arguments)
 
 
 @pytest.mark.parametrize(("threshold", "untested"), [(0.0, 2), (1.5, 2), (math.nan, 2), (0.9, -1)])
@@ -397,4 +402,4 @@ def test_lists_have_blocks(threshold: float | None, implementation: str):
   *arguments, located = lay_out(case, np.full((1, 2), 4), 4).arguments
   none = located._replace(**{name: getattr(located, name)[..., :0] for name in ("blocks", "slot", "place")})
   with pytest.raises(ValueError, match="lists of 0 blocks"):
-    attend_program(implementation, 0, threshold)(*arguments, none)
+    attend_program(implementation, 0)(threshold, *arguments, none)

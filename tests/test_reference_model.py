@@ -54,7 +54,7 @@ def test_it_retrieves_from_few_blocks(model, optimized):
   psa, names = "psa, groups of 4 0.95", ("dense 1", "cuboid_mean 512", "random 512", "psa, groups of 4 0.95")
   cases = accuracy.cases(["cuboid_mean", "random"], [512], [0.95], ["groups"])
   wanted = {case.name: case for case in cases if case.name in names}
-  sample = Sample("key_value", 2048, 8, at_once=8, steps=48)
+  sample = Sample("key_value", 2048, 4, at_once=4, steps=48)
   rows = {case.name: row for case, row in accuracy.measure(model, place_params(model), sample, [*wanted.values()])}
   found = {name: row["accuracy"] for name, row in rows.items()}
   assert min(found["dense 1"], found["cuboid_mean 512"], found[psa]) == 1 and found["random 512"] < 0.5

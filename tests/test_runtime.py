@@ -103,11 +103,10 @@ print(json.dumps({{"hits": n, "folder": jax.config.jax_compilation_cache_dir}}))
 """
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, early: bool):
-  """Whether JAX was imported before or not."""
+def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path):
+  """Whether JAX was imported before, as in the second, or not, as in the first."""
   settings = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  first, second = (run(KEPT.format(early=early), without=CACHE, **settings) for _ in range(2))
+  first, second = (run(KEPT.format(early=early), without=CACHE, **settings) for early in (False, True))
   assert first["folder"] == second["folder"] and Path(first["folder"]).parent == tmp_path / "sparse_serve_jax"
   assert first["hits"] == 0 < second["hits"]
 

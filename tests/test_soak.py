@@ -116,7 +116,7 @@ def soak(policy: str, n_requests: int, failure_rate: float, seed: int) -> None:
   check_nothing_is_held(engine)
 
 
-@pytest.mark.parametrize("policy", ["topk", "psa"])
+@pytest.mark.parametrize("policy", ["topk", pytest.param("psa", marks=pytest.mark.soak)])
 def test_a_short_soak(policy: str):
   soak(policy, n_requests=80, failure_rate=0.02, seed=1)
 
