@@ -1,7 +1,7 @@
 """Measures what a model still answers when it attends to part of its context.
 
   python -m experiments.accuracy --model=DIR --out=/tmp/accuracy
-  python -m experiments.accuracy --model=FILE.gguf --parts=text --text=notes/ --text_lengths=8192 --axes=grid,rules
+  python -m experiments.accuracy --model=FILE.gguf --parts=text --text=notes/ --text_lengths=8192 --instances=64
 
 There are four parts, of which --parts chooses:
 
@@ -34,7 +34,7 @@ from pallas_kernels.stop import REST
 from sparse_serve_jax import results, runtime, tasks
 from sparse_serve_jax.attention import METHODS
 from sparse_serve_jax.evaluation import report, selections
-from sparse_serve_jax.evaluation.accuracy import TEXT
+from sparse_serve_jax.evaluation.accuracy import LEAST_TOKENS, TEXT
 from sparse_serve_jax.evaluation.cases import AXES, cases, prefill_cases
 from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.evaluation.study import Amounts, Study
@@ -78,7 +78,9 @@ with cli.group("Settings"):
   _RULES = flags.DEFINE_list("rules", ["all"], f"For the axis rules, some of {', '.join(REST)}; all.")
 with cli.group("How much"):
   _INSTANCES = flags.DEFINE_integer("instances", 200, "Instances of every task and length.", lower_bound=2)
-  _STEPS = flags.DEFINE_integer("steps", 96, "Most decode steps; a longer answer is judged by its beginning.")
+  _STEPS = flags.DEFINE_integer(
+    "steps", 96, "Most decode steps; a longer answer is judged by its beginning.", lower_bound=1
+  )
   _REQUESTS = flags.DEFINE_integer("requests", 4, "Long answers, for the part selections.", lower_bound=1)
   _TRACE_STEPS = flags.DEFINE_integer(
     "trace_steps", 256, "Most decode steps of a long answer, for the part selections.", lower_bound=selections.MOST + 1
@@ -97,6 +99,8 @@ def main() -> None:
   lengths, text_lengths, budgets = (cli.numbers(flag, int) for flag in (_LENGTHS, _TEXT_LENGTHS, _BUDGETS))
   asked = [*(text_lengths if {"text", "prefill"} & set(parts) else [])]
   asked += lengths if {"tasks", "prefill", "selections"} & set(parts) else []
+  if short := [n for n in asked if n < LEAST_TOKENS]:
+    raise ValueError(f"{short[0]} tokens are too few to read a part of; at least {LEAST_TOKENS}")
   rests = cli.chosen("rules", _RULES.value, list(REST))
   wanted = list(cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes, rests, max(asked, default=0)))
   shares = [cli.numbers(flag, float) for flag in (_SHARES, _PREFILL_THRESHOLDS)]

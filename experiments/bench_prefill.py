@@ -28,6 +28,8 @@ _VERBOSE = cli.define_verbose()
 def main() -> int:
   sizes = cli.sizes(_CASES)
   ways = cli.chosen("ways", _WAYS.value, list(prefill.WAYS))
+  if not sizes or not ways:
+    raise ValueError(f"--cases={','.join(sizes)} --ways={','.join(ways)}: there is nothing to time")
   cfg, changes = read_config(ModelConfig, find_config("models", _MODEL.value)), _SET.value
   if _SMOKE.value:
     cfg, sizes = read_config(ModelConfig, find_config("models", "tiny")), prefill.SMOKE_SIZES

@@ -28,7 +28,7 @@ from absl import flags, logging
 from experiments import cli
 from experiments.workload import WorkloadFlags, digest
 from sparse_serve_jax import results, runtime, workloads
-from sparse_serve_jax.attention.methods import get_method
+from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.evaluation import selections
 from sparse_serve_jax.models import Model
@@ -84,7 +84,7 @@ def main() -> int:
   out = _OUT.value and results.claim(_OUT.value, setting | about)
   rows: list[dict[str, Any]] = []
   clock = Virtual()
-  vectors = get_method(config.sparse.method).vectors
+  vectors = Selector.of(config).method.vectors
   executor = SimulatedExecutor(config, model.config, cost, clock, vectors)
   simulated = asked.serve(executor, clock, asked.without_text(model, executor), rows).to_dict()
   if out:

@@ -28,6 +28,10 @@ class Tiling:
   num_warps: int = 4
   num_stages: int = 2
 
+  def __post_init__(self):
+    if self.turn_tokens < 1 or self.turn_tokens & (self.turn_tokens - 1):
+      raise ValueError(f"turn_tokens={self.turn_tokens} is no power of two, as tiles are, which turns must divide")
+
   def turn_blocks(self, block_tokens: int) -> int:
     return max(1, self.turn_tokens // block_tokens)
 

@@ -81,7 +81,7 @@ class StopRule:
   def __post_init__(self):
     for name, value, known in (("rest", self.rest, REST), ("when", self.when, WHEN)):
       if value not in known:
-        raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
+        raise ValueError(f"a stop rule's {name}={value!r} is none of {', '.join(known)}")
     object.__setattr__(self, "entry", REST[self.rest])
 
   @property

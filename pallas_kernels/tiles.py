@@ -112,18 +112,18 @@ class Places(NamedTuple):
   """What the places of a piece's blocks are."""
 
   n_before: Int32[Array, ""] | int  # blocks of the prefix; they have the first places of `width`
-  n_own: Int32[Array, ""] | int  # full blocks of the piece
+  n_own: Int32[Array, ""] | int  # blocks of the piece that its tokens begin
   width: int  # N, room for the prefix
 
   def seen(self, tiles: Tiles, rule: TileRule) -> tuple[Bool[Array, "t n"], Bool[Array, "t n"]]:
     """Whether a place has a block before each tile, and whether that is a sink or in the window.
 
-    A tile that begins beyond the full blocks is padding, and has none before it.
+    A tile that begins after all tokens is padding, and has none before it.
     """
     place = jnp.arange(self.width + tiles.n_tokens // tiles.block_tokens)[None]
     first = tiles.blocks * jnp.arange(tiles.count)[:, None]  # own blocks before the tile
     is_own, own = place >= self.width, place - self.width
-    exists = jnp.where(is_own, own < first, place < self.n_before) & (first <= self.n_own)
+    exists = jnp.where(is_own, own < first, place < self.n_before) & (first < self.n_own)
     position = jnp.where(is_own, self.n_before + own, place)
     forced = (position < rule.sinks) | (position >= self.n_before + first - rule.window)
     return exists, exists & forced

@@ -67,6 +67,23 @@ def test_errors_and_nats_at_equal_bytes(rows):
   assert heads == {len(equal_bytes.HEAD)}
 
 
+def test_how_much_less_is_read_for_the_same_nats(rows):
+  """By the budgets' means, 1/128 to 1/640 of numbers that vary: where they rise, the least before counts."""
+  told = {entry["case"]: entry for entry in equal_bytes.compared(rows)}
+  budgets = [[r for r in rows if r["case"] == f"cuboid_mean {at}"] for at in (128, 256, 512, 640)]
+  falling = np.minimum.accumulate([np.mean([r["nats"] for r in ours]) for ours in budgets])
+  blocks = [12.8, 25.6, 51.2, 64.0]
+  nats = np.mean([r["nats"] for r in rows if r["case"] == "psa 0.9"])
+  needed = float(np.interp(-nats, -falling, blocks))
+  assert 25.6 < needed < 51.2 and told["psa 0.9"]["fewer_for_nats"] == pytest.approx(needed / 30)
+  low, high = told["psa 0.9"]["fewer_for_nats_interval"]
+  assert 12.8 / 30 <= low < needed / 30 < high <= 64 / 30
+  same = told["top_p 1"]  # the budget of 512 tokens
+  assert same["fewer_for_nats"] == pytest.approx(1) and same["fewer_for_nats_interval"] == pytest.approx((1, 1))
+  for case in ("psa 0.99", "dense 1", "cuboid_mean 256"):  # less than any budget has; and nothing to compare
+    assert told[case]["fewer_for_nats"] is told[case]["fewer_for_error_interval"] is None
+
+
 def test_instances_are_interpolated_each(rows):
   budgets = [[r] for r in rows if r["task"] == "a" and r["series"] == "cuboid_mean"]
   budgets.sort(key=lambda ours: ours[0]["bytes_read"])

@@ -207,7 +207,7 @@ def listed(scores, tiles, places, rule, implementation="xla") -> list[list[list[
 
 
 class Listing(NamedTuple):
-  """Tiles of two blocks after 3 of a prefix with room for 4; 9 full blocks of the piece's 10."""
+  """Tiles of two blocks after 3 of a prefix with room for 4; tokens of the piece begin 9 of its 10 blocks."""
 
   tiles: kernels.Tiles = kernels.Tiles(80, 8, 16)
   n_before: int = 3
@@ -220,7 +220,7 @@ class Listing(NamedTuple):
 
   def before(self, t: int) -> list[int]:
     """Places of the blocks before a tile, in order."""
-    return [*range(self.n_before), *(self.width + i for i in range(2 * t))] if 2 * t <= self.n_own else []
+    return [*range(self.n_before), *(self.width + i for i in range(2 * t))] if 2 * t < self.n_own else []
 
   def scores(self, seed: int) -> np.ndarray:
     """NaN where there is no block."""
@@ -259,9 +259,10 @@ def test_tile_lists(sinks: int, window: int, share: float, by: str, implementati
 
 
 def test_a_tile_of_padding_reads_nothing():
-  of, rule = Listing(n_own=3), kernels.TileRule("top_k", 1.0, 1, 1)
-  found = listed(of.scores(2), of.tiles, of.places, rule)
-  assert [len(by_head[0]) for by_head in found] == [3, 5, 0, 0, 0]
+  rule = kernels.TileRule("top_k", 1.0, 1, 1)
+  for n_own, expected in ((3, [3, 5, 0, 0, 0]), (4, [3, 5, 0, 0, 0]), (5, [3, 5, 7, 0, 0])):
+    of = Listing(n_own=n_own)
+    assert [len(by_head[0]) for by_head in listed(of.scores(2), of.tiles, of.places, rule)] == expected
 
 
 def test_shares_are_rounded_up_and_floats_are_forgiven():
@@ -270,6 +271,8 @@ def test_shares_are_rounded_up_and_floats_are_forgiven():
 
 
 def test_wrong_rules_are_refused():
+  with pytest.raises(ValueError, match="turn_tokens=48 is no power of two"):
+    kernels.Tiling(turn_tokens=48)
   with pytest.raises(ValueError, match="by='mass' is none of top_k, threshold"):
     kernels.TileRule("mass", 0.5, 1, 1)
   for share in (0.0, 1.5):

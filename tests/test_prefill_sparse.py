@@ -154,7 +154,7 @@ def test_blocks_that_are_not_read_never_matter(by: str):
   expected, loaded = run(q, k, v, cache, jnp.int32(1), piece)
   table = np.concatenate([piece.before.blocks, piece.blocks])
   digests = cache.hot.digest[:, 1, jnp.maximum(jnp.asarray(table), 0)]
-  tiles, places = kernels.Tiles.of(64, S), kernels.Places(20, 7, 24)
+  tiles, places = kernels.Tiles.of(64, S), kernels.Places(20, 8, 24)
   read = np.asarray(attention.selector.lists(q, jnp.int32(60), digests, tiles, places, "xla").any_reads(24))[:, :20]
   pool, slots, slot_of = np.array(cache.pool), np.array(cache.hot.slots), np.asarray(cache.hot.maps.slot_of)
   missed = 0

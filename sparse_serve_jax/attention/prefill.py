@@ -137,7 +137,7 @@ class PrefillAttention:
       n_before, width = (0, 0) if before is None else (before.n_blocks, before.blocks.shape[0])
       table = piece.blocks if before is None else jnp.concatenate([before.blocks, piece.blocks])
       tiles = kernels.Tiles.of(q.shape[0], cache.pool.shape[4])
-      places = kernels.Places(n_before, (piece.blocks >= 0).sum(dtype=jnp.int32), width)
+      places = kernels.Places(n_before, -(-piece.n_tokens // cache.pool.shape[4]), width)
       digests = cache.hot.digest[:, layer, jnp.maximum(table, 0)]
       lists = self.selector.lists(q, piece.n_tokens, digests, tiles, places, self.implementation)
       o = kernels.prefill_tiles(q, k, v, lists, tiles, prefix, implementation=self.implementation)

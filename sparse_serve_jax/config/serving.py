@@ -12,6 +12,7 @@ from sparse_serve_jax.config.model import ModelConfig
 from sparse_serve_jax.config.reader import check_fields, find_config, read_config
 
 MOVING = "auto:"  # begins a threshold that moves
+LEAST_PROMISE = 1e-4
 MOST_PROMISE = 0.9999  # of one that moves: shares are of float32, and one rounded to 1 is never passed
 AUDIT, MOST_AUDIT = 0.01, 0.1  # sparse.audit where a threshold that moves needs one; the most there can be
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
@@ -56,7 +57,8 @@ class SparseConfig:
   window_tokens: int = 64  # the newest full blocks, always attended
   dense_layers: int = 0  # the first layers that attend to everything (2 in ArkVale and Quest)
   # What a block's scores of the query heads of a KV head become: their mean, the largest, or the mean of the shares
-  # that they estimate, in which a head whose query is large counts no more than another.
+  # that they estimate, in which a head whose query is large counts no more than another; a prompt's tiles take the
+  # mean of the scores then.
   group_reduce: Literal["mean", "max", "softmax"] = "mean"
   # psa: epsilon, stop when the estimated share of attention mass exceeds it. "auto:0.95" moves it while serving, until
   # the true share is 0.95 in 95 % of the stops that are audited.
@@ -116,10 +118,9 @@ class SparseConfig:
         promise = self.promise if self.threshold.startswith(MOVING) else math.nan
       except ValueError:
         promise = math.nan
-      if not 0 < promise <= MOST_PROMISE:
-        raise ValueError(
-          f"threshold={self.threshold!r} is neither a number in (0, 1] nor auto:P with P in (0, {MOST_PROMISE}]"
-        )
+      if not LEAST_PROMISE <= promise <= MOST_PROMISE:
+        limits = f"[{LEAST_PROMISE:g}, {MOST_PROMISE}]"
+        raise ValueError(f"threshold={self.threshold!r} is neither a number in (0, 1] nor auto:P with P in {limits}")
     elif not 0 < self.threshold <= 1:
       raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
     if not 0 <= self.audit <= MOST_AUDIT:

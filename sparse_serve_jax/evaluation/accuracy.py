@@ -33,6 +33,7 @@ from sparse_serve_jax.tasks import text as texts
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
+LEAST_TOKENS = 32  # of a context: less than a block leaves nothing to select from
 EACH = ("accuracy", "nats", "agreement", "error", "prompt_nats")  # of every instance; the last of sparse prefill
 
 # What a stop test claims may exceed the true mass by this: both are sums of float32 shares of a few hundred blocks, and

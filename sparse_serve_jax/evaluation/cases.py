@@ -44,6 +44,11 @@ RULES = {PSA: DEFAULT_RULE} | {
   f"{PSA}, {', '.join(rule)}": rule for rule in itertools.product(REST, WHEN) if rule != DEFAULT_RULE
 }
 
+# The same by another number of blocks between two tests: series -> (sparse.group_blocks, sparse.rest).
+IN_GROUPS = {f"{PSA}, groups of {n}": (n, DEFAULT_RULE[0]) for n in GROUPS} | {
+  f"{PSA}, least, groups of {n}": (n, "least") for n in GROUPS
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -175,11 +180,11 @@ def _of_threshold(threshold: float, axes: Collection[str], rests: Collection[str
     yield _case(CERTIFIED, threshold, *of, "sparse.method=min_max", claims="certified")
     yield _case(TRUE_STOP, threshold, *of, claims="true")
     yield _case(f"{TRUE_STOP}, mean_of_heads", threshold, *of, "sparse.stop_when=mean_of_heads", claims="true")
-  for n in GROUPS if "groups" in axes else ():
-    in_groups = *of, f"sparse.group_blocks={n}"
-    yield _case(f"{PSA}, groups of {n}", threshold, *in_groups)
-    yield _case(f"{PSA}, least, groups of {n}", threshold, *in_groups, "sparse.rest=least")
-    yield _case(f"{TRUE_STOP}, groups of {n}", threshold, *in_groups, claims="true")
+  if "groups" in axes:
+    for series, (n, rest) in IN_GROUPS.items():
+      yield _case(series, threshold, *of, f"sparse.group_blocks={n}", f"sparse.rest={rest}")
+    for n in GROUPS:
+      yield _case(f"{TRUE_STOP}, groups of {n}", threshold, *of, f"sparse.group_blocks={n}", claims="true")
   for series, (rest, when) in RULES.items():
     changes = *of, f"sparse.rest={rest}", f"sparse.stop_when={when}"
     asked = "rules" in axes and rest in rests

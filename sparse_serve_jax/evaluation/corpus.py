@@ -75,7 +75,8 @@ class Corpus:
         break
     rounds = [piece for nth in itertools.zip_longest(*cut) for piece in nth if piece is not None]
     if len(rounds) < n:
-      raise ValueError(f"{len(texts)} texts give {len(rounds)} pieces of {n_tokens} tokens, and {n} are asked for")
+      given = f"{len(texts)} texts give {len(rounds)} pieces of {n_tokens} tokens, and {n} are asked for"
+      raise ValueError(f"{given}: ask for fewer instances, or shorter ones")
     return np.array([[*head, *piece] for piece in rounds[:n]], np.int32)
 
 

@@ -4,11 +4,15 @@ Bytes are those of a step and layer: the keys and values that are attended to, a
 mean bytes of a setting the error and the nats of every instance are interpolated, linearly in bytes, between the two
 budgets of the default method next to it; so the comparison is paired. A setting gets no comparison that reads less than
 the smallest budget or more than the largest.
+
+The other way round, at the mean error or nats of a setting the blocks of a budget that has as much are interpolated: by
+how much fewer the setting reads is PSA's first ratio (arXiv 2503.00392, abstract).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,11 +31,14 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
     pairs of a token and a query head that have less than the threshold, and "broken", that of stops of a KV head that
     break their promise, both None where nothing stops. Against the fixed budget at equal bytes: "fixed_error",
     "error_ratio" with "ratio_interval", and "nats_more_than_fixed" with "nats_interval", None where there is no such
-    budget, or the case is one, or dense. Intervals are 95 % ones of the paired bootstrap over instances.
+    budget, or the case is one, or dense. "fewer_for_nats" and "fewer_for_error" are blocks of a fixed budget that has
+    as much, by the case's, each with an "_interval"; None where no budget of those there are has as much. Intervals are
+    95 % ones of the paired bootstrap over instances.
   """
   cases = _complete(rows)
   fixed = sorted((ours for ours in cases if ours[0]["series"] == DEFAULT_METHOD), key=_bytes)
   dense = next((ours for ours in cases if ours[0]["series"] == DENSE), None)
+  curves = {key: Curve.of(fixed, key) for key in ("nats", "error")} if len(fixed) > 1 else {}
   for ours in cases:
     told: Row = {key: ours[0][key] for key in ("case", "series", "at")}
     told |= {key: float(np.mean([row[key] for row in ours])) for key in MEANS}
@@ -39,7 +46,8 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
       n = sum(row.get(of_all, 0) for row in ours)
       told[key] = sum(row[key] for row in ours) / n if n else None
     told["nats_more"] = told["nats"] - float(np.mean([row["nats"] for row in dense])) if dense else None
-    yield told | _against(ours, fixed if ours is not dense and ours not in fixed else [])
+    against = ours is not dense and ours not in fixed
+    yield told | _against(ours, fixed if against else []) | _fewer(ours, curves if against else {})
 
 
 def _against(ours: Sequence[Row], fixed: Sequence[Sequence[Row]]) -> Row:
@@ -57,6 +65,47 @@ def _against(ours: Sequence[Row], fixed: Sequence[Sequence[Row]]) -> Row:
     "nats_more_than_fixed": float(np.mean([np.mean(task) for task in nats])) - of_nats,
     "nats_interval": intervals.interval(nats, other_nats),
   }
+
+
+def _fewer(ours: Sequence[Row], curves: Mapping[str, Curve]) -> Row:
+  """How many times the case's blocks a fixed budget needs, for its nats and for its error."""
+  told: Row = {}
+  for key in ("nats", "error"):
+    found = curves[key].blocks_for(_each(ours, key)) if key in curves else None
+    blocks = float(np.mean([row["blocks"] for row in ours]))
+    told[f"fewer_for_{key}"] = None if found is None else found[0] / blocks
+    told[f"fewer_for_{key}_interval"] = None if found is None else tuple(at / blocks for at in found[1])
+  return told
+
+
+class Curve(NamedTuple):
+  """What fixed budgets have under a key, which falls as budgets grow: where it does not, the least before counts."""
+
+  blocks: np.ndarray  # [budgets], ascending
+  mean: np.ndarray  # [budgets]
+  drawn: np.ndarray  # [budgets, draws], means of the bootstrap's draws
+
+  @classmethod
+  def of(cls, fixed: Sequence[Sequence[Row]], key: str) -> Curve:
+    """For each budget the rows of all tasks, in the order of their bytes."""
+    each = [_each(ours, key) for ours in fixed]
+    mean, drawn = [np.mean([np.mean(task) for task in of]) for of in each], [intervals.means(of) for of in each]
+    blocks = np.array([np.mean([row["blocks"] for row in ours]) for ours in fixed])
+    return cls(blocks, np.minimum.accumulate(mean), np.minimum.accumulate(drawn))
+
+  def blocks_for(self, values: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float]] | None:
+    """Blocks of a budget whose mean is that of `values`, of each task and instance; and a 95 % interval, in which draws
+    beyond the budgets count as the outermost one. None if the mean lies beyond them.
+    """
+    mean = float(np.mean([np.mean(task) for task in values]))
+    if not self.mean[-1] <= mean <= self.mean[0]:
+      return None
+    drawn = [self._at(of, value) for of, value in zip(self.drawn.T, intervals.means(values), strict=True)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return self._at(self.mean, mean), (float(low), float(high))
+
+  def _at(self, means: np.ndarray, value: float) -> float:
+    return float(np.interp(value, means[::-1], self.blocks[::-1]))
 
 
 def at_bytes(fixed: Sequence[Sequence[Row]], read: float, key: str) -> list[list[float]] | None:
@@ -105,13 +154,15 @@ TITLE = (
   f"At equal bytes: settings against {DEFAULT_METHOD} with a fixed budget\n"
   "KiB are those of a step and layer, digests included. Error: the mean over query heads and layers of |o - o_dense| / "
   "|o_dense| of a head's output. Ratio: the error by that of a fixed budget of as many bytes, and the nats more than "
-  "its; between budgets its values are interpolated for each instance. Intervals are 95 % ones of the paired bootstrap "
-  "over instances. Below threshold: of the pairs of a token and a query head that stopped, those with less true mass; "
-  "broken stops: of those of a KV head, the ones with such a head, or whose mean is below if means are tested."
+  "its; between budgets its values are interpolated for each instance. Fewer than fixed: blocks of a budget with the "
+  "same nats, or the same error, by the setting's. Intervals are 95 % ones of the paired bootstrap over instances. "
+  "Below threshold: of the pairs of a token and a query head that stopped, those with less true mass; broken stops: of "
+  "those of a KV head, the ones with such a head, or whose mean is below if means are tested."
 )
 HEAD = (
   *("setting", "blocks", "KiB", "mass", "error", "of fixed", "ratio", "interval"),
-  *("nats vs dense", "nats vs fixed", "interval", "agreement", "below threshold", "broken stops"),
+  *("nats vs dense", "nats vs fixed", "interval", "fewer than fixed: nats", "error"),
+  *("agreement", "below threshold", "broken stops"),
 )
 
 
@@ -126,5 +177,9 @@ def cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
     ratio = [f"{of['fixed_error']:.4f}", f"{of['error_ratio']:.3f}", f"{low:.3f} to {high:.3f}"]
     nats = [f"{of['nats_more_than_fixed']:+.4f}", f"{less:+.4f} to {more:+.4f}"]
   vs_dense = "" if of["nats_more"] is None else f"{of['nats_more']:+.4f}"
+  fewer = []
+  for key in ("fewer_for_nats", "fewer_for_error"):
+    low, high = of[f"{key}_interval"] or (0.0, 0.0)
+    fewer.append("" if of[key] is None else f"{of[key]:.2f} ({low:.2f} to {high:.2f})")
   promise = ["" if of[key] is None else f"{of[key]:.1%}" for key in ("short", "broken")]
-  yield [*line, *ratio, vs_dense, *nats, f"{of['agreement']:.1%}", *promise]
+  yield [*line, *ratio, vs_dense, *nats, *fewer, f"{of['agreement']:.1%}", *promise]

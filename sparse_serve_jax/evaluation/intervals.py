@@ -36,7 +36,10 @@ def interval(values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]
 
 def of_ratio(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float]:
   """95 % interval of the mean of values by the mean of others, which are positive, of the same instances."""
-  zeros = [[0.0] * len(of) for of in values]
-  ours, theirs = (draws(of, zeros) for of in (values, others))  # the same seed: the same instances
-  low, high = np.quantile(ours / theirs, (0.025, 0.975))
+  low, high = np.quantile(means(values) / means(others), (0.025, 0.975))  # the same seed: the same instances
   return float(low), float(high)
+
+
+def means(values: Sequence[Sequence[float]]) -> np.ndarray:
+  """Means of values in the draws, [10000]; of values of equal shape the same instances are drawn."""
+  return draws(values, [[0.0] * len(of) for of in values])

@@ -131,7 +131,7 @@ class _Tiled(NamedTuple):
   def attend(self, layer, q, k, v, n_tokens) -> tuple[jax.Array, jax.Array]:
     """o [T, K, G, D] of a prompt of `n_tokens`, padded to T, and the share of blocks read; `PrefillAttention`'s."""
     size, n_heads = self.block_tokens, k.shape[1]
-    tiles, places = kernels.Tiles.of(q.shape[0], size), kernels.Places(0, n_tokens // size, 0)
+    tiles, places = kernels.Tiles.of(q.shape[0], size), kernels.Places(0, -(-n_tokens // size), 0)
     digests = self.selector.method.summarize(k.reshape(-1, size, *k.shape[1:]).transpose(2, 0, 1, 3))
     lists = self.selector.lists(q, n_tokens, digests, tiles, places, "xla")
     n_all = places.seen(tiles, self.selector.rule)[0].sum() * n_heads
