@@ -283,5 +283,6 @@ def test_programs_hold_no_second_cache(policy: str, dense_layers: int, device: s
   assert sorted(name for name, _ in compiled) == ["decode", *["decode"] * audited, "prefill"]
   for program in compiled.values():
     memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes + memory.host_temp_size_in_bytes < min(arrays) / 2
+    workspace = (32 << 20) * (device == "gpu")  # of cuBLAS, whatever it multiplies
+    assert memory.temp_size_in_bytes - workspace + memory.host_temp_size_in_bytes < min(arrays) / 2
     assert memory.alias_size_in_bytes >= cache_bytes
