@@ -270,7 +270,7 @@ class JaxExecutor:
 
   def _prefill(self, work: PrefillWork, iteration: int) -> StepOutput:
     padded = self.buckets.piece(len(work.tokens), work.start)
-    width = self.buckets.table(work.start // self.shape.S) if work.start else 0
+    width = self.buckets.prefix(work.start)
     key = (work.request_id, work.start)
     x = self._activations.pop(key, None)
     if x is None:
