@@ -20,6 +20,7 @@ MOST_PROGRAMS = 48  # that a workload of any prompts comes to, log probabilities
 _SMALL = (512, 1024)  # tokens; below 2k padding is cheap and programs are not
 _PACKS = (512, 1024, 2048)  # tokens; a longer product of matrices is no faster
 _PACKED_TOKENS = 64  # of a pack: it has room for one prompt in as many
+_MOST_SEGMENTS = 4  # of a prompt's layers, that a program knows: of longer ones weights are a fiftieth of the time
 _MOST_STEPS, _LEAST_STEPS = 8, 3  # sizes an octave: padding is an eighth at most, an eighth on average at least
 
 
@@ -110,6 +111,14 @@ class Buckets:
     """Tokens that short prompts of `n_tokens` together, each begun with a block, are padded to."""
     return _fit(self.packs, n_tokens, "packed prompts of tokens")
 
+  def begun(self, n_tokens: int) -> int:
+    """Tokens that a prompt of `n_tokens` takes in a pack: whole blocks."""
+    return _round_up(n_tokens, self.block_tokens)
+
+  def short(self, n_tokens: int) -> bool:
+    """Whether two prompts of so many tokens fit in a pack. None of them is cut unless it must be."""
+    return 2 * self.begun(n_tokens) <= max(self.packs, default=0)
+
   def table(self, n_blocks: int) -> int:
     """Blocks that a table of `n_blocks` is padded to."""
     return _fit(self.tables, n_blocks, "block table of")
@@ -120,6 +129,12 @@ class Buckets:
 
   def batch(self, n_rows: int) -> int:
     return _fit(self.batches, n_rows, "batch of rows")
+
+  def segment(self, padded: int) -> int:
+    """Layers of a piece, padded to so many tokens, that an iteration has room for; 0 if they are so few that the program
+    does not know them beforehand."""
+    layers = self.n_layers if self.chunked else min(self.n_layers, self.allowance // padded)
+    return layers if layers * _MOST_SEGMENTS >= self.n_layers else 0
 
   def layers(self, padded: int, start: int) -> int:
     """The most layers that one iteration runs of a piece which begins at `start` and is padded to so many tokens."""
