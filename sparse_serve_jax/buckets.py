@@ -131,8 +131,8 @@ class Buckets:
     return _fit(self.batches, n_rows, "batch of rows")
 
   def segment(self, padded: int) -> int:
-    """Layers of a piece, padded to so many tokens, that an iteration has room for; 0 if they are so few that the program
-    does not know them beforehand."""
+    """Layers that an iteration has room for, of a piece padded to so many tokens; 0 if its program does not know them,
+    as they are few."""
     layers = self.n_layers if self.chunked else min(self.n_layers, self.allowance // padded)
     return layers if layers * _MOST_SEGMENTS >= self.n_layers else 0
 

@@ -370,7 +370,7 @@ def _in_tiles(f, x: jax.Array) -> jax.Array:
 
 
 def _unless_plain(rows: SamplingRows, draw, logits: jax.Array) -> jax.Array:
-  """What `draw` gives, unless every row takes its most likely token. In a prefill the host waits for branches anyway."""
+  """What `draw` gives, unless every row takes its most likely token. A prefill may branch: the host waits anyway."""
   plain = (rows.temperature <= 0).all() & (rows.banned < 0).all()
   return jax.lax.cond(plain, functools.partial(greedy, logits), draw)
 

@@ -46,11 +46,11 @@ def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -
     if len(works) > 1:
       tokens += buckets.pack(sum(buckets.begun(len(work.tokens)) for work in works)) * shape.L
       pairs += sum(len(work.tokens) ** 2 // 2 for work in works) * shape.L
-      continue
-    (piece,) = works
-    n = buckets.piece(len(piece.tokens), piece.start)
-    tokens += n * piece.n_layers
-    pairs += n * (piece.start + n // 2) * piece.n_layers
+    else:
+      for piece in works:
+        n = buckets.piece(len(piece.tokens), piece.start)
+        tokens += n * piece.n_layers
+        pairs += n * (piece.start + n // 2) * piece.n_layers
   rows = width = 0
   if plan.decode:
     rows = buckets.batch(len(plan.decode))
