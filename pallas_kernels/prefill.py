@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import triton
 from pallas_kernels.copy import gather_blocks
@@ -26,6 +26,11 @@ class Packed(NamedTuple):
   def row(self, at: Int32[Array, " C"]) -> Int32[Array, " C"]:
     """Of which prompt, or behind which, tokens of the piece are."""
     return (at[:, None] >= self.begins[None]).sum(1, dtype=jnp.int32) - 1
+
+  def own(self, at: Int32[Array, " C"]) -> Bool[Array, " C"]:
+    """Whether they are of a prompt."""
+    row = self.row(at)
+    return at - self.begins[row] < self.n_tokens[row]
 
 
 class Prefix(NamedTuple):
@@ -75,9 +80,7 @@ def prefill_attention(
   if packed is not None:
     assert prefix is None
     o = _packed_cudnn(q, k, v, packed) if cudnn else _packed_xla(q, k, v, packed)
-    at = jnp.arange(q.shape[0])
-    row = packed.row(at)
-    return jnp.where((at - packed.begins[row] < packed.n_tokens[row])[:, None, None, None], o, 0)
+    return jnp.where(packed.own(jnp.arange(q.shape[0]))[:, None, None, None], o, 0)
   if not cudnn:
     return _prefill_attention_xla(q, k, v, earlier, n_earlier)
   attended = _attention(q, k, v, None)
@@ -140,7 +143,7 @@ def _packed_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> j
   offsets = jnp.where(jnp.arange(begins.shape[0]) == there.sum(), end, begins)[None]
   # jax (0.10 to 0.12) takes the stride of a key's token for that of a query's: each query head gets its own.
   k, v = (jnp.repeat(x, n_group, 1)[None] for x in (k, v))
-  (o,) = cudnn.dot_product_attention(
+  o: Any = cudnn.dot_product_attention(
     q.reshape(1, q.shape[0], -1, q.shape[-1]),
     k,
     v,
@@ -156,10 +159,10 @@ def _packed_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> j
 
 def _packed_xla(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
   """Numbers that are not finite stay in their prompt."""
-  row = packed.row(jnp.arange(q.shape[0]))
-  finite = jnp.isfinite(v)
+  at = jnp.arange(q.shape[0])
+  row, finite = packed.row(at), jnp.isfinite(v)
   o = _prefill_attention_xla(q, k, jnp.where(finite, v, 0), None, None, row)
-  lost = jnp.zeros(packed.begins.shape, bool).at[row].max(~finite.all((1, 2)))
+  lost = jnp.zeros(packed.begins.shape, bool).at[row].max(packed.own(at) & ~finite.all((1, 2)))
   return jnp.where(lost[row][:, None, None, None], jnp.nan, o)
 
 
