@@ -277,15 +277,16 @@ def test_nothing_is_compiled_in_steady_state():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("segments", [False, True])  # whether programs know them; a prompt's are one layer each
 @pytest.mark.parametrize("dense_layers", [0, 1])  # 1: the last loop over layers has one trip, and is none to XLA
 @pytest.mark.parametrize("policy", ["topk", "psa", "audited psa"])
-def test_programs_hold_no_second_cache(policy: str, dense_layers: int, device: str, monkeypatch):
+def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments: bool, device: str, monkeypatch):
   """Pool, slots, digests and tails are updated in place: they alias, and no temporary is as large as any of them."""
   model = tiny_model()
   conf = config(
     f"sparse.policy={policy.split()[-1]}", "sparse.token_budget=64", "scheduler.max_batch=1",
     "scheduler.max_context=128", "cache.lanes=1024", "cache.dram_bytes=64MiB", "sparse.group_blocks=4",
-    f"sparse.dense_layers={dense_layers}",
+    f"sparse.dense_layers={dense_layers}", f"scheduler.max_inject_tokens={128 * segments}",
   )  # fmt: skip
   if policy == "audited psa":  # the program that is looked at last; at first nothing has been attended to
     conf = override(conf, ["sparse.audit=0.1"])
@@ -305,6 +306,7 @@ def test_programs_hold_no_second_cache(policy: str, dense_layers: int, device: s
     return compiled
 
   executor = JaxExecutor(conf, model)
+  executor._knows_segments = segments
   for name in ("decode", "prefill"):
     monkeypatch.setattr(executor.programs, name, spied(getattr(executor.programs, name), name))
   engine = Engine(executor)

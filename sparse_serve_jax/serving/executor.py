@@ -152,7 +152,7 @@ class JaxExecutor:
     self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
     implementation = _implementation(config, cfg.head_dim)
-    self._implementation = implementation
+    self._knows_segments = implementation != "xla"  # in that of programs for a GPU
     setup = Setup.of(cfg, config, implementation)
     _check_variants(config, setup, self.shape)
     self.programs = programs(setup, self.mesh)
@@ -289,7 +289,7 @@ class JaxExecutor:
       slab_layers = L if packed else self.buckets.layers(padded, work.start)
       batch = batch.replace(slab_layers=slab_layers)
       self._writer.make_room(padded // self.shape.S * slab_layers * self.shape.K * self.shape.block_bytes)
-    if self._implementation != "xla":
+    if self._knows_segments:
       batch = batch.replace(segment_layers=L if packed else self.buckets.segment(padded))
     self.cache, x, slab, output = self.programs.prefill(self.params, self.cache, x, batch, width)
     if self._writer is not None and slab is not None:
