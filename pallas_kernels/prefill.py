@@ -79,7 +79,7 @@ def prefill_attention(
     earlier, n_earlier = _gather(prefix, implementation), prefix.tokens
   if packed is not None:
     assert prefix is None
-    o = _packed_cudnn(q, k, v, packed) if cudnn else _packed_xla(q, k, v, packed)
+    o = _packed(q, k, v, packed, cudnn)
     return jnp.where(packed.own(jnp.arange(q.shape[0]))[:, None, None, None], o, 0)
   if not cudnn:
     return _prefill_attention_xla(q, k, v, earlier, n_earlier)
@@ -133,17 +133,39 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, n_keys: jax.Array | Non
   return Partial(o.reshape(q.shape).astype(jnp.float32), lse, jnp.ones_like(lse))
 
 
-def _packed_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
-  """cuDNN's attention of ragged sequences."""
-  cudnn, n_group = _cudnn(), q.shape[2]
+def _packed(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, cudnn: bool) -> jax.Array:
+  """Between prompts anything. What is not finite stays in its prompt."""
+  if cudnn and _cudnn().check_compute_capability("9.0"):
+    return _ragged(q, k, v, packed)
+  at = jnp.arange(q.shape[0])
+  row, finite = packed.row(at), jnp.isfinite(k) & jnp.isfinite(v)
+  k, v = jnp.where(finite, k, 0), jnp.where(finite, v, 0)
+  if cudnn:
+    o = jax.nn.dot_product_attention(
+      q.reshape(1, q.shape[0], -1, q.shape[-1]),
+      k[None],
+      v[None],
+      bias=jnp.where(row[:, None] == row[None], 0.0, -1e30).astype(q.dtype)[None, None],
+      scale=q.shape[-1] ** -0.5,
+      is_causal=True,
+      implementation="cudnn",
+    ).reshape(q.shape)
+  else:
+    o = _prefill_attention_xla(q, k, v, None, None, row)
+  lost = jnp.zeros(packed.begins.shape, bool).at[row].max(packed.own(at) & ~finite.all((1, 2)))
+  return jnp.where(lost[row][:, None, None, None], jnp.nan, o)
+
+
+def _ragged(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
+  """cuDNN's attention of ragged sequences, which needs a Hopper GPU."""
   there = packed.n_tokens > 0
   lengths = jnp.where(there, packed.n_tokens, -1)[None].astype(jnp.int32)
   end = jnp.where(there, packed.begins + packed.n_tokens, 0).max()
   begins = jnp.append(jnp.where(there, packed.begins, -1), -1).astype(jnp.int32)
   offsets = jnp.where(jnp.arange(begins.shape[0]) == there.sum(), end, begins)[None]
   # jax (0.10 to 0.12) takes the stride of a key's token for that of a query's: each query head gets its own.
-  k, v = (jnp.repeat(x, n_group, 1)[None] for x in (k, v))
-  o: Any = cudnn.dot_product_attention(
+  k, v = (jnp.repeat(x, q.shape[2], 1)[None] for x in (k, v))
+  o: Any = _cudnn().dot_product_attention(
     q.reshape(1, q.shape[0], -1, q.shape[-1]),
     k,
     v,
@@ -152,18 +174,9 @@ def _packed_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> j
     q_offsets=offsets,
     kv_offsets=offsets,
     scale=q.shape[-1] ** -0.5,
-    mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    mask_type=_cudnn().MaskType.PADDING_CAUSAL,
   )
   return o.reshape(q.shape)
-
-
-def _packed_xla(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
-  """Numbers that are not finite stay in their prompt."""
-  at = jnp.arange(q.shape[0])
-  row, finite = packed.row(at), jnp.isfinite(v)
-  o = _prefill_attention_xla(q, k, jnp.where(finite, v, 0), None, None, row)
-  lost = jnp.zeros(packed.begins.shape, bool).at[row].max(packed.own(at) & ~finite.all((1, 2)))
-  return jnp.where(lost[row][:, None, None, None], jnp.nan, o)
 
 
 def _prefill_attention_xla(q, k, v, earlier, n_earlier, row=None, q_tile: int = 256) -> jax.Array:

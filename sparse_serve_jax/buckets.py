@@ -53,7 +53,7 @@ class Buckets:
     allowance, context = config.prefill_allowance(n_layers), _round_up(max_context, size)
     unit = max(1, allowance // size // 8) * size
     full = 8 * unit if allowance >= 8 * unit else max(1, allowance // size) * size
-    blocks, at_once = context // size, allowance if chunked else allowance // n_layers
+    blocks, at_once = context // size, full if chunked else allowance // n_layers
     tables = tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks}))
     unsized = cls(
       block_tokens=size,

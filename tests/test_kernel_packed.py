@@ -79,8 +79,8 @@ def test_real_shapes(name: str, case: str):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cudnn_is_told(case: str, monkeypatch: pytest.MonkeyPatch):
-  """The GPU's path with a stand-in for what needs one: sequences of `seqlen` tokens from each offset on, in order."""
+def test_what_cudnn_is_told_of_ragged_sequences(case: str, monkeypatch: pytest.MonkeyPatch):
+  """The path of a Hopper GPU, with a stand-in for what needs one: `seqlen` tokens from each offset on, in order."""
 
   def attention(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
     assert mask_type == fused_attention_stablehlo.MaskType.PADDING_CAUSAL and q.shape == k.shape == v.shape
@@ -96,6 +96,24 @@ def test_what_cudnn_is_told(case: str, monkeypatch: pytest.MonkeyPatch):
     o = jnp.where(q_offsets[0, n] == ends, jnp.einsum("htu,uhd->thd", p, v), jnp.nan)
     return jnp.where((row >= 0)[:, None, None], o, jnp.nan)[None].astype(jnp.bfloat16)
 
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda least: least == "9.0")
   monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", attention)
   arrays, packed, expected = pack(case, "bfloat16")
   assert_rows_close(attend(arrays, packed, "triton"), expected, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cudnn_is_told_elsewhere(case: str, monkeypatch: pytest.MonkeyPatch):
+  """A GPU before Hopper adds a bias."""
+  attention = jax.nn.dot_product_attention
+
+  def with_xla(*arrays, implementation, **options):
+    assert implementation == "cudnn"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      return attention(*arrays, implementation="xla", **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", with_xla)
+  (q, k, v), packed, expected = pack(case, "bfloat16")
+  q = np.where(np.isfinite(q), q, 0)
+  actual = attend((q, k, v), packed, "triton")
+  assert_rows_close(actual, expected, TOLERANCE["bfloat16"])
