@@ -20,6 +20,7 @@ MOST_PROGRAMS = 48  # that a workload of any prompts comes to, log probabilities
 _SMALL = (512, 1024)  # tokens; below 2k padding is cheap and programs are not
 _PACKS = (512, 1024, 2048)  # tokens; a longer product of matrices is no faster
 _PACKED_TOKENS = 64  # of a pack: it has room for one prompt in as many
+_LEAST_ROWS = 2
 _MOST_SEGMENTS = 4  # of a prompt's layers, that a program knows: of longer ones weights are a fiftieth of the time
 _MOST_STEPS, _LEAST_STEPS = 8, 3  # sizes an octave: padding is an eighth at most, an eighth on average at least
 
@@ -107,9 +108,10 @@ class Buckets:
     """Tokens that a piece of `n_tokens` beginning at `start` is padded to."""
     return _fit(self.chunks if start else self.whole, n_tokens, "prompt piece of tokens")
 
-  def pack(self, n_tokens: int) -> int:
-    """Tokens that short prompts of `n_tokens` together, each begun with a block, are padded to."""
-    return _fit(self.packs, n_tokens, "packed prompts of tokens")
+  def pack(self, lengths: Sequence[int]) -> int:
+    """Tokens that whole prompts of so many tokens are padded to, together."""
+    room = _PACKED_TOKENS * len(lengths) if len(lengths) > _LEAST_ROWS else 0
+    return _fit(self.packs, max(room, sum(map(self.begun, lengths))), "packed prompts of tokens")
 
   def begun(self, n_tokens: int) -> int:
     """Tokens that a prompt of `n_tokens` takes in a pack: whole blocks."""
@@ -191,7 +193,7 @@ class Buckets:
 
 def pack_rows(padded: int) -> int:
   """The most prompts in a pack that is padded to so many tokens."""
-  return max(2, padded // _PACKED_TOKENS)
+  return max(_LEAST_ROWS, padded // _PACKED_TOKENS)
 
 
 def _packs(size: int, at_once: int) -> tuple[int, ...]:

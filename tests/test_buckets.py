@@ -151,8 +151,7 @@ def programs_of(buckets: Buckets, plan: Plan) -> set[tuple]:
     if len(works) == 1:
       used.add(("prefill", buckets.piece(n_tokens, start), buckets.prefix(start)))
     else:
-      begun = (-(-len(work.tokens) // S) * S for work in works)
-      used.add(("packed prefill", buckets.pack(sum(begun)), 0))
+      used.add(("packed prefill", buckets.pack([len(work.tokens) for work in works]), 0))
   if plan.decode:
     longest = max(row.position // S + 1 for row in plan.decode)
     kind = "decode" if all(row.sampling.plain for row in plan.decode) else "sampled decode"

@@ -306,9 +306,9 @@ class JaxExecutor:
       padded = self.buckets.piece(len(work.tokens), work.start)
       tokens, begins = _pad(work.tokens, padded, 0), [0]
     else:
-      ends = np.cumsum([self.buckets.begun(len(w.tokens)) for w in works])
-      padded = self.buckets.pack(int(ends[-1]))
-      rows, begins, tokens = pack_rows(padded), [0, *ends[:-1]], np.zeros(padded, np.int32)
+      padded = self.buckets.pack([len(w.tokens) for w in works])
+      begins = [0, *np.cumsum([self.buckets.begun(len(w.tokens)) for w in works[:-1]])]
+      rows, tokens = pack_rows(padded), np.zeros(padded, np.int32)
       for begin, w in zip(begins, works, strict=True):
         tokens[begin : begin + len(w.tokens)] = w.tokens
     return PrefillBatch(

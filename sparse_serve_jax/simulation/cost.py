@@ -44,7 +44,7 @@ def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -
   together = pieces(plan.prefill)
   for works in together:
     if len(works) > 1:
-      tokens += buckets.pack(sum(buckets.begun(len(work.tokens)) for work in works)) * shape.L
+      tokens += buckets.pack([len(work.tokens) for work in works]) * shape.L
       pairs += sum(len(work.tokens) ** 2 // 2 for work in works) * shape.L
     else:
       for piece in works:
