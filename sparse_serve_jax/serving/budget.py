@@ -41,7 +41,7 @@ class Needs:
   def of(cls, cfg: ModelConfig, config: EngineConfig, shape: CacheShape, buckets: Buckets, cudnn: bool) -> Needs:
     """Of a model and a cache; `cudnn`: prefill attention makes no scores."""
     piece, n_devices = max((*buckets.whole, *buckets.chunks)), config.tp
-    rows = max(*buckets.batches, *map(pack_rows, buckets.packs))
+    rows = max((*buckets.batches, *map(pack_rows, buckets.packs)))
     segmented = config.scheduler.prefill == "layer_segmented"  # all pieces of a prompt are kept from layer to layer
     kept = max(piece, shape.max_context) if segmented else piece
     activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # before a segment and after it
