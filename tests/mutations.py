@@ -67,7 +67,7 @@ MUTATIONS = [
     "sparse_serve_jax/step.py",
     "batch.start + at - begins[rows.row(at)]",
     "batch.start + at",
-    ("tests/test_packing.py::test_packed_prompts_attend_to_all_of_themselves",),
+    ("tests/test_packing.py::test_where_prefill_is_sparse_prompts_that_read_all_are_packed",),
   ),
   Mutation(
     "what shares blocks of its own pack is packed with them",

@@ -135,6 +135,9 @@ class Scheduler:
     fits = (config.budget_blocks + 1) * shape.S if config.sparse.method in WHOLE_BUDGET else 0
     exact = {"dense": sys.maxsize, "topk": fits, "psa": 0}
     self._exact_tokens = exact[config.sparse.policy]
+    # Tokens of a prompt up to which every query of it reads all before it, so that it may be packed.
+    always = (config.sink_blocks + config.window_blocks) * shape.S
+    self._packed_tokens = sys.maxsize if config.sparse.prefill == "dense" else always
     self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
     self._iteration = 0  # the last one planned
@@ -373,10 +376,10 @@ class Scheduler:
     groups: list[list[PrefillWork]] = []
     room = rows = 0
     for work in works:
-      tokens = self._buckets.begun(len(work.tokens))
-      if not (work.whole and tokens <= room and rows):
+      tokens, may = self._buckets.begun(len(work.tokens)), work.whole and len(work.tokens) <= self._packed_tokens
+      if not (may and tokens <= room and rows):
         groups.append([])
-        room, rows = (most, pack_rows(most)) if work.whole else (0, 0)
+        room, rows = (most, pack_rows(most)) if may else (0, 0)
       groups[-1].append(work)
       room, rows = room - tokens, rows - 1
     packs = itertools.count()
@@ -394,7 +397,7 @@ class Scheduler:
     for the sake of what others have left, as it is packed with those that it comes with.
     """
     rest = len(at.request.prompt) - at.start
-    if at.start == at.layer == 0 and self._buckets.short(rest):
+    if at.start == at.layer == 0 and rest <= self._packed_tokens and self._buckets.short(rest):
       begun = self._buckets.begun(rest)
       cost = begun if self._config.prefill == "chunked" else begun * self._shape.L
       if not alone or cost <= left:
