@@ -7,30 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
 from pallas_kernels.copy import gather_blocks
+from pallas_kernels.packed import Packed
 from pallas_kernels.partial import Partial, merge
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 CLEARED_TOKENS = 512  # after the prefix; cuDNN's tiles of keys are shorter, and it reads none that begins after the end
-
-
-class Packed(NamedTuple):
-  """Prompts that lie in one piece, one after the other: each attends to itself alone."""
-
-  begins: Int32[Array, " B"]  # ascending, the first is 0; C where there is no prompt
-  n_tokens: Int32[Array, " B"]  # 0 where there is no prompt
-
-  def row(self, at: Int32[Array, " C"]) -> Int32[Array, " C"]:
-    """Of which prompt, or behind which, tokens of the piece are."""
-    return (at[:, None] >= self.begins[None]).sum(1, dtype=jnp.int32) - 1
-
-  def own(self, at: Int32[Array, " C"]) -> Bool[Array, " C"]:
-    """Whether they are of a prompt."""
-    row = self.row(at)
-    return at - self.begins[row] < self.n_tokens[row]
 
 
 class Prefix(NamedTuple):

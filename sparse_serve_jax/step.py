@@ -25,6 +25,7 @@ from sparse_serve_jax.attention.audit import Audit, AuditAt, Stopped, audit
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
 from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector, pin
 from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.loops import over_range
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn, Zones
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
@@ -130,8 +131,7 @@ class DecodeBatch(flax.struct.PyTreeNode):
 
 
 class PrefillBatch(flax.struct.PyTreeNode):
-  """Layers [first_layer, first_layer + n_layers) of a piece of one prompt, from its token `start` on; or of several
-  whole prompts, a row each, that lie in one piece."""
+  """Layers [first_layer, first_layer + n_layers) of a piece: of a prompt from `start` on, or of whole ones in rows."""
 
   tokens: Int32[Array, " C"]  # padded
   start: Int32[Scalar, ""]  # a multiple of S; 0 of several
@@ -143,7 +143,7 @@ class PrefillBatch(flax.struct.PyTreeNode):
   sampling: SamplingRows
   # The blocks' own way to the pool: they leave as a slab of at most so many layers. 0: the program writes them there.
   slab_layers: int = flax.struct.field(pytree_node=False, default=0)
-  # Most segments are the next so many layers, or those that are left: XLA copies the weights of others. 0: none are.
+  # A usual segment is the next so many layers, or what is left: XLA copies the weights of others. 0: none is.
   segment_layers: int = flax.struct.field(pytree_node=False, default=0)
   logprobs: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -265,14 +265,14 @@ def prefill_segment(
   """
   cfg, size = setup.model, cache.hot.tail.shape[4]
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
-  positions, blocks, entering = _lay_out(setup, cache.hot, batch)
-  cos_sin = llama.rope(cfg, positions)
+  packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens))
+  cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
   before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None
   hot, turn = setup.turn(cache.hot, 1, before.blocks if before is not None and setup.pins else None)
-  ids = jnp.arange(blocks.shape[0])
-  packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens)) if batch.lanes.shape[0] > 1 else None
-  piece = Piece(before, blocks, jnp.asarray(batch.n_tokens)[0], packed)
-  last_blocks = jnp.minimum((batch.begins + batch.n_tokens) // size, blocks.shape[0] - 1)
+  blocks, newest = packed.blocks(hot.tables, batch.lanes, batch.start, len(x) // size, size, setup.newest_blocks)
+  newest, lanes = (newest, batch.lanes) if setup.zones == "lane" else (newest.max(0)[None], batch.lanes[:1])
+  piece = Piece(before, blocks, packed.n_tokens[0], packed if batch.lanes.shape[0] > 1 else None)
+  ids, last_blocks = jnp.arange(blocks.shape[0]), (batch.begins + batch.n_tokens) // size
 
   def layer(attention, i, carry):
     x, cache, slab, given, loaded = carry
@@ -285,11 +285,9 @@ def prefill_segment(
     new = NewBlocks(kv[:, None], i, ids, blocks)
     cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
     o, read = attention(q, k, v, cache, i, piece)
-    cache, given = save_piece(
-      setup.saving, cache, new, entering, batch.lanes[: entering.shape[0]], turn._replace(given=given)
-    )
+    cache, given = save_piece(setup.saving, cache, new, newest, lanes, turn._replace(given=given))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
-    tail = cache.hot.tail.at[:, i, batch.lanes].set(kv[:, last_blocks], mode="drop")
+    tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
     return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + read
@@ -302,43 +300,12 @@ def prefill_segment(
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
   carry = x, KVCache(cache.pool, hot), slab, jnp.zeros(turn.n_zones, jnp.int32), jnp.int32(0)
-  x, cache, slab, _, loaded = _segment(cfg.n_layers, batch, layers, carry)
+  segment = batch.first_layer, batch.n_layers, batch.segment_layers, cfg.n_layers
+  x, cache, slab, _, loaded = over_range(layers, *segment, carry)
   tokens, of_tokens = _token_after(cfg, params, cache.hot, x, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
   return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
-
-
-def _lay_out(setup: Setup, hot: Hot, batch: PrefillBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Positions of a piece's tokens [C] in their prompts; its blocks [n] in the pool, -1 where one is not full; those of
-  them that enter slots, of each row [B, n], or of all [1, n] unless slots are of lanes.
-  """
-  size = hot.tail.shape[4]
-  begins, n_tokens, lanes = (jnp.asarray(x) for x in (batch.begins, batch.n_tokens, batch.lanes))
-  rows, at = kernels.Packed(begins, n_tokens), jnp.arange(batch.tokens.shape[0])
-  positions = batch.start + at - begins[rows.row(at)]
-  ids = at[::size] // size
-  row = rows.row(ids * size)
-  nth, n_full = ids - begins[row] // size, n_tokens[row] // size
-  tables = hot.tables.at[lanes].get(mode="clip")
-  blocks = jnp.where(nth < n_full, tables.at[row, batch.start // size + nth].get(mode="clip"), -1)
-  entering = jnp.where(nth >= n_full - setup.newest_blocks, blocks, -1)[None]
-  if setup.zones == "lane":
-    entering = jnp.where(row[None] == jnp.arange(lanes.shape[0])[:, None], entering, -1)
-  return positions, blocks, entering
-
-
-def _segment(n_all: int, batch: PrefillBatch, layers, carry):
-  """Runs `layers(first, end, carry)` of a batch. The loops of usual segments have bounds that XLA knows."""
-  end, most = batch.first_layer + batch.n_layers, batch.segment_layers
-  if not most:
-    return layers(batch.first_layer, end, carry)
-  usual = [(first, min(first + most, n_all)) for first in range(0, n_all, most)]
-  is_usual = jnp.stack([(batch.first_layer == first) & (end == until) for first, until in usual])
-  branches = [functools.partial(layers, *bounds) for bounds in usual]
-  other = functools.partial(layers, batch.first_layer, end)
-  which = jnp.where(is_usual.any(), jnp.argmax(is_usual), len(usual))
-  return jax.lax.switch(which, [*branches, other], carry)
 
 
 def _token_after(cfg: ModelConfig, params: llama.Params, hot: Hot, x: jax.Array, batch: PrefillBatch):
@@ -369,12 +336,6 @@ def _in_tiles(f, x: jax.Array) -> jax.Array:
   return jax.lax.map(f, padded.reshape(tiles, -1, x.shape[1])).reshape(padded.shape)[:n]
 
 
-def _unless_plain(rows: SamplingRows, draw, logits: jax.Array) -> jax.Array:
-  """What `draw` gives, unless every row takes its most likely token. A prefill may branch: the host waits anyway."""
-  plain = (rows.temperature <= 0).all() & (rows.banned < 0).all()
-  return jax.lax.cond(plain, functools.partial(greedy, logits), draw)
-
-
 def _slots_used(hot: Hot) -> jax.Array:
   return (hot.maps.block_of >= 0).sum(dtype=jnp.int32)
 
@@ -386,7 +347,8 @@ def _sample(logits, positions, batch: DecodeBatch | PrefillBatch) -> tuple[jax.A
   else:
     cuts = rows.temperature, rows.top_p, rows.seeds, rows.top_k, rows.min_p
     draw = functools.partial(sample, ban(logits, rows.banned), positions, *cuts)
-    tokens = draw() if isinstance(batch, DecodeBatch) else _unless_plain(rows, draw, logits)
+    plain = (rows.temperature <= 0).all() & (rows.banned < 0).all()  # a prefill may branch: the host waits anyway
+    tokens = jax.lax.cond(plain, lambda: greedy(logits), draw) if isinstance(batch, PrefillBatch) else draw()
   n_top = min(MAX_LOGPROBS, logits.shape[1])
   of_tokens = Logprobs(*logprobs(logits, tokens, n_top)) if batch.logprobs else None
   return jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE), of_tokens

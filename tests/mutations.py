@@ -64,9 +64,9 @@ MUTATIONS = [
   ),
   Mutation(
     "the positions of a packed prompt go on from the one before it",
-    "sparse_serve_jax/step.py",
-    "batch.start + at - begins[rows.row(at)]",
-    "batch.start + at",
+    "pallas_kernels/packed.py",
+    "return at - self.begins[self.row(at)]",
+    "return at",
     ("tests/test_packing.py::test_where_prefill_is_sparse_prompts_that_read_all_are_packed",),
   ),
   Mutation(

@@ -113,11 +113,11 @@ class PrefillAttention:
     """How layers [first, end) attend: ranges of them, which may be empty where the bounds are traced."""
     if self.selector is None or dense_layers == 0:
       return [(first, end, self)]
+    known = isinstance(first, int) and isinstance(end, int)
+    until, begin = (min, max) if known else (jnp.minimum, jnp.maximum)
     dense = dataclasses.replace(self, selector=None)
-    if isinstance(first, int) and isinstance(end, int):
-      parts = (first, min(end, dense_layers), dense), (max(first, dense_layers), end, self)
-      return [part for part in parts if part[0] < part[1]]
-    return [(first, jnp.minimum(end, dense_layers), dense), (jnp.maximum(first, dense_layers), end, self)]
+    parts = [(first, until(end, dense_layers), dense), (begin(first, dense_layers), end, self)]
+    return [part for part in parts if not known or part[0] < part[1]]
 
   def __call__(
     self,
