@@ -21,7 +21,6 @@ _SMALL = (512, 1024)  # tokens; below 2k padding is cheap and programs are not
 _PACKS = (512, 1024, 2048)  # tokens; a longer product of matrices is no faster
 _PACKED_TOKENS = 64  # of a pack: it has room for one prompt in as many
 _LEAST_ROWS = 2
-_MOST_SEGMENTS = 4  # of a prompt's layers, that a program knows: of longer ones weights are a fiftieth of the time
 _MOST_STEPS, _LEAST_STEPS = 8, 3  # sizes an octave: padding is an eighth at most, an eighth on average at least
 
 
@@ -132,11 +131,10 @@ class Buckets:
   def batch(self, n_rows: int) -> int:
     return _fit(self.batches, n_rows, "batch of rows")
 
-  def segment(self, padded: int) -> int:
-    """Layers that an iteration has room for, of a piece padded to so many tokens; 0 if its program does not know them,
-    as they are few."""
-    layers = self.n_layers if self.chunked else min(self.n_layers, self.allowance // padded)
-    return layers if layers * _MOST_SEGMENTS >= self.n_layers else 0
+  def at_once(self, padded: int) -> bool:
+    """Whether an iteration has room for all layers of a piece that is padded to so many tokens. Then it runs them all,
+    by a program that runs nothing else."""
+    return self.chunked or padded * self.n_layers <= self.allowance
 
   def layers(self, padded: int, start: int) -> int:
     """The most layers that one iteration runs of a piece which begins at `start` and is padded to so many tokens."""

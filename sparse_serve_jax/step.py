@@ -25,7 +25,6 @@ from sparse_serve_jax.attention.audit import Audit, AuditAt, Stopped, audit
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
 from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector, pin
 from sparse_serve_jax.config import EngineConfig, ModelConfig
-from sparse_serve_jax.loops import over_range
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn, Zones
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
@@ -143,8 +142,8 @@ class PrefillBatch(flax.struct.PyTreeNode):
   sampling: SamplingRows
   # The blocks' own way to the pool: they leave as a slab of at most so many layers. 0: the program writes them there.
   slab_layers: int = flax.struct.field(pytree_node=False, default=0)
-  # A usual segment is the next so many layers, or what is left: XLA copies the weights of others. 0: none is.
-  segment_layers: int = flax.struct.field(pytree_node=False, default=0)
+  # Of all layers, which is a program of its own: XLA copies the weights of a loop whose bounds it does not know.
+  whole: bool = flax.struct.field(pytree_node=False, default=False)
   logprobs: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -292,16 +291,13 @@ def prefill_segment(
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
     return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + read
 
-  def layers(first, end, carry):
-    for begin, until, attention in setup.prefill.parts(first, end, setup.dense_layers):
-      carry = jax.lax.fori_loop(begin, until, functools.partial(layer, attention), carry)
-    return carry
-
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
   carry = x, KVCache(cache.pool, hot), slab, jnp.zeros(turn.n_zones, jnp.int32), jnp.int32(0)
-  segment = batch.first_layer, batch.n_layers, batch.segment_layers, cfg.n_layers
-  x, cache, slab, _, loaded = over_range(layers, *segment, carry)
+  bounds = (0, cfg.n_layers) if batch.whole else (batch.first_layer, batch.first_layer + batch.n_layers)
+  for first, until, attention in setup.prefill.parts(*bounds, setup.dense_layers):
+    carry = jax.lax.fori_loop(first, until, functools.partial(layer, attention), carry)
+  x, cache, slab, _, loaded = carry
   tokens, of_tokens = _token_after(cfg, params, cache.hot, x, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))

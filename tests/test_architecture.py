@@ -19,7 +19,6 @@ RANKS = {
   f"{PACKAGE}.config": 1,
   f"{PACKAGE}.runtime": 1,
   f"{PACKAGE}.mesh": 1,
-  f"{PACKAGE}.loops": 1,
   f"{PACKAGE}.processes": 1,
   f"{PACKAGE}.variants": 1,
   f"{PACKAGE}.files": 1,

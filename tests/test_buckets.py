@@ -276,7 +276,7 @@ def test_nothing_is_compiled_in_steady_state():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("segments", [False, True])  # whether programs know them; a prompt's are one layer each
+@pytest.mark.parametrize("segments", [False, True])  # of one layer; otherwise of all, by a program that knows it
 @pytest.mark.parametrize("dense_layers", [0, 1])  # 1: the last loop over layers has one trip, and is none to XLA
 @pytest.mark.parametrize("policy", ["topk", "psa", "audited psa"])
 def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments: bool, device: str, monkeypatch):
@@ -305,7 +305,6 @@ def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments:
     return compiled
 
   executor = JaxExecutor(conf, model)
-  executor._knows_segments = segments
   for name in ("decode", "prefill"):
     monkeypatch.setattr(executor.programs, name, spied(getattr(executor.programs, name), name))
   engine = Engine(executor)

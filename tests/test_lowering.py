@@ -182,9 +182,10 @@ def test_a_step_asks_the_host_nothing(audit: AuditAt | None):
   assert {"scan", "pallas_call", "argmax"} <= found and not {"cond", "while"} & found
 
 
-@pytest.mark.parametrize(("n_rows", "width", "n_layers"), [(4, 0, 2), (1, 0, 2), (1, 16, 1)])
-def test_usual_segments_of_a_prefill_have_known_bounds(n_rows: int, width: int, n_layers: int):
-  """One loop over layers for each segment, and one for all others; XLA copies no weights where it knows the bounds."""
+@pytest.mark.parametrize(("n_rows", "width"), [(4, 0), (1, 0), (1, 16)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_prefill_of_all_layers_has_known_bounds(n_rows: int, width: int, whole: bool):
+  """XLA copies no weights where it knows the bounds of the loop over layers."""
   model = tiny_model()
   setup = Setup.of(model.config, EngineConfig(CacheConfig(block_tokens=8), SparseConfig(token_budget=512)), "triton")
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -193,20 +194,15 @@ def test_usual_segments_of_a_prefill_have_known_bounds(n_rows: int, width: int, 
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
   one, row = f32((n_rows,)), Int((n_rows,))
   sampling = SamplingRows(one, one, jax.ShapeDtypeStruct((n_rows,), jnp.uint32), Int((n_rows, 8)), row, one)
-  batch = PrefillBatch(Int((128,)), Int(()), row, row, Int(()), Int(()), row, sampling, segment_layers=n_layers)
+  batch = PrefillBatch(Int((128,)), Int(()), row, row, Int(()), Int(()), row, sampling, whole=whole)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
     functools.partial(prefill_segment, setup, width), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False
   )
   arguments = model.params, KVCache(kv(2, 2, 40), hot), f32((128, 32)), batch
-  branches = next(
-    e.params["branches"]
-    for e in equations(jax.make_jaxpr(f)(*arguments).jaxpr)
-    if e.primitive.name == "cond" and any(x.primitive.name == "pallas_call" for x in equations(e.params["branches"][0]))
-  )
-  # The outermost loop of each comes first.
-  loops = [next(e for e in equations(of) if e.primitive.name in ("scan", "while")) for of in branches]
-  assert [loop.params.get("length") for loop in loops] == [n_layers] * (2 // n_layers) + [None]
+  loops = [e for e in equations(jax.make_jaxpr(f)(*arguments).jaxpr) if e.primitive.name in ("scan", "while")]
+  outermost = next(e for e in loops if any("dot_general" in str(p) for p in e.params.values()))
+  assert outermost.params.get("length") == (2 if whole else None)
 
 
 def primitives(jaxpr: Any) -> Iterator[str]:

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
   before: Before | None  # None: it begins the prompt
   blocks: Int32[Array, " n"]  # its own, in the pool; -1 where one is not full
   n_tokens: Int32[Array, ""]  # those that are not padding, of a prompt alone
-  packed: kernels.Packed | None  # the prompts, if they are several: each attends to all of itself
+  packed: kernels.Packed | None = None  # the prompts, if they are several: each attends to all of itself
 
 
 def pin(

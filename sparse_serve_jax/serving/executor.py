@@ -152,7 +152,6 @@ class JaxExecutor:
     self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
     implementation = _implementation(config, cfg.head_dim)
-    self._knows_segments = implementation != "xla"  # in that of programs for a GPU
     setup = Setup.of(cfg, config, implementation)
     _check_variants(config, setup, self.shape)
     self.programs = programs(setup, self.mesh)
@@ -225,7 +224,7 @@ class JaxExecutor:
   def compile(self, prompts: Iterable[int], sampled: bool = False, shared: bool = True) -> int:
     """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
 
-    Each program runs once, on nothing: no row, no layer.
+    Each program runs once, on nothing: no row, no block, and no layer unless it runs them all.
 
     Args:
       prompts: lengths in tokens.
@@ -246,7 +245,8 @@ class JaxExecutor:
       if "prefill" in kind:
         lengths = (n - size, size) if kind == "packed prefill" else (n,)
         prompts_of = (np.zeros(n, np.int32) for n in lengths)
-        works = (PrefillWork(name, 0, of, width * size, 0, 0, last=False, sampling=Sampling()) for of in prompts_of)
+        n_layers = self.shape.L if kind == "packed prefill" or self.buckets.at_once(n) else 0
+        works = (PrefillWork(name, 0, of, width * size, 0, n_layers, False, Sampling()) for of in prompts_of)
         self._prefill(tuple(works), iteration=0)
         self.forget(name)
         continue
@@ -289,8 +289,7 @@ class JaxExecutor:
       slab_layers = L if packed else self.buckets.layers(padded, work.start)
       batch = batch.replace(slab_layers=slab_layers)
       self._writer.make_room(padded // self.shape.S * slab_layers * self.shape.K * self.shape.block_bytes)
-    if self._knows_segments:
-      batch = batch.replace(segment_layers=L if packed else self.buckets.segment(padded))
+    batch = batch.replace(whole=work.n_layers == L and (packed or self.buckets.at_once(padded)))
     self.cache, x, slab, output = self.programs.prefill(self.params, self.cache, x, batch, width)
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)

@@ -389,12 +389,12 @@ class Scheduler:
   def _piece(self, at: _Resident, left: int, alone: bool) -> tuple[int, int, int]:
     """Returns tokens, layers and cost of the next piece of a prompt; zeros if the rest of the allowance is too small.
 
-    Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds, to the end of those
-    that its program knows as a segment (`Buckets.segment`) if there is one among them; if it holds not even one layer,
+    Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
     token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
     A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration; see
-    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole. A short one is not cut
-    for the sake of what others have left, as it is packed with those that it comes with.
+    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole. One that an iteration
+    can hold is not cut for the sake of what others have left: it waits for others to be packed with, and for a program
+    that copies no weights.
     """
     rest = len(at.request.prompt) - at.start
     if at.start == at.layer == 0 and rest <= self._packed_tokens and self._buckets.short(rest):
@@ -407,11 +407,9 @@ class Scheduler:
       return n_tokens, self._shape.L, n_tokens
     whole = len(at.request.prompt) - at.first
     if whole <= self._allowance:
-      end = min(at.layer + left // whole, self._shape.L)
-      segment = self._buckets.segment(self._buckets.piece(whole, at.first))
-      if segment and at.layer < end // segment * segment < end < self._shape.L:
-        end = end // segment * segment
-      n_layers = end - at.layer
+      n_layers = min(left // whole, self._shape.L - at.layer)
+      if n_layers < self._shape.L and not alone and self._buckets.at_once(self._buckets.piece(whole, at.first)):
+        return 0, 0, 0
       return whole, n_layers, whole * n_layers
     n_tokens = min(rest, self._buckets.full)
     return (n_tokens, 1, n_tokens) if alone or n_tokens <= left else (0, 0, 0)
