@@ -12,6 +12,7 @@ from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_
 from pallas_kernels.digest import store_digests
 from pallas_kernels.free import Free, evict
 from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, since_entry, tidy, touch, victims
+from pallas_kernels.packed import Packed
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
 from pallas_kernels.prefill_tiles import Tiling, prefill_tiles
@@ -27,6 +28,7 @@ __all__ = [
   "Free",
   "Located",
   "Maps",
+  "Packed",
   "Partial",
   "Places",
   "Prefix",

@@ -2,8 +2,8 @@
 
   decode_step      embed -> for each layer: qkv, append to the tail, attend to selected blocks where they lie, MLP
                    -> finished tails go to the pool -> logits, sample
-  prefill_segment  some layers of a piece of a prompt -> digests made, attention, its KV into the pool, the newest into
-                   slots
+  prefill_segment  some layers of a piece of a prompt, or of several short prompts in one -> digests made, attention,
+                   its KV into the pool, the newest into slots
 
 Both are per-device code under `shard_map` over the mesh axis "tp": `programs.py` compiles them.
 """
@@ -130,17 +130,20 @@ class DecodeBatch(flax.struct.PyTreeNode):
 
 
 class PrefillBatch(flax.struct.PyTreeNode):
-  """Layers [first_layer, first_layer + n_layers) of `n_tokens` prompt tokens from `start` on."""
+  """Layers [first_layer, first_layer + n_layers) of a piece: of a prompt from `start` on, or of whole ones in rows."""
 
   tokens: Int32[Array, " C"]  # padded
-  start: Int32[Scalar, ""]  # a multiple of S
-  n_tokens: Int32[Scalar, ""]
+  start: Int32[Scalar, ""]  # a multiple of S; 0 of several
+  begins: Int32[Array, " B"]  # where in the piece: multiples of S that ascend from 0 on, C of a padding row
+  n_tokens: Int32[Array, " B"]
   first_layer: Int32[Scalar, ""]
   n_layers: Int32[Scalar, ""]
-  lane: Int32[Scalar, ""]
+  lanes: Int32[Array, " B"]  # R of a padding row
   sampling: SamplingRows
   # The blocks' own way to the pool: they leave as a slab of at most so many layers. 0: the program writes them there.
   slab_layers: int = flax.struct.field(pytree_node=False, default=0)
+  # Of all layers, which is a program of its own: XLA copies the weights of a loop whose bounds it does not know.
+  whole: bool = flax.struct.field(pytree_node=False, default=False)
   logprobs: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -250,69 +253,67 @@ def _next(hot: Hot, lanes: jax.Array, tokens: jax.Array) -> Hot:
 def prefill_segment(
   setup: Setup, width: int, params: llama.Params, cache: KVCache, x: jax.Array, batch: PrefillBatch
 ) -> tuple[KVCache, jax.Array, jax.Array | None, StepOutput]:
-  """Runs some layers of one piece of a prompt.
+  """Runs some layers of a piece.
 
   `x` [C, d] are the activations the piece's previous segment returned; layer 0 ignores them and embeds the tokens.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
-    The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; the token that follows the piece
-    if its last layer was run.
+    The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; the tokens that follow the
+    prompts if the last layer was run.
   """
   cfg, size = setup.model, cache.hot.tail.shape[4]
-  positions = batch.start + jnp.arange(batch.tokens.shape[0])
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
-  cos_sin = llama.rope(cfg, positions)
-  table = cache.hot.tables[batch.lane]
-  before = Before.of(table[:width], batch.start // size) if width else None
+  packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens))
+  cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
+  before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None
   hot, turn = setup.turn(cache.hot, 1, before.blocks if before is not None and setup.pins else None)
-  ids = jnp.arange(positions.shape[0] // size)
-  blocks = jnp.where(ids < batch.n_tokens // size, table.at[batch.start // size + ids].get(mode="clip"), -1)
-  n_newest = jnp.minimum(batch.n_tokens // size, setup.newest_blocks)
-  piece = Piece(before, blocks, batch.n_tokens)
+  blocks, newest = packed.blocks(hot.tables, batch.lanes, batch.start, len(x) // size, size, setup.newest_blocks)
+  newest, lanes = (newest, batch.lanes) if setup.zones == "lane" else (newest.max(0)[None], batch.lanes[:1])
+  piece = Piece(before, blocks, packed.n_tokens[0], packed if batch.lanes.shape[0] > 1 else None)
+  ids, last_blocks = jnp.arange(blocks.shape[0]), (batch.begins + batch.n_tokens) // size
 
   def layer(attention, i, carry):
     x, cache, slab, given, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
     if before is not None and setup.pins:
-      cache, given, read = pin(cache, i, batch.lane, before, turn._replace(given=given), setup.implementation)
+      cache, given, read = pin(cache, i, batch.lanes[0], before, turn._replace(given=given), setup.implementation)
       loaded += read
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
     new = NewBlocks(kv[:, None], i, ids, blocks)
     cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
     o, read = attention(q, k, v, cache, i, piece)
-    cache, given = save_piece(setup.saving, cache, new, (n_newest, batch.lane), turn._replace(given=given))
+    cache, given = save_piece(setup.saving, cache, new, newest, lanes, turn._replace(given=given))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
-    last = jnp.minimum(batch.n_tokens // size, kv.shape[1] - 1)
-    tail = cache.hot.tail.at[:, i, batch.lane].set(jax.lax.dynamic_index_in_dim(kv, last, 1, keepdims=False))
+    tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
     return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + read
 
-  end = batch.first_layer + batch.n_layers
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
   carry = x, KVCache(cache.pool, hot), slab, jnp.zeros(turn.n_zones, jnp.int32), jnp.int32(0)
-  for first, until, attention in setup.prefill.parts(batch.first_layer, end, setup.dense_layers):
+  bounds = (0, cfg.n_layers) if batch.whole else (batch.first_layer, batch.first_layer + batch.n_layers)
+  for first, until, attention in setup.prefill.parts(*bounds, setup.dense_layers):
     carry = jax.lax.fori_loop(first, until, functools.partial(layer, attention), carry)
   x, cache, slab, _, loaded = carry
   tokens, of_tokens = _token_after(cfg, params, cache.hot, x, batch)
-  hot = _next(cache.hot, batch.lane[None], tokens)
+  hot = _next(cache.hot, batch.lanes, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
   return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
 
 
 def _token_after(cfg: ModelConfig, params: llama.Params, hot: Hot, x: jax.Array, batch: PrefillBatch):
-  """What `_sample` gives for a piece's last token if its last layer was run, else the lane's last token."""
+  """What `_sample` gives for the last token of every row if the last layer was run, else the lanes' last tokens."""
 
   def next_token():
-    last = jax.lax.dynamic_slice_in_dim(x, batch.n_tokens - 1, 1)
+    last = x.at[batch.begins + batch.n_tokens - 1].get(mode="clip")
     logits = llama.logits(cfg, params, last, AXIS)
-    return _sample(logits, (batch.start + batch.n_tokens)[None], batch)
+    return _sample(logits, batch.start + batch.n_tokens, batch)
 
   def no_token():
-    return hot.last_token[batch.lane[None]], _zeros_like(jax.eval_shape(next_token)[1])
+    return hot.last_token.at[batch.lanes].get(mode="clip"), _zeros_like(jax.eval_shape(next_token)[1])
 
   return jax.lax.cond(batch.first_layer + batch.n_layers == cfg.n_layers, next_token, no_token)
 
@@ -341,7 +342,9 @@ def _sample(logits, positions, batch: DecodeBatch | PrefillBatch) -> tuple[jax.A
     tokens = greedy(logits)
   else:
     cuts = rows.temperature, rows.top_p, rows.seeds, rows.top_k, rows.min_p
-    tokens = sample(ban(logits, rows.banned), positions, *cuts)
+    draw = functools.partial(sample, ban(logits, rows.banned), positions, *cuts)
+    plain = (rows.temperature <= 0).all() & (rows.banned < 0).all()  # a prefill may branch: the host waits anyway
+    tokens = jax.lax.cond(plain, lambda: greedy(logits), draw) if isinstance(batch, PrefillBatch) else draw()
   n_top = min(MAX_LOGPROBS, logits.shape[1])
   of_tokens = Logprobs(*logprobs(logits, tokens, n_top)) if batch.logprobs else None
   return jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE), of_tokens

@@ -56,6 +56,27 @@ MUTATIONS = [
     (f"{COPIES}::test_prefill_attention[None-float32-xla]",),
   ),
   Mutation(
+    "a packed prompt sees those before it",
+    "pallas_kernels/prefill.py",
+    "dynamic_slice_in_dim(row, start, tile)[:, None] == row[None]",
+    "dynamic_slice_in_dim(row, start, tile)[:, None] >= row[None]",
+    ("tests/test_kernel_packed.py::test_each_prompt_attends_to_itself[several-float32-xla]",),
+  ),
+  Mutation(
+    "the positions of a packed prompt go on from the one before it",
+    "pallas_kernels/packed.py",
+    "return at - self.begins[self.row(at)]",
+    "return at",
+    ("tests/test_packing.py::test_where_prefill_is_sparse_prompts_that_read_all_are_packed",),
+  ),
+  Mutation(
+    "what shares blocks of its own pack is packed with them",
+    "sparse_serve_jax/serving/plan.py",
+    "self.start == 0 and self.first_layer == 0 and self.last",
+    "self.first_layer == 0 and self.last",
+    ("tests/test_packing.py::test_what_is_packed",),
+  ),
+  Mutation(
     "prefill does not see its own token",
     "pallas_kernels/prefill.py",
     "(place[None] - before <= at)",
@@ -301,7 +322,7 @@ MUTATIONS = [
     "sparse_serve_jax/step.py",
     "jnp.where((rows.tail_tokens == size) & jnp.isfinite(x).all(-1), new_block, -1)",
     "jnp.where(rows.tail_tokens == size, new_block, -1)",
-    ("tests/test_buckets.py::test_programs_hold_no_second_cache[topk-1-cpu]",),
+    ("tests/test_buckets.py::test_programs_hold_no_second_cache[topk-1-False-cpu]",),
   ),
   Mutation(
     "logits that are not finite give a token",

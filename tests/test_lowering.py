@@ -21,7 +21,7 @@ from pallas_kernels.stop import REST, WHEN
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SparseConfig
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
-from sparse_serve_jax.step import DecodeBatch, Setup, decode_step
+from sparse_serve_jax.step import DecodeBatch, PrefillBatch, SamplingRows, Setup, decode_step, prefill_segment
 from tests.cases import REAL, Shape
 from tests.tiny import tiny_model
 
@@ -182,10 +182,38 @@ def test_a_step_asks_the_host_nothing(audit: AuditAt | None):
   assert {"scan", "pallas_call", "argmax"} <= found and not {"cond", "while"} & found
 
 
+@pytest.mark.parametrize(("n_rows", "width"), [(4, 0), (1, 0), (1, 16)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_prefill_of_all_layers_has_known_bounds(n_rows: int, width: int, whole: bool):
+  """XLA copies no weights where it knows the bounds of the loop over layers."""
+  model = tiny_model()
+  setup = Setup.of(model.config, EngineConfig(CacheConfig(block_tokens=8), SparseConfig(token_budget=512)), "triton")
+  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  kv = lambda *dims: f32((*dims, 2, 8, 16))  # noqa: E731
+  maps = kernels.Maps(Int((2, 2, 40)), *[Int((12,))] * 3, Int((2, 2, 40)))
+  hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
+  one, row = f32((n_rows,)), Int((n_rows,))
+  sampling = SamplingRows(one, one, jax.ShapeDtypeStruct((n_rows,), jnp.uint32), Int((n_rows, 8)), row, one)
+  batch = PrefillBatch(Int((128,)), Int(()), row, row, Int(()), Int(()), row, sampling, whole=whole)
+  mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
+  f = jax.shard_map(
+    functools.partial(prefill_segment, setup, width), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False
+  )
+  arguments = model.params, KVCache(kv(2, 2, 40), hot), f32((128, 32)), batch
+  loops = [e for e in equations(jax.make_jaxpr(f)(*arguments).jaxpr) if e.primitive.name in ("scan", "while")]
+  outermost = next(e for e in loops if any("dot_general" in str(p) for p in e.params.values()))
+  assert outermost.params.get("length") == (2 if whole else None)
+
+
 def primitives(jaxpr: Any) -> Iterator[str]:
   """Names of all operations of a program, those of kernels left out."""
+  return (equation.primitive.name for equation in equations(jaxpr))
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+  """All operations of a program, those of kernels left out."""
   for equation in jaxpr.eqns:
-    yield equation.primitive.name
+    yield equation
     if equation.primitive.name != "pallas_call":
       for inner in jax.extend.core.jaxprs_in_params(equation.params):
-        yield from primitives(inner)
+        yield from equations(inner)

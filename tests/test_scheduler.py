@@ -133,7 +133,15 @@ def test_allowance_by_default_is_2048_tokens_through_all_layers():
   scheduler.add(request("a", 2049))
   scheduler.add(request("b", 2047))
   assert pieces(scheduler.schedule(0.0)) == [("a", 0, 2049, 0, 2, False)]
-  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 2049, 2, 1, True), ("b", 0, 2047, 0, 2, False)]
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 2049, 2, 1, True)]
+  assert pieces(scheduler.schedule(0.0)) == [("b", 0, 2047, 0, 3, True)]  # all layers at once, or it waits
+
+
+def test_a_prompt_that_an_iteration_cannot_hold_begins_in_what_others_left():
+  scheduler = Scheduler(config(), shape_of(max_context=8192, M=2048))
+  scheduler.add(request("a", 1024))
+  scheduler.add(request("b", 2050))
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 1024, 0, 3, True), ("b", 0, 2050, 0, 1, False)]
 
 
 def test_chunked_goes_through_all_layers_and_shares_the_rest():

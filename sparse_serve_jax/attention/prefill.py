@@ -37,11 +37,12 @@ class Before(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """A piece of a prompt, as every layer sees it."""
+  """A piece of a prompt, or several prompts in one, as every layer sees it."""
 
   before: Before | None  # None: it begins the prompt
-  blocks: Int32[Array, " n"]  # its own, in the pool; -1 from the first that is not full on
-  n_tokens: Int32[Array, ""]  # those that are not padding
+  blocks: Int32[Array, " n"]  # its own, in the pool; -1 where one is not full
+  n_tokens: Int32[Array, ""]  # those that are not padding, of a prompt alone
+  packed: kernels.Packed | None = None  # the prompts, if they are several: each attends to all of itself
 
 
 def pin(
@@ -109,11 +110,14 @@ class PrefillAttention:
   implementation: str
 
   def parts(self, first: Bound, end: Bound, dense_layers: int) -> list[tuple[Bound, Bound, PrefillAttention]]:
-    """How layers [first, end) attend: ranges of them, any of which may be empty."""
+    """How layers [first, end) attend: ranges of them, which may be empty where the bounds are traced."""
     if self.selector is None or dense_layers == 0:
       return [(first, end, self)]
+    known = isinstance(first, int) and isinstance(end, int)
+    until, begin = (min, max) if known else (jnp.minimum, jnp.maximum)
     dense = dataclasses.replace(self, selector=None)
-    return [(first, jnp.minimum(end, dense_layers), dense), (jnp.maximum(first, dense_layers), end, self)]
+    parts = [(first, until(end, dense_layers), dense), (begin(first, dense_layers), end, self)]
+    return [part for part in parts if not known or part[0] < part[1]]
 
   def __call__(
     self,
@@ -131,8 +135,8 @@ class PrefillAttention:
     """
     before, read = piece.before, None
     prefix = None if before is None else before.prefix(cache, layer)
-    if self.selector is None:
-      o = kernels.prefill_attention(q, k, v, prefix, implementation=self.implementation)
+    if self.selector is None or piece.packed is not None:
+      o = kernels.prefill_attention(q, k, v, prefix, packed=piece.packed, implementation=self.implementation)
     else:
       n_before, width = (0, 0) if before is None else (before.n_blocks, before.blocks.shape[0])
       table = piece.blocks if before is None else jnp.concatenate([before.blocks, piece.blocks])

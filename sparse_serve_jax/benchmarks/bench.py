@@ -22,7 +22,8 @@ class Bench:
   def __init__(self, report: Report):
     self.pick = lambda real, tiny: tiny if report.smoke else real
     self.effort, self.ceilings = report.effort, report.ceilings
-    self.kernel, self.xla = dict(implementation=report.implementation), dict(implementation="xla")
+    self.kernel: dict[str, Any] = dict(implementation=report.implementation)
+    self.xla: dict[str, Any] = dict(implementation="xla")
     self.heads, self.group, self.depth, self.size = self.pick((8, 4, 128, 32), (2, 2, 16, 8))  # K, G, D, S
     self.block_bytes = 2 * self.size * self.depth * 2
     self.digest_bytes = 2 * self.depth * 2  # E = 2

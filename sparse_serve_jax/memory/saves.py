@@ -95,34 +95,34 @@ def save_piece(
   saving: Saving,
   cache: KVCache,
   new: NewBlocks,
-  newest: tuple[Int32[Array, ""], Int32[Array, ""]],
+  entering: Int32[Array, "B n"],
+  lanes: Int32[Array, " B"],
   turn: Turn,
 ) -> tuple[KVCache, Int32[Array, "*any"]]:
-  """Saves one layer's blocks of a piece of a prompt, unless they are staged; the newest enter slots, the very newest
-  first. Their digests are there.
+  """Saves one layer's blocks of a piece of a prompt, unless they are staged; some enter slots, the last ones first.
+  Their digests are there.
 
   Args:
     saving: how.
     cache: this device's.
-    new: all of the source, of one layer; -1 from the first that is not full on.
-    newest: the last so many full blocks enter slots; of a request in this lane.
+    new: all of the source, of one layer; -1 where one is not full.
+    entering: those of them that enter slots, in one of the rows; -1 elsewhere.
+    lanes: whose the rows are, R for padding; anybody's, unless slots are of lanes.
     turn: what is left of the step's victims.
 
   Returns:
     The cache, and how many of the victims are gone.
   """
-  n_heads, n = new.kv.shape[0], new.blocks.shape[0]
-  blocks, (n_newest, lane) = new.blocks, newest
-  entering = (new.ids >= (blocks >= 0).sum() - n_newest) & (blocks >= 0)
-  lists = jnp.broadcast_to(jnp.where(entering, blocks, -1)[::-1], (1, n_heads, n))
+  n_rows, n = entering.shape
+  lists = jnp.broadcast_to(entering[:, None, ::-1], (n_rows, new.kv.shape[0], n))
   maps, place, given = _find_places(
-    saving, cache.hot, lists, jnp.asarray(new.layer), lane[None], jnp.full(1, kernels.NEVER), turn
+    saving, cache.hot, lists, jnp.asarray(new.layer), lanes, jnp.full(n_rows, kernels.NEVER), turn
   )
   pool = cache.pool
   if not saving.staged:
     pool = saving.save(pool, new, saving.implementation)
     pool = host_pool.keep(pool) if saving.host_pool else pool
-  return KVCache(pool, _write(saving, cache.hot, new, maps, place[0, :, ::-1][:, None])), given
+  return KVCache(pool, _write(saving, cache.hot, new, maps, place.max(0)[:, None, ::-1])), given
 
 
 def _find_places(

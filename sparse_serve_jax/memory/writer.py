@@ -49,7 +49,7 @@ class Writer:
       iteration: the slab is a result of it.
       slab: [K, Ls, n, 2, S, D], which may hold more layers and blocks than are meant.
       layers: those that it begins with.
-      blocks: where its first blocks go in the pool, int32 [at most n].
+      blocks: where its first blocks go in the pool, int32 [at most n]; -1: nowhere.
       alive: is not forgotten before they are there: the owner of the pool.
     """
     n_bytes = slab.nbytes
@@ -84,6 +84,8 @@ class Writer:
 
   def _place(self, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
     del alive
+    there = blocks >= 0
+    kept = slice(len(blocks)) if there.all() else np.flatnonzero(there)
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     for part, shard in enumerate(shards):
       source = np.asarray(shard.data)
@@ -92,6 +94,6 @@ class Writer:
 
       def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
         head, i = at
-        pool[head, layers[i]][blocks] = source[head, i, : len(blocks)]
+        pool[head, layers[i]][blocks[there]] = source[head, i, kept]
 
       list(host_pool.THREADS.map(place, np.ndindex(pool.shape[0], len(layers))))

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from pallas_kernels.tiles import TILE
-from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.buckets import Buckets, pack_rows
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
@@ -40,7 +40,8 @@ class Needs:
   @classmethod
   def of(cls, cfg: ModelConfig, config: EngineConfig, shape: CacheShape, buckets: Buckets, cudnn: bool) -> Needs:
     """Of a model and a cache; `cudnn`: prefill attention makes no scores."""
-    piece, rows, n_devices = max((*buckets.whole, *buckets.chunks)), max(buckets.batches), config.tp
+    piece, n_devices = max((*buckets.whole, *buckets.chunks)), config.tp
+    rows = max((*buckets.batches, *map(pack_rows, buckets.packs)))
     segmented = config.scheduler.prefill == "layer_segmented"  # all pieces of a prompt are kept from layer to layer
     kept = max(piece, shape.max_context) if segmented else piece
     activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # before a segment and after it
@@ -52,7 +53,7 @@ class Needs:
       kv=shape.hbm_bytes // n_devices,
       activations=activations + _LOGIT_ARRAYS * 4 * rows * cfg.vocab_size,
       pool=shape.pool_bytes + shape.saving_bytes if shape.offload else 0,
-      text=f"pieces of {piece} prompt tokens, {rows} decode rows",
+      text=f"pieces of {piece} prompt tokens, {rows} rows of logits",
     )
 
 

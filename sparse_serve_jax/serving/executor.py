@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Maps
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
-from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.buckets import Buckets, pack_rows
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import host_pool, kv_cache
 from sparse_serve_jax.memory.create import create
@@ -43,6 +43,7 @@ from sparse_serve_jax.serving.plan import (
   StepStats,
   TokenLogprobs,
   blocks_saved,
+  pieces,
 )
 from sparse_serve_jax.step import (
   NOT_FINITE,
@@ -65,7 +66,7 @@ class DispatchedStep:
   saved: int
   writer: Writer | None  # of saves beside the programs
   await_saves: bool = False
-  prefilled: list[tuple[PrefillWork, StepOutput]] = dataclasses.field(default_factory=list)
+  prefilled: list[tuple[tuple[PrefillWork, ...], StepOutput]] = dataclasses.field(default_factory=list)
   measured: tuple[tuple[DecodeRow, ...], jax.Array] | None = None
   decoded: tuple[tuple[DecodeRow, ...], StepOutput] | None = None
   done: list[jax.Array] = dataclasses.field(default_factory=list)  # of programs that have no other result
@@ -82,18 +83,18 @@ class DispatchedStep:
     logprobs: dict[str, TokenLogprobs] = {}
     loaded = 0
     last = StepCounts(0, 0, 0, 0)
-    for work, output in self.prefilled:
+    for works, output in self.prefilled:
       last = _counts(output)
       loaded += last.loaded
-      if work.last:
-        tokens[work.request_id] = int(np.asarray(output.tokens)[0])
-        logprobs |= _logprobs((work,), output)
+      if works[0].last:  # of several all are
+        tokens |= _tokens(works, output)
+        logprobs |= _logprobs(works, output)
     attended, missed, audit = 0, 0, None
     if self.decoded is not None:
       rows, output = self.decoded
       last = _counts(output)
       attended, missed, loaded = last.attended, last.missed, loaded + last.loaded
-      tokens |= {row.request_id: int(t) for row, t in zip(rows, np.asarray(output.tokens), strict=False)}
+      tokens |= _tokens(rows, output)
       logprobs |= _logprobs(rows, output)
       audit = output.audit and Audited(*map(np.asarray, output.audit))
     working_sets = {}
@@ -115,6 +116,11 @@ class DispatchedStep:
 
 def _counts(output: StepOutput) -> StepCounts:
   return StepCounts(*np.asarray(output.counts).tolist())
+
+
+def _tokens(rows: Sequence[PrefillWork | DecodeRow], output: StepOutput) -> dict[str, int]:
+  """By request."""
+  return {row.request_id: int(t) for row, t in zip(rows, np.asarray(output.tokens), strict=False)}
 
 
 def _logprobs(rows: Sequence[PrefillWork | DecodeRow], output: StepOutput) -> dict[str, TokenLogprobs]:
@@ -176,8 +182,8 @@ class JaxExecutor:
     step.done += self._release(plan.release)
     for admission in plan.admit:
       step.done.append(self._admit(admission))
-    for work in plan.prefill:
-      step.prefilled.append((work, self._prefill(work, plan.iteration)))
+    for works in pieces(plan.prefill):
+      step.prefilled.append((works, self._prefill(works, plan.iteration)))
     if plan.measure:
       step.measured = plan.measure, self._measure(plan.measure)
     if plan.decode:
@@ -218,7 +224,7 @@ class JaxExecutor:
   def compile(self, prompts: Iterable[int], sampled: bool = False, shared: bool = True) -> int:
     """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
 
-    Each program runs once, on nothing: no row, no layer.
+    Each program runs once, on nothing: no row, no block, and no layer unless it runs them all.
 
     Args:
       prompts: lengths in tokens.
@@ -230,16 +236,18 @@ class JaxExecutor:
     """
     fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
     needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or of[0] != "sampled decode"]
-    sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0), "prefill": Sampling()}
+    sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0)}
     audits = (None, AuditOf(0, 0)) if self.config.sparse.audit_share else (None,)
     size, nowhere, name = self.shape.S, self.shape.R, "nothing"
     self._follow_pool()
     self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
     for kind, n, width in needed:
-      if kind == "prefill":
-        tokens = np.zeros(n, np.int32)
-        work = PrefillWork(name, 0, tokens, width * size, 0, 0, last=False, sampling=sampling[kind])
-        self._prefill(work, iteration=0)
+      if "prefill" in kind:
+        lengths = (n - size, size) if kind == "packed prefill" else (n,)
+        prompts_of = (np.zeros(n, np.int32) for n in lengths)
+        n_layers = self.shape.L if kind == "packed prefill" or self.buckets.at_once(n) else 0
+        works = (PrefillWork(name, 0, of, width * size, 0, n_layers, False, Sampling()) for of in prompts_of)
+        self._prefill(tuple(works), iteration=0)
         self.forget(name)
         continue
       rows = (DecodeRow(name, nowhere, (width - 1) * size, 0, sampling[kind]),) * n
@@ -248,7 +256,7 @@ class JaxExecutor:
         self._decode(rows, audit=audit)
     self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
     self.wait()
-    return len(needed) + 2 + (len(audits) - 1) * sum(kind != "prefill" for kind, _, _ in needed)
+    return len(needed) + 2 + (len(audits) - 1) * sum("prefill" not in kind for kind, _, _ in needed)
 
   def _follow_pool(self) -> None:
     """Before programs whose blocks the host moves."""
@@ -268,35 +276,60 @@ class JaxExecutor:
     self._tables[admission.lane] = admission.table
     return self._update_hot(self.programs.admit, np.int32(admission.lane), _pad(admission.table, self.shape.N, -1))
 
-  def _prefill(self, work: PrefillWork, iteration: int) -> StepOutput:
-    padded = self.buckets.piece(len(work.tokens), work.start)
-    width = self.buckets.table(work.start // self.shape.S) if work.start else 0
-    key = (work.request_id, work.start)
+  def _prefill(self, works: tuple[PrefillWork, ...], iteration: int) -> StepOutput:
+    """One piece: of a prompt, or whole short ones."""
+    work, packed, L = works[0], len(works) > 1, self.shape.L
+    width, key = self.buckets.prefix(work.start), (work.request_id, work.start)
+    batch = self._prefill_batch(works)
+    padded = len(batch.tokens)
     x = self._activations.pop(key, None)
     if x is None:
       x = jnp.zeros((padded, self._d_model), self._dtype, device=NamedSharding(self.mesh, P()))
-    batch = PrefillBatch(
-      tokens=_pad(work.tokens, padded, 0),
-      start=np.int32(work.start),
-      n_tokens=np.int32(len(work.tokens)),
-      first_layer=np.int32(work.first_layer),
-      n_layers=np.int32(work.n_layers),
-      lane=np.int32(work.lane),
-      sampling=_sampling_rows([work.sampling], 1),
-      slab_layers=0 if self._writer is None else self.buckets.layers(padded, work.start),
-      logprobs=work.sampling.logprobs and work.first_layer + work.n_layers == self.shape.L,
-    )
     if self._writer is not None:
-      self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
+      slab_layers = L if packed else self.buckets.layers(padded, work.start)
+      batch = batch.replace(slab_layers=slab_layers)
+      self._writer.make_room(padded // self.shape.S * slab_layers * self.shape.K * self.shape.block_bytes)
+    batch = batch.replace(whole=work.n_layers == L and (packed or self.buckets.at_once(padded)))
     self.cache, x, slab, output = self.programs.prefill(self.params, self.cache, x, batch, width)
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)
-      first = work.start // self.shape.S
-      blocks = self._tables[work.lane][first : first + len(work.tokens) // self.shape.S]
-      self._writer.save(iteration, slab, layers, blocks, alive=self)
-    if work.first_layer + work.n_layers < self.shape.L:
+      self._writer.save(iteration, slab, layers, self._blocks_of(works), alive=self)
+    if work.first_layer + work.n_layers < L:
       self._activations[key] = x
     return output
+
+  def _prefill_batch(self, works: tuple[PrefillWork, ...]) -> PrefillBatch:
+    """The batch of a piece, padded."""
+    work, rows = works[0], 1
+    if len(works) == 1:
+      padded = self.buckets.piece(len(work.tokens), work.start)
+      tokens, begins = _pad(work.tokens, padded, 0), [0]
+    else:
+      padded = self.buckets.pack([len(w.tokens) for w in works])
+      begins = [0, *np.cumsum([self.buckets.begun(len(w.tokens)) for w in works[:-1]])]
+      rows, tokens = pack_rows(padded), np.zeros(padded, np.int32)
+      for begin, w in zip(begins, works, strict=True):
+        tokens[begin : begin + len(w.tokens)] = w.tokens
+    return PrefillBatch(
+      tokens=tokens,
+      start=np.int32(work.start),
+      begins=_pad(np.array(begins), rows, padded),
+      n_tokens=_pad(np.array([len(w.tokens) for w in works]), rows, 0),
+      first_layer=np.int32(work.first_layer),
+      n_layers=np.int32(work.n_layers),
+      lanes=_pad(np.array([w.lane for w in works]), rows, self.shape.R),
+      sampling=_sampling_rows([w.sampling for w in works], rows),
+      logprobs=any(w.sampling.logprobs for w in works) and work.first_layer + work.n_layers == self.shape.L,
+    )
+
+  def _blocks_of(self, works: tuple[PrefillWork, ...]) -> np.ndarray:
+    """Where in the pool the blocks of a piece go, int32; -1: one that is not full."""
+    parts = []
+    for work in works:
+      n_full, first = len(work.tokens) // self.shape.S, work.start // self.shape.S
+      n_begun = self.buckets.begun(len(work.tokens)) // self.shape.S
+      parts.append(_pad(self._tables[work.lane][first : first + n_full], n_begun, -1))
+    return np.concatenate(parts)
 
   def _decode(
     self, rows: tuple[DecodeRow, ...], threshold: float | None = None, audit: AuditOf | None = None

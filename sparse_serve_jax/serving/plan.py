@@ -57,6 +57,12 @@ class PrefillWork:
   n_layers: int
   last: bool  # ends the prompt: its result holds the first output token
   sampling: Sampling
+  pack: int = -1  # whole prompts in a row with one number, in all layers, are one piece; -1: it is one alone
+
+  @property
+  def whole(self) -> bool:
+    """Whether it is all of a prompt, of which nothing has been prefilled."""
+    return self.start == 0 and self.first_layer == 0 and self.last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +101,17 @@ class Plan:
   @property
   def empty(self) -> bool:
     return not (self.release.size or self.prefill or self.decode or self.measure or self.await_saves)
+
+
+def pieces(prefill: Sequence[PrefillWork]) -> list[tuple[PrefillWork, ...]]:
+  """What runs together: packs, and all others alone."""
+  found: list[tuple[PrefillWork, ...]] = []
+  for work in prefill:
+    if found and found[-1][0].pack == work.pack != -1:
+      found[-1] += (work,)
+    else:
+      found.append((work,))
+  return found
 
 
 def blocks_saved(plan: Plan, shape: CacheShape) -> int:

@@ -8,13 +8,14 @@ lengths are known ahead, and a stop token found late costs one planned token tha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 
-from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.buckets import Buckets, pack_rows
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
@@ -134,6 +135,9 @@ class Scheduler:
     fits = (config.budget_blocks + 1) * shape.S if config.sparse.method in WHOLE_BUDGET else 0
     exact = {"dense": sys.maxsize, "topk": fits, "psa": 0}
     self._exact_tokens = exact[config.sparse.policy]
+    # Tokens of a prompt up to which every query of it reads all before it, so that it may be packed.
+    always = (config.sink_blocks + config.window_blocks) * shape.S
+    self._packed_tokens = sys.maxsize if config.sparse.prefill == "dense" else always
     self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
     self._iteration = 0  # the last one planned
@@ -364,7 +368,23 @@ class Scheduler:
         ended.append(resident)
         self._decoding.append(resident)
         resident.request.state = State.DECODING
-    return tuple(works), ended
+    return self._packed(works), ended
+
+  def _packed(self, works: list[PrefillWork]) -> tuple[PrefillWork, ...]:
+    """The works; whole prompts that follow each other are packed, as many as fit."""
+    most = max(self._buckets.packs, default=0)
+    groups: list[list[PrefillWork]] = []
+    room = rows = 0
+    for work in works:
+      tokens, may = self._buckets.begun(len(work.tokens)), work.whole and len(work.tokens) <= self._packed_tokens
+      if not (may and tokens <= room and rows):
+        groups.append([])
+        room, rows = (most, pack_rows(most)) if may else (0, 0)
+      groups[-1].append(work)
+      room, rows = room - tokens, rows - 1
+    packs = itertools.count()
+    numbers = (next(packs) if len(group) > 1 else -1 for group in groups)
+    return tuple(dataclasses.replace(work, pack=n) for n, group in zip(numbers, groups, strict=True) for work in group)
 
   def _piece(self, at: _Resident, left: int, alone: bool) -> tuple[int, int, int]:
     """Returns tokens, layers and cost of the next piece of a prompt; zeros if the rest of the allowance is too small.
@@ -372,15 +392,24 @@ class Scheduler:
     Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
     token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
     A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration; see
-    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole.
+    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole. One that an iteration
+    can hold is not cut for the sake of what others have left: it waits for others to be packed with, and for a program
+    that copies no weights.
     """
     rest = len(at.request.prompt) - at.start
+    if at.start == at.layer == 0 and rest <= self._packed_tokens and self._buckets.short(rest):
+      begun = self._buckets.begun(rest)
+      cost = begun if self._config.prefill == "chunked" else begun * self._shape.L
+      if not alone or cost <= left:
+        return (rest, self._shape.L, cost) if cost <= left else (0, 0, 0)
     if self._config.prefill == "chunked":
       n_tokens = rest if rest <= left else left // self._buckets.unit * self._buckets.unit
       return n_tokens, self._shape.L, n_tokens
     whole = len(at.request.prompt) - at.first
     if whole <= self._allowance:
       n_layers = min(left // whole, self._shape.L - at.layer)
+      if n_layers < self._shape.L and not alone and self._buckets.at_once(self._buckets.piece(whole, at.first)):
+        return 0, 0, 0
       return whole, n_layers, whole * n_layers
     n_tokens = min(rest, self._buckets.full)
     return (n_tokens, 1, n_tokens) if alone or n_tokens <= left else (0, 0, 0)

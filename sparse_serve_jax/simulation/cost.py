@@ -19,7 +19,7 @@ import numpy as np
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import check_fields, read_config
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving.plan import Plan, StepStats
+from sparse_serve_jax.serving.plan import Plan, StepStats, pieces
 from sparse_serve_jax.simulation.reuse import Reuse
 
 
@@ -41,17 +41,23 @@ class Work(NamedTuple):
 def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -> Work:
   """The work of a plan, with the blocks that its result counts or, in a simulation, will count."""
   tokens = pairs = 0
-  for piece in plan.prefill:
-    n = buckets.piece(len(piece.tokens), piece.start)
-    tokens += n * piece.n_layers
-    pairs += n * (piece.start + n // 2) * piece.n_layers
+  together = pieces(plan.prefill)
+  for works in together:
+    if len(works) > 1:
+      tokens += buckets.pack([len(work.tokens) for work in works]) * shape.L
+      pairs += sum(len(work.tokens) ** 2 // 2 for work in works) * shape.L
+    else:
+      for piece in works:
+        n = buckets.piece(len(piece.tokens), piece.start)
+        tokens += n * piece.n_layers
+        pairs += n * (piece.start + n // 2) * piece.n_layers
   rows = width = 0
   if plan.decode:
     rows = buckets.batch(len(plan.decode))
     width = buckets.table(max(row.position for row in plan.decode) // shape.S + 1)
   return Work(
     iterations=1,
-    programs=len(plan.prefill) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size),
+    programs=len(together) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size),
     prefill_tokens=tokens,
     prefill_pairs=pairs,
     decodes=int(rows > 0),
