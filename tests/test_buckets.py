@@ -287,14 +287,14 @@ def large_cache(*assignments: str) -> EngineConfig:
 
 
 def watched(conf: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[JaxExecutor, dict]:
-  """An executor, and what its programs are compiled to, as they come: by name, width and shapes."""
+  """An executor, and what its programs are compiled to, as they come: by name, rows, width and shapes."""
   executor, compiled = JaxExecutor(conf, tiny_model()), {}
 
   def spied(program, name: str):
     def run(*args):
       *arrays, width = args  # the last is static
       leaves, structure = jax.tree.flatten(arrays)
-      key = name, width, structure, tuple(x.shape for x in leaves)
+      key = name, len(arrays[-1].lanes), width, structure, tuple(x.shape for x in leaves)
       if key not in compiled:
         compiled[key] = program.lower(*args).compile()
       return compiled[key](*arrays)
@@ -341,24 +341,25 @@ def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments:
     check_in_place(executor, program, device)
 
 
-# Kinds of prefill programs: how they are told to come, prompts that are served one after the other or at once, and the
-# blocks that may come before a piece. Each prompt has 64 tokens in common with those before it.
-CHUNKED = ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32"]
-SEGMENTS, HYBRID = ["scheduler.max_inject_tokens=128"], ["scheduler.max_inject_tokens=64"]
-SPARSE = ["sparse.prefill=threshold", "sparse.prefill_share=0.9"]
+# Kinds of prefill programs: how they are told to come; the prompts, those of a list at once; rows and blocks before the
+# piece of each program. Prompts begin with the same 64 tokens. Where a load is named, one decode step follows.
+CHUNKED, HYBRID = ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32"], ["scheduler.max_inject_tokens=64"]
+SPARSE = ["sparse.prefill=threshold", "sparse.prefill_share=0.9", "sparse.dense_layers=1"]
+SEGMENTS = ["scheduler.max_inject_tokens=128", "sparse.prefill=top_k"]
+CUT, DECODED = {(1, 0), (1, 16)}, {(1, 0), (1, 16), (8, 16)}
 PIECES = {
-  "chunks": (CHUNKED, [[100]], [0, 16]),
-  "chunks without offload": ([*CHUNKED, "cache.offload=false"], [[100]], [0, 16]),
-  "chunks, staged": ([*CHUNKED, "cache.save=staged", "cache.load=staged"], [[100]], [0, 16]),
-  "chunks, sparse": ([*CHUNKED, *SPARSE, "sparse.dense_layers=1"], [[100]], [0, 16]),
-  "hybrid": (HYBRID, [[100]], [0, 16]),
-  "hybrid, zones of layers": ([*HYBRID, "cache.zones=layer"], [[100]], [0, 16]),
-  "hybrid, a copy a block": ([*HYBRID, "cache.save=per_block", "cache.load=per_block"], [[100]], [0, 16]),
-  "hybrid, sparse": ([*HYBRID, *SPARSE, "sparse.dense_layers=1"], [[100]], [0, 16]),
-  "after what is shared": (["cache.prefix=true"], [[100], [90]], [0, 16]),
-  "segments after what is shared": ([*SEGMENTS, "cache.prefix=true", "sparse.prefill=top_k"], [[100], [90]], [0, 16]),
-  "packed": ([], [[30, 40]], [0]),
-  "whole without offload": (["cache.offload=false"], [[100]], [0]),
+  "chunks": (CHUNKED, [[96]], CUT),
+  "chunks without offload": ([*CHUNKED, "cache.offload=false"], [[96]], CUT),
+  "chunks, staged": ([*CHUNKED, "cache.save=staged", "cache.load=staged"], [[96]], DECODED),
+  "chunks, sparse": ([*CHUNKED, *SPARSE], [[96]], CUT),
+  "hybrid": ([*HYBRID, "cache.load=gather"], [[96]], DECODED),
+  "hybrid, zones of layers": ([*HYBRID, "cache.zones=layer"], [[96]], CUT),
+  "hybrid, a copy a block": ([*HYBRID, "cache.save=per_block", "cache.load=per_block"], [[96]], DECODED),
+  "hybrid, sparse": ([*HYBRID, *SPARSE], [[96]], CUT),
+  "after what is shared": ([], [[96], [90]], CUT),
+  "segments after what is shared": (SEGMENTS, [[96], [90]], CUT),
+  "packed": (["cache.prefix=false"], [[30, 40]], {(2, 0)}),
+  "whole without offload": (["cache.offload=false"], [[96]], {(1, 0)}),
 }
 
 
@@ -366,13 +367,13 @@ PIECES = {
 @pytest.mark.parametrize("kind", PIECES)
 def test_pieces_of_prompts_hold_no_second_cache(kind: str, device: str, monkeypatch):
   """Nor does a piece that reads what comes before it from pool and slots, to which the same layer writes."""
-  assignments, prompts, widths = PIECES[kind]
+  assignments, prompts, programs = PIECES[kind]
   executor, compiled = watched(large_cache(*assignments), monkeypatch)
   engine = Engine(executor)
   for at_once in prompts:
     for n in at_once:
-      engine.add_request(prompt_of(64)[:n] + prompt_of(max(0, n - 64), n), 1)
+      engine.add_request(prompt_of(64)[:n] + prompt_of(max(0, n - 64), n), 1 + (programs == DECODED))
     engine.run()
-  assert sorted({width for _, width, *_ in compiled}) == widths
+  assert {(rows, width) for _, rows, width, *_ in compiled} == programs
   for program in compiled.values():
     check_in_place(executor, program, device)
