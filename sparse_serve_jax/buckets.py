@@ -2,7 +2,7 @@
 
 A decode batch is padded to one of `batches` rows and one of `tables` block-table widths; padding there costs little, so
 these are coarse. A piece of a prompt is padded to one of `whole` tokens if it begins its prompt, to one of `chunks` if
-it continues one, and several short prompts together to one of `packs`. What begins a prompt comes in as many sizes as
+it continues one, and several short prompts together to `packed`. What begins a prompt comes in as many sizes as
 MOST_PROGRAMS leaves: from 2k tokens on an octave has three to eight, equally spaced, so that over prompts of any length
 padding is 4 to 11 % of them. Programs are compiled on first use.
 """
@@ -13,15 +13,25 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from sparse_serve_jax.config import EngineConfig
 
 MOST_PROGRAMS = 48  # that a workload of any prompts comes to, log probabilities apart
 _SMALL = (512, 1024)  # tokens; below 2k padding is cheap and programs are not
-_PACKS = (512, 1024, 2048)  # tokens; a longer product of matrices is no faster
-_PACKED_TOKENS = 64  # of a pack: it has room for one prompt in as many
+_PACKED = 2048  # tokens, at most: a longer product of matrices is no faster
+_PACKED_ROW = 64  # tokens: a pack has room for one prompt in as many
 _LEAST_ROWS = 2
 _MOST_STEPS, _LEAST_STEPS = 8, 3  # sizes an octave: padding is an eighth at most, an eighth on average at least
+
+
+class Program(NamedTuple):
+  """The shapes of a decode or prefill program."""
+
+  kind: str  # prefill or decode; "sampled": where not every row takes its most likely token; "packed": several prompts
+  size: int  # rows of decode, tokens of prefill
+  width: int  # blocks of a table
+  n_layers: int  # 0: any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Buckets:
   unit: int  # an eighth of it: pieces other than a prompt's last are multiples
   whole: tuple[int, ...]
   chunks: tuple[int, ...]
-  packs: tuple[int, ...]  # none if there is no room for two blocks in all layers
+  packed: int  # several prompts together; 0 if there is no room for two blocks in all layers
   tables: tuple[int, ...]  # blocks
   prefixes: tuple[int, ...]  # of `tables`, those that hold what comes before a piece
   batches: tuple[int, ...]  # rows
@@ -41,6 +51,7 @@ class Buckets:
   allowance: int  # what an iteration may prefill: tokens through all layers if `chunked`, token x layers otherwise
   chunked: bool
   resumes: bool  # whether a prompt may begin after blocks that it shares
+  crowded: bool  # whether rows of decode count against what is prefilled, so that a segment may not have room
 
   @classmethod
   def of(cls, config: EngineConfig, n_layers: int, max_context: int) -> Buckets:
@@ -55,13 +66,14 @@ class Buckets:
     full = 8 * unit if allowance >= 8 * unit else max(1, allowance // size) * size
     blocks, at_once = context // size, full if chunked else allowance // n_layers
     tables = tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks}))
+    packed = min(_PACKED, at_once, context) // size * size
     unsized = cls(
       block_tokens=size,
       full=full,
       unit=unit,
       whole=(),
       chunks=(),
-      packs=_packs(size, min(at_once, context)),
+      packed=packed if packed >= 2 * size else 0,
       tables=tables,
       prefixes=(),
       batches=tuple(sorted({8, _round_up(scheduler.max_batch, 8)})),  # matrix products want multiples of 8
@@ -69,6 +81,7 @@ class Buckets:
       allowance=allowance,
       chunked=chunked,
       resumes=config.cache.prefix,
+      crowded=scheduler.max_tokens > 0,
     )
     # What comes before a chunk is brought into slots with each, for which a narrow table is worth some programs.
     widths = (tables, tables[-1:]) if chunked else (tables[-1:],)
@@ -103,14 +116,12 @@ class Buckets:
       prefixes=tuple(n for n in prefixes if n * size >= least_prefix),
     )
 
-  def piece(self, n_tokens: int, start: int) -> int:
-    """Tokens that a piece of `n_tokens` beginning at `start` is padded to."""
-    return _fit(self.chunks if start else self.whole, n_tokens, "prompt piece of tokens")
-
-  def pack(self, lengths: Sequence[int]) -> int:
-    """Tokens that whole prompts of so many tokens are padded to, together."""
-    room = _PACKED_TOKENS * len(lengths) if len(lengths) > _LEAST_ROWS else 0
-    return _fit(self.packs, max(room, sum(map(self.begun, lengths))), "packed prompts of tokens")
+  def piece(self, n_tokens: int, start: int, n_layers: int) -> int:
+    """Tokens that `n_layers` of a piece of `n_tokens` beginning at `start` are padded to."""
+    sizes = self.chunks if start else self.whole
+    if start and n_layers < self.n_layers and not self.crowded:  # programs of all layers run nothing else
+      sizes = tuple(n for n in sizes if not self.at_once(n))
+    return _fit(sizes, n_tokens, "prompt piece of tokens")
 
   def begun(self, n_tokens: int) -> int:
     """Tokens that a prompt of `n_tokens` takes in a pack: whole blocks."""
@@ -118,7 +129,16 @@ class Buckets:
 
   def short(self, n_tokens: int) -> bool:
     """Whether two prompts of so many tokens fit in a pack. None of them is cut unless it must be."""
-    return 2 * self.begun(n_tokens) <= max(self.packs, default=0)
+    return 2 * self.begun(n_tokens) <= self.packed
+
+  def pays(self, lengths: Sequence[int]) -> bool:
+    """Whether whole prompts of so many tokens, which a pack holds, take longer one by one."""
+    return self.packed < sum(max(_SMALL[0], self.piece(n, 0, self.n_layers)) for n in lengths)
+
+  @property
+  def packed_rows(self) -> int:
+    """The most prompts in a pack."""
+    return max(_LEAST_ROWS, self.packed // _PACKED_ROW)
 
   def table(self, n_blocks: int) -> int:
     """Blocks that a table of `n_blocks` is padded to."""
@@ -136,19 +156,49 @@ class Buckets:
     by a program that runs nothing else."""
     return self.chunked or padded * self.n_layers <= self.allowance
 
-  def layers(self, padded: int, start: int) -> int:
-    """The most layers that one iteration runs of a piece which begins at `start` and is padded to so many tokens."""
+  def layers(self, n_tokens: int, start: int, first_layer: int = 0) -> int:
+    """Layers of the next segment of a piece that is not cut."""
     if self.chunked:
       return self.n_layers
-    sizes = self.chunks if start else self.whole
-    least = max((n for n in sizes if n < padded), default=0) + 1
-    return max(1, min(self.n_layers, self.allowance // least))
+    left, padded = self.n_layers - first_layer, self.piece(n_tokens, start, self.n_layers)
+    if n_tokens * self.n_layers <= self.allowance and not first_layer:
+      return left
+    if start:
+      return min(left, self._most_layers(padded))
+    n_segments = -(-left // max(self._segments(padded)))
+    n_layers = -(-left // n_segments)  # as equal as can be
+    return n_layers if n_layers in self._segments(padded) else 1
+
+  def known(self, padded: int, start: int, n_layers: int) -> bool:
+    """Whether a segment's program knows its number of layers. Where it does not, the host waits for the device in each
+    layer. After other pieces only a program of all layers knows, for the sake of few programs."""
+    return not start or (n_layers == self.n_layers and self.at_once(padded))
+
+  def _most_layers(self, padded: int) -> int:
+    return max(1, min(self.n_layers, self.allowance // padded))
+
+  def _segments(self, padded: int) -> set[int]:
+    """Layers of the segments of a piece that begins its prompt and is padded to so many tokens. Each number is a
+    program: so it is one that divides the layers, or two that differ by one if such a one leaves half of the allowance.
+    """
+    most = self._most_layers(padded)
+    divisor = next(n for n in range(most, 0, -1) if self.n_layers % n == 0)
+    n_segments = -(-self.n_layers // (divisor if 2 * divisor > most else most))
+    return {-(-self.n_layers // n_segments), self.n_layers // n_segments}
+
+  def _depths(self, padded: int) -> list[int]:
+    """All numbers of layers that programs of a piece run which begins its prompt."""
+    if self.chunked:
+      return [self.n_layers]
+    least = max((n for n in self.whole if n < padded), default=0) + 1
+    at_once = {self.n_layers} if least * self.n_layers <= self.allowance else set()
+    return sorted(self._segments(padded) | at_once | ({1} if self.crowded else set()))
 
   @property
   def most_at_once(self) -> int:
     """Token x layers of the largest piece that one iteration runs, padded."""
-    pieces = [(n, start) for start, sizes in enumerate((self.whole, self.chunks)) for n in sizes]
-    return max(max(n * self.layers(n, start) for n, start in pieces), max(self.packs, default=0) * self.n_layers)
+    prefill = (program for program in self.programs() if "prefill" in program.kind)
+    return max(of.size * (of.n_layers or self._most_layers(of.size)) for of in prefill)
 
   @property
   def n_programs(self) -> int:
@@ -156,48 +206,39 @@ class Buckets:
     one that admits a request and one that releases blocks."""
     return len(self.programs()) + len(self.batches) * len(self.tables) + 2
 
-  def programs(self) -> list[tuple[str, int, int]]:
-    """Every decode and prefill program there can be: name, rows or tokens, table width. Those that also tell log
-    probabilities are as many again.
-    """
-    return self._programs(self.whole, self.chunks, self.packs)
+  def programs(self) -> list[Program]:
+    """Every decode and prefill program there can be. Those that also tell log probabilities are as many again."""
+    return self._programs(self.whole, self.chunks, self.packed > 0)
 
-  def programs_of(self, prompts: Iterable[int], shared: bool = True) -> list[tuple[str, int, int]]:
+  def programs_of(self, prompts: Iterable[int], shared: bool = True) -> list[Program]:
     """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them; unless `shared`, if no
     two of them begin alike.
     """
     prompts = set(prompts)
     cut = [n for n in prompts if self.chunked or n > self.allowance]
     longest = min(max(cut, default=0), self.full)  # of a piece
-    whole = {self.piece(n, 0) for n in prompts - set(cut)} | {
+    whole = {self.piece(n, 0, self.n_layers) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)
     }
     if self.resumes and shared:  # what is left of one after its first block, or after more
       longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.whole[-1]))
     chunks = [c for c in self.chunks if longest > 0 and c <= _up(self.chunks, longest)]
     shortest = _round_up(min(prompts, default=0), self.block_tokens)
-    packs = [
-      c for c in self.packs if shortest and 2 * shortest <= self.packs[-1] and c >= _up(self.packs, 2 * shortest)
+    return self._programs(sorted(whole), chunks, 0 < 2 * shortest <= self.packed)
+
+  def _programs(self, whole: Sequence[int], chunks: Sequence[int], packs: bool) -> list[Program]:
+    n_layers, sampled = self.n_layers, ("", "sampled ")
+    decode = [
+      Program(f"{s}decode", *of, n_layers) for s in sampled for of in itertools.product(self.batches, self.tables)
     ]
-    return self._programs(sorted(whole), chunks, packs)
-
-  def _programs(self, whole: Sequence[int], chunks: Sequence[int], packs: Sequence[int]) -> list[tuple[str, int, int]]:
-    kinds = ("decode", "sampled decode")  # every row takes its most likely token, or not
-    decode = list(itertools.product(kinds, self.batches, self.tables))
-    begin = [("prefill", c, 0) for c in whole] + [("packed prefill", c, 0) for c in packs]
-    resume = [("prefill", c, n) for c, n in itertools.product(chunks, self.prefixes)]
-    return decode + begin + resume
-
-
-def pack_rows(padded: int) -> int:
-  """The most prompts in a pack that is padded to so many tokens."""
-  return max(_LEAST_ROWS, padded // _PACKED_TOKENS)
-
-
-def _packs(size: int, at_once: int) -> tuple[int, ...]:
-  """Sizes of packs, of at most `at_once` tokens."""
-  largest = min(_PACKS[-1], at_once) // size * size
-  return tuple(sorted({*(_round_up(c, size) for c in _PACKS if c < largest), largest})) if largest >= 2 * size else ()
+    packed = [Program(f"{s}packed prefill", self.packed, 0, n_layers) for s in sampled if packs]
+    begin = [Program("prefill", c, 0, n) for c in whole for n in self._depths(c)]
+    resume = [
+      Program("prefill", c, width, n)
+      for c, width in itertools.product(chunks, self.prefixes)
+      for n in ((0, n_layers) if self.crowded and self.at_once(c) else (n_layers * self.at_once(c),))
+    ]
+    return decode + packed + begin + resume
 
 
 def _sizes(size: int, largest: int, steps: int) -> list[int]:

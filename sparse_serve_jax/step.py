@@ -139,11 +139,12 @@ class PrefillBatch(flax.struct.PyTreeNode):
   first_layer: Int32[Scalar, ""]
   n_layers: Int32[Scalar, ""]
   lanes: Int32[Array, " B"]  # R of a padding row
-  sampling: SamplingRows
+  sampling: SamplingRows | None  # None if every prompt's token is its most likely one: a program of its own
+  # `n_layers`, if the program knows it. 0: it does not, and the host waits for the device in each layer. If it is all
+  # layers the first is known too, and no weights are copied.
+  known_layers: int = flax.struct.field(pytree_node=False, default=0)
   # The blocks' own way to the pool: they leave as a slab of at most so many layers. 0: the program writes them there.
   slab_layers: int = flax.struct.field(pytree_node=False, default=0)
-  # Of all layers, which is a program of its own: XLA copies the weights of a loop whose bounds it does not know.
-  whole: bool = flax.struct.field(pytree_node=False, default=False)
   logprobs: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -260,7 +261,7 @@ def prefill_segment(
 
   Returns:
     The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; the tokens that follow the
-    prompts if the last layer was run.
+    prompts, which are meant if the last layer was run: a branch would make the host wait.
   """
   cfg, size = setup.model, cache.hot.tail.shape[4]
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
@@ -285,7 +286,7 @@ def prefill_segment(
     cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
     o, read = attention(q, k, v, cache, i, piece)
     entering = newest
-    if before is not None:
+    if before is not None:  # which attention has read: only now pool and slots are written
       new, entering = new._replace(blocks=_after(o, blocks)), _after(o, newest)
     cache, given = save_piece(setup.saving, cache, new, entering, lanes, turn._replace(given=given))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
@@ -297,39 +298,23 @@ def prefill_segment(
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
   carry = x, KVCache(cache.pool, hot), slab, jnp.zeros(turn.n_zones, jnp.int32), jnp.int32(0)
-  bounds = (0, cfg.n_layers) if batch.whole else (batch.first_layer, batch.first_layer + batch.n_layers)
-  for first, until, attention in setup.prefill.parts(*bounds, setup.dense_layers):
-    carry = jax.lax.fori_loop(first, until, functools.partial(layer, attention), carry)
+  first_layer = 0 if batch.known_layers == cfg.n_layers else batch.first_layer
+  for first, n, attention in setup.prefill.parts(first_layer, batch.known_layers or batch.n_layers, setup.dense_layers):
+    carry = jax.lax.fori_loop(0, n, lambda i, carry, at=first, of=attention: layer(of, at + i, carry), carry)
   x, cache, slab, _, loaded = carry
-  tokens, of_tokens = _token_after(cfg, params, cache.hot, x, batch)
+  last = x.at[batch.begins + batch.n_tokens - 1].get(mode="clip")
+  tokens, of_tokens = _sample(llama.logits(cfg, params, last, AXIS), batch.start + batch.n_tokens, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
   return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
 
 
 def _after(o: jax.Array, places):
-  """Places (-1: none) as they are, but not known before `o` is: XLA copies what is read and then written where nothing
-  orders the two. Which number below 0 means none is told by `o`."""
-  none = -1 - jnp.isnan(o.ravel()[0]).astype(jnp.int32)
-  return jnp.where(places >= 0, places, none)
+  """Places (-1: none) as they are, but not known before `o` is: which number below 0 means none is told by it.
 
-
-def _token_after(cfg: ModelConfig, params: llama.Params, hot: Hot, x: jax.Array, batch: PrefillBatch):
-  """What `_sample` gives for the last token of every row if the last layer was run, else the lanes' last tokens."""
-
-  def next_token():
-    last = x.at[batch.begins + batch.n_tokens - 1].get(mode="clip")
-    logits = llama.logits(cfg, params, last, AXIS)
-    return _sample(logits, batch.start + batch.n_tokens, batch)
-
-  def no_token():
-    return hot.last_token.at[batch.lanes].get(mode="clip"), _zeros_like(jax.eval_shape(next_token)[1])
-
-  return jax.lax.cond(batch.first_layer + batch.n_layers == cfg.n_layers, next_token, no_token)
-
-
-def _zeros_like(shapes):
-  return jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), shapes)
+  XLA copies an array that is read and then written where nothing orders the two.
+  """
+  return jnp.where(places >= 0, places, -1 - jnp.isnan(o.ravel()[0]).astype(jnp.int32))
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:
@@ -352,9 +337,7 @@ def _sample(logits, positions, batch: DecodeBatch | PrefillBatch) -> tuple[jax.A
     tokens = greedy(logits)
   else:
     cuts = rows.temperature, rows.top_p, rows.seeds, rows.top_k, rows.min_p
-    draw = functools.partial(sample, ban(logits, rows.banned), positions, *cuts)
-    plain = (rows.temperature <= 0).all() & (rows.banned < 0).all()  # a prefill may branch: the host waits anyway
-    tokens = jax.lax.cond(plain, lambda: greedy(logits), draw) if isinstance(batch, PrefillBatch) else draw()
+    tokens = sample(ban(logits, rows.banned), positions, *cuts)
   n_top = min(MAX_LOGPROBS, logits.shape[1])
   of_tokens = Logprobs(*logprobs(logits, tokens, n_top)) if batch.logprobs else None
   return jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE), of_tokens

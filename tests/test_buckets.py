@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.buckets import Buckets, Program
 from sparse_serve_jax.config import (
   CacheConfig,
   EngineConfig,
@@ -108,8 +108,9 @@ def test_padding_is_an_eighth_at_most_on_average(mode: str, n_layers: int, prefi
   padded = []
   for n in lengths.tolist():
     n_full, rest = divmod(n, piece) if n > limit else (0, n)
-    of_full = buckets.piece(piece, 0) + (n_full - 1) * buckets.piece(piece, piece) if n_full else 0
-    padded.append(of_full + (buckets.piece(rest, n_full * piece) if rest else 0))
+    L = n_layers if buckets.chunked or n <= limit else 1
+    of_full = buckets.piece(piece, 0, L) + (n_full - 1) * buckets.piece(piece, piece, L) if n_full else 0
+    padded.append(of_full + (buckets.piece(rest, n_full * piece, L) if rest else 0))
   padding = np.array(padded) - lengths
   assert padding.min() >= 0
   for octave in (lengths > 0, *((lengths > n) & (lengths <= 2 * n) for n in 2048 << np.arange(6))):
@@ -135,26 +136,29 @@ def test_no_more_than_48_programs(mode: str, S: int):
         buckets = Buckets.of(engine_config(mode, S, max_batch, prefix), n_layers, max_context)
         programs = buckets.programs()
         assert len(set(programs)) == len(programs) <= buckets.n_programs <= 48
-        for sizes in (buckets.whole, buckets.chunks, buckets.packs, buckets.tables, buckets.batches):
+        for sizes in (buckets.whole, buckets.chunks, buckets.tables, buckets.batches):
           assert list(sizes) == sorted(set(sizes)) and all(size > 0 for size in sizes)
-        assert not any(size % S for size in buckets.whole + buckets.chunks + buckets.packs)
+        assert not any(size % S for size in (*buckets.whole, *buckets.chunks, buckets.packed))
         assert not buckets.resumes or set(buckets.tables) >= set(buckets.prefixes) > set()
 
 
-def programs_of(buckets: Buckets, plan: Plan) -> set[tuple]:
+def programs_of(buckets: Buckets, plan: Plan) -> set[Program]:
   """The programs that a plan runs, named as `Buckets.programs` does."""
   S = buckets.block_tokens
   used = set()
   for works in pieces(plan.prefill):
-    n_tokens, start = len(works[0].tokens), works[0].start
+    n_tokens, start, n_layers = len(works[0].tokens), works[0].start, works[0].n_layers
     if len(works) == 1:
-      used.add(("prefill", buckets.piece(n_tokens, start), buckets.prefix(start)))
+      padded = buckets.piece(n_tokens, start, n_layers)
+      known = n_layers if buckets.known(padded, start, n_layers) else 0
+      used.add(Program("prefill", padded, buckets.prefix(start), known))
     else:
-      used.add(("packed prefill", buckets.pack([len(work.tokens) for work in works]), 0))
+      kind = "" if all(work.sampling.plain for work in works) else "sampled "
+      used.add(Program(f"{kind}packed prefill", buckets.packed, 0, buckets.n_layers))
   if plan.decode:
     longest = max(row.position // S + 1 for row in plan.decode)
     kind = "decode" if all(row.sampling.plain for row in plan.decode) else "sampled decode"
-    used.add((kind, buckets.batch(len(plan.decode)), buckets.table(longest)))
+    used.add(Program(kind, buckets.batch(len(plan.decode)), buckets.table(longest), buckets.n_layers))
   return used
 
 
@@ -182,7 +186,7 @@ def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers,
   for plan in planned(conf, sizes(n_layers, max_context, S), prompts, n_output=2):
     assert programs_of(buckets, plan) <= listed
     for work in plan.prefill:
-      padded = buckets.piece(len(work.tokens), work.start)
+      padded = buckets.piece(len(work.tokens), work.start, work.n_layers)
       assert padded <= 2048 or padded <= 1.5 * len(work.tokens) + S
 
 
@@ -312,7 +316,8 @@ def check_in_place(executor: JaxExecutor, program, device: str):
   large = [x.nbytes for x in (cache.pool, hot.slots, hot.digest, hot.tail) if x.size]
   workspace = (32 << 20) * (device == "gpu")  # of cuBLAS, whatever it multiplies
   assert memory.temp_size_in_bytes - workspace + memory.host_temp_size_in_bytes < min(large) / 2
-  assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache))
+  aliased = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
+  assert aliased >= sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
 @DEVICES

@@ -183,9 +183,9 @@ def test_a_step_asks_the_host_nothing(audit: AuditAt | None):
 
 
 @pytest.mark.parametrize(("n_rows", "width"), [(4, 0), (1, 0), (1, 16)])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_prefill_of_all_layers_has_known_bounds(n_rows: int, width: int, whole: bool):
-  """XLA copies no weights where it knows the bounds of the loop over layers."""
+@pytest.mark.parametrize("known_layers", [0, 1, 2])  # 2: all
+def test_a_segment_does_not_make_the_host_wait(n_rows: int, width: int, known_layers: int):
+  """It does in a branch, and in a loop whose trips XLA does not know."""
   model = tiny_model()
   setup = Setup.of(model.config, EngineConfig(CacheConfig(block_tokens=8), SparseConfig(token_budget=512)), "triton")
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -194,15 +194,16 @@ def test_a_prefill_of_all_layers_has_known_bounds(n_rows: int, width: int, whole
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
   one, row = f32((n_rows,)), Int((n_rows,))
   sampling = SamplingRows(one, one, jax.ShapeDtypeStruct((n_rows,), jnp.uint32), Int((n_rows, 8)), row, one)
-  batch = PrefillBatch(Int((128,)), Int(()), row, row, Int(()), Int(()), row, sampling, whole=whole)
+  batch = PrefillBatch(Int((128,)), Int(()), row, row, Int(()), Int(()), row, sampling, known_layers)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
     functools.partial(prefill_segment, setup, width), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False
   )
   arguments = model.params, KVCache(kv(2, 2, 40), hot), f32((128, 32)), batch
-  loops = [e for e in equations(jax.make_jaxpr(f)(*arguments).jaxpr) if e.primitive.name in ("scan", "while")]
-  outermost = next(e for e in loops if any("dot_general" in str(p) for p in e.params.values()))
-  assert outermost.params.get("length") == (2 if whole else None)
+  control = [e for e in equations(jax.make_jaxpr(f)(*arguments).jaxpr) if e.primitive.name in ("scan", "while", "cond")]
+  outermost = next(e for e in control if any("dot_general" in str(p) for p in e.params.values()))
+  assert outermost.params.get("length") == (known_layers or None)
+  assert [e.primitive.name for e in control if e.primitive.name != "scan"] == ["while"] * (not known_layers)
 
 
 def primitives(jaxpr: Any) -> Iterator[str]:

@@ -28,7 +28,6 @@ from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES, NewBlocks
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.memory.writer import Writer
-from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.serving.engine import DeviceError, Engine
 from sparse_serve_jax.serving.plan import StepResult, StepStats
 from sparse_serve_jax.serving.request import Request
@@ -137,13 +136,14 @@ def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
   pool, host, go, place = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1), Event(), Writer._place
   host.follow(pool)
   monkeypatch.setattr(Writer, "_place", lambda *args: go.wait(60) and place(*args))
-  writer = Writer(host, make_mesh(1), limit=1)
-  writer.save(3, jnp.ones((K, 1, 1, 2, S, D)), range(1), np.array([5]), alive=None)
+  slab = jnp.ones((K, 1, 1, 2, S, D))
+  writer = Writer(host, slab.nbytes)
+  writer.save(3, slab, range(1), np.array([5]), alive=None)
 
   def interrupted(self):
     raise KeyboardInterrupt
 
-  for wait in (functools.partial(writer.landed, 3, wait=True), functools.partial(writer.make_room, 1)):
+  for wait in (functools.partial(writer.landed, 3, wait=True), functools.partial(writer.make_room, 2 * slab.nbytes)):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
       patched.setattr(Future, "result", interrupted)
       wait()

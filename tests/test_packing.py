@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_serve_jax.buckets import Buckets, pack_rows
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, override
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
@@ -61,7 +61,7 @@ def alone(policy: str) -> list[Request]:
   """The same, none of them packed: how blocks move changes no token."""
   with pytest.MonkeyPatch.context() as patch:
     made = Buckets.of
-    patch.setattr(Buckets, "of", lambda *of: dataclasses.replace(made(*of), packs=()))
+    patch.setattr(Buckets, "of", lambda *of: dataclasses.replace(made(*of), packed=0))
     executor = make(config("sparse.token_budget=64", "sparse.group_blocks=4", f"sparse.policy={policy}"))
     requests = run(executor)
   assert not executor.packs
@@ -89,7 +89,7 @@ def test_tokens_are_those_of_prompts_alone(rung: str):
     conf = with_slots(conf, 36, tiny_model())
   executor = make(conf)
   packed = run(executor)
-  rows = pack_rows(max(executor.buckets.packs))
+  rows = executor.buckets.packed_rows
   assert len(executor.packs) >= 2 and max(map(len, executor.packs)) == rows
   for request, other in zip(packed, alone(conf.sparse.policy), strict=True):
     assert request.output_tokens == other.output_tokens and request.output_tokens
@@ -123,17 +123,16 @@ def test_what_is_packed():
   engine.run()
   whole = [[work.request_id for work in works] for plan in executor.plans for works in pieces(plan.prefill)]
   assert whole == [["a"], ["same"], ["b", "c", "d"], ["e", "f"]]
-  assert Buckets.of(conf, 2, 256).packs == (256,) and pack_rows(256) == 4
+  assert executor.buckets.packed == 256 and executor.buckets.packed_rows == 4
 
 
-def test_a_pack_has_room_for_its_prompts():
+def test_which_prompts_a_pack_is_for():
+  """And is made where they take more one by one."""
   buckets = Buckets.of(EngineConfig(), 32, 131072)
-  assert buckets.packs == (512, 1024, 2048) and [pack_rows(n) for n in buckets.packs] == [8, 16, 32]
-  assert buckets.pack([1] * 8) == buckets.pack([480, 17]) == 512
-  assert buckets.pack([1] * 9) == buckets.pack([480, 33]) == 1024
-  assert buckets.pack([1] * 32) == buckets.pack([1024, 1000]) == 2048
-  with pytest.raises(ValueError, match="packed prompts of tokens 2080 exceeds the largest bucket, 2048"):
-    buckets.pack([1025, 1000])
+  assert buckets.packed == 2048 and buckets.packed_rows == 32
+  assert buckets.short(1024) and not buckets.short(1025)
+  assert not buckets.pays([1] * 4) and buckets.pays([1] * 5)  # none takes less than 512 tokens
+  assert not buckets.pays([1000, 1000]) and buckets.pays([513, 513, 30])
 
 
 def test_a_request_that_ends_or_fails_leaves_the_others_of_its_pack():
@@ -168,6 +167,6 @@ def test_64_short_prompts_take_a_few_pieces(prefill: str):
     plans = planned(conf, shape, prompts)
     return sum(work_of(plan, StepStats(), shape, buckets).prefill_tokens for plan in plans)
 
-  assert token_layers([200] * 64) == 32 * (7 * 2048 + buckets.piece(200, 0))
+  assert token_layers([200] * 64) == 32 * (7 * 2048 + buckets.piece(200, 0, 32))
   assert 12800 <= token_layers([12800]) / 32 <= 1.125 * 12800
   assert token_layers([200] * 63) <= 1.15 * token_layers([12600])

@@ -85,7 +85,8 @@ def test_segments_of_layers_and_short_prompts_share_an_iteration():
   scheduler = Scheduler(config(SchedulerConfig(max_inject_tokens=50)), shape_of())
   for name, n_prompt in [("a", 20), ("b", 10), ("c", 6), ("d", 7)]:
     scheduler.add(request(name, n_prompt))
-  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 20, 0, 2, False)]  # one layer more would be 60
+  # One layer more would be 60. A program that is padded to 48 runs one of them.
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 20, layer, 1, False) for layer in range(2)]
   # a's last layer leaves 30, which is b whole
   assert pieces(scheduler.schedule(0.0)) == [("a", 0, 20, 2, 1, True), ("b", 0, 10, 0, 3, True)]
   assert pieces(scheduler.schedule(0.0)) == [("c", 0, 6, 0, 3, True), ("d", 0, 7, 0, 3, True)]
@@ -97,7 +98,7 @@ def test_a_prompt_that_does_not_fit_the_rest_is_not_admitted_early():
   scheduler.add(late := request("b", 20))
   assert pieces(scheduler.schedule(0.0)) == [("a", 0, 15, 0, 3, True)]
   assert late.state is State.WAITING
-  assert pieces(scheduler.schedule(0.0)) == [("b", 0, 20, 0, 2, False)]
+  assert pieces(scheduler.schedule(0.0)) == [("b", 0, 20, layer, 1, False) for layer in range(2)]
 
 
 def test_hybrid_chunks_within_a_layer():
@@ -137,11 +138,15 @@ def test_allowance_by_default_is_2048_tokens_through_all_layers():
   assert pieces(scheduler.schedule(0.0)) == [("b", 0, 2047, 0, 3, True)]  # all layers at once, or it waits
 
 
-def test_a_prompt_that_an_iteration_cannot_hold_begins_in_what_others_left():
+@pytest.mark.parametrize(("n_prompt", "n_layers"), [(2050, [2, 1]), (3000, [2, 1]), (3073, [1, 1, 1])])
+def test_a_segment_is_not_cut_for_what_others_left(n_prompt: int, n_layers: list[int]):
+  """6144 token x layers an iteration. All of its segments together are as few as that permits."""
   scheduler = Scheduler(config(), shape_of(max_context=8192, M=2048))
   scheduler.add(request("a", 1024))
-  scheduler.add(request("b", 2050))
-  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 1024, 0, 3, True), ("b", 0, 2050, 0, 1, False)]
+  scheduler.add(request("b", n_prompt))
+  assert pieces(scheduler.schedule(0.0)) == [("a", 0, 1024, 0, 3, True)]
+  works = [pieces(scheduler.schedule(0.0)) for _ in n_layers]
+  assert [[work[4] for work in of] for of in works] == [[n] for n in n_layers]
 
 
 def test_chunked_goes_through_all_layers_and_shares_the_rest():
@@ -176,7 +181,7 @@ def test_a_segment_costs_its_share_of_the_layers():
     [("a", 0, 31, 0, 1, False)],
     [("a", 0, 31, 1, 1, False)],
     [("a", 0, 31, 2, 1, True), ("b", 0, 29, 0, 1, False)],
-    [("b", 0, 29, 1, 2, True)],
+    [("b", 0, 29, layer, 1, layer == 2) for layer in (1, 2)],
     [("c", 0, 56, 0, 1, False)],  # beyond 60 a layer is cut
   ]
 

@@ -15,7 +15,7 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import KVCache
 
-Bound = int | jax.Array  # of a range of layers
+Number = int | jax.Array  # of layers
 
 
 class Before(NamedTuple):
@@ -109,15 +109,15 @@ class PrefillAttention:
   selector: TileSelector | None
   implementation: str
 
-  def parts(self, first: Bound, end: Bound, dense_layers: int) -> list[tuple[Bound, Bound, PrefillAttention]]:
-    """How layers [first, end) attend: ranges of them, which may be empty where the bounds are traced."""
+  def parts(self, first: Number, n: Number, dense_layers: int) -> list[tuple[Number, Number, PrefillAttention]]:
+    """How n layers from the first on attend: the first of a range, their number and how, which are none where one of
+    the two is traced at least."""
     if self.selector is None or dense_layers == 0:
-      return [(first, end, self)]
-    known = isinstance(first, int) and isinstance(end, int)
-    until, begin = (min, max) if known else (jnp.minimum, jnp.maximum)
-    dense = dataclasses.replace(self, selector=None)
-    parts = [(first, until(end, dense_layers), dense), (begin(first, dense_layers), end, self)]
-    return [part for part in parts if not known or part[0] < part[1]]
+      return [(first, n, self)]
+    known = isinstance(first, int) and isinstance(n, int)
+    dense = jnp.clip(dense_layers - first, 0, n) if not known else min(max(dense_layers - first, 0), n)
+    parts = [(first, dense, dataclasses.replace(self, selector=None)), (first + dense, n - dense, self)]
+    return [part for part in parts if not known or part[1]]
 
   def __call__(
     self,

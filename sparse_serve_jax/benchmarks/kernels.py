@@ -30,7 +30,6 @@ from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.pinned import pinned_buffer
 from sparse_serve_jax.memory.saves import SAVES, NewBlocks
 from sparse_serve_jax.memory.writer import Writer
-from sparse_serve_jax.mesh import make_mesh
 
 # PSA's, and those whose code differs from it and from each other.
 STOP_RULES = [
@@ -325,7 +324,7 @@ def time_load(b: Bench, way: str, variants: list[Any]) -> Timing:
 def time_save(b: Bench, way: str, source: jax.Array, variants: list[Any]) -> Timing:
   if way == "staged":
     host, (_, blocks) = following(b.pool), variants[0]
-    writer = Writer(host, make_mesh(1), limit=source.nbytes)
+    writer = Writer(host, source.nbytes)
 
     def once():
       writer.save(1, source, range(1), np.asarray(blocks), host)

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.host_pool import HostPool
-from sparse_serve_jax.mesh import AXIS
+from sparse_serve_jax.memory.pinned import copy_to_host, pinned_buffer
 
 
 class _Job(NamedTuple):
@@ -30,16 +28,15 @@ class _Job(NamedTuple):
 class Writer:
   """Places slabs in the order in which they are given. Failures come to whoever asks next what has landed."""
 
-  def __init__(self, host: HostPool, mesh: Mesh, limit: int):
-    """Makes a writer to a pool. At most `limit` bytes of slabs are on their way at a time, or a single slab."""
-    self._host, self._limit = host, limit
-    self._sharding = NamedSharding(mesh, P(AXIS), memory_kind=host_pool.memory_kind())
+  def __init__(self, host: HostPool, slab_bytes: int):
+    """Makes a writer to a pool, of slabs of at most so many bytes. Two such are on their way at a time."""
+    self._host, self._slab_bytes = host, slab_bytes
     self._jobs: deque[_Job] = deque()  # not known to have landed
     self._thread = ThreadPoolExecutor(1, "save")
 
   def make_room(self, n_bytes: int) -> None:
     """Waits until a slab of so many bytes may be on its way too."""
-    while self._jobs and sum(job.n_bytes for job in self._jobs) + n_bytes > self._limit:
+    while self._jobs and sum(job.n_bytes for job in self._jobs) + n_bytes > 2 * self._slab_bytes:
       self._finish_oldest()
 
   def save(self, iteration: int, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
@@ -52,12 +49,8 @@ class Writer:
       blocks: where its first blocks go in the pool, int32 [at most n]; -1: nowhere.
       alive: is not forgotten before they are there: the owner of the pool.
     """
-    n_bytes = slab.nbytes
-    on_host = jax.device_put(slab, self._sharding)
-    for shard in on_host.addressable_shards:
-      shard.data.copy_to_host_async()
-    placed = self._thread.submit(self._place, on_host, layers, blocks, alive)
-    self._jobs.append(_Job(iteration, n_bytes, placed))
+    placed = self._thread.submit(self._place, slab, layers, blocks, alive)
+    self._jobs.append(_Job(iteration, slab.nbytes, placed))
 
   def landed(self, iteration: int, wait: bool = False) -> int:
     """The last iteration up to `iteration` of which, and of all before, the blocks are in the pool.
@@ -88,8 +81,7 @@ class Writer:
     kept = slice(len(blocks)) if there.all() else np.flatnonzero(there)
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     for part, shard in enumerate(shards):
-      source = np.asarray(shard.data)
-      source = source.view(np.uint8).reshape(*source.shape[:3], -1)
+      source = self._on_host(shard.data, len(shards)).reshape(*shard.data.shape[:3], -1)
       pool = self._host.rows[part]
 
       def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
@@ -97,3 +89,12 @@ class Writer:
         pool[head, layers[i]][blocks[there]] = source[head, i, kept]
 
       list(host_pool.THREADS.map(place, np.ndindex(pool.shape[0], len(layers))))
+
+  def _on_host(self, part: jax.Array, n_parts: int) -> np.ndarray:
+    """The bytes of one of the parts of a slab, which the next call overwrites."""
+    if host_pool.memory_kind() is None:
+      return np.asarray(part).view(np.uint8)
+    (device,) = part.devices()
+    buffer = pinned_buffer((self._slab_bytes // n_parts,), device)[: part.nbytes]
+    copy_to_host(part, buffer)
+    return buffer

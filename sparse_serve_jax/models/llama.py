@@ -152,6 +152,8 @@ def causal_attention(
 
 def logits(cfg: ModelConfig, params: Params, x: Float[Array, "*B d"], axis: str | None) -> Float[Array, "*B V"]:
   """Logits in float32 of x before the final norm, whole on every device."""
+  if x.size == x.shape[-1]:  # XLA converts all of the head to float32 for a single row, at five times the time
+    return logits(cfg, params, jnp.broadcast_to(x, (2, x.size)), axis)[0].reshape(*x.shape[:-1], -1)
   x = _norm(cfg, x, params["final_norm"])
   if cfg.tie_embeddings:
     return _einsum("...d,vd->...v", x, params["embed"], jnp.float32)

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from pallas_kernels.tiles import TILE
-from sparse_serve_jax.buckets import Buckets, pack_rows
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
@@ -41,7 +41,7 @@ class Needs:
   def of(cls, cfg: ModelConfig, config: EngineConfig, shape: CacheShape, buckets: Buckets, cudnn: bool) -> Needs:
     """Of a model and a cache; `cudnn`: prefill attention makes no scores."""
     piece, n_devices = max((*buckets.whole, *buckets.chunks)), config.tp
-    rows = max((*buckets.batches, *map(pack_rows, buckets.packs)))
+    rows = max((*buckets.batches, buckets.packed_rows))
     segmented = config.scheduler.prefill == "layer_segmented"  # all pieces of a prompt are kept from layer to layer
     kept = max(piece, shape.max_context) if segmented else piece
     activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # before a segment and after it
@@ -76,9 +76,7 @@ def _layer_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cud
   if not cudnn:  # keys and values in float32, and the scores of a tile of queries
     attention += 4 * context * (2 * n_kv * cfg.head_dim + n_heads * _QUERY_TILE)
   mlp = min(piece, MLP_TILE) * (cfg.d_ff // n_devices) * (2 * item + 4 + item)  # gate and up, SiLU, their product
-  # For the one row of logits of a prefill XLA converts a head in 16 bits to float32 (jax 0.11.2).
-  head = 4 * cfg.vocab_size * cfg.d_model if item < 4 else 0
-  return max(attention + mlp, head)
+  return attention + mlp
 
 
 def _tile_bytes(cfg: ModelConfig, piece: int, shape: CacheShape, n_devices: int) -> int:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Maps
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
-from sparse_serve_jax.buckets import Buckets, pack_rows
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import host_pool, kv_cache
 from sparse_serve_jax.memory.create import create
@@ -217,7 +217,7 @@ class JaxExecutor:
       return cache
     self._host = HostPool(self.mesh.size, pinned_buffer if host_pool.memory_kind() else None)
     if self.config.cache.save == "staged":
-      self._writer = Writer(self._host, self.mesh, self.shape.saving_bytes)
+      self._writer = Writer(self._host, self.shape.saving_bytes // 2)
     number = jax.device_put(self._host.numbers, kv_cache.cache_shardings(self.mesh, self.shape.offload).hot.pool_id)
     return cache.replace(hot=cache.hot.replace(pool_id=number))
 
@@ -235,28 +235,27 @@ class JaxExecutor:
       The number of programs.
     """
     fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
-    needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or of[0] != "sampled decode"]
-    sampling = {"decode": Sampling(), "sampled decode": Sampling(temperature=1.0)}
+    needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or "sampled" not in of.kind]
     audits = (None, AuditOf(0, 0)) if self.config.sparse.audit_share else (None,)
     size, nowhere, name = self.shape.S, self.shape.R, "nothing"
     self._follow_pool()
     self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
-    for kind, n, width in needed:
+    for kind, n, width, n_layers in needed:
+      sampling = Sampling(temperature=float("sampled" in kind))
       if "prefill" in kind:
-        lengths = (n - size, size) if kind == "packed prefill" else (n,)
+        lengths = (n - size, size) if "packed" in kind else (n,)
         prompts_of = (np.zeros(n, np.int32) for n in lengths)
-        n_layers = self.shape.L if kind == "packed prefill" or self.buckets.at_once(n) else 0
-        works = (PrefillWork(name, 0, of, width * size, 0, n_layers, False, Sampling()) for of in prompts_of)
+        works = (PrefillWork(name, 0, of, width * size, 0, n_layers, False, sampling) for of in prompts_of)
         self._prefill(tuple(works), iteration=0)
         self.forget(name)
         continue
-      rows = (DecodeRow(name, nowhere, (width - 1) * size, 0, sampling[kind]),) * n
+      rows = (DecodeRow(name, nowhere, (width - 1) * size, 0, sampling),) * n
       self._measure(rows)
       for audit in audits:
         self._decode(rows, audit=audit)
     self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
     self.wait()
-    return len(needed) + 2 + (len(audits) - 1) * sum("prefill" not in kind for kind, _, _ in needed)
+    return len(needed) + 2 + (len(audits) - 1) * sum("prefill" not in of.kind for of in needed)
 
   def _follow_pool(self) -> None:
     """Before programs whose blocks the host moves."""
@@ -278,7 +277,7 @@ class JaxExecutor:
 
   def _prefill(self, works: tuple[PrefillWork, ...], iteration: int) -> StepOutput:
     """One piece: of a prompt, or whole short ones."""
-    work, packed, L = works[0], len(works) > 1, self.shape.L
+    work = works[0]
     width, key = self.buckets.prefix(work.start), (work.request_id, work.start)
     batch = self._prefill_batch(works)
     padded = len(batch.tokens)
@@ -286,28 +285,27 @@ class JaxExecutor:
     if x is None:
       x = jnp.zeros((padded, self._d_model), self._dtype, device=NamedSharding(self.mesh, P()))
     if self._writer is not None:
-      slab_layers = L if packed else self.buckets.layers(padded, work.start)
+      slab_layers = batch.known_layers or self.buckets.layers(padded, work.start)
       batch = batch.replace(slab_layers=slab_layers)
       self._writer.make_room(padded // self.shape.S * slab_layers * self.shape.K * self.shape.block_bytes)
-    batch = batch.replace(whole=work.n_layers == L and (packed or self.buckets.at_once(padded)))
     self.cache, x, slab, output = self.programs.prefill(self.params, self.cache, x, batch, width)
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)
       self._writer.save(iteration, slab, layers, self._blocks_of(works), alive=self)
-    if work.first_layer + work.n_layers < L:
+    if work.first_layer + work.n_layers < self.shape.L:
       self._activations[key] = x
     return output
 
   def _prefill_batch(self, works: tuple[PrefillWork, ...]) -> PrefillBatch:
     """The batch of a piece, padded."""
-    work, rows = works[0], 1
+    work, rows, samplings = works[0], 1, [w.sampling for w in works]
     if len(works) == 1:
-      padded = self.buckets.piece(len(work.tokens), work.start)
+      padded = self.buckets.piece(len(work.tokens), work.start, work.n_layers)
       tokens, begins = _pad(work.tokens, padded, 0), [0]
     else:
-      padded = self.buckets.pack([len(w.tokens) for w in works])
+      padded = self.buckets.packed
       begins = [0, *np.cumsum([self.buckets.begun(len(w.tokens)) for w in works[:-1]])]
-      rows, tokens = pack_rows(padded), np.zeros(padded, np.int32)
+      rows, tokens = self.buckets.packed_rows, np.zeros(padded, np.int32)
       for begin, w in zip(begins, works, strict=True):
         tokens[begin : begin + len(w.tokens)] = w.tokens
     return PrefillBatch(
@@ -318,8 +316,10 @@ class JaxExecutor:
       first_layer=np.int32(work.first_layer),
       n_layers=np.int32(work.n_layers),
       lanes=_pad(np.array([w.lane for w in works]), rows, self.shape.R),
-      sampling=_sampling_rows([w.sampling for w in works], rows),
-      logprobs=any(w.sampling.logprobs for w in works) and work.first_layer + work.n_layers == self.shape.L,
+      # A draw for one row takes no time that counts, for those of a pack it does.
+      sampling=None if rows > 1 and all(of.plain for of in samplings) else _sampling_rows(samplings, rows),
+      known_layers=work.n_layers if self.buckets.known(padded, work.start, work.n_layers) else 0,
+      logprobs=any(of.logprobs for of in samplings) and work.first_layer + work.n_layers == self.shape.L,
     )
 
   def _blocks_of(self, works: tuple[PrefillWork, ...]) -> np.ndarray:

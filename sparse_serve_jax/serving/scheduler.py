@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_serve_jax.buckets import Buckets, pack_rows
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
@@ -371,19 +371,19 @@ class Scheduler:
     return self._packed(works), ended
 
   def _packed(self, works: list[PrefillWork]) -> tuple[PrefillWork, ...]:
-    """The works; whole prompts that follow each other are packed, as many as fit."""
-    most = max(self._buckets.packs, default=0)
+    """The works; whole prompts that follow each other are packed, as many as fit, where that pays."""
     groups: list[list[PrefillWork]] = []
     room = rows = 0
     for work in works:
       tokens, may = self._buckets.begun(len(work.tokens)), work.whole and len(work.tokens) <= self._packed_tokens
       if not (may and tokens <= room and rows):
         groups.append([])
-        room, rows = (most, pack_rows(most)) if may else (0, 0)
+        room, rows = (self._buckets.packed, self._buckets.packed_rows) if may else (0, 0)
       groups[-1].append(work)
       room, rows = room - tokens, rows - 1
     packs = itertools.count()
-    numbers = (next(packs) if len(group) > 1 else -1 for group in groups)
+    pays = (len(group) > 1 and self._buckets.pays([len(work.tokens) for work in group]) for group in groups)
+    numbers = (next(packs) if group else -1 for group in pays)
     return tuple(dataclasses.replace(work, pack=n) for n, group in zip(numbers, groups, strict=True) for work in group)
 
   def _piece(self, at: _Resident, left: int, alone: bool) -> tuple[int, int, int]:
@@ -392,9 +392,9 @@ class Scheduler:
     Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
     token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
     A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration; see
-    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole. One that an iteration
-    can hold is not cut for the sake of what others have left: it waits for others to be packed with, and for a program
-    that copies no weights.
+    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole. Segments are not cut for
+    the sake of what others have left: a prompt waits for others to be packed with, and for the program that knows its
+    number of layers.
     """
     rest = len(at.request.prompt) - at.start
     if at.start == at.layer == 0 and rest <= self._packed_tokens and self._buckets.short(rest):
@@ -407,10 +407,10 @@ class Scheduler:
       return n_tokens, self._shape.L, n_tokens
     whole = len(at.request.prompt) - at.first
     if whole <= self._allowance:
-      n_layers = min(left // whole, self._shape.L - at.layer)
-      if n_layers < self._shape.L and not alone and self._buckets.at_once(self._buckets.piece(whole, at.first)):
-        return 0, 0, 0
-      return whole, n_layers, whole * n_layers
+      n_layers, most = self._buckets.layers(whole, at.first, at.layer), left // whole
+      if n_layers > most:
+        n_layers = min(most, 1) if alone else 0
+      return (whole, n_layers, whole * n_layers) if n_layers else (0, 0, 0)
     n_tokens = min(rest, self._buckets.full)
     return (n_tokens, 1, n_tokens) if alone or n_tokens <= left else (0, 0, 0)
 

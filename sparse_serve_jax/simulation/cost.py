@@ -44,11 +44,11 @@ def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -
   together = pieces(plan.prefill)
   for works in together:
     if len(works) > 1:
-      tokens += buckets.pack([len(work.tokens) for work in works]) * shape.L
+      tokens += buckets.packed * shape.L
       pairs += sum(len(work.tokens) ** 2 // 2 for work in works) * shape.L
     else:
       for piece in works:
-        n = buckets.piece(len(piece.tokens), piece.start)
+        n = buckets.piece(len(piece.tokens), piece.start, piece.n_layers)
         tokens += n * piece.n_layers
         pairs += n * (piece.start + n // 2) * piece.n_layers
   rows = width = 0
