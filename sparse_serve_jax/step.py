@@ -309,7 +309,7 @@ def prefill_segment(
   return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
 
 
-def _after(o: jax.Array, places):
+def _after(o: jax.Array, places: jax.Array) -> jax.Array:
   """Places (-1: none) as they are, but not known before `o` is: which number below 0 means none is told by it.
 
   XLA copies an array that is read and then written where nothing orders the two.

@@ -325,6 +325,13 @@ MUTATIONS = [
     ("tests/test_buckets.py::test_programs_hold_no_second_cache[topk-1-False-cpu]",),
   ),
   Mutation(
+    "a piece is saved whether or not what comes before it has been read",
+    "sparse_serve_jax/step.py",
+    "-1 - jnp.isnan(o.ravel()[0]).astype(jnp.int32)",
+    "-1",
+    ("tests/test_buckets.py::test_pieces_of_prompts_hold_no_second_cache[chunks-cpu]",),
+  ),
+  Mutation(
     "logits that are not finite give a token",
     "sparse_serve_jax/step.py",
     "jnp.where(jnp.isfinite(logits).all(-1), tokens, NOT_FINITE)",
