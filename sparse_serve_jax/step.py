@@ -285,7 +285,10 @@ def prefill_segment(
     new = NewBlocks(kv[:, None], i, ids, blocks)
     cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
     o, read = attention(q, k, v, cache, i, piece)
-    cache, given = save_piece(setup.saving, cache, new, newest, lanes, turn._replace(given=given))
+    entering = newest
+    if before is not None:  # which attention has read: only now pool and slots are written
+      new, entering = new._replace(blocks=_after(o, blocks)), _after(o, newest)
+    cache, given = save_piece(setup.saving, cache, new, entering, lanes, turn._replace(given=given))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")
     x = llama.attention_out(lp, x, o, AXIS)
@@ -304,6 +307,14 @@ def prefill_segment(
   hot = _next(cache.hot, batch.lanes, tokens)
   counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
   return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
+
+
+def _after(o: jax.Array, places):
+  """Places (-1: none) as they are, but not known before `o` is: which number below 0 means none is told by it.
+
+  XLA copies an array that is read and then written where nothing orders the two.
+  """
+  return jnp.where(places >= 0, places, -1 - jnp.isnan(o.ravel()[0]).astype(jnp.int32))
 
 
 def _in_tiles(f, x: jax.Array) -> jax.Array:

@@ -20,7 +20,6 @@ from sparse_serve_jax.config import (
   SchedulerConfig,
   SparseConfig,
   find_config,
-  override,
   read_config,
 )
 from sparse_serve_jax.memory.shape import CacheShape
@@ -279,51 +278,107 @@ def test_nothing_is_compiled_in_steady_state():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("segments", [False, True])  # of one layer; otherwise of all, by a program that knows it
-@pytest.mark.parametrize("dense_layers", [0, 1])  # 1: the last loop over layers has one trip, and is none to XLA
-@pytest.mark.parametrize("policy", ["topk", "audited psa"])
-def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments: bool, device: str, monkeypatch):
-  """Pool, slots, digests and tails are updated in place: they alias, and no temporary is as large as any of them.
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 
-  A run with audits has the program of a step without one too: at first nothing has been attended to.
-  """
-  model = tiny_model()
+
+def large_cache(*assignments: str) -> EngineConfig:
+  """A configuration whose pool, slots, digests and tails are each far larger than what a step needs beside them."""
   conf = config(
-    f"sparse.policy={policy.split()[-1]}", "sparse.token_budget=64", "scheduler.max_batch=1",
-    "scheduler.max_context=128", "cache.lanes=1024", "cache.dram_bytes=64MiB", "sparse.group_blocks=4",
-    f"sparse.dense_layers={dense_layers}", f"scheduler.max_inject_tokens={128 * segments}",
+    "sparse.token_budget=64", "sparse.group_blocks=4", "scheduler.max_batch=2", "scheduler.max_context=128",
+    "cache.lanes=1024", "cache.dram_bytes=64MiB", "cache.hbm_bytes=128MiB", *assignments,
   )  # fmt: skip
-  if policy == "audited psa":
-    conf = override(conf, ["sparse.audit=0.1"])
-  conf = with_slots(conf, 8192, model)
-  compiled = {}
+  return with_slots(conf, 8192, tiny_model()) if conf.cache.offload else conf
+
+
+def watched(conf: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[JaxExecutor, dict]:
+  """An executor, and what its programs are compiled to, as they come: by name, rows, width and shapes."""
+  executor, compiled = JaxExecutor(conf, tiny_model()), {}
 
   def spied(program, name: str):
     def run(*args):
-      *arrays, _ = args  # the last is static
-      key = name, jax.tree.structure(arrays)
+      *arrays, width = args  # the last is static
+      leaves, structure = jax.tree.flatten(arrays)
+      key = name, len(arrays[-1].lanes), width, structure, tuple(x.shape for x in leaves)
       if key not in compiled:
         compiled[key] = program.lower(*args).compile()
       return compiled[key](*arrays)
 
     return run
 
-  executor = JaxExecutor(conf, model)
   for name in ("decode", "prefill"):
     monkeypatch.setattr(executor.programs, name, spied(getattr(executor.programs, name), name))
+  return executor, compiled
+
+
+def check_in_place(executor: JaxExecutor, program, device: str):
+  """All arrays of the cache alias a result, and no temporary is as large as the large ones of them."""
+  cache, hot, memory = executor.cache, executor.cache.hot, program.memory_analysis()
+  large = [x.nbytes for x in (cache.pool, hot.slots, hot.digest, hot.tail) if x.size]
+  workspace = (32 << 20) * (device == "gpu")  # of cuBLAS, whatever it multiplies
+  assert memory.temp_size_in_bytes - workspace + memory.host_temp_size_in_bytes < min(large) / 2
+  aliased = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
+  assert aliased >= sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
+@DEVICES
+@pytest.mark.parametrize("segments", [False, True])  # of one layer; otherwise of all, by a program that knows it
+@pytest.mark.parametrize("dense_layers", [0, 1])  # 1: the last loop over layers has one trip, and is none to XLA
+@pytest.mark.parametrize("policy", ["topk", "audited psa"])
+def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments: bool, device: str, monkeypatch):
+  """Pool, slots, digests and tails are updated in place.
+
+  A run with audits has the program of a step without one too: at first nothing has been attended to.
+  """
+  conf = large_cache(
+    f"sparse.policy={policy.split()[-1]}",
+    f"sparse.dense_layers={dense_layers}",
+    f"scheduler.max_inject_tokens={128 * segments}",
+    f"sparse.audit={0.1 * (policy == 'audited psa')}",
+  )
+  executor, compiled = watched(conf, monkeypatch)
   engine = Engine(executor)
   audited = engine.audits is not None
   engine.add_request(prompt_of(100), 26 if audited else 3)
   while engine.has_work and not (audited and engine.audits.summary().audit_blocks):
     engine.step()
-
-  cache, hot = executor.cache, executor.cache.hot
-  arrays = [x.nbytes for x in (cache.pool, hot.slots, hot.digest, hot.tail)]
-  cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
-  assert sorted(name for name, _ in compiled) == ["decode", *["decode"] * audited, "prefill"]
+  assert sorted(name for name, *_ in compiled) == ["decode", *["decode"] * audited, "prefill"]
   for program in compiled.values():
-    memory = program.memory_analysis()
-    workspace = (32 << 20) * (device == "gpu")  # of cuBLAS, whatever it multiplies
-    assert memory.temp_size_in_bytes - workspace + memory.host_temp_size_in_bytes < min(arrays) / 2
-    assert memory.alias_size_in_bytes + memory.host_alias_size_in_bytes >= cache_bytes
+    check_in_place(executor, program, device)
+
+
+# Kinds of prefill programs: how they are told to come; the prompts, those of a list at once; rows and blocks before the
+# piece of each program. Prompts begin with the same 64 tokens. Where a load is named, one decode step follows.
+CHUNKED, HYBRID = ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32"], ["scheduler.max_inject_tokens=64"]
+SPARSE = ["sparse.prefill=threshold", "sparse.prefill_share=0.9", "sparse.dense_layers=1"]
+SEGMENTS = ["scheduler.max_inject_tokens=128", "sparse.prefill=top_k"]
+CUT, DECODED = {(1, 0), (1, 16)}, {(1, 0), (1, 16), (8, 16)}
+PIECES = {
+  "chunks": (CHUNKED, [[96]], CUT),
+  "chunks without offload": ([*CHUNKED, "cache.offload=false"], [[96]], CUT),
+  "chunks, staged": ([*CHUNKED, "cache.save=staged", "cache.load=staged"], [[96]], DECODED),
+  "chunks, sparse": ([*CHUNKED, *SPARSE], [[96]], CUT),
+  "hybrid": ([*HYBRID, "cache.load=gather"], [[96]], DECODED),
+  "hybrid, zones of layers": ([*HYBRID, "cache.zones=layer"], [[96]], CUT),
+  "hybrid, a copy a block": ([*HYBRID, "cache.save=per_block", "cache.load=per_block"], [[96]], DECODED),
+  "hybrid, sparse": ([*HYBRID, *SPARSE], [[96]], CUT),
+  "after what is shared": ([], [[96], [90]], CUT),
+  "segments after what is shared": (SEGMENTS, [[96], [90]], CUT),
+  "packed": (["cache.prefix=false"], [[30, 40]], {(2, 0)}),
+  "whole without offload": (["cache.offload=false"], [[96]], {(1, 0)}),
+}
+
+
+@DEVICES
+@pytest.mark.parametrize("kind", PIECES)
+def test_pieces_of_prompts_hold_no_second_cache(kind: str, device: str, monkeypatch):
+  """Nor does a piece that reads what comes before it from pool and slots, to which the same layer writes."""
+  assignments, prompts, programs = PIECES[kind]
+  executor, compiled = watched(large_cache(*assignments), monkeypatch)
+  engine = Engine(executor)
+  for at_once in prompts:
+    for n in at_once:
+      engine.add_request(prompt_of(64)[:n] + prompt_of(max(0, n - 64), n), 1 + (programs == DECODED))
+    engine.run()
+  assert {(rows, width) for _, rows, width, *_ in compiled} == programs
+  for program in compiled.values():
+    check_in_place(executor, program, device)
