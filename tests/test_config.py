@@ -93,7 +93,7 @@ def test_ladder_changes_what_each_rung_is_named_for():
     {"offload": True, "load": "per_block", "save": "per_block"},
     {"load": "gather", "save": "staged"},
     {"batch_control": "working_set"},
-    {"prefill": "layer_segmented", "load": "fused", "save": "direct"},
+    {"prefill": "layer_segmented", "load": "fused"},
     {"policy": "psa"},
     {"stop": "host_loop"},
   ]
