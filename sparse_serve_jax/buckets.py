@@ -161,7 +161,8 @@ class Buckets:
     if self.chunked:
       return self.n_layers
     left, padded = self.n_layers - first_layer, self.piece(n_tokens, start, self.n_layers)
-    if n_tokens * self.n_layers <= self.allowance and not first_layer:
+    # After other pieces only what is padded counts: a program that does not know its layers has a slab of so many.
+    if (padded if start else n_tokens) * self.n_layers <= self.allowance and not first_layer:
       return left
     if start:
       return min(left, self._most_layers(padded))

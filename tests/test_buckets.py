@@ -188,6 +188,8 @@ def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers,
     for work in plan.prefill:
       padded = buckets.piece(len(work.tokens), work.start, work.n_layers)
       assert padded <= 2048 or padded <= 1.5 * len(work.tokens) + S
+      if not buckets.known(padded, work.start, work.n_layers):  # then a slab of its blocks has so many layers
+        assert work.n_layers <= buckets.layers(padded, work.start)
 
 
 @pytest.mark.parametrize("prefix", [False, True])
