@@ -66,7 +66,7 @@ class Setup:
   @classmethod
   def of(cls, model: ModelConfig, config: EngineConfig, implementation: str) -> Setup:
     """Raises ValueError if the configuration names a variant that there is not."""
-    cache, selector = config.cache, Selector.of(config)
+    cache, selector = host_pool.chosen(config).cache, Selector.of(config)
     pins = cache.offload and config.scheduler.prefill == "chunked"
     saving = Saving(
       save=variant(SAVES, cache.save, "cache.save"),
@@ -310,10 +310,7 @@ def prefill_segment(
 
 
 def _after(o: jax.Array, places: jax.Array) -> jax.Array:
-  """Places (-1: none) as they are, but not known before `o` is: which number below 0 means none is told by it.
-
-  XLA copies an array that is read and then written where nothing orders the two.
-  """
+  """Places (below 0: none) that are not known before `o` is: XLA copies what is read and then written in no order."""
   return jnp.where(places >= 0, places, -1 - jnp.isnan(o.ravel()[0]).astype(jnp.int32))
 
 

@@ -86,14 +86,14 @@ def test_ladder_changes_what_each_rung_is_named_for():
 
   rungs = [rung(name) for name in LADDER]
   first = {"policy": "dense", "offload": False, "prefill": "chunked", "batch_control": "none"}
-  assert rungs[0] == first | {"load": "fused", "save": "direct", "stop": "kernel"}
+  assert rungs[0] == first | {"load": "fused", "save": "auto", "stop": "kernel"}
   changes = [{key: b[key] for key in b if a[key] != b[key]} for a, b in itertools.pairwise(rungs)]
   assert changes == [
     {"policy": "topk"},
     {"offload": True, "load": "per_block", "save": "per_block"},
     {"load": "gather", "save": "staged"},
     {"batch_control": "working_set"},
-    {"prefill": "layer_segmented", "load": "fused"},
+    {"prefill": "layer_segmented", "load": "fused", "save": "auto"},
     {"policy": "psa"},
     {"stop": "host_loop"},
   ]

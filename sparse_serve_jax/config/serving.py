@@ -29,7 +29,7 @@ class CacheConfig:
   lanes: int = 64  # R, places of resident requests: prefilling, decoding or paused
   # How KV moves: names in the tables LOADS, SAVES and EVICTIONS of memory/.
   load: str = "fused"  # DRAM to the devices
-  save: str = "direct"  # finished blocks to DRAM
+  save: str = "auto"  # finished blocks to DRAM; auto: staged if that is memory of another kind, else direct
   eviction: str = "lru"  # which slot a block that was read from DRAM may take
   # Among which slots: all (SparseServe), its layer's equal share, as pools of each layer are (PSA), or its lane's, a
   # hot buffer of each request (HiSparse), of 1 / lanes of all slots however few requests there are.

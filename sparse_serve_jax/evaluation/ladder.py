@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sparse_serve_jax import results
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
+from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.prefix import begin_alike
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model
@@ -82,7 +83,7 @@ def shapes(configs: Mapping[str, EngineConfig], model: ModelConfig) -> dict[str,
   for name, config in configs.items():
     try:
       config.check_model(model)
-      made[name] = CacheShape.of(model, config, get_method(config.sparse.method).vectors)
+      made[name] = CacheShape.of(model, host_pool.chosen(config), get_method(config.sparse.method).vectors)
     except ValueError as error:
       wrong.append(f"{name}: {error}")
   if wrong:
@@ -116,7 +117,7 @@ def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequen
 
 def _remedy(config: EngineConfig, model: ModelConfig, n_tokens: int) -> str:
   """What lets a rung serve a request of so many tokens: the least cache.hbm_bytes, if HBM is what it lacks."""
-  vectors = get_method(config.sparse.method).vectors
+  config, vectors = host_pool.chosen(config), get_method(config.sparse.method).vectors
 
   def fits(hbm_bytes: int) -> bool:
     cache = dataclasses.replace(config.cache, hbm_bytes=hbm_bytes)

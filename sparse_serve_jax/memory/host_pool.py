@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import os
 import weakref
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from sparse_serve_jax.config import EngineConfig
 
 PINNED = "pinned_host"  # a memory kind of JAX's
 THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "pool")  # that copy blocks on the host
@@ -23,6 +26,14 @@ _PARTS: weakref.WeakValueDictionary[int, HostPool] = weakref.WeakValueDictionary
 def memory_kind() -> str | None:
   """The memory kind of an offloaded pool; None where host memory is no different (on a CPU)."""
   return PINNED if jax.default_backend() == "gpu" else None
+
+
+def chosen(config: EngineConfig) -> EngineConfig:
+  """The configuration, whose `cache.save` is not left open: staged where the pool lies in memory of its own kind."""
+  if config.cache.save != "auto":
+    return config
+  beside = config.cache.offload and memory_kind() is not None
+  return dataclasses.replace(config, cache=dataclasses.replace(config.cache, save="staged" if beside else "direct"))
 
 
 def keep(pool: jax.Array) -> jax.Array:

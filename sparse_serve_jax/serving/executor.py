@@ -146,6 +146,7 @@ class JaxExecutor:
 
   def __init__(self, config: EngineConfig, model: Model):
     config.check_model(model.config)
+    config = host_pool.chosen(config)
     self.config, self.model = config, model
     self.mesh = make_mesh(config.tp)
     cfg = model.config
