@@ -255,7 +255,7 @@ def serve(scheduler: Scheduler, *requests: Request) -> None:
   ("scheduler", "expected"),
   [
     # 40 of 64 tokens are left: all layers at once, layer by layer, in chunks of a layer, in chunks of all layers
-    (SchedulerConfig(max_inject_tokens=200), [(24, 40, 0, 3, True)]),
+    (SchedulerConfig(max_inject_tokens=3 * 256), [(24, 40, 0, 3, True)]),
     (SchedulerConfig(max_inject_tokens=45), [(24, 40, layer, 1, layer == 2) for layer in range(3)]),
     (
       SchedulerConfig(max_inject_tokens=3 * S),
