@@ -154,6 +154,29 @@ def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
   assert_same_bits(pool[:, 0, 5], np.ones((K, 2, S, D), np.float32))
 
 
+def test_writers_of_two_pools_share_a_buffer(monkeypatch):
+  """As on a GPU: one's slab is not overwritten by the other's before it has been placed."""
+  shared = np.zeros(K * 2 * S * D * 2 * 4, np.uint8)
+
+  def copied(part, out):
+    out[:] = np.asarray(part).reshape(-1).view(np.uint8)
+    time.sleep(0.2)  # in which the other would write
+
+  monkeypatch.setattr(host_pool, "memory_kind", lambda: host_pool.PINNED)
+  monkeypatch.setattr("sparse_serve_jax.memory.writer.pinned_buffer", lambda *_: shared)
+  monkeypatch.setattr("sparse_serve_jax.memory.writer.copy_to_host", copied)
+  pools, hosts = [np.zeros((K, L, M, 2, S, D), np.float32) for _ in range(2)], [HostPool(1) for _ in range(2)]
+  slabs = [jnp.full((K, 1, 2, 2, S, D), i + 1, jnp.float32) for i in range(2)]
+  for pool, host in zip(pools, hosts, strict=True):
+    host.rows = [pool.view(np.uint8).reshape(K, L, M, -1)]
+  writers = [Writer(host, slab.nbytes) for host, slab in zip(hosts, slabs, strict=True)]
+  for writer, slab in zip(writers, slabs, strict=True):
+    writer.save(1, slab, range(1), np.array([0, 1]), alive=None)
+  for i, writer in enumerate(writers):
+    assert writer.landed(1, wait=True) == 1
+    assert (pools[i][:, 0, :2] == i + 1).all()
+
+
 N = 12
 PROMPTS = [prompt_of(n, seed=n) for n in (50, 17, 40, 7)]
 PREFILLS = ("scheduler.max_inject_tokens=128", "scheduler.max_inject_tokens=16", "scheduler.prefill=chunked")

@@ -7,6 +7,7 @@ computes next. Threads of the host then place its blocks in the pool.
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import numpy as np
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.host_pool import HostPool
 from sparse_serve_jax.memory.pinned import copy_to_host, pinned_buffer
+
+_BUFFER = threading.Lock()  # of the process's pinned buffers, which writers of several pools share
 
 
 class _Job(NamedTuple):
@@ -81,17 +84,18 @@ class Writer:
     kept = slice(len(blocks)) if there.all() else np.flatnonzero(there)
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     for part, shard in enumerate(shards):
-      source = self._on_host(shard.data, len(shards)).reshape(*shard.data.shape[:3], -1)
-      pool = self._host.rows[part]
+      with _BUFFER:
+        source = self._on_host(shard.data, len(shards)).reshape(*shard.data.shape[:3], -1)
+        pool = self._host.rows[part]
 
-      def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
-        head, i = at
-        pool[head, layers[i]][blocks[there]] = source[head, i, kept]
+        def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
+          head, i = at
+          pool[head, layers[i]][blocks[there]] = source[head, i, kept]
 
-      list(host_pool.THREADS.map(place, np.ndindex(pool.shape[0], len(layers))))
+        list(host_pool.THREADS.map(place, np.ndindex(pool.shape[0], len(layers))))
 
   def _on_host(self, part: jax.Array, n_parts: int) -> np.ndarray:
-    """The bytes of one of the parts of a slab, which the next call overwrites."""
+    """The bytes of one of the parts of a slab, which the next call of any writer overwrites."""
     if host_pool.memory_kind() is None:
       return np.asarray(part).view(np.uint8)
     (device,) = part.devices()

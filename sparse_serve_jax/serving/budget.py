@@ -70,7 +70,7 @@ def weight_bytes(cfg: ModelConfig, n_devices: int) -> int:
 
 
 def _layer_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cudnn: bool) -> int:
-  """What a layer of a piece of a prompt, or the head after it, holds at once besides (models/llama.py)."""
+  """What a layer of a piece of a prompt holds at once besides (models/llama.py)."""
   item, n_heads, n_kv = ITEM_BYTES[cfg.dtype], cfg.n_heads // n_devices, cfg.n_kv_heads // n_devices
   attention = piece * cfg.head_dim * ((n_heads + 2 * n_kv) * item + n_heads * (4 + item))  # q, k, v; o twice
   if not cudnn:  # keys and values in float32, and the scores of a tile of queries

@@ -225,7 +225,7 @@ class JaxExecutor:
   def compile(self, prompts: Iterable[int], sampled: bool = False, shared: bool = True) -> int:
     """Compiles what serving prompts of so many tokens needs, so that no time of it is in what is measured then.
 
-    Each program runs once, on nothing: no row, no block, and no layer unless it runs them all.
+    Each program runs once, on nothing: no row, no block, and no layer unless it knows how many.
 
     Args:
       prompts: lengths in tokens.
