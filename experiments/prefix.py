@@ -1,37 +1,6 @@
-"""How much of the prompts of a trace a prefix cache holds, by the size of its pool.
+"""`sparse-serve prefix`: sparse_serve_jax/commands/prefix.py."""
 
-  python -m experiments.prefix --trace=conversation_trace.jsonl --pool_tokens=1000000,10000000,0
-
-The trace says which prompts begin alike (workloads/traces.py: "hash_ids"). Requests come one after the other; what is
-kept goes in the order of its last use. experiments.simulate serves a trace in virtual time over the same cache.
-
-The table goes to stdout, and as its last line one JSON object with the same numbers.
-"""
-
-from __future__ import annotations
-
-from absl import flags
-
-from experiments import cli
-from sparse_serve_jax.serving import metrics
-from sparse_serve_jax.simulation.prefix import hit_shares
-from sparse_serve_jax.workloads import read_trace
-from sparse_serve_jax.workloads.traces import HASH_TOKENS
-
-with cli.group("What is asked"):
-  _TRACE = flags.DEFINE_string("trace", None, "File of times, lengths and ids of blocks.", required=True)
-  _POOLS = flags.DEFINE_list("pool_tokens", ["0"], "Tokens that pools hold; 0 is all there are.")
-_VERBOSE = cli.define_verbose()
-
-
-def main() -> None:
-  pools = cli.numbers(_POOLS, int)
-  if wrong := [n for n in pools if n and n < HASH_TOKENS]:
-    raise ValueError(f"--pool_tokens: {wrong[0]} is not 0, nor a block of the trace, {HASH_TOKENS} tokens, or more")
-  shares = hit_shares(read_trace(_TRACE.value), [n // HASH_TOKENS for n in pools])
-  column = {str(n or "all"): share for n, share in zip(pools, shares, strict=True)}
-  cli.end_with(metrics.table({"share of prompts' blocks": column}), column)
-
+from sparse_serve_jax.commands.prefix import command
 
 if __name__ == "__main__":
-  cli.run(main)
+  command()

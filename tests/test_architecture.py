@@ -43,7 +43,8 @@ RANKS = {
   f"{PACKAGE}.training": 8,
   f"{PACKAGE}.evaluation": 9,
   f"{PACKAGE}.benchmarks": 9,
-  "experiments": 10,
+  f"{PACKAGE}.commands": 10,
+  "experiments": 11,
 }
 
 # Scheduling runs without a device, so that a simulator can stand in for it.

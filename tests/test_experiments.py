@@ -18,9 +18,9 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import demo
 from pallas_kernels.maps import Maps
 from sparse_serve_jax import runtime, workloads
+from sparse_serve_jax.commands import demo
 from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
 from sparse_serve_jax.memory import eviction
 from sparse_serve_jax.models import load_model, save_hf
@@ -100,7 +100,7 @@ def test_the_readmes_commands_parse():
   commands = [command for command in commands_in_readme() if command[2] == "experiments.serve"]
   assert commands
   for _, _, name, *arguments in commands:
-    module = importlib.import_module(name)
+    module = importlib.import_module("sparse_serve_jax.commands.run")
     with flagsaver.flagsaver():
       rest = flags.FLAGS([name, *arguments])
       assert rest == [name] and callable(module.main)
@@ -110,7 +110,7 @@ def test_the_readmes_commands_parse():
 
 
 def test_what_else_the_readme_names_exists():
-  sources = "".join(file.read_text() for file in (ROOT / "experiments").glob("*.py"))
+  sources = "".join(file.read_text() for file in (ROOT / "sparse_serve_jax" / "commands").glob("*.py"))
   defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', sources))
   assert set(re.findall(r"(?<!XLA_FLAGS=)--(\w+)[= ]", README)) <= defined
   modules = set(re.findall(r"python -m experiments\.(\w+)", README))

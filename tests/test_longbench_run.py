@@ -12,8 +12,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import serve
 from sparse_serve_jax import runtime
+from sparse_serve_jax.commands import run as serve
 from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, from_dict, read_config
 from sparse_serve_jax.memory.shape import CacheShape
 from tests.tiny import SMALL_SERVING

@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import demo
 from sparse_serve_jax import LLM, tasks
+from sparse_serve_jax.commands import demo
 from sparse_serve_jax.config import find_config, read_config
 from sparse_serve_jax.evaluation import accuracy
 from sparse_serve_jax.evaluation.accuracy import Sample

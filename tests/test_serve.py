@@ -11,8 +11,9 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cli, serve
 from sparse_serve_jax import runtime, tasks
+from sparse_serve_jax.commands import cli
+from sparse_serve_jax.commands import run as serve
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.models import ByteTokenizer, load_model
 from sparse_serve_jax.serving.engine import Engine

@@ -8,8 +8,8 @@
   def main() -> int | None:  # the exit status; None is 0
     ...
 
-  if __name__ == "__main__":
-    cli.run(main, interrupted="the same command goes on from {out}")
+  def command(argv: Sequence[str] | None = None) -> NoReturn:
+    cli.run(main, interrupted="the same command goes on from {out}", argv=argv)
 
 A command ends with 2 and one line on stderr for what the user can mend, a wrong flag or a ValueError; with 130 when it
 is interrupted. A second interrupt ends it at once, even while it waits for a device.

@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
 from sparse_serve_jax import workloads
+from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import override
 from sparse_serve_jax.workloads import Refused
 

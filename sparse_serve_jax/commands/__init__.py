@@ -1,0 +1,60 @@
+"""What can be asked from a shell: `sparse-serve NAME ...`, a module of this folder each.
+
+`python -m experiments.NAME` is the same. A command is imported when it is asked for: each defines flags of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+# Title of a group -> name of a command -> what it does. The module of bench-step is `bench_step`.
+COMMANDS = {
+  "Try it": {
+    "demo": "A few rungs of the ladder side by side, on a small model.",
+  },
+  "Measure serving": {
+    "run": "Serve a workload in this process and measure it.",
+    "ladder": "Serve the same requests with every rung, at several rates of arrival.",
+    "simulate": "Serve a workload or a trace in virtual time.",
+    "prefix": "What prompts of a trace a prefix cache of a given size would hold.",
+  },
+  "Measure answers": {
+    "accuracy": "What selection methods and budgets cost a model, on generated tasks and text.",
+    "longbench": "LongBench through the engine, with its official prompts and scorers.",
+  },
+  "Measure kernels": {
+    "bench-kernels": "Every kernel against the bytes it must move.",
+    "bench-step": "Whole decode steps against the bytes they must move.",
+    "bench-prefill": "Prefill against its products and attention alone.",
+  },
+  "Train": {
+    "train-reference": "Train a small model that retrieves.",
+  },
+}
+
+
+def main() -> NoReturn:
+  """The console script `sparse-serve`."""
+  name, *arguments = sys.argv[1:] or ["--help"]
+  if name in ("--help", "-h", "help"):
+    print(_help())
+    sys.exit(0)
+  if name == "--version":
+    from sparse_serve_jax import __version__
+
+    print(__version__)
+    sys.exit(0)
+  if not any(name in commands for commands in COMMANDS.values()):
+    print(f"error: {name!r} is no command; `sparse-serve --help` shows what there is", file=sys.stderr)
+    sys.exit(2)
+  module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+  sys.exit(module.command([f"sparse-serve {name}", *arguments]))
+
+
+def _help() -> str:
+  lines = ["sparse-serve COMMAND [FLAGS]; `sparse-serve COMMAND --help` shows its flags."]
+  for title, commands in COMMANDS.items():
+    lines += ["", f"{title}:", *(f"  {name:<16} {about}" for name, about in commands.items())]
+  return "\n".join(lines)

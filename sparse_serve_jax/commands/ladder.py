@@ -1,0 +1,86 @@
+"""Rungs of the ladder side by side: the same requests, at several rates of arrival, within the same memory.
+
+  python -m experiments.ladder --rungs=dense,sparse_serve,psa --rates=0.5,1,2 --model=models/reference --out=/tmp/ladder
+
+A rung is a configuration; --set changes all of them, so that they obey one cache.hbm_bytes. Each is compiled before it
+is timed. Goodput is the highest rate at which 99 % of the times between tokens are at most 25 decode iterations (those
+that the first rung takes for one request alone), and requests wait at most 2 s on average before they are worked on:
+--goodput searches it between the rates.
+
+The folder of --out gets cells.jsonl, a row for each rung and rate; answers.jsonl, the tokens of each rung; and made of
+these results.md, results.csv and ladder.png. What is there is not run again. The last line of stdout is a JSON object.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+from absl import flags, logging
+
+from sparse_serve_jax import results, runtime, workloads
+from sparse_serve_jax.commands import cli
+from sparse_serve_jax.commands.workload import WorkloadFlags, at_rate, digest, tell_refused
+from sparse_serve_jax.evaluation import ladder, ladder_report
+from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.workloads import Item, Refused
+
+_MODEL, _DTYPE = cli.define_model(default="models/reference")
+with cli.group("What is compared"):
+  _RUNGS = flags.DEFINE_list(
+    "rungs",
+    ["dense", "sparse", "sparse_offload", "sparse_serve", "psa"],
+    "Names in configs/serving, or JSON files. The others are compared with the first.",
+  )
+  _RATES = flags.DEFINE_list("rates", ["0.5", "1", "2"], "Mean rates of arrival, in requests a second.")
+  _SET = flags.DEFINE_multi_string("set", [], "Overrides of every rung, such as cache.hbm_bytes=8GiB.")
+  _GOODPUT = flags.DEFINE_bool("goodput", False, "Search the highest rate that each rung serves well.")
+  _RUNS = flags.DEFINE_integer("most_runs", 8, "--goodput: rates to try between those given.", lower_bound=0)
+_ASKED = WorkloadFlags(rate=False)
+_OUT = cli.define_out("Folder of results.")
+_VERBOSE = cli.define_verbose()
+
+
+def main() -> None:
+  runtime.configure()
+  logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
+  configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value), _ASKED.read()
+  rates = [workloads.checked_rate(rate) for rate in cli.numbers(_RATES, float)]
+  source = workloads.read(workload)
+  tell_refused(known := workloads.refused_by(source))
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
+  shapes = ladder.shapes(configs, model.config)
+  items = source(model.tokenizer, min(shape.max_context for shape in shapes.values()))
+  asked = [item for item in items if isinstance(item, Item)]
+  tell_refused(item for item in items if isinstance(item, Refused) and item not in known)
+  if not asked:
+    raise ValueError(f"the workload has no request that can be served, of {len(items)}")
+  ladder.check(configs, model.config, asked)
+  setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
+  setting |= {"compared_with": next(iter(configs))}  # whose iterations and tokens the cells of all rungs are told by
+  folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed})
+
+  def arrivals(rate: float) -> np.ndarray:
+    return workloads.times_of(at_rate(workload, rate), len(asked))
+
+  run = ladder.Ladder(model, configs, asked, arrivals, folder)
+  found: dict[str, ladder.Goodput] = {}
+  for rung in configs:
+    for rate in rates:
+      run.cell(rung, rate)
+    if _GOODPUT.value:
+      found[rung] = run.goodput(rung, rates, _RUNS.value)
+  ladder_report.write(folder, run.cells, found)
+  try:
+    from sparse_serve_jax.evaluation import plots  # slow to import
+  except ImportError as error:
+    print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
+  else:
+    plots.ladder(run.cells, {rung: of.rate for rung, of in found.items()}, folder / "ladder.png")
+  cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+  cli.run(main, interrupted="the same command goes on from {out}", argv=argv)

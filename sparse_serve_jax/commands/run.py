@@ -1,0 +1,150 @@
+"""Serves a workload and measures it.
+
+  python -m experiments.serve --config=sparse_serve --model=random:tiny --workload=needle --out=/tmp/run
+
+The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
+requests.jsonl, a row for each request as it ends, with the text of its answer; timeline.json, which ui.perfetto.dev
+shows; audits.jsonl, what audits of PSA's promise found (--set sparse.audit=0.01); and run.json, what the run was made
+by. The same command goes on with a run that was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from absl import flags, logging
+from tqdm import tqdm
+
+from sparse_serve_jax import results, runtime, workloads
+from sparse_serve_jax.commands import cli
+from sparse_serve_jax.commands.workload import WorkloadFlags, digest, tell_refused
+from sparse_serve_jax.config import EngineConfig, load_config, override
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.serving import audit, metrics, run
+from sparse_serve_jax.serving.clock import Wall
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
+from sparse_serve_jax.serving.plan import Observed
+from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.serving.timeline import Timeline
+from sparse_serve_jax.workloads import Item, Refused
+
+_CONFIG, _SET = cli.define_serving()
+_MODEL, _DTYPE = cli.define_model(default="random:tiny")
+_ASKED = WorkloadFlags()
+with cli.group("What is asked"):
+  _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
+_STRICT = cli.define_strict()
+_OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
+_VERBOSE = cli.define_verbose()
+
+
+def main() -> int:
+  """Returns 1 if no request has finished."""
+  runtime.configure()
+  logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
+  config = override(load_config(_CONFIG.value), _SET.value)
+  workload = override(_ASKED.read(), {"strict": True}) if _STRICT.value else _ASKED.read()
+  source = workloads.read(workload)
+  out, rows = _OUT.value and pathlib.Path(_OUT.value), None
+  if out:
+    results.claim(out, _setting(config, workload))
+    rows = results.Rows(out / "requests.jsonl")
+  before = rows.all[:] if rows else []
+  done, known = {row["request_id"] for row in before}, {row.id: row for row in workloads.refused_by(source)}
+  tell_refused(row for name, row in known.items() if name not in done)
+  # All that is wrong with the command line, files or the folder is told by now.
+  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
+  clock = Wall()
+  executor = JaxExecutor(config, model)
+  timeline = Timeline(executor.shape)
+  audits = f"audits-after-{len(before)}.jsonl" if before else "audits.jsonl"  # each part begins its own
+  found = results.Rows(out / audits) if out and config.sparse.audit_share else None
+
+  def observe(seen: Observed) -> None:
+    timeline.observe(seen)
+    if found is not None and (row := audit.row_of(seen)):
+      found.append(row)
+
+  engine = Engine(executor, clock=clock, observer=observe)
+  items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
+  if before and not items:
+    print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)
+  with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
+    record = Record(model, timeline, rows, bar, clock.now(), {item.id: item for item in items}, known)
+    try:
+      served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
+    finally:
+      if out and items:
+        timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
+  numbers = served.to_dict() | {"score_mean": record.score_mean}
+  print(metrics.table({pathlib.Path(_CONFIG.value).stem: numbers}))
+  print(json.dumps(numbers), flush=True)
+  if before:
+    print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
+  return 0 if any(row["finish_reason"] in ("stop", "length") for row in before) or served.summary.requests else 1
+
+
+def _setting(config: EngineConfig, workload: workloads.WorkloadConfig) -> dict[str, Any]:
+  """What rows of one folder have in common."""
+  return {
+    "config": config,
+    "model": {"name": _MODEL.value, "dtype": _DTYPE.value},
+    "workload": workload,
+    "prompts": digest(workload),
+    "seed": _ASKED.seed,
+    "ignore_eos": _IGNORE_EOS.value,
+  }
+
+
+def _left(
+  workload: workloads.WorkloadConfig, items: list[Item | Refused], before: list[dict[str, Any]]
+) -> tuple[list[Item | Refused], np.ndarray]:
+  """The items without a row, and when they arrive, in seconds: the first of them at once if it is not all."""
+  done = {row["request_id"] for row in before}
+  times = workloads.times_of(workload, len(items))[[item.id not in done for item in items]]
+  return [item for item in items if item.id not in done], times - times.min(initial=np.inf) if done else times
+
+
+@dataclasses.dataclass
+class Record:
+  """Takes what has ended, as it ends: a row of the file, a line of the picture, a word on what went wrong."""
+
+  model: Model
+  timeline: Timeline
+  rows: results.Rows | None
+  bar: tqdm
+  start: float  # of the clock
+  items: Mapping[str, Item | Refused]  # by id
+  told: Collection[str]  # ids of what was told to be refused before anything ran
+  scores: list[float] = dataclasses.field(default_factory=list)  # of the answers that are judged
+
+  def __call__(self, end: Request | run.Refusal) -> None:
+    row = run.row(end, self.start)
+    if isinstance(end, Request):
+      self.timeline.add(end)
+      row["text"] = self.model.tokenizer.decode(end.output_tokens)
+      item = self.items[end.id]
+      if isinstance(item, Item) and item.judge and "error" not in row:
+        row |= {**item.about, "score": item.judge(row["text"])}
+        self.scores.append(row["score"])
+    if "error" in row and end.id not in self.told:
+      self.bar.write(f"{row['finish_reason']}: {row['error']}", file=sys.stderr)
+    if self.rows is not None:
+      self.rows.append(row)
+    self.bar.update()
+
+  @property
+  def score_mean(self) -> float | None:
+    return sum(self.scores) / len(self.scores) if self.scores else None
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+  cli.run(main, interrupted="rows so far are in {out}, and the same command goes on", argv=argv)
