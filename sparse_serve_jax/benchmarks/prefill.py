@@ -34,7 +34,10 @@ WAYS = {
   "quarter": ("sparse.prefill=top_k", "sparse.prefill_share=0.25"),
   "eighth": ("sparse.prefill=top_k", "sparse.prefill_share=0.125"),
   "cached": (),  # all but a tenth of each prompt is in the cache
+  "no_prefix": ("cache.prefix=false",),  # what looking for shared blocks costs
+  "hbm_pool": ("cache.offload=false",),  # what saves cost: nothing leaves the device
 }
+HBM_BYTES = 8 << 30  # slots and slabs
 NEW = 0.1  # share of a prompt that "cached" does not find
 TILE = 8192  # tokens that products are timed with at most
 MOST_SECONDS = 15  # of a case's rounds that are timed, unless two take longer
@@ -63,11 +66,12 @@ class Case:
     token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
     blocks = self.n_requests * (-(-(self.n_tokens + 1) // base.cache.block_tokens) + 1)
     blocks += (1 + self.n_requests) * self.n_new // base.cache.block_tokens  # a cached prompt's own end, and the last's
+    pool = blocks * base.cache.block_tokens * token_bytes
     defaults = [
-      f"cache.dram_bytes={blocks * base.cache.block_tokens * token_bytes}",
+      f"cache.dram_bytes={pool}",
       f"cache.lanes={max(8, self.n_requests)}",
       f"scheduler.max_context={self.n_tokens + 1}",
-      "cache.hbm_bytes=8GiB",
+      f"cache.hbm_bytes={HBM_BYTES + (pool if self.way == 'hbm_pool' else 0)}",
     ]
     return override(base, [*defaults, *WAYS[self.way], *given])
 
