@@ -81,6 +81,11 @@ class Engine:
     self._failure: BaseException | None = None  # after which the engine's state is unknown, or its device dead
 
   @property
+  def executor(self) -> Executor:
+    """What runs the plans: its cache can be looked at between steps, its plans are the engine's alone."""
+    return self._executor
+
+  @property
   def has_work(self) -> bool:
     return self._scheduler.has_work or bool(self._ended or self._to_call)
 
