@@ -6,7 +6,6 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_FLAGS ?=
-NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake notebooks)
 
 # One marker a choice of interpreter: another choice makes the environment anew.
 MADE := $(VENV)/.made-by-$(or $(subst /,_,$(PYTHON)),choice)
@@ -17,12 +16,13 @@ INSTALLED_GPU := $(VENV)/.installed-gpu
 CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor)'); \
   while ! test -f constraints/py3$$n.txt; do n=$$((n - 1)); test $$n -gt 10 || exit 1; done; echo constraints/py3$$n.txt)
 
-.PHONY: help demo test soak test-gpu lint format constraints clean
+.PHONY: help demo test soak test-gpu notebooks lint format constraints clean
 help:
 	@echo 'make demo         the rungs of the ladder side by side on the reference model'
 	@echo 'make test         ruff, pyright and every test that needs no GPU'
 	@echo 'make soak         thousands of requests while devices fail, and mutations: some minutes'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
+	@echo 'make notebooks    runs notebooks/ and writes them with their plots to docs/notebooks'
 	@echo 'make format       lays out the code as `make test` wants it'
 	@echo 'make constraints  renews the pinned versions: PYTHON=python3.12 [JAX=0.11.2]'
 	@echo 'make clean        removes the virtual environment and caches'
@@ -32,13 +32,16 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m experiments.demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'not gpu and not soak' $(PYTEST_FLAGS) tests $(NOTEBOOKS)
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'not gpu and not soak' $(PYTEST_FLAGS) tests
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'soak and not gpu' $(PYTEST_FLAGS) tests
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) tests
+
+notebooks: $(INSTALLED)
+	$(BIN)/python tools/render_notebooks.py docs/notebooks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

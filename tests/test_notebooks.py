@@ -1,4 +1,4 @@
-"""Notebooks as they are stored; `make test` runs them besides, each in a process of its own."""
+"""Notebooks as they are stored, and as they run: each in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tools import render_notebooks
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -38,6 +40,18 @@ def test_notebooks_are_stored_bare_and_say_what_to_see(path: Path):
   assert any("plt.show()" in "".join(cell["source"]) for cell in notebook["cells"])
   assert notebook["cells"][0]["source"][0].startswith("# ")
   assert set(notebook["metadata"]) == {"kernelspec", "language_info"}  # nothing of who ran it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_and_show_their_plots(path: Path, tmp_path: Path, optimized):
+  """Rendered as the site has them. A cell that raises ends the test."""
+  text = render_notebooks.render(path, tmp_path).read_text(encoding="utf-8")
+  shown = re.findall(r"!\[png\]\((.+?)\)", text)
+  cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+  assert len(shown) == len(set(shown)) == sum("plt.show()" in "".join(cell["source"]) for cell in cells)
+  assert all((tmp_path / file).stat().st_size > 5_000 for file in shown)
+  assert "Warning" not in text
 
 
 def test_faults_are_found():

@@ -84,15 +84,14 @@ class Watch:
     """Runs a plan and waits for it."""
     for admission in plan.admit:
       self._tables[admission.lane] = admission.table
-    resident = [np.asarray(self._slot_of(row) >= 0) for row in plan.decode]
+    resident = [self._by_layer("slot_of", row) >= 0 for row in plan.decode]
     entering = [self._entering(row) if self._opens(row) else None for row in plan.decode]
     dispatched = self._executor.submit(plan)
     for row, there, before in zip(plan.decode, resident, entering, strict=True):
-      last = self._executor.cache.hot.maps.last_selected[:, :, self._table(row)]
-      selected = np.asarray(last == row.step).swapaxes(0, 1)
+      selected = self._by_layer("last_selected", row) == row.step
       opened = None if before is None else self._open(row, before, selected)
       at = row.request_id, plan.iteration, row.step, row.position
-      self.steps.append(Step(*at, selected, there.swapaxes(0, 1), opened))
+      self.steps.append(Step(*at, selected, there, opened))
     return dispatched
 
   def begin(self) -> None:
@@ -111,8 +110,10 @@ class Watch:
     """[N], the pool's block of each full block."""
     return self._tables[row.lane][: row.position // self.shape.S]
 
-  def _slot_of(self, row: DecodeRow) -> jax.Array:
-    return self._executor.cache.hot.maps.slot_of[:, :, self._table(row)]
+  def _by_layer(self, name: str, row: DecodeRow) -> np.ndarray:
+    """[L, K, N], what a map has of the request's full blocks."""
+    of_pool = np.asarray(getattr(self._executor.cache.hot.maps, name))  # whole: a gather is a program for each N
+    return of_pool[:, :, self._table(row)].swapaxes(0, 1)
 
   def _entering(self, row: DecodeRow) -> _Entering:
     """What the step is going to overwrite."""
