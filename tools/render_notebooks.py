@@ -30,7 +30,8 @@ def render(notebook: Path, folder: Path) -> Path:
     nbclient.exceptions.CellExecutionError: a cell raised.
   """
   made = nbformat.read(notebook, as_version=4)
-  NotebookClient(made, timeout=TIMEOUT_S, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+  at = {"metadata": {"path": str(notebook.parent)}}
+  NotebookClient(made, timeout=TIMEOUT_S, resources=at).execute()
   files = f"{notebook.stem}_files"
   text, resources = MarkdownExporter().from_notebook_node(made, {"output_files_dir": files, "unique_key": "plot"})
   (folder / files).mkdir(parents=True, exist_ok=True)

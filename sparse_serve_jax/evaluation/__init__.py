@@ -4,6 +4,7 @@ replay -> accuracy -> report, plots
                               many settings answer the same instances; rows of each; tables, summaries and plots of rows
 selections                    which blocks successive steps select: traces, overlap, working sets
 study                         rows of accuracy and selections in a folder, of which what is there is not run again
+inside -> inside_plots        what a serving engine selects, holds in slots and leaves out, step by step
 ladder -> ladder_report, plots
                               rungs of the ladder at rates of arrival, goodput; tables
 longbench -> scorers          LongBench's prompts, predictions and official scores

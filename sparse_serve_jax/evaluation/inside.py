@@ -6,6 +6,7 @@
   watch.steps[0].opened.shares   # of the attention mass, by layer, KV head, query head and block
 
 A watch changes nothing that is served. It costs time, since the host reads maps from the device after every iteration.
+Of requests that share a block and select it in one iteration, it tells that of one: maps know no more.
 """
 
 from __future__ import annotations
