@@ -87,6 +87,7 @@ def test_claims_stop_where_the_engine_stopped(served):
   for step in stopped:
     claims, used = inside.claims(step.opened, llm.config)
     np.testing.assert_array_equal(used, step.selected.sum(-1))
+    assert not claims[..., :2].any() and claims[..., 2:].all()  # a sink and a window of 2 blocks are 2 groups
     last = np.take_along_axis(claims, (-(-used // 2) - 1)[..., None, None], -1)[..., 0].mean(-1)
     assert ((last > 0.6) | (used == step.selected.shape[-1])).all()
   assert len({int(n) for step in stopped for n in step.selected.sum(-1).flat}) > 1
