@@ -67,6 +67,23 @@ def test_a_share_of_all_is_dense(device, kind: str, by: str):
   assert in_turn(conf) == expected
 
 
+def test_tokens_do_not_depend_on_what_is_shared():
+  """Neither on where in a tile a prompt begins after blocks that it shares, nor on blocks that dense steps have made."""
+  conf, stem = sparse(*QUARTER, *PREFILLS["whole"], "sparse.window_tokens=16"), prompt_of(239, seed=1)
+  engine, prompts, requests = new_engine(conf, tiny_model()), [stem, [*stem[:200], 7], stem[:155], stem[:9]], []
+  for n in (1, 5, 5, 17):
+    requests.append(engine.add_request(prompts[len(requests)], n))
+    engine.run()
+  # All queries of a short prompt read it whole. What goes on after its output has more.
+  prompts.append([*stem[:9], *requests[-1].output_tokens, *prompt_of(190, seed=4)])
+  requests.append(engine.add_request(prompts[-1], 5))
+  engine.run()
+  assert [request.cached_tokens for request in requests] == [0, 128, 128, 8, 0]
+  for prompt, request in zip(prompts, requests, strict=True):
+    n = len(request.output_tokens)
+    assert request.output_tokens == serve(conf, tiny_model(), [prompt], n)[0][0]
+
+
 @CPU_AND_GPU
 def test_dense_layers_are_dense(device):
   """All of them; and one of two is neither this nor sparse in both."""
