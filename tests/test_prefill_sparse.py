@@ -17,7 +17,7 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving import budget
+from sparse_serve_jax.serving import budget, scheduler
 from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.cases import assert_same_bits
 from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
@@ -68,7 +68,8 @@ def test_a_share_of_all_is_dense(device, kind: str, by: str):
 
 
 def test_tokens_do_not_depend_on_what_is_shared():
-  """Neither on where in a tile a prompt begins after blocks that it shares, nor on blocks that dense steps have made."""
+  """Neither on where in a tile a prompt begins after what it shares, nor on blocks that dense steps have made."""
+  assert scheduler.TILE == kernels.tiles.TILE
   conf, stem = sparse(*QUARTER, *PREFILLS["whole"], "sparse.window_tokens=16"), prompt_of(239, seed=1)
   engine, prompts, requests = new_engine(conf, tiny_model()), [stem, [*stem[:200], 7], stem[:155], stem[:9]], []
   for n in (1, 5, 5, 17):

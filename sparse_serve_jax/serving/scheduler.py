@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.tiles import TILE
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
@@ -26,6 +25,7 @@ from sparse_serve_jax.serving.request import Request, State
 
 # Methods (`attention.methods`) that attend to everything as long as the budget has room for it.
 WHOLE_BUDGET = frozenset({"cuboid_mean", "min_max", "mean", "representatives", "random"})
+TILE = 128  # queries of a prompt that read the same blocks where prefill is sparse: that of `pallas_kernels.tiles`
 
 
 @dataclasses.dataclass(eq=False)
