@@ -69,7 +69,7 @@ def test_a_share_of_all_is_dense(device, kind: str, by: str):
 
 def test_tokens_do_not_depend_on_what_is_shared():
   """Neither on where in a tile a prompt begins after what it shares, nor on blocks that dense steps have made."""
-  assert scheduler.TILE == kernels.tiles.TILE
+  assert kernels.Tiles.of(1024, S).tile == scheduler.TILE
   conf, stem = sparse(*QUARTER, *PREFILLS["whole"], "sparse.window_tokens=16"), prompt_of(239, seed=1)
   engine, prompts, requests = new_engine(conf, tiny_model()), [stem, [*stem[:200], 7], stem[:155], stem[:9]], []
   for n in (1, 5, 5, 17):
