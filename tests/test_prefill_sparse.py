@@ -17,7 +17,7 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving import budget
+from sparse_serve_jax.serving import budget, scheduler
 from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.cases import assert_same_bits
 from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
@@ -65,6 +65,24 @@ def test_a_share_of_all_is_dense(device, kind: str, by: str):
   conf = sparse(f"sparse.prefill={by}", "sparse.prefill_share=1", *PREFILLS[kind])
   assert serve(conf, tiny_model(), PROMPTS, N)[0] == expected
   assert in_turn(conf) == expected
+
+
+def test_tokens_do_not_depend_on_what_is_shared():
+  """Neither on where in a tile a prompt begins after what it shares, nor on blocks that dense steps have made."""
+  assert kernels.Tiles.of(1024, S).tile == scheduler.TILE
+  conf, stem = sparse(*QUARTER, *PREFILLS["whole"], "sparse.window_tokens=16"), prompt_of(239, seed=1)
+  engine, prompts, requests = new_engine(conf, tiny_model()), [stem, [*stem[:200], 7], stem[:155], stem[:9]], []
+  for n in (1, 5, 5, 17):
+    requests.append(engine.add_request(prompts[len(requests)], n))
+    engine.run()
+  # All queries of a short prompt read it whole. What goes on after its output has more.
+  prompts.append([*stem[:9], *requests[-1].output_tokens, *prompt_of(190, seed=4)])
+  requests.append(engine.add_request(prompts[-1], 5))
+  engine.run()
+  assert [request.cached_tokens for request in requests] == [0, 128, 128, 8, 0]
+  for prompt, request in zip(prompts, requests, strict=True):
+    n = len(request.output_tokens)
+    assert request.output_tokens == serve(conf, tiny_model(), [prompt], n)[0][0]
 
 
 @CPU_AND_GPU

@@ -25,6 +25,7 @@ from sparse_serve_jax.serving.request import Request, State
 
 # Methods (`attention.methods`) that attend to everything as long as the budget has room for it.
 WHOLE_BUDGET = frozenset({"cuboid_mean", "min_max", "mean", "representatives", "random"})
+TILE = 128  # queries of a prompt that read the same blocks where prefill is sparse: that of `pallas_kernels.tiles`
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,7 +116,10 @@ class Scheduler:
     the next in line waits until those that it shares have: until then the older request cannot decode either.
   - blocks of its output, when it has ended, as far as its decode steps attended to everything: what a prefill makes, so
     that no token depends on who shares what;
-  - none of a request whose logits were not finite.
+  - none of a request whose logits were not finite;
+  - of a prompt whose queries do not read all before them, whole tiles of queries alone: it is cut into tiles from where
+    its prefill begins, and what these read depends on where they begin. Nor is more of an output shared than such
+    queries read all of.
 
   Nobody is passed for the sake of a prefix, and none is used that is not worth it (`prefix.is_worth`). Blocks that
   nobody has any more are kept until a request needs room, which so waits for others that run, and never for the cache.
@@ -134,10 +138,12 @@ class Scheduler:
     # Tokens of a request up to which decode steps attend to all that comes before them.
     fits = (config.budget_blocks + 1) * shape.S if config.sparse.method in WHOLE_BUDGET else 0
     exact = {"dense": sys.maxsize, "topk": fits, "psa": 0}
-    self._exact_tokens = exact[config.sparse.policy]
-    # Tokens of a prompt up to which every query of it reads all before it, so that it may be packed.
+    # Tokens of a prompt up to which every query of it reads all before it: it may be packed, and begin anywhere.
     always = (config.sink_blocks + config.window_blocks) * shape.S
-    self._packed_tokens = sys.maxsize if config.sparse.prefill == "dense" else always
+    all_read = config.sparse.prefill == "dense" or config.sparse.prefill_share == 1
+    self._whole_tokens = sys.maxsize if all_read else always
+    self._exact_tokens = min(exact[config.sparse.policy], self._whole_tokens)
+    self._tile_blocks = TILE // shape.S
     self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
     self._iteration = 0  # the last one planned
@@ -375,7 +381,7 @@ class Scheduler:
     groups: list[list[PrefillWork]] = []
     room = rows = 0
     for work in works:
-      tokens, may = self._buckets.begun(len(work.tokens)), work.whole and len(work.tokens) <= self._packed_tokens
+      tokens, may = self._buckets.begun(len(work.tokens)), work.whole and len(work.tokens) <= self._whole_tokens
       if not (may and tokens <= room and rows):
         groups.append([])
         room, rows = (self._buckets.packed, self._buckets.packed_rows) if may else (0, 0)
@@ -397,7 +403,7 @@ class Scheduler:
     number of layers.
     """
     rest = len(at.request.prompt) - at.start
-    if at.start == at.layer == 0 and rest <= self._packed_tokens and self._buckets.short(rest):
+    if at.start == at.layer == 0 and rest <= self._whole_tokens and self._buckets.short(rest):
       begun = self._buckets.begun(rest)
       cost = begun if self._config.prefill == "chunked" else begun * self._shape.L
       if not alone or cost <= left:
@@ -432,6 +438,8 @@ class Scheduler:
       return None
     request = self._waiting[0]
     blocks = self._prefix.find(request.chain[: (len(request.prompt) - 1) // self._shape.S])
+    if len(request.prompt) > self._whole_tokens:
+      blocks = blocks[: len(blocks) // self._tile_blocks * self._tile_blocks]
     if not is_worth(len(blocks) * self._shape.S, len(request.prompt)):
       blocks = blocks[:0]
     if self._late and (self._written_in[blocks] > self._landed).any():
