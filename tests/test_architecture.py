@@ -43,8 +43,9 @@ RANKS = {
   f"{PACKAGE}.training": 8,
   f"{PACKAGE}.evaluation": 9,
   f"{PACKAGE}.benchmarks": 9,
-  f"{PACKAGE}.commands": 10,
-  "experiments": 11,
+  f"{PACKAGE}.plots": 10,
+  f"{PACKAGE}.commands": 11,
+  "experiments": 12,
 }
 
 # Scheduling runs without a device, so that a simulator can stand in for it.

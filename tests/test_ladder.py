@@ -250,25 +250,6 @@ def test_what_is_compiled_changes_nothing():
   assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize(
-  ("goodput", "score", "shown"),
-  [({}, 0.5, "score of the answers"), ({"a": 2.0, "b": None}, 0.5, "goodput, requests/s"), ({}, None, "")],
-)
-def test_the_plot_shows_what_there_is(goodput, score, shown, monkeypatch, tmp_path):
-  plots = pytest.importorskip("sparse_serve_jax.evaluation.plots", exc_type=ImportError)
-  drawn = []
-  monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure))
-  times = {"ttft_mean_s": 0.02, "tbt_mean_s": None, "throughput_tok_s": 30.0}
-  cells = [{"rung": rung, "rate": rate, "score_mean": score, **times} for rung in "ab" for rate in (1, 2)]
-  plots.ladder(cells, goodput, tmp_path / "ladder.png")
-  ttft, *_, last = drawn[0].axes
-  assert last.get_ylabel() == shown and last.axison == bool(shown)
-  assert [bar.get_height() for bar in last.patches] == ([2, 0] if goodput else [score] * 2 if score else [])
-  drawn[0].canvas.draw()
-  ticks = [tick.get_text() for tick in ttft.get_xticklabels()]
-  assert {"1", "1.5", "2"} <= set(ticks) and [list(line.get_xdata()) for line in ttft.get_lines()] == [[1, 2], [1, 2]]
-
-
 # ------------------------------------------------------------------------------------------------------------- goodput
 
 

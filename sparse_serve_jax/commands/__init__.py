@@ -29,6 +29,9 @@ COMMANDS = {
     "bench-step": "Whole decode steps against the bytes they must move.",
     "bench-prefill": "Prefill against its products and attention alone.",
   },
+  "Results": {
+    "plot": "Draw what a folder of results holds, and write its tables.",
+  },
   "Train": {
     "train-reference": "Train a small model that retrieves.",
   },

@@ -129,11 +129,12 @@ def main() -> None:
   told = report.summary(study.rows.all, study.reuse.all, study.prefill.all)
   report.write(out, told)
   try:
-    from sparse_serve_jax.evaluation import plots  # slow to import
+    from sparse_serve_jax.plots import accuracy as plots  # slow to import
+    from sparse_serve_jax.plots.folder import made_by
   except ImportError as error:
     print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
   else:
-    plots.write(out, told, study.reuse.all)
+    plots.write(out, told, study.reuse.all, made_by(out))
   n_rows = len(study.rows.all) + len(study.prefill.all)
   cli.end_with(report.markdown(told), report.in_short(told) | {"rows": n_rows, "out": str(out)})
 

@@ -74,11 +74,12 @@ def main() -> None:
       found[rung] = run.goodput(rung, rates, _RUNS.value)
   ladder_report.write(folder, run.cells, found)
   try:
-    from sparse_serve_jax.evaluation import plots  # slow to import
+    from sparse_serve_jax.plots import ladder as plots  # slow to import
+    from sparse_serve_jax.plots.folder import made_by
   except ImportError as error:
     print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
   else:
-    plots.ladder(run.cells, {rung: of.rate for rung, of in found.items()}, folder / "ladder.png")
+    plots.draw(run.cells, {rung: of.rate for rung, of in found.items()}, folder / "ladder.png", made_by(folder))
   cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
 
 

@@ -1,11 +1,9 @@
 """What a model is evaluated on, and what sparse attention changes in its answers.
 
-replay -> accuracy -> report, plots
-                              many settings answer the same instances; rows of each; tables, summaries and plots of rows
+replay -> accuracy -> report  many settings answer the same instances; rows of each; tables and summaries of rows
 selections                    which blocks successive steps select: traces, overlap, working sets
 study                         rows of accuracy and selections in a folder, of which what is there is not run again
-inside -> inside_plots        what a serving engine selects, holds in slots and leaves out, step by step
-ladder -> ladder_report, plots
-                              rungs of the ladder at rates of arrival, goodput; tables
+inside                        what a serving engine selects, holds in slots and leaves out, step by step
+ladder -> ladder_report       rungs of the ladder at rates of arrival, goodput; tables
 longbench -> scorers          LongBench's prompts, predictions and official scores
 """

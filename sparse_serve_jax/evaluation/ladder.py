@@ -280,3 +280,12 @@ def search(serves_well: Callable[[float], bool], rates: Sequence[float], most_ru
     middle, most_runs = math.sqrt(good * bad), most_runs - 1
     good, bad = (middle, bad) if serves_well(middle) else (good, middle)
   return Goodput(good, bad)
+
+
+def goodputs(cells: Sequence[Row]) -> dict[str, Goodput]:
+  """Of each rung, by the cells that there are."""
+  found = {}
+  for rung in dict.fromkeys(cell["rung"] for cell in cells):
+    serves_well = {cell["rate"]: cell["keeps_slo"] for cell in cells if cell["rung"] == rung}
+    found[rung] = search(serves_well.__getitem__, list(serves_well), most_runs=0)
+  return found

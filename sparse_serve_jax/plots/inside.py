@@ -1,35 +1,17 @@
-"""Drawings of what `inside` tells, each on axes that are given. Needs matplotlib."""
+"""Drawings of what `inside` tells, each on axes that are given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
 from sparse_serve_jax.evaluation.inside import Step
-
-LOOKS: dict[Any, Any] = {  # of a figure in a notebook
-  "figure.constrained_layout.use": True,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.titlesize": "medium",
-  "image.cmap": "Greys",
-  "image.aspect": "auto",
-  "image.interpolation": "nearest",
-  "legend.frameon": False,
-  "savefig.dpi": 110,
-}
-MISS, HIT, KEPT = "#d62728", "#222222", "#cccccc"
-
-
-def use() -> None:
-  """Gives all figures that are made from now on the `LOOKS`."""
-  mpl.rcParams.update(LOOKS)
+from sparse_serve_jax.plots.style import HIT, KEPT, MISS
 
 
 def rows_by_head(axes: Axes, values: np.ndarray, mark: int | None = None, **options: Any) -> AxesImage:
