@@ -121,6 +121,8 @@ class DecodeBatch(flax.struct.PyTreeNode):
   lanes: Int32[Array, " B"]
   positions: Int32[Array, " B"]  # tokens already cached
   steps: Int32[Array, " B"]  # decode steps the request has made
+  fills: Int32[Array, " B"]  # pool blocks of tails that this step fills; -1: it does not
+  tokens: Int32[Array, " B"]  # to decode; -1: the lane's last one
   # None if every row takes its most likely token, which is a program of its own: a branch in one would make the host
   # wait in every step.
   sampling: SamplingRows | None
@@ -194,7 +196,7 @@ def decode_step(
     x = llama.mlp(cfg, lp, llama.attention_out(lp, x, partial.output, AXIS), AXIS)
     return x, hot, jax.tree.map(jnp.add, counts, of_layer), left.given, left.free, stopped
 
-  x = llama.embed(params, hot.last_token.at[batch.lanes].get(mode="clip"))
+  x = llama.embed(params, jnp.where(batch.tokens < 0, hot.last_token.at[batch.lanes].get(mode="clip"), batch.tokens))
   cos_sin = llama.rope(cfg, batch.positions)
   counts, given, free = Counts.zeros(x.shape[0], hot.tail.shape[0]), turn.given, None
   stopped = batch.audit and Stopped.nowhere(batch.audit, cfg.n_heads // cfg.n_kv_heads, hot)
@@ -208,10 +210,8 @@ def decode_step(
       carry = x, hot, counts, given, free, stopped
       x, hot, counts, given, free, stopped = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
 
-  size = hot.tail.shape[4]
-  new_block = jnp.take_along_axis(rows.tables, (batch.positions // size)[:, None], 1, mode="clip")[:, 0]
   # XLA copies a pool that is read and then written where nothing orders the two. Here x does: what attention gave.
-  filled = jnp.where((rows.tail_tokens == size) & jnp.isfinite(x).all(-1), new_block, -1)
+  filled = jnp.where(jnp.isfinite(x).all(-1), batch.fills, -1)
   turn = turn._replace(given=given, free=free)
   cache = save_tails(setup.saving, KVCache(pool, hot), batch.lanes, filled, batch.steps, turn)
   found = None
@@ -220,6 +220,7 @@ def decode_step(
     cache = cache.replace(hot=hot)
   tokens, of_tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
+  hot = hot.replace(tables=hot.tables.at[batch.lanes, rows.n_blocks].set(batch.fills, mode="drop"))
   done = StepCounts(counts.attended.sum(), counts.missed.sum(), counts.loaded.sum(), _slots_used(hot))
   return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS), of_tokens, found)
 

@@ -111,6 +111,8 @@ class FakeExecutor:
   def execute(self, plan: Plan) -> StepResult:
     assert self.outstanding.pop(0) == plan.iteration
     self.pool[:, plan.release] = -1
+    for name in plan.preempt:
+      self.kept = {key: layers for key, layers in self.kept.items() if key[0] != name}
     self.tables |= {admission.lane: admission.table for admission in plan.admit}
     tokens = {}
     for work in plan.prefill:
@@ -124,6 +126,11 @@ class FakeExecutor:
         context = self._read(work.lane, work.start + len(work.tokens))
         tokens[work.request_id] = self.last[work.lane] = next_token(context, work.sampling)
     for row in plan.decode:
+      if row.token >= 0:
+        assert row.token == self.last[row.lane], "decoded again, it is another"
+      if row.fills >= 0:
+        n, table = row.position // S, self.tables[row.lane]
+        self.tables[row.lane] = np.append(table[:n], row.fills)
       self._write(slice(None), row.lane, row.position, self.last[row.lane])
       context = self._read(row.lane, row.position + 1)
       tokens[row.request_id] = self.last[row.lane] = next_token(context, row.sampling)

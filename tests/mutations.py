@@ -20,7 +20,7 @@ ATTEND, RESIDENCY, COPIES, SELECTION = (
 )
 TILES = "tests/test_kernel_tiles.py"
 ZONES, RULES, PREFIX = "tests/test_zones.py", "tests/test_stop_rules.py", "tests/test_prefix.py"
-AUDIT = "tests/test_audit.py"
+AUDIT, ON_DEMAND = "tests/test_audit.py", "tests/test_on_demand.py"
 STOP = "pallas_kernels/stop.py"
 MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
@@ -320,8 +320,8 @@ MUTATIONS = [
   Mutation(
     "a filled tail is saved whether or not attention is done",
     "sparse_serve_jax/step.py",
-    "jnp.where((rows.tail_tokens == size) & jnp.isfinite(x).all(-1), new_block, -1)",
-    "jnp.where(rows.tail_tokens == size, new_block, -1)",
+    "jnp.where(jnp.isfinite(x).all(-1), batch.fills, -1)",
+    "batch.fills",
     ("tests/test_buckets.py::test_programs_hold_no_second_cache[topk-1-False-cpu]",),
   ),
   Mutation(
@@ -386,8 +386,8 @@ MUTATIONS = [
   Mutation(
     "the last token of a prompt is cached",
     "sparse_serve_jax/serving/scheduler.py",
-    "(len(request.prompt) - 1) // self._shape.S]",
-    "len(request.prompt) // self._shape.S]",
+    "(len(tokens) - 1) // size]",
+    "len(tokens) // size]",
     (f"{PREFIX}::test_the_last_token_is_never_cached",),
   ),
   Mutation(
@@ -446,8 +446,29 @@ MUTATIONS = [
     ("tests/test_failures.py::test_an_interrupt_in_a_callback_keeps_the_other_callbacks",),
   ),
   Mutation(
-    "working sets are not added up",
+    "a preempted request goes to the end of the queue",
     "sparse_serve_jax/serving/scheduler.py",
+    "self._waiting.appendleft(request)",
+    "self._waiting.append(request)",
+    (f"{ON_DEMAND}::test_the_youngest_goes_and_is_the_next_in_line",),
+  ),
+  Mutation(
+    "a token that is made again is handed out again",
+    "sparse_serve_jax/serving/scheduler.py",
+    "elif not had and request.receive(",
+    "elif request.receive(",
+    (f"{ON_DEMAND}::test_what_was_drawn_before_is_prefilled_or_given_again",),
+  ),
+  Mutation(
+    "a preempted request is admitted before its results are there",
+    "sparse_serve_jax/serving/scheduler.py",
+    "if self._short or out:",
+    "if self._short:",
+    (f"{ON_DEMAND}::test_who_was_preempted_waits_for_its_results",),
+  ),
+  Mutation(
+    "working sets are not added up",
+    "sparse_serve_jax/serving/resident.py",
     "max(0, self.slots - blocks)",
     "self.slots",
     ("tests/test_scheduler.py::test_algorithm_1_has_no_break",),

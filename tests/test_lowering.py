@@ -173,7 +173,7 @@ def test_a_step_asks_the_host_nothing(audit: AuditAt | None):
   kv = lambda *dims: f32((*dims, 2, 8, 16))  # noqa: E731
   maps = kernels.Maps(Int((2, 2, 40)), *[Int((12,))] * 3, Int((2, 2, 40)))
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
-  cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(*[Int((8,))] * 3, None, f32(()), audit)
+  cache, batch = KVCache(kv(2, 2, 40), hot), DecodeBatch(*[Int((8,))] * 5, None, f32(()), audit)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
     functools.partial(decode_step, setup, 16), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False

@@ -41,12 +41,15 @@ def test_summary_by_hand():
   cancelled = request(0.0, 0.0, [1.0, 50.0])
   cancelled.end("cancelled", 99.0)
   b.cached_tokens, cancelled.cached_tokens = 6, 4
+  a.preemptions, b.preemptions, b.recomputed_tokens, cancelled.preemptions = 1, 2, 30, 9
   assert metrics.summarize([a, cancelled, b], usage()) == metrics.Summary(
     requests=2,
     prompt_tokens=12,
     cached_tokens=6,
     cached_share=0.5,
     output_tokens=5,
+    preemptions=3,
+    recomputed_tokens=30,
     ttft_mean_s=3.0,  # (2 + 4) / 2
     ttft_p50_s=3.0,
     ttft_p90_s=pytest.approx(3.8),  # rank 0.9 of 2, 4

@@ -259,6 +259,7 @@ class Late:
       if iteration > self.landed
       for block in self.tables[name][start // S :]
     }
+    assert not written & {row.fills for row in plan.decode}
     for admission in plan.admit:
       assert not written & set(admission.table.tolist())
       self.tables[admission.request_id] = admission.table.tolist()
@@ -269,11 +270,11 @@ class Late:
       self.writing[work.request_id, work.start] = plan.iteration
 
 
-@given(runs())
-def test_whole_runs_of_saves_that_land_late(run):
+@given(runs(), st.sampled_from(["full", "on_demand"]))
+def test_whole_runs_of_saves_that_land_late(run, reserve):
   """No block is read or given out again before it has landed, and nobody waits for ever."""
   engine_config, limits, wanted, cancels, seed, depth = run
-  engine_config = override(engine_config, ["cache.save=staged"])
+  engine_config = override(engine_config, ["cache.save=staged", f"scheduler.reserve={reserve}"])
   rng, scheduler, late = np.random.default_rng(seed), Scheduler(engine_config, limits), Late()
   requests = {str(i): request(str(i), n, out) for i, (n, out, _) in enumerate(wanted)}
   arrivals = {name: wanted[int(name)][2] for name, each in requests.items() if n_tokens(each) <= limits.max_context}

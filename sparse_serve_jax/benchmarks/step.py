@@ -249,6 +249,8 @@ class Bench:
       lanes=column(np.arange(n_rows), self.shape.R),
       positions=column(case.n_blocks * size - size // 2),  # no tail fills
       steps=column(1),
+      fills=column(-1, -1),
+      tokens=column(-1, -1),
       sampling=None,
       threshold=np.float32(case.config.sparse.fixed_threshold),
     )

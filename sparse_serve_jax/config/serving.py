@@ -142,6 +142,10 @@ class SchedulerConfig:
   prefill: Literal["layer_segmented", "chunked"] = "layer_segmented"
   chunk_tokens: int = 2048  # chunked: prompt tokens an iteration, through all layers
   max_inject_tokens: int = 0  # layer_segmented: token x layers an iteration; 0: 2048 x layers (SparseServe, section 4)
+  # Which pool blocks a request gets when it is admitted. full: for its prompt and all its output. on_demand: for its
+  # prompt, and for output as that is written; if the pool has none the youngest requests are preempted, and compute
+  # again what is lost of their KV (vLLM).
+  reserve: Literal["full", "on_demand"] = "full"
   batch_control: Literal["working_set", "none"] = "working_set"
   working_set_steps: int = 12  # w of Algorithm 1, SparseServe
 

@@ -231,7 +231,9 @@ class Ladder:
       start, executor = time.monotonic(), JaxExecutor(self._configs[rung], self._model)
       sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
       prompts = [item.prompt for item in self._items]
-      n = executor.compile(map(len, prompts), sampled, begin_alike(prompts, executor.shape.S))
+      # A request that was preempted begins like itself.
+      shared = executor.config.scheduler.reserve == "on_demand" or begin_alike(prompts, executor.shape.S)
+      n = executor.compile(map(len, prompts), sampled, shared)
       print(f"{rung}: {n} programs compiled in {time.monotonic() - start:.1f} s", file=sys.stderr)
       self._executor = rung, executor
     return self._executor[1]

@@ -50,6 +50,12 @@ class BlockAllocator:
     return self._in_use
 
   @property
+  def returning(self) -> int:
+    """Blocks that `allocate` will be able to give without anybody freeing one, and cannot now."""
+    gone = sum(len(blocks) for blocks, _ in (*self._unreleased, *self._released))
+    return gone + len(self._idle) - self._ready(_NONE)
+
+  @property
   def idle(self) -> int:
     """Blocks that are kept and have no owner."""
     return len(self._idle)
@@ -59,13 +65,13 @@ class BlockAllocator:
     """Whether `take_release` has something to give."""
     return bool(self._unreleased or self._reused)
 
-  def allocate(self, n: int, shared: np.ndarray = _NONE) -> np.ndarray | None:
-    """Returns n blocks, int32 [n], and shares others with their new owner; or None if fewer are available, and nothing
-    has changed: the caller waits. The plan that first holds them is to have the next `take_release`.
+  def allocate(self, n: int, shared: np.ndarray = _NONE, left: int = 0) -> np.ndarray | None:
+    """Returns n blocks, int32 [n], and shares others with their new owner; or None if fewer are available and `left`
+    more, and nothing has changed: the caller waits. The plan that first holds them is to have the next `take_release`.
     """
     if n < 1:
       raise ValueError(f"at least one block has to be asked for, got {n=}")
-    if n > len(self._free) + self._ready(shared):
+    if n + left > len(self._free) + self._ready(shared):
       return None
     self.share(shared)
     n_free = min(n, len(self._free))

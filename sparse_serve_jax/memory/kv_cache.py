@@ -28,7 +28,7 @@ class Hot(flax.struct.PyTreeNode):
   digest: Float[Array, "K L M E D"]  # what selection reads
   maps: kernels.Maps  # which block is in which slot
   tail: Float[Array, "K L R 2 S D"]  # the unfinished block of every lane
-  tables: Int32[Array, "R N"]  # pool block of every block of a lane, written at admission; -1 beyond its end
+  tables: Int32[Array, "R N"]  # pool block of every full block of a lane, written at admission and as blocks fill
   last_token: Int32[Array, " R"]  # input of each lane's next step
   # Programs run so far. Stamps wrap around, and residency looks at differences only, of which none reaches 2^31
   # (`kernels.saturate`), but for -1: an empty slot. A stamp that equals it, one in 2^32, makes a slot look empty: it is

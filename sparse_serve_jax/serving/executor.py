@@ -180,6 +180,8 @@ class JaxExecutor:
     self._empty = False
     step = DispatchedStep(plan.iteration, blocks_saved(plan, self.shape), self._writer, plan.await_saves)
     self._follow_pool()
+    for name in plan.preempt:
+      self.forget(name)
     step.done += self._release(plan.release)
     for admission in plan.admit:
       step.done.append(self._admit(admission))
@@ -362,6 +364,8 @@ class JaxExecutor:
       lanes=column((r.lane for r in rows), self.shape.R),
       positions=column(r.position for r in rows),
       steps=column(r.step for r in rows),
+      fills=column((r.fills for r in rows), -1),
+      tokens=column((r.token for r in rows), -1),
       sampling=None if all(r.sampling.plain for r in rows) else _sampling_rows([r.sampling for r in rows], n),
       logprobs=any(r.sampling.logprobs for r in rows),
     )

@@ -74,6 +74,8 @@ class Summary:
   cached_tokens: int  # of these, that the cache held
   cached_share: float | None
   output_tokens: int
+  preemptions: int
+  recomputed_tokens: int  # of which KV was made again after a preemption
   ttft_mean_s: float | None
   ttft_p50_s: float | None
   ttft_p90_s: float | None
@@ -162,6 +164,8 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
     cached_tokens=cached_tokens,
     cached_share=cached_tokens / prompt_tokens if finished else None,
     output_tokens=sum(len(request.output_tokens) for request in finished),
+    preemptions=sum(request.preemptions for request in finished),
+    recomputed_tokens=sum(request.recomputed_tokens for request in finished),
     **_distribution("ttft", [time_to_first_token(request) for request in finished]),
     **_distribution("tbt", gaps),
     **_distribution("latency", [latency(request) for request in finished]),

@@ -38,11 +38,11 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-  """A request takes a lane, with its block table for life."""
+  """A request takes a lane, with its block table."""
 
   request_id: str
   lane: int  # where the request's tail and table live
-  table: np.ndarray  # int32, pool blocks of its prompt and all its output; others may have the first ones too
+  table: np.ndarray  # int32, pool blocks of its prompt at least; others may have the first ones too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,8 @@ class DecodeRow:
   position: int  # tokens whose KV is in the cache; the token decoded now stands there
   step: int  # decode steps this request has made before
   sampling: Sampling
+  fills: int = -1  # the pool block of its tail, which this token fills; -1: it does not
+  token: int = -1  # the token decoded now; -1: the one drawn last
 
 
 class AuditOf(NamedTuple):
@@ -85,7 +87,7 @@ class AuditOf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One iteration: release, then admit, then prefill, then measure, then decode."""
+  """One iteration: preempt, then release, then admit, then prefill, then measure, then decode."""
 
   iteration: int
   # int32, pool blocks freed since the last plan, or nobody's until this one: their residency is cleared.
@@ -95,12 +97,15 @@ class Plan:
   decode: tuple[DecodeRow, ...]
   measure: tuple[DecodeRow, ...]  # requests whose working set is wanted, as it is before this iteration's decode
   await_saves: bool = False  # nothing can be done before saves that are out have landed: the result waits for them
+  # Requests that have lost lane and blocks since the last plan. They wait, and are admitted again.
+  preempt: tuple[str, ...] = ()
   threshold: float | None = None  # of PSA's stop test; None: the configuration's
   audit: AuditOf | None = None
 
   @property
   def empty(self) -> bool:
-    return not (self.release.size or self.prefill or self.decode or self.measure or self.await_saves)
+    work = self.prefill or self.decode or self.measure or self.preempt
+    return not (self.release.size or work or self.await_saves)
 
 
 def pieces(prefill: Sequence[PrefillWork]) -> list[tuple[PrefillWork, ...]]:

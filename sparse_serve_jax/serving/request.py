@@ -14,7 +14,7 @@ from sparse_serve_jax.serving.plan import Sampling, TokenLogprobs
 class State(enum.Enum):
   """Life of a request, as planned: the device may be one iteration behind."""
 
-  WAITING = "waiting"  # for a lane and pool blocks
+  WAITING = "waiting"  # for a lane and pool blocks, at first or since it was preempted
   PREFILLING = "prefilling"
   DECODING = "decoding"  # running or paused
   FINISHED = "finished"
@@ -43,14 +43,22 @@ class Request:
   state: State = State.WAITING
   output_tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)  # one for each output token, or none
-  chain: list[bytes] = dataclasses.field(default_factory=list)  # hashes of the prompt's full blocks, if it may share
+  chain: list[bytes] = dataclasses.field(default_factory=list)  # hashes of the full blocks it prefills, if it may share
   cached_tokens: int = 0  # of its prompt, that were in the pool when it was admitted: its prefill began after them
+  preemptions: int = 0  # times that its lane and blocks were taken from it before it had ended
+  lost_tokens: int = 0  # of which it held KV when that happened last
+  recomputed_tokens: int = 0  # of which it had held KV, and which were not in the pool when it was admitted again
   finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
   error: Exception | None = None  # why it failed; or what on_token raised, for which it was cancelled
   scheduled_time: float | None = None  # its first work was planned
   first_token_time: float | None = None  # its first token was read, even if that was a stop token
   token_times: list[float] = dataclasses.field(default_factory=list)  # one for each output token
   finish_time: float | None = None
+
+  @property
+  def tokens(self) -> np.ndarray:
+    """The prompt and the output tokens that are known, int32."""
+    return np.concatenate([self.prompt, np.array(self.output_tokens, np.int32)])
 
   @property
   def ended(self) -> bool:

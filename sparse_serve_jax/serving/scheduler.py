@@ -22,67 +22,20 @@ from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillWork, StepResult
 from sparse_serve_jax.serving.request import Request, State
+from sparse_serve_jax.serving.resident import Resident, Room
 
+GRACE_BLOCKS = 4  # of the pool, that an admission on demand leaves for each request that decodes
 # Methods (`attention.methods`) that attend to everything as long as the budget has room for it.
 WHOLE_BUDGET = frozenset({"cuboid_mean", "min_max", "mean", "representatives", "random"})
 TILE = 128  # queries of a prompt that read the same blocks where prefill is sparse: that of `pallas_kernels.tiles`
-
-
-@dataclasses.dataclass(eq=False)
-class _Resident:
-  """A request that holds a lane and pool blocks, and how far it is planned."""
-
-  request: Request
-  lane: int
-  table: np.ndarray  # int32, the same for life
-  first: int = 0  # prompt tokens that were in the pool already: its prefill begins after them in every layer
-  start: int = 0  # prompt tokens before the next piece, in layer `layer`
-  layer: int = 0
-  steps: int = 0  # decode steps
-  measured_at: int = 0  # the step at which the working set was last asked for
-  working_set: int | None = None  # blocks over all layers and heads; None: to be worked out for its next step
-  measured: bool = False  # so `working_set` is that of its last steps
-  prefilled_in: int = 0  # the iteration of its newest piece
-  # These two follow from `steps`, and are kept beside it because every iteration looks at those of all residents.
-  position: int = dataclasses.field(init=False)  # tokens before the next decode step
-  steps_left: int = dataclasses.field(init=False)  # to be planned: the prefill gives the first token, each step one
-
-  def __post_init__(self):
-    self.position, self.steps_left = len(self.request.prompt), self.request.max_new_tokens - 1
-
-  def step(self) -> None:
-    """One more decode step is planned."""
-    self.steps += 1
-    self.position += 1
-    self.steps_left -= 1
-    if not self.measured:
-      self.working_set = None
-
-
-@dataclasses.dataclass
-class _Room:
-  """What an iteration has left. Whoever asks first, the oldest of those that can run, gets what it needs whatever is
-  left, so no iteration is empty while somebody can run.
-  """
-
-  tokens: int
-  slots: int
-  empty: bool = True  # nobody runs so far
-
-  def take(self, tokens: int, blocks: int) -> bool:
-    """Takes them if they fit. Whether they did."""
-    if not self.empty and (tokens > self.tokens or blocks > self.slots):
-      return False
-    self.tokens, self.slots, self.empty = max(0, self.tokens - tokens), max(0, self.slots - blocks), False
-    return True
 
 
 class _Planned(NamedTuple):
   """What the result of a plan that is out is for."""
 
   iteration: int
-  sampled: list[_Resident]
-  measured: list[_Resident]
+  sampled: list[Resident]
+  measured: list[Resident]
 
 
 class Received(NamedTuple):
@@ -98,6 +51,11 @@ class Scheduler:
   A request is admitted when the first piece of its prefill is planned. It then takes a lane and the pool blocks of its
   prompt and all its output, and keeps them until it ends; the head of the queue waits for them and is never passed.
   At most one prompt is partly prefilled at any time.
+
+  With `reserve` "on_demand" it takes the blocks of its prompt and one more, and others with the steps that fill them.
+  Where there is none, the youngest lose lane and blocks and are next in line again, in their order: who is older never
+  waits for who is younger, so every request ends. What is lost of their KV is made again before they go on: by a
+  prefill as far as that makes what their decode steps made, beyond by the same steps with the tokens that they had.
 
   Batch control is Algorithm 1 of SparseServe (arXiv 2509.24626). The requests of an iteration are asked in the order of
   their arrival: those that decode, oldest first, then the prompt that is prefilled, which is younger than all of them.
@@ -144,6 +102,7 @@ class Scheduler:
     self._whole_tokens = sys.maxsize if all_read else always
     self._exact_tokens = min(exact[config.sparse.policy], self._whole_tokens)
     self._tile_blocks = TILE // shape.S
+    self._on_demand = config.scheduler.reserve == "on_demand"
     self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
     self._iteration = 0  # the last one planned
@@ -155,9 +114,11 @@ class Scheduler:
     self._prefix = PrefixIndex(self._allocator)
     self._written_in = np.zeros(self._shape.M, np.int64)  # of blocks of the index: the iteration that saves them
     self._lanes = list(range(self._shape.R - 1, -1, -1))  # free ones; the last one is taken first
-    self._prefilling: _Resident | None = None
-    self._decoding: list[_Resident] = []  # oldest first
-    self._admitted: list[_Resident] = []  # since the last plan
+    self._prefilling: Resident | None = None
+    self._decoding: list[Resident] = []  # oldest first
+    self._admitted: list[Resident] = []  # since the last plan
+    self._preempted: list[str] = []  # likewise: ids of requests
+    self._short = 0  # blocks that those that decode ask for in vain
     self._in_flight: deque[_Planned] = deque()
     self._landed = self._iteration  # of which, and of all before, saves are known to have landed
 
@@ -200,7 +161,7 @@ class Scheduler:
   def schedule(self, now: float) -> Plan:
     """Plans the next iteration. An empty plan is not to be dispatched and takes no iteration number."""
     slots = self._shape.P if self._controlled else sys.maxsize
-    room = _Room(self._config.max_tokens or sys.maxsize, slots)
+    room = Room(self._config.max_tokens or sys.maxsize, slots)
     running = self._choose_decode(room)
     measured = [resident for resident in running if self._measure_due(resident)]
     for resident in measured:
@@ -215,8 +176,9 @@ class Scheduler:
       prefill=prefill,
       decode=decode,
       measure=tuple(row for row in decode if row.request_id in asked),
+      preempt=tuple(self._preempted),
     )
-    self._admitted = []
+    self._admitted, self._preempted = [], []
     if plan.empty and self.has_work and not self._in_flight and self._landed < self._iteration:
       plan = dataclasses.replace(plan, await_saves=True)
     if not plan.empty:
@@ -235,7 +197,8 @@ class Scheduler:
     for resident in flight.measured:
       resident.working_set, resident.measured = result.working_sets[resident.request.id], True
     for resident in flight.sampled:
-      request = resident.request
+      request, had = resident.request, resident.read < len(resident.request.output_tokens)
+      resident.read += 1
       if request.id in result.not_finite:
         self._prefix.leave(resident.table[resident.first // self._shape.S :])
       if request.ended:
@@ -243,12 +206,15 @@ class Scheduler:
       if request.id in result.not_finite:
         n = len(request.prompt) + len(request.output_tokens)
         request.fail(FloatingPointError(f"request {request.id!r}: logits after {n} tokens are not finite"), now)
-      elif request.receive(token := result.tokens[request.id], now):
+      elif not had and request.receive(token := result.tokens[request.id], now):
         received.tokens.append((request, token))
       if request.ended:
         received.ended.append(request)
-        self._decoding.remove(resident)
-        self._free(resident)
+        if request in self._waiting:  # preempted since
+          self._waiting.remove(request)
+        else:
+          self._decoding.remove(resident)
+          self._free(resident)
     return received
 
   def lose(self, error: Exception, now: float) -> list[Request]:
@@ -274,20 +240,19 @@ class Scheduler:
       self._free(resident)
     request.end(reason, now)
 
-  def _free(self, resident: _Resident) -> None:
+  def _free(self, resident: Resident) -> None:
     """Gives back the lane, at once since device programs run in order, and the blocks, by the allocator's rule."""
     self._lanes.append(resident.lane)
     chain, request = resident.request.chain, resident.request
     if self._shares and resident.layer == self._shape.L and request.state is not State.FAILED:
       # The last output token may not have been the input of a step.
       n = min(resident.position, len(request.prompt) + len(request.output_tokens) - 1, self._exact_tokens)
-      tokens = np.array([*request.prompt[len(chain) * self._shape.S :], *request.output_tokens], np.int32)
-      chain = self._enter(resident, tokens[: max(0, n - len(chain) * self._shape.S)])
+      chain = self._enter(resident, request.tokens[len(chain) * self._shape.S : n])
     self._prefix.free(chain, resident.table, after=self._iteration)
     request.chain = []  # which take some room, and requests are kept
 
-  def _enter(self, resident: _Resident, more: np.ndarray) -> list[bytes]:
-    """Others may share the blocks of its prompt, and those of `more` tokens, int32, after the prompt's full blocks.
+  def _enter(self, resident: Resident, more: np.ndarray) -> list[bytes]:
+    """Others may share the full blocks that were prefilled, and those of `more` tokens, int32, after them.
     What it shares itself is found already, or has left as not finite.
     """
     chain, own = hash_chain(more, self._shape.S, before=resident.request.chain), resident.first // self._shape.S
@@ -296,15 +261,54 @@ class Scheduler:
 
   # ---------------------------------------------------------------------------------------------------------- decode
 
-  def _choose_decode(self, room: _Room) -> list[_Resident]:
+  def _choose_decode(self, room: Room) -> list[Resident]:
     """The oldest requests, as many as R_max and T_max allow, less those whose working set does not fit any more. There
     is no break, so a later one may pass. Who pauses keeps its working set as it was measured last too.
     """
     most = min(self._config.max_batch, room.tokens)
     candidates = [r for r in self._decoding if r.steps_left and self._in_pool(r)][:most]
-    return [resident for resident in candidates if room.take(1, self._working_set(resident))]
+    self._short = 0
+    return [r for r in candidates if self._grow(r) and room.take(1, self._working_set(r))]
 
-  def _in_pool(self, resident: _Resident) -> bool:
+  def _grow(self, resident: Resident) -> bool:
+    """Whether it holds the pool block that its next step fills, if that fills one. Where there is none, requests are
+    preempted, youngest first, until enough blocks are on their way back; it may be one of them.
+    """
+    if resident.request.state is not State.DECODING:  # preempted for an older one
+      return False
+    if (resident.position + 1) // self._shape.S <= len(resident.table):
+      return True
+    block = self._allocator.allocate(1)
+    if block is not None:
+      resident.table = np.append(resident.table, block)
+      return True
+    self._short += 1
+    ending = sum(len(r.table) for r in self._decoding if not r.steps_left)
+    while self._short > self._allocator.returning + ending:
+      youngest = self._prefilling or next(r for r in reversed(self._decoding) if r.steps_left)
+      if youngest is self._decoding[0]:
+        break
+      self._preempt(youngest)
+      if youngest is resident:
+        self._short -= 1
+        break
+    return False
+
+  def _preempt(self, resident: Resident) -> None:
+    """Takes lane and blocks from a request, which becomes the next in line."""
+    request = resident.request
+    if resident is self._prefilling:
+      self._prefilling = None
+    else:
+      self._decoding.remove(resident)
+    request.preemptions += 1
+    request.lost_tokens = resident.computed(self._shape.L, self._config.prefill == "chunked")
+    self._free(resident)
+    request.state = State.WAITING
+    self._waiting.appendleft(request)
+    self._preempted.append(request.id)
+
+  def _in_pool(self, resident: Resident) -> bool:
     """Whether a program that is planned now finds in the pool what has been prefilled."""
     return not self._late or resident.prefilled_in <= self._landed
 
@@ -312,7 +316,7 @@ class Scheduler:
   def _controlled(self) -> bool:
     return self._config.batch_control == "working_set" and self._shape.P > 0
 
-  def _working_set(self, resident: _Resident) -> int:
+  def _working_set(self, resident: Resident) -> int:
     """Slots that a decode step of it wants; 0 where nothing is limited by them."""
     if not self._controlled:
       return 0
@@ -320,7 +324,7 @@ class Scheduler:
       resident.working_set = self._selected(resident)
     return resident.working_set
 
-  def _selected(self, resident: _Resident) -> int:
+  def _selected(self, resident: Resident) -> int:
     """Blocks over all layers and heads that one step can select: what a request without history needs (the paper leaves
     this case open)."""
     full = resident.position // self._shape.S
@@ -328,25 +332,28 @@ class Scheduler:
     dense_layers = min(self._sparse.dense_layers, self._shape.L)
     return (dense_layers * full + (self._shape.L - dense_layers) * selected) * self._shape.K
 
-  def _step(self, resident: _Resident) -> DecodeRow:
+  def _step(self, resident: Resident) -> DecodeRow:
+    size = self._shape.S
     row = DecodeRow(
       request_id=resident.request.id,
       lane=resident.lane,
       position=resident.position,
       step=resident.steps,
       sampling=resident.request.sampling_of(resident.steps + 1),
+      fills=int(resident.table[resident.position // size]) if (resident.position + 1) % size == 0 else -1,
+      token=resident.again,
     )
     resident.step()
     return row
 
-  def _measure_due(self, resident: _Resident) -> bool:
+  def _measure_due(self, resident: Resident) -> bool:
     """Once in w steps, seen before the step about to be planned, unless that is the last one."""
     due = resident.steps - resident.measured_at >= self._config.working_set_steps
     return self._controlled and due and resident.steps_left > 1
 
   # --------------------------------------------------------------------------------------------------------- prefill
 
-  def _plan_prefill(self, room: _Room, now: float) -> tuple[tuple[PrefillWork, ...], list[_Resident]]:
+  def _plan_prefill(self, room: Room, now: float) -> tuple[tuple[PrefillWork, ...], list[Resident]]:
     """Returns pieces of prompts, oldest first, while allowance and room last, and the requests whose prompts end.
 
     The allowance counts token x layers when layer-segmented and tokens when chunked. Only a single piece of one block
@@ -392,7 +399,7 @@ class Scheduler:
     numbers = (next(packs) if group else -1 for group in pays)
     return tuple(dataclasses.replace(work, pack=n) for n, group in zip(numbers, groups, strict=True) for work in group)
 
-  def _piece(self, at: _Resident, left: int, alone: bool) -> tuple[int, int, int]:
+  def _piece(self, at: Resident, left: int, alone: bool) -> tuple[int, int, int]:
     """Returns tokens, layers and cost of the next piece of a prompt; zeros if the rest of the allowance is too small.
 
     Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
@@ -402,7 +409,7 @@ class Scheduler:
     the sake of what others have left: a prompt waits for others to be packed with, and for the program that knows its
     number of layers.
     """
-    rest = len(at.request.prompt) - at.start
+    rest = len(at.tokens) - at.start
     if at.start == at.layer == 0 and rest <= self._whole_tokens and self._buckets.short(rest):
       begun = self._buckets.begun(rest)
       cost = begun if self._config.prefill == "chunked" else begun * self._shape.L
@@ -411,7 +418,7 @@ class Scheduler:
     if self._config.prefill == "chunked":
       n_tokens = rest if rest <= left else left // self._buckets.unit * self._buckets.unit
       return n_tokens, self._shape.L, n_tokens
-    whole = len(at.request.prompt) - at.first
+    whole = len(at.tokens) - at.first
     if whole <= self._allowance:
       n_layers, most = self._buckets.layers(whole, at.first, at.layer), left // whole
       if n_layers > most:
@@ -420,7 +427,7 @@ class Scheduler:
     n_tokens = min(rest, self._buckets.full)
     return (n_tokens, 1, n_tokens) if alone or n_tokens <= left else (0, 0, 0)
 
-  def _pinned(self, at: _Resident, n_tokens: int) -> int:
+  def _pinned(self, at: Resident, n_tokens: int) -> int:
     """The working set of a piece of a prompt: slots that it needs.
 
     Layer-segmented it is one layer's KV (SparseServe, 3.3), which lies in the slab outside the slots. Chunked it is the
@@ -430,52 +437,64 @@ class Scheduler:
       return 0
     return (at.start + n_tokens) // self._shape.S * self._shape.L * self._shape.K
 
-  def _next_in_line(self) -> _Resident | None:
+  def _next_in_line(self) -> Resident | None:
     """The head of the queue, as it would be admitted: it has no lane yet, and only the blocks that it shares. None if
     there is no lane for it, or its turn has not come.
     """
     if not (self._waiting and self._lanes):
       return None
-    request = self._waiting[0]
-    blocks = self._prefix.find(request.chain[: (len(request.prompt) - 1) // self._shape.S])
-    if len(request.prompt) > self._whole_tokens:
+    request, size = self._waiting[0], self._shape.S
+    out = request.preemptions and any(of.request is request for flight in self._in_flight for of in flight.sampled)
+    if self._short or out:  # tokens that it was to have before it was preempted are not known yet
+      return None
+    # Output tokens whose decode steps did not attend to everything are decoded again, others prefilled.
+    tokens = request.tokens[: max(len(request.prompt), self._exact_tokens)] if request.preemptions else request.prompt
+    if self._shares and not request.chain:
+      request.chain = hash_chain(tokens, size, request.cache_salt)
+    blocks = self._prefix.find(request.chain[: (len(tokens) - 1) // size])
+    if len(tokens) > self._whole_tokens:
       blocks = blocks[: len(blocks) // self._tile_blocks * self._tile_blocks]
-    if not is_worth(len(blocks) * self._shape.S, len(request.prompt)):
+    if not is_worth(len(blocks) * size, len(tokens)):
       blocks = blocks[:0]
     if self._late and (self._written_in[blocks] > self._landed).any():
       return None
-    first = len(blocks) * self._shape.S
-    return _Resident(request, lane=-1, table=blocks, first=first, start=first)
+    first = len(blocks) * size
+    return Resident(request, lane=-1, table=blocks, tokens=tokens, first=first, start=first)
 
-  def _admit(self, resident: _Resident, now: float) -> bool:
+  def _admit(self, resident: Resident, now: float) -> bool:
     """Gives the head of the queue a lane, of which there is one, and its blocks. Whether there were enough."""
     request, shared = resident.request, resident.table
-    n_tokens = len(request.prompt) + request.max_new_tokens
-    own = self._allocator.allocate(-(-n_tokens // self._shape.S) - len(shared), shared)
+    n_blocks, left = -(-(len(request.prompt) + request.max_new_tokens) // self._shape.S), 0
+    if self._on_demand:
+      n_blocks, left = min(n_blocks, len(resident.tokens) // self._shape.S + 1), GRACE_BLOCKS * len(self._decoding)
+    own = self._allocator.allocate(n_blocks - len(shared), shared, left)
     if own is None:
       return False
     self._waiting.popleft()
-    request.state, request.scheduled_time, request.cached_tokens = State.PREFILLING, now, resident.first
+    request.state = State.PREFILLING
+    if request.scheduled_time is None:
+      request.scheduled_time, request.cached_tokens = now, resident.first
+    request.recomputed_tokens += max(0, request.lost_tokens - resident.first)
     resident.lane, resident.table = self._lanes.pop(), np.concatenate([shared, own])
     self._admitted.append(resident)
     return True
 
-  def _advance(self, resident: _Resident, n_tokens: int, n_layers: int) -> PrefillWork:
+  def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillWork:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
     resident.prefilled_in = self._iteration + 1
     resident.start += n_tokens
-    if resident.start == len(request.prompt):
+    if resident.start == len(resident.tokens):
       resident.start, resident.layer = resident.first, layer + n_layers
     if resident.layer == self._shape.L:
       self._enter(resident, np.zeros(0, np.int32))
     return PrefillWork(
       request_id=request.id,
       lane=resident.lane,
-      tokens=request.prompt[start : start + n_tokens],
+      tokens=resident.tokens[start : start + n_tokens],
       start=start,
       first_layer=layer,
       n_layers=n_layers,
       last=resident.layer == self._shape.L,
-      sampling=request.sampling_of(0),
+      sampling=request.sampling_of(resident.steps),
     )

@@ -6,7 +6,8 @@
   timeline.write("timeline.json")
 
 Above are the iterations: when the host dispatched them, and when the device ran them. Below is a line for each
-request: waiting, prefill, decode, paused. Between them are counters (`COUNTERS`), with a value for each iteration.
+request: waiting, prefill, decode, paused, and waiting anew after it was preempted. Between them are counters
+(`COUNTERS`), with a value for each iteration.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class _Iteration:
   start: float  # the device could begin: it was dispatched, and the one before was done
   prefill_tokens: int  # token x layers
   decode: tuple[str, ...]  # ids of the requests
+  preempted: tuple[str, ...]
+  admitted: tuple[str, ...]
   stats: StepStats
   counters: tuple[int, ...]  # values of COUNTERS
 
@@ -77,6 +80,8 @@ class Timeline:
         start=start,
         prefill_tokens=sum(len(work.tokens) * work.n_layers for work in plan.prefill),
         decode=tuple(row.request_id for row in plan.decode),
+        preempted=plan.preempt,
+        admitted=tuple(admission.request_id for admission in plan.admit),
         stats=stats,
         counters=(len(plan.decode), *moved),
       )
@@ -106,6 +111,7 @@ class Timeline:
     for it in self._iterations:
       yield _slice(f"dispatch {it.number}", ENGINE, DISPATCH, it.planned, it.dispatched)
       counts = {"decode rows": len(it.decode), "prefill tokens x layers": it.prefill_tokens}
+      counts |= {"preempted": len(it.preempted)}
       blocks = {f"blocks {name}": n for name, n in dataclasses.asdict(it.stats).items()}
       yield _slice(f"iteration {it.number}", ENGINE, DEVICE, it.start, it.done, counts | blocks)
     for it, following in itertools.zip_longest(self._iterations, self._iterations[1:]):
@@ -115,14 +121,19 @@ class Timeline:
 
   def _request_events(self, requests: list[Request]) -> Iterator[dict[str, Any]]:
     ran: dict[str, list[_Iteration]] = {}
+    turns: dict[str, list[tuple[float, str]]] = {}
     for it in self._iterations:
       for name in it.decode:
         ran.setdefault(name, []).append(it)
+      for phase, names in (("waiting", it.preempted), ("prefill", it.admitted)):
+        for name in names:
+          turns.setdefault(name, []).append((it.start, phase))
     for line, request in enumerate(requests, 1):
       assert request.finish_time is not None
       args = {"request": request.id, "prompt tokens": len(request.prompt), "finish": request.finish_reason}
-      for phase, start, end in _phases(request, ran.get(request.id, [])):
-        yield _slice(phase, REQUESTS, line, start, end, args)
+      for bound in _phases(request, ran.get(request.id, [])):
+        for phase, start, end in _turned(bound, turns.get(request.id, [])):
+          yield _slice(phase, REQUESTS, line, start, end, args)
 
 
 def _phases(request: Request, ran: list[_Iteration]) -> Iterator[tuple[str, float, float]]:
@@ -153,6 +164,19 @@ def _phases(request: Request, ran: list[_Iteration]) -> Iterator[tuple[str, floa
     now = min(done, end)
   bounds.append(("paused", now, end))
   return ((phase, start, until) for phase, start, until in bounds if until > start)
+
+
+def _turned(bound: tuple[str, float, float], turns: list[tuple[float, str]]) -> Iterator[tuple[str, float, float]]:
+  """A phase in its parts: `turns` are the times, in order, at which the request was preempted or admitted, and the
+  phase that began then.
+  """
+  phase, now, end = bound
+  for at, following in turns:
+    if now <= at < end and phase not in ("decode", following):
+      if at > now:
+        yield phase, now, at
+      phase, now = following, at
+  yield phase, now, end
 
 
 def _arrival(request: Request) -> float:
