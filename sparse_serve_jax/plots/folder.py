@@ -16,6 +16,7 @@ from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests
 
 Row = dict[str, Any]
 BENCHMARKS = ("kernels.jsonl", "step.jsonl", "prefill.jsonl")  # rows with an "op"
+COLUMNS = ("op", "case", "us", "best_us", "floor_us", "device", "commit")  # of their table
 ACCURACY = ("results.jsonl", "prefill.jsonl", "reuse.jsonl")
 
 
@@ -91,9 +92,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
   if rows:
     (out / "benchmarks.md").write_text(benchmarks.markdown(rows), encoding="utf-8")
     with (out / "benchmarks.csv").open("w", newline="", encoding="utf-8") as file:
-      writer = csv.DictWriter(
-        file, ("op", "case", "us", "best_us", "floor_us", "device", "commit"), extrasaction="ignore"
-      )
+      writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
       writer.writeheader()
       writer.writerows(rows)
   return bool(rows)
