@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import digest
 from pallas_kernels.score import Linear, box, dot
+from sparse_serve_jax.attention import drawn
+from sparse_serve_jax.config.serving import DRAWN
 from sparse_serve_jax.variants import variant
 
 REPRESENTATIVES = 4
@@ -43,12 +45,14 @@ class Method:
     budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and length [B, K], the blocks
       that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
       length.
+    drawn: scores [B, K, N] that take the place of those of the ranked blocks in decode steps; for benchmarks alone.
   """
 
   vectors: int
   summarize: Callable[[jax.Array], jax.Array]
   score: Callable[[jax.Array, jax.Array], jax.Array]
   budget: Callable[[jax.Array, jax.Array], jax.Array] = whole_budget
+  drawn: drawn.Drawn | None = None
 
   def runs_on(self, implementation: str) -> str:
     """Where digests and scores are made if `implementation` is asked for: a kernel cannot run any function."""
@@ -105,5 +109,7 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str) -> Method:
-  """The method of that name; ValueError if there is none."""
+  """The method of that name, or of held:A or replay:FILE (`attention.drawn`); ValueError if there is none."""
+  if name.startswith(DRAWN):
+    return dataclasses.replace(METHODS["cuboid_mean"], drawn=drawn.named(name))
   return variant(METHODS, name, "selection method")

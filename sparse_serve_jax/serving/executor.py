@@ -146,6 +146,8 @@ class JaxExecutor:
 
   def __init__(self, config: EngineConfig, model: Model):
     config.check_model(model.config)
+    if not model.name.startswith("random:"):
+      config.sparse.refuse_drawn(f"{model.name}, whose weights are not random")
     config = host_pool.chosen(config)
     self.config, self.model = config, model
     self.mesh = make_mesh(config.tp)
