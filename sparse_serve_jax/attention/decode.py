@@ -13,13 +13,11 @@ from jaxtyping import Array, Float, Float32, Int32
 import pallas_kernels as kernels
 from pallas_kernels.score import Linear
 from pallas_kernels.select import fits
-from sparse_serve_jax.attention.drawn import Where
 from sparse_serve_jax.attention.methods import Method, get_method
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import Hot
 from sparse_serve_jax.memory.loads import Load
-from sparse_serve_jax.mesh import AXIS
 
 
 class Rows(NamedTuple):
@@ -123,11 +121,8 @@ class Selector:
       ranking = kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window)
       runs_on = self.method.runs_on(implementation)
       scores = kernels.score(q, hot.digest, layer, rows.tables, rows.n_blocks, ranking, implementation=runs_on)
-      if self.method.drawn is not None:
-        heads = jax.lax.axis_index(AXIS) * n_heads + jnp.arange(n_heads, dtype=jnp.int32)
-        position = rows.n_blocks * hot.tail.shape[4] + rows.tail_tokens - 1
-        at = Where(layer, heads, position - rows.steps, position, hot.tail.shape[4], width)
-        scores = jnp.where(jnp.isfinite(scores), self.method.drawn(at), scores)  # forced and absent ones keep theirs
+      if self.method.instead is not None:
+        scores = self.method.instead(scores, layer, rows, hot.tail.shape[4])
       ranked, ids = kernels.select(scores, n, implementation=implementation if fits(width, n) else "xla")
       length = jnp.broadcast_to(jnp.minimum(rows.n_blocks, n)[:, None], (n_rows, n_heads))
       length = self.method.budget(ranked, length)

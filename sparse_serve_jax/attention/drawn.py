@@ -4,13 +4,15 @@ The selections of random weights hardly overlap, so all that is cached for them 
 Here scores are replaced by numbers that do not depend on what the model computes, but on where it is: the layer, the KV
 head, the block in its request's own order, the request (its length before the first decode step) and the position. The
 real scores are still made, so a step costs what it costs without, and somewhat more.
+
+Who imports this module may name the methods `held:A` and `replay:FILE`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
+from sparse_serve_jax.attention.decode import Rows
+from sparse_serve_jax.attention.methods import MAKERS, METHODS, Method
 from sparse_serve_jax.attention.traces import Trace
+from sparse_serve_jax.mesh import AXIS
 
 
 class Where(NamedTuple):
@@ -76,22 +81,35 @@ def replay(trace: Trace) -> Drawn:
 
 
 @functools.cache  # an engine's programs are found by what it returns
-def named(name: str) -> Drawn:
-  """`held:A` or `replay:FILE`.
-
-  Raises:
-    ValueError: A is no number of 0 or more, or FILE no trace.
-  """
-  kind, _, given = name.partition(":")
-  if kind == "replay":
-    return replay(Trace.load(pathlib.Path(given)))
+def _held(given: str) -> Method:
   try:
     share = float(given)
   except ValueError:
     share = math.nan
   if not 0 <= share < math.inf:
-    raise ValueError(f"method={name!r}: A of held:A must be a number, 0 or more, not {given!r}")
-  return held(share)
+    raise ValueError(f"A of held:A must be a number, 0 or more, not {given!r}")
+  return drawing(held(share))
+
+
+@functools.cache
+def _replay(given: str) -> Method:
+  return drawing(replay(Trace.load(given)))
+
+
+def drawing(drawn: Drawn) -> Method:
+  """The default method, whose scores in decode steps are replaced where a block is neither forced nor absent."""
+
+  def instead(scores: jax.Array, layer: jax.Array, rows: Rows, block_tokens: int) -> jax.Array:
+    n_heads, n_blocks = scores.shape[1:]
+    heads = jax.lax.axis_index(AXIS) * n_heads + jnp.arange(n_heads, dtype=jnp.int32)
+    position = rows.n_blocks * block_tokens + rows.tail_tokens - 1
+    at = Where(layer, heads, position - rows.steps, position, block_tokens, n_blocks)
+    return jnp.where(jnp.isfinite(scores), drawn(at), scores)
+
+  return dataclasses.replace(METHODS["cuboid_mean"], instead=instead)
+
+
+MAKERS |= {"held": _held, "replay": _replay}
 
 
 def _cells(at: Where) -> tuple[jax.Array, jax.Array, jax.Array]:

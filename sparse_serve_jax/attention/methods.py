@@ -19,8 +19,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import digest
 from pallas_kernels.score import Linear, box, dot
-from sparse_serve_jax.attention import drawn
-from sparse_serve_jax.config.serving import DRAWN
 from sparse_serve_jax.variants import variant
 
 REPRESENTATIVES = 4
@@ -45,14 +43,14 @@ class Method:
     budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and length [B, K], the blocks
       that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
       length.
-    drawn: scores [B, K, N] that take the place of those of the ranked blocks in decode steps; for benchmarks alone.
+    instead: of a decode step's scores [B, K, N], layer, `Rows` and S, what blocks are ranked by (`attention.drawn`).
   """
 
   vectors: int
   summarize: Callable[[jax.Array], jax.Array]
   score: Callable[[jax.Array, jax.Array], jax.Array]
   budget: Callable[[jax.Array, jax.Array], jax.Array] = whole_budget
-  drawn: drawn.Drawn | None = None
+  instead: Callable[..., jax.Array] | None = None
 
   def runs_on(self, implementation: str) -> str:
     """Where digests and scores are made if `implementation` is asked for: a kernel cannot run any function."""
@@ -106,10 +104,12 @@ METHODS: dict[str, Method] = {
   "top_p": Method(2, digest.cuboid_mean, _scaled_box, _nucleus),  # Twilight
   "random": Method(1, lambda keys: keys.mean(-2, keepdims=True), _arbitrary),
 }
+MAKERS: dict[str, Callable[[str], Method]] = {}  # `attention.drawn` adds those of benchmarks
 
 
 def get_method(name: str) -> Method:
-  """The method of that name, or of held:A or replay:FILE (`attention.drawn`); ValueError if there is none."""
-  if name.startswith(DRAWN):
-    return dataclasses.replace(METHODS["cuboid_mean"], drawn=drawn.named(name))
+  """The method of that name, or what a maker makes of what follows a colon; ValueError if there is none."""
+  kind, colon, rest = name.partition(":")
+  if colon and kind in MAKERS:
+    return MAKERS[kind](rest)
   return variant(METHODS, name, "selection method")

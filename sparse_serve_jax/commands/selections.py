@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from sparse_serve_jax import results, runtime
+from sparse_serve_jax.attention.drawn import held
 from sparse_serve_jax.attention.traces import Trace
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.evaluation import selections
@@ -32,7 +33,7 @@ from sparse_serve_jax.models import place_params
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics
 
-RANDOM = "held:1e6"  # nothing of a block is kept: the other extreme
+RANDOM = 1e6  # A, where nothing of a block is kept: the other extreme
 
 with cli.group("What is asked"):
   _TRACES = flags.DEFINE_list("traces", [], "Files of recorded selections.")
@@ -66,9 +67,9 @@ def main() -> None:
   for name, trace in [*known.items(), *(_recorded(corpus, out) if _MODEL.value is not None else ())]:
     found = {"source": name, "like": name, **selections.in_short(trace)}
     rows.append(found | ({"fit": selections.fit(trace)} if _FIT.value else {}))
-    for method in [*(f"held:{share:g}" for share in shares), RANDOM]:
-      drawn = selections.drawn_like(method, trace)
-      label = "random" if method == RANDOM else method
+    for share in [*shares, RANDOM]:
+      label = "random" if share == RANDOM else f"held:{share:g}"
+      drawn = selections.drawn_like(label, held(share), trace)
       rows.append({"source": label, "like": name, **selections.in_short(drawn)})
     print(f"{name}: done", file=sys.stderr)
   flat = {

@@ -15,7 +15,7 @@ MOVING = "auto:"  # begins a threshold that moves
 LEAST_PROMISE = 1e-4
 MOST_PROMISE = 0.9999  # of one that moves: shares are of float32, and one rounded to 1 is never passed
 AUDIT, MOST_AUDIT = 0.01, 0.1  # sparse.audit where a threshold that moves needs one; the most there can be
-DRAWN = ("held:", "replay:")  # begin selection methods of benchmarks (`attention.drawn`)
+DRAWN = ("held:", "replay:")  # begin methods of benchmarks (`attention.drawn`)
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.attention.drawn import Where
+from sparse_serve_jax.attention.drawn import Drawn, Where, held
 from sparse_serve_jax.attention.traces import Trace
 from sparse_serve_jax.evaluation import accuracy
 from sparse_serve_jax.evaluation.accuracy import Case, Row, Sample
@@ -135,17 +134,15 @@ def misses(trace: Trace, slots: float) -> float:
   return missed / total
 
 
-def drawn_like(method: str, like: Trace, steps: int | None = None) -> Trace:
-  """What held:A or replay:FILE select where `like` was recorded: as many blocks, one of them a sink and one the window.
+def drawn_like(name: str, drawn: Drawn, like: Trace) -> Trace:
+  """What is drawn where `like` was recorded: as many blocks, one of them a sink and one the window.
 
   Args:
-    method: its name.
+    name: of the trace's case.
+    drawn: scores.
     like: the trace that says how many.
-    steps: the first ones only.
   """
-  drawn, (_, n, n_layers, n_heads, width) = get_method(method).drawn, like.selected.shape
-  if drawn is None:
-    raise ValueError(f"{method!r} draws no selections")
+  _, n, n_layers, n_heads, width = like.selected.shape
   count = round(float(like.selected.sum(-1).mean()))
   start, block = jnp.asarray(like.lengths, jnp.int32), jnp.arange(width)[None, None]
 
@@ -161,8 +158,8 @@ def drawn_like(method: str, like: Trace, steps: int | None = None) -> Trace:
 
     return jax.lax.map(of_layer, jnp.arange(n_layers))
 
-  selected = np.stack([np.asarray(step(jnp.int32(t))) for t in range(min(n, steps or n))], 1)  # [L, n, R, K, N]
-  return Trace(selected.transpose(2, 1, 0, 3, 4), like.lengths, like.block_tokens, method, "drawn", like.task)
+  selected = np.stack([np.asarray(step(jnp.int32(t))) for t in range(n)], 1)  # [L, n, R, K, N]
+  return Trace(selected.transpose(2, 1, 0, 3, 4), like.lengths, like.block_tokens, name, "drawn", like.task)
 
 
 def fit(trace: Trace, steps: int = 128) -> dict[str, float]:
@@ -170,7 +167,7 @@ def fit(trace: Trace, steps: int = 128) -> dict[str, float]:
   whose logarithms of misses are nearest, over the first `steps`.
   """
   first = Trace(trace.selected[:, :steps], trace.lengths, trace.block_tokens, trace.case, trace.model, trace.task)
-  told, found = in_short(first), [in_short(drawn_like(f"held:{share}", first)) for share in SHARES]
+  told, found = in_short(first), [in_short(drawn_like(f"held:{share}", held(share), first)) for share in SHARES]
 
   def logs(row: Row) -> np.ndarray:
     return np.log(np.maximum(list(row["misses"].values()), LEAST_MISS))
