@@ -136,7 +136,7 @@ def test_only_random_weights_have_drawn_selections():
     _Program.of(conf, False, "rule")
 
 
-@pytest.mark.parametrize("name", ["held:", "held:-1", "held:nan", "held:much"])
+@pytest.mark.parametrize("name", ["held", "held:", "held:-1", "held:nan", "held:much"])
 def test_what_held_is_not(name: str):
   with pytest.raises(ValueError, match="A of held:A must be a number, 0 or more"):
     get_method(name)

@@ -109,7 +109,5 @@ MAKERS: dict[str, Callable[[str], Method]] = {}  # `attention.drawn` adds those 
 
 def get_method(name: str) -> Method:
   """The method of that name, or what a maker makes of what follows a colon; ValueError if there is none."""
-  kind, colon, rest = name.partition(":")
-  if colon and kind in MAKERS:
-    return MAKERS[kind](rest)
-  return variant(METHODS, name, "selection method")
+  kind, _, given = name.partition(":")
+  return MAKERS[kind](given) if kind in MAKERS else variant(METHODS, name, "selection method")

@@ -64,7 +64,7 @@ def main() -> None:
   out = None if _OUT.value is None else results.make_folder(_OUT.value)
   runtime.configure()
   rows: list[dict[str, Any]] = []
-  for name, trace in [*known.items(), *(_recorded(corpus, out) if _MODEL.value is not None else ())]:
+  for name, trace in [*known.items(), *(_recorded(_MODEL.value, corpus, out) if _MODEL.value is not None else ())]:
     found = {"source": name, "like": name, **selections.in_short(trace)}
     rows.append(found | ({"fit": selections.fit(trace)} if _FIT.value else {}))
     for share in [*shares, RANDOM]:
@@ -80,9 +80,9 @@ def main() -> None:
   cli.end_with(metrics.table(flat), {"rows": rows})
 
 
-def _recorded(corpus: Corpus, out: pathlib.Path | None) -> Iterator[tuple[str, Trace]]:
+def _recorded(name: str, corpus: Corpus, out: pathlib.Path | None) -> Iterator[tuple[str, Trace]]:
   """Traces of the model over text, by what they are called; they are written to `out`."""
-  model = load_model_here(_MODEL.value, dtype=_DTYPE.value)
+  model = load_model_here(name, dtype=_DTYPE.value)
   budgets, n_tokens = cli.numbers(_BUDGETS, int), _TOKENS.value
   if n_tokens > model.config.max_context:
     raise ValueError(f"--tokens={n_tokens} is beyond the model's context of {model.config.max_context}")
