@@ -46,7 +46,7 @@ with cli.group("What is asked"):
   _HELD = flags.DEFINE_list("held", ["0.2", "0.4"], "A of drawn selections held:A beside each trace.")
   _FIT = flags.DEFINE_bool("fit", False, "Also the A that is nearest to each trace.")
 with cli.group("How much"):
-  _TOKENS = flags.DEFINE_integer("tokens", 8192, "Of a piece of text.", lower_bound=1024)
+  _TOKENS = flags.DEFINE_integer("tokens", 8192, "Length of a piece of text.", lower_bound=1024)
   _STEPS = flags.DEFINE_integer("steps", 256, "Decode steps of it.", lower_bound=selections.FILLED + 1)
   _REQUESTS = flags.DEFINE_integer("requests", 2, "Pieces, which are read one after the other.", lower_bound=1)
 _OUT = cli.define_out("Folder of results.", required=False)
