@@ -72,6 +72,7 @@ class LLM:
       dtype: "float32" or "bfloat16"; None keeps the model's own, but on a CPU float32 takes the place of bfloat16.
     """
     self.config = override(load_config(config), overrides)
+    self.config.sparse.refuse_drawn("LLM")
     self.model = load_model_here(path_or_name, dtype=dtype)
     self._abandoned: deque[tuple[Engine, str]] = deque()  # requests of streams that nobody reads any more
     self._n_streams = 0

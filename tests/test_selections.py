@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sparse_serve_jax.attention.drawn import held
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import accuracy, selections
 from sparse_serve_jax.evaluation.selections import MOST, Trace
@@ -97,3 +98,27 @@ def test_the_steps_of_an_answer():
       assert step[..., 0].all() and step[..., last - 1].all() and not step[..., last:].any()  # sink and window
   with pytest.raises(ValueError, match="20 steps of an answer of recite at 640 tokens are too few"):
     next(selections.measure(model, model.params, accuracy.Sample("recite", 640, 1, 1, 20), wanted))
+
+
+def test_misses_are_those_of_exact_lru():
+  """One head that selects one of three blocks in turn: all or none of two slots' worth, after FILLED steps."""
+  turns = np.zeros((1, selections.FILLED + 30, 1, 1, 3), bool)
+  turns[0, np.arange(turns.shape[1]), 0, 0, np.arange(turns.shape[1]) % 3] = True
+  assert [selections.misses(trace_of(turns), slots) for slots in (2, 3)] == [1, 0]
+  late = turns.copy()
+  late[:, : selections.FILLED, ..., :] = [True, False, False]  # two blocks are new, then all are known
+  assert selections.misses(trace_of(late), 3) == 2 / 30
+  with pytest.raises(ValueError, match="from step 64 on, and the trace has 44"):
+    selections.misses(drifting(), 2)
+
+
+def test_a_fit_finds_what_was_drawn():
+  like = Trace(drifting(2, 100, 2, 2, 64).selected, np.array([64 * 30, 64 * 30 + 1], np.int32), 32, "c", "m", "t")
+  drawn = selections.drawn_like("held:0.3", held(0.3), like)
+  assert (drawn.selected.sum(-1) == round(like.selected.sum(-1).mean())).all()
+  assert drawn.selected[..., 0].all()  # the sink
+  found = selections.fit(drawn)
+  assert found["by_misses"] == 0.3 and found["by_overlap"] == pytest.approx(0.3, abs=0.02)
+  told = selections.in_short(drawn)
+  assert list(told["misses"].values()) == sorted(told["misses"].values(), reverse=True)
+  assert told["blocks"] == round(like.selected.sum(-1).mean()) and told["full"] == 60

@@ -121,6 +121,8 @@ class Selector:
       ranking = kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window)
       runs_on = self.method.runs_on(implementation)
       scores = kernels.score(q, hot.digest, layer, rows.tables, rows.n_blocks, ranking, implementation=runs_on)
+      if self.method.instead is not None:
+        scores = self.method.instead(scores, layer, rows, hot.tail.shape[4])
       ranked, ids = kernels.select(scores, n, implementation=implementation if fits(width, n) else "xla")
       length = jnp.broadcast_to(jnp.minimum(rows.n_blocks, n)[:, None], (n_rows, n_heads))
       length = self.method.budget(ranked, length)

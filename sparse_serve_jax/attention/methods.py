@@ -43,12 +43,14 @@ class Method:
     budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and length [B, K], the blocks
       that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
       length.
+    instead: of a decode step's scores [B, K, N], layer, `Rows` and S, what blocks are ranked by (`attention.drawn`).
   """
 
   vectors: int
   summarize: Callable[[jax.Array], jax.Array]
   score: Callable[[jax.Array, jax.Array], jax.Array]
   budget: Callable[[jax.Array, jax.Array], jax.Array] = whole_budget
+  instead: Callable[..., jax.Array] | None = None
 
   def runs_on(self, implementation: str) -> str:
     """Where digests and scores are made if `implementation` is asked for: a kernel cannot run any function."""
@@ -102,8 +104,10 @@ METHODS: dict[str, Method] = {
   "top_p": Method(2, digest.cuboid_mean, _scaled_box, _nucleus),  # Twilight
   "random": Method(1, lambda keys: keys.mean(-2, keepdims=True), _arbitrary),
 }
+MAKERS: dict[str, Callable[[str], Method]] = {}  # `attention.drawn` adds those of benchmarks
 
 
 def get_method(name: str) -> Method:
-  """The method of that name; ValueError if there is none."""
-  return variant(METHODS, name, "selection method")
+  """The method of that name, or what a maker makes of what follows a colon; ValueError if there is none."""
+  kind, _, given = name.partition(":")
+  return MAKERS[kind](given) if kind in MAKERS else variant(METHODS, name, "selection method")

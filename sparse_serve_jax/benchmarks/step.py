@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
-from sparse_serve_jax.attention import get_method
+from sparse_serve_jax.attention import drawn, get_method  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.benchmarks import timing
 from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
 from sparse_serve_jax.buckets import Buckets

@@ -24,6 +24,9 @@ COMMANDS = {
     "accuracy": "What selection methods and budgets cost a model, on generated tasks and text.",
     "longbench": "LongBench through the engine, with its official prompts and scorers.",
   },
+  "Measure selections": {
+    "selections": "Which blocks decode steps select again, of traces, of a model and drawn ones.",
+  },
   "Measure kernels": {
     "bench-kernels": "Every kernel against the bytes it must move.",
     "bench-step": "Whole decode steps against the bytes they must move.",

@@ -77,6 +77,7 @@ def main() -> int:
 def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   """Writes the predictions that are not in `out` yet. Returns what is wrong with which tasks."""
   config = override(load_config(_CONFIG.value), _SET.value)
+  config.sparse.refuse_drawn("LongBench")
   names = [name for given in _TASKS.value for name in longbench.NAMES.get(given, [given])]
   results.make_folder(out)
   runtime.configure()

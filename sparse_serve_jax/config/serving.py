@@ -15,6 +15,7 @@ MOVING = "auto:"  # begins a threshold that moves
 LEAST_PROMISE = 1e-4
 MOST_PROMISE = 0.9999  # of one that moves: shares are of float32, and one rounded to 1 is never passed
 AUDIT, MOST_AUDIT = 0.01, 0.1  # sparse.audit where a threshold that moves needs one; the most there can be
+DRAWN = ("held:", "replay:")  # begin methods of benchmarks (`attention.drawn`)
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
 
@@ -49,7 +50,7 @@ class SparseConfig:
   """What a decode step attends to, and the queries of a prompt."""
 
   policy: Literal["dense", "topk", "psa"] = "topk"
-  method: str = "cuboid_mean"  # a name in attention.methods.METHODS
+  method: str = "cuboid_mean"  # a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE
   # topk: attended tokens a step, sinks and window included. Every policy: how much of the end of a prompt, or of each
   # piece that a layer of it is cut into, enters slots; of a chunked prompt everything does.
   token_budget: int = 2048
@@ -89,6 +90,18 @@ class SparseConfig:
       raise ValueError(f"prefill_share={self.prefill_share} is not in (0, 1]")
     if self.group_blocks & (self.group_blocks - 1):
       raise ValueError(f"group_blocks={self.group_blocks} is not a power of two")
+
+  @property
+  def drawn(self) -> bool:
+    """Whether selections are drawn, and not the model's own."""
+    return self.method.startswith(DRAWN)
+
+  def refuse_drawn(self, where: str) -> None:
+    """Raises ValueError if selections are drawn: `where` answers are meant."""
+    if self.drawn:
+      raise ValueError(
+        f"sparse.method={self.method!r} draws selections, for benchmarks of random weights: not for {where}"
+      )
 
   @property
   def moves(self) -> bool:

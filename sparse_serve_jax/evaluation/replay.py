@@ -49,6 +49,7 @@ class _Program(NamedTuple):
 
   @classmethod
   def of(cls, config: EngineConfig, oracle: bool, claims: str) -> _Program:
+    config.sparse.refuse_drawn("measurements of accuracy")
     selector, name = Selector.of(config), "oracle" if oracle else config.sparse.method
     if claims not in CLAIMS:
       raise ValueError(f"{claims=} is none of {', '.join(CLAIMS)}")

@@ -6,73 +6,25 @@ What a cache of blocks can win is said by two curves over a number of steps w (S
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import pathlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from sparse_serve_jax.attention.drawn import Drawn, Where, held
+from sparse_serve_jax.attention.traces import Trace
 from sparse_serve_jax.evaluation import accuracy
 from sparse_serve_jax.evaluation.accuracy import Case, Row, Sample
 from sparse_serve_jax.models import Model
 
 MOST = 32  # w of the curves is 1 to this
 QUESTION = 96  # decode steps at most before the answer's
-# What numpy, zipfile and zlib raise for a file that is no trace, or a damaged one.
-_BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-  """The selections of n successive decode steps of R requests.
-
-  A file of one is a numpy .npz of three arrays: `selected`, packed eight steps to a byte, since a block is mostly
-  selected or not for many steps in a row and that compresses well; `lengths`; and `about`, the rest as JSON.
-  """
-
-  selected: np.ndarray  # [R, n, L, K, N] bool: blocks attended, sinks and window included, the tail not
-  lengths: np.ndarray  # [R] int32, tokens of a request before its first step; its full blocks are those of S tokens
-  block_tokens: int  # S
-  case: str  # such as "cuboid_mean 2048"
-  model: str
-  task: str
-
-  def ids(self) -> np.ndarray:
-    """Block ids [n, L, R, K, C], ascending; C is the most that a step selects, and -1 stands beyond a count.
-
-    They are int16, or int32 where a request has more than 32,768 blocks.
-    """
-    by_step = self.selected.transpose(1, 2, 0, 3, 4)
-    count = by_step.sum(-1)
-    dtype = np.int16 if by_step.shape[-1] <= 2**15 else np.int32
-    ids = np.argsort(~by_step, -1, stable=True)[..., : count.max()].astype(dtype)
-    return np.where(np.arange(ids.shape[-1]) < count[..., None], ids, dtype(-1))
-
-  def save(self, file: str | pathlib.Path) -> None:
-    about = {key: getattr(self, key) for key in ("block_tokens", "case", "model", "task")}
-    about["steps"] = self.selected.shape[1]
-    packed = np.packbits(np.moveaxis(self.selected, 1, -1), -1)  # [R, L, K, N, n / 8]
-    np.savez_compressed(file, selected=packed, lengths=self.lengths, about=np.array(json.dumps(about)))
-
-  @classmethod
-  def load(cls, file: str | pathlib.Path) -> Trace:
-    """Reads a file that `save` wrote.
-
-    Raises:
-      ValueError: it is no such file.
-    """
-    try:
-      with open(file, "rb") as opened, np.load(opened) as arrays:
-        about = json.loads(str(arrays["about"]))
-        selected = np.unpackbits(arrays["selected"], axis=-1, count=about.pop("steps")).astype(bool)
-        return cls(np.moveaxis(selected, -1, 1), arrays["lengths"], **about)
-    except _BROKEN as error:
-      raise ValueError(f"{file} is no trace of selections: {error}") from error
+FILLED = 64  # steps before misses are counted: slots have filled
+SLOTS = (1.1, 1.25, 1.5, 2.0, 3.0, 6.0)  # of a cache, in what one step selects
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)  # A of held:A that are tried
+LEAST_MISS = 1e-4  # a fit makes no difference between shares below it
 
 
 def measure(model: Model, params: Any, sample: Sample, wanted: Sequence[Case]) -> Iterator[tuple[Case, Trace]]:
@@ -131,3 +83,96 @@ def reuse(trace: Trace) -> Row:
   curves = {"overlap": overlap, "working_set": union}
   told = {key: (of[..., :MOST].cumsum(-1) / total[..., None]).round(4).tolist() for key, of in curves.items()}
   return {"blocks": (total / ((n - MOST) * n_requests)).round(3).tolist()} | told
+
+
+def in_short(trace: Trace) -> Row:
+  """Numbers over all layers, heads and requests.
+
+  Returns:
+    "blocks", what a step, layer and head selects, of "full" ones; "overlap" with the step before; "union_12", what 12
+    steps select, in selections of one; "misses" of exact LRU by slots in SLOTS, as shares from step FILLED on.
+  """
+  told = reuse(trace)
+  blocks = np.array(told["blocks"])
+  mean = {key: float((np.array(told[key])[..., w] * blocks).sum() / blocks.sum()) for key, w in _SHOWN}
+  return {
+    "blocks": round(float(blocks.mean()), 2),
+    "full": int(trace.lengths.mean()) // trace.block_tokens,
+    "overlap": round(mean["overlap"], 4),
+    "union_12": round(mean["working_set"], 3),
+    "misses": {f"{slots:g}": round(misses(trace, slots), 5) for slots in SLOTS},
+  }
+
+
+_SHOWN = ("overlap", 0), ("working_set", 11)
+
+
+def misses(trace: Trace, slots: float) -> float:
+  """Share of the blocks selected from step FILLED on that exact LRU has not.
+
+  One LRU over all requests, layers and heads, in the order of layers; `slots` in what a step selects on average.
+
+  Raises:
+    ValueError: the trace is not longer than FILLED steps.
+  """
+  by_step = trace.selected.transpose(1, 2, 0, 3, 4)
+  n = len(by_step)
+  if n <= FILLED:
+    raise ValueError(f"misses are counted from step {FILLED} on, and the trace has {n}")
+  room, used, missed, total = round(slots * trace.selected.sum() / n), {}, 0, 0
+  for t, step in enumerate(by_step):
+    blocks = np.flatnonzero(step).tolist()
+    for block in blocks:
+      if block in used:
+        del used[block]
+      else:
+        missed += t >= FILLED
+        if len(used) >= room:
+          del used[next(iter(used))]
+      used[block] = None
+    total += len(blocks) if t >= FILLED else 0
+  return missed / total
+
+
+def drawn_like(name: str, drawn: Drawn, like: Trace) -> Trace:
+  """What is drawn where `like` was recorded: as many blocks, one of them a sink and one the window.
+
+  Args:
+    name: of the trace's case.
+    drawn: scores.
+    like: the trace that says how many.
+  """
+  _, n, n_layers, n_heads, width = like.selected.shape
+  count = round(float(like.selected.sum(-1).mean()))
+  start, block = jnp.asarray(like.lengths, jnp.int32), jnp.arange(width)[None, None]
+
+  @jax.jit
+  def step(t):
+    full = ((start + t) // like.block_tokens)[:, None, None]
+
+    def of_layer(layer):
+      at = Where(layer, jnp.arange(n_heads), start, start + t, like.block_tokens, width)
+      forced = (block < 1) | (block >= full - 1)
+      scores = jnp.where(block < full, jnp.where(forced, jnp.inf, drawn(at)), -jnp.inf)
+      return (scores >= jax.lax.top_k(scores, count)[0][..., -1:]) & (block < full)  # [R, K, N]
+
+    return jax.lax.map(of_layer, jnp.arange(n_layers))
+
+  selected = np.stack([np.asarray(step(jnp.int32(t))) for t in range(n)], 1)  # [L, n, R, K, N]
+  return Trace(selected.transpose(2, 1, 0, 3, 4), like.lengths, like.block_tokens, name, "drawn", like.task)
+
+
+def fit(trace: Trace, steps: int = 128) -> dict[str, float]:
+  """A of the held:A that is reused as a trace: "by_overlap", with the step before, and "by_misses", the one of SHARES
+  whose logarithms of misses are nearest, over the first `steps`.
+  """
+  first = Trace(trace.selected[:, :steps], trace.lengths, trace.block_tokens, trace.case, trace.model, trace.task)
+  told, found = in_short(first), [in_short(drawn_like(f"held:{share}", held(share), first)) for share in SHARES]
+
+  def logs(row: Row) -> np.ndarray:
+    return np.log(np.maximum(list(row["misses"].values()), LEAST_MISS))
+
+  off = [float(((logs(row) - logs(told)) ** 2).sum()) for row in found]
+  overlaps = [row["overlap"] for row in found]  # falling
+  by_overlap = float(np.interp(-told["overlap"], [-x for x in overlaps], SHARES))
+  return {"by_overlap": round(by_overlap, 3), "by_misses": SHARES[int(np.argmin(off))]}

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Maps
+from sparse_serve_jax.attention import drawn  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
@@ -146,6 +147,8 @@ class JaxExecutor:
 
   def __init__(self, config: EngineConfig, model: Model):
     config.check_model(model.config)
+    if not model.name.startswith("random:"):
+      config.sparse.refuse_drawn(f"{model.name}, whose weights are not random")
     config = host_pool.chosen(config)
     self.config, self.model = config, model
     self.mesh = make_mesh(config.tp)
