@@ -16,13 +16,14 @@ INSTALLED_GPU := $(VENV)/.installed-gpu
 CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor)'); \
   while ! test -f constraints/py3$$n.txt; do n=$$((n - 1)); test $$n -gt 10 || exit 1; done; echo constraints/py3$$n.txt)
 
-.PHONY: help demo test soak test-gpu notebooks lint format constraints clean
+.PHONY: help demo test soak test-gpu notebooks docs lint format constraints clean
 help:
 	@echo 'make demo         the rungs of the ladder side by side on the reference model'
 	@echo 'make test         ruff, pyright and every test that needs no GPU'
 	@echo 'make soak         thousands of requests while devices fail, and mutations: some minutes'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make notebooks    runs notebooks/ and writes them with their plots to docs/notebooks'
+	@echo 'make docs         tables, pictures and the site of docs/, in build/site; fails on a broken link'
 	@echo 'make format       lays out the code as `make test` wants it'
 	@echo 'make constraints  renews the pinned versions: PYTHON=python3.12 [JAX=0.11.2]'
 	@echo 'make clean        removes the virtual environment and caches'
@@ -42,6 +43,11 @@ test-gpu: $(INSTALLED_GPU)
 
 notebooks: $(INSTALLED)
 	$(BIN)/python tools/render_notebooks.py docs/notebooks
+
+docs: $(INSTALLED)
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	$(BIN)/python tools/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

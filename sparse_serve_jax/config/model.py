@@ -39,7 +39,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape of a llama-family decoder; the letters beside the fields are `docs/alphabet.md`'s."""
+  """Shape of a llama-family decoder; the letters beside the fields are `docs/glossary.md`'s."""
 
   KIND = "models"
 

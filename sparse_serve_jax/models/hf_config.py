@@ -17,9 +17,9 @@ from sparse_serve_jax import files
 from sparse_serve_jax.config import ModelConfig, RopeConfig
 from sparse_serve_jax.models import llama
 
-# model_type -> architecture, what it has, and the values of fields where they are absent.
+# model_type -> architecture, what it has, and the values of fields where they are absent. docs/extending.md adds one.
 _QWEN = {"window": 4096, "use_window": False, "full_layers": 28, "kv_heads": 32, "positions": 32768}
-_FAMILIES: dict[str, dict[str, Any]] = {
+FAMILIES: dict[str, dict[str, Any]] = {
   "llama": {
     "name": "LlamaForCausalLM",
     "qkv_bias": False,
@@ -45,7 +45,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
   "qwen2": _QWEN | {"name": "Qwen2ForCausalLM", "qkv_bias": True, "qk_norm": False, "head_dim": None},
   "qwen3": _QWEN | {"name": "Qwen3ForCausalLM", "qkv_bias": False, "qk_norm": True, "head_dim": 128},
 }
-_ARCHITECTURES = {family["name"]: kind for kind, family in _FAMILIES.items()}
 
 
 class _Fields:
@@ -163,7 +162,7 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     ValueError: no architecture has both qkv_bias and qk_norm.
   """
   wanted = cfg.qkv_bias, cfg.qk_norm
-  kind = next((k for k, family in _FAMILIES.items() if (family["qkv_bias"], family["qk_norm"]) == wanted), None)
+  kind = next((k for k, family in FAMILIES.items() if (family["qkv_bias"], family["qk_norm"]) == wanted), None)
   if kind is None:
     raise ValueError(f"no Hugging Face architecture has {cfg.qkv_bias=} with {cfg.qk_norm=}")
   rope = cfg.rope
@@ -177,7 +176,7 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     scaling |= {"attention_factor": llama.rope_amplitude(rope)}
   shrink = rope.factor if rope.kind == "linear" else 1  # see _max_context
   return {
-    "architectures": [_FAMILIES[kind]["name"]],
+    "architectures": [FAMILIES[kind]["name"]],
     "model_type": kind,
     "vocab_size": cfg.vocab_size,
     "hidden_size": cfg.d_model,
@@ -210,19 +209,20 @@ def token_ids(raw: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
 
 
 def _family(fields: _Fields) -> tuple[dict[str, Any], list[str]]:
-  """The entry of `_FAMILIES`, by model_type as in transformers, else by architecture; and what is wrong with it."""
+  """The entry of `FAMILIES`, by model_type as in transformers, else by architecture; and what is wrong with it."""
   names, kind = fields.texts("architectures"), fields.text("model_type")
   name = names[0] if names else None
-  known = ", ".join(_ARCHITECTURES)
-  if name is not None and name not in _ARCHITECTURES:
-    return _FAMILIES["llama"], [f"architecture {name!r} (known: {known})"]
+  kinds = {family["name"]: kind for kind, family in FAMILIES.items()}
+  known = ", ".join(kinds)
+  if name is not None and name not in kinds:
+    return FAMILIES["llama"], [f"architecture {name!r} (known: {known})"]
   if kind is None:
-    kind = _ARCHITECTURES.get(str(name))
-    return (_FAMILIES[kind], []) if kind else (_FAMILIES["llama"], [f"no architectures (known: {known})"])
-  if kind not in _FAMILIES:
-    return _FAMILIES["llama"], [f"model_type {kind!r} (known: {', '.join(_FAMILIES)})"]
-  fields.chosen(f"model_type {kind!r}, whose architecture", "architectures", _FAMILIES[kind]["name"], name)
-  return _FAMILIES[kind], []
+    kind = kinds.get(str(name))
+    return (FAMILIES[kind], []) if kind else (FAMILIES["llama"], [f"no architectures (known: {known})"])
+  if kind not in FAMILIES:
+    return FAMILIES["llama"], [f"model_type {kind!r} (known: {', '.join(FAMILIES)})"]
+  fields.chosen(f"model_type {kind!r}, whose architecture", "architectures", FAMILIES[kind]["name"], name)
+  return FAMILIES[kind], []
 
 
 def _hf_dtype(fields: _Fields) -> str:

@@ -1,0 +1,367 @@
+"""README.md and docs/: what they show runs or parses, what they name exists, and tables and pictures are as made."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.maps import Maps
+from sparse_serve_jax import runtime
+from sparse_serve_jax.attention.methods import METHODS
+from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
+from sparse_serve_jax.memory.eviction import EVICTIONS
+from sparse_serve_jax.memory.loads import LOADS
+from sparse_serve_jax.models.hf_config import FAMILIES, config_from_hf
+from sparse_serve_jax.workloads import WORKLOADS, WorkloadConfig
+from tests.forks import start
+from tests.parsed import NAMES
+from tests.test_timeline import check_form
+from tests.tiny import config, prompt_of, serve, tiny_model, with_slots
+from tools import make_docs, site
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "CONTRIBUTING.md", *make_docs.pages()]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+SUMMARY = {
+  "requests",
+  "prompt_tokens",
+  "output_tokens",
+  "ttft_mean_s",
+  "tbt_mean_s",
+  "tbt_p99_s",
+  "throughput_tok_s",
+  "hbm_hit_rate",
+  "blocks_loaded",
+  "blocks_saved",
+  "peak_hbm_kv_bytes",
+  "dram_kv_bytes",
+}
+OTHERS = {"docs/notebooks", "config/", "data/"}  # made by a command; of a LongBench directory
+FIELDS = {
+  f"{section.name}.{field.name}"
+  for section in dataclasses.fields(EngineConfig)
+  if dataclasses.is_dataclass(made := getattr(EngineConfig(), section.name))
+  for field in dataclasses.fields(made)
+}
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+  """What `runtime.configure` sets is for a process of its own; test_runtime tests it."""
+  monkeypatch.setattr(runtime, "configure", lambda: None)
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+  """Code blocks of a page, of one language."""
+  return [code for of, code in re.findall(r"^```(\w*)\n(.*?)^```", TEXTS[page], re.M | re.S) if of == language]
+
+
+def spans(page: Path) -> list[str]:
+  """What stands between backticks in its text."""
+  text = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.M | re.S)
+  return [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str], bool]]:
+  """Name of `sparse-serve NAME`, its arguments, and whether they are a whole line, of all commands of a page."""
+  lines = [line.partition("  #")[0] for code in blocks(page) for line in code.replace("\\\n", " ").splitlines()]
+  for text, whole in (*((line, True) for line in lines), *((span, False) for span in spans(page))):
+    words = shlex.split(text) if re.match(r"(python -m experiments\.|sparse-serve )", text) else []
+    if words[:2] == ["python", "-m"]:
+      module = words[2].partition(".")[2]
+      name = {"serve": "run"}.get(module, module.replace("_", "-"))
+      assert (ROOT / "experiments" / f"{module}.py").is_file() or module == "NAME", text
+      words = ["sparse-serve", name, *words[3:]]
+    if words and not words[1].startswith("-") and "NAME" not in words[1:2] and "--help" not in words:
+      yield words[1], words[2:], whole
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_every_command_parses():
+  """Each by the flags of its own process; with a configuration, tasks and methods that there are."""
+  asked = defaultdict[str, list[tuple[list[str], bool]]](list)
+  for page in PAGES:
+    for name, arguments, whole in commands(page):
+      asked[name].append((arguments, whole))
+  assert {"run", "ladder", "simulate", "accuracy", "bench-step", "longbench", "plot"} <= set(asked) <= NAMES
+  assert sum(map(len, asked.values())) > 30
+  for name, lines in asked.items():
+    done = start("tests.parsed", name, json.dumps(lines))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("line", ["--rates=1 --nonsense=2", "--set=cache.nonsense=1", "--model=random:nonsense"])
+def test_a_wrong_command_is_noticed(line):
+  done = start("tests.parsed", "ladder", json.dumps([[line.split(), False]]))
+  assert done.returncode == 1 and "nonsense" in done.stderr
+
+
+@pages
+def test_every_target_of_make_exists(page):
+  targets = {
+    name for names in re.findall(r"^([a-z -]+):", (ROOT / "Makefile").read_text(), re.M) for name in names.split()
+  }
+  shown = [line for code in blocks(page) for line in code.splitlines()] + spans(page)
+  named = {word for text in shown if (words := re.match(r"make ((?:[a-z-]+ ?)+)", text)) for word in words[1].split()}
+  assert named <= targets
+
+
+def test_the_experiment_runs(tmp_path):
+  """That of the first hour, with fewer and shorter prompts."""
+  lines = [line for line in blocks(ROOT / "docs" / "first_hour.md") if "--limit=8 \\\n" in line and "needle" in line]
+  (command,) = (shlex.split(line.replace("\\\n", " ")) for line in lines)
+  fewer = ["--prompt_tokens=300", "--limit=3", "--max_new_tokens=5", "--ignore_eos", f"--out={tmp_path / 'run'}"]
+  code = "import sys; from sparse_serve_jax.commands import main; sys.argv[0] = 'sparse-serve'; main()"
+  done = subprocess.run(
+    [sys.executable, "-c", code, *command[1:], *fewer],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  *table, last = done.stdout.splitlines()
+  summary = json.loads(last)
+  assert set(summary) >= SUMMARY
+  assert (summary["requests"], summary["output_tokens"], summary["refused"]) == (3, 15, 0)
+  assert 0.7 * 900 < summary["prompt_tokens"] <= 900 - 3 * len(" 12345\n")  # to the next sentence, and the answer
+  rows = [json.loads(line) for line in (tmp_path / "run" / "requests.jsonl").read_text().splitlines()]
+  assert summary["blocks_saved"] == sum((r["prompt_tokens"] + 4) // 32 for r in rows) * 8
+  assert [line.split()[0] for line in table] == ["sparse_serve", *summary]
+
+  run = json.loads((tmp_path / "run" / "run.json").read_text())
+  assignments = [after for flag, after in itertools.pairwise(command) if flag == "--set"]
+  expected = override(load_config("sparse_serve"), assignments)
+  assert from_dict(EngineConfig, run["setting"]["config"]) == expected
+  assert "cache.hbm_bytes=8MiB" in assignments and expected.cache.hbm_bytes == 8 << 20
+  assert run["setting"]["model"]["name"] == "random:tiny" and run["setting"]["workload"]["limit"] == 3
+  assert run["parts"][0]["device"]["platform"] == "cpu"
+  check_form(json.loads((tmp_path / "run" / "timeline.json").read_text()))
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pages
+def test_every_link_works(page):
+  """To a file, and to a heading of it."""
+  for _, link in re.findall(r"(?<!`)\[([^\]]+)\]\(([^)\s]+)\)", TEXTS[page]):
+    if not link.startswith("https://"):
+      file, _, anchor = link.partition("#")
+      target = page.parent / file if file else page
+      assert target.is_file(), f"{page.name}: {link}"
+      headings = re.findall(r"^#+ (.+)", target.read_text(encoding="utf-8"), re.M) if anchor else []
+      assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
+
+
+@pages
+def test_every_path_exists(page):
+  """From the top, or within the package."""
+  for span in spans(page):
+    if re.fullmatch(r"[\w.-]+(/[\w.*-]+)*/?", span) and re.search(r"/|\.(py|md|cff|toml)$", span):
+      found = [at for top in (ROOT, ROOT / "sparse_serve_jax", ROOT / "docs") for at in top.glob(span.rstrip("/"))]
+      assert found or span in OTHERS, f"{page.name}: {span}"
+
+
+@pages
+def test_every_key_of_the_configuration_exists(page):
+  text = " ".join([*spans(page), *blocks(page), *blocks(page, "python")])
+  keys = set(re.findall(r"(?<![\w./])((?:cache|sparse|scheduler)\.(?!py\b)[a-z]\w*)", text))
+  assert keys <= FIELDS, keys - FIELDS
+
+
+@pages
+def test_every_module_and_name_exists(page):
+  text = "\n".join([*spans(page), *re.findall(r"^::: (.+)", TEXTS[page], re.M)])
+  for name in set(re.findall(r"(?<![\w/.])((?:sparse_serve_jax|pallas_kernels)(?:\.\w+)+)(?!\w*/)", text)):
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+      try:
+        found = importlib.import_module(".".join(parts[:i]))
+        break
+      except ModuleNotFoundError:
+        continue
+    for part in parts[i:]:
+      found = getattr(found, part)  # which says what is not there
+
+
+def test_every_rung_is_told():
+  told = re.findall(r"^\| `(\w+)` \|", TEXTS[ROOT / "docs" / "configuration.md"].split("## Every key")[0], re.M)
+  assert set(told) == {file.stem for file in (ROOT / "configs" / "serving").glob("*.json")}
+  assert all(find_config("serving", name) for name in told)
+
+
+@pages
+def test_every_word_of_code_is_in_the_source(page):
+  """Names with an underscore, such as metrics and functions, between backticks."""
+  source = _source()
+  source += "".join(blocks(page, "python"))
+  name = r"(?<![\w./-])[a-z][a-z0-9]*(?:_[a-z0-9]+)+(?![\w/])"
+  words = {word for span in spans(page) for word in re.findall(name, span)}
+  assert not {word for word in words if not re.search(rf"\b{word}\b", source)}
+
+
+@functools.cache
+def _source() -> str:
+  folders = ("sparse_serve_jax", "pallas_kernels", "tests", "tools", "experiments", "configs", "examples")
+  files = [file for name in folders for file in (ROOT / name).rglob("*") if file.suffix in (".py", ".json")]
+  names = " ".join(file.stem for file in files)
+  mine = {ROOT / "tests" / "test_docs.py", ROOT / "tools" / "published.py"}
+  return names + "".join(file.read_text(encoding="utf-8") for file in files if file not in mine)
+
+
+# ---------------------------------------------------------------------------------------------------------------- made
+
+
+def test_the_readme_is_short():
+  assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", make_docs.pages(), ids=lambda page: page.stem)
+def test_tables_are_what_the_code_makes(page):
+  assert make_docs.filled(TEXTS[page]) == TEXTS[page], "`make docs` makes them anew"
+
+
+@pytest.mark.parametrize("name", make_docs.PICTURES)
+def test_pictures_are_what_the_code_makes(name):
+  """Words to the letter, and numbers to a pixel: another matplotlib may place them a little differently."""
+  stored, made = (make_docs.ASSETS / name).read_text(encoding="utf-8"), make_docs.PICTURES[name]()
+  number = r"-?\d+\.\d+(?:e-?\d+)?"
+  assert re.sub(number, "#", made) == re.sub(number, "#", stored), "`make docs` makes them anew"
+  np.testing.assert_allclose(*([float(n) for n in re.findall(number, text)] for text in (made, stored)), atol=1)
+
+
+def test_a_changed_result_changes_a_page(monkeypatch):
+  monkeypatch.setitem(make_docs.TABLES, "accuracy", lambda: "| other |\n")
+  readme = TEXTS[ROOT / "README.md"]
+  assert make_docs.filled(readme) != readme and "| other |" in make_docs.filled(readme)
+
+
+def test_the_menu_has_what_is_there(tmp_path):
+  """And all that is stored is in it."""
+  nav = [{"A": "a.md"}, {"B": [{"C": "b/c.md"}]}]
+  (tmp_path / "a.md").touch()
+  assert site.there(nav, tmp_path) == [{"A": "a.md"}]
+  menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+  assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w/]+\.md", menu))
+
+
+# -------------------------------------------------------------------------------------------------------------- python
+
+
+ADDED_TO = METHODS, EVICTIONS, LOADS, WORKLOADS, FAMILIES
+
+
+@pytest.fixture
+def added():
+  """Runs code of a page and returns what it defines; entries of tables go when a test ends."""
+  before = [set(table) for table in ADDED_TO]
+
+  def run(page: str, title: str) -> dict[str, Any]:
+    (code,) = re.findall(rf"^## {title}\n.*?^```python\n(.*?)^```", TEXTS[ROOT / page], re.M | re.S)[:1]
+    exec(compile(code, page, "exec"), found := {})
+    return found
+
+  yield run
+  for table, names in zip(ADDED_TO, before, strict=True):
+    for name in set(table) - names:
+      del table[name]
+
+
+def test_every_example_is_run():
+  """By this file, and that of PSA by test_stop_rules."""
+  counted = {page.name: len(blocks(page, "python")) for page in PAGES if blocks(page, "python")}
+  assert counted == {"README.md": 1, "first_hour.md": 2, "extending.md": 5, "psa.md": 1}
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_and_the_first_hour(capsys, monkeypatch):
+  """The reference model finds what it is asked for."""
+  monkeypatch.chdir(ROOT)
+  (hello,) = blocks(ROOT / "README.md", "python")
+  ask, engine = blocks(ROOT / "docs" / "first_hour.md", "python")
+  exec(compile(hello, "README.md", "exec"), {})
+  text, answers, _ = capsys.readouterr().out.rsplit("\n", 2)
+  assert text.strip() == ast.literal_eval(answers.strip())[0]
+  exec(compile(ask, "first_hour.md", "exec"), {})
+  text, answers, _ = capsys.readouterr().out.rsplit("\n", 2)
+  assert text.strip() == ast.literal_eval(answers.strip())[0]
+  exec(compile(engine, "first_hour.md", "exec"), {})
+  assert len(ast.literal_eval(capsys.readouterr().out)) == 8
+
+
+def test_a_selection_method(added):
+  """As many blocks as hold the share of the weights, sinks and window besides; no more than there are."""
+  found = added("docs/extending.md", "A selection method")
+  assert len(blocks(ROOT / "docs" / "extending.md", "python")[0].splitlines()) <= 25
+  inf = jnp.inf
+  scores = jnp.log(jnp.array([[[inf, 0.5, 0.3, 0.15, 0.05], [inf, 0.96, 0.02, 0.01, 0.01]]]))
+  assert found["nucleus"](scores, jnp.array([[5, 5]])).tolist() == [[4, 2]]
+  assert found["nucleus"](scores, jnp.array([[3, 5]])).tolist() == [[3, 2]]
+  prompts = [prompt_of(n, seed=n) for n in (90, 61)]
+  _, all_of_it = serve(config(), tiny_model(), prompts, 6)
+  _, some = serve(config("sparse.method=twilight"), tiny_model(), prompts, 6)
+  assert 0 < some.usage.blocks_attended < all_of_it.usage.blocks_attended
+
+
+def test_a_load(added):
+  """Tokens are those of another load, and each list that misses gets one block ahead."""
+  added("docs/extending.md", "A load")
+  prompts = [prompt_of(n, seed=n) for n in (90, 61)]
+  conf = with_slots(config("sparse.token_budget=64"), 40, tiny_model())
+  tokens, fused = serve(conf, tiny_model(), prompts, 6)
+  others, first = serve(override(conf, ["cache.load=first_miss"]), tiny_model(), prompts, 6)
+  assert others == tokens and first.usage.blocks_loaded == fused.usage.blocks_loaded > 0
+
+
+def test_an_eviction(added):
+  """Slots of layer 0 go last."""
+  keep = added("docs/extending.md", "An eviction")["keep_layer_0"]
+  maps = Maps.empty(2, 3, 4, 5)._replace(block_of=jnp.array([0, 5, -1, 12, 23]))
+  assert keep(maps, 9).tolist() == [9, -1, -1, 9, -1]  # blocks 0 and 12 are of layer 0
+  assert EVICTIONS["keep_layer_0"] is keep
+
+
+def test_a_model_family(added):
+  raw = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+  raw |= {"model_type": "lantern", "architectures": ["LanternForCausalLM"]}
+  with pytest.raises(ValueError, match="LanternForCausalLM"):
+    config_from_hf(raw)
+  added("docs/extending.md", "A model family")
+  read = config_from_hf(raw)
+  assert (read.qk_norm, read.qkv_bias, read.max_context, read.n_kv_heads) == (True, False, 65536, 4)
+
+
+def test_a_workload(added):
+  added("docs/extending.md", "A workload")
+  source = WORKLOADS["countdown"](WorkloadConfig("countdown", limit=3))
+  items = list(source(tiny_model().tokenizer, 512))
+  assert [item.id for item in items] == ["bottles-0", "bottles-1", "bottles-2"]
+  assert tiny_model().tokenizer.decode(items[2].prompt.tolist()).startswith("1 bottles of milk")
+
+
+def test_the_kernels_readme_runs(capsys):
+  (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "pallas_kernels" / "README.md").read_text(), re.M | re.S)
+  exec(compile(example, "pallas_kernels/README.md", "exec"), {})
+  first, second = (ast.literal_eval(line.split("missed ")[1]) for line in capsys.readouterr().out.splitlines())
+  assert first == [[4, 4], [4, 4]] and 0 < sum(map(sum, second)) < 16

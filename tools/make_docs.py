@@ -1,0 +1,201 @@
+"""Pictures and tables of README.md and docs/, made from results and dataclasses: `make docs` begins with it.
+
+python tools/make_docs.py
+
+Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; what is there is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib as mpl  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from sparse_serve_jax.config import EngineConfig  # noqa: E402
+from sparse_serve_jax.plots import style  # noqa: E402
+from tools import published  # noqa: E402
+from tools.decode_step import decode_step  # noqa: E402
+
+RESULTS = ROOT / "experiments" / "results"
+ASSETS = ROOT / "docs" / "assets"
+STEPS = RESULTS / "2026-11-26-h200" / "step.jsonl"
+REFERENCE = RESULTS / "2026-11-26-reference" / "summary.json"
+ON_REFERENCE = "the reference model, 16,384 tokens; four H100, jax 0.11.2"
+TASKS = ("single_noise", "multi_key", "question", "key_value", "key_value_uuid", "copy", "renumber")
+CASES = {
+  "dense 1": "dense",
+  "cuboid_mean 512": "top-k, 512 tokens",
+  "cuboid_mean 2048": "top-k, 2,048 tokens",
+  "psa 0.95": "PSA 0.95, the paper's rule",
+}
+SERIES = {
+  "oracle": "top-k by true mass",
+  "cuboid_mean": "top-k, cuboid_mean",
+  "psa": "PSA, the paper's rule",
+  "random": "blocks at random",
+}
+_MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def accuracy_table() -> str:
+  """Percent of answers right by task and setting; in brackets the blocks attended to."""
+  of = {(row["case"], task): told for row in _at_16k("by_task") for task, told in row["of"].items()}
+  lines = [f"| task | {' | '.join(CASES.values())} |", "|---|" + "--:|" * len(CASES)]
+  for task in TASKS:
+    cells = [f"{of[case, task]['accuracy']:.1%} ({of[case, task]['blocks']:.0f})" for case in CASES]
+    lines.append(f"| {task} | {' | '.join(cells)} |")
+  return "\n".join(lines).replace("%", " %") + "\n"
+
+
+def configuration_table() -> str:
+  """Every key of a serving configuration."""
+  lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+  for key, field, meaning in _fields(EngineConfig):
+    kind = re.sub(r"^Literal\[(.*)\]$", r"\1", str(field.type)).replace("'", "").replace("|", "or")
+    lines.append(f"| `{key}` | {kind} | `{json.dumps(field.default)}` | {meaning} |")
+  return "\n".join(lines) + "\n"
+
+
+def _fields(of: type, section: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], str]]:
+  told = _comments(of)
+  for field in dataclasses.fields(of):
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+    if dataclasses.is_dataclass(made):
+      yield from _fields(type(made), f"{field.name}.")
+    else:
+      yield f"{section}{field.name}", field, told.get(field.name, "")
+
+
+def _comments(of: type) -> dict[str, str]:
+  """The comment behind each field of a class, or that above it."""
+  source = Path(sys.modules[of.__module__].__file__ or "").read_text(encoding="utf-8")
+  lines = source[source.index(f"class {of.__name__}:") :].splitlines()
+  found, above = dict[str, str](), list[str]()
+  for line in lines[1:]:
+    if line and not line.startswith("  "):
+      break
+    field = re.match(r"  (\w+): ", line)
+    comments = (
+      [
+        token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline)
+        if token.type == tokenize.COMMENT
+      ]
+      if field or line.strip().startswith("#")
+      else []
+    )
+    if field:
+      found[field[1]] = " ".join(comments or above).replace("|", "or")
+    above = [*above, *comments] if comments and not field else []
+  return found
+
+
+# --------------------------------------------------------------------------------------------------------------- plots
+
+
+def step_plot() -> Figure:
+  """Decode steps of the 8B shape, and the floor that their bytes set."""
+  rows = [row for row in _lines(STEPS) if row["op"] == "step"]
+  figure, axes = style.subplots(size=(7.2, 3.4))
+  at = range(len(rows))
+  for name, values, color in (("measured", "us", style.COLORS[2]), ("floor: bytes that must move", "floor_us", "0.75")):
+    shift = 0.2 if values == "floor_us" else -0.2
+    made = axes.barh([y + shift for y in at], [row[values] / 1e3 for row in rows], 0.38, color=color, label=name)
+    axes.bar_label(made, fmt="{:.1f}", fontsize=7, padding=2)
+  axes.set(yticks=list(at), yticklabels=[row["case"] for row in rows], xlabel="ms a decode step")
+  axes.invert_yaxis()
+  axes.legend(loc="lower right")
+  figure.supxlabel(f"{rows[0]['device']}, jax {rows[0]['jax']}, commit {rows[0]['commit']}", fontsize=7, color="0.4")
+  return figure
+
+
+def accuracy_plot() -> Figure:
+  """Accuracy against the bytes that a step reads, a line for each way to select."""
+  figure, all_axes = style.subplots(1, 2, size=(7.2, 3.2))
+  for axes, group in zip(all_axes, ("retrieval", "long_output"), strict=True):
+    rows = [row for row in _at_16k("accuracies") if row["group"] == group]
+    for series, label in SERIES.items():
+      line = sorted((row["bytes"], row["accuracy"]) for row in rows if row["series"] == series)
+      axes.plot(*zip(*line, strict=True), label=label)
+    (dense,) = [row["accuracy"] for row in rows if row["series"] == "dense"]
+    axes.axhline(dense, color="0.6", linewidth=1, linestyle=":", marker="", label="dense")
+    axes.set(title=f"{group.replace('_', ' ')}: mean of {rows[0]['tasks']} tasks", xlabel="bytes read, of dense")
+    axes.set(ylim=(0, 1.02))
+    style.logarithmic(axes, "x")
+  all_axes[0].set_ylabel("answers right")
+  figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=7)
+  figure.supxlabel(ON_REFERENCE, fontsize=7, color="0.4")
+  return figure
+
+
+def svg_of(figure: Figure) -> str:
+  """A figure as text that is the same in each run."""
+  with mpl.rc_context({**style.LOOKS, "svg.hashsalt": "docs", "svg.fonttype": "none"}):
+    figure.savefig(out := io.StringIO(), format="svg", metadata={"Date": None, "Creator": None})
+  return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------- all
+
+
+TABLES: dict[str, Callable[[], str]] = {
+  "accuracy": accuracy_table,
+  "configuration": configuration_table,
+  "sparseserve": lambda: published.table("SparseServe"),
+  "longbench": published.longbench_table,
+  "psa": lambda: published.table("PSA"),
+}
+PICTURES: dict[str, Callable[[], str]] = {
+  "decode_step.svg": decode_step,
+  "step.svg": lambda: svg_of(step_plot()),
+  "accuracy.svg": lambda: svg_of(accuracy_plot()),
+}
+
+
+def filled(text: str) -> str:
+  """A page with its tables made anew.
+
+  Raises:
+    KeyError: no table has that name.
+  """
+  return _MADE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def pages() -> list[Path]:
+  """README.md and the pages of docs/ that are stored."""
+  return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _at_16k(part: str) -> list[dict[str, Any]]:
+  return [row for row in json.loads(REFERENCE.read_text(encoding="utf-8"))[part] if row["tokens"] == 16384]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+  return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+  ASSETS.mkdir(exist_ok=True)
+  for name, make in PICTURES.items():
+    (ASSETS / name).write_text(make(), encoding="utf-8")
+  for page in pages():
+    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,243 @@
+"""What the two papers report, and what rows in experiments/results say to it: tables of docs/reproduction.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results"
+KERNELS = "2026-11-26-h200/kernels.jsonl"
+REFERENCE = "2026-11-26-reference/summary.json"
+LONGBENCH_LADDER = "`sparse-serve ladder --model=DIR --workload=longbench --longbench_dir=DIR"
+LADDER = f"{LONGBENCH_LADDER} --rates=0.05,0.1,0.15,0.2,0.25,0.3 --out=OUT`"
+GOODPUT = f"{LONGBENCH_LADDER} --goodput --out=OUT`"
+MOVES = "`sparse-serve bench-kernels --out=OUT`"
+PREFILL = "`sparse-serve bench-prefill --out=OUT`"
+ACCURACY = "`sparse-serve accuracy --model=models/reference --out=OUT`"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A published number.
+
+  Attributes:
+    where: figure, table or section.
+    what: in words.
+    value: the paper's, as it is printed.
+    command: what measures it here.
+    ours: the number that our rows give, its form, the least (or most) that meets the paper's, and the device; None if
+      nothing was run.
+  """
+
+  paper: Literal["SparseServe", "PSA"]
+  where: str
+  what: str
+  value: str
+  command: str
+  ours: Callable[[], tuple[float, str, float, str]] | None = None
+  at_most: bool = False
+
+  def row(self) -> str:
+    if self.ours is None:
+      told = "not run", "not run", ""
+    else:
+      number, form, wanted, device = self.ours()
+      met = number <= wanted if self.at_most else number >= wanted
+      told = form.format(number), "met" if met else "missed", device
+    return f"| {self.where} | {self.what} | {self.value} | {told[0]} | {told[1]} | {told[2]} | {self.command} |"
+
+
+def table(paper: str) -> str:
+  """All claims of a paper."""
+  lines = ["| where | what | paper | ours | | device | command |", "|---|---|---|---|---|---|---|"]
+  return "\n".join([*lines, *(claim.row() for claim in CLAIMS if claim.paper == paper)]) + "\n"
+
+
+def longbench_table() -> str:
+  """The scores of Table 1, and what is run of them: nothing yet."""
+  lines = ["| dataset | LWM-Text-Chat-1M | Llama-3-8B-262k | ours |", "|---|---|---|---|"]
+  for name, models in LONGBENCH.items():
+    lines.append(f"| {name} | {' | '.join(', '.join(f'{score:.2f}' for score in of) for of in models)} | not run |")
+  return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def _kernels() -> tuple[dict[str, Any], ...]:
+  return tuple(json.loads(line) for line in (RESULTS / KERNELS).read_text(encoding="utf-8").splitlines())
+
+
+@functools.cache
+def _summary() -> dict[str, Any]:
+  return json.loads((RESULTS / REFERENCE).read_text(encoding="utf-8"))
+
+
+def _rate(case: str, instead: str | None, wanted: float) -> Callable[[], tuple[float, str, float, str]]:
+  """GB/s of a copy of blocks of 16 KiB, or of what is timed instead of it."""
+
+  def ours() -> tuple[float, str, float, str]:
+    (row,) = [row for row in _kernels() if (row["op"], row["case"]) == ("copy", case)]
+    us = row["us"] if instead is None else row["baselines"][instead]
+    return sum(row["moved"].values()) / us / 1e3, "{:.1f} GB/s", wanted, f"{row['device']}, PCIe 5"
+
+  return ours
+
+
+def _overlap(first: int, last: int, wanted: float) -> Callable[[], tuple[float, str, float, str]]:
+  """Points that the overlap with the last `last` steps is above that with the last `first`; budget 2,048."""
+
+  def ours() -> tuple[float, str, float, str]:
+    rows = [row for row in _summary()["reuse"] if (row["tokens"], row["case"]) == (16384, "cuboid_mean 2048")]
+    gain = statistics.mean(row["overlap"][str(last)] - row["overlap"][str(first)] for row in rows)
+    return 100 * gain, "{:.2f} points", wanted, "4 H100, the reference model"
+
+  return ours
+
+
+def _fewer(key: str, wanted: float, group: str = "retrieval") -> Callable[[], tuple[float, str, float, str]]:
+  """How many times fewer blocks PSA reads at 98 % of dense accuracy, by the mean of a group's tasks."""
+
+  def ours() -> tuple[float, str, float, str]:
+    (row,) = [row for row in _summary()["psa_against_fixed"] if (row["of"], row["level"]) == (f"mean of {group}", 0.98)]
+    return row[key]["blocks"], "{:.1f}x", wanted, "4 H100, the reference model, PSA's rule"
+
+  return ours
+
+
+CLAIMS = (
+  Claim("SparseServe", "Fig. 1", "throughput, batch 2 to 6", "2.07x", LADDER),
+  Claim("SparseServe", "Fig. 1", "throughput, batch 6 to 12", "1.73x less", LADDER),
+  Claim("SparseServe", "Fig. 1", "blocks loaded an iteration, batch 6 to 12", "21.36x", LADDER),
+  Claim("SparseServe", "Fig. 4a", "loads by one kernel", "> 20 GB/s", MOVES, _rate("load 1024", None, 20)),
+  Claim(
+    "SparseServe", "Fig. 4a", "loads by a copy a block", "< 5 GB/s", MOVES, _rate("load 1024", "memcpy each", 5), True
+  ),
+  Claim("SparseServe", "Fig. 4b", "saves (ours: by one kernel)", "> 23 GB/s", MOVES, _rate("store 1024", None, 23)),
+  Claim(
+    "SparseServe", "Fig. 4b", "saves by a copy a block", "< 6 GB/s", MOVES, _rate("store 1024", "memcpy each", 6), True
+  ),
+  Claim("SparseServe", "Fig. 8", "overlap of selections, window 1 to 12", "10.68 %", ACCURACY, _overlap(1, 12, 10.68)),
+  Claim(
+    "SparseServe", "Fig. 8", "overlap of selections, window 12 to 16", "0.31 %", ACCURACY, _overlap(12, 16, 0.31), True
+  ),
+  Claim("SparseServe", "evaluation", "mean TTFT against vLLM, LWM-7B, 0.125 requests/s", "9.26x less", LADDER),
+  Claim("SparseServe", "evaluation", "throughput against vLLM; LWM-7B, Llama3-8B", "2.93x, 3.14x", LADDER),
+  Claim("SparseServe", "evaluation", "throughput against vLLM-S", "2.23x, 2.03x", LADDER),
+  Claim("SparseServe", "evaluation", "throughput against vLLM-SO", "2.96x, 4.24x", LADDER),
+  Claim("SparseServe", "evaluation", "mean TBT against vLLM", "within +20 %", LADDER),
+  Claim(
+    "SparseServe", "Fig. 13", "goodput by step of the ladder, LWM-7B", "1.20, 1.33, 1.88, 1.33, 1.25; 5.00x", GOODPUT
+  ),
+  Claim(
+    "SparseServe", "Fig. 13", "goodput by step of the ladder, Llama3-8B", "1.13, 1.12, 1.19, 1.11, 1.10; 1.83x", GOODPUT
+  ),
+  Claim("SparseServe", "ablation", "share of loading in a batch of 8, a copy a block", "69.94 %", LADDER),
+  Claim("SparseServe", "ablation", "loading by one kernel against a copy a block", "9.97x less", LADDER),
+  Claim(
+    "SparseServe", "ablation", "prefill over compute alone: copies; GPU-direct; FlashD2H", "1.76x, 1.28x, 1.0x", PREFILL
+  ),
+  Claim("SparseServe", "ablation", "throughput without batch control, 0.25 to 0.3 requests/s", "29.52 % less", LADDER),
+  Claim("SparseServe", "ablation", "blocks loaded with batch control, 0.3 requests/s", "52.78x less", LADDER),
+  Claim("SparseServe", "ablation", "mean TTFT, layer segments against chunks of 2,048", "8.68x less", LADDER),
+  Claim("SparseServe", "ablation", "attention of a chunked prefill, chunks of 512", "1.51x slower", PREFILL),
+  Claim(
+    "PSA",
+    "abstract",
+    "KV read against a fixed budget; 11 retrieval tasks",
+    "up to 2.4x less",
+    ACCURACY,
+    _fewer("fixed_by_psa", 2.4),
+  ),
+  Claim("PSA", "abstract", "the same, frequent words", "the same", ACCURACY, _fewer("fixed_by_psa", 2.4, "global")),
+  Claim(
+    "PSA",
+    "abstract",
+    "the same, 2 tasks of long answers",
+    "the same",
+    ACCURACY,
+    _fewer("fixed_by_psa", 2.4, "long_output"),
+  ),
+  Claim(
+    "PSA",
+    "abstract",
+    "KV read against dense; 11 retrieval tasks",
+    "up to 8.8x less",
+    ACCURACY,
+    _fewer("dense_by_psa", 8.8),
+  ),
+  Claim("PSA", "abstract", "the same, frequent words", "the same", ACCURACY, _fewer("dense_by_psa", 8.8, "global")),
+  Claim(
+    "PSA",
+    "abstract",
+    "the same, 2 tasks of long answers",
+    "the same",
+    ACCURACY,
+    _fewer("dense_by_psa", 8.8, "long_output"),
+  ),
+  Claim(
+    "PSA",
+    "evaluation, second-hand",
+    "KV read against vLLM-sparse, mean; LWM-7B, Llama-3.1-8B",
+    "2.1x, 2.4x less",
+    ACCURACY,
+  ),
+  Claim(
+    "PSA",
+    "evaluation, second-hand",
+    "KV read against InfiniGen, mean, LWM-7B",
+    "1.8x less",
+    "InfiniGen is not implemented here",
+  ),
+  Claim(
+    "PSA",
+    "evaluation, second-hand",
+    "throughput against vLLM, strict and loose SLO, LWM-7B",
+    "1.5x, up to 2.0x",
+    GOODPUT,
+  ),
+  Claim(
+    "PSA",
+    "evaluation, second-hand",
+    "throughput against vLLM, strict and loose SLO, Llama-3.1-8B",
+    "1.3x, up to 1.5x",
+    GOODPUT,
+  ),
+  Claim(
+    "PSA",
+    "evaluation, second-hand",
+    "throughput against vLLM-sparse, strict and loose SLO, LWM-7B",
+    "up to 1.3x, 1.4x",
+    GOODPUT,
+  ),
+  Claim(
+    "PSA",
+    "evaluation, second-hand",
+    "throughput against vLLM-sparse, strict and loose SLO, Llama-3.1-8B",
+    "up to 1.2x, 1.3x",
+    GOODPUT,
+  ),
+)
+
+# LongBench by token budget, Appendix, Table 1: full, 512, 1,024, 1,536, 2,048; LWM-Text-Chat-1M, Llama-3-8B-262k.
+LONGBENCH = {
+  "HotpotQA": ((21.93, 22.22, 22.54, 22.16, 22.22), (17.79, 17.99, 17.70, 17.86, 17.83)),
+  "2WikiMQA": ((18.01, 18.22, 17.67, 18.13, 18.47), (16.90, 16.51, 16.46, 16.70, 16.77)),
+  "MuSiQue": ((10.36, 10.78, 10.37, 10.65, 10.25), (9.52, 9.17, 9.17, 9.42, 9.83)),
+  "DuReader": ((25.68, 25.71, 27.02, 26.29, 26.03), (27.47, 27.25, 27.79, 27.76, 27.47)),
+  "MultiFieldQA-en": ((43.05, 43.38, 43.77, 42.77, 42.51), (40.27, 40.24, 41.19, 40.56, 40.31)),
+  "NarrativeQA": ((13.50, 13.15, 13.79, 13.64, 13.68), (16.99, 17.14, 16.60, 16.76, 16.95)),
+  "Qasper": ((24.08, 24.12, 25.06, 24.62, 24.49), (26.21, 25.54, 25.59, 25.93, 26.23)),
+  "GovReport": ((27.88, 26.36, 27.07, 27.35, 27.48), (33.61, 30.01, 31.95, 32.63, 33.19)),
+  "QMSum": ((24.83, 24.30, 24.63, 24.85, 24.95), (25.51, 25.09, 25.80, 25.69, 25.54)),
+  "MultiNews": ((24.38, 23.62, 23.98, 24.00, 24.32), (27.87, 27.34, 27.74, 27.90, 27.75)),
+  "VCSUM": ((9.52, 11.09, 10.57, 10.66, 10.45), (14.54, 14.15, 13.89, 13.98, 14.36)),
+  "TriviaQA": ((61.87, 60.57, 60.76, 62.01, 61.65), (85.83, 86.46, 86.41, 86.38, 86.44)),
+  "SAMSum": ((39.91, 39.56, 39.77, 39.93, 39.68), (41.62, 40.48, 41.17, 41.29, 41.02)),
+  "LSHT": ((24.00, 22.00, 23.00, 23.50, 24.00), (43.50, 35.50, 39.50, 42.00, 43.00)),
+  "LCC": ((40.47, 39.15, 40.20, 40.14, 40.21), (51.04, 50.38, 51.14, 51.03, 51.02)),
+  "RepoBench-P": ((42.78, 41.56, 42.75, 42.65, 42.84), (44.79, 44.46, 45.48, 45.04, 44.75)),
+}
