@@ -33,7 +33,11 @@ def run(slots: int, control: str, *assignments: str) -> Run:
   """Three requests that decode, then a long prompt beside them; all selections are of everything."""
   model, steps = tiny_model(), []
   conf = config(
-    "scheduler.prefill=chunked", f"scheduler.chunk_tokens={CHUNK}", f"scheduler.batch_control={control}", *assignments
+    "scheduler.prefill=chunked",
+    f"scheduler.chunk_tokens={CHUNK}",
+    f"scheduler.batch_control={control}",
+    "cache.save=direct",  # a chunk after staged saves waits until they have landed
+    *assignments,
   )
   observe = lambda seen: steps.append((seen.plan, seen.result))  # noqa: E731
   engine = new_engine(with_slots(conf, slots, model), model, observer=observe)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_serve_jax.config import EngineConfig, ModelConfig, override
+from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.kv_cache import KVCache
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params
@@ -102,6 +103,7 @@ def config(*assignments: str, block_tokens: int = 8, base: EngineConfig | None =
 
 def with_slots(conf: EngineConfig, slots: int, model: Model) -> EngineConfig:
   """The same configuration with an HBM budget of exactly `slots` slots over all devices."""
+  conf = host_pool.chosen(conf)  # slabs of staged saves take HBM too
   probe = CacheShape.of(model.config, override(conf, ["cache.hbm_bytes=1GiB"]), 2)
   conf = override(conf, [f"cache.hbm_bytes={probe.fixed_bytes + slots * probe.slot_bytes}"])
   made = CacheShape.of(model.config, conf, 2)
