@@ -166,9 +166,9 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
     output_tokens=sum(len(request.output_tokens) for request in finished),
     preemptions=sum(request.preemptions for request in finished),
     recomputed_tokens=sum(request.recomputed_tokens for request in finished),
-    **_distribution("ttft", [time_to_first_token(request) for request in finished]),
-    **_distribution("tbt", gaps),
-    **_distribution("latency", [latency(request) for request in finished]),
+    **distribution("ttft", [time_to_first_token(request) for request in finished]),
+    **distribution("tbt", gaps),
+    **distribution("latency", [latency(request) for request in finished]),
     scheduling_delay_mean_s=_mean(delays),
     scheduling_delay_p99_s=_percentile(delays, 99),
     throughput_tok_s=throughput(finished),
@@ -208,7 +208,8 @@ def table(columns: Mapping[str, Mapping[str, int | float | str | None]]) -> str:
   return "\n".join(line.rstrip() for line in lines)
 
 
-def _distribution(name: str, seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+def distribution(name: str, seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+  """Mean and percentiles, linear between ranks, as fields of `Summary`; None of nothing."""
   percentiles = {f"{name}_p{p}_s": _percentile(seconds, p) for p in (50, 90, 99)}
   return {f"{name}_mean_s": _mean(seconds), **percentiles}
 
