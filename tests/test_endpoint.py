@@ -15,6 +15,7 @@ import pytest
 from sparse_serve_jax.benchmarks import endpoint as asking
 from sparse_serve_jax.benchmarks.endpoint import Endpoint
 from sparse_serve_jax.models import ByteTokenizer
+from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.workloads import Item, Refused
 from tests import forks
 from tests.fake_endpoint import DONE, STREAM, FakeEndpoint, event, piece, response, usage
@@ -25,6 +26,10 @@ LATE = 0.5  # seconds that a busy machine may add
 
 def item(name: str = "a", text: str = "Hello", n: int = 4, **options) -> Item:
   return Item(name, np.frombuffer(text.encode(), np.uint8).astype(np.int32), n, options)
+
+
+def gaps(row: dict) -> np.ndarray:
+  return metrics.gaps(row["token_s"], row["output_tokens"])
 
 
 def serve(server: FakeEndpoint, items, arrivals=None, send="ids", timeout_s=60.0, **more) -> list[dict]:
@@ -59,7 +64,7 @@ def test_times_are_those_at_which_pieces_came():
   for at, sent in zip(row["token_s"], seen.sent[1:], strict=False):  # the server's clock is the client's
     assert sent - seen.at <= at - row["sent_s"] < sent - seen.at + LATE
   assert row["first_token_s"] == row["token_s"][0] >= 0.25 and row["finish_s"] >= row["token_s"][-1]
-  between = asking.gaps(row)
+  between = gaps(row)
   assert between[0] + between[1] >= 0.25 - LATE and len(between) == 2
   told = asking.summarize([row])
   assert told["ttft_mean_s"] == pytest.approx(row["first_token_s"] - 0.1)
@@ -83,7 +88,7 @@ def test_gaps_are_between_tokens(sent, told, between):
     asking._take({"choices": [{"text": text, "finish_reason": finish}]}, answer, at)
   asking._take({"choices": [], "usage": {"completion_tokens": told}}, answer, 5.0)
   row = asking.row_of(item(), answer, 0.0, 0.0, 5.0, 0.0, ByteTokenizer())
-  assert asking.gaps(row).tolist() == between and row["output_tokens"] == told
+  assert gaps(row).tolist() == between and row["output_tokens"] == told
 
 
 def test_requests_are_sent_when_they_are_due_however_many_wait():
@@ -143,7 +148,7 @@ def test_tokens_are_counted_here_where_the_server_does_not():
   with FakeEndpoint(lambda *_: [STREAM + piece("é") + piece("ab", "stop")]) as server:
     (row,) = serve(server, [item(text="12345678")])
   assert (row["output_tokens"], row["counted_by"], row["prompt_tokens"]) == (4, "tokenizer", 8)  # bytes
-  assert asking.gaps(row).size == 3 and row["cached_tokens"] is None
+  assert gaps(row).size == 3 and row["cached_tokens"] is None
 
 
 def test_a_conversation():

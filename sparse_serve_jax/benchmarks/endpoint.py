@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from sparse_serve_jax.serving.metrics import distribution
+from sparse_serve_jax.serving.metrics import distribution, gaps
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads import Item, Refused
 
@@ -254,19 +254,12 @@ def row_of(
   return row | ({"error": answer.error} if answer.error else {})
 
 
-def gaps(row: Row) -> np.ndarray:
-  """TBT: times between consecutive output tokens, float64 [output tokens - 1]; 0 between those that came together."""
-  between = np.diff(np.asarray(row["token_s"], np.float64))
-  together = max(0, row["output_tokens"] - len(row["token_s"])) if row["token_s"] else 0
-  return np.concatenate([between, np.zeros(together)])
-
-
 def summarize(rows: Sequence[Row]) -> dict[str, float | int | None]:
   """Sums up rows of `serve`, under the names of `serving.metrics`, in seconds; None where there is nothing to average.
 
   Of the requests that finished: ttft is the time the first piece came - arrival, latency the time the stream ended -
   arrival, both over requests; client_delay is the time it was sent - arrival, which is part of both: what `concurrency`
-  and a slow client add; tbt is over all `gaps` of all requests; throughput is output tokens / (last end - first
+  and a slow client add; tbt is over all `metrics.gaps` of all requests; throughput is output tokens / (last end - first
   arrival). most_in_flight counts requests, those that failed too, that were on their way at one time.
   """
   finished = [row for row in rows if "error" not in row]
@@ -275,6 +268,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | int | None]:
   span = max((row["finish_s"] for row in finished), default=0) - min((row["arrival_s"] for row in finished), default=0)
   cached = [row["cached_tokens"] for row in finished if row["cached_tokens"] is not None]
   first = [row["first_token_s"] - row["arrival_s"] for row in finished if row["first_token_s"] is not None]
+  between = [gaps(row["token_s"], row["output_tokens"]) for row in finished]
   changes = [(row[key], by) for row in finished + failed for key, by in (("sent_s", 1), ("finish_s", -1))]
   in_flight = np.cumsum([by for _, by in sorted(changes)])
   return {
@@ -285,7 +279,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | int | None]:
     "cached_tokens": sum(cached) if cached else None,
     "output_tokens": output,
     **distribution("ttft", first),
-    **distribution("tbt", np.concatenate([np.zeros(0), *map(gaps, finished)])),
+    **distribution("tbt", np.concatenate([np.zeros(0), *between])),
     **distribution("latency", [row["finish_s"] - row["arrival_s"] for row in finished]),
     **distribution("client_delay", [row["sent_s"] - row["arrival_s"] for row in finished]),
     "throughput_tok_s": output / span if span > 0 else None,

@@ -110,7 +110,14 @@ def time_to_first_token(request: Request) -> float:
 
 def times_between_tokens(request: Request) -> np.ndarray:
   """TBT: the gaps between the times of consecutive output tokens, float64 [output tokens - 1], in seconds."""
-  return np.diff(np.asarray(request.token_times, np.float64))
+  return gaps(request.token_times, len(request.token_times))
+
+
+def gaps(times: Sequence[float], n_tokens: int) -> np.ndarray:
+  """The gaps between consecutive tokens, float64 [n_tokens - 1], which came at these ascending times: 0 between those
+  that came together, where there are fewer times than tokens."""
+  together = max(0, n_tokens - len(times)) if len(times) else 0
+  return np.concatenate([np.diff(np.asarray(times, np.float64)), np.zeros(together)])
 
 
 def scheduling_delay(request: Request) -> float:
