@@ -101,7 +101,8 @@ def test_requests_are_sent_when_they_are_due_however_many_wait():
 
   arrivals = np.arange(8) * 0.04
   with FakeEndpoint(script) as server:
-    rows = serve(server, [item(str(i)) for i in range(8)], arrivals)
+    rows = serve(server, [item(str(i)) for i in range(8)], arrivals, timeout_s=20.0)
+  assert asking.summarize(rows)["failed"] == 0
   assert server.most_live == 8 == asking.summarize(rows)["most_in_flight"]
   assert sorted(row["arrival_s"] for row in rows) == arrivals.tolist()
   late = [row["sent_s"] - row["arrival_s"] for row in rows]
