@@ -79,7 +79,7 @@ def main() -> None:
   except ImportError as error:
     print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
   else:
-    plots.draw(run.cells, {rung: of.rate for rung, of in found.items()}, folder / "ladder.png", made_by(folder))
+    plots.write(folder, run.cells, found, made_by(folder))
   cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
 
 

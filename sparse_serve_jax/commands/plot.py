@@ -2,8 +2,9 @@
 
   python -m experiments.plot DIR [--out=DIR]
 
-A folder of a ladder, an accuracy experiment, a run of a workload or benchmarks: pictures as .png, tables as Markdown
-and CSV. Nothing is measured anew. The last line of stdout is a JSON object: the files that were written.
+A folder of a ladder, an accuracy experiment, a run of a workload, here or by an endpoint, benchmarks or selections:
+pictures as .png, tables as Markdown and CSV. Nothing is measured anew. The last line of stdout is a JSON object: the
+files that were written.
 """
 
 from __future__ import annotations

@@ -17,13 +17,12 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 from absl import flags, logging
 from tqdm import tqdm
 
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.commands import cli
-from sparse_serve_jax.commands.workload import WorkloadFlags, digest, tell_refused
+from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_refused
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.here import load_model_here
@@ -74,7 +73,7 @@ def main() -> int:
       found.append(row)
 
   engine = Engine(executor, clock=clock, observer=observe)
-  items, arrivals = _left(workload, source(model.tokenizer, engine.max_request_tokens), before)
+  items, arrivals = left(workload, source(model.tokenizer, engine.max_request_tokens), before)
   if before and not items:
     print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)
   with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
@@ -102,15 +101,6 @@ def _setting(config: EngineConfig, workload: workloads.WorkloadConfig) -> dict[s
     "seed": _ASKED.seed,
     "ignore_eos": _IGNORE_EOS.value,
   }
-
-
-def _left(
-  workload: workloads.WorkloadConfig, items: list[Item | Refused], before: list[dict[str, Any]]
-) -> tuple[list[Item | Refused], np.ndarray]:
-  """The items without a row, and when they arrive, in seconds: the first of them at once if it is not all."""
-  done = {row["request_id"] for row in before}
-  times = workloads.times_of(workload, len(items))[[item.id not in done for item in items]]
-  return [item for item in items if item.id not in done], times - times.min(initial=np.inf) if done else times
 
 
 @dataclasses.dataclass

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from sparse_serve_jax import workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import override
-from sparse_serve_jax.workloads import Refused
+from sparse_serve_jax.workloads import Item, Refused
 
 flags.disclaim_key_flags()  # they are their caller's
 
@@ -121,3 +122,12 @@ def digest(config: workloads.WorkloadConfig) -> str | None:
   """Of the file that prompts come from; None if they do not come from one."""
   path = pathlib.Path(config.path)
   return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def left(
+  config: workloads.WorkloadConfig, items: list[Item | Refused], before: list[dict[str, Any]]
+) -> tuple[list[Item | Refused], np.ndarray]:
+  """The items without a row, and when they arrive, in seconds: the first of them at once if it is not all."""
+  done = {row["request_id"] for row in before}
+  times = workloads.times_of(config, len(items))[[item.id not in done for item in items]]
+  return [item for item in items if item.id not in done], times - times.min(initial=np.inf) if done else times

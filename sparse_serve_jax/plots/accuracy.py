@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sparse_serve_jax.evaluation import report
 from sparse_serve_jax.evaluation.accuracy import Row
-from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE
+from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE, PSA
 from sparse_serve_jax.plots import style
 
 _POINT: dict[str, Any] = dict(marker="*", markersize=9, linestyle="")  # a series with one entry
@@ -26,7 +26,8 @@ def write(folder: pathlib.Path, told: dict[str, list[Row]], reuse_rows: list[Row
   for name, entries in _by(told["equal_bytes"], "group", "tokens").items():
     if len(entries) > 1:
       at_equal_bytes(entries, folder / f"equal_bytes_{name}.png", made_by)
-  for name, entries in _by(told["psa_by_head"], "series", "group", "tokens").items():
+  of_psa = [{"series": PSA} | entry for entry in told["psa_by_head"]]  # older summaries had this rule only
+  for name, entries in _by(of_psa, "series", "group", "tokens").items():
     blocks_by_head(nearest(entries), folder / f"{name}.png", made_by)
   for name, entries in _by(reuse_rows, "task", "tokens").items():
     reuse(entries, folder / f"reuse_{name}.png", made_by)

@@ -12,7 +12,7 @@ from sparse_serve_jax import results
 from sparse_serve_jax.evaluation import ladder as ladders
 from sparse_serve_jax.evaluation import ladder_report, report
 from sparse_serve_jax.files import read_json, read_lines
-from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests
+from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selections
 
 Row = dict[str, Any]
 BENCHMARKS = ("kernels.jsonl", "step.jsonl", "prefill.jsonl")  # rows with an "op"
@@ -24,7 +24,7 @@ def draw(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
   """Writes pictures and tables of everything in a folder that is known.
 
   Args:
-    folder: of --out of a ladder, an accuracy experiment, a run of a workload, or benchmarks.
+    folder: of --out of a ladder, an accuracy experiment, a run of a workload, benchmarks, or selections.
     out: a folder that is there.
 
   Returns:
@@ -49,10 +49,32 @@ def made_by(folder: pathlib.Path, rows: Sequence[Row] = ()) -> str:
     return f"{rows[-1]['device']}; commit {commits}"
   if not (folder / results.RUN_FILE).is_file():
     return ""
-  part = read_json(folder / results.RUN_FILE)["parts"][-1]
+  run = read_json(folder / results.RUN_FILE)
+  return _by(run["parts"][-1], run["setting"].get("endpoint"))
+
+
+def _by(part: Mapping[str, Any], endpoint: Mapping[str, str] | None = None) -> str:
+  """A line of `results.provenance`; the device is not what matters of an endpoint that was asked."""
   program, *arguments = part["command"]
+  where = part["device"]["kind"] if endpoint is None else f"{endpoint['model']} at {endpoint['url']}"
   command = shlex.join([pathlib.Path(program).stem, *arguments])
-  return f"{part['device']['kind']}; commit {part['commit']}; {command[:160]}"
+  return f"{where}; commit {part['commit']}; {command[:160]}"
+
+
+def _write_csv(file: pathlib.Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+  with file.open("w", newline="", encoding="utf-8") as opened:
+    writer: csv.DictWriter[str] = csv.DictWriter(opened, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _write_markdown(file: pathlib.Path, rows: Sequence[Row]) -> None:
+  heads = list(dict.fromkeys(key for row in rows for key in row))
+  lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+  for row in rows:
+    values = ["" if row.get(head) is None else row[head] for head in heads]
+    lines.append(f"| {' | '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)} |")
+  file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _read(file: pathlib.Path) -> list[Row]:
@@ -60,27 +82,42 @@ def _read(file: pathlib.Path) -> list[Row]:
 
 
 def _draw_ladder(folder: pathlib.Path, out: pathlib.Path) -> bool:
-  cells = _read(folder / "cells.jsonl")
+  cells = [row for row in _read(folder / "cells.jsonl") if row["rate"] is not None]  # others: of a rung alone
   if cells:
     found = ladders.goodputs(cells) if len({cell["rate"] for cell in cells}) > 1 else {}
     ladder_report.write(out, cells, found)
-    ladder.draw(cells, {rung: of.rate for rung, of in found.items()}, out / "ladder.png", made_by(folder, cells))
+    ladder.write(out, cells, found, made_by(folder, cells))
   return bool(cells)
 
 
 def _draw_accuracy(folder: pathlib.Path, out: pathlib.Path) -> bool:
   rows, prefill, reuse = ([row for row in _read(folder / name) if "op" not in row] for name in ACCURACY)
+  kept = (folder / "summary.json").is_file()
   if rows or prefill or reuse:
     told = report.summary(rows, reuse, prefill)
     report.write(out, told)
     accuracy.write(out, told, reuse, made_by(folder))
-  return bool(rows or prefill or reuse)
+  elif kept:  # tables are made from rows, which were not kept
+    accuracy.write(out, report.summary([], []) | read_json(folder / "summary.json"), [], made_by(folder))
+  return bool(rows or prefill or reuse or kept)
 
 
 def _draw_requests(folder: pathlib.Path, out: pathlib.Path) -> bool:
   rows = _read(folder / "requests.jsonl")
   if rows:
     requests.draw(rows, out / "requests.png", made_by(folder))
+    told = requests.table(rows)
+    _write_csv(out / "requests.csv", list(told[0]), told)
+    _write_markdown(out / "requests.md", told)
+  return bool(rows)
+
+
+def _draw_selections(folder: pathlib.Path, out: pathlib.Path) -> bool:
+  rows = selections.read(folder)
+  if rows:
+    made = folder / "selections.json"
+    selections.draw(rows, out / "selections.png", _by(read_json(made)["made"]) if made.is_file() else "")
+    _write_markdown(out / "selections.md", rows)
   return bool(rows)
 
 
@@ -91,16 +128,14 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
     benchmarks.against_floors(of_op, out / f"bench_{op.replace(' ', '_')}.png", made_by(folder, of_op))
   if rows:
     (out / "benchmarks.md").write_text(benchmarks.markdown(rows), encoding="utf-8")
-    with (out / "benchmarks.csv").open("w", newline="", encoding="utf-8") as file:
-      writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-      writer.writeheader()
-      writer.writerows(rows)
+    _write_csv(out / "benchmarks.csv", COLUMNS, rows)
   return bool(rows)
 
 
 _DRAWN: Mapping[str, Callable[[pathlib.Path, pathlib.Path], bool]] = {
   "cells.jsonl": _draw_ladder,
-  "results.jsonl, prefill.jsonl, reuse.jsonl": _draw_accuracy,
+  "results.jsonl, prefill.jsonl, reuse.jsonl, summary.json": _draw_accuracy,
   "requests.jsonl": _draw_requests,
   "kernels.jsonl, step.jsonl": _draw_benchmarks,
+  "selections.csv": _draw_selections,
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -65,23 +66,34 @@ def save(figure: Figure, file: pathlib.Path, made_by: str = "") -> pathlib.Path:
   return file
 
 
-def logarithmic(axes: Axes, which: str) -> None:
-  """Makes the axis "x" or "y" logarithmic, with three ticks at least, as people write numbers."""
+def logarithmic(axes: Axes, which: str, at: Sequence[float] | None = None) -> None:
+  """Makes the axis "x" or "y" logarithmic, with ticks `at` values that are given, but those that crowd;
+  else three or more."""
   axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
   (axes.set_xscale if which == "x" else axes.set_yscale)("log")
   low, high = sorted(axis.get_view_interval())
   subs = (1.0,) if high > 300 * low else (1.0, 2.0, 5.0)
   ticks = ticker.LogLocator(subs=subs).tick_values(low, high)
   shown = [tick for tick in ticks if low <= tick <= high]
-  axis.set_major_locator(ticker.FixedLocator(shown) if len(shown) > 2 else ticker.MaxNLocator(4))
+  shown = shown if at is None else _apart(at, 0.07 * math.log(high / low))
+  axis.set_major_locator(ticker.FixedLocator(shown) if at or len(shown) > 2 else ticker.MaxNLocator(4))
   axis.set_major_formatter("{x:g}")
   axis.set_minor_locator(ticker.NullLocator())
 
 
-def bars(axes: Axes, values: Mapping[str, float], label: str) -> None:
-  """A bar for each name, told apart by hatches and colors, with its value above."""
+def _apart(values: Sequence[float], least: float) -> list[float]:
+  """Of ascending values those whose logarithms are so far apart, from the last one down."""
+  kept: list[float] = []
+  for value in reversed(values):
+    if not kept or math.log(kept[0] / value) >= least:
+      kept.insert(0, value)
+  return kept
+
+
+def bars(axes: Axes, values: Mapping[str, float], label: str, told: Mapping[str, str] | None = None) -> None:
+  """A bar for each name, told apart by hatches and colors, with its value above, or what is `told` of it."""
   for i, (name, value) in enumerate(values.items()):
     bar = axes.bar(name, value, color=COLORS[i % 8], hatch=HATCHES[i // 8 % 8], edgecolor="white")
-    axes.bar_label(bar, fmt="{:.3g}", fontsize=7)
+    axes.bar_label(bar, [told[name] if told else f"{value:.3g}"], fontsize=7)
   axes.set(ylabel=label)
   plt.setp(axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")

@@ -110,7 +110,14 @@ def time_to_first_token(request: Request) -> float:
 
 def times_between_tokens(request: Request) -> np.ndarray:
   """TBT: the gaps between the times of consecutive output tokens, float64 [output tokens - 1], in seconds."""
-  return np.diff(np.asarray(request.token_times, np.float64))
+  return gaps(request.token_times, len(request.token_times))
+
+
+def gaps(times: Sequence[float], n_tokens: int) -> np.ndarray:
+  """The gaps between consecutive tokens, float64 [n_tokens - 1], which came at these ascending times: 0 between those
+  that came together, where there are fewer times than tokens."""
+  together = max(0, n_tokens - len(times)) if len(times) else 0
+  return np.concatenate([np.diff(np.asarray(times, np.float64)), np.zeros(together)])
 
 
 def scheduling_delay(request: Request) -> float:
@@ -166,9 +173,9 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
     output_tokens=sum(len(request.output_tokens) for request in finished),
     preemptions=sum(request.preemptions for request in finished),
     recomputed_tokens=sum(request.recomputed_tokens for request in finished),
-    **_distribution("ttft", [time_to_first_token(request) for request in finished]),
-    **_distribution("tbt", gaps),
-    **_distribution("latency", [latency(request) for request in finished]),
+    **distribution("ttft", [time_to_first_token(request) for request in finished]),
+    **distribution("tbt", gaps),
+    **distribution("latency", [latency(request) for request in finished]),
     scheduling_delay_mean_s=_mean(delays),
     scheduling_delay_p99_s=_percentile(delays, 99),
     throughput_tok_s=throughput(finished),
@@ -208,7 +215,8 @@ def table(columns: Mapping[str, Mapping[str, int | float | str | None]]) -> str:
   return "\n".join(line.rstrip() for line in lines)
 
 
-def _distribution(name: str, seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+def distribution(name: str, seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+  """Mean and percentiles, linear between ranks, as fields of `Summary`; None of nothing."""
   percentiles = {f"{name}_p{p}_s": _percentile(seconds, p) for p in (50, 90, 99)}
   return {f"{name}_mean_s": _mean(seconds), **percentiles}
 

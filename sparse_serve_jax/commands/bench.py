@@ -1,0 +1,128 @@
+"""Drives an OpenAI endpoint, ours or another, with a workload, and measures it by the client's clock.
+
+  sparse-serve bench --url=http://127.0.0.1:8000 --model=NAME --tokenizer=DIR --workload=text --rate=2 --out=/tmp/bench
+
+The same requests at the same times as those of `sparse-serve run`, and the same metrics: times to the first token and
+between tokens, throughput. The table goes to stdout, and as its last line one JSON object with the same numbers. The
+folder of --out gets requests.jsonl, a row for each request as it ends, and run.json, what the run was made by; the same
+command goes on with a run that was interrupted. The key of OPENAI_API_KEY is sent, if it is set.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from sparse_serve_jax import results, workloads
+from sparse_serve_jax.commands import cli
+from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_refused
+from sparse_serve_jax.config import override
+from sparse_serve_jax.models import load_model
+from sparse_serve_jax.models.tokenizer import load_tokenizer
+from sparse_serve_jax.serving import metrics
+from sparse_serve_jax.tokenizing import Tokenizer
+from sparse_serve_jax.workloads import Item
+
+ANY_LENGTH = 2**31 - 1  # tokens of a request, where the endpoint does not say how many fit
+
+with cli.group("The endpoint"):
+  _URL = flags.DEFINE_string("url", None, "http://host:port of the server.", required=True)
+  _MODEL = flags.DEFINE_string("model", None, "The name of the model there.", required=True)
+  _TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "Of that model: a model directory, a GGUF file, or random:<name in configs/models>. It makes prompts, and counts "
+    "output tokens where the server does not.",
+    required=True,
+  )
+  _SEND = flags.DEFINE_enum(
+    "send",
+    "ids",
+    ["ids", "text", "chat"],
+    "Prompts as token ids or as text to /v1/completions, or as one message to /v1/chat/completions.",
+  )
+  _CONCURRENCY = flags.DEFINE_integer(
+    "concurrency", None, "Requests on their way at most; others wait. By default no end.", lower_bound=1
+  )
+  _TIMEOUT = flags.DEFINE_float("timeout", 3600.0, "Seconds that a request may take.", lower_bound=0.001)
+_ASKED = WorkloadFlags()
+with cli.group("What is asked"):
+  _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Ask to go on after EOS tokens, by vLLM's extension of the API.")
+_STRICT = cli.define_strict()
+_OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)
+_VERBOSE = cli.define_verbose()
+
+
+def main() -> int:
+  """Returns 1 if no request has finished."""
+  try:
+    from sparse_serve_jax.benchmarks import endpoint as asking
+  except ImportError as error:
+    raise ValueError(f"a client needs the packages of '.[client]': {error}") from None
+  jax.config.update("jax_platforms", "cpu")  # a device of this machine may be the server's
+  workload = override(_ASKED.read(), {"strict": True}) if _STRICT.value else _ASKED.read()
+  source = workloads.read(workload)
+  known = {row.id: row for row in workloads.refused_by(source)}
+  tokenizer = _tokenizer(_TOKENIZER.value)
+  key = os.environ.get("OPENAI_API_KEY")
+  endpoint = asking.Endpoint(_URL.value, _MODEL.value, _SEND.value, key, _TIMEOUT.value)
+  served = asking.look_up(endpoint)
+  out, kept = _OUT.value and pathlib.Path(_OUT.value), None
+  if out:
+    results.claim(out, _setting(workload, served))
+    kept = results.Rows(out / "requests.jsonl")
+  before = kept.all[:] if kept else []
+  done = {row["request_id"] for row in before}
+  tell_refused(row for name, row in known.items() if name not in done)
+  items, arrivals = left(workload, source(tokenizer, served.get("max_model_len") or ANY_LENGTH), before)
+  judges = {item.id: item for item in items if isinstance(item, Item) and item.judge}
+  with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
+
+    def end(row: dict[str, Any]) -> None:
+      if (item := judges.get(row["request_id"])) and item.judge and "error" not in row:
+        row |= {**item.about, "score": item.judge(row["text"])}
+      if "error" in row and row["request_id"] not in known:
+        bar.write(f"{row['finish_reason']}: {row['request_id']}: {row['error']}", file=sys.stderr)
+      if kept is not None:
+        kept.append(row)
+      bar.update()
+
+    limits = {"ignore_eos": _IGNORE_EOS.value, "concurrency": _CONCURRENCY.value}
+    rows = asking.serve(endpoint, items, arrivals, tokenizer, end, **limits)
+  scores = [row["score"] for row in rows if "score" in row]
+  numbers = asking.summarize(rows) | {"score_mean": sum(scores) / len(scores) if scores else None}
+  cli.end_with(metrics.table({_MODEL.value: numbers}), numbers)
+  if before:
+    print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
+  return 0 if any("error" not in row for row in [*before, *rows]) else 1
+
+
+def _tokenizer(name: str) -> Tokenizer:
+  """Of a model, of which a directory needs no other file than the tokenizer's."""
+  path = pathlib.Path(name)
+  return load_tokenizer(path) if path.is_dir() else load_model(name).tokenizer
+
+
+def _setting(workload: workloads.WorkloadConfig, served: Mapping[str, Any]) -> dict[str, Any]:
+  """What rows of one folder have in common."""
+  told = {key: served[key] for key in ("owned_by", "max_model_len") if served.get(key) is not None}
+  return {
+    "endpoint": {"url": _URL.value, "model": _MODEL.value, "send": _SEND.value, **told},
+    "tokenizer": _TOKENIZER.value,
+    "workload": workload,
+    "prompts": digest(workload),
+    "ignore_eos": _IGNORE_EOS.value,
+    "concurrency": _CONCURRENCY.value,
+    "timeout": _TIMEOUT.value,
+  }
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+  cli.run(main, interrupted="rows so far are in {out}, and the same command goes on", argv=argv)
