@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import json
 import logging
@@ -92,6 +93,21 @@ class Server:
       self.n_answers -= 1
       raise
 
+  async def tokenize(self, request: Request) -> Response:
+    fields = asked.object_of(await self.body(request))
+    asked.check_model(fields, self.served)
+    (ids, *more) = await self.threaded(asked.prompts_of, fields, self.model.tokenizer)
+    if more:
+      raise Refused(400, f"one prompt is tokenized at a time, got {1 + len(more)}", "prompt")
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.max_request_tokens})
+
+  async def detokenize(self, request: Request) -> Response:
+    ids = asked.token_ids(asked.object_of(await self.body(request)))
+    size = self.model.config.vocab_size
+    if wrong := [token for token in ids if token >= size]:
+      raise Refused(400, f"{wrong[0]} is outside the vocabulary of {size}", "tokens")
+    return JSONResponse({"prompt": await self.threaded(self.model.tokenizer.decode, ids, False)})
+
 
 class _Answering(Response):
   """Sends an answer as it is made. A client that goes away ends it."""
@@ -162,26 +178,31 @@ def _unforeseen(error: Exception) -> Refused:
   return Refused(500, f"{type(error).__name__}: {error}")
 
 
+def _endpoint(server: Server, what: Callable[[Request], Awaitable[Response]], key: bool = True):
+  """`what`, whose errors become answers, behind the key."""
+
+  async def call(request: Request) -> Response:
+    try:
+      if key:
+        server.check_key(request)
+      return await what(request)
+    except Refused as refused:
+      return _refusal(server, refused)
+    except ClientDisconnect:
+      return Response(status_code=499)
+    except ValueError as error:
+      return _refusal(server, Refused(400, str(error)))
+    except Exception as error:
+      _LOG.exception("a request has failed")
+      return _refusal(server, _unforeseen(error))
+
+  return call
+
+
 def make_app(server: Server, version: str) -> Starlette:
   """The ASGI application: what uvicorn runs."""
 
-  def endpoint(what: Callable[[Request], Awaitable[Response]], key: bool = True):
-    async def call(request: Request) -> Response:
-      try:
-        if key:
-          server.check_key(request)
-        return await what(request)
-      except Refused as refused:
-        return _refusal(server, refused)
-      except ClientDisconnect:
-        return Response(status_code=499)
-      except ValueError as error:
-        return _refusal(server, Refused(400, str(error)))
-      except Exception as error:
-        _LOG.exception("a request has failed")
-        return _refusal(server, _unforeseen(error))
-
-    return call
+  endpoint = functools.partial(_endpoint, server)
 
   async def completions(request: Request) -> Response:
     return await server.answer(request, chat=False)
@@ -192,21 +213,6 @@ def make_app(server: Server, version: str) -> Starlette:
   async def models(_: Request) -> Response:
     card = {"id": server.served, "object": "model", "created": started, "owned_by": "sparse-serve"}
     return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
-
-  async def tokenize(request: Request) -> Response:
-    fields = asked.object_of(await server.body(request))
-    asked.check_model(fields, server.served)
-    (ids, *more) = await server.threaded(asked.prompts_of, fields, server.model.tokenizer)
-    if more:
-      raise Refused(400, f"one prompt is tokenized at a time, got {1 + len(more)}", "prompt")
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": server.max_request_tokens})
-
-  async def detokenize(request: Request) -> Response:
-    ids = asked.token_ids(asked.object_of(await server.body(request)))
-    size = server.model.config.vocab_size
-    if wrong := [token for token in ids if token >= size]:
-      raise Refused(400, f"{wrong[0]} is outside the vocabulary of {size}", "tokens")
-    return JSONResponse({"prompt": await server.threaded(server.model.tokenizer.decode, ids, False)})
 
   async def health(_: Request) -> Response:
     status = "failed" if server.loop.failed else "draining" if server.draining else "ok"
@@ -234,8 +240,8 @@ def make_app(server: Server, version: str) -> Starlette:
     Route("/v1/completions", endpoint(completions), methods=["POST"]),
     Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
     Route("/v1/models", endpoint(models)),
-    Route("/tokenize", endpoint(tokenize), methods=["POST"]),
-    Route("/detokenize", endpoint(detokenize), methods=["POST"]),
+    Route("/tokenize", endpoint(server.tokenize), methods=["POST"]),
+    Route("/detokenize", endpoint(server.detokenize), methods=["POST"]),
     Route("/health", endpoint(health, key=False)),
     Route("/version", endpoint(versions)),
     Route("/metrics", endpoint(metrics)),
