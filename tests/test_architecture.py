@@ -40,6 +40,7 @@ RANKS = {
   f"{PACKAGE}.llm": 6,
   PACKAGE: 7,
   f"{PACKAGE}.results": 8,
+  f"{PACKAGE}.server": 8,
   f"{PACKAGE}.training": 8,
   f"{PACKAGE}.evaluation": 9,
   f"{PACKAGE}.benchmarks": 9,

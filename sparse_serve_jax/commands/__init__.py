@@ -14,6 +14,9 @@ COMMANDS = {
   "Try it": {
     "demo": "A few rungs of the ladder side by side, on a small model.",
   },
+  "Serve": {
+    "serve": "Serve a model over HTTP, in the form of OpenAI's API.",
+  },
   "Measure serving": {
     "run": "Serve a workload in this process and measure it.",
     "bench": "Serve a workload by an OpenAI endpoint and measure it.",

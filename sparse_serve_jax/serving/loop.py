@@ -12,7 +12,8 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ _END = object()  # the last entry of every stream's queue
 class Stream:
   """Output tokens of one request, as they come. Threads may share it: each token goes to one of them."""
 
-  def __init__(self, prompt: Sequence[int] | np.ndarray, options: dict[str, Any]):
-    self._prompt, self._options = prompt, options
+  def __init__(self, prompt: Sequence[int] | np.ndarray, options: dict[str, Any], sink: Sink | None = None):
+    self._prompt, self._options, self._sink = prompt, options, sink
     self._tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
     self._request: Request | None = None  # the engine's, once it has taken it
     self._error: BaseException | None = None
@@ -57,6 +58,16 @@ class Stream:
   def ended(self) -> bool:
     return self._ended.is_set()
 
+  @property
+  def request(self) -> Request | None:
+    """The engine's, once it has taken it. The engine's thread goes on to change it until it has ended."""
+    return self._request
+
+  @property
+  def error(self) -> BaseException | None:
+    """What the end raises: None before it, and of a request that ended well."""
+    return self._error
+
   def result(self, timeout: float | None = None) -> Request:
     """Waits for the end, whether or not somebody reads the tokens. Returns the request, all tokens in it.
 
@@ -74,12 +85,22 @@ class Stream:
     return self._request
 
   def _take(self, request: Request, token: int) -> None:
-    self._tokens.put(token)
+    if self._sink is None:
+      self._tokens.put(token)
+    else:
+      self._sink(self, token)
 
   def _end(self, error: BaseException | None) -> None:
     self._error = error
     self._ended.set()
     self._tokens.put(_END)
+    if self._sink is not None:
+      self._sink(self, None)
+
+
+# Called by the engine's thread with each token of a stream, and with None when it has ended. It must return at once and
+# call nothing of the loop.
+Sink = Callable[[Stream, int | None], None]
 
 
 class Loop:
@@ -98,7 +119,8 @@ class Loop:
     """
     self._engine = engine
     self._changed = threading.Condition()  # guards what follows
-    self._notes: deque[tuple[str, Stream]] = deque()  # "submit" or "cancel", in order, for the thread
+    self._notes: deque[tuple[str, Stream]] = deque()  # "submit" or a reason to cancel, in order, for the thread
+    self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
     self._live: set[Stream] = set()  # submitted and not ended
     self._draining = self._closing = False
     self._failure: BaseException | None = None
@@ -118,15 +140,15 @@ class Loop:
     with self._changed:
       return len(self._live)
 
-  def submit(self, prompt: Sequence[int] | np.ndarray, **options: Any) -> Stream:
+  def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink | None = None, **options: Any) -> Stream:
     """Queues token ids and returns at once. `options` go to `Engine.add_request`, which may refuse them: the stream
-    then ends with its ValueError.
+    then ends with its ValueError. With a `sink` tokens go there, and the stream need not be read.
 
     Raises:
       RuntimeError: the loop is draining or closed, or its engine has failed.
     """
     prompt = copy.copy(prompt)  # the caller may change theirs before the thread reads it
-    stream = Stream(prompt, {"arrival_time": self._engine.clock.now()} | options)
+    stream = Stream(prompt, {"arrival_time": self._engine.clock.now()} | options, sink)
     with self._changed:
       self._check_failure()
       if self._draining:
@@ -136,12 +158,27 @@ class Loop:
       self._changed.notify_all()
     return stream
 
-  def cancel(self, stream: Stream) -> None:
-    """Ends a request of this loop soon, with `finish_reason` "cancelled". One that has ended stays as it is."""
+  def cancel(self, stream: Stream, reason: str = "cancelled") -> None:
+    """Ends a request of this loop soon for `reason`, "cancelled" or "stop". One that has ended stays as it is."""
     with self._changed:
       if stream in self._live:
-        self._notes.append(("cancel", stream))
+        self._notes.append((reason, stream))
         self._changed.notify_all()
+
+  def call(self, what: Callable[[], Any]) -> Future[Any]:
+    """Has the thread call `what` between two iterations, which wait for it. Returns its result, to come.
+
+    Raises:
+      RuntimeError: the loop is closed, or its engine has failed.
+    """
+    future: Future[Any] = Future()
+    with self._changed:
+      self._check_failure()
+      if self._closing:
+        raise RuntimeError("this loop is closed")
+      self._calls.append((what, future))
+      self._changed.notify_all()
+    return future
 
   def drain(self, timeout: float | None = None) -> None:
     """Takes no more requests and waits until those that live have ended.
@@ -199,6 +236,9 @@ class Loop:
       for stream in self._live:
         stream._end(_failed("the engine", error))
       self._live.clear()
+      for _, future in self._calls:
+        future.cancel()
+      self._calls.clear()
       self._changed.notify_all()
     self._engine.wait()
 
@@ -207,14 +247,18 @@ class Loop:
     loop is to end.
     """
     with self._changed:
-      self._changed.wait_for(lambda: self._closing or self._notes or self._engine.has_work or self._engine.failed)
+      engine = self._engine
+      self._changed.wait_for(lambda: self._closing or self._notes or self._calls or engine.has_work or engine.failed)
       notes, self._notes = self._notes, deque()
+      call = self._calls.popleft() if self._calls else None  # one in an iteration: tokens wait for it
       closing = self._closing
     for what, stream in notes:
       if what == "submit":
         self._add(stream)
       elif stream._request and not stream._request.ended:
-        self._engine.cancel(stream._request.id)
+        self._engine.cancel(stream._request.id, what)
+    if call is not None:
+      _answer(*call)
     return not closing
 
   def _add(self, stream: Stream) -> None:
@@ -235,6 +279,14 @@ class Loop:
       stream._end(error)
       self._live.discard(stream)
       self._changed.notify_all()
+
+
+def _answer(what: Callable[[], Any], future: Future[Any]) -> None:
+  if future.set_running_or_notify_cancel():
+    try:
+      future.set_result(what())
+    except Exception as error:
+      future.set_exception(error)
 
 
 def _failed(what: str, error: BaseException | None) -> RuntimeError:

@@ -1,0 +1,64 @@
+"""Serves a model over HTTP, in the form of OpenAI's API.
+
+  sparse-serve serve MODEL --port=8000
+
+MODEL is a model directory, a GGUF file, or random:<name in configs/models>. The server is for this machine alone unless
+--host says otherwise. SIGTERM or an interrupt ends it after the requests that it has; a second one at once.
+Needs `pip install "sparse-serve-jax[server]"`.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import flags, logging
+
+from sparse_serve_jax import runtime
+from sparse_serve_jax.commands import cli
+from sparse_serve_jax.config import load_config, override
+from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
+
+KEY = "SPARSE_SERVE_API_KEY"
+
+with cli.group("The model"):
+  _DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in, on a CPU float32."
+  )
+  _NAME = flags.DEFINE_string("served_model_name", None, "What clients call it; by default the last part of MODEL.")
+_CONFIG, _SET = cli.define_serving()
+with cli.group("The server"):
+  _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is all of the machine's.")
+  _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one.", lower_bound=0, upper_bound=65535)
+  _API_KEY = flags.DEFINE_string("api_key", None, f"Key that clients must give; {KEY} is better, as others see flags.")
+  _BODY = flags.DEFINE_integer("max_body_bytes", 64 << 20, "Bytes of a request at most.", lower_bound=1)
+  _WAITING = flags.DEFINE_integer("max_waiting", 256, "Outputs that may wait for their first token.", lower_bound=1)
+  _BODY_SECONDS = flags.DEFINE_float("body_seconds", 60.0, "Seconds that a body may take to come.", lower_bound=0.001)
+
+
+def main(model_path: str | None = None) -> None:
+  if model_path is None:
+    raise ValueError("give a model: sparse-serve serve MODEL")
+  try:
+    from sparse_serve_jax.server import app, serve
+  except ImportError as error:
+    raise ValueError(f'the server needs {error.name}: pip install "sparse-serve-jax[server]"') from error
+  runtime.configure()
+  logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
+  key = _API_KEY.value if _API_KEY.value is not None else os.environ.get(KEY)
+  if key == "":
+    raise ValueError(f"an API key has at least one character: --api_key or {KEY} is empty")
+  config = override(load_config(_CONFIG.value), _SET.value)
+  config.sparse.refuse_drawn("a server")
+  model = load_model_here(model_path, dtype=_DTYPE.value)
+  limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value)
+  served = _NAME.value or pathlib.Path(model_path).name
+  serve.serve(Engine(JaxExecutor(config, model)), model, served, (_HOST.value, _PORT.value), limits, key)
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+  cli.run(main, ["MODEL"], argv=argv)

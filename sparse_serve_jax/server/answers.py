@@ -1,0 +1,155 @@
+"""From what is asked to an answer: whole, or piece by piece as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.server.asked import Asked
+from sparse_serve_jax.server.bodies import Bodies, Scored, usage
+from sparse_serve_jax.server.errors import Refused
+from sparse_serve_jax.server.outputs import Output, Outputs, Piece
+from sparse_serve_jax.server.scoring import prompt_logprobs
+from sparse_serve_jax.serving.loop import Loop
+
+
+class Served(Protocol):
+  """What answers need of a server."""
+
+  model: Model
+  served: str  # the model's name
+  weights: llama.Params | None  # on one device, for scores of prompts
+  loop: Loop
+  outputs: Outputs
+
+
+class Answer:
+  """Of one request. Whatever ends it, `close` cancels what has not ended."""
+
+  def __init__(self, asked: Asked, served: Served):
+    self._asked, self._served = asked, served
+    self._model, self._loop, self._of_server = served.model, served.loop, served.outputs
+    self._bodies = Bodies(asked.chat, served.served, served.model.tokenizer)
+    self._news: asyncio.Queue[Piece] = asyncio.Queue()
+    self._outputs: list[Output] = []
+    self._prompts: list[tuple[str, list[Scored]]] = [("", [])] * len(asked.prompts)  # text and tokens of echoes
+
+  async def begin(self) -> None:
+    """Submits all outputs, and scores the prompts if they are to be told."""
+    asked = self._asked
+    try:
+      if asked.max_tokens:
+        for i, prompt in enumerate(asked.prompts):
+          for j in range(asked.params.n):
+            params = asked.params_of(i, j)
+            self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
+      if asked.echo:
+        self._prompts = [await self._echo(prompt) for prompt in asked.prompts]
+    except RuntimeError as error:
+      raise Refused(500 if self._loop.failed else 503, str(error)) from error
+
+  def close(self) -> None:
+    for output in self._outputs:
+      if not output.ended:
+        self._of_server.cancel(output)
+
+  async def whole(self) -> dict[str, Any]:
+    n = self._asked.params.n
+    texts = [self._prompts[i // n][0] for i in range(len(self._prompts) * n)]
+    tokens = [list(self._prompts[i // n][1]) for i in range(len(self._prompts) * n)]
+    async for piece in self._pieces():
+      i = piece.output.index
+      texts[i] += piece.text
+      if piece.token is not None and piece.logprobs is not None:
+        tokens[i].append((piece.token, piece.logprobs))
+    wants = self._asked.params.logprobs is not None
+    reasons = [output.finish_reason for output in self._outputs] or ["length"] * len(texts)
+    choices = [
+      self._bodies.choice(i, text, self._bodies.logprobs(tokens[i]) if wants else None, reasons[i])
+      for i, text in enumerate(texts)
+    ]
+    return self._bodies.whole(choices, self._usage())
+
+  async def events(self) -> AsyncIterator[bytes]:
+    """Server-sent events. The first comes with the first piece, so that what is refused before it has a status."""
+    empty = {"usage": None} if self._asked.usage else {}
+    bodies, n, begun = self._bodies, self._asked.params.n, False
+    wants, offsets = self._asked.params.logprobs is not None, dict[int, int]()
+    try:
+      async for piece in self._pieces():
+        if not begun:
+          begun = True
+          for choice in self._first():
+            yield _event(bodies.chunk([choice], **empty))
+        i, output = piece.output.index, piece.output
+        told = None
+        if wants and piece.token is not None:
+          at = offsets.get(i, len(self._prompts[i // n][0]))
+          told = bodies.logprobs([(piece.token, piece.logprobs)], at)
+          offsets[i] = at + len(bodies.text_of(piece.token))
+        if piece.text or told:
+          yield _event(bodies.chunk([bodies.choice(i, piece.text, told, None, delta=True)], **empty))
+        if output.ended and piece.token is None:
+          last = bodies.choice(i, "", None, output.finish_reason, delta=True)
+          yield _event(bodies.chunk([last | ({"delta": {}} if self._asked.chat else {})], **empty))
+    except Refused as refused:
+      if not begun:
+        raise
+      yield _event(refused.body())
+    else:
+      if not self._outputs:
+        for choice in self._first():
+          yield _event(bodies.chunk([choice | {"finish_reason": "length"}], **empty))
+      if self._asked.usage:
+        yield _event(bodies.chunk([], usage=self._usage()))
+    yield b"data: [DONE]\n\n"
+
+  def _first(self) -> list[dict[str, Any]]:
+    """What comes before the outputs: who speaks, or the prompts again."""
+    n, bodies = self._asked.params.n, self._bodies
+    each = range(len(self._prompts) * n)
+    if self._asked.chat:
+      return [bodies.role(i) for i in each]
+    wants = self._asked.params.logprobs is not None
+    echoes = [self._prompts[i // n] for i in each if self._asked.echo]
+    return [
+      bodies.choice(i, text, bodies.logprobs(tokens) if wants else None, None)
+      for i, (text, tokens) in enumerate(echoes)
+    ]
+
+  async def _pieces(self) -> AsyncIterator[Piece]:
+    """Until all outputs have ended. Raises Refused: one has failed."""
+    left = len(self._outputs)
+    while left:
+      piece = await self._news.get()
+      if piece.token is None:
+        left -= 1
+        stream = piece.output.stream
+        if stream is not None and stream.error is not None:
+          raise Refused(400 if isinstance(stream.error, ValueError) else 500, str(stream.error))
+        if piece.output.finish_reason == "cancelled":
+          raise Refused(503, "the server ends and has cancelled this request")
+      yield piece
+
+  async def _echo(self, prompt: list[int]) -> tuple[str, list[Scored]]:
+    text, n_top = self._model.tokenizer.decode(prompt, skip_special_tokens=False), self._asked.params.logprobs
+    if n_top is None:
+      return text, []
+    cfg, params = self._model.config, self._served.weights
+    if params is None:
+      raise Refused(400, "logprobs of a prompt (echo) take a model on one device, tp=1", "echo")
+    told = await asyncio.wrap_future(self._loop.call(lambda: prompt_logprobs(cfg, params, prompt, n_top)))
+    return text, list(zip(prompt, told, strict=True))
+
+  def _usage(self) -> dict[str, Any]:
+    requests = [output.stream.request for output in self._outputs if output.stream and output.stream.request]
+    cached = sum(request.cached_tokens for request in requests[:: self._asked.params.n])
+    prompt_tokens = sum(len(prompt) for prompt in self._asked.prompts)
+    return usage(prompt_tokens, sum(output.n_tokens for output in self._outputs), cached)
+
+
+def _event(body: dict[str, Any]) -> bytes:
+  return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,249 @@
+"""The endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from sparse_serve_jax.mesh import make_mesh
+from sparse_serve_jax.models import Model, place_params
+from sparse_serve_jax.server import asked
+from sparse_serve_jax.server.answers import Answer
+from sparse_serve_jax.server.errors import Refused
+from sparse_serve_jax.server.measures import Measures
+from sparse_serve_jax.server.outputs import Outputs
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.loop import Loop
+
+_LOG = logging.getLogger(__name__)
+_ENCODERS = 2  # threads that encode prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  max_body_bytes: int = 64 << 20
+  max_waiting: int = 256  # outputs without a token
+  body_seconds: float = 60.0  # that a body may take to come
+
+
+class Server:
+  """What the endpoints share. Made within the event loop."""
+
+  def __init__(self, engine: Engine, model: Model, served: str, limits: Limits, api_key: str | None):
+    self.model, self.served, self.limits, self._key = model, served, limits, api_key
+    self.max_request_tokens = engine.max_request_tokens
+    # The engine's own, not a copy; None where they are split over devices, which scores no prompts.
+    self.weights = place_params(model, make_mesh(1)) if engine.config.tp == 1 else None
+    self.measures, self.loop = Measures(engine), Loop(engine)
+    self.outputs = Outputs(self.loop, model.tokenizer, self.measures)
+    self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
+    self.draining, self.n_answers = False, 0
+
+  def check_key(self, request: Request) -> None:
+    given = request.headers.get("authorization", "").encode("utf-8", "replace")
+    if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+      raise Refused(401, "this server wants an API key: Authorization: Bearer <key>", code="invalid_api_key")
+
+  async def body(self, request: Request) -> Any:
+    """The JSON of a body, read while it comes."""
+    most, parts, n = self.limits.max_body_bytes, list[bytes](), 0
+    try:
+      async with asyncio.timeout(self.limits.body_seconds):
+        async for part in request.stream():
+          n += len(part)
+          if n > most:
+            raise Refused(413, f"the body has more than {most} bytes")
+          parts.append(part)
+    except TimeoutError:
+      raise Refused(408, f"the body has not come within {self.limits.body_seconds:g} s: {n} bytes of it have") from None
+    return await self.threaded(_json, b"".join(parts))
+
+  async def threaded(self, what: Callable[..., Any], *given: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(self.encoders, what, *given)
+
+  async def answer(self, request: Request, chat: bool) -> Response:
+    if self.draining:
+      raise Refused(503, "the server ends: it takes no more requests")
+    self.n_answers += 1
+    try:
+      body = await self.body(request)
+      what = await self.threaded(asked.read, body, chat, self.model.tokenizer, self.served, self.max_request_tokens)
+      waiting, more, most = self.outputs.n_waiting, len(what.prompts) * what.params.n, self.limits.max_waiting
+      if waiting + more > most:
+        raise Refused(429, f"{waiting} outputs wait, and this request has {more}; {most} may wait", code="queue_full")
+      answer = Answer(what, self)
+      return _Answering(self, answer, what.stream)
+    except BaseException:
+      self.n_answers -= 1
+      raise
+
+  async def tokenize(self, request: Request) -> Response:
+    fields = asked.object_of(await self.body(request))
+    asked.check_model(fields, self.served)
+    (ids, *more) = await self.threaded(asked.prompts_of, fields, self.model.tokenizer)
+    if more:
+      raise Refused(400, f"one prompt is tokenized at a time, got {1 + len(more)}", "prompt")
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.max_request_tokens})
+
+  async def detokenize(self, request: Request) -> Response:
+    ids = asked.token_ids(asked.object_of(await self.body(request)))
+    size = self.model.config.vocab_size
+    if wrong := [token for token in ids if token >= size]:
+      raise Refused(400, f"{wrong[0]} is outside the vocabulary of {size}", "tokens")
+    return JSONResponse({"prompt": await self.threaded(self.model.tokenizer.decode, ids, False)})
+
+
+class _Answering(Response):
+  """Sends an answer as it is made. A client that goes away ends it."""
+
+  def __init__(self, server: Server, answer: Answer, stream: bool):
+    self._server, self._answer, self._stream = server, answer, stream
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+      await _while_there(receive, self._send(scope, receive, send))
+    finally:
+      self._answer.close()
+      self._server.n_answers -= 1
+
+  async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+    answer, begun = self._answer, False
+    try:
+      await answer.begin()
+      if not self._stream:
+        return await JSONResponse(await answer.whole())(scope, receive, send)
+      async for event in answer.events():
+        if not begun:
+          headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+          await send({"type": "http.response.start", "status": 200, "headers": headers})
+          begun = True
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+      await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except Refused as refused:
+      await _refusal(self._server, refused)(scope, receive, send)
+    except Exception as error:
+      _LOG.exception("a request has failed")
+      if begun:
+        raise
+      await _refusal(self._server, _unforeseen(error))(scope, receive, send)
+
+
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+  """Runs `work` until it ends or its client goes away."""
+
+  async def gone() -> None:
+    while (await receive())["type"] != "http.disconnect":
+      pass
+
+  tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+  try:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+  finally:
+    for task in tasks:
+      task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+  if isinstance(ended[0], Exception) and not isinstance(ended[0], OSError):
+    raise ended[0]
+
+
+def _json(body: bytes) -> Any:
+  try:
+    return json.loads(body)
+  except (ValueError, RecursionError) as error:
+    raise Refused(400, f"the body is no JSON: {error}") from None
+
+
+def _refusal(server: Server, refused: Refused) -> Response:
+  server.measures.refused.labels(str(refused.status)).inc()
+  return JSONResponse(refused.body(), refused.status)
+
+
+def _unforeseen(error: Exception) -> Refused:
+  return Refused(500, f"{type(error).__name__}: {error}")
+
+
+def _endpoint(server: Server, what: Callable[[Request], Awaitable[Response]], key: bool = True):
+  """`what`, whose errors become answers, behind the key."""
+
+  async def call(request: Request) -> Response:
+    try:
+      if key:
+        server.check_key(request)
+      return await what(request)
+    except Refused as refused:
+      return _refusal(server, refused)
+    except ClientDisconnect:
+      return Response(status_code=499)
+    except ValueError as error:
+      return _refusal(server, Refused(400, str(error)))
+    except Exception as error:
+      _LOG.exception("a request has failed")
+      return _refusal(server, _unforeseen(error))
+
+  return call
+
+
+def make_app(server: Server, version: str) -> Starlette:
+  """The ASGI application: what uvicorn runs."""
+
+  endpoint = functools.partial(_endpoint, server)
+
+  async def completions(request: Request) -> Response:
+    return await server.answer(request, chat=False)
+
+  async def chat(request: Request) -> Response:
+    return await server.answer(request, chat=True)
+
+  async def models(_: Request) -> Response:
+    card = {"id": server.served, "object": "model", "created": started, "owned_by": "sparse-serve"}
+    return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
+
+  async def health(_: Request) -> Response:
+    status = "failed" if server.loop.failed else "draining" if server.draining else "ok"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+  async def versions(_: Request) -> Response:
+    return JSONResponse({"version": version})
+
+  async def metrics(_: Request) -> Response:
+    server.measures.waiting.set(server.outputs.n_waiting)
+    server.measures.running.set(server.outputs.n_running)
+    return Response(server.measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+  async def no_such(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return _refusal(server, Refused(status, f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}"))
+
+  @contextlib.asynccontextmanager
+  async def lifespan(_: Starlette):
+    yield
+    server.encoders.shutdown(wait=False, cancel_futures=True)
+
+  started = int(time.time())
+  routes = [
+    Route("/v1/completions", endpoint(completions), methods=["POST"]),
+    Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
+    Route("/v1/models", endpoint(models)),
+    Route("/tokenize", endpoint(server.tokenize), methods=["POST"]),
+    Route("/detokenize", endpoint(server.detokenize), methods=["POST"]),
+    Route("/health", endpoint(health, key=False)),
+    Route("/version", endpoint(versions)),
+    Route("/metrics", endpoint(metrics)),
+  ]
+  return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: no_such})

@@ -1,0 +1,56 @@
+"""What /metrics tells, in the form of Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.metrics import time_to_first_token, times_between_tokens
+from sparse_serve_jax.serving.request import Request
+
+_TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
+_TBT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Measures:
+  """Numbers of one server, in a registry of its own."""
+
+  def __init__(self, engine: Engine):
+    self._engine, self.registry = engine, CollectorRegistry()
+    of = {"namespace": "sparse_serve", "registry": self.registry}
+    self._ttft = Histogram("time_to_first_token_seconds", "From arrival to the first token.", buckets=_TTFT, **of)
+    self._tbt = Histogram("time_between_tokens_seconds", "Gaps between output tokens.", buckets=_TBT, **of)
+    self._requests = Counter("requests", "Outputs that ended, by the reason.", ["finish_reason"], **of)
+    self._prompt = Counter("prompt_tokens", "Tokens of prompts of outputs that ended.", **of)
+    self._cached = Counter("cached_tokens", "Of these, tokens that the cache held.", **of)
+    self._output = Counter("output_tokens", "Tokens of outputs that ended.", **of)
+    self.refused = Counter("refused", "Requests that were answered with an error, by the status.", ["status"], **of)
+    self.waiting = Gauge("requests_waiting", "Outputs that have no token yet.", **of)
+    self.running = Gauge("requests_running", "Outputs that have a token and go on.", **of)
+    usage, shape = engine.usage, engine.executor.shape
+    for name, about, value in (
+      ("iterations", "Iterations of the engine since its start.", lambda: usage.iterations),
+      ("blocks_attended", "Blocks that decode attended to since the start.", lambda: usage.blocks_attended),
+      ("blocks_loaded", "Blocks loaded from DRAM since the start.", lambda: usage.blocks_loaded),
+      ("blocks_saved", "Blocks saved to DRAM since the start.", lambda: usage.blocks_saved),
+      ("hbm_hit_rate", "Share of attended blocks that HBM held.", lambda: usage.hbm_hit_rate or 0.0),
+      ("hbm_kv_peak_bytes", "Most bytes of KV and its tables in HBM.", lambda: usage.peak_hbm_kv_bytes),
+      ("dram_kv_peak_bytes", "Most bytes of KV in DRAM.", lambda: usage.dram_kv_bytes),
+      ("hbm_capacity_bytes", "Bytes of the cache in HBM.", lambda: shape.hbm_bytes),
+      ("dram_capacity_bytes", "Bytes of the pool in DRAM.", lambda: shape.pool_bytes if shape.offload else 0),
+    ):
+      Gauge(name, about, **of).set_function(value)
+
+  def ended(self, request: Request) -> None:
+    """Counts an output, once."""
+    self._requests.labels(request.finish_reason or "error").inc()
+    self._prompt.inc(len(request.prompt))
+    self._cached.inc(request.cached_tokens)
+    self._output.inc(len(request.output_tokens))
+    if request.first_token_time is not None:
+      self._ttft.observe(time_to_first_token(request))
+    for gap in times_between_tokens(request):
+      self._tbt.observe(float(gap))
+
+  def text(self) -> bytes:
+    return generate_latest(self.registry)

@@ -1,0 +1,110 @@
+"""Outputs that are on their way: tokens cross from the engine's thread to the event loop and become text there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from typing import NamedTuple
+
+from sparse_serve_jax.detokenizer import Detokenizer
+from sparse_serve_jax.sampling_params import SamplingParams
+from sparse_serve_jax.server.measures import Measures
+from sparse_serve_jax.serving.loop import Loop, Stream
+from sparse_serve_jax.serving.plan import TokenLogprobs
+from sparse_serve_jax.tokenizing import Tokenizer
+
+
+class Piece(NamedTuple):
+  """What is new of an output."""
+
+  output: Output
+  text: str
+  token: int | None  # None at the end
+  logprobs: TokenLogprobs | None
+
+
+class Output:
+  """One sample of one prompt. Belongs to the event loop."""
+
+  def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams, news: asyncio.Queue[Piece]):
+    self.index, self._news, self._wants = index, news, params.logprobs is not None
+    self._detokenizer = Detokenizer(tokenizer, params.stop, params.min_tokens)
+    self.stream: Stream | None = None
+    self.n_tokens = 0  # up to the one that ended a stop string
+    self.ended = False
+
+  @property
+  def stopped(self) -> bool:
+    return self._detokenizer.stopped
+
+  @property
+  def finish_reason(self) -> str | None:
+    """After the end."""
+    request = self.stream.request if self.stream else None
+    return "stop" if self.stopped else request.finish_reason if request else None
+
+  def take(self, token: int | None) -> None:
+    if token is None:
+      self.ended = True
+      self._news.put_nowait(Piece(self, self._detokenizer.finish(), None, None))
+    elif not self.stopped:
+      assert self.stream is not None and self.stream.request is not None
+      told = self.stream.request.logprobs[self.n_tokens] if self._wants else None
+      self.n_tokens += 1
+      self._news.put_nowait(Piece(self, self._detokenizer.push(token), token, told))
+
+
+class Outputs:
+  """All outputs of a server that have not ended. The event loop is woken once for what comes together."""
+
+  def __init__(self, loop: Loop, tokenizer: Tokenizer, measures: Measures):
+    self._loop, self._tokenizer, self._measures = loop, tokenizer, measures
+    self._events = asyncio.get_running_loop()
+    self._lock = threading.Lock()  # guards the next two
+    self._come: deque[tuple[Stream, int | None]] = deque()
+    self._woken = False
+    self._of: dict[Stream, Output] = {}
+
+  @property
+  def n_waiting(self) -> int:
+    return sum(output.n_tokens == 0 for output in self._of.values())
+
+  @property
+  def n_running(self) -> int:
+    return len(self._of) - self.n_waiting
+
+  def add(self, index: int, prompt: list[int], params: SamplingParams, news: asyncio.Queue[Piece]) -> Output:
+    """Raises RuntimeError: the loop takes no more."""
+    output = Output(index, self._tokenizer, params, news)
+    output.stream = self._loop.submit(prompt, sink=self._sink, params=params)
+    self._of[output.stream] = output
+    return output
+
+  def cancel(self, output: Output) -> None:
+    if output.stream is not None:
+      self._loop.cancel(output.stream)
+
+  def _sink(self, stream: Stream, token: int | None) -> None:
+    """Called by the engine's thread."""
+    with self._lock:
+      self._come.append((stream, token))
+      wake, self._woken = not self._woken, True
+    if wake:
+      with contextlib.suppress(RuntimeError):  # the event loop has ended: nobody waits
+        self._events.call_soon_threadsafe(self._deliver)
+
+  def _deliver(self) -> None:
+    with self._lock:
+      come, self._come, self._woken = self._come, deque(), False
+    for stream, token in come:
+      output = self._of[stream]
+      stopped = output.stopped
+      output.take(token)
+      if token is None:
+        del self._of[stream]
+        if stream.request is not None:
+          self._measures.ended(stream.request)
+      elif output.stopped and not stopped:
+        self._loop.cancel(stream, "stop")

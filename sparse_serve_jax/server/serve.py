@@ -1,0 +1,76 @@
+"""Runs a server until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+
+from sparse_serve_jax import __version__
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.server.app import Limits, Server, make_app
+from sparse_serve_jax.serving.engine import Engine
+
+_LOOK = 0.05  # seconds between looks at what is still to be answered, while the server ends
+
+
+def serve(
+  engine: Engine, model: Model, served: str, address: tuple[str, int], limits: Limits, api_key: str | None
+) -> None:
+  """Serves until SIGTERM or SIGINT has come and what was asked before is answered. A second signal ends the process.
+
+  Args:
+    engine: idle, and from now on the server's.
+    served: the name of the model that clients give.
+    address: host and port; port 0 takes a free one. A line on stdout says which.
+
+  Raises:
+    OSError: the address cannot be had.
+  """
+  listener = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+  with contextlib.closing(listener):
+    asyncio.run(_serve(listener, engine, model, served, limits, api_key))
+
+
+class _Uvicorn(uvicorn.Server):
+  """Signals are ours."""
+
+  @contextlib.contextmanager
+  def capture_signals(self):
+    yield
+
+
+async def _serve(listener: socket.socket, engine: Engine, model: Model, *of: Any) -> None:
+  server = Server(engine, model, *of)
+  config = uvicorn.Config(
+    make_app(server, __version__), log_level="warning", access_log=False, loop="asyncio", ws="none"
+  )
+  http, events, waits = _Uvicorn(config), asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+  async def drain() -> None:
+    while server.n_answers:
+      await asyncio.sleep(_LOOK)
+    http.should_exit = True
+
+  def ended(number: int) -> None:
+    if server.draining:
+      os._exit(128 + number)
+    server.draining = True
+    waits.add(asyncio.create_task(drain()))
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    events.add_signal_handler(number, ended, number)
+  gc.collect()
+  gc.freeze()  # model and programs: nothing of them is looked through again
+  host, port = listener.getsockname()[:2]
+  print(f"serving {server.served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+  try:
+    await http.serve(sockets=[listener])
+  finally:
+    await asyncio.to_thread(server.loop.close)

@@ -1,0 +1,266 @@
+"""The server as clients meet it: one process with the reference model for all tests, the client is OpenAI's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+KEY = "a key of tests"
+SETTINGS = ("cache.dram_bytes=64MiB", "cache.hbm_bytes=64MiB", "scheduler.max_context=512", "cache.lanes=3")
+CODE = "import sys; from sparse_serve_jax.commands import main; sys.argv[0] = 'sparse-serve'; main()"
+SOON = 30.0  # seconds within which what ends has ended
+
+
+class Process:
+  """A server in a process of its own."""
+
+  def __init__(self, model: Path, *flags: str):
+    command = [sys.executable, "-c", CODE, "serve", str(model), "--port=0", *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_SERVE_API_KEY": KEY}
+    command += [f"--set={of}" for of in SETTINGS]
+    self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert self.process.stdout is not None
+    line = self.process.stdout.readline()
+    assert line.startswith("serving reference at http://127.0.0.1:"), line
+    self.url = line.split()[-1]
+    self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=SOON)
+    self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+  def number(self, name: str) -> float:
+    lines = self.http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split(" ")[0] == f"sparse_serve_{name}")
+
+  def close(self) -> int:
+    self.http.close()
+    self.client.close()
+    if self.process.poll() is None:
+      self.process.terminate()
+    status = self.process.wait(SOON)
+    self.process.stdout.close()  # pyright: ignore
+    return status
+
+
+def with_template(folder: Path) -> Path:
+  """The reference model with a chat template, which it has none of."""
+  model = folder / "reference"
+  model.mkdir()
+  for file in (ROOT / "models/reference").iterdir():
+    if file.name != "tokenizer_config.json":
+      (model / file.name).symlink_to(file)
+  config = json.loads((ROOT / "models/reference/tokenizer_config.json").read_text())
+  (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+  return model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  model = with_template(tmp_path_factory.mktemp("models"))
+  of = Process(model, "--max_body_bytes=100000", "--max_waiting=16", "--body_seconds=1")
+  yield of
+  if of.process.poll() is None:
+    of.close()
+
+
+PROMPT = "The quick brown fox jumps over the lazy dog. The quick brown"
+GREEDY = {"model": "reference", "temperature": 0, "max_tokens": 8}
+IGNORE = {"ignore_eos": True}
+
+
+def complete(server: Process, prompt=PROMPT, **options):
+  extra = IGNORE | options.pop("extra_body", {})
+  return server.client.completions.create(prompt=prompt, **{**GREEDY, **options}, extra_body=extra)
+
+
+def test_a_stream_is_the_completion(server):
+  whole = complete(server)
+  assert whole.usage.completion_tokens == 8 and whole.choices[0].finish_reason == "length"
+  chunks = list(complete(server, stream=True, stream_options={"include_usage": True}))
+  assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+  assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == whole.usage.total_tokens
+  assert chunks[-2].choices[0].finish_reason == "length"
+
+
+def test_prompts_in_every_form(server):
+  ids = server.http.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+  assert server.http.post("/detokenize", json={"tokens": ids}).json()["prompt"].endswith(PROMPT)
+  text = complete(server).choices[0].text
+  for prompt, n in ((ids, 1), ([PROMPT, PROMPT], 2), ([ids, ids], 2)):
+    assert [choice.text for choice in complete(server, prompt).choices] == [text] * n
+
+
+def test_seeds_and_n(server):
+  drawn = [complete(server, n=2, seed=seed, temperature=2.0).choices for seed in (3, 3, 4)]
+  texts = [[choice.text for choice in choices] for choices in drawn]
+  assert texts[0] == texts[1] and texts[0][1] == texts[2][0] != texts[0][0]
+
+
+def test_a_stop_string_ends_the_text(server):
+  text = complete(server).choices[0].text
+  stop = text[3:5]
+  done = complete(server, stop=[stop])
+  assert (done.choices[0].text, done.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
+
+
+def test_logprobs_of_a_prompt_are_those_of_its_decode(server):
+  """What a loglikelihood is read from: the tokens of an output, given as a prompt, are as likely as they were."""
+  ids = server.http.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+  made = complete(server, logprobs=2).choices[0].logprobs
+  again = server.http.post("/tokenize", json={"prompt": complete(server).choices[0].text, "add_special_tokens": False})
+  prompt = ids + again.json()["tokens"]
+  if len(prompt) != len(ids) + 8:
+    pytest.skip("the output's text has other tokens")
+  for n in (0, 1):
+    told = complete(server, prompt, echo=True, max_tokens=n, logprobs=2).choices[0].logprobs
+    assert len(told.tokens) == len(prompt) + n and told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    scores = told.token_logprobs[len(ids) : len(prompt)]
+    assert scores == pytest.approx(made.token_logprobs, abs=2e-3)
+    tops = told.top_logprobs[len(ids) : len(prompt)]
+    assert [max(top.values()) for top in tops] == pytest.approx(scores, abs=2e-3)  # all were greedy
+
+
+def test_a_chat_with_logprobs(server):
+  messages = [{"role": "user", "content": "hello"}]
+  options = dict(model="reference", messages=messages, temperature=0, max_tokens=4, extra_body=IGNORE)
+  whole = server.client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+  told = whole.choices[0].logprobs.content
+  assert len(told) == 4 and all(of.logprob == of.top_logprobs[0].logprob and len(of.top_logprobs) == 2 for of in told)
+  pieces = [chunk.choices[0].delta for chunk in server.client.chat.completions.create(**options, stream=True)]
+  assert pieces[0].role == "assistant"
+  assert "".join(piece.content or "" for piece in pieces) == whole.choices[0].message.content
+
+
+def test_errors_are_those_of_the_client(server):
+  with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+    complete(server, model="other")
+  with pytest.raises(openai.BadRequestError, match=r"are 5\d{3} tokens; a request can have 512"):
+    complete(server, max_tokens=5000)
+  with pytest.raises(openai.BadRequestError, match="suffix='a' cannot be done"):
+    complete(server, suffix="a")
+  with pytest.raises(openai.RateLimitError, match="this request has 17; 16 may wait"):
+    complete(server, n=17)
+  with pytest.raises(openai.AuthenticationError, match="wants an API key"):
+    server.client.with_options(api_key="another").models.list()
+  assert [model.id for model in server.client.models.list()] == ["reference"]
+
+
+def test_a_client_that_goes_away_is_cancelled(server):
+  before = server.number("requests_total")
+  body = {"prompt": PROMPT, "max_tokens": 450, "stream": True, "ignore_eos": True}
+  with server.http.stream("POST", "/v1/completions", json=body) as answer:
+    next(answer.iter_lines())
+    assert server.number("requests_running") == 1
+  deadline = time.monotonic() + 5
+  while server.number("requests_running") and time.monotonic() < deadline:
+    time.sleep(0.02)
+  lines = server.http.get("/metrics").text
+  assert server.number("requests_running") == 0 and 'finish_reason="cancelled"} 1.0' in lines
+  assert server.number("requests_total") == before + 1
+
+
+def malformed() -> list[tuple[str, bytes]]:
+  """Path and body of 200 requests that cannot be answered."""
+  good = {"prompt": "a", "max_tokens": 1}
+  wrong: dict[str, list[object]] = {
+    "prompt": [None, 3, "", [], [[]], [1.5], [True], [-1], [10**9], [2**40], {"a": 1}, ["a", 1], [["a"]], "\ud800"],
+    "max_tokens": [-1, "5", 1.5, True, [], {}, 2**40, 10**30, 5000],
+    "temperature": [-1, "hot", True, [], {}, 10**400],
+    "top_p": [0, -1, 2, "a", [], {}, True],
+    "top_k": [-1, 1.5, "a", [], 2**40],
+    "min_p": [-1, 2, "a", []],
+    "n": [0, -1, 1.5, "a", [], 1000, True],
+    "stop": ["", [""], [1], 3, {}, [None]],
+    "seed": [-1, 1.5, "a", 2**31, []],
+    "logprobs": [-1, 21, 1.5, "a", True, []],
+    "stream": [1, "yes", [], {}],
+    "echo": [1, "yes", [], {}],
+    "stream_options": ["a", [1], {"include_usage": True}, 5],
+    "best_of": [2, 0, "a"],
+    "logit_bias": [{"5": 1}, "a", 3],
+    "suffix": ["a", 3],
+    "tools": [[{}], "a", 3],
+    "response_format": [{"type": "json_object"}, "json"],
+    "presence_penalty": [0.5, "a"],
+    "frequency_penalty": [0.5, "a"],
+    "model": ["other", 3, [], {}],
+    "min_tokens": [-1, 2, "a"],
+    "ignore_eos": [1, "a"],
+    "cache_salt": [1, []],
+    "stop_token_ids": [3, "a", ["a"]],
+    "max_tokenz": [3],
+    "add_special_tokens": [3, "a"],
+  }
+  rows = [("/v1/completions", json.dumps(good | {name: value})) for name, values in wrong.items() for value in values]
+  chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+  user = {"role": "user", "content": "a"}
+  messages = [None, [], "a", {}, [1], [{}], [{"role": "user"}], [{"role": 3, "content": "a"}], [user | {"role": "usr"}]]
+  messages += [[user | {"content": [{"type": "image_url"}]}], [user | {"content": 3}]]
+  rows += [("/v1/chat/completions", json.dumps(chat | {"messages": of})) for of in messages]
+  for name, values in (
+    ("top_logprobs", [-1, 21, 5, "a"]),
+    ("logprobs", [3, "a"]),
+    ("max_tokens", [0, -1]),
+    ("max_completion_tokens", [0, 2, "a"]),
+    ("tools", [[{}]]),
+    ("tool_choice", ["required"]),
+    ("modalities", [["audio"]]),
+    ("chat_template_kwargs", [3, [1]]),
+    ("special_tokens_in_text", ["b", 3]),
+  ):
+    rows += [("/v1/chat/completions", json.dumps(chat | {name: value})) for value in values]
+  for text in ("", "{", "[]", "3", "null", '"a"', "[" * 5000, "{'a': 1}", "\x00", '{"prompt": NaN', "tru", "1,2"):
+    rows += [(path, text) for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")]
+  rows += [("/detokenize", json.dumps({"tokens": of})) for of in ("a", [-1], [10**7], [True], None)]
+  rows += [("/tokenize", json.dumps({"prompt": ["a", "b"]})), ("/v1/completions", "a" * 100001), ("/nope", "{}")]
+  rows += [("/v1/models", "{}"), ("/v1/completions", "\udcff")]
+  return [(path, text.encode("utf-8", "surrogateescape")) for path, text in rows]
+
+
+def test_malformed_requests(server):
+  """Each gets a clear 4xx, and the server goes on."""
+  rows = malformed()
+  assert len(rows) >= 200
+  strange = []
+  for path, body in rows:
+    answer = server.http.post(path, content=body)
+    error = answer.json().get("error", {}) if answer.status_code != 200 else {}
+    if not 400 <= answer.status_code < 500 or set(error) != {"message", "type", "param", "code"}:
+      strange.append((path, body[:80], answer.status_code, answer.text[:200]))
+  assert not strange
+  assert server.http.get("/health").status_code == 200 and complete(server).choices[0].text
+
+
+def test_a_body_that_does_not_come(server):
+  host, port = server.url.removeprefix("http://").split(":")
+  with socket.create_connection((host, int(port))) as connection:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n{{"
+    connection.sendall(head.encode())
+    connection.settimeout(SOON)
+    assert b"408" in connection.recv(4096)
+
+
+def test_a_signal_ends_it_after_what_it_has(server):
+  """The last test of the file."""
+  body = {"prompt": PROMPT, "max_tokens": 200, "stream": True, "ignore_eos": True, "temperature": 0}
+  with server.http.stream("POST", "/v1/completions", json=body) as answer:
+    lines = answer.iter_lines()
+    next(lines)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=server.http.headers).status_code == 503
+    rest = [line for line in lines if line]
+  assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+  assert server.process.wait(SOON) == 0
+  assert server.process.stdout.read() == ""
+  server.close()
