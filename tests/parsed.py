@@ -20,7 +20,7 @@ from sparse_serve_jax.tasks import TASKS
 NAMES = {name for group in COMMANDS.values() for name in group}
 BESIDES = {"model": "DIR", "out": "OUT", "longbench_dir": "DIR", "trace": "FILE", "cost": "FILE", "commit": "0"}
 BESIDES |= {"url": "http://127.0.0.1:1", "tokenizer": "DIR"}
-PLACES = {"DIR", "OUT", "FILE", "NAME"}  # what the reader puts in
+PLACES = {"DIR", "OUT", "FILE", "NAME", "models/reference"}  # what the reader puts in, and a model that is there
 
 
 def check(name: str, arguments: list[str], whole: bool) -> None:

@@ -289,9 +289,9 @@ def added():
 
 
 def test_every_example_is_run():
-  """By this file, and that of PSA by test_stop_rules."""
+  """By this file, that of PSA by test_stop_rules, and that of the server by test_server."""
   counted = {page.name: len(blocks(page, "python")) for page in PAGES if blocks(page, "python")}
-  assert counted == {"README.md": 1, "first_hour.md": 2, "extending.md": 5, "psa.md": 1}
+  assert counted == {"README.md": 1, "first_hour.md": 2, "extending.md": 5, "psa.md": 1, "server.md": 1}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -82,6 +83,15 @@ IGNORE = {"ignore_eos": True}
 def complete(server: Process, prompt=PROMPT, **options):
   extra = IGNORE | options.pop("extra_body", {})
   return server.client.completions.create(prompt=prompt, **{**GREEDY, **options}, extra_body=extra)
+
+
+def test_the_example_of_the_documents(server, capsys):
+  (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/server.md").read_text(), re.M | re.S)
+  for said, ours in (("http://127.0.0.1:8000", server.url), ('api_key="none"', f"api_key={KEY!r}")):
+    assert said in code
+    code = code.replace(said, ours)
+  exec(compile(code, "docs/server.md", "exec"), {})
+  assert capsys.readouterr().out.strip()
 
 
 def test_a_stream_is_the_completion(server):
