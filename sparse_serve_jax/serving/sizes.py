@@ -1,7 +1,7 @@
 """Sizes that a configuration leaves open: what `auto` of `cache.dram_bytes` and `cache.hbm_bytes` comes to.
 
 On a GPU, HBM is what weights and activations leave, and DRAM most of what the host can pin. Where the devices are the
-host, both are a modest part of its memory. DRAM is never more than what all lanes can fill.
+host, both are a modest part of its memory. The pool is never more than what all lanes can fill.
 """
 
 from __future__ import annotations
@@ -151,15 +151,13 @@ def _sized(config: EngineConfig, model: ModelConfig, free: Free, cudnn: bool) ->
     hbm, dram = (CPU_HBM * share, (1 - CPU_HBM) * share) if cache.offload else (share, 0)
   else:
     hbm, dram = n * DEVICE_SHARE * room, PINNED_SHARE * free.host - most.saving_bytes
-  hbm = hbm if cache.hbm_bytes == AUTO else cache.size("hbm_bytes")
+  filled = dataclasses.replace(most, M=most.R * most.N, P=0)  # all lanes are full
+  hbm = min(hbm, _ANY if cache.offload else filled.hbm_bytes) if cache.hbm_bytes == AUTO else cache.size("hbm_bytes")
+  sizes = {"cache.hbm_bytes": int(hbm)}
   if cache.offload and cache.dram_bytes == AUTO:
     block = most.pool_bytes // most.M
-    filled = most.R * most.N  # blocks, when all lanes are full
-    blocks = min(dram // block, filled, MAPS_SHARE * hbm // max(1, most.per_pool_block_bytes))
-    dram = max(blocks, 1) * block
-  else:
-    dram = cache.size("dram_bytes") if cache.offload else 1
-  sizes = {"cache.hbm_bytes": int(hbm)} | ({"cache.dram_bytes": int(dram)} if cache.offload else {})
+    blocks = min(dram // block, filled.M, MAPS_SHARE * hbm // max(1, most.per_pool_block_bytes))
+    sizes["cache.dram_bytes"] = max(int(blocks), 1) * block
   shape = CacheShape.of(model, override(config, sizes), vectors)
   if cache.hbm_bytes == AUTO:
     sizes["cache.hbm_bytes"] = shape.hbm_bytes  # slots for more than there is in DRAM would never fill
