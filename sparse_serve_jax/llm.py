@@ -76,7 +76,7 @@ class LLM:
     self.model = load_model_here(path_or_name, dtype=dtype)
     self._abandoned: deque[tuple[Engine, str]] = deque()  # requests of streams that nobody reads any more
     self._n_streams = 0
-    _ = self.engine  # what does not fit is refused now
+    self.config = self.engine.config  # what does not fit is refused now; sizes stay as they have been derived
     self._weights = place_params(self.model, make_mesh(self.config.tp))  # the engine's, and those of the next one
 
   @functools.cached_property

@@ -52,7 +52,7 @@ def test_needs_of_an_8b_model():
 
 def test_a_budget_beyond_the_device_is_refused_at_once(monkeypatch):
   model = load_model("random:tiny", dtype="float32")
-  monkeypatch.setattr(budget, "_device_bytes_free", lambda: 3 << 20)
+  monkeypatch.setattr(budget, "device_bytes_free", lambda: 3 << 20)
   with pytest.raises(ValueError, match=NUMBERS + r".* = \d+\.\d\d GiB, and 0.00 GiB are free of what JAX may use"):
     JaxExecutor(config("cache.hbm_bytes=512MiB", "cache.dram_bytes=900MiB"), model)
   assert not any(leaf.placed for leaf in jax.tree.leaves(model.params))  # pyright: ignore

@@ -29,7 +29,7 @@ from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, digest
-from sparse_serve_jax.config import EngineConfig, load_config, override
+from sparse_serve_jax.config import EngineConfig, load_config, override, with_fixed_sizes
 from sparse_serve_jax.evaluation import selections
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.here import load_model_here
@@ -72,7 +72,8 @@ def main() -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   if _CALIBRATE.value and _COMPARE.value:
     raise ValueError("--calibrate makes the costs that --compare tests: give one of them")
-  config, asked = override(load_config(_CONFIG.value), _SET.value), Asked(_ASKED.read())
+  config = with_fixed_sizes(override(load_config(_CONFIG.value), _SET.value))
+  asked = Asked(_ASKED.read())
   cost = None if _CALIBRATE.value else read_cost(_COST.value)
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   if cost is None:

@@ -13,15 +13,18 @@ from sparse_serve_jax.config.reader import (
   to_json,
 )
 from sparse_serve_jax.config.serving import (
+  AUTO,
   BLOCK_SIZES,
   CacheConfig,
   EngineConfig,
   SchedulerConfig,
   SparseConfig,
   load_config,
+  with_fixed_sizes,
 )
 
 __all__ = [
+  "AUTO",
   "BLOCK_SIZES",
   "CacheConfig",
   "EngineConfig",
@@ -37,4 +40,5 @@ __all__ = [
   "parse_bytes",
   "read_config",
   "to_json",
+  "with_fixed_sizes",
 ]

@@ -140,13 +140,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if value not in (choices := typing.get_args(hint)):
       raise ValueError(f"{where}: expected one of {', '.join(choices)}, got {value!r}")
     return value
-  if hint is int and isinstance(value, str) and where.endswith("_bytes"):
+  if where.endswith("_bytes") and isinstance(value, str):
+    if hint == int | str and value == "auto":
+      return value
     try:
       return parse_bytes(value)
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
-  if isinstance(hint, types.UnionType):  # of numbers and text
-    hint = next((kind for kind in typing.get_args(hint) if type(value) is kind), float)
+  if isinstance(hint, types.UnionType):  # of a number and text
+    hint = next((kind for kind in typing.get_args(hint) if type(value) is kind), typing.get_args(hint)[0])
   if hint is float and type(value) is int:
     return float(value)
   if type(value) is not hint:
@@ -167,7 +169,7 @@ def _assigned(leaves: Mapping[str, Any], assignments: str | Iterable[str]) -> di
 
 def _from_text(hint: Any, text: str) -> Any:
   """What a command line means by `text` for a field of type `hint`."""
-  if hint not in (int, float, bool, float | str):
+  if hint not in (int, float, bool, int | str, float | str):
     return text
   try:
     return json.loads(text)

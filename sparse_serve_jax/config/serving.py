@@ -11,6 +11,7 @@ from typing import Any, Literal
 from sparse_serve_jax.config.model import ModelConfig
 from sparse_serve_jax.config.reader import check_fields, find_config, read_config
 
+AUTO = "auto"  # a size that is derived from the devices (serving.sizes)
 MOVING = "auto:"  # begins a threshold that moves
 LEAST_PROMISE = 1e-4
 MOST_PROMISE = 0.9999  # of one that moves: shares are of float32, and one rounded to 1 is never passed
@@ -21,12 +22,12 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-  """Where KV lives. Sizes are bytes over all devices; JSON may write "8GiB"."""
+  """Where KV lives. Sizes are bytes over all devices; JSON may write "8GiB". "auto": what the devices have room for."""
 
   block_tokens: int = 32  # S
   offload: bool = True  # False: the pool of all blocks lies in HBM and there are no slots (vLLM, vLLM-S)
-  dram_bytes: int = 1 << 30  # the pool, when offloading
-  hbm_bytes: int = 1 << 28  # slots, digests, maps, tails, prefill slab; and the pool when not offloading
+  dram_bytes: int | str = AUTO  # the pool, when offloading
+  hbm_bytes: int | str = AUTO  # slots, digests, maps, tails, prefill slab; and the pool when not offloading
   lanes: int = 64  # R, places of resident requests: prefilling, decoding or paused
   # How KV moves: names in the tables LOADS, SAVES and EVICTIONS of memory/.
   load: str = "fused"  # DRAM to the devices
@@ -40,9 +41,23 @@ class CacheConfig:
   prefix: bool = True
 
   def __post_init__(self):
-    check_fields(self, positive=("block_tokens", "dram_bytes", "hbm_bytes", "lanes"))
+    check_fields(self, positive=("block_tokens", "lanes"))
+    for name in ("dram_bytes", "hbm_bytes"):
+      if getattr(self, name) != AUTO and self.size(name) <= 0:
+        raise ValueError(f"CacheConfig.{name}={getattr(self, name)} must be positive")
     if self.block_tokens not in BLOCK_SIZES:
       raise ValueError(f"block_tokens={self.block_tokens} is not one of {BLOCK_SIZES}")
+
+  def size(self, name: Literal["dram_bytes", "hbm_bytes"]) -> int:
+    """A size in bytes, of a configuration that has a number for it.
+
+    Raises:
+      ValueError: it is "auto", which stands for no number before an engine is made.
+    """
+    value = self.dram_bytes if name == "dram_bytes" else self.hbm_bytes
+    if isinstance(value, str):
+      raise ValueError(f"cache.{name}={value!r} is derived where an engine is made; here it must be a number of bytes")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,11 +267,20 @@ class EngineConfig:
     return math.ceil(self.sparse.window_tokens / self.cache.block_tokens)
 
 
+def with_fixed_sizes(config: EngineConfig) -> EngineConfig:
+  """The configuration with 256 MiB of HBM and 1 GiB of DRAM where it says "auto": for what must be the same on every
+  machine, or has no devices."""
+  cache = config.cache
+  hbm = 256 << 20 if cache.hbm_bytes == AUTO else cache.hbm_bytes
+  dram = 1 << 30 if cache.dram_bytes == AUTO else cache.dram_bytes
+  return dataclasses.replace(config, cache=dataclasses.replace(cache, hbm_bytes=hbm, dram_bytes=dram))
+
+
 def load_config(source: str | Path | Mapping[str, Any] | EngineConfig) -> EngineConfig:
   """The engine configuration that is meant.
 
-  The byte sizes, lanes and batches in configs/serving suit a first run on any machine. For a real one, `override` them:
-  cache.hbm_bytes, cache.dram_bytes, cache.lanes and scheduler.max_batch.
+  The byte sizes in configs/serving are "auto": derived from the devices where an engine is made. Lanes and batches suit
+  a first run on any machine; for a real one, `override` cache.lanes and scheduler.max_batch.
 
   Args:
     source: a name ("psa": configs/serving/psa.json), a JSON file's path, the values that such a file would hold

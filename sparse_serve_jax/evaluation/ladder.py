@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sparse_serve_jax import results
 from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
+from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override, with_fixed_sizes
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.prefix import begin_alike
 from sparse_serve_jax.memory.shape import CacheShape
@@ -50,7 +50,8 @@ class Goodput:
 
 
 def read_rungs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, EngineConfig]:
-  """Configurations by rung: of names in configs/serving, or of JSON files, which are named without their folder.
+  """Configurations by rung: of names in configs/serving, or of JSON files, which are named without their folder. Sizes
+  that are left open are those of `with_fixed_sizes`, so that all machines compare the same.
 
   Args:
     names: of the rungs.
@@ -67,7 +68,7 @@ def read_rungs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, E
     if name in configs:
       raise ValueError(f"the rung {name} is given twice")
     try:
-      configs[name] = override(load_config(given), changes)
+      configs[name] = with_fixed_sizes(override(load_config(given), changes))
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from None
   return configs

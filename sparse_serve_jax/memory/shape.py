@@ -80,7 +80,7 @@ class CacheShape:
     """Divides the byte budgets of `config.cache`; `vectors` is E of the selection method, unused when all is dense.
 
     Raises:
-      ValueError: a budget is below what one slot of every zone and device, or one block of a request, needs.
+      ValueError: a budget is "auto", or below what one slot of every zone and device, or one block of a request, needs.
     """
     cache = config.cache
     limit = min(model.max_context, config.scheduler.max_context or model.max_context)
@@ -109,7 +109,7 @@ class CacheShape:
     if cache.offload:
       zones = {"shared": 1, "layer": empty.L, "lane": empty.R}[cache.zones]
       return _with_slots(with_pool, cache, zones * config.tp)
-    return _in_hbm(with_pool, cache.hbm_bytes)
+    return _in_hbm(with_pool, cache.size("hbm_bytes"))
 
 
 def _in_hbm(with_pool, hbm_bytes: int) -> CacheShape:
@@ -130,7 +130,7 @@ def _in_hbm(with_pool, hbm_bytes: int) -> CacheShape:
 
 def _with_slots(with_pool, cache: CacheConfig, n_zones: int) -> CacheShape:
   """The pool is what DRAM holds, slots are what HBM has left, in equal zones, those of all devices counted."""
-  one, dram_bytes, hbm_bytes = with_pool(1), cache.dram_bytes, cache.hbm_bytes
+  one, dram_bytes, hbm_bytes = with_pool(1), cache.size("dram_bytes"), cache.size("hbm_bytes")
   blocks = dram_bytes // one.pool_bytes
   if blocks < 1:
     raise ValueError(f"cache.dram_bytes={dram_bytes} is below the {one.pool_bytes} bytes of one request's block")

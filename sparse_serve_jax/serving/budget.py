@@ -97,8 +97,8 @@ def check(needs: Needs, model: Model, mesh: Mesh) -> None:
   parts = {"weights": needs.weights, "KV (cache.hbm_bytes)": needs.kv, f"activations ({needs.text})": needs.activations}
   on_device = sum(parts.values()) - (needs.weights if is_placed(model, mesh) else 0)
   pool = {"the pool (cache.dram_bytes)": needs.pool}
-  if _device_bytes_free() is not None:
-    _refuse(on_device, _device_bytes_free, f"a device ({device.device_kind})", parts, "cache.hbm_bytes")
+  if device_bytes_free() is not None:
+    _refuse(on_device, device_bytes_free, f"a device ({device.device_kind})", parts, "cache.hbm_bytes")
     _refuse(needs.pool, host_bytes_free, "the host", pool, "cache.dram_bytes")
   else:  # the devices are the host
     parts = {name: mesh.size * n for name, n in parts.items()} | pool
@@ -113,33 +113,45 @@ def _refuse(needed: int, free: Callable[[], int | None], where: str, parts: dict
     there = free()
   if there is None or needed <= there:
     return
-  sums = " + ".join(f"{_gib(n)} {name}" for name, n in parts.items())
+  sums = " + ".join(f"{gib(n)} {name}" for name, n in parts.items())
   raise ValueError(
-    f"this does not fit {where}: {sums} = {_gib(sum(parts.values()))}, and {_gib(there)} are free of what JAX may use; "
+    f"this does not fit {where}: {sums} = {gib(sum(parts.values()))}, and {gib(there)} are free of what JAX may use; "
     f"lower {lower}, scheduler.max_context, scheduler.max_batch or the prefill's pieces"
   )
 
 
 def bytes_free() -> int | None:
   """What a program can take now: of a device, or of the host where the devices are the host; None: not known."""
-  on_device = _device_bytes_free()
+  on_device = device_bytes_free()
   return host_bytes_free() if on_device is None else on_device
 
 
-def _device_bytes_free() -> int | None:
+def device_bytes_free() -> int | None:
   """Of what JAX may use of a device; None where that is not limited apart from the host's memory."""
   stats = jax.devices()[0].memory_stats() or {}
   return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
 
 
 def host_bytes_free() -> int | None:
-  """What the system says can be taken without swapping; None where it does not say."""
+  """What the system, and the limit of a container, say can be taken without swapping; None where nothing says it."""
   file = pathlib.Path("/proc/meminfo")
-  for line in file.read_text().splitlines() if file.is_file() else ():
-    if line.startswith("MemAvailable:"):
-      return 1024 * int(line.split()[1])
-  return None
+  said = (
+    [line.split()[1] for line in file.read_text().splitlines() if "MemAvailable:" in line] if file.is_file() else []
+  )
+  free = [1024 * int(kib) for kib in said] + group_bytes_free(pathlib.Path("/sys/fs/cgroup"))
+  return min(free, default=None)
 
 
-def _gib(n: int) -> str:
+def group_bytes_free(folder: pathlib.Path) -> list[int]:
+  """What a control group's limit leaves of memory, file caches that can go not counted; [] if it has no limit."""
+  try:
+    most, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+  except (OSError, ValueError):
+    return []
+  return [] if most == "max" else [max(0, int(most) - int(used) + int(stat.get("inactive_file", 0)))]
+
+
+def gib(n: int) -> str:
+  """For a reader."""
   return f"{n / 2**30:.2f} GiB"

@@ -30,7 +30,7 @@ from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama, place_params
 from sparse_serve_jax.programs import programs
-from sparse_serve_jax.serving import budget
+from sparse_serve_jax.serving import budget, sizes
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
   Admission,
@@ -150,16 +150,17 @@ class JaxExecutor:
     if not model.name.startswith("random:"):
       config.sparse.refuse_drawn(f"{model.name}, whose weights are not random")
     config = host_pool.chosen(config)
-    self.config, self.model = config, model
     self.mesh = make_mesh(config.tp)
     cfg = model.config
+    implementation = _implementation(config, cfg.head_dim)
+    cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
+    config = sizes.resolve_here(config, model, self.mesh, cudnn)
+    self.config, self.model = config, model
     self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
-    implementation = _implementation(config, cfg.head_dim)
     setup = Setup.of(cfg, config, implementation)
     _check_variants(config, setup, self.shape)
     self.programs = programs(setup, self.mesh)
-    cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
     budget.check(budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
     self._host: HostPool | None = None
