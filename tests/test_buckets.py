@@ -364,7 +364,7 @@ PIECES = {
   "hybrid, a copy a block": ([*HYBRID, "cache.save=per_block", "cache.load=per_block"], [[96]], DECODED),
   "hybrid, sparse": ([*HYBRID, *SPARSE], [[96]], CUT),
   "after what is shared": ([], [[96], [90]], CUT),
-  "segments after what is shared": (SEGMENTS, [[96], [90]], CUT),
+  "segments after what is shared": (SEGMENTS, [[192], [180]], CUT),  # a tile of 128 tokens
   "packed": (["cache.prefix=false"], [[30, 40]], {(2, 0)}),
   "whole without offload": (["cache.offload=false"], [[96]], {(1, 0)}),
 }
@@ -379,7 +379,9 @@ def test_pieces_of_prompts_hold_no_second_cache(kind: str, device: str, monkeypa
   engine = Engine(executor)
   for at_once in prompts:
     for n in at_once:
-      engine.add_request(prompt_of(64)[:n] + prompt_of(max(0, n - 64), n), 1 + (programs == DECODED))
+      n_alike = 128 if n > 128 else 64
+      prompt = prompt_of(n_alike)[:n] + prompt_of(max(0, n - n_alike), n)
+      engine.add_request(prompt, 1 + (programs == DECODED))
     engine.run()
   assert {(rows, width) for _, rows, width, *_ in compiled} == programs
   for program in compiled.values():

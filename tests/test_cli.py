@@ -134,7 +134,11 @@ def test_every_command_has_help_in_sentences_and_groups(name):
   )
   assert done.returncode == 0 and not done.stderr, done.stderr
   about, *groups = re.split(r"\n\n(?=[A-Z][^\n]*:\n  --)", done.stdout)
-  assert f"python -m experiments.{name}" in about and groups and not [g for g in groups if g.startswith("Other flags")]
+  assert (
+    re.search(rf"(python -m experiments\.|sparse-serve ){name}\b", about)
+    and groups
+    and not [g for g in groups if g.startswith("Other flags")]
+  )
   flags = re.findall(r"^  --(?:\[no\])?\w+  (.*)", "\n".join(groups), re.M)
   assert flags and not [text for text in flags if text.startswith("Of ")]
 
