@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from sparse_serve_jax.config.model import ModelConfig, RopeConfig
 from sparse_serve_jax.config.reader import (
+  Described,
   check_fields,
+  describe,
   find_config,
   from_dict,
   override,
@@ -27,12 +29,14 @@ __all__ = [
   "AUTO",
   "BLOCK_SIZES",
   "CacheConfig",
+  "Described",
   "EngineConfig",
   "ModelConfig",
   "RopeConfig",
   "SchedulerConfig",
   "SparseConfig",
   "check_fields",
+  "describe",
   "find_config",
   "from_dict",
   "load_config",

@@ -6,18 +6,22 @@ have is an error, and so is a value of another type. If it has a `KIND`, configs
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
+import inspect
+import itertools
 import json
 import math
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
@@ -98,6 +102,53 @@ def override(config: Config, changes: str | Iterable[str] | Mapping[str, Any]) -
 def to_json(config: Any) -> str:
   """The JSON that `from_dict` reads back to an equal configuration."""
   return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+class Described(NamedTuple):
+  """A value of a configuration, for a reader."""
+
+  key: str  # dotted
+  type: str
+  default: Any  # None: it has none
+  meaning: str  # sentences, with units
+
+
+def describe(cls: type) -> list[Described]:
+  """Every value of a configuration and its sections, in order. What each means is the text below its field."""
+  rows, meanings = list[Described](), _meanings(cls)
+  for field in dataclasses.fields(cls):
+    hint = _hints(cls)[field.name]
+    if _is_section(hint):
+      rows += [row._replace(key=_dotted(field.name, row.key)) for row in describe(hint)]
+      continue
+    made = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if made else field.default  # type: ignore[misc]
+    rows.append(
+      Described(field.name, _spelled(hint), None if _required(field) else default, meanings.get(field.name, ""))
+    )
+  return rows
+
+
+def _spelled(hint: Any) -> str:
+  """A type, for a reader."""
+  if typing.get_origin(hint) is Literal:
+    return ", ".join(typing.get_args(hint))
+  if typing.get_origin(hint) is tuple:
+    return f"list of {_spelled(typing.get_args(hint)[0])}"
+  parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  return " or ".join(part.__name__ for part in parts)
+
+
+@functools.cache
+def _meanings(cls: type) -> dict[str, str]:
+  """Field -> the text below it, from the source."""
+  (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+  body = tree.body if isinstance(tree, ast.ClassDef) else []
+  told = dict[str, str]()
+  for field, text in itertools.pairwise(body):
+    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+      told[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+  return told
 
 
 _UNITS = {"B": 1} | {
