@@ -12,6 +12,7 @@ from sparse_serve_jax.config.reader import (
   override,
   parse_bytes,
   read_config,
+  shipped,
   to_json,
 )
 from sparse_serve_jax.config.serving import (
@@ -43,6 +44,7 @@ __all__ = [
   "override",
   "parse_bytes",
   "read_config",
+  "shipped",
   "to_json",
   "with_fixed_sizes",
 ]

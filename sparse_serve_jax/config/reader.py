@@ -41,7 +41,7 @@ def find_config(kind: Kind, name_or_path: str | Path) -> Path:
     if not Path(name_or_path).is_file():
       raise ValueError(f"no such file: {name_or_path}")
     return Path(name_or_path)
-  files = _shipped(kind)
+  files = shipped(kind)
   if str(name_or_path) not in files:
     near = difflib.get_close_matches(str(name_or_path), files, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -121,11 +121,10 @@ def describe(cls: type) -> list[Described]:
     if _is_section(hint):
       rows += [row._replace(key=_dotted(field.name, row.key)) for row in describe(hint)]
       continue
+    kind = _spelled(hint).replace("int or str", "size or auto") if field.name.endswith("_bytes") else _spelled(hint)
     made = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if made else field.default  # type: ignore[misc]
-    rows.append(
-      Described(field.name, _spelled(hint), None if _required(field) else default, meanings.get(field.name, ""))
-    )
+    rows.append(Described(field.name, kind, None if _required(field) else default, meanings.get(field.name, "")))
   return rows
 
 
@@ -238,7 +237,7 @@ def _flat(leaves: Mapping[str, Any], values: Mapping[str, Any], section: str = "
   return flat
 
 
-def _shipped(kind: Kind) -> dict[str, Path]:
+def shipped(kind: Kind) -> dict[str, Path]:
   """Name -> file of the configurations in configs/<kind>."""
   package = Path(__file__).resolve().parent.parent  # a wheel has configs/ in the package, a checkout beside it
   folder = next((d for d in (package / "configs" / kind, package.parent / "configs" / kind) if d.is_dir()), None)
@@ -267,11 +266,11 @@ def _base(cls: type, data: Any, path: Path | None) -> tuple[Path | None, dict[st
   if extends is None:
     return None, rest
   kind = getattr(cls, "KIND", None)
-  shipped = _shipped(kind) if kind else {}
+  ours = shipped(kind) if kind else {}
   beside = {p.stem: p for p in sorted(path.parent.glob("*.json"))} if path else {}
-  if path and path.stem in shipped:
+  if path and path.stem in ours:
     beside.pop(path.stem, None)  # a file of a shipped one's name may extend that one
-  files = shipped | beside
+  files = ours | beside
   if not isinstance(extends, str) or extends not in files:
     raise ValueError(f"'extends' names {extends!r}, which is none of: {', '.join(files)}")
   return files[extends], rest
