@@ -10,10 +10,11 @@ import pytest
 
 from sparse_serve_jax import runtime, workloads
 from sparse_serve_jax.commands import demo
-from sparse_serve_jax.models import load_model, save_hf
+from sparse_serve_jax.models import load_model, reference, save_hf
 from tests.forks import start
 
 ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = reference.find()
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_the_demos_rungs(capsys, optimized, names):
   rungs = json.loads(last)
   assert list(rungs) == printed[1].split() == list(names)
 
-  model = load_model(demo.REFERENCE, dtype="float32")
+  model = load_model(REFERENCE, dtype="float32")
   hbm = 2 * of.kv_bytes(model.config)  # without offload room for one request
   asked = workloads.read(of.workload)(model.tokenizer, of.max_context)
   assert [item.about["task"] for item in asked] == list(demo.TASKS)

@@ -7,13 +7,11 @@ Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; what is there is 
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import re
 import sys
-import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import matplotlib as mpl  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from sparse_serve_jax.config import EngineConfig  # noqa: E402
+from sparse_serve_jax.config import EngineConfig, describe  # noqa: E402
 from sparse_serve_jax.plots import style  # noqa: E402
 from tools import published  # noqa: E402
 from tools.decode_step import decode_step  # noqa: E402
@@ -65,44 +63,11 @@ def accuracy_table() -> str:
 def configuration_table() -> str:
   """Every key of a serving configuration."""
   lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-  for key, field, meaning in _fields(EngineConfig):
-    kind = re.sub(r"^Literal\[(.*)\]$", r"\1", str(field.type)).replace("'", "").replace("|", "or")
-    lines.append(f"| `{key}` | {kind} | `{json.dumps(field.default)}` | {meaning} |")
+  lines += [
+    f"| `{row.key}` | {row.type} | `{json.dumps(row.default)}` | {row.meaning.replace('|', 'or')} |"
+    for row in describe(EngineConfig)
+  ]
   return "\n".join(lines) + "\n"
-
-
-def _fields(of: type, section: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], str]]:
-  told = _comments(of)
-  for field in dataclasses.fields(of):
-    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-    if dataclasses.is_dataclass(made):
-      yield from _fields(type(made), f"{field.name}.")
-    else:
-      yield f"{section}{field.name}", field, told.get(field.name, "")
-
-
-def _comments(of: type) -> dict[str, str]:
-  """The comment behind each field of a class, or that above it."""
-  source = Path(sys.modules[of.__module__].__file__ or "").read_text(encoding="utf-8")
-  lines = source[source.index(f"class {of.__name__}:") :].splitlines()
-  found, above = dict[str, str](), list[str]()
-  for line in lines[1:]:
-    if line and not line.startswith("  "):
-      break
-    field = re.match(r"  (\w+): ", line)
-    comments = (
-      [
-        token.string.removeprefix("#").strip()
-        for token in tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline)
-        if token.type == tokenize.COMMENT
-      ]
-      if field or line.strip().startswith("#")
-      else []
-    )
-    if field:
-      found[field[1]] = " ".join(comments or above).replace("|", "or")
-    above = [*above, *comments] if comments and not field else []
-  return found
 
 
 # --------------------------------------------------------------------------------------------------------------- plots

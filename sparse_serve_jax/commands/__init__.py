@@ -13,6 +13,12 @@ from typing import NoReturn
 COMMANDS = {
   "Try it": {
     "demo": "A few rungs of the ladder side by side, on a small model.",
+    "generate": "Continue a text.",
+    "chat": "Talk with a model in the terminal.",
+  },
+  "Look": {
+    "doctor": "What this machine has, how fast it moves bytes, and what fits.",
+    "config": "Every key of a configuration, and what a configuration comes to.",
   },
   "Serve": {
     "serve": "Serve a model over HTTP, in the form of OpenAI's API.",

@@ -38,6 +38,8 @@ flags.disclaim_key_flags()  # those that functions below define are their caller
 
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 _INTERRUPTED = 128 + signal.SIGINT
+_HANDLED = b"\1"  # what an interrupt raised was handled, and the command goes on
+_wake: int | None = None  # the descriptor that these numbers are written to, once interrupts are watched
 _MOMENT = 0.5  # seconds: signals that are less apart are one interrupt
 _DROPPED = b"\0"  # beside numbers of signals: what an interrupt raised was dropped
 _groups: dict[str, str] = {}  # title of the group that a flag belongs to, by its name
@@ -63,10 +65,14 @@ def define_model(default: str | None = None) -> tuple[flags.FlagHolder[Any], fla
   )
   with group("The model"):
     model = flags.DEFINE_string("model", default, kinds, required=default is None)
-    dtype = flags.DEFINE_enum(
-      "dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in, on a CPU float32."
-    )
-  return model, dtype
+    return model, define_dtype()
+
+
+def define_dtype() -> flags.FlagHolder[Any]:
+  """--dtype, in the group of the model."""
+  return flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in, on a CPU float32."
+  )
 
 
 def define_serving() -> tuple[flags.FlagHolder[str], flags.FlagHolder[list[str]]]:
@@ -234,6 +240,12 @@ def _in_a_line(error: BaseException) -> str:
   return re.sub(r"\s*\n\s*", " ", str(error).strip())
 
 
+def go_on() -> None:
+  """After an interrupt that ended a part of the work only: the next one is a first one again."""
+  if _wake is not None:
+    os.write(_wake, _HANDLED)
+
+
 def _watch_interrupts() -> None:
   """From now on, an interrupt is raised once, and a second one ends the process at once.
 
@@ -264,12 +276,16 @@ def _watch_interrupts() -> None:
         time.sleep(0.01)  # until the finalizer has ended
         raised = first = -math.inf
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+      elif _HANDLED in told:
+        first = -math.inf
       elif signal.SIGINT in told and first == -math.inf:
         first = time.monotonic()
       elif signal.SIGINT in told and time.monotonic() - first > _MOMENT:
         os._exit(_INTERRUPTED)
 
+  global _wake
   read, write = os.pipe()
+  _wake = write
   os.set_blocking(write, False)
   signal.set_wakeup_fd(write, warn_on_full_buffer=False)
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell lets what it starts behind it ignore them

@@ -25,7 +25,6 @@ from sparse_serve_jax.models import llama, load_model
 from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.workloads import Item
 
-REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "models" / "reference"
 RUNGS = ("dense", "sparse", "sparse_serve", "psa")  # the others are compared with the first
 TASKS = ("single_text", "multi_key", "key_value")  # take turns
 ROWS = {
@@ -85,7 +84,7 @@ class Questions:
 def main(directory: str | None = None, of: Questions | None = None) -> None:
   of = of or Questions()
   runtime.configure()
-  model = load_model(REFERENCE if directory is None else directory, dtype="float32")
+  model = load_model(directory or "reference", dtype="float32")
   made = workloads.read(of.workload)(model.tokenizer, of.max_context)
   items = [dataclasses.replace(item, options={"ignore_eos": True}) for item in made if isinstance(item, Item)]
   configs = ladder.read_rungs(of.rungs, of.changes(model.config))

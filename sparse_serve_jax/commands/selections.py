@@ -29,7 +29,7 @@ from sparse_serve_jax.evaluation import selections
 from sparse_serve_jax.evaluation.accuracy import TEXT, Sample
 from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE, cases
 from sparse_serve_jax.evaluation.corpus import Corpus
-from sparse_serve_jax.models import place_params
+from sparse_serve_jax.models import place_params, reference
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics
 
@@ -55,7 +55,7 @@ _VERBOSE = cli.define_verbose()
 
 def main() -> None:
   shares = cli.numbers(_HELD, float)
-  known = {pathlib.Path(file).stem: Trace.load(file) for file in _TRACES.value}
+  known = {pathlib.Path(file).stem: Trace.load(reference.file(file)) for file in _TRACES.value}
   corpus = Corpus(tuple(_TEXT.value), _LONGBENCH.value, tuple(_LONGBENCH_TASKS.value))
   if (_MODEL.value is None) == bool(_TEXT.value or _LONGBENCH.value):
     raise ValueError("--model reads text of --text or --longbench_dir: both are needed, or neither")

@@ -31,7 +31,7 @@ from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, digest
 from sparse_serve_jax.config import EngineConfig, load_config, override, with_fixed_sizes
 from sparse_serve_jax.evaluation import selections
-from sparse_serve_jax.models import Model
+from sparse_serve_jax.models import Model, reference
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Clock, Virtual, Wall
@@ -209,7 +209,7 @@ def _reuse() -> Reuse:
   """From traces of selections, all of one weight."""
   curves, densities = [], []
   for file in _SELECTIONS.value:
-    trace = selections.Trace.load(file)
+    trace = selections.Trace.load(reference.file(file))
     told = selections.reuse(trace)
     blocks = np.array(told["blocks"])  # [L, K]
     curves.append((np.array(told["overlap"]) * blocks[..., None]).sum((0, 1)) / blocks.sum())

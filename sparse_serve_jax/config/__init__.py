@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from sparse_serve_jax.config.model import ModelConfig, RopeConfig
 from sparse_serve_jax.config.reader import (
+  Described,
   check_fields,
+  describe,
   find_config,
   from_dict,
   override,
   parse_bytes,
   read_config,
+  shipped,
   to_json,
 )
 from sparse_serve_jax.config.serving import (
@@ -27,18 +30,21 @@ __all__ = [
   "AUTO",
   "BLOCK_SIZES",
   "CacheConfig",
+  "Described",
   "EngineConfig",
   "ModelConfig",
   "RopeConfig",
   "SchedulerConfig",
   "SparseConfig",
   "check_fields",
+  "describe",
   "find_config",
   "from_dict",
   "load_config",
   "override",
   "parse_bytes",
   "read_config",
+  "shipped",
   "to_json",
   "with_fixed_sizes",
 ]

@@ -6,18 +6,22 @@ have is an error, and so is a value of another type. If it has a `KIND`, configs
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
+import inspect
+import itertools
 import json
 import math
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
@@ -37,7 +41,7 @@ def find_config(kind: Kind, name_or_path: str | Path) -> Path:
     if not Path(name_or_path).is_file():
       raise ValueError(f"no such file: {name_or_path}")
     return Path(name_or_path)
-  files = _shipped(kind)
+  files = shipped(kind)
   if str(name_or_path) not in files:
     near = difflib.get_close_matches(str(name_or_path), files, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -98,6 +102,52 @@ def override(config: Config, changes: str | Iterable[str] | Mapping[str, Any]) -
 def to_json(config: Any) -> str:
   """The JSON that `from_dict` reads back to an equal configuration."""
   return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+class Described(NamedTuple):
+  """A value of a configuration, for a reader."""
+
+  key: str  # dotted
+  type: str
+  default: Any  # None: it has none
+  meaning: str  # sentences, with units
+
+
+def describe(cls: type) -> list[Described]:
+  """Every value of a configuration and its sections, in order. What each means is the text below its field."""
+  rows, meanings = list[Described](), _meanings(cls)
+  for field in dataclasses.fields(cls):
+    hint = _hints(cls)[field.name]
+    if _is_section(hint):
+      rows += [row._replace(key=_dotted(field.name, row.key)) for row in describe(hint)]
+      continue
+    kind = _spelled(hint).replace("int or str", "size or auto") if field.name.endswith("_bytes") else _spelled(hint)
+    made = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if made else field.default  # type: ignore[misc]
+    rows.append(Described(field.name, kind, None if _required(field) else default, meanings.get(field.name, "")))
+  return rows
+
+
+def _spelled(hint: Any) -> str:
+  """A type, for a reader."""
+  if typing.get_origin(hint) is Literal:
+    return ", ".join(typing.get_args(hint))
+  if typing.get_origin(hint) is tuple:
+    return f"list of {_spelled(typing.get_args(hint)[0])}"
+  parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  return " or ".join(part.__name__ for part in parts)
+
+
+@functools.cache
+def _meanings(cls: type) -> dict[str, str]:
+  """Field -> the text below it, from the source."""
+  (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+  body = tree.body if isinstance(tree, ast.ClassDef) else []
+  told = dict[str, str]()
+  for field, text in itertools.pairwise(body):
+    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+      told[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+  return told
 
 
 _UNITS = {"B": 1} | {
@@ -187,7 +237,7 @@ def _flat(leaves: Mapping[str, Any], values: Mapping[str, Any], section: str = "
   return flat
 
 
-def _shipped(kind: Kind) -> dict[str, Path]:
+def shipped(kind: Kind) -> dict[str, Path]:
   """Name -> file of the configurations in configs/<kind>."""
   package = Path(__file__).resolve().parent.parent  # a wheel has configs/ in the package, a checkout beside it
   folder = next((d for d in (package / "configs" / kind, package.parent / "configs" / kind) if d.is_dir()), None)
@@ -216,11 +266,11 @@ def _base(cls: type, data: Any, path: Path | None) -> tuple[Path | None, dict[st
   if extends is None:
     return None, rest
   kind = getattr(cls, "KIND", None)
-  shipped = _shipped(kind) if kind else {}
+  ours = shipped(kind) if kind else {}
   beside = {p.stem: p for p in sorted(path.parent.glob("*.json"))} if path else {}
-  if path and path.stem in shipped:
+  if path and path.stem in ours:
     beside.pop(path.stem, None)  # a file of a shipped one's name may extend that one
-  files = shipped | beside
+  files = ours | beside
   if not isinstance(extends, str) or extends not in files:
     raise ValueError(f"'extends' names {extends!r}, which is none of: {', '.join(files)}")
   return files[extends], rest

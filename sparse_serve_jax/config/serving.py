@@ -24,21 +24,32 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 class CacheConfig:
   """Where KV lives. Sizes are bytes over all devices; JSON may write "8GiB". "auto": what the devices have room for."""
 
-  block_tokens: int = 32  # S
-  offload: bool = True  # False: the pool of all blocks lies in HBM and there are no slots (vLLM, vLLM-S)
-  dram_bytes: int | str = AUTO  # the pool, when offloading
-  hbm_bytes: int | str = AUTO  # slots, digests, maps, tails, prefill slab; and the pool when not offloading
-  lanes: int = 64  # R, places of resident requests: prefilling, decoding or paused
-  # How KV moves: names in the tables LOADS, SAVES and EVICTIONS of memory/.
-  load: str = "fused"  # DRAM to the devices
-  save: str = "auto"  # finished blocks to DRAM; auto: staged if that is memory of another kind, else direct
-  eviction: str = "lru"  # which slot a block that was read from DRAM may take
-  # Among which slots: all (SparseServe), its layer's equal share, as pools of each layer are (PSA), or its lane's, a
-  # hot buffer of each request (HiSparse), of 1 / lanes of all slots however few requests there are.
+  block_tokens: int = 32
+  """Tokens of a block, S: 8, 16, 32, 64 or 128."""
+  offload: bool = True
+  """Whether the pool of all blocks lies in DRAM, with slots for hot ones in HBM. False: it lies in HBM, and there are
+  no slots (vLLM, vLLM-S)."""
+  dram_bytes: int | str = AUTO
+  """Bytes of DRAM for the pool, if it lies there, over all devices. "auto": most of what the host can pin; on a CPU a
+  modest part of its memory."""
+  hbm_bytes: int | str = AUTO
+  """Bytes of HBM over all devices for slots, digests, maps, tails and the prefill slab; and for the pool, if it lies
+  there. "auto": what weights and activations leave."""
+  lanes: int = 64
+  """Places of resident requests, R: prefilling, decoding or paused."""
+  load: str = "fused"
+  """How blocks move from DRAM to the devices: a name in memory.loads.LOADS."""
+  save: str = "auto"
+  """How finished blocks move to DRAM: a name in memory.saves.SAVES. "auto": staged if DRAM is memory of another kind,
+  else direct."""
+  eviction: str = "lru"
+  """Which slot a block that was read from DRAM may take: a name in memory.eviction.EVICTIONS."""
   zones: Literal["shared", "layer", "lane"] = "shared"
-  # Blocks stay in the pool when their request has ended, as long as there is room, and prompts that begin like it
-  # share them.
+  """Among which slots: all (SparseServe), an equal share for each layer, as pools of each layer are (PSA), or for each
+  lane, a hot buffer of each request (HiSparse), of 1 / lanes of all slots however few requests there are."""
   prefix: bool = True
+  """Whether blocks stay in the pool when their request has ended, as long as there is room, and prompts that begin like
+  it share them."""
 
   def __post_init__(self):
     check_fields(self, positive=("block_tokens", "lanes"))
@@ -65,38 +76,46 @@ class SparseConfig:
   """What a decode step attends to, and the queries of a prompt."""
 
   policy: Literal["dense", "topk", "psa"] = "topk"
-  method: str = "cuboid_mean"  # a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE
-  # topk: attended tokens a step, sinks and window included. Every policy: how much of the end of a prompt, or of each
-  # piece that a layer of it is cut into, enters slots; of a chunked prompt everything does.
+  """How many blocks a decode step attends to: all (dense), as many as a budget of tokens allows (topk), or those that
+  hold a share of the attention mass (psa)."""
+  method: str = "cuboid_mean"
+  """How blocks are ranked: a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE."""
   token_budget: int = 2048
-  sink_tokens: int = 64  # always attended, as in ArkVale (two blocks of 32)
-  window_tokens: int = 64  # the newest full blocks, always attended
-  dense_layers: int = 0  # the first layers that attend to everything (2 in ArkVale and Quest)
-  # What a block's scores of the query heads of a KV head become: their mean, the largest, or the mean of the shares
-  # that they estimate, in which a head whose query is large counts no more than another; a prompt's tiles take the
-  # mean of the scores then.
+  """topk: tokens attended to in a step, sinks and window included. Every policy: how much of the end of a prompt, or of
+  each piece that a layer of it is cut into, enters slots; of a chunked prompt everything does."""
+  sink_tokens: int = 64
+  """The first tokens, always attended to, as in ArkVale (two blocks of 32)."""
+  window_tokens: int = 64
+  """Tokens of the newest full blocks, always attended to."""
+  dense_layers: int = 0
+  """The first layers, so many, that attend to everything (2 in ArkVale and Quest)."""
   group_reduce: Literal["mean", "max", "softmax"] = "mean"
-  # psa: epsilon, stop when the estimated share of attention mass exceeds it. "auto:0.95" moves it while serving, until
-  # the true share is 0.95 in 95 % of the stops that are audited.
+  """What a block's scores of the query heads of a KV head become: their mean, the largest, or the mean of the shares
+  that they estimate (softmax), in which a head whose query is large counts no more than another; a prompt's tiles take
+  the mean of the scores then."""
   threshold: float | str = 0.95
-  # psa: how many blocks may be read to find the true share of some stops, as a part of those attended to: 0.01 is 1 %.
-  # 0: none, but 0.01 for a threshold that moves.
+  """psa: epsilon, stop when the estimated share of attention mass exceeds it. "auto:0.95" moves it while serving, until
+  the true share is 0.95 in 95 % of the stops that are audited."""
   audit: float = 0.0
-  group_blocks: int = 16  # psa: blocks between two stop tests, and before the first (docs/psa.md says why so many)
-  # psa: what the test takes an unread block's attention mass for, a name in pallas_kernels.stop.REST: the least of a
-  # ranked block so far (PSA), or the mean of the last ranked groups, which does not trust the ranking to leave the
-  # lightest for the end.
+  """psa: how many blocks may be read to find the true share of some stops, as a part of those attended to: 0.01 is 1 %.
+  0: none, but 0.01 for a threshold that moves."""
+  group_blocks: int = 16
+  """psa: blocks between two stop tests, and before the first (docs/psa.md says why so many)."""
   rest: str = "last_two_groups"
-  # psa: whose estimate must exceed the threshold: that of every query head of a KV head, or their mean.
+  """psa: what the test takes an unread block's attention mass for, a name in pallas_kernels.stop.REST: the least of a
+  ranked block so far (PSA), or the mean of the last ranked groups, which does not trust the ranking to leave the
+  lightest for the end."""
   stop_when: Literal["every_head", "mean_of_heads"] = "every_head"
-  # psa: where the test is made. "host_loop": outside of the attention kernel, which runs once a group; the host waits
-  # for every test (PSA, section 2.3, with which the test in the kernel is compared).
+  """psa: whose estimate must exceed the threshold: that of every query head of a KV head, or their mean."""
   stop: Literal["kernel", "host_loop"] = "kernel"
-  # Of the blocks before it a tile of 128 queries of a prompt reads all; or the best by `method`, sinks and window among
-  # them: "top_k" a share of the blocks, "threshold" so many that they hold a share of the attention mass, as the scores
-  # estimate it. The first `dense_layers` read all.
+  """psa: where the test is made: in the attention kernel, or outside of it (host_loop), which then runs once a group;
+  the host waits for every test (PSA, section 2.3, with which the test in the kernel is compared)."""
   prefill: Literal["dense", "top_k", "threshold"] = "dense"
-  prefill_share: float = 0.5  # of blocks, or of mass; 1 is all
+  """Of the blocks before it a tile of 128 queries of a prompt reads all (dense); or the best by `method`, sinks and
+  window among them: "top_k" a share of the blocks, "threshold" so many that they hold a share of the attention mass, as
+  the scores estimate it. The first `dense_layers` read all."""
+  prefill_share: float = 0.5
+  """Of blocks, or of mass, for `prefill`; 1 is all."""
 
   def __post_init__(self):
     check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
@@ -164,18 +183,26 @@ class SparseConfig:
 class SchedulerConfig:
   """Who runs in an iteration."""
 
-  max_batch: int = 64  # decode rows: R_max of Algorithm 1, SparseServe
-  max_tokens: int = 0  # an iteration, a decode row being one: T_max of Algorithm 1; 0: no limit
-  max_context: int = 0  # prompt + output tokens of one request; 0: what model and pool allow
+  max_batch: int = 64
+  """The most decode rows of an iteration: R_max of Algorithm 1, SparseServe."""
+  max_tokens: int = 0
+  """The most tokens of an iteration, a decode row being one: T_max of Algorithm 1, SparseServe; 0: no limit."""
+  max_context: int = 0
+  """The most tokens of one request, prompt and output; 0: what model and pool allow."""
   prefill: Literal["layer_segmented", "chunked"] = "layer_segmented"
-  chunk_tokens: int = 2048  # chunked: prompt tokens an iteration, through all layers
-  max_inject_tokens: int = 0  # layer_segmented: token x layers an iteration; 0: 2048 x layers (SparseServe, section 4)
-  # Which pool blocks a request gets when it is admitted. full: for its prompt and all its output. on_demand: for its
-  # prompt, and for output as that is written; if the pool has none the youngest requests are preempted, and compute
-  # again what is lost of their KV (vLLM).
+  """How prompts are cut: some layers of all their tokens at a time, or some tokens through all layers."""
+  chunk_tokens: int = 2048
+  """chunked: prompt tokens of an iteration, through all layers."""
+  max_inject_tokens: int = 0
+  """layer_segmented: token x layers of an iteration; 0: 2048 x layers (SparseServe, section 4)."""
   reserve: Literal["full", "on_demand"] = "full"
+  """Which pool blocks a request gets when it is admitted. full: for its prompt and all its output. on_demand: for its
+  prompt, and for output as that is written; if the pool has none the youngest requests are preempted, and compute again
+  what is lost of their KV (vLLM)."""
   batch_control: Literal["working_set", "none"] = "working_set"
-  working_set_steps: int = 12  # w of Algorithm 1, SparseServe
+  """Which decode rows run: those whose working sets fit the slots together, or all."""
+  working_set_steps: int = 12
+  """Steps whose blocks are a row's working set: w of Algorithm 1, SparseServe."""
 
   def __post_init__(self):
     check_fields(
@@ -198,8 +225,10 @@ class EngineConfig:
   cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
   sparse: SparseConfig = dataclasses.field(default_factory=SparseConfig)
   scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
-  implementation: Literal["auto", "xla", "triton", "interpret"] = "auto"  # of the kernels
-  tp: int = 1  # devices that the model is split over
+  implementation: Literal["auto", "xla", "triton", "interpret"] = "auto"
+  """Of the kernels. "auto": triton on a GPU, else xla."""
+  tp: int = 1
+  """Devices that the model is split over."""
 
   def __post_init__(self):
     check_fields(self, positive=("tp",))

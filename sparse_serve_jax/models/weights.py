@@ -15,7 +15,7 @@ import jax
 
 from sparse_serve_jax import files
 from sparse_serve_jax.config import ModelConfig, find_config, from_dict, read_config
-from sparse_serve_jax.models import gguf, hf, hf_config, llama, orbax
+from sparse_serve_jax.models import gguf, hf, hf_config, llama, orbax, reference
 from sparse_serve_jax.models import tokenizer as tokenizer_lib
 from sparse_serve_jax.models.initial import random_params
 
@@ -62,8 +62,8 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
   """Loads a model: all of it but its weights, which are only looked at.
 
   Args:
-    name_or_path: a Hugging Face directory, a directory made by `save_model`, a GGUF file, or "random:<shape>" with the
-      shapes of configs/models and the byte tokenizer.
+    name_or_path: a Hugging Face directory, a directory made by `save_model`, a GGUF file, "reference" (see
+      `reference.find`), or "random:<shape>" with the shapes of configs/models and the byte tokenizer.
     dtype: "float32" or "bfloat16"; None keeps what the model says.
     seed: of random weights.
 
@@ -75,7 +75,7 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
     cfg = _cast(read_config(ModelConfig, find_config("models", name.removeprefix("random:"))), dtype)
     tokenizer = tokenizer_lib.ByteTokenizer()
     return Model(cfg, random_params(cfg, seed), tokenizer, tokenizer.eos_token_ids, name, tokenizer.turn_ends())
-  path = pathlib.Path(name_or_path)
+  path = reference.find() if reference.is_meant(name) else pathlib.Path(name_or_path)
   if (path / _CARD).exists():
     return _restore(path, dtype)
   if path.suffix == ".gguf" and path.is_file():

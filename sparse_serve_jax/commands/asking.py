@@ -1,0 +1,44 @@
+"""Flags of commands that ask a model themselves: how it answers."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+from sparse_serve_jax.commands import cli
+from sparse_serve_jax.outputs import RequestOutput
+from sparse_serve_jax.sampling_params import SamplingParams
+
+
+class AskingFlags:
+  """--dtype, and fields of `SamplingParams`."""
+
+  def __init__(self):
+    with cli.group("The model"):
+      self._dtype = cli.define_dtype()
+    with cli.group("The answer"):
+      self._tokens = flags.DEFINE_integer("max_tokens", 512, "Tokens of the output at most.", lower_bound=1)
+      self._temperature = flags.DEFINE_float(
+        "temperature", 0.0, "How evenly tokens are drawn; 0 takes the most likely one.", lower_bound=0.0
+      )
+      self._top_p = flags.DEFINE_float("top_p", 1.0, "Draw among the most likely tokens of so much probability.")
+      self._seed = flags.DEFINE_integer("seed", 0, "Number that what is drawn depends on.", lower_bound=0)
+
+  @property
+  def dtype(self) -> str | None:
+    return self._dtype.value
+
+  @property
+  def params(self) -> SamplingParams:
+    return SamplingParams(
+      max_tokens=self._tokens.value,
+      temperature=self._temperature.value,
+      top_p=self._top_p.value,
+      seed=self._seed.value,
+    )
+
+
+def tell_end(output: RequestOutput) -> None:
+  """On stderr, why an output ended and what it took."""
+  print(f"\n[{output.finish_reason}: {output.usage}]", file=sys.stderr)
