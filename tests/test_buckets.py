@@ -352,7 +352,7 @@ def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments:
 # piece of each program. Prompts begin with the same 64 tokens. Where a load is named, one decode step follows.
 CHUNKED, HYBRID = ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32"], ["scheduler.max_inject_tokens=64"]
 SPARSE = ["sparse.prefill=threshold", "sparse.prefill_share=0.9", "sparse.dense_layers=1"]
-SEGMENTS = ["scheduler.max_inject_tokens=128", "sparse.prefill=top_k"]
+SEGMENTS = ["scheduler.max_inject_tokens=256", "sparse.prefill=top_k", "scheduler.max_context=256", "cache.lanes=2048"]
 CUT, DECODED = {(1, 0), (1, 16)}, {(1, 0), (1, 16), (8, 16)}
 PIECES = {
   "chunks": (CHUNKED, [[96]], CUT),
@@ -364,7 +364,7 @@ PIECES = {
   "hybrid, a copy a block": ([*HYBRID, "cache.save=per_block", "cache.load=per_block"], [[96]], DECODED),
   "hybrid, sparse": ([*HYBRID, *SPARSE], [[96]], CUT),
   "after what is shared": ([], [[96], [90]], CUT),
-  "segments after what is shared": (SEGMENTS, [[192], [180]], CUT),  # a tile of 128 tokens
+  "segments after what is shared": (SEGMENTS, [[192], [180]], {(1, 0), (1, 32)}),  # a tile of 128 tokens
   "packed": (["cache.prefix=false"], [[30, 40]], {(2, 0)}),
   "whole without offload": (["cache.offload=false"], [[96]], {(1, 0)}),
 }
