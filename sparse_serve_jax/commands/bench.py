@@ -38,8 +38,8 @@ with cli.group("The endpoint"):
   _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
-    "Tokenizer of that model: a model directory, a GGUF file, or random:<name in configs/models>. It makes prompts, and "
-    "counts output tokens where the server does not.",
+    "Tokenizer of that model: a model directory, a GGUF file, or random:<name in configs/models>. It makes prompts "
+    "and counts output tokens where the server does not.",
     required=True,
   )
   _SEND = flags.DEFINE_enum(
