@@ -106,7 +106,7 @@ def rates() -> dict[str, float]:
 
 def driver_version(file: pathlib.Path) -> str | None:
   """Of NVIDIA's driver, by what its kernel module says; None: it is not loaded."""
-  found = re.search(r"Kernel Module\D*(\d+\.[\d.]+)", file.read_text()) if file.is_file() else None
+  found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", file.read_text()) if file.is_file() else None
   return found and found[1]
 
 
