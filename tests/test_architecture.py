@@ -46,6 +46,7 @@ RANKS = {
   f"{PACKAGE}.benchmarks": 9,
   f"{PACKAGE}.plots": 10,
   f"{PACKAGE}.commands": 11,
+  f"{PACKAGE}.__main__": 12,
   "experiments": 12,
 }
 

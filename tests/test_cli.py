@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_serve_jax.commands import cli
+from sparse_serve_jax.commands import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,8 +111,9 @@ def test_help(program, flag):
   assert code == 0 and not err
   assert out == (
     "Does what it is told.\n\n  python program.py [WORD]\n\n"
-    "Results:\n  --out  Folder of rows.jsonl.\n  --[no]verbose  Show where an error comes from.\n\n"
-    "What is done:\n  --kinds  Kinds of things. (default: a,b)\n  --[no]fast  Does it at once.\n\n"
+    "Results:\n  --out  Folder of rows.jsonl. (default: none)\n"
+    "  --[no]verbose  Show where an error comes from. (default: false)\n\n"
+    "What is done:\n  --kinds  Kinds of things. (default: a,b)\n  --[no]fast  Does it at once. (default: false)\n\n"
     "Other flags:\n  --level  Of detail. (default: 3)\n"
   )
 
@@ -124,23 +125,31 @@ def test_all_may_stand_among_names():
     cli.chosen("tasks", ["all", "c"], ["a", "b"])
 
 
-COMMANDS = [file.stem for file in (ROOT / "experiments").glob("*.py") if file.stem != "__init__"]
+NAMES = [name for group in COMMANDS.values() for name in group]
+UNITS = (
+  r"(?i)\b(tokens?|requests?|seconds?|bytes|blocks|steps|times|instances|processes|rates?|rows|shares?|thresholds?|runs|"
+  r"answers|pieces|calls|port|seed|probability|temperature|outputs|prompts)\b"
+)
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_command_has_help_in_sentences_and_groups(name):
-  done = subprocess.run(
-    [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
-  )
+  """With the unit of each number, and each flag's default."""
+  command = [sys.executable, "-m", "sparse_serve_jax", name, "--help"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0 and not done.stderr, done.stderr
   about, *groups = re.split(r"\n\n(?=[A-Z][^\n]*:\n  --)", done.stdout)
-  assert (
-    re.search(rf"(python -m experiments\.|sparse-serve ){name}\b", about)
-    and groups
-    and not [g for g in groups if g.startswith("Other flags")]
-  )
-  flags = re.findall(r"^  --(?:\[no\])?\w+  (.*)", "\n".join(groups), re.M)
-  assert flags and not [text for text in flags if text.startswith("Of ")]
+  told = re.search(rf"(python -m experiments\.|sparse-serve ){name.replace('-', '[-_]')}", about)
+  assert (told or name == "run") and groups and not [g for g in groups if g.startswith("Other flags")]
+  flags = re.findall(r"^  --(?:\[no\])?\w+  (.*(?:\n {6}.*)*)", "\n".join(groups), re.M)
+  for text in (re.sub(r"\s+", " ", flag) for flag in flags):
+    sentence, _, default = text.partition(" (default: ")
+    assert re.match(r"(<[\w|]+>: )?([A-Z]|--\w+: |[a-z]+: |http)", sentence) and not sentence.startswith("Of "), text
+    assert sentence.removesuffix(" (required)").endswith("."), text
+    assert default or "default" in sentence or "(required)" in sentence, text
+    if re.match(r"(\d+(\.\d+)?,?)+\)|inf\)", default):
+      assert re.search(UNITS, sentence), text
+  assert flags
 
 
 def test_what_is_given(program):

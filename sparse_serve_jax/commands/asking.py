@@ -20,10 +20,12 @@ class AskingFlags:
     with cli.group("The answer"):
       self._tokens = flags.DEFINE_integer("max_tokens", 512, "Tokens of the output at most.", lower_bound=1)
       self._temperature = flags.DEFINE_float(
-        "temperature", 0.0, "How evenly tokens are drawn; 0 takes the most likely one.", lower_bound=0.0
+        "temperature", 0.0, "Temperature that tokens are drawn at; 0 takes the most likely one.", lower_bound=0.0
       )
-      self._top_p = flags.DEFINE_float("top_p", 1.0, "Draw among the most likely tokens of so much probability.")
-      self._seed = flags.DEFINE_integer("seed", 0, "Number that what is drawn depends on.", lower_bound=0)
+      self._top_p = flags.DEFINE_float(
+        "top_p", 1.0, "Probability that the most likely tokens which are drawn among have together."
+      )
+      self._seed = flags.DEFINE_integer("seed", 0, "Seed of what is drawn.", lower_bound=0)
 
   @property
   def dtype(self) -> str | None:
@@ -41,4 +43,6 @@ class AskingFlags:
 
 def tell_end(output: RequestOutput) -> None:
   """On stderr, why an output ended and what it took."""
-  print(f"\n[{output.finish_reason}: {output.usage}]", file=sys.stderr)
+  of = output.usage
+  took = f"{of.prompt_tokens} prompt tokens ({of.cached_tokens} cached), {of.output_tokens} output tokens"
+  print(f"[{output.finish_reason}: {took}]", file=sys.stderr)

@@ -28,7 +28,7 @@ with cli.group("What is timed"):
     "Implementation of the ops; by default triton on a GPU, else xla.",
   )
   _CALLS = flags.DEFINE_integer("calls", 5, "Timed calls of a case.", lower_bound=1)
-  _SECONDS = flags.DEFINE_float("seconds", 0.05, "The length of a call, in which an op is repeated.", lower_bound=0)
+  _SECONDS = flags.DEFINE_float("seconds", 0.05, "Seconds of a call, in which an op is repeated.", lower_bound=0)
 _OUT, _COMMIT, _SMOKE = cli.define_benchmark()
 _VERBOSE = cli.define_verbose()
 

@@ -198,8 +198,12 @@ def help_of(module: ModuleType) -> str:
     flag = own[name]
     title = "--[no]" if flag.boolean else "--"
     text = re.sub(r";\s*repeat this option.*", " It can be repeated.", f"{title}{name}  {flag.help}")  # absl's
-    if flag.default is not None and flag.default is not False and flag.default not in ([], ""):
+    if flag.default not in (None, [], "") and (flag.default or not flag.boolean):
       text += f" (default: {str(flag.default_as_str).strip(chr(39))})"
+    elif any("must have a value" in of.message for of in flag.validators):  # absl's own, of one that is required
+      text += " (required)"
+    elif "default" not in text:
+      text += " (default: false)" if flag.boolean else " (default: none)"
     lines = textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
     titles.setdefault(_groups.get(name, "Other flags"), []).extend(lines)
   parts = [(module.__doc__ or "").rstrip(), *("\n".join([f"{title}:", *lines]) for title, lines in titles.items())]

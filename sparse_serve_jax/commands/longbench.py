@@ -36,7 +36,7 @@ with cli.group("What is asked"):
   )
   _LIMIT = flags.DEFINE_integer("limit", None, "Rows of each task, from its first on.", lower_bound=1)
   _MAX_PROMPT = flags.DEFINE_integer(
-    "max_prompt_tokens", None, "Longer prompts lose their middle; by default what leaves room in the context.",
+    "max_prompt_tokens", None, "Tokens above which prompts lose their middle; by default what has room in the context.",
     lower_bound=2,
   )  # fmt: skip
   _CHAT = flags.DEFINE_bool("chat_template", True, "Use the model's; --nochat_template for a base model.")

@@ -43,11 +43,13 @@ with cli.group("What is asked"):
   _LONGBENCH = flags.DEFINE_string("longbench_dir", None, "Likewise contexts of rows: a folder with config/ and data/.")
   _LONGBENCH_TASKS = flags.DEFINE_list("longbench_tasks", [], "Names; by default all whose rows are there.")
   _BUDGETS = flags.DEFINE_list("budgets", ["1024"], "Tokens attended to by the model.")
-  _HELD = flags.DEFINE_list("held", ["0.2", "0.4"], "A of drawn selections held:A beside each trace.")
+  _HELD = flags.DEFINE_list(
+    "held", ["0.2", "0.4"], "Shares that drawn selections beside each trace keep from step to step: A of held:A."
+  )
   _FIT = flags.DEFINE_bool("fit", False, "Also the A that is nearest to each trace.")
 with cli.group("How much"):
-  _TOKENS = flags.DEFINE_integer("tokens", 8192, "Length of a piece of text.", lower_bound=1024)
-  _STEPS = flags.DEFINE_integer("steps", 256, "Decode steps of it.", lower_bound=selections.FILLED + 1)
+  _TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens of a piece of text.", lower_bound=1024)
+  _STEPS = flags.DEFINE_integer("steps", 256, "Decode steps of a piece.", lower_bound=selections.FILLED + 1)
   _REQUESTS = flags.DEFINE_integer("requests", 2, "Pieces, which are read one after the other.", lower_bound=1)
 _OUT = cli.define_out("Folder of results.", required=False)
 _VERBOSE = cli.define_verbose()

@@ -31,7 +31,7 @@ with cli.group("The run"):
   _CONFIG = flags.DEFINE_string("config", "reference", "What to train: a name in configs/training, or a JSON file.")
   _RESUME = flags.DEFINE_bool("resume", False, "Goes on with the run in --out, if there is one.")
   _START = flags.DEFINE_string("start_from", None, "A model directory: its weights and tokenizer begin a new run.")
-  _SECONDS = flags.DEFINE_float("seconds", float("inf"), "Trains for so long, then saves the run.", lower_bound=0)
+  _SECONDS = flags.DEFINE_float("seconds", float("inf"), "Seconds to train; then the run is saved.", lower_bound=0)
   _WORKERS = flags.DEFINE_integer("workers", 8, "Processes that make training sequences.", lower_bound=0)
   _LOG_EVERY = flags.DEFINE_integer("log_every", 50, "Steps of a row of metrics.jsonl.", lower_bound=1)
 _OUT = cli.define_out("Folder of the run.")

@@ -56,10 +56,12 @@ class WorkloadFlags:
       self._prompt = flags.DEFINE_integer(
         "prompt_tokens",
         None,
-        "Length of needle's and text's prompts. Longer ones of the others are cut.",
+        "Tokens of needle's and text's prompts; longer ones of the others are cut. By default the workload's.",
         lower_bound=2,
       )
-      self._max_new = flags.DEFINE_integer("max_new_tokens", None, "Caps the output of each request.", lower_bound=1)
+      self._max_new = flags.DEFINE_integer(
+        "max_new_tokens", None, "Output tokens of each request at most.", lower_bound=1
+      )
       self._chat = flags.DEFINE_bool(
         "chat_template", True, "longbench: the model's, around prompts of tasks that take one."
       )

@@ -43,8 +43,8 @@ class Free:
   placed: bool = False  # whether the weights are there already, and take nothing more
 
 
-def free_here(model: Model, mesh: Mesh) -> Free:
-  """Of this machine.
+def free_here(placed: bool = False) -> Free:
+  """Of this machine; `placed`: the weights are there already.
 
   Raises:
     ValueError: the system does not say how much memory it has.
@@ -55,14 +55,14 @@ def free_here(model: Model, mesh: Mesh) -> Free:
     if "SC_PHYS_PAGES" not in os.sysconf_names:
       raise ValueError("the system does not say how much memory is free: give cache.hbm_bytes and cache.dram_bytes")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-  return Free(device, host, is_placed(model, mesh))
+  return Free(device, host, placed)
 
 
 def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool) -> EngineConfig:
   """`resolve` on this machine. A line of the log says what has been derived, and of what."""
   if not is_open(config):
     return config
-  free = free_here(model, mesh)
+  free = free_here(is_placed(model, mesh))
   made = resolve(config, model.config, free, cudnn)
   _LOG.warning("%s", text(config, made, CacheShape.of(model.config, made, _vectors(config)), free))
   return made
