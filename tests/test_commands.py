@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from sparse_serve_jax import __version__, commands
+from sparse_serve_jax.config import EngineConfig, ModelConfig, describe, from_dict, load_config, override
+from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for group in commands.COMMANDS.values() for name in group]
@@ -54,3 +57,40 @@ def test_every_module_under_experiments_is_a_command():
     module = line.split()[1].rpartition(".")[2]
     assert line == f"from sparse_serve_jax.commands.{module} import command"
     assert module.replace("_", "-") in NAMES
+
+
+def test_every_key_of_a_configuration_is_described():
+  rows = {row.key: row for row in describe(EngineConfig)}
+  sections = {name: vars(getattr(EngineConfig(), name)) for name in ("cache", "sparse", "scheduler")}
+  values = {f"{section}.{name}": value for section, of in sections.items() for name, value in of.items()}
+  assert {key: row.default for key, row in rows.items()} == values | {"implementation": "auto", "tp": 1}
+  assert not [row for row in rows.values() if not row.meaning.endswith(".") or len(row.meaning) < 20]
+  assert rows["cache.zones"].type == "shared, layer, lane" and rows["sparse.threshold"].type == "float or str"
+  assert rows["cache.lanes"].meaning == "Places of resident requests, R: prefilling, decoding or paused."
+  needed = {row.key: row.default for row in describe(ModelConfig)}
+  assert needed["d_model"] is None and needed["rope.theta"] == 10000.0
+
+
+def test_config_lists_and_resolves():
+  listed = forks.start("sparse_serve_jax", "config", "--list")
+  assert listed.returncode == 0
+  for row in describe(EngineConfig):
+    assert f"{row.key}  {row.type} (default: {json.dumps(row.default)})\n  {row.meaning[:60]}" in listed.stdout
+  assert "configurations: dense, fifo," in listed.stdout
+  shown = forks.start("sparse_serve_jax", "config", "psa", "--set", "tp=2", "--set", "cache.hbm_bytes=1GiB")
+  expected = override(load_config("psa"), {"tp": 2, "cache.hbm_bytes": 1 << 30})
+  assert from_dict(EngineConfig, json.loads(shown.stdout)) == expected
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "which? there are dense, fifo, "),
+    (["psa", "--list"], "--list shows all keys: it takes no name and no --set"),
+    (["pso"], "did you mean 'psa'?"),
+    (["psa", "--set", "tpp=2"], "unknown key 'tpp'; the nearest is 'tp'"),
+  ],
+)
+def test_config_refuses(arguments, message):
+  done = forks.start("sparse_serve_jax", "config", *arguments)
+  assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr
