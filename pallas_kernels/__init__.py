@@ -11,7 +11,21 @@ from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
 from pallas_kernels.free import Free, evict
-from pallas_kernels.maps import NEVER, Maps, Victims, ages, release, saturate, since_entry, tidy, touch, victims
+from pallas_kernels.maps import (
+  NEVER,
+  SPARE,
+  Maps,
+  Victims,
+  ages,
+  n_spare,
+  release,
+  renew,
+  saturate,
+  since_entry,
+  tidy,
+  touch,
+  victims,
+)
 from pallas_kernels.packed import Packed
 from pallas_kernels.partial import Partial, merge, merge_along
 from pallas_kernels.prefill import Prefix, prefill_attention
@@ -25,6 +39,7 @@ from pallas_kernels.tiles import Places, TileLists, TileRule, Tiles, tile_lists
 
 __all__ = [
   "NEVER",
+  "SPARE",
   "Free",
   "Located",
   "Maps",
@@ -58,11 +73,13 @@ __all__ = [
   "load_each",
   "merge",
   "merge_along",
+  "n_spare",
   "place_blocks",
   "prefill_attention",
   "prefill_tiles",
   "propose",
   "release",
+  "renew",
   "saturate",
   "score",
   "select",

@@ -22,6 +22,7 @@ from jaxtyping import Array, Int32
 
 NEVER = -(1 << 30)  # last_selected of a block nobody selected; NEVER + w does not overflow
 OLDEST = -(1 << 30)  # the age that a slot is kept at
+SPARE = -(1 << 29)  # what comes into a slot that nobody needs is stamped so much earlier: the slot is the next to go
 
 
 class Maps(NamedTuple):
@@ -118,6 +119,26 @@ def touch(maps: Maps, blocks: Int32[Array, " n"], stamp: Int32[Array, ""]) -> Ma
   slots = maps.slot_of.at[:, :, only(blocks >= 0, blocks, maps.slot_of.shape[2])].get(mode="fill", fill_value=-1)
   slots = only(slots >= 0, slots, maps.last_used.shape[0]).ravel()
   return maps._replace(last_used=maps.last_used.at[slots].set(stamp, mode="drop"))
+
+
+def renew(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Maps:
+  """Of the DRAM blocks (-1: nothing) that lie in spare slots, in all layers and heads, as if they came there now."""
+  slots = maps.slot_of.at[:, :, only(blocks >= 0, blocks, maps.slot_of.shape[2])].get(mode="fill", fill_value=-1)
+  spare = (slots >= 0) & is_spare(maps.last_used.at[slots].get(mode="clip"), since)
+  slots = only(spare, slots, maps.last_used.shape[0]).ravel()
+  return maps._replace(last_used=maps.last_used.at[slots].set(since + SPARE, mode="drop"))
+
+
+def n_spare(maps: Maps, victims: Victims) -> Int32[Array, " Z"]:
+  """How many of the first victims of each zone nobody needs, those apart that came or were renewed in this step."""
+  stamp = maps.last_used[victims.slots]
+  needed = ~is_spare(stamp, victims.since) | (stamp - victims.since >= SPARE) & (stamp != -1)
+  return jnp.where(needed.any(1), jnp.argmax(needed, 1), needed.shape[1]).astype(jnp.int32)
+
+
+def is_spare(last_used: jax.Array, since: jax.Array) -> jax.Array:
+  """Whether nobody needs a slot: it is empty, or its block was stamped by SPARE and has not been used since."""
+  return (last_used == -1) | (last_used - since < SPARE // 2)
 
 
 def unused(last_used: jax.Array, since: jax.Array) -> jax.Array:

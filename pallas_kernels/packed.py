@@ -34,8 +34,8 @@ class Packed(NamedTuple):
     n: int,
     size: int,
     n_newest: int,
-  ) -> tuple[Int32[Array, " n"], Int32[Array, "B n"]]:
-    """The piece's blocks in the pool, and those that are the newest of each prompt; -1 for others.
+  ) -> tuple[Int32[Array, "B n"], Bool[Array, " n"]]:
+    """The piece's blocks in the pool, prompt by prompt, -1 for others; and which are the newest of theirs.
 
     Args:
       tables: of all lanes.
@@ -49,5 +49,5 @@ class Packed(NamedTuple):
     row, nth = self.row(at), self.nth(at) // size
     n_full = self.n_tokens[row] // size
     blocks = jnp.where(nth < n_full, tables.at[lanes[row], start // size + nth].get(mode="clip"), -1)
-    newest = (nth >= n_full - n_newest)[None] & (row[None] == jnp.arange(self.begins.shape[0])[:, None])
-    return blocks, jnp.where(newest, blocks, -1)
+    of_row = row[None] == jnp.arange(self.begins.shape[0])[:, None]
+    return jnp.where(of_row, blocks, -1), nth >= n_full - n_newest

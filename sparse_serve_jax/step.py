@@ -23,12 +23,13 @@ from jaxtyping import Float32, Int32, UInt32
 import pallas_kernels as kernels
 from sparse_serve_jax.attention.audit import Audit, AuditAt, Stopped, audit
 from sparse_serve_jax.attention.decode import Counts, DecodeAttention, Rows, Selector
-from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector, pin
+from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn, Zones
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.loads import LOADS
+from sparse_serve_jax.memory.places import Entering, bring, room_of_layer
 from sparse_serve_jax.memory.saves import SAVES, NewBlocks, Saving, save_digests, save_piece, save_tails
 from sparse_serve_jax.mesh import AXIS
 from sparse_serve_jax.models import llama
@@ -55,6 +56,7 @@ class Setup:
   dense_layers: int
   newest_blocks: int  # at most so many blocks of a piece of a prompt enter slots, where the next piece reads them
   pins: bool  # whether a piece finds all that comes before it in slots, if these are enough
+  keeps: bool  # whether spare slots take what prompts may share
   working_set_steps: int
   saving: Saving
   eviction: Eviction
@@ -83,6 +85,7 @@ class Setup:
       dense_layers=min(config.sparse.dense_layers, model.n_layers),
       newest_blocks=model.max_context // cache.block_tokens if pins else config.budget_blocks,
       pins=pins,
+      keeps=cache.offload and cache.prefix and not pins,
       working_set_steps=config.scheduler.working_set_steps,
       saving=saving,
       eviction=variant(EVICTIONS, cache.eviction, "cache.eviction"),
@@ -93,14 +96,14 @@ class Setup:
     )
 
   def turn(self, hot: Hot, n_rows: int, needed: jax.Array | None = None) -> tuple[Hot, Turn]:
-    """The victims of a step of `n_rows` rows that begins now, none of them given yet; blocks `needed` [n] (-1: nothing)
-    are none.
+    """The victims of a step of `n_rows` rows that begins now, none of them given yet; a prompt's blocks `needed` [n]
+    (-1: nothing) are none if it pins, and the last of the spare ones if not.
     """
     since, (n_heads, n_layers, n_lanes) = hot.stamp(0), hot.tail.shape[:3]
     maps = kernels.tidy(hot.maps) if self.shares else hot.maps
     hot = hot.replace(maps=kernels.saturate(maps, since))
-    if needed is not None:
-      hot = hot.replace(maps=kernels.touch(hot.maps, needed, since))
+    if needed is not None and hot.slots.shape[0]:
+      hot = hot.replace(maps=(kernels.touch if self.pins else kernels.renew)(hot.maps, needed, since))
     n_zones = {"shared": 1, "layer": n_layers, "lane": n_lanes}[self.zones] if hot.slots.shape[0] else 1
     given = jnp.zeros((n_rows, n_heads) if n_zones == 1 else n_zones, jnp.int32)
     return hot, Turn(self.zones, kernels.victims(self.eviction(hot.maps, since), since, n_zones), given)
@@ -269,26 +272,35 @@ def prefill_segment(
   packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens))
   cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
   before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None
-  hot, turn = setup.turn(cache.hot, 1, before.blocks if before is not None and setup.pins else None)
-  blocks, newest = packed.blocks(hot.tables, batch.lanes, batch.start, len(x) // size, size, setup.newest_blocks)
-  newest, lanes = (newest, batch.lanes) if setup.zones == "lane" else (newest.max(0)[None], batch.lanes[:1])
+  rows, newest = packed.blocks(cache.hot.tables, batch.lanes, batch.start, len(x) // size, size, setup.newest_blocks)
+  blocks = rows.max(0)
+  rows, lanes = (rows, batch.lanes) if setup.zones == "lane" else (blocks[None], batch.lanes[:1])
+  earlier = [] if before is None else [before.blocks]
+  needed = jnp.concatenate([*earlier, blocks]) if setup.keeps or (earlier and setup.pins) else None
+  hot, turn = setup.turn(cache.hot, 1, needed)
+  keeps = setup.keeps and hot.slots.shape[0] > 0
+  room = room_of_layer(hot.maps, turn, batch.known_layers or batch.n_layers) if keeps else None
   piece = Piece(before, blocks, packed.n_tokens[0], packed if batch.lanes.shape[0] > 1 else None)
+  n_newest = ((rows >= 0) & newest).sum(1, dtype=jnp.int32)
   ids, last_blocks = jnp.arange(blocks.shape[0]), (batch.begins + batch.n_tokens) // size
 
   def layer(attention, i, carry):
     x, cache, slab, given, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
-    if before is not None and setup.pins:
-      cache, given, read = pin(cache, i, batch.lanes[0], before, turn._replace(given=given), setup.implementation)
-      loaded += read
+    left = (0 if room is None else room[turn.zone(i, lanes)[:, 0]]) - n_newest
+    if before is not None and (setup.pins or (keeps and attention.selector is None)):
+      now, spare = turn._replace(given=given), None if setup.pins else left[0]
+      cache, given, brought = bring(cache, i, lanes[0], before.blocks, now, spare, implementation=setup.implementation)
+      left, loaded = left - brought.max(), loaded + brought.sum()
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
     new = NewBlocks(kv[:, None], i, ids, blocks)
     cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
     o, read = attention(q, k, v, cache, i, piece)
-    entering = newest
+    entering = Entering.of(rows, newest, left)
     if before is not None:  # which attention has read: only now pool and slots are written
-      new, entering = new._replace(blocks=_after(o, blocks)), _after(o, newest)
+      new = new._replace(blocks=_after(o, blocks))
+      entering = entering._replace(blocks=_after(o, entering.blocks))
     cache, given = save_piece(setup.saving, cache, new, entering, lanes, turn._replace(given=given))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")

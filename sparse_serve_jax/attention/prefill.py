@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int32
 import pallas_kernels as kernels
 from sparse_serve_jax.attention.methods import Method, get_method
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import KVCache
 
 Number = int | jax.Array  # of layers
@@ -43,27 +42,6 @@ class Piece(NamedTuple):
   blocks: Int32[Array, " n"]  # its own, in the pool; -1 where one is not full
   n_tokens: Int32[Array, ""]  # those that are not padding, of a prompt alone
   packed: kernels.Packed | None = None  # the prompts, if they are several: each attends to all of itself
-
-
-def pin(
-  cache: KVCache, layer: Int32[Array, ""], lane: Int32[Array, ""], before: Before, turn: Turn, implementation: str
-) -> tuple[KVCache, Int32[Array, " Z"], Int32[Array, ""]]:
-  """Brings what comes before a piece into slots, as far as there are victims. What is there counts as used.
-
-  Returns:
-    The cache, how many of the victims are gone, and how many blocks of this device's heads were read from the pool.
-  """
-  hot, n_heads, on = cache.hot, cache.pool.shape[0], dict(implementation=implementation)
-  here = turn.at(layer, lane[None])
-  lists = jnp.broadcast_to(before.blocks, (1, n_heads, *before.blocks.shape))
-  length = jnp.full((1, n_heads), before.n_blocks)
-  located = kernels.propose(hot.maps, here.victims, layer, lists, length, given=turn.given, **on)
-  slots = kernels.load_blocks(cache.pool, hot.slots, layer, located.blocks, located.place, **on)
-  never = jnp.full(1, kernels.NEVER)  # prefill selects nothing
-  maps = kernels.commit(hot.maps, layer, located, length, hot.stamp(layer), never, **on)
-  given = here.by_zone(located.given)
-  given = turn.given + (given.sum() if turn.n_zones == 1 else given)
-  return cache.replace(hot=hot.replace(slots=slots, maps=maps)), given, (located.place >= 0).sum(dtype=jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

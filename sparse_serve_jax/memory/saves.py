@@ -19,6 +19,7 @@ import pallas_kernels as kernels
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
+from sparse_serve_jax.memory.places import Entering, enter
 
 
 class NewBlocks(NamedTuple):
@@ -85,7 +86,8 @@ def save_tails(
   hot = cache.hot
   n_heads, n_layers, n_lanes = hot.tail.shape[:3]
   lists = jnp.broadcast_to(blocks[:, None, None], (blocks.shape[0], n_heads, n_layers))  # a rank is a layer
-  maps, place = _find_places(saving, hot, lists, jnp.arange(n_layers), lanes, steps, turn)[:2]
+  at, on = jnp.arange(n_layers), saving.implementation
+  maps, place = enter(hot, lists, at, lanes, turn, hot.stamp(at), steps, implementation=on)[:2]
   new = NewBlocks(hot.tail, 0, jnp.minimum(lanes, n_lanes - 1), blocks)
   pool, hot = saving.save(cache.pool, new, saving.implementation), save_digests(saving, hot, new)
   return KVCache(pool, _write(saving, hot, new, maps, jnp.moveaxis(place, 0, 2)))
@@ -95,7 +97,7 @@ def save_piece(
   saving: Saving,
   cache: KVCache,
   new: NewBlocks,
-  entering: Int32[Array, "B n"],
+  entering: Entering,
   lanes: Int32[Array, " B"],
   turn: Turn,
 ) -> tuple[KVCache, Int32[Array, "*any"]]:
@@ -106,53 +108,22 @@ def save_piece(
     saving: how.
     cache: this device's.
     new: all of the source, of one layer; -1 where one is not full.
-    entering: those of them that enter slots, in one of the rows; -1 elsewhere.
+    entering: those of them that enter slots.
     lanes: whose the rows are, R for padding; anybody's, unless slots are of lanes.
     turn: what is left of the step's victims.
 
   Returns:
     The cache, and how many of the victims are gone.
   """
-  n_rows, n = entering.shape
-  lists = jnp.broadcast_to(entering[:, None, ::-1], (n_rows, new.kv.shape[0], n))
-  maps, place, given = _find_places(
-    saving, cache.hot, lists, jnp.asarray(new.layer), lanes, jnp.full(n_rows, kernels.NEVER), turn
-  )
+  n_rows, n = entering.blocks.shape
+  lists = jnp.broadcast_to(entering.blocks[:, None, ::-1], (n_rows, new.kv.shape[0], n))
+  at, stamps = jnp.asarray(new.layer), entering.stamps(cache.hot, new.layer)[::-1]
+  maps, place, given = enter(cache.hot, lists, at, lanes, turn, stamps, implementation=saving.implementation)
   pool = cache.pool
   if not saving.staged:
     pool = saving.save(pool, new, saving.implementation)
     pool = host_pool.keep(pool) if saving.host_pool else pool
   return KVCache(pool, _write(saving, cache.hot, new, maps, place.max(0)[:, None, ::-1])), given
-
-
-def _find_places(
-  saving: Saving,
-  hot: Hot,
-  lists: Int32[Array, "B K n"],
-  layers: Int32[Array, "*n"],
-  lanes: Int32[Array, " B"],
-  steps: Int32[Array, " B"],
-  turn: Turn,
-) -> tuple[kernels.Maps, Int32[Array, "B K n"], Int32[Array, "*any"]]:
-  """Places for new blocks `lists`, of one layer or of one for each rank; the maps that have them there, and how many of
-  the victims are gone."""
-  options, new = dict(implementation=saving.implementation), lists >= 0
-  nowhere, length = jnp.full_like(lists, -1), jnp.full(lists.shape[:2], lists.shape[2])
-  if hot.slots.shape[0] == 0:
-    place, maps, given = nowhere, hot.maps, jnp.ravel(turn.given)
-  else:
-    zone = turn.zone(layers, lanes)
-    free = turn.free or kernels.Free.nothing(turn.victims, turn.given, lists.size)
-    count = new.astype(jnp.int32)
-    if turn.n_zones == 1:
-      wanted = count
-    else:
-      wanted = jnp.zeros(turn.n_zones, jnp.int32).at[jnp.broadcast_to(zone[:, None], lists.shape)].add(count)
-    maps, free = kernels.evict(hot.maps, turn.victims, free, wanted, **options)
-    place, given = free.take(new, zone)[0], free.seen
-  located = kernels.Located(lists, nowhere, place, jnp.zeros((*lists.shape[:2], 1), jnp.int32), length)
-  maps = kernels.commit(maps, layers, located, length, hot.stamp(layers), steps, **options)
-  return maps, place, given
 
 
 def _write(saving: Saving, hot: Hot, new: NewBlocks, maps: kernels.Maps, place: Int32[Array, "K Ls n"]) -> Hot:
