@@ -101,10 +101,7 @@ def victims(key: Int32[Array, " P"], since: Int32[Array, ""], n_zones: int = 1) 
 def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
   """Forgets the freed DRAM blocks (-1: nothing) in all layers and heads; their slots become empty."""
   n_pool = maps.slot_of.shape[2]
-  n_slots = maps.last_used.shape[0]
-  freed = jnp.where(freed >= 0, freed, n_pool)
-  slots = maps.slot_of.at[:, :, freed].get(mode="fill", fill_value=-1)  # [K, L, n]
-  slots = jnp.where(slots >= 0, slots, n_slots).ravel()
+  slots, freed = _slots_of(maps, freed), only(freed >= 0, freed, n_pool)
   return Maps(
     maps.slot_of.at[:, :, freed].set(-1, mode="drop"),
     maps.block_of.at[slots].set(-1, mode="drop"),
@@ -116,17 +113,30 @@ def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
 
 def touch(maps: Maps, blocks: Int32[Array, " n"], stamp: Int32[Array, ""]) -> Maps:
   """Counts as used what slots hold of the DRAM blocks (-1: nothing) in all layers and heads."""
-  slots = maps.slot_of.at[:, :, only(blocks >= 0, blocks, maps.slot_of.shape[2])].get(mode="fill", fill_value=-1)
-  slots = only(slots >= 0, slots, maps.last_used.shape[0]).ravel()
-  return maps._replace(last_used=maps.last_used.at[slots].set(stamp, mode="drop"))
+  return maps._replace(last_used=maps.last_used.at[_slots_of(maps, blocks)].set(stamp, mode="drop"))
 
 
 def renew(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Maps:
-  """Of the DRAM blocks (-1: nothing) that lie in spare slots, in all layers and heads, as if they came there now."""
-  slots = maps.slot_of.at[:, :, only(blocks >= 0, blocks, maps.slot_of.shape[2])].get(mode="fill", fill_value=-1)
-  spare = (slots >= 0) & is_spare(maps.last_used.at[slots].get(mode="clip"), since)
-  slots = only(spare, slots, maps.last_used.shape[0]).ravel()
+  """Of the DRAM blocks (-1: nothing), those that lie in spare slots, in all layers and heads, as if they came now."""
+  slots = _slots_of(maps, blocks)
+  spare = is_spare(maps.last_used.at[slots].get(mode="clip"), since)
+  slots = only(spare, slots, maps.last_used.shape[0])
   return maps._replace(last_used=maps.last_used.at[slots].set(since + SPARE, mode="drop"))
+
+
+def rest(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Maps:
+  """Nobody needs the slots of the DRAM blocks (-1: nothing) any more: they become spare ones, in the order there was."""
+  slots = _slots_of(maps, blocks)
+  spare = is_spare(maps.last_used.at[slots].get(mode="clip"), since)
+  slots = only(~spare, slots, maps.last_used.shape[0])
+  last_used, entered = (x.at[slots].add(SPARE, mode="drop") for x in (maps.last_used, maps.entered))
+  return maps._replace(last_used=last_used, entered=entered)
+
+
+def _slots_of(maps: Maps, blocks: Int32[Array, " n"]) -> jax.Array:
+  """Slots of DRAM blocks (-1: nothing) in all layers and heads, P where there is none."""
+  slots = maps.slot_of.at[:, :, only(blocks >= 0, blocks, maps.slot_of.shape[2])].get(mode="fill", fill_value=-1)
+  return only(slots >= 0, slots, maps.last_used.shape[0]).ravel()
 
 
 def n_spare(maps: Maps, victims: Victims) -> Int32[Array, " Z"]:

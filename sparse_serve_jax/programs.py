@@ -25,7 +25,7 @@ class Programs:
   """The jitted programs of one setup. Calling one donates the cache it is given.
 
   decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
-  `width` is static. admit(hot, lane, table) and release(hot, freed) also return something to wait for.
+  `width` is static. admit(hot, lane, table) and release(hot, freed, idle) also return something to wait for.
   """
 
   def __init__(self, setup: Setup, mesh: Mesh):
@@ -65,7 +65,7 @@ class Programs:
     )
     done = (specs.hot, whole), (cache.hot, everywhere)
     self.admit = program(_and_done(kv_cache.admit), (specs.hot, whole, whole), *done, (0,))
-    self.release = program(_and_done(kv_cache.release), (specs.hot, whole), *done, (0,))
+    self.release = program(_and_done(kv_cache.release), (specs.hot, whole, whole), *done, (0,))
     self.working_sets = program(working_sets, (specs.hot, whole), whole, everywhere, sized=True)
 
 

@@ -281,7 +281,7 @@ def prefill_segment(
   keeps = setup.keeps and hot.slots.shape[0] > 0
   room = room_of_layer(hot.maps, turn, batch.known_layers or batch.n_layers) if keeps else None
   piece = Piece(before, blocks, packed.n_tokens[0], packed if batch.lanes.shape[0] > 1 else None)
-  n_newest = ((rows >= 0) & newest).sum(1, dtype=jnp.int32)
+  n_newest = ((rows >= 0) & newest[None]).sum(1, dtype=jnp.int32)
   ids, last_blocks = jnp.arange(blocks.shape[0]), (batch.begins + batch.n_tokens) // size
 
   def layer(attention, i, carry):

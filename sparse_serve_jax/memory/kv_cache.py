@@ -72,9 +72,10 @@ def admit(hot: Hot, lane: Int32[Array, ""], table: Int32[Array, " N"]) -> Hot:
   return hot.replace(tables=hot.tables.at[lane].set(table))
 
 
-def release(hot: Hot, freed: Int32[Array, " n"]) -> Hot:
-  """Forgets that the pool's blocks `freed` (-1: nothing) were in slots."""
-  return hot.replace(maps=kernels.release(kernels.tidy(hot.maps), freed))
+def release(hot: Hot, freed: Int32[Array, " n"], idle: Int32[Array, " n"]) -> Hot:
+  """Forgets that the pool's blocks `freed` (-1: nothing) were in slots; the slots of `idle` ones become spare."""
+  maps = kernels.release(kernels.tidy(hot.maps), freed)
+  return hot.replace(maps=kernels.rest(maps, idle, hot.stamp(0)) if hot.slots.shape[0] else maps)
 
 
 def working_sets(

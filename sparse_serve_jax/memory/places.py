@@ -27,18 +27,22 @@ class Entering(NamedTuple):
   @classmethod
   def of(cls, rows: Int32[Array, "B n"], newest: Bool[Array, " n"], room: Int32[Array, " B"]) -> Entering:
     """The newest of the blocks `rows`; and of others the first, which prompts share most, as far as there is `room`."""
-    others = (rows >= 0) & ~newest
+    others = (rows >= 0) & ~newest[None]
     kept = others & (jnp.cumsum(others, 1) <= room[:, None])
-    return cls(jnp.where(newest | kept, rows, -1), kept.any(0))
+    return cls(jnp.where(newest[None] | kept, rows, -1), kept.any(0))
 
   def stamps(self, hot: Hot, layer: Int32[Array, ""] | int) -> Int32[Array, " n"]:
     return hot.stamp(layer) + jnp.where(self.spare, kernels.SPARE, 0)
 
 
 def room_of_layer(maps: kernels.Maps, turn: Turn, n_layers: Int32[Array, ""] | int) -> Int32[Array, " Z"]:
-  """How many blocks of every head a layer may put into spare slots, of each zone, if `n_layers` share them equally."""
+  """How many blocks of every head a layer may put into spare slots, of each zone, if `n_layers` share them equally.
+
+  One more share stays, for the misses of the first layer of a decode step: those of progressive lists take what is
+  empty when it begins.
+  """
   sharing = 1 if turn.zones == "layer" else n_layers
-  return kernels.n_spare(maps, turn.victims) // (maps.slot_of.shape[0] * sharing)
+  return kernels.n_spare(maps, turn.victims) // (maps.slot_of.shape[0] * (sharing + 1))
 
 
 def bring(
@@ -66,7 +70,7 @@ def bring(
     The cache, how many of the victims are gone, and how many blocks of each head have been brought.
   """
   hot, on = cache.hot, dict(implementation=implementation)
-  missing = (blocks >= 0) & (hot.maps.slot_of[:, layer, blocks] < 0)
+  missing = (blocks >= 0)[None] & (hot.maps.slot_of[:, layer, blocks] < 0)
   if room is not None:
     missing &= jnp.cumsum(missing, -1) <= room
   stamp = hot.stamp(layer) + (0 if room is None else kernels.SPARE)

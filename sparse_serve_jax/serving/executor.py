@@ -176,7 +176,7 @@ class JaxExecutor:
     if self._writer is not None:
       self._writer.forget()  # whose saves outlive their requests, and are known by the earlier engine's iterations
     if not self._empty:
-      self._release(np.arange(self.shape.M, dtype=np.int32))
+      self._release(np.arange(self.shape.M, dtype=np.int32), np.zeros(0, np.int32))
     self._empty = True
 
   def submit(self, plan: Plan) -> DispatchedStep:
@@ -186,7 +186,7 @@ class JaxExecutor:
     self._follow_pool()
     for name in plan.preempt:
       self.forget(name)
-    step.done += self._release(plan.release)
+    step.done += self._release(plan.release, plan.idle)
     for admission in plan.admit:
       step.done.append(self._admit(admission))
     for works in pieces(plan.prefill):
@@ -260,7 +260,7 @@ class JaxExecutor:
       self._measure(rows)
       for audit in audits:
         self._decode(rows, audit=audit)
-    self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
+    self._update_hot(self.programs.release, *[np.full(RELEASE_WIDTH, -1, np.int32)] * 2)
     self.wait()
     return len(needed) + 2 + (len(audits) - 1) * sum("prefill" not in of.kind for of in needed)
 
@@ -269,9 +269,10 @@ class JaxExecutor:
     if self._host is not None:
       self._host.follow(self.cache.pool)
 
-  def _release(self, blocks: np.ndarray) -> list[jax.Array]:
-    parts = [blocks[i : i + RELEASE_WIDTH] for i in range(0, len(blocks), RELEASE_WIDTH)]
-    return [self._update_hot(self.programs.release, _pad(part, RELEASE_WIDTH, -1)) for part in parts]
+  def _release(self, freed: np.ndarray, idle: np.ndarray) -> list[jax.Array]:
+    starts = range(0, max(len(freed), len(idle)), RELEASE_WIDTH)
+    parts = ((_pad(blocks[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1) for blocks in (freed, idle)) for i in starts)
+    return [self._update_hot(self.programs.release, *part) for part in parts]
 
   def _update_hot(self, program, *args) -> jax.Array:
     hot, done = program(self.cache.hot, *args)

@@ -101,6 +101,8 @@ class Plan:
   preempt: tuple[str, ...] = ()
   threshold: float | None = None  # of PSA's stop test; None: the configuration's
   audit: AuditOf | None = None
+  # int32, pool blocks that are kept, and whose last owner has left since the last plan: their slots are the next to go.
+  idle: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
   @property
   def empty(self) -> bool:

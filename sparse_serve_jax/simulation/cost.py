@@ -57,7 +57,7 @@ def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -
     width = buckets.table(max(row.position for row in plan.decode) // shape.S + 1)
   return Work(
     iterations=1,
-    programs=len(together) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size),
+    programs=len(together) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size or plan.idle.size),
     prefill_tokens=tokens,
     prefill_pairs=pairs,
     decodes=int(rows > 0),
