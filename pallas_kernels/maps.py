@@ -121,7 +121,8 @@ def renew(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Ma
   slots = _slots_of(maps, blocks)
   spare = is_spare(maps.last_used.at[slots].get(mode="clip"), since)
   slots = only(spare, slots, maps.last_used.shape[0])
-  return maps._replace(last_used=maps.last_used.at[slots].set(since + SPARE, mode="drop"))
+  last_used, entered = (x.at[slots].set(since + SPARE, mode="drop") for x in (maps.last_used, maps.entered))
+  return maps._replace(last_used=last_used, entered=entered)
 
 
 def rest(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Maps:

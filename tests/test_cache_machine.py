@@ -9,24 +9,38 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import pallas_kernels as kernels
-from pallas_kernels import NEVER, Maps
+from pallas_kernels import NEVER, SPARE, Maps
 from sparse_serve_jax.memory.allocator import BlockAllocator
+from sparse_serve_jax.memory.eviction import Turn
+from sparse_serve_jax.memory.kv_cache import Hot, KVCache
+from sparse_serve_jax.memory.places import bring, room_of_layer
 from sparse_serve_jax.memory.prefix import PrefixIndex
 
-K, L, M, P = 2, 2, 7, 5
+K, L, M, P = 2, 2, 7, 14
 B, N = 2, 3  # rows of a decode step, blocks that one selects
 LARGEST = 4  # blocks of a request
 
 propose, commit, release = jax.jit(kernels.propose), jax.jit(kernels.commit), jax.jit(kernels.release)
-tidy = jax.jit(kernels.tidy)
+tidy, renew, rest = jax.jit(kernels.tidy), jax.jit(kernels.renew), jax.jit(kernels.rest)
 oldest_first = jax.jit(lambda maps, since: kernels.victims(kernels.ages(maps, since), since))
 store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
+
+
+@jax.jit
+def bring_spare(pool, slots, maps, clock, layer, blocks, victims, room, given):
+  """What a prefill does with the blocks of a prompt in one layer; of the rest of a cache it sees the clock alone."""
+  tail = np.zeros((K, L, 1, 0), np.float32)
+  hot = Hot(slots, None, maps, tail, None, None, clock)  # pyright: ignore[reportArgumentType]
+  turn, lane = Turn("shared", victims, given), jnp.int32(0)
+  cache, given, brought = bring(KVCache(pool, hot), layer, lane, blocks, turn, room, implementation="xla")
+  return cache.hot.slots, cache.hot.maps, given, brought
 
 
 @functools.cache
@@ -36,6 +50,8 @@ def unwritten(*dims: int) -> np.ndarray:
 
 class CacheMachine(RuleBasedStateMachine):
   """Every rule but `finish` is one iteration of the engine: release, then store or decode, then completion.
+
+  A prompt that comes enters spare slots: those that are empty, and those of blocks that nobody owns or that came so.
 
   Requests begin like others, that run or have ended; slots that hold a block twice are tidied at the end of a step.
   """
@@ -74,6 +90,18 @@ class CacheMachine(RuleBasedStateMachine):
         del self.held[slot]
         self.stamp[slot] = -1
       self.selected = {key: step for key, step in self.selected.items() if key[2] != block}
+    idle = self.allocator.take_idle()
+    assert not {*idle.tolist()} & {*itertools.chain(*self.requests.values())}
+    padded = np.full(M, -1, np.int32)
+    padded[: len(idle)] = idle
+    self.maps = rest(self.maps, padded, np.int32(self.iteration * L))
+    for slot, key in self.held.items():
+      if key[2] in idle and self.stamp[slot] >= 0:
+        self.stamp[slot] += SPARE
+
+  def order(self) -> list[int]:
+    """The slots as they are given up."""
+    return sorted(range(P), key=lambda p: (self.stamp[p] != -1, self.stamp[p], p))
 
   def end(self, lag: int) -> None:
     """Results arrive up to one iteration late, as in the engine."""
@@ -113,7 +141,35 @@ class CacheMachine(RuleBasedStateMachine):
         link: (block, self.content[0, 0, block])
         for link, block in zip(chain[len(shared) :], blocks.tolist(), strict=True)
       }
+      self.enter_spare(self.requests[self.iteration])
     self.end(lag)
+
+  def enter_spare(self, prompt: list[int]) -> None:
+    """A prompt's blocks enter spare slots, and nobody else loses one; what is there already stays."""
+    since = np.int32(self.iteration * L)
+    blocks = np.full(LARGEST, -1, np.int32)
+    blocks[: len(prompt)] = prompt
+    self.maps = renew(self.maps, blocks, since)
+    for slot, key in self.held.items():
+      if key[2] in prompt and self.stamp[slot] < -1:
+        self.stamp[slot] = int(since) + SPARE
+    victims, order = oldest_first(self.maps, since), self.order()
+    spare = itertools.takewhile(lambda p: self.stamp[p] == -1 or self.stamp[p] < since + SPARE, order)
+    spare, given = {*spare}, np.int32(0)
+    room = room_of_layer(self.maps, Turn("shared", victims, given), L)[0]
+    assert room == len(spare) // (K * (L + 1))
+    for layer in range(L):
+      of_layer = {(k, block): (k, layer, block) in self.held.values() for k in range(K) for block in prompt}
+      wanted = [(k, b) for k in range(K) for b in [b for b in prompt if not of_layer[k, b]][:room]]
+      self.slots, self.maps, given, brought = bring_spare(
+        self.pool, self.slots, self.maps, np.int32(self.iteration), np.int32(layer), blocks, victims, room, given
+      )
+      assert brought.tolist() == [sum(k == head for k, _ in wanted) for head in range(K)]
+      slot_of = np.asarray(self.maps.slot_of)
+      for k, block in wanted:
+        slot = int(slot_of[k, layer, block])
+        spare.remove(slot)
+        self.held[slot], self.stamp[slot] = (k, layer, block), int(since) + layer + SPARE
 
   @precondition(lambda self: self.requests)
   @rule(data=st.data(), seed=st.integers(0, 2**32 - 1), lag=st.integers(0, 1))
@@ -127,7 +183,7 @@ class CacheMachine(RuleBasedStateMachine):
       steps[b] = self.steps[request]
       self.steps[request] += 1
     since = self.iteration * L
-    order = sorted(range(P), key=lambda p: (self.stamp[p], p))
+    order = self.order()
     victims = oldest_first(self.maps, np.int32(since))
     given = np.int32(0)
     for layer in range(L):
@@ -185,7 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
   @precondition(lambda self: self.requests)
   @rule(data=st.data())
   def finish(self, data):
-    """A request ends. Its blocks stay, in slots too, until their place is wanted; or they are not to be found any more,
+    """A request ends. Its blocks stay, in spare slots too, until their place is wanted; or they are not to be found any more,
     and stay in slots until the next iteration releases them.
     """
     request = data.draw(st.sampled_from(sorted(self.requests)))
@@ -235,6 +291,7 @@ class CacheMachine(RuleBasedStateMachine):
     """When all requests have ended nothing is left."""
     for request, blocks in self.requests.items():
       self.index.free(self.chains[request], np.array(blocks, np.int32), after=self.iteration)
+    self.requests.clear()
     self.begin()
     self.end(lag=0)
     everything = self.allocator.allocate(M)  # so that what was kept goes

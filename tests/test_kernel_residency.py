@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
-from pallas_kernels import Located, Maps, Victims
+from pallas_kernels import SPARE, Located, Maps, Victims
 from pallas_kernels.maps import NEVER
 from pallas_kernels.residency import LOOKS
 from tests.cases import IMPLEMENTATIONS
@@ -263,6 +263,27 @@ def test_touch_uses_all_layers_and_heads():
   assert after.last_used.tolist() == [9, 9, 9, 9, 2, 2]
   for x, y in zip(after._replace(last_used=maps.last_used), maps, strict=True):
     np.testing.assert_array_equal(x, y)
+
+
+def test_spare_slots_are_those_that_nobody_needs():
+  """The first victims, empty or stamped by SPARE; wherever stamps wrap, and until a step uses one."""
+  for since in (1000, np.iinfo(np.int32).min + 3):
+    ages = np.array([-3, SPARE - 6, 0, SPARE - 4, -1], np.int64)
+    stamps = np.where(ages == 0, -1, (since + ages).astype(np.uint32).astype(np.int32)).astype(np.int32)
+    slot_of = np.array([[[-1, -1, -1, -1, 0, 1, 3, 4, -1]]], np.int32)
+    block_of = np.array([4, 5, -1, 6, 7], np.int32)
+    maps = empty_maps(1, 1, 9, 5)._replace(last_used=stamps, slot_of=slot_of, block_of=block_of)
+    clock, after = np.int32(since), lambda f, *blocks: jax.jit(f)(maps, np.array(blocks, np.int32), np.int32(since))  # noqa: B023
+    assert spare_of(maps, clock) == ([2, 1, 3, 0, 4], 3)
+    assert spare_of(after(kernels.renew, 5, 4, -1), clock) == ([2, 3, 1, 0, 4], 2)
+    assert spare_of(after(kernels.rest, 7, 5, -1), clock) == ([2, 1, 3, 4, 0], 4)
+    assert spare_of(after(kernels.touch, 5, -1), clock) == ([2, 3, 0, 4, 1], 2)
+    assert spare_of(empty_maps(1, 1, 9, 3), clock) == ([0, 1, 2], 3)
+
+
+def spare_of(maps: Maps, since) -> tuple[list[int], int]:
+  victims = programs("xla")[0](maps, since)
+  return victims.slots[0].tolist(), int(kernels.n_spare(maps, victims)[0])
 
 
 @every_implementation

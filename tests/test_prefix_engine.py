@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.kv_cache import working_sets
+from sparse_serve_jax.memory.prefix import hash_chain
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request, State
 from tests.fake_engine import EOS, S, Ticks, continuation, fake_engine
@@ -221,3 +222,64 @@ def test_what_is_hot_stays_hot(device):
     engine.run()
     assert request.output_tokens == greedy("gqa2", tuple(A), 12) and request.cached_tokens == cached
   assert engine.usage.blocks_attended > 300 and engine.usage.blocks_loaded == 0
+
+
+# fmt: off
+KEEPING = {
+  "one program": [],
+  "segments": ["scheduler.max_inject_tokens=128", "cache.load=staged", "cache.save=staged", "cache.eviction=fifo"],
+  "layers": ["scheduler.max_inject_tokens=128", "cache.zones=layer", "cache.save=per_block", "cache.load=per_block"],
+  "split": ["tp=2", "sparse.policy=psa"],
+  "kernels": ["scheduler.max_inject_tokens=128", "implementation=interpret"],
+}
+# fmt: on
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("rung", KEEPING)
+def test_what_a_prompt_shares_is_read_once_and_then_hot(device, rung: str):
+  """Slots hold one prompt and half of another, and what enters besides the budget is read from them by later prompts.
+
+  Every prefill reads what no slot has, once, and brings it where nobody needs the slot. Another prompt drives some out.
+  """
+  conf = config("scheduler.max_context=128", "sparse.token_budget=32", "cache.dram_bytes=256KiB", *KEEPING[rung])
+  if jax.device_count() < conf.tp or (device == "gpu" and conf.implementation == "interpret"):
+    pytest.skip(f"needs {conf.tp} devices, there is {jax.device_count()}; kernels run there as they are")
+  engine = new_engine(with_slots(conf, 72, tiny_model()), tiny_model())
+  prompts = [[*prompt_of(92, seed=1), i] for i in range(4)]
+  read = []
+  for prompt in (*prompts[:2], prompt_of(93, seed=2), *prompts[2:]):
+    shared = engine._scheduler._prefix.find(hash_chain(np.array(prompt, np.int32), 8))
+    slot_of = np.asarray(engine._executor.cache.hot.maps.slot_of)  # type: ignore[attr-defined]
+    missing, before = int((slot_of[:, :, shared] < 0).sum()), engine.usage.blocks_loaded
+    request = engine.add_request(prompt, 1)
+    engine.run()
+    assert request.output_tokens == greedy("gqa2", tuple(prompt), 1) and request.cached_tokens == 8 * len(shared)
+    read.append(engine.usage.blocks_loaded - before)
+    assert read[-1] == missing
+  # Of a layer's slots half stay for the misses of the next step.
+  assert len(shared) == 11 and read[:3] == [0, 8 if rung == "layers" else 0, 0]
+  assert 44 > read[3] > read[4]
+  check_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("control", ["none", "working_set"])
+def test_what_a_prompt_keeps_costs_no_step_a_block(control: str):
+  """With prompts beside them that fill all spare slots, rows that decode miss no more than where prompts keep none."""
+
+  def missed(prefix: str) -> int:
+    conf = config(
+      "sparse.token_budget=32", "scheduler.max_context=128", f"cache.prefix={prefix}", "cache.dram_bytes=512KiB",
+      f"scheduler.batch_control={control}",
+    )  # fmt: skip
+    engine = new_engine(with_slots(conf, 60, tiny_model()), tiny_model())
+    rows = [engine.add_request(prompt_of(60, seed=i), 40) for i in range(2)]
+    for step in range(30):
+      engine.step()
+      if step % 6 == 2:
+        engine.add_request(prompt_of(90, seed=10 + step), 1)
+    engine.run()
+    assert all(row.state is State.FINISHED for row in rows)
+    return engine.usage.blocks_missed
+
+  assert 0 < missed("true") <= missed("false")

@@ -82,7 +82,8 @@ class SparseConfig:
   """How blocks are ranked: a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE."""
   token_budget: int = 2048
   """topk: tokens attended to in a step, sinks and window included. Every policy: how much of the end of a prompt, or of
-  each piece that a layer of it is cut into, enters slots; of a chunked prompt everything does."""
+  each piece that a layer of it is cut into, enters slots; of a chunked prompt everything does, and of others with
+  `cache.prefix` as much more as nobody needs slots for."""
   sink_tokens: int = 64
   """The first tokens, always attended to, as in ArkVale (two blocks of 32)."""
   window_tokens: int = 64

@@ -34,7 +34,7 @@ class BlockAllocator:
     self._kept = np.zeros(n_blocks, bool)
     # Kept blocks without an owner, and the iteration after which they are nobody's, which ascends.
     self._idle: OrderedDict[int, int] = OrderedDict()
-    self._rested: list[np.ndarray] = []  # kept, and without an owner since the last `take_idle`
+    self._rested: dict[int, None] = {}  # that have become idle since the last `take_idle`
     self._unreleased: list[tuple[np.ndarray, int]] = []  # freed, in no plan's release yet
     self._released: list[tuple[np.ndarray, int]] = []  # in a plan's release, but iteration `after` still runs
     self._reused: list[np.ndarray] = []  # given out while they were idle, in no plan's release yet
@@ -151,15 +151,14 @@ class BlockAllocator:
     self._in_use -= len(left)
     kept = self._kept[left]
     self._idle.update(dict.fromkeys(left[kept].tolist(), after))
-    self._rested.append(left[kept])
+    self._rested.update(dict.fromkeys(left[kept].tolist()))
     if (gone := left[~kept]).size:
       self._unreleased.append((gone, after))
 
   def take_idle(self) -> np.ndarray:
     """Returns the blocks that have become idle since the last call and still are, int32."""
-    rested, self._rested = self._rested, []
-    idle = dict.fromkeys(block for blocks in rested for block in blocks.tolist() if block in self._idle)
-    return np.array([*idle], np.int32)
+    rested, self._rested = self._rested, {}
+    return np.array([block for block in rested if block in self._idle], np.int32)
 
   def take_release(self) -> np.ndarray:
     """Returns the blocks freed since the last call, and those given out while idle, int32: the caller's next plan

@@ -182,8 +182,8 @@ class Scheduler:
     if plan.empty and self.has_work and not self._in_flight and self._landed < self._iteration:
       plan = dataclasses.replace(plan, await_saves=True)
     if not plan.empty:
-      if self._shape.P:
-        plan = dataclasses.replace(plan, idle=self._allocator.take_idle())
+      if len(idle := self._allocator.take_idle()) and self._shape.P:
+        plan = dataclasses.replace(plan, idle=idle)
       self._iteration = plan.iteration
       self._in_flight.append(_Planned(plan.iteration, running + prefilled, measured))
     return plan
