@@ -126,7 +126,7 @@ def renew(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Ma
 
 
 def rest(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Maps:
-  """Nobody needs the slots of the DRAM blocks (-1: nothing) any more: they become spare ones, in the order there was."""
+  """Nobody needs the slots of the DRAM blocks (-1: nothing) any more: they are spare, in the order there was."""
   slots = _slots_of(maps, blocks)
   spare = is_spare(maps.last_used.at[slots].get(mode="clip"), since)
   slots = only(~spare, slots, maps.last_used.shape[0])

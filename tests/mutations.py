@@ -490,9 +490,30 @@ MUTATIONS = [
   Mutation(
     "a piece does not keep what comes before it",
     MAPS,
-    'maps.last_used.at[slots].set(stamp, mode="drop")',
+    'maps.last_used.at[_slots_of(maps, blocks)].set(stamp, mode="drop")',
     "maps.last_used",
     (f"{RESIDENCY}::test_touch_uses_all_layers_and_heads",),
+  ),
+  Mutation(
+    "a prompt gives up what it has kept in other layers",
+    MAPS,
+    "(stamp - victims.since >= SPARE) & (stamp != -1)",
+    "False",
+    (f"{RESIDENCY}::test_spare_slots_are_those_that_nobody_needs",),
+  ),
+  Mutation(
+    "what came into a spare slot is as new as what a step has read",
+    "sparse_serve_jax/memory/places.py",
+    "stamp = hot.stamp(layer) + (0 if room is None else kernels.SPARE)",
+    "stamp = hot.stamp(layer)",
+    ("tests/test_cache_machine.py::TestCacheMachine",),
+  ),
+  Mutation(
+    "blocks without an owner keep their rank",
+    "sparse_serve_jax/memory/allocator.py",
+    "self._rested.update(dict.fromkeys(left[kept].tolist()))",
+    "pass",
+    (f"{PREFIX}::test_what_nobody_owns_any_more_is_told_once",),
   ),
   Mutation(
     "a stop token comes one token early",

@@ -241,8 +241,8 @@ class CacheMachine(RuleBasedStateMachine):
   @precondition(lambda self: self.requests)
   @rule(data=st.data())
   def finish(self, data):
-    """A request ends. Its blocks stay, in spare slots too, until their place is wanted; or they are not to be found any more,
-    and stay in slots until the next iteration releases them.
+    """A request ends. Its blocks stay, in spare slots too, until their place is wanted; or they are not to be found any
+    more, and stay in slots until the next iteration releases them.
     """
     request = data.draw(st.sampled_from(sorted(self.requests)))
     blocks = np.array(self.requests.pop(request), np.int32)

@@ -98,10 +98,8 @@ def ours(trace: np.ndarray, n_slots: int, n_kept: int = 0) -> float:
   def step(carry, of_step):
     maps, clock = carry
     if n_kept:
-      maps, clock = (
-        prompt_enters(maps, clock, rows * n_blocks + clock % n_prompts * n_kept + jnp.arange(n_kept)),
-        clock + 1,
-      )
+      prompt = rows * n_blocks + clock % n_prompts * n_kept + jnp.arange(n_kept)
+      maps, clock = prompt_enters(maps, clock, prompt), clock + 1
     since, hits, given = clock * layers, 0, jnp.int32(0)
     victims, whole = kernels.victims(kernels.ages(maps, since), since), jnp.full((rows, n_heads), n)
     for layer in range(layers):
