@@ -506,7 +506,7 @@ MUTATIONS = [
     "sparse_serve_jax/memory/places.py",
     "stamp = hot.stamp(layer) + (0 if room is None else kernels.SPARE)",
     "stamp = hot.stamp(layer)",
-    ("tests/test_cache_machine.py::TestCacheMachine",),
+    ("tests/test_cache_machine.py::TestCacheMachine::runTest",),
   ),
   Mutation(
     "blocks without an owner keep their rank",

@@ -57,6 +57,20 @@ def test_a_shared_block_is_free_when_its_last_owner_frees_it():
   assert sorted(allocator.take_release()) == sorted(blocks[:2]) and allocator.available == 4
 
 
+def test_what_nobody_owns_any_more_is_told_once():
+  """Unless somebody owns it again, or it is not kept."""
+  allocator = BlockAllocator(6)
+  blocks = allocator.allocate(5)
+  assert blocks is not None
+  allocator.keep(blocks[:4])
+  allocator.share(blocks[:1])
+  allocator.free(blocks, after=0)
+  allocator.share(blocks[3:4])
+  assert allocator.take_idle().tolist() == blocks[1:3].tolist() and not allocator.take_idle().size
+  allocator.free([blocks[0], blocks[3]], after=0)
+  assert allocator.take_idle().tolist() == blocks[[0, 3]].tolist()
+
+
 def test_idle_blocks_pass_both_gates_before_they_are_given_out():
   allocator = BlockAllocator(3)
   kept = allocator.allocate(2)
