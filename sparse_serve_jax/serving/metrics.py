@@ -91,6 +91,7 @@ class Summary:
   scheduling_delay_mean_s: float | None
   scheduling_delay_p99_s: float | None
   throughput_tok_s: float | None
+  iterations: int  # of the engine
   hbm_hit_rate: float | None
   blocks_attended: int
   blocks_loaded: int
@@ -179,6 +180,7 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
     scheduling_delay_mean_s=_mean(delays),
     scheduling_delay_p99_s=_percentile(delays, 99),
     throughput_tok_s=throughput(finished),
+    iterations=usage.iterations,
     hbm_hit_rate=usage.hbm_hit_rate,
     blocks_attended=usage.blocks_attended,
     blocks_loaded=usage.blocks_loaded,
