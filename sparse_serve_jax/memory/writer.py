@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.host_pool import HostPool
-from sparse_serve_jax.memory.pinned import copy_to_host, pinned_buffer
+from sparse_serve_jax.memory.pinned import copy_rows, pinned_buffer
 
 _BUFFER = threading.Lock()  # of the process's pinned buffers, which writers of several pools share
 
@@ -84,21 +85,33 @@ class Writer:
     kept = slice(len(blocks)) if there.all() else np.flatnonzero(there)
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     for part, shard in enumerate(shards):
+      pool, (n_heads, n_layers, n) = self._host.rows[part], shard.data.shape[:3]
       with _BUFFER:
-        source = self._on_host(shard.data, len(shards)).reshape(*shard.data.shape[:3], -1)
-        pool = self._host.rows[part]
+        source = self._buffer(shard.data, len(shards)).reshape(n_heads * n_layers, n, -1)
 
-        def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
-          head, i = at
-          pool[head, layers[i]][blocks[there]] = source[head, i, kept]
+        def place(row: int, source: np.ndarray = source, pool: np.ndarray = pool, n_layers: int = n_layers) -> None:
+          head, i = divmod(row, n_layers)
+          if i < len(layers):
+            pool[head, layers[i]][blocks[there]] = source[row, kept]
 
-        list(host_pool.THREADS.map(place, np.ndindex(pool.shape[0], len(layers))))
+        placing: list[Future] = []
+        try:
+          for rows in self._coming(shard.data, source):
+            placing += [host_pool.THREADS.submit(place, row) for row in rows]
+        finally:
+          concurrent.futures.wait(placing)  # they read the buffer
+      for placed in placing:
+        placed.result()
 
-  def _on_host(self, part: jax.Array, n_parts: int) -> np.ndarray:
-    """The bytes of one of the parts of a slab, which the next call of any writer overwrites."""
+  def _buffer(self, part: jax.Array, n_parts: int) -> np.ndarray:
+    """Where the bytes of one of the parts of a slab come, which the next call of any writer overwrites."""
     if host_pool.memory_kind() is None:
       return np.asarray(part).view(np.uint8)
     (device,) = part.devices()
-    buffer = pinned_buffer((self._slab_bytes // n_parts,), device)[: part.nbytes]
-    copy_to_host(part, buffer)
-    return buffer
+    return pinned_buffer((self._slab_bytes // n_parts,), device)[: part.nbytes]
+
+  def _coming(self, part: jax.Array, source: np.ndarray) -> Iterable[range]:
+    """The rows of a part's buffer, as they come."""
+    if host_pool.memory_kind() is None:
+      return (range(len(source)),)
+    return copy_rows(part, source.reshape(len(source), -1))
