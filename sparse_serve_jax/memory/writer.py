@@ -86,18 +86,17 @@ class Writer:
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     for part, shard in enumerate(shards):
       pool, (n_heads, n_layers, n) = self._host.rows[part], shard.data.shape[:3]
+      head, i = np.divmod(np.arange(n_heads * n_layers), n_layers)
+      to = ((head * pool.shape[1] + layers.start + i) * pool.shape[2])[:, None] + blocks[there]  # of the whole pool
+      to[i >= len(layers)] = -1
       with _BUFFER:
         source = self._buffer(shard.data, len(shards)).reshape(n_heads * n_layers, n, -1)
-
-        def place(row: int, source: np.ndarray = source, pool: np.ndarray = pool, n_layers: int = n_layers) -> None:
-          head, i = divmod(row, n_layers)
-          if i < len(layers):
-            pool[head, layers[i]][blocks[there]] = source[row, kept]
-
         placing: list[Future] = []
         try:
+          # Large parts: many small ones would take Python's lock from the thread that plans the next iteration.
           for rows in self._coming(shard.data, source):
-            placing += [host_pool.THREADS.submit(place, row) for row in rows]
+            some = slice(rows.start, rows.stop)
+            placing.append(host_pool.THREADS.submit(_put, pool, to[some], source[some], kept))
         finally:
           concurrent.futures.wait(placing)  # they read the buffer
       for placed in placing:
@@ -115,3 +114,10 @@ class Writer:
     if host_pool.memory_kind() is None:
       return (range(len(source)),)
     return copy_rows(part, source.reshape(len(source), -1))
+
+
+def _put(pool: np.ndarray, to: np.ndarray, source: np.ndarray, kept: slice | np.ndarray) -> None:
+  """Writes blocks of `source` [rows, n, bytes], those of `kept` in each row, to places of the pool [rows, kept]; a row
+  of -1 is left out."""
+  real = slice(None) if (to >= 0).all() else np.flatnonzero((to >= 0).any(1))
+  pool.reshape(-1, pool.shape[-1])[to[real]] = source[real][:, kept]
