@@ -30,8 +30,8 @@ from tests.test_server import SOON, with_template
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (
-  "cache.dram_bytes=64MiB", "cache.hbm_bytes=64MiB", "cache.lanes=16", "scheduler.max_batch=16",
-  "scheduler.max_context=512",
+  "cache.dram_bytes=64MiB", "cache.hbm_bytes=64MiB", "cache.lanes=8", "scheduler.max_batch=8",
+  "scheduler.max_context=256",
 )  # fmt: skip
 WORDS = "the quick brown fox and a lazy dog once upon time of day they went home with small red balls to play".split()
 PROBE_GAP = 0.02  # seconds between answers and requests of /health
@@ -41,8 +41,8 @@ def kinds(seed: int, n: int = 40) -> list[dict[str, Any]]:
   """Bodies of requests: completions and chats, greedy and drawn, several outputs, stop strings, log probabilities."""
   rng, made = random.Random(seed), list[dict[str, Any]]()
   for i in range(n):
-    text = " ".join(rng.choices(WORDS, k=rng.randint(3, 120)))
-    body: dict[str, Any] = {"max_tokens": rng.randint(1, 40), "temperature": 0, "ignore_eos": rng.random() < 0.7}
+    text = " ".join(rng.choices(WORDS, k=rng.randint(3, 60)))
+    body: dict[str, Any] = {"max_tokens": rng.randint(1, 24), "temperature": 0, "ignore_eos": rng.random() < 0.7}
     body |= {"messages": [{"role": "user", "content": text}]} if i % 3 == 0 else {"prompt": text}
     if i % 4 == 1:
       body |= {"temperature": 0.8, "top_p": 0.95, "seed": rng.randrange(1000), "n": rng.randint(1, 3)}
@@ -75,12 +75,13 @@ def serve(model: str, seed: int, expected: str) -> None:
   """Writes what is expected, serves until a signal, then looks whether anything is still held and prints what it saw of
   cancellations.
   """
-  from sparse_serve_jax import LLM
+  from sparse_serve_jax import LLM, runtime
   from sparse_serve_jax.server import app
   from sparse_serve_jax.server import serve as serving
   from sparse_serve_jax.serving.loop import Loop, Stream
   from tests.tiny import check_nothing_is_held
 
+  runtime.configure()
   llm = LLM(model, overrides=SETTINGS)
   engine = llm.engine
   Path(expected).write_text(json.dumps(answers(llm, kinds(seed))))
@@ -134,7 +135,7 @@ class Clients:
   async def run(self, n: int, seconds: float) -> None:
     self._until = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=n)
-    async with httpx.AsyncClient(base_url=self.url, limits=limits, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=self.url, limits=limits, timeout=300) as http:
       await asyncio.gather(*(self._client(http, random.Random(self.rng.random())) for _ in range(n)))
 
   async def _client(self, http: httpx.AsyncClient, rng: random.Random) -> None:

@@ -7,12 +7,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.asked import Asked
 from sparse_serve_jax.server.bodies import Bodies, Scored, usage
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.outputs import Output, Outputs, Piece
-from sparse_serve_jax.server.scoring import prompt_logprobs
+from sparse_serve_jax.server.scoring import Scorer
 from sparse_serve_jax.serving.loop import Loop
 
 
@@ -21,7 +21,7 @@ class Served(Protocol):
 
   model: Model
   served: str  # the model's name
-  weights: llama.Params | None  # on one device, for scores of prompts
+  scorer: Scorer | None  # of prompts; None of a model on several devices
   loop: Loop
   outputs: Outputs
 
@@ -138,17 +138,17 @@ class Answer:
     text, n_top = self._model.tokenizer.decode(prompt, skip_special_tokens=False), self._asked.params.logprobs
     if n_top is None:
       return text, []
-    cfg, params = self._model.config, self._served.weights
-    if params is None:
+    scorer = self._served.scorer
+    if scorer is None:
       raise Refused(400, "logprobs of a prompt (echo) take a model on one device, tp=1", "echo")
-    told = await asyncio.wrap_future(self._loop.call(lambda: prompt_logprobs(cfg, params, prompt, n_top)))
+    told = await asyncio.wrap_future(self._loop.call(lambda: scorer(prompt, n_top)))
     return text, list(zip(prompt, told, strict=True))
 
   def _usage(self) -> dict[str, Any]:
     requests = [output.stream.request for output in self._outputs if output.stream and output.stream.request]
     cached = sum(request.cached_tokens for request in requests[:: self._asked.params.n])
     prompt_tokens = sum(len(prompt) for prompt in self._asked.prompts)
-    return usage(prompt_tokens, sum(output.n_tokens for output in self._outputs), cached)
+    return usage(prompt_tokens, sum(output.reading.n_tokens for output in self._outputs), cached)
 
 
 def _event(body: dict[str, Any]) -> bytes:
