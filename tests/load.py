@@ -30,7 +30,7 @@ from tests.test_server import SOON, with_template
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (
-  "cache.dram_bytes=64MiB", "cache.hbm_bytes=64MiB", "cache.lanes=8", "scheduler.max_batch=8",
+  "cache.dram_bytes=64MiB", "cache.hbm_bytes=64MiB", "cache.lanes=4", "scheduler.max_batch=4",
   "scheduler.max_context=256",
 )  # fmt: skip
 WORDS = "the quick brown fox and a lazy dog once upon time of day they went home with small red balls to play".split()

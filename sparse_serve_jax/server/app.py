@@ -92,6 +92,7 @@ class Server:
       if waiting + more > most:
         raise Refused(429, f"{waiting} outputs wait, and this request has {more}; {most} may wait", code="queue_full")
       answer = Answer(what, self)
+      answer.submit()  # before anything else can come: what waits is counted
       return _Answering(self, answer, what.stream)
     except BaseException:
       self.n_answers -= 1
@@ -129,7 +130,7 @@ class _Answering(Response):
   async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
     answer, begun = self._answer, False
     try:
-      await answer.begin()
+      await answer.score()
       if not self._stream:
         return await JSONResponse(await answer.whole())(scope, receive, send)
       async for event in answer.events():
