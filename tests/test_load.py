@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.load import load
@@ -10,6 +12,7 @@ MiB = 1 << 20
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
   ("streams", "seconds", "warm_seconds", "more_rss"),
   [(24, 8, 6, 128 * MiB), pytest.param(200, 120, 30, 32 * MiB, marks=pytest.mark.soak)],
