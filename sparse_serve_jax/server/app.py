@@ -28,6 +28,7 @@ from sparse_serve_jax.server.answers import Answer
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.measures import Measures
 from sparse_serve_jax.server.outputs import Outputs
+from sparse_serve_jax.server.scoring import Scorer
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.loop import Loop
 
@@ -48,8 +49,8 @@ class Server:
   def __init__(self, engine: Engine, model: Model, served: str, limits: Limits, api_key: str | None):
     self.model, self.served, self.limits, self._key = model, served, limits, api_key
     self.max_request_tokens = engine.max_request_tokens
-    # The engine's own, not a copy; None where they are split over devices, which scores no prompts.
-    self.weights = place_params(model, make_mesh(1)) if engine.config.tp == 1 else None
+    # Over the engine's own weights, not a copy. Those that are split over devices score no prompts.
+    self.scorer = Scorer(model.config, place_params(model, make_mesh(1))) if engine.config.tp == 1 else None
     self.measures, self.loop = Measures(engine), Loop(engine)
     self.outputs = Outputs(self.loop, model.tokenizer, self.measures)
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
@@ -62,6 +63,9 @@ class Server:
 
   async def body(self, request: Request) -> Any:
     """The JSON of a body, read while it comes."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+      raise Refused(415, f"the content-type is {kind!r:.80}, and a body here is application/json")
     most, parts, n = self.limits.max_body_bytes, list[bytes](), 0
     try:
       async with asyncio.timeout(self.limits.body_seconds):
@@ -88,6 +92,7 @@ class Server:
       if waiting + more > most:
         raise Refused(429, f"{waiting} outputs wait, and this request has {more}; {most} may wait", code="queue_full")
       answer = Answer(what, self)
+      answer.submit()  # before anything else can come: what waits is counted
       return _Answering(self, answer, what.stream)
     except BaseException:
       self.n_answers -= 1
@@ -125,7 +130,7 @@ class _Answering(Response):
   async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
     answer, begun = self._answer, False
     try:
-      await answer.begin()
+      await answer.score()
       if not self._stream:
         return await JSONResponse(await answer.whole())(scope, receive, send)
       async for event in answer.events():
@@ -218,6 +223,11 @@ def make_app(server: Server, version: str) -> Starlette:
     status = "failed" if server.loop.failed else "draining" if server.draining else "ok"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
+  async def tokenizer_info(_: Request) -> Response:
+    tokenizer = server.model.tokenizer
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    return JSONResponse({"tokenizer_class": type(tokenizer).__name__, **names, **tokenizer.special_tokens})
+
   async def versions(_: Request) -> Response:
     return JSONResponse({"version": version})
 
@@ -241,6 +251,7 @@ def make_app(server: Server, version: str) -> Starlette:
     Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
     Route("/v1/models", endpoint(models)),
     Route("/tokenize", endpoint(server.tokenize), methods=["POST"]),
+    Route("/tokenizer_info", endpoint(tokenizer_info)),
     Route("/detokenize", endpoint(server.detokenize), methods=["POST"]),
     Route("/health", endpoint(health, key=False)),
     Route("/version", endpoint(versions)),
