@@ -28,10 +28,10 @@ class Process:
   """A server in a process of its own."""
 
   def __init__(self, model: Path, *flags: str):
-    command = [sys.executable, "-c", CODE, "serve", str(model), "--port=0", *flags]
+    command = [sys.executable, "-c", CODE, "serve", str(model), "--port=0"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_SERVE_API_KEY": KEY}
     environment.pop("XLA_FLAGS", None)  # those of tests optimize nothing, and here many steps run
-    command += [f"--set={of}" for of in SETTINGS]
+    command += [*(f"--set={of}" for of in SETTINGS), *flags]
     self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert self.process.stdout is not None
     line = self.process.stdout.readline()

@@ -15,6 +15,7 @@ from sparse_serve_jax.server.outputs import Output, Outputs
 from sparse_serve_jax.server.status import Sample, Status
 from sparse_serve_jax.serving.loop import Loop
 from tests.fake_engine import SHAPE, S, fake_engine
+from tests.test_server import ROOT
 
 LIVE = {"waiting", "prefilling", "decoding"}
 PROMPT = [(7 * i) % 60 + 30 for i in range(20)]
@@ -184,3 +185,8 @@ async def test_no_sample_without_time(of: Served):
   n = len(of.status._samples)
   of.status.sample()
   assert len(of.status._samples) == n
+
+
+def test_the_picture_of_the_documents_is_small():
+  picture = (ROOT / "docs/assets/status.png").read_bytes()
+  assert picture.startswith(b"\x89PNG") and len(picture) <= 150_000

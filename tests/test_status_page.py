@@ -19,8 +19,14 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURE = os.environ.get("SPARSE_SERVE_STATUS_PNG")
 SECRET = "xylophone"  # in every prompt
-PROMPT = f"The {SECRET} stands beside the quick brown fox. " * (120 if PICTURE else 8)
-SETTINGS = ("cache.lanes=4", "cache.hbm_bytes=48MiB", "cache.dram_bytes=160MiB", "scheduler.max_context=2048")
+PROMPT = f"The {SECRET} stands beside the quick brown fox. " * (90 if PICTURE else 8)
+SETTINGS = (
+  "cache.lanes=4",
+  "cache.hbm_bytes=32MiB",
+  "cache.dram_bytes=128MiB",
+  "scheduler.max_context=2048",
+  "sparse.token_budget=512",
+)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 LONG = 1000 * 2 * SOON  # milliseconds: programs are compiled meanwhile
 
@@ -65,7 +71,7 @@ def ask(server: Process, n: int, max_tokens: int, n_requests: int, pool: ThreadP
 
   def one(i: int) -> int:
     body = {"prompt": f"{i} {PROMPT}", "max_tokens": max_tokens, "n": n, "ignore_eos": True, "seed": i}
-    return server.http.post("/v1/completions", json=body, timeout=SOON * 4).status_code
+    return server.http.post("/v1/completions", json=body, timeout=SOON * 10).status_code
 
   return [pool.submit(one, i) for i in range(n_requests)]
 
@@ -106,21 +112,21 @@ def test_bars_and_numbers_under_load(server, page, tmp_path):
   assert page.locator("#left").inner_text() == "no request yet" and page.locator(".bar").count() == 0
   before = page.locator("#sums").inner_text()
   with ThreadPoolExecutor(8) as pool:
-    asked = ask(server, 2, 200 if PICTURE else 40, 3, pool)
+    asked = ask(server, 2, 80 if PICTURE else 40, 3, pool)
     until(page, "document.querySelectorAll('.bar .decode').length >= 2")
     until(page, "+document.querySelector('#n-decode').textContent > 0")
     until(page, "document.querySelectorAll('#tokens polyline').length > 0")
     assert server.http.post("/v1/completions", json={"prompt": SECRET, "n": 0}).status_code == 400
     body = {"prompt": f"gone {PROMPT}", "max_tokens": 300, "stream": True, "ignore_eos": True}
-    with server.http.stream("POST", "/v1/completions", json=body, timeout=SOON * 4) as answer:
+    with server.http.stream("POST", "/v1/completions", json=body, timeout=SOON * 10) as answer:
       next(answer.iter_lines())
     page.get_by_text("×").nth(1).wait_for(timeout=LONG)
     if PICTURE:
-      asked += ask(server, 1, 300, 6, pool)
+      asked += ask(server, 1, 100, 6, pool)
       until(page, "+document.querySelector('#n-waiting').textContent > 2")
       page.wait_for_timeout(4000)
       page.set_viewport_size({"width": 1000, "height": 900})
-      page.screenshot(path=PICTURE, clip={"x": 0, "y": 0, "width": 1000, "height": 900}, scale="css")
+      page.screenshot(path=PICTURE, full_page=True)
     assert [of.result() for of in asked] == [200] * len(asked)
   until(page, "document.querySelector('#n-decode').textContent === '0'")
   after = page.locator("#sums").inner_text()

@@ -71,6 +71,7 @@ class Status:
       self.sample()
 
   def sample(self) -> None:
+    """The engine may count meanwhile: a sample may have a part of one iteration that the next one lacks."""
     new, held = self._sums(), self._engine.held
     of = _Sums(*(after - before for after, before in zip(new, self._last, strict=True)))
     if of.at <= 0:
@@ -85,7 +86,7 @@ class Status:
         output_tokens_s=round(of.output_tokens / of.at, 1),
         prefill_tokens_s=round(of.prefill_tokens / of.at, 1),
         batch=round(of.decode_rows / of.decode_steps, 2) if of.decode_steps else None,
-        hit_rate=round(1 - of.missed / of.attended, 4) if of.attended else None,
+        hit_rate=round(max(0.0, 1 - of.missed / of.attended), 4) if of.attended else None,
         loaded_bytes_s=round(of.loaded * size / of.at),
         saved_bytes_s=round(of.saved * size / of.at),
         hbm_bytes=held.hbm_kv_bytes,
@@ -133,6 +134,7 @@ class Status:
         "dram_peak_bytes": usage.peak_dram_kv_bytes,
       },
       "sample_s": SAMPLE_S,
+      "most_samples": SAMPLES,
       "samples": dict(zip(Sample._fields, map(list, columns), strict=True)),
       "requests": [*self._ended, *(row(output, now) for output in shown)],
     }
