@@ -28,7 +28,7 @@ SETTINGS = (
   "sparse.token_budget=512",
 )
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
-LONG = 1000 * 2 * SOON  # milliseconds: programs are compiled meanwhile
+LONG = 1000 * 4 * SOON  # milliseconds: programs are compiled meanwhile
 
 pytestmark = [
   pytest.mark.slow,
