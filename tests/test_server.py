@@ -33,11 +33,11 @@ class Process:
 
   def __init__(self, model: Path, *flags: str, before: str = ""):
     """`before`: Python that the process runs first."""
-    command = [sys.executable, "-c", f"{before}\n{CODE}", "serve", str(model), "--port=0", *flags]
+    command = [sys.executable, "-c", f"{before}\n{CODE}", "serve", str(model), "--port=0"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_SERVE_API_KEY": KEY}
     environment.pop("XLA_FLAGS", None)  # tests optimize little, and here many steps run
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"
-    command += [f"--set={of}" for of in SETTINGS]
+    command += [*(f"--set={of}" for of in SETTINGS), *flags]
     self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
@@ -202,6 +202,43 @@ def test_a_client_that_goes_away_is_cancelled(server):
   lines = server.http.get("/metrics").text
   assert server.number("requests_running") == 0 and 'finish_reason="cancelled"} 1.0' in lines
   assert server.number("requests_total") == before + 1
+
+
+def test_the_page_needs_no_key_and_its_data_do(server):
+  """Without the key there is only what /health tells; prompts are nowhere."""
+  page = httpx.get(server.url)
+  assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+  assert "default-src 'none'" in page.headers["content-security-policy"]
+  assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page.text), "the page is of this server alone"
+  for headers in ({}, {"Authorization": "Bearer another"}):
+    answer = httpx.get(f"{server.url}/status", headers=headers)
+    assert (answer.status_code, answer.json()) == (200, {"state": "ok", "key": "wanted"})
+  before = server.http.get("/status").json()
+  complete(server, "A xylophone, of which there are few.")
+  with pytest.raises(openai.BadRequestError):
+    complete(server, "xylophone", max_tokens=5000)
+  answer = server.http.get("/status")
+  told = answer.json()
+  assert (told["state"], told["model"], answer.headers["cache-control"]) == ("ok", "reference", "no-store")
+  assert told["since_start"]["output_tokens"] == before["since_start"]["output_tokens"] + 8
+  assert told["ended"]["length"] == before["ended"].get("length", 0) + 1
+  assert told["refused"]["400"] == before["refused"].get("400", 0) + 1
+  assert told["requests"][-1]["state"] == "length" and "xylophone" not in answer.text
+  assert told["samples"]["at"] and told["uptime_s"] >= 1
+
+
+def test_metrics_tell_what_is_in_use_now_and_peaks_by_their_name(server):
+  body = {"prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
+  with server.http.stream("POST", "/v1/completions", json=body) as answer:
+    next(answer.iter_lines())
+    assert server.number("dram_kv_bytes") == server.number("pool_blocks_owned") * 2**19 > 0
+    assert server.number("dram_kv_peak_bytes") >= server.number("dram_kv_bytes")
+  deadline = time.monotonic() + SOON
+  while server.number("dram_kv_bytes") and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert server.number("dram_kv_bytes") == server.number("pool_blocks_owned") == 0 < server.number("dram_kv_peak_bytes")
+  assert 0 < server.number("hbm_kv_bytes") <= server.number("hbm_kv_peak_bytes") <= server.number("hbm_capacity_bytes")
+  assert server.number("slots_used") <= server.number("slots")
 
 
 def malformed() -> list[tuple[str, bytes]]:

@@ -9,6 +9,7 @@ import functools
 import hmac
 import json
 import logging
+import pathlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -27,13 +28,20 @@ from sparse_serve_jax.server import asked
 from sparse_serve_jax.server.answers import Answer
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.measures import Measures
-from sparse_serve_jax.server.outputs import Outputs
+from sparse_serve_jax.server.outputs import Output, Outputs
 from sparse_serve_jax.server.scoring import Scorer
+from sparse_serve_jax.server.status import Status
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.loop import Loop
 
 _LOG = logging.getLogger(__name__)
 _ENCODERS = 2  # threads that encode prompts
+_PAGE = pathlib.Path(__file__).with_name("page.html").read_bytes()
+_PAGE_HEADERS = {
+  "content-security-policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
+  "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+  "x-content-type-options": "nosniff",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +60,27 @@ class Server:
     # Over the engine's own weights, not a copy. Those that are split over devices score no prompts.
     self.scorer = Scorer(model.config, place_params(model, make_mesh(1))) if engine.config.tp == 1 else None
     self.measures, self.loop = Measures(engine), Loop(engine)
-    self.outputs = Outputs(self.loop, model.tokenizer, self.measures)
+    self.outputs = Outputs(self.loop, model.tokenizer, self._ended)
+    self.status = Status(engine, self.outputs)
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
     self.draining, self.n_answers = False, 0
 
-  def check_key(self, request: Request) -> None:
+  @property
+  def state(self) -> str:
+    return "failed" if self.loop.failed else "draining" if self.draining else "ok"
+
+  def _ended(self, output: Output) -> None:
+    if output.stream is not None and output.stream.request is not None:
+      self.measures.ended(output.stream.request)
+    self.status.ended(output)
+
+  def knows_key(self, request: Request) -> bool:
+    """Whether the request has the key, or none is asked for."""
     given = request.headers.get("authorization", "").encode("utf-8", "replace")
-    if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+    return self._key is None or hmac.compare_digest(given, f"Bearer {self._key}".encode())
+
+  def check_key(self, request: Request) -> None:
+    if not self.knows_key(request):
       raise Refused(401, "this server wants an API key: Authorization: Bearer <key>", code="invalid_api_key")
 
   async def body(self, request: Request) -> Any:
@@ -204,6 +226,10 @@ def _endpoint(server: Server, what: Callable[[Request], Awaitable[Response]], ke
   return call
 
 
+async def _page(_: Request) -> Response:
+  return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+
+
 def make_app(server: Server, version: str) -> Starlette:
   """The ASGI application: what uvicorn runs."""
 
@@ -220,8 +246,7 @@ def make_app(server: Server, version: str) -> Starlette:
     return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
 
   async def health(_: Request) -> Response:
-    status = "failed" if server.loop.failed else "draining" if server.draining else "ok"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    return JSONResponse({"status": server.state}, 200 if server.state == "ok" else 503)
 
   async def tokenizer_info(_: Request) -> Response:
     tokenizer = server.model.tokenizer
@@ -236,17 +261,29 @@ def make_app(server: Server, version: str) -> Starlette:
     server.measures.running.set(server.outputs.n_running)
     return Response(server.measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+  async def status(request: Request) -> Response:
+    told: dict[str, Any] = {"state": server.state}
+    if not server.knows_key(request):  # no 401: browsers log it as an error, and the page asks before it has the key
+      told["key"] = "wanted"
+    else:
+      told |= {"model": server.served, "version": version, **server.status.body(), **server.measures.totals()}
+    return JSONResponse(told, headers={"cache-control": "no-store"})
+
   async def no_such(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     return _refusal(server, Refused(status, f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}"))
 
   @contextlib.asynccontextmanager
   async def lifespan(_: Starlette):
+    sampling = asyncio.create_task(server.status.watch())
     yield
+    sampling.cancel()
     server.encoders.shutdown(wait=False, cancel_futures=True)
 
   started = int(time.time())
   routes = [
+    Route("/", endpoint(_page, key=False)),
+    Route("/status", endpoint(status, key=False)),
     Route("/v1/completions", endpoint(completions), methods=["POST"]),
     Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
     Route("/v1/models", endpoint(models)),

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sparse_serve_jax.outputs import Reading
 from sparse_serve_jax.sampling_params import SamplingParams
-from sparse_serve_jax.server.measures import Measures
 from sparse_serve_jax.serving.loop import Loop, Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.tokenizing import Tokenizer
@@ -53,13 +53,19 @@ class Output:
 class Outputs:
   """All outputs of a server that have not ended. The event loop is woken once for what comes together."""
 
-  def __init__(self, loop: Loop, tokenizer: Tokenizer, measures: Measures):
-    self._loop, self._tokenizer, self._measures = loop, tokenizer, measures
+  def __init__(self, loop: Loop, tokenizer: Tokenizer, on_end: Callable[[Output], None]):
+    """`on_end` is called with each output that has ended."""
+    self._loop, self._tokenizer, self._on_end = loop, tokenizer, on_end
     self._events = asyncio.get_running_loop()
     self._lock = threading.Lock()  # guards the next two
     self._come: deque[tuple[Stream, int | None]] = deque()
     self._woken = False
     self._of: dict[Stream, Output] = {}
+
+  @property
+  def live(self) -> list[Output]:
+    """Oldest first."""
+    return list(self._of.values())
 
   @property
   def n_waiting(self) -> int:
@@ -98,7 +104,6 @@ class Outputs:
       output.take(token)
       if token is None:
         del self._of[stream]
-        if stream.request is not None:
-          self._measures.ended(stream.request)
+        self._on_end(output)
       elif output.reading.stopped and not stopped:
         self._loop.cancel(stream, "stop")
