@@ -40,7 +40,8 @@ with cli.group("The server"):
   _BODY_SECONDS = flags.DEFINE_float("body_seconds", 60.0, "Seconds that a body may take to come.", lower_bound=0.001)
 
 
-def main(model_path: str | None = None) -> None:
+def main(model_path: str | None = None) -> int:
+  """Returns 1 if the engine failed."""
   if model_path is None:
     raise ValueError("give a model: sparse-serve serve MODEL")
   try:
@@ -57,7 +58,8 @@ def main(model_path: str | None = None) -> None:
   model = load_model_here(model_path, dtype=_DTYPE.value)
   limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value)
   served = _NAME.value or pathlib.Path(model_path).name
-  serve.serve(Engine(JaxExecutor(config, model)), model, served, (_HOST.value, _PORT.value), limits, key)
+  engine = Engine(JaxExecutor(config, model))
+  return 0 if serve.serve(engine, model, served, (_HOST.value, _PORT.value), limits, key) else 1
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.asked import Asked
 from sparse_serve_jax.server.bodies import Bodies, Scored, usage
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.outputs import Output, Outputs, Piece
-from sparse_serve_jax.server.scoring import prompt_logprobs
+from sparse_serve_jax.server.scoring import Scorer
 from sparse_serve_jax.serving.loop import Loop
 
 
@@ -21,7 +22,7 @@ class Served(Protocol):
 
   model: Model
   served: str  # the model's name
-  weights: llama.Params | None  # on one device, for scores of prompts
+  scorer: Scorer | None  # of prompts; None of a model on several devices
   loop: Loop
   outputs: Outputs
 
@@ -37,18 +38,26 @@ class Answer:
     self._outputs: list[Output] = []
     self._prompts: list[tuple[str, list[Scored]]] = [("", [])] * len(asked.prompts)  # text and tokens of echoes
 
-  async def begin(self) -> None:
-    """Submits all outputs, and scores the prompts if they are to be told."""
+  def submit(self) -> None:
+    """All outputs, at once."""
     asked = self._asked
+    with self._refusing():
+      for i, prompt in enumerate(asked.prompts if asked.max_tokens else []):
+        for j in range(asked.params.n):
+          params = asked.params_of(i, j)
+          self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
+
+  async def score(self) -> None:
+    """The prompts, if they are to be told."""
+    with self._refusing():
+      if self._asked.echo:
+        self._prompts = [await self._echo(prompt) for prompt in self._asked.prompts]
+
+  @contextlib.contextmanager
+  def _refusing(self):
     try:
-      if asked.max_tokens:
-        for i, prompt in enumerate(asked.prompts):
-          for j in range(asked.params.n):
-            params = asked.params_of(i, j)
-            self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
-      if asked.echo:
-        self._prompts = [await self._echo(prompt) for prompt in asked.prompts]
-    except RuntimeError as error:
+      yield
+    except RuntimeError as error:  # the loop takes no more
       raise Refused(500 if self._loop.failed else 503, str(error)) from error
 
   def close(self) -> None:
@@ -138,17 +147,17 @@ class Answer:
     text, n_top = self._model.tokenizer.decode(prompt, skip_special_tokens=False), self._asked.params.logprobs
     if n_top is None:
       return text, []
-    cfg, params = self._model.config, self._served.weights
-    if params is None:
+    scorer = self._served.scorer
+    if scorer is None:
       raise Refused(400, "logprobs of a prompt (echo) take a model on one device, tp=1", "echo")
-    told = await asyncio.wrap_future(self._loop.call(lambda: prompt_logprobs(cfg, params, prompt, n_top)))
+    told = await asyncio.wrap_future(self._loop.call(lambda: scorer(prompt, n_top)))
     return text, list(zip(prompt, told, strict=True))
 
   def _usage(self) -> dict[str, Any]:
     requests = [output.stream.request for output in self._outputs if output.stream and output.stream.request]
     cached = sum(request.cached_tokens for request in requests[:: self._asked.params.n])
     prompt_tokens = sum(len(prompt) for prompt in self._asked.prompts)
-    return usage(prompt_tokens, sum(output.n_tokens for output in self._outputs), cached)
+    return usage(prompt_tokens, sum(output.reading.n_tokens for output in self._outputs), cached)
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ import functools
 import hmac
 import json
 import logging
+import pathlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -27,12 +28,20 @@ from sparse_serve_jax.server import asked
 from sparse_serve_jax.server.answers import Answer
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.measures import Measures
-from sparse_serve_jax.server.outputs import Outputs
+from sparse_serve_jax.server.outputs import Output, Outputs
+from sparse_serve_jax.server.scoring import Scorer
+from sparse_serve_jax.server.status import Status
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.loop import Loop
 
 _LOG = logging.getLogger(__name__)
 _ENCODERS = 2  # threads that encode prompts
+_PAGE = pathlib.Path(__file__).with_name("page.html").read_bytes()
+_PAGE_HEADERS = {
+  "content-security-policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
+  "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+  "x-content-type-options": "nosniff",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +57,37 @@ class Server:
   def __init__(self, engine: Engine, model: Model, served: str, limits: Limits, api_key: str | None):
     self.model, self.served, self.limits, self._key = model, served, limits, api_key
     self.max_request_tokens = engine.max_request_tokens
-    # The engine's own, not a copy; None where they are split over devices, which scores no prompts.
-    self.weights = place_params(model, make_mesh(1)) if engine.config.tp == 1 else None
+    # Over the engine's own weights, not a copy. Those that are split over devices score no prompts.
+    self.scorer = Scorer(model.config, place_params(model, make_mesh(1))) if engine.config.tp == 1 else None
     self.measures, self.loop = Measures(engine), Loop(engine)
-    self.outputs = Outputs(self.loop, model.tokenizer, self.measures)
+    self.outputs = Outputs(self.loop, model.tokenizer, self._ended)
+    self.status = Status(engine, self.outputs)
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
     self.draining, self.n_answers = False, 0
 
-  def check_key(self, request: Request) -> None:
+  @property
+  def state(self) -> str:
+    return "failed" if self.loop.failed else "draining" if self.draining else "ok"
+
+  def _ended(self, output: Output) -> None:
+    if output.stream is not None and output.stream.request is not None:
+      self.measures.ended(output.stream.request)
+    self.status.ended(output)
+
+  def knows_key(self, request: Request) -> bool:
+    """Whether the request has the key, or none is asked for."""
     given = request.headers.get("authorization", "").encode("utf-8", "replace")
-    if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+    return self._key is None or hmac.compare_digest(given, f"Bearer {self._key}".encode())
+
+  def check_key(self, request: Request) -> None:
+    if not self.knows_key(request):
       raise Refused(401, "this server wants an API key: Authorization: Bearer <key>", code="invalid_api_key")
 
   async def body(self, request: Request) -> Any:
     """The JSON of a body, read while it comes."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+      raise Refused(415, f"the content-type is {kind!r:.80}, and a body here is application/json")
     most, parts, n = self.limits.max_body_bytes, list[bytes](), 0
     try:
       async with asyncio.timeout(self.limits.body_seconds):
@@ -88,6 +114,7 @@ class Server:
       if waiting + more > most:
         raise Refused(429, f"{waiting} outputs wait, and this request has {more}; {most} may wait", code="queue_full")
       answer = Answer(what, self)
+      answer.submit()  # before anything else can come: what waits is counted
       return _Answering(self, answer, what.stream)
     except BaseException:
       self.n_answers -= 1
@@ -125,7 +152,7 @@ class _Answering(Response):
   async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
     answer, begun = self._answer, False
     try:
-      await answer.begin()
+      await answer.score()
       if not self._stream:
         return await JSONResponse(await answer.whole())(scope, receive, send)
       async for event in answer.events():
@@ -199,6 +226,10 @@ def _endpoint(server: Server, what: Callable[[Request], Awaitable[Response]], ke
   return call
 
 
+async def _page(_: Request) -> Response:
+  return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+
+
 def make_app(server: Server, version: str) -> Starlette:
   """The ASGI application: what uvicorn runs."""
 
@@ -215,8 +246,12 @@ def make_app(server: Server, version: str) -> Starlette:
     return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
 
   async def health(_: Request) -> Response:
-    status = "failed" if server.loop.failed else "draining" if server.draining else "ok"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    return JSONResponse({"status": server.state}, 200 if server.state == "ok" else 503)
+
+  async def tokenizer_info(_: Request) -> Response:
+    tokenizer = server.model.tokenizer
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    return JSONResponse({"tokenizer_class": type(tokenizer).__name__, **names, **tokenizer.special_tokens})
 
   async def versions(_: Request) -> Response:
     return JSONResponse({"version": version})
@@ -226,21 +261,34 @@ def make_app(server: Server, version: str) -> Starlette:
     server.measures.running.set(server.outputs.n_running)
     return Response(server.measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+  async def status(request: Request) -> Response:
+    told: dict[str, Any] = {"state": server.state}
+    if not server.knows_key(request):  # no 401: browsers log it as an error, and the page asks before it has the key
+      told["key"] = "wanted"
+    else:
+      told |= {"model": server.served, "version": version, **server.status.body(), **server.measures.totals()}
+    return JSONResponse(told, headers={"cache-control": "no-store"})
+
   async def no_such(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     return _refusal(server, Refused(status, f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}"))
 
   @contextlib.asynccontextmanager
   async def lifespan(_: Starlette):
+    sampling = asyncio.create_task(server.status.watch())
     yield
+    sampling.cancel()
     server.encoders.shutdown(wait=False, cancel_futures=True)
 
   started = int(time.time())
   routes = [
+    Route("/", endpoint(_page, key=False)),
+    Route("/status", endpoint(status, key=False)),
     Route("/v1/completions", endpoint(completions), methods=["POST"]),
     Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
     Route("/v1/models", endpoint(models)),
     Route("/tokenize", endpoint(server.tokenize), methods=["POST"]),
+    Route("/tokenizer_info", endpoint(tokenizer_info)),
     Route("/detokenize", endpoint(server.detokenize), methods=["POST"]),
     Route("/health", endpoint(health, key=False)),
     Route("/version", endpoint(versions)),

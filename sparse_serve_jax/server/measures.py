@@ -16,7 +16,7 @@ class Measures:
   """Numbers of one server, in a registry of its own."""
 
   def __init__(self, engine: Engine):
-    self._engine, self.registry = engine, CollectorRegistry()
+    self.registry = CollectorRegistry()
     of = {"namespace": "sparse_serve", "registry": self.registry}
     self._ttft = Histogram("time_to_first_token_seconds", "From arrival to the first token.", buckets=_TTFT, **of)
     self._tbt = Histogram("time_between_tokens_seconds", "Gaps between output tokens.", buckets=_TBT, **of)
@@ -34,8 +34,15 @@ class Measures:
       ("blocks_loaded", "Blocks loaded from DRAM since the start.", lambda: usage.blocks_loaded),
       ("blocks_saved", "Blocks saved to DRAM since the start.", lambda: usage.blocks_saved),
       ("hbm_hit_rate", "Share of attended blocks that HBM held.", lambda: usage.hbm_hit_rate or 0.0),
-      ("hbm_kv_peak_bytes", "Most bytes of KV and its tables in HBM.", lambda: usage.peak_hbm_kv_bytes),
-      ("dram_kv_peak_bytes", "Most bytes of KV in DRAM.", lambda: usage.dram_kv_bytes),
+      ("hbm_kv_bytes", "Bytes of KV and its tables in HBM now.", lambda: engine.held.hbm_kv_bytes),
+      ("dram_kv_bytes", "Bytes of KV that requests own in DRAM now.", lambda: engine.held.dram_kv_bytes),
+      ("hbm_kv_peak_bytes", "Most bytes of KV and its tables in HBM since the start.", lambda: usage.peak_hbm_kv_bytes),
+      ("dram_kv_peak_bytes", "Most bytes of KV in DRAM since the start.", lambda: usage.peak_dram_kv_bytes),
+      ("slots_used", "Slots of HBM that hold a block now.", lambda: engine.held.slots),
+      ("slots", "Slots of HBM.", lambda: shape.P),
+      ("pool_blocks_owned", "Blocks of the pool that requests own now.", lambda: engine.held.owned),
+      ("pool_blocks_kept", "Blocks of the pool that only the prefix cache keeps now.", lambda: engine.held.kept),
+      ("pool_blocks", "Blocks of the pool.", lambda: shape.M),
       ("hbm_capacity_bytes", "Bytes of the cache in HBM.", lambda: shape.hbm_bytes),
       ("dram_capacity_bytes", "Bytes of the pool in DRAM.", lambda: shape.pool_bytes if shape.offload else 0),
     ):
@@ -52,5 +59,14 @@ class Measures:
     for gap in times_between_tokens(request):
       self._tbt.observe(float(gap))
 
+  def totals(self) -> dict[str, dict[str, int]]:
+    """Outputs that ended, by the reason, and requests that were refused, by the status."""
+    return {"ended": _by_label(self._requests), "refused": _by_label(self.refused)}
+
   def text(self) -> bytes:
     return generate_latest(self.registry)
+
+
+def _by_label(counter: Counter) -> dict[str, int]:
+  (metric,) = counter.collect()
+  return {value: int(of.value) for of in metric.samples if of.name.endswith("_total") for value in of.labels.values()}

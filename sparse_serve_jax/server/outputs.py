@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
-from sparse_serve_jax.detokenizer import Detokenizer
+from sparse_serve_jax.outputs import Reading
 from sparse_serve_jax.sampling_params import SamplingParams
-from sparse_serve_jax.server.measures import Measures
 from sparse_serve_jax.serving.loop import Loop, Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.tokenizing import Tokenizer
@@ -30,37 +30,32 @@ class Output:
 
   def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams, news: asyncio.Queue[Piece]):
     self.index, self._news, self._wants = index, news, params.logprobs is not None
-    self._detokenizer = Detokenizer(tokenizer, params.stop, params.min_tokens)
+    self.reading = Reading(tokenizer, params, pieces=True)
     self.stream: Stream | None = None
-    self.n_tokens = 0  # up to the one that ended a stop string
     self.ended = False
-
-  @property
-  def stopped(self) -> bool:
-    return self._detokenizer.stopped
 
   @property
   def finish_reason(self) -> str | None:
     """After the end."""
     request = self.stream.request if self.stream else None
-    return "stop" if self.stopped else request.finish_reason if request else None
+    return self.reading.finish_reason(request) if request else None
 
   def take(self, token: int | None) -> None:
     if token is None:
       self.ended = True
-      self._news.put_nowait(Piece(self, self._detokenizer.finish(), None, None))
-    elif not self.stopped:
+      self._news.put_nowait(Piece(self, self.reading.finish(), None, None))
+    elif not self.reading.stopped:
       assert self.stream is not None and self.stream.request is not None
-      told = self.stream.request.logprobs[self.n_tokens] if self._wants else None
-      self.n_tokens += 1
-      self._news.put_nowait(Piece(self, self._detokenizer.push(token), token, told))
+      told = self.stream.request.logprobs[self.reading.n_tokens] if self._wants else None
+      self._news.put_nowait(Piece(self, self.reading.push(token), token, told))
 
 
 class Outputs:
   """All outputs of a server that have not ended. The event loop is woken once for what comes together."""
 
-  def __init__(self, loop: Loop, tokenizer: Tokenizer, measures: Measures):
-    self._loop, self._tokenizer, self._measures = loop, tokenizer, measures
+  def __init__(self, loop: Loop, tokenizer: Tokenizer, on_end: Callable[[Output], None]):
+    """`on_end` is called with each output that has ended."""
+    self._loop, self._tokenizer, self._on_end = loop, tokenizer, on_end
     self._events = asyncio.get_running_loop()
     self._lock = threading.Lock()  # guards the next two
     self._come: deque[tuple[Stream, int | None]] = deque()
@@ -68,8 +63,13 @@ class Outputs:
     self._of: dict[Stream, Output] = {}
 
   @property
+  def live(self) -> list[Output]:
+    """Oldest first."""
+    return list(self._of.values())
+
+  @property
   def n_waiting(self) -> int:
-    return sum(output.n_tokens == 0 for output in self._of.values())
+    return sum(output.reading.n_tokens == 0 for output in self._of.values())
 
   @property
   def n_running(self) -> int:
@@ -100,11 +100,10 @@ class Outputs:
       come, self._come, self._woken = self._come, deque(), False
     for stream, token in come:
       output = self._of[stream]
-      stopped = output.stopped
+      stopped = output.reading.stopped
       output.take(token)
       if token is None:
         del self._of[stream]
-        if stream.request is not None:
-          self._measures.ended(stream.request)
-      elif output.stopped and not stopped:
+        self._on_end(output)
+      elif output.reading.stopped and not stopped:
         self._loop.cancel(stream, "stop")

@@ -64,6 +64,15 @@ class Stream:
     return self._request
 
   @property
+  def arrival_time(self) -> float:
+    """When it was submitted, in seconds of the engine's clock."""
+    return self._options["arrival_time"]
+
+  @property
+  def prompt_tokens(self) -> int:
+    return len(self._prompt)
+
+  @property
   def error(self) -> BaseException | None:
     """What the end raises: None before it, and of a request that ended well."""
     return self._error
