@@ -10,17 +10,17 @@ from pallas_kernels.attend import Tails, Taking, attend, attend_and_take
 from pallas_kernels.commit import commit
 from pallas_kernels.copy import gather_blocks, load_blocks, place_blocks, store_blocks
 from pallas_kernels.digest import store_digests
-from pallas_kernels.free import Free, evict
+from pallas_kernels.free import Free, evict, vacate
 from pallas_kernels.maps import (
   NEVER,
   SPARE,
   Maps,
   Victims,
   ages,
-  n_spare,
   release,
   renew,
   rest,
+  room,
   saturate,
   since_entry,
   tidy,
@@ -74,7 +74,6 @@ __all__ = [
   "load_each",
   "merge",
   "merge_along",
-  "n_spare",
   "place_blocks",
   "prefill_attention",
   "prefill_tiles",
@@ -82,6 +81,7 @@ __all__ = [
   "release",
   "renew",
   "rest",
+  "room",
   "saturate",
   "score",
   "select",
@@ -92,5 +92,6 @@ __all__ = [
   "tidy",
   "tile_lists",
   "touch",
+  "vacate",
   "victims",
 ]

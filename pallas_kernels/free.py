@@ -60,6 +60,24 @@ class Free(NamedTuple):
     return place, self._replace(taken=self.taken.at[zone].add(queues.sum(1)))
 
 
+def vacate(
+  maps: Maps,
+  victims: Victims,
+  free: Free,
+  new: Bool[Array, "B K n"],
+  zone: Int32[Array, "rows ranks"],
+  *,
+  implementation: str = "xla",
+) -> tuple[Maps, Int32[Array, "B K n"], Free]:
+  """Empty slots for those that are `new`, -1 for others and where there is no victim any more: `evict`, then `take`."""
+  wanted = new.astype(jnp.int32)
+  if (n_zones := victims.slots.shape[0]) > 1:
+    wanted = jnp.zeros(n_zones, jnp.int32).at[jnp.broadcast_to(zone[:, None], new.shape)].add(wanted)
+  maps, free = evict(maps, victims, free, wanted, implementation=implementation)
+  place, free = free.take(new, zone)
+  return maps, place, free
+
+
 def _of_zones(victims: Victims, counts) -> jax.Array:
   """[Z], of one zone the sum."""
   return jnp.reshape(counts.sum(), 1) if victims.slots.shape[0] == 1 else counts

@@ -140,11 +140,12 @@ def _slots_of(maps: Maps, blocks: Int32[Array, " n"]) -> jax.Array:
   return only(slots >= 0, slots, maps.last_used.shape[0]).ravel()
 
 
-def n_spare(maps: Maps, victims: Victims) -> Int32[Array, " Z"]:
-  """How many of the first victims of each zone nobody needs, those apart that came or were renewed in this step."""
+def room(maps: Maps, victims: Victims, shares: Int32[Array, ""] | int) -> Int32[Array, " Z"]:
+  """Slots that nobody needs, for each head and each of equal shares: the first victims of a zone, those apart that came
+  or were renewed in this step."""
   stamp = maps.last_used[victims.slots]
   needed = ~is_spare(stamp, victims.since) | (stamp - victims.since >= SPARE) & (stamp != -1)
-  return jnp.where(needed.any(1), jnp.argmax(needed, 1), needed.shape[1]).astype(jnp.int32)
+  return (jnp.cumsum(needed, 1) == 0).sum(1, dtype=jnp.int32) // (maps.slot_of.shape[0] * shares)
 
 
 def is_spare(last_used: jax.Array, since: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import EVICTIONS, Eviction, Turn, Zones
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.loads import LOADS
-from sparse_serve_jax.memory.places import Entering, bring, room_of_layer
+from sparse_serve_jax.memory.places import Entering, enter_piece
 from sparse_serve_jax.memory.saves import SAVES, NewBlocks, Saving, save_digests, save_piece, save_tails
 from sparse_serve_jax.mesh import AXIS
 from sparse_serve_jax.models import llama
@@ -97,12 +97,11 @@ class Setup:
 
   def turn(self, hot: Hot, n_rows: int, needed: jax.Array | None = None) -> tuple[Hot, Turn]:
     """The victims of a step of `n_rows` rows that begins now, none of them given yet; a prompt's blocks `needed` [n]
-    (-1: nothing) are none if it pins, and the last of the spare ones if not.
-    """
+    (-1: nothing) are none if it pins, and the last of the spare ones if it keeps."""
     since, (n_heads, n_layers, n_lanes) = hot.stamp(0), hot.tail.shape[:3]
     maps = kernels.tidy(hot.maps) if self.shares else hot.maps
     hot = hot.replace(maps=kernels.saturate(maps, since))
-    if needed is not None and hot.slots.shape[0]:
+    if needed is not None and hot.slots.shape[0] and (self.pins or self.keeps):
       hot = hot.replace(maps=(kernels.touch if self.pins else kernels.renew)(hot.maps, needed, since))
     n_zones = {"shared": 1, "layer": n_layers, "lane": n_lanes}[self.zones] if hot.slots.shape[0] else 1
     given = jnp.zeros((n_rows, n_heads) if n_zones == 1 else n_zones, jnp.int32)
@@ -273,44 +272,38 @@ def prefill_segment(
   cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
   before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None
   rows, newest = packed.blocks(cache.hot.tables, batch.lanes, batch.start, len(x) // size, size, setup.newest_blocks)
-  blocks = rows.max(0)
-  rows, lanes = (rows, batch.lanes) if setup.zones == "lane" else (blocks[None], batch.lanes[:1])
-  earlier = [] if before is None else [before.blocks]
-  needed = jnp.concatenate([*earlier, blocks]) if setup.keeps or (earlier and setup.pins) else None
-  hot, turn = setup.turn(cache.hot, 1, needed)
-  keeps = setup.keeps and hot.slots.shape[0] > 0
-  room = room_of_layer(hot.maps, turn, batch.known_layers or batch.n_layers) if keeps else None
-  piece = Piece(before, blocks, packed.n_tokens[0], packed if batch.lanes.shape[0] > 1 else None)
-  n_newest = ((rows >= 0) & newest[None]).sum(1, dtype=jnp.int32)
+  piece = Piece(before, blocks := rows.max(0), packed.n_tokens[0], packed if batch.lanes.shape[0] > 1 else None)
+  hot, turn = setup.turn(cache.hot, 1, blocks if before is None else jnp.concatenate([before.blocks, blocks]))
+  given = jnp.zeros(turn.n_zones, jnp.int32)
+  # One more share stays: the first misses of a progressive list take what is empty when a decode step begins.
+  shares = 1 + (1 if setup.zones == "layer" else batch.known_layers or batch.n_layers)
+  room = kernels.room(hot.maps, turn.victims, shares) if setup.keeps else given
+  own = (rows, batch.lanes) if setup.zones == "lane" else (blocks[None], batch.lanes[:1])
   ids, last_blocks = jnp.arange(blocks.shape[0]), (batch.begins + batch.n_tokens) // size
 
   def layer(attention, i, carry):
     x, cache, slab, given, loaded = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
-    left = (0 if room is None else room[turn.zone(i, lanes)[:, 0]]) - n_newest
-    if before is not None and (setup.pins or (keeps and attention.selector is None)):
-      now, spare = turn._replace(given=given), None if setup.pins else left[0]
-      cache, given, brought = bring(cache, i, lanes[0], before.blocks, now, spare, implementation=setup.implementation)
-      left, loaded = left - brought.max(), loaded + brought.sum()
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
     new = NewBlocks(kv[:, None], i, ids, blocks)
     cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
+    brings = before is not None and (setup.pins or (setup.keeps and attention.selector is None))
+    entering = Entering(*own, newest, before.blocks if brings else ids[:0], setup.pins, room)
+    cache, given, brought = enter_piece(cache, new.kv, i, entering, turn._replace(given=given), setup.implementation)
     o, read = attention(q, k, v, cache, i, piece)
-    entering = Entering.of(rows, newest, left)
-    if before is not None:  # which attention has read: only now pool and slots are written
+    if before is not None:  # which attention has read: only now the pool is written
       new = new._replace(blocks=_after(o, blocks))
-      entering = entering._replace(blocks=_after(o, entering.blocks))
-    cache, given = save_piece(setup.saving, cache, new, entering, lanes, turn._replace(given=given))
+    cache = cache.replace(pool=save_piece(setup.saving, cache.pool, new))
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
-    return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + read
+    return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + brought.sum() + read
 
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
-  carry = x, KVCache(cache.pool, hot), slab, jnp.zeros(turn.n_zones, jnp.int32), jnp.int32(0)
+  carry = x, KVCache(cache.pool, hot), slab, given, jnp.int32(0)
   first_layer = 0 if batch.known_layers == cfg.n_layers else batch.first_layer
   for first, n, attention in setup.prefill.parts(first_layer, batch.known_layers or batch.n_layers, setup.dense_layers):
     carry = jax.lax.fori_loop(0, n, lambda i, carry, at=first, of=attention: layer(of, at + i, carry), carry)

@@ -504,8 +504,8 @@ MUTATIONS = [
   Mutation(
     "what came into a spare slot is as new as what a step has read",
     "sparse_serve_jax/memory/places.py",
-    "stamp = hot.stamp(layer) + (0 if room is None else kernels.SPARE)",
-    "stamp = hot.stamp(layer)",
+    "jnp.full(n_before, not pins)",
+    "jnp.full(n_before, False)",
     ("tests/test_cache_machine.py::TestCacheMachine::runTest",),
   ),
   Mutation(

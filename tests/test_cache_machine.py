@@ -20,7 +20,7 @@ from pallas_kernels import NEVER, SPARE, Maps
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
-from sparse_serve_jax.memory.places import bring, room_of_layer
+from sparse_serve_jax.memory.places import Entering, enter_piece
 from sparse_serve_jax.memory.prefix import PrefixIndex
 
 K, L, M, P = 2, 2, 7, 14
@@ -28,7 +28,7 @@ B, N = 2, 3  # rows of a decode step, blocks that one selects
 LARGEST = 4  # blocks of a request
 
 propose, commit, release = jax.jit(kernels.propose), jax.jit(kernels.commit), jax.jit(kernels.release)
-tidy, renew, rest = jax.jit(kernels.tidy), jax.jit(kernels.renew), jax.jit(kernels.rest)
+tidy, renew, rest, room_of = map(jax.jit, (kernels.tidy, kernels.renew, kernels.rest, kernels.room))
 oldest_first = jax.jit(lambda maps, since: kernels.victims(kernels.ages(maps, since), since))
 store, load = jax.jit(kernels.store_blocks), jax.jit(kernels.load_blocks)
 
@@ -38,8 +38,10 @@ def bring_spare(pool, slots, maps, clock, layer, blocks, victims, room, given):
   """What a prefill does with the blocks of a prompt in one layer; of the rest of a cache it sees the clock alone."""
   tail = np.zeros((K, L, 1, 0), np.float32)
   hot = Hot(slots, None, maps, tail, None, None, clock)  # pyright: ignore[reportArgumentType]
-  turn, lane = Turn("shared", victims, given), jnp.int32(0)
-  cache, given, brought = bring(KVCache(pool, hot), layer, lane, blocks, turn, room, implementation="xla")
+  turn, none = Turn("shared", victims, given), jnp.full((1, 1), -1)
+  entering = Entering(none, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), blocks, False, room)
+  kv = jnp.zeros((K, 1, 1, *pool.shape[3:]))
+  cache, given, brought = enter_piece(KVCache(pool, hot), kv, layer, entering, turn, "xla")
   return cache.hot.slots, cache.hot.maps, given, brought
 
 
@@ -155,14 +157,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.stamp[slot] = int(since) + SPARE
     victims, order = oldest_first(self.maps, since), self.order()
     spare = itertools.takewhile(lambda p: self.stamp[p] == -1 or self.stamp[p] < since + SPARE, order)
-    spare, given = {*spare}, np.int32(0)
-    room = room_of_layer(self.maps, Turn("shared", victims, given), L)[0]
-    assert room == len(spare) // (K * (L + 1))
+    spare, given = {*spare}, np.zeros(1, np.int32)
+    rooms = room_of(self.maps, victims, L + 1)
+    room = len(spare) // (K * (L + 1))
+    assert rooms.tolist() == [room]
     for layer in range(L):
       of_layer = {(k, block): (k, layer, block) in self.held.values() for k in range(K) for block in prompt}
       wanted = [(k, b) for k in range(K) for b in [b for b in prompt if not of_layer[k, b]][:room]]
       self.slots, self.maps, given, brought = bring_spare(
-        self.pool, self.slots, self.maps, np.int32(self.iteration), np.int32(layer), blocks, victims, room, given
+        self.pool, self.slots, self.maps, np.int32(self.iteration), np.int32(layer), blocks, victims, rooms, given
       )
       assert brought.tolist() == [sum(k == head for k, _ in wanted) for head in range(K)]
       slot_of = np.asarray(self.maps.slot_of)

@@ -18,7 +18,7 @@ from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.evaluation.selections import Trace
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
-from sparse_serve_jax.memory.places import bring, room_of_layer
+from sparse_serve_jax.memory.places import Entering, enter_piece
 from sparse_serve_jax.models import init_params, llama
 
 # Written by experiments.accuracy, as all in that folder.
@@ -120,10 +120,12 @@ def prompt_enters(maps: Maps, clock: jax.Array, prompt: jax.Array) -> Maps:
   hot = Hot(empty, empty, maps, jnp.zeros((n_heads, layers, 1, 0)), prompt, prompt, clock)
   pool = jnp.zeros((*maps.slot_of.shape, 2, 1, 0))
   maps = kernels.renew(maps, prompt, hot.stamp(0))
-  turn = Turn("shared", kernels.victims(kernels.ages(maps, hot.stamp(0)), hot.stamp(0)), jnp.int32(0))
-  cache, room = KVCache(pool, hot.replace(maps=maps)), room_of_layer(maps, turn, layers)[0]
+  turn = Turn("shared", kernels.victims(kernels.ages(maps, hot.stamp(0)), hot.stamp(0)), jnp.zeros(1, jnp.int32))
+  cache, room = KVCache(pool, hot.replace(maps=maps)), kernels.room(maps, turn.victims, layers + 1)
+  entering = Entering(jnp.full((1, 1), -1), jnp.zeros(1, jnp.int32), jnp.ones(1, bool), prompt, False, room)
   for layer in range(layers):
-    cache, given, _ = bring(cache, jnp.int32(layer), jnp.int32(0), prompt, turn, room, implementation="xla")
+    kv = jnp.zeros((n_heads, 1, 1, *pool.shape[3:]))
+    cache, given, _ = enter_piece(cache, kv, jnp.int32(layer), entering, turn, "xla")
     turn = turn._replace(given=given)
   return cache.hot.maps
 

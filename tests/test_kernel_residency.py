@@ -283,7 +283,7 @@ def test_spare_slots_are_those_that_nobody_needs():
 
 def spare_of(maps: Maps, since) -> tuple[list[int], int]:
   victims = programs("xla")[0](maps, since)
-  return victims.slots[0].tolist(), int(jax.jit(kernels.n_spare)(maps, victims)[0])
+  return victims.slots[0].tolist(), int(jax.jit(kernels.room)(maps, victims, 1)[0])
 
 
 @every_implementation

@@ -1,8 +1,8 @@
 """Which blocks enter slots beside those that decode steps read: new ones, and what comes before a piece of a prompt.
 
 What the next steps are expected to read takes the place of whatever has been used longest ago. What later prompts may
-share takes spare slots alone: those that are empty, or hold a block that came as a spare one and that no decode step
-has read since. Stamped by SPARE, it is the next to go, before all that a decode step has used.
+share takes spare slots alone: those that are empty, or hold a block that came as a spare one, or has no owner any more,
+and that no decode step has read since. Stamped by SPARE, it is the next to go, before all that a step has used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 import pallas_kernels as kernels
 from sparse_serve_jax.memory.eviction import Turn
@@ -18,65 +18,50 @@ from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 
 
 class Entering(NamedTuple):
-  """Blocks of one layer of a piece of a prompt that enter slots."""
+  """What of a piece of a prompt may enter slots, in each layer."""
 
-  blocks: Int32[Array, "B n"]  # in the pool, each in one of the rows; -1 elsewhere
-  spare: Bool[Array, " n"]
-
-  @classmethod
-  def of(cls, rows: Int32[Array, "B n"], newest: Bool[Array, " n"], room: Int32[Array, " B"]) -> Entering:
-    """The newest of the blocks `rows`; and of others the first, which prompts share most, as far as there is `room`."""
-    others = (rows >= 0) & ~newest[None]
-    kept = others & (jnp.cumsum(others, 1) <= room[:, None])
-    return cls(jnp.where(newest[None] | kept, rows, -1), kept.any(0))
-
-  def stamps(self, hot: Hot, layer: Int32[Array, ""] | int) -> Int32[Array, " n"]:
-    return hot.stamp(layer) + jnp.where(self.spare, kernels.SPARE, 0)
+  own: Int32[Array, "B n"]  # its full blocks in the pool, each in one of the rows, -1 elsewhere
+  lanes: Int32[Array, " B"]  # of the rows; anybody's, unless slots are of lanes
+  newest: Bool[Array, " n"]  # of its own: they enter in any case
+  before: Int32[Array, " N"]  # what comes before it, in the pool, -1 beyond; some of it may be in slots
+  pins: bool  # whether all before it enters too
+  room: Int32[Array, " Z"]  # of each zone: how many blocks of a layer and a head enter where they take spare slots
 
 
-def room_of_layer(maps: kernels.Maps, turn: Turn, n_layers: Int32[Array, ""] | int) -> Int32[Array, " Z"]:
-  """How many blocks of every head a layer may put into spare slots, of each zone, if `n_layers` share them equally.
-
-  One more share stays, for the misses of the first layer of a decode step: those of progressive lists take what is
-  empty when it begins.
-  """
-  sharing = 1 if turn.zones == "layer" else n_layers
-  return kernels.n_spare(maps, turn.victims) // (maps.slot_of.shape[0] * (sharing + 1))
-
-
-def bring(
+def enter_piece(
   cache: KVCache,
+  kv: Float[Array, "K 1 n 2 S D"],
   layer: Int32[Array, ""],
-  lane: Int32[Array, ""],
-  blocks: Int32[Array, " N"],
+  entering: Entering,
   turn: Turn,
-  room: Int32[Array, ""] | None,
-  *,
   implementation: str,
-) -> tuple[KVCache, Int32[Array, "*any"], Int32[Array, " K"]]:
-  """Brings what comes before a piece of a prompt from the pool into slots, the first blocks first.
-
-  Args:
-    cache: this device's.
-    layer: of it.
-    lane: whose it is.
-    blocks: in the pool; -1: nothing.
-    turn: what is left of the step's victims.
-    room: how many blocks of every head may enter, and as spare ones. None: all, as far as there are victims.
-    implementation: of the kernels.
+) -> tuple[KVCache, Int32[Array, " Z"], Int32[Array, " K"]]:
+  """One layer's blocks of a piece, `kv`, enter slots, and copies of those before it that are in none. Where the newest
+  leave room, those before it come first, and then the first others of the piece, which prompts share most. What they
+  drive out attention may want: it reads from the pool what is in no slot.
 
   Returns:
-    The cache, how many of the victims are gone, and how many blocks of each head have been brought.
+    The cache, how many of the victims are gone, and how many blocks of each head were read from the pool.
   """
-  hot, on = cache.hot, dict(implementation=implementation)
-  missing = (blocks >= 0)[None] & (hot.maps.slot_of[:, layer, blocks] < 0)
-  if room is not None:
-    missing &= jnp.cumsum(missing, -1) <= room
-  stamp = hot.stamp(layer) + (0 if room is None else kernels.SPARE)
-  lists = jnp.where(missing, blocks, -1)[None]
-  maps, place, given = enter(hot, lists, layer, lane[None], turn, stamp, **on)
-  slots = kernels.load_blocks(cache.pool, hot.slots, layer, lists, place, **on)
-  return cache.replace(hot=hot.replace(slots=slots, maps=maps)), given, (place[0] >= 0).sum(-1, dtype=jnp.int32)
+  (own, lanes, newest, before, pins, room), hot, on = entering, cache.hot, dict(implementation=implementation)
+  newest = (own >= 0) & newest[None]
+  left = room[turn.zone(layer, lanes)[:, 0]] - newest.sum(1, dtype=jnp.int32)  # [B]
+  missing = (before >= 0)[None] & (hot.maps.slot_of[:, layer, before] < 0)  # [K, N]
+  missing = missing if pins else missing & (jnp.cumsum(missing, 1) <= left[0])
+  others = (own >= 0) & ~newest
+  others &= jnp.cumsum(others, 1) <= (left - missing.sum(1).max())[:, None]
+  (n_rows, n), (n_heads, n_before) = own.shape, missing.shape
+  mine = jnp.where(newest | others, own, -1)[:, None, ::-1]  # the last ones first
+  theirs = jnp.broadcast_to(jnp.where(missing, before[None], -1)[None], (n_rows, n_heads, n_before))
+  lists = jnp.concatenate([jnp.broadcast_to(mine, (n_rows, n_heads, n)), theirs], 2)
+  spare = jnp.concatenate([others.any(0)[::-1], jnp.full(n_before, not pins)])
+  stamps = hot.stamp(layer) + jnp.where(spare, kernels.SPARE, 0)
+  maps, place, given = enter(hot, lists, layer, lanes, turn, stamps, None, implementation)
+  slots = kernels.place_blocks(hot.slots, kv, jnp.arange(n), place.max(0)[:, None, :n][..., ::-1], **on)
+  if n_before:  # of one prompt
+    slots = kernels.load_blocks(cache.pool, slots, layer, theirs, place[..., n:], **on)
+  n_read = (place[..., n:] >= 0).sum((0, 2), dtype=jnp.int32)
+  return cache.replace(hot=hot.replace(slots=slots, maps=maps)), given, n_read
 
 
 def enter(
@@ -86,33 +71,15 @@ def enter(
   lanes: Int32[Array, " B"],
   turn: Turn,
   stamps: Int32[Array, "*n"],
-  steps: Int32[Array, " B"] | None = None,
-  *,
+  steps: Int32[Array, " B"] | None,
   implementation: str,
-) -> tuple[kernels.Maps, Int32[Array, "B K n"], Int32[Array, "*any"]]:
-  """Places for blocks `lists` that are in no slot (-1: nothing); `layers` and `stamps` are of all or of each rank.
-
-  `steps` are the rows' own step numbers, which have selected the blocks; None: nobody has.
-
-  Returns:
-    The maps that have them there, their places (-1: none), and how many of the victims are gone.
-  """
-  options, new = dict(implementation=implementation), lists >= 0
-  nowhere, length = jnp.full_like(lists, -1), jnp.full(lists.shape[:2], lists.shape[2])
-  if hot.slots.shape[0] == 0:
-    place, maps, given = nowhere, hot.maps, jnp.ravel(turn.given)
-  else:
-    zone = turn.zone(layers, lanes)
-    free = turn.free or kernels.Free.nothing(turn.victims, turn.given, lists.size)
-    count = new.astype(jnp.int32)
-    if turn.n_zones == 1:
-      wanted = count
-    else:
-      wanted = jnp.zeros(turn.n_zones, jnp.int32).at[jnp.broadcast_to(zone[:, None], lists.shape)].add(count)
-    maps, free = kernels.evict(hot.maps, turn.victims, free, wanted, **options)
-    place, given = free.take(new, zone)[0], free.seen
-  slot = nowhere
-  if steps is None:  # a block that nobody has read enters as one that a load has copied
-    slot, length, steps = place, jnp.zeros_like(length), jnp.zeros(lists.shape[0], jnp.int32)
-  located = kernels.Located(lists, slot, place, jnp.zeros((*lists.shape[:2], 1), jnp.int32), length)
-  return kernels.commit(maps, layers, located, length, stamps, steps, **options), place, given
+) -> tuple[kernels.Maps, Int32[Array, "B K n"], Int32[Array, " Z"]]:
+  """Blocks `lists` (-1: nothing) that are in no slot enter some; `layers` and `stamps` are of all or of each rank. They
+  count as selected in `steps` of the rows, if any. Returns maps, slots (-1: none), and how many victims are gone."""
+  on, (n_rows, n_heads, n) = dict(implementation=implementation), lists.shape
+  free = turn.free or kernels.Free.nothing(turn.victims, turn.given, lists.size)
+  maps, place, free = kernels.vacate(hot.maps, turn.victims, free, lists >= 0, turn.zone(layers, lanes), **on)
+  length = jnp.full((n_rows, n_heads), 0 if steps is None else n)  # what has a place enters all the same
+  located = kernels.Located(lists, place, place, jnp.zeros((n_rows, n_heads, 1), jnp.int32), length)
+  steps = jnp.zeros(n_rows, jnp.int32) if steps is None else steps
+  return kernels.commit(maps, layers, located, length, stamps, steps, **on), place, free.seen

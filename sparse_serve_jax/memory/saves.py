@@ -1,8 +1,8 @@
-"""How finished blocks leave for the pool, and how the newest of them enter slots.
+"""How finished blocks leave for the pool.
 
 A save is one function `(pool, new, implementation) -> pool` that writes `NewBlocks` to the pool. What goes with every
-save is here once: places in slots, their maps, and the digests that selection reads. A piece of a prompt has its
-digests before its attention, which may select by them.
+save is here once: the digests that selection reads, and of tails their places in slots. A piece of a prompt has its
+digests before its attention, which may select by them, and its places too (`memory.places`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pallas_kernels as kernels
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
-from sparse_serve_jax.memory.places import Entering, enter
+from sparse_serve_jax.memory.places import enter
 
 
 class NewBlocks(NamedTuple):
@@ -75,61 +75,25 @@ def save_tails(
 ) -> KVCache:
   """Saves the tails that have filled, in all layers at once; all of them enter slots.
 
-  Args:
-    saving: how.
-    cache: this device's.
-    lanes: R and beyond is padding.
-    blocks: where in the pool a lane's tail goes; -1: it has not filled.
-    steps: the requests' own step numbers.
-    turn: what is left of the step's victims.
-  """
+  Of each lane (R and beyond is padding) `blocks` says where in the pool its tail goes (-1: it has not filled), `steps`
+  is its request's own step number."""
   hot = cache.hot
   n_heads, n_layers, n_lanes = hot.tail.shape[:3]
   lists = jnp.broadcast_to(blocks[:, None, None], (blocks.shape[0], n_heads, n_layers))  # a rank is a layer
   at, on = jnp.arange(n_layers), saving.implementation
-  maps, place = enter(hot, lists, at, lanes, turn, hot.stamp(at), steps, implementation=on)[:2]
+  maps, place = enter(hot, lists, at, lanes, turn, hot.stamp(at), steps, on)[:2]
   new = NewBlocks(hot.tail, 0, jnp.minimum(lanes, n_lanes - 1), blocks)
-  pool, hot = saving.save(cache.pool, new, saving.implementation), save_digests(saving, hot, new)
-  return KVCache(pool, _write(saving, hot, new, maps, jnp.moveaxis(place, 0, 2)))
+  pool, hot = saving.save(cache.pool, new, on), save_digests(saving, hot, new)
+  slots = kernels.place_blocks(hot.slots, new.kv, new.ids, jnp.moveaxis(place, 0, 2), implementation=on)
+  return KVCache(pool, hot.replace(slots=slots, maps=maps))
 
 
-def save_piece(
-  saving: Saving,
-  cache: KVCache,
-  new: NewBlocks,
-  entering: Entering,
-  lanes: Int32[Array, " B"],
-  turn: Turn,
-) -> tuple[KVCache, Int32[Array, "*any"]]:
-  """Saves one layer's blocks of a piece of a prompt, unless they are staged; some enter slots, the last ones first.
-  Their digests are there.
-
-  Args:
-    saving: how.
-    cache: this device's.
-    new: all of the source, of one layer; -1 where one is not full.
-    entering: those of them that enter slots.
-    lanes: whose the rows are, R for padding; anybody's, unless slots are of lanes.
-    turn: what is left of the step's victims.
-
-  Returns:
-    The cache, and how many of the victims are gone.
-  """
-  n_rows, n = entering.blocks.shape
-  lists = jnp.broadcast_to(entering.blocks[:, None, ::-1], (n_rows, new.kv.shape[0], n))
-  at, stamps = jnp.asarray(new.layer), entering.stamps(cache.hot, new.layer)[::-1]
-  maps, place, given = enter(cache.hot, lists, at, lanes, turn, stamps, implementation=saving.implementation)
-  pool = cache.pool
-  if not saving.staged:
-    pool = saving.save(pool, new, saving.implementation)
-    pool = host_pool.keep(pool) if saving.host_pool else pool
-  return KVCache(pool, _write(saving, cache.hot, new, maps, place.max(0)[:, None, ::-1])), given
-
-
-def _write(saving: Saving, hot: Hot, new: NewBlocks, maps: kernels.Maps, place: Int32[Array, "K Ls n"]) -> Hot:
-  """Writes new blocks to their places in slots."""
-  slots = kernels.place_blocks(hot.slots, new.kv, new.ids, place, implementation=saving.implementation)
-  return hot.replace(slots=slots, maps=maps)
+def save_piece(saving: Saving, pool: Float[Array, "K L M 2 S D"], new: NewBlocks) -> Float[Array, "K L M 2 S D"]:
+  """Saves one layer's blocks of a piece of a prompt, unless they are staged."""
+  if saving.staged:
+    return pool
+  pool = saving.save(pool, new, saving.implementation)
+  return host_pool.keep(pool) if saving.host_pool else pool
 
 
 def save_digests(saving: Saving, hot: Hot, new: NewBlocks) -> Hot:

@@ -180,8 +180,7 @@ class Scheduler:
     if plan.empty and self.has_work and not self._in_flight and self._landed < self._iteration:
       plan = dataclasses.replace(plan, await_saves=True)
     if not plan.empty:
-      if len(idle := self._allocator.take_idle()) and self._shape.P:
-        plan = dataclasses.replace(plan, idle=idle)
+      plan = dataclasses.replace(plan, idle=self._allocator.take_idle() if self._shape.P else plan.idle)
       self._iteration = plan.iteration
       self._in_flight.append(_Planned(plan.iteration, running + prefilled, measured))
     return plan
