@@ -2,7 +2,8 @@
 
 An engine serves requests that ask for one token each, all at once: the time is that of prefill with all that belongs to
 it, saves, slots and host. The floor is what the matrix products and dense attention by cuDNN over contiguous keys take
-when each is timed alone, in the same run.
+when each is timed alone, in the same run. "cached" finds all but a sixteenth (`NEW`) of each prompt in the cache: of
+32,000 tokens 30,000, a long context that is asked a new question. Before 2026-11-29 it left a tenth.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from sparse_serve_jax.config import ModelConfig, find_config, read_config
 with cli.group("What is timed"):
   _MODEL = flags.DEFINE_string("model", "llama3-8b", "A name in configs/models, or a JSON file.")
   _CASES = flags.DEFINE_list("cases", ["1x2048", "1x8192", "1x32000", "64x2048"], "Requests x tokens of each.")
-  _WAYS = flags.DEFINE_list("ways", list(prefill.WAYS), f"Some of {', '.join(prefill.WAYS)}.")
+  _WAYS = flags.DEFINE_list("ways", list(prefill.WAYS), f"Some of {', '.join(prefill.WAYS)}; cached: all but 1/16 is.")
   _SET = flags.DEFINE_multi_string("set", [], "Overrides of what ways set, such as cache.hbm_bytes=4GiB.")
 _OUT, _COMMIT, _SMOKE = cli.define_benchmark()
 _VERBOSE = cli.define_verbose()
