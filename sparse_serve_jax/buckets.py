@@ -52,6 +52,7 @@ class Buckets:
   chunked: bool
   resumes: bool  # whether a prompt may begin after blocks that it shares
   crowded: bool  # whether rows of decode count against what is prefilled, so that a segment may not have room
+  late: bool  # whether saves are staged, and land after their programs
 
   @classmethod
   def of(cls, config: EngineConfig, n_layers: int, max_context: int) -> Buckets:
@@ -82,6 +83,7 @@ class Buckets:
       chunked=chunked,
       resumes=config.cache.prefix,
       crowded=scheduler.max_tokens > 0,
+      late=config.cache.save == "staged",
     )
     # What comes before a chunk is brought into slots with each, for which a narrow table is worth some programs.
     widths = (tables, tables[-1:]) if chunked else (tables[-1:],)
@@ -170,6 +172,12 @@ class Buckets:
     n_layers = -(-left // n_segments)  # as equal as can be
     return n_layers if n_layers in self._segments(padded) else 1
 
+  def saves(self, n_tokens: int, start: int, rest: int) -> bool:
+    """Whether the program of a piece saves its blocks, though saves are staged. So does one before `rest` tokens, whose
+    piece would wait until they have landed, the device idle. For the sake of few programs all full pieces after others
+    do, and of smaller ones none."""
+    return self.late and n_tokens == self.full and (start > 0 or rest > 0)
+
   def known(self, padded: int, start: int, n_layers: int) -> bool:
     """Whether a segment's program knows its number of layers. Where it does not, the host waits for the device in each
     layer. After other pieces only a program of all layers knows, for the sake of few programs."""
@@ -209,7 +217,7 @@ class Buckets:
 
   def programs(self) -> list[Program]:
     """Every decode and prefill program there can be. Those that also tell log probabilities are as many again."""
-    return self._programs(self.whole, self.chunks, self.packed > 0)
+    return self._programs(self.whole, self.chunks, self.packed > 0, self.full in self.chunks)
 
   def programs_of(self, prompts: Iterable[int], shared: bool = True) -> list[Program]:
     """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them; unless `shared`, if no
@@ -217,7 +225,7 @@ class Buckets:
     """
     prompts = set(prompts)
     cut = [n for n in prompts if self.chunked or n > self.allowance]
-    longest = min(max(cut, default=0), self.full)  # of a piece
+    cuts, longest = max(cut, default=0) > self.full, min(max(cut, default=0), self.full)  # of a piece
     whole = {self.piece(n, 0, self.n_layers) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)
     }
@@ -225,17 +233,18 @@ class Buckets:
       longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.whole[-1]))
     chunks = [c for c in self.chunks if longest > 0 and c <= _up(self.chunks, longest)]
     shortest = _round_up(min(prompts, default=0), self.block_tokens)
-    return self._programs(sorted(whole), chunks, 0 < 2 * shortest <= self.packed)
+    return self._programs(sorted(whole), chunks, 0 < 2 * shortest <= self.packed, cuts)
 
-  def _programs(self, whole: Sequence[int], chunks: Sequence[int], packs: bool) -> list[Program]:
+  def _programs(self, whole: Sequence[int], chunks: Sequence[int], packs: bool, cuts: bool) -> list[Program]:
     n_layers, sampled = self.n_layers, ("", "sampled ")
     decode = [
       Program(f"{s}decode", *of, n_layers) for s in sampled for of in itertools.product(self.batches, self.tables)
     ]
     packed = [Program(f"{s}packed prefill", self.packed, 0, n_layers) for s in sampled if packs]
     begin = [Program("prefill", c, 0, n) for c in whole for n in self._depths(c)]
+    begin += [Program("saving prefill", self.full, 0, n_layers if self.chunked else 1)] * (self.late and cuts)
     resume = [
-      Program("prefill", c, width, n)
+      Program("saving prefill" if self.saves(c, width, 0) else "prefill", c, width, n)
       for c, width in itertools.product(chunks, self.prefixes)
       for n in ((0, n_layers) if self.crowded and self.at_once(c) else (n_layers * self.at_once(c),))
     ]

@@ -258,23 +258,36 @@ def test_a_request_decodes_and_blocks_are_given_out_when_saves_have_landed():
   scheduler.add(second)
   done = functools.partial(StepResult, {}, {}, StepStats())
 
-  pieces = [scheduler.schedule(0.0) for _ in range(2)]
-  assert [len(plan.prefill) for plan in pieces] == [1, 0]  # the second piece would read the first from the pool
-  scheduler.update(done(landed=0), 0.0)
-  waits = scheduler.schedule(0.0)
-  assert waits.await_saves and waits.iteration == 2 and not waits.prefill
-  scheduler.update(done(landed=2), 0.0)
-  piece = scheduler.schedule(0.0)
-  assert [work.start for work in piece.prefill] == [16]  # the rest of the layer
-
+  pieces = [scheduler.schedule(0.0).prefill for _ in range(2)]
+  # The second reads the first from the pool, so the first's own program saves it.
+  assert [(work.start, work.saves) for works in pieces for work in works] == [(0, True), (16, False)]
   scheduler.cancel(first, 0.0)
   assert scheduler.schedule(0.0).release.size == 3
-  scheduler.update(done(landed=2), 0.0)
-  scheduler.update(done(landed=2), 0.0)
+  for _ in range(3):
+    scheduler.update(done(landed=1), 0.0)
   waits = scheduler.schedule(0.0)
   assert waits.await_saves and not waits.admit  # the cancelled request's blocks may still be written
-  scheduler.update(done(landed=5), 0.0)
+  scheduler.update(done(landed=waits.iteration), 0.0)
   assert [admission.request_id for admission in scheduler.schedule(0.0).admit] == ["b"]
+
+
+def test_a_piece_waits_for_one_that_is_saved_beside_its_program():
+  """Which is one that is not full: another prompt took a part of its iteration."""
+  executor = fake_executor(SchedulerConfig(prefill="chunked", chunk_tokens=32), M=32)
+  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged"))
+  scheduler = Scheduler(conf, executor.shape)
+  for name, n in (("a", 24), ("b", 60)):
+    scheduler.add(Request(name, np.full(n, ord(name), np.int32), 1, 0.0))
+  pieces = [scheduler.schedule(0.0).prefill for _ in range(2)]
+  assert [[(work.request_id, len(work.tokens), work.saves) for work in works] for works in pieces] == [
+    [("a", 24, False), ("b", 8, False)],
+    [],
+  ]
+  done = functools.partial(StepResult, {"a": 1}, {}, StepStats())
+  scheduler.update(done(landed=-1), 0.0)
+  assert not scheduler.schedule(0.0).prefill
+  scheduler.update(done(landed=1), 0.0)
+  assert [(work.request_id, work.start, work.saves) for work in scheduler.schedule(0.0).prefill] == [("b", 8, True)]
 
 
 def test_a_save_that_fails_is_a_failure_of_the_device(monkeypatch):

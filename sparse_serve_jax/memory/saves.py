@@ -45,8 +45,8 @@ def per_block(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation:
 
 
 def staged(pool: Float[Array, "K L M 2 S D"], new: NewBlocks, implementation: str) -> Float[Array, "K L M 2 S D"]:
-  """Tails go directly. Blocks of a piece of a prompt do not come here: a slab of them leaves the program, and threads
-  of the host place them in the pool (`memory.writer`)."""
+  """Directly, what comes here: tails, and pieces of a prompt that the next piece reads. Of other pieces a slab leaves
+  the program, and threads of the host place its blocks in the pool (`memory.writer`)."""
   return direct(pool, new, implementation)
 
 
@@ -62,7 +62,6 @@ class Saving:
   summarized_by: str  # the implementation that runs it
   implementation: str
   host_pool: bool  # whether the pool lies in memory that is not the device's own
-  staged: bool  # whether blocks of a piece of a prompt go to the pool beside the program
 
 
 def save_tails(
@@ -89,9 +88,7 @@ def save_tails(
 
 
 def save_piece(saving: Saving, pool: Float[Array, "K L M 2 S D"], new: NewBlocks) -> Float[Array, "K L M 2 S D"]:
-  """Saves one layer's blocks of a piece of a prompt, unless they are staged."""
-  if saving.staged:
-    return pool
+  """Saves one layer's blocks of a piece of a prompt."""
   pool = saving.save(pool, new, saving.implementation)
   return host_pool.keep(pool) if saving.host_pool else pool
 

@@ -283,7 +283,8 @@ class JaxExecutor:
     size, sampling = self.shape.S, Sampling(temperature=float("sampled" in of.kind))
     lengths = (of.size - size, size) if "packed" in of.kind else (of.size,)
     tokens = (np.zeros(n, np.int32) for n in lengths)
-    return tuple(PrefillWork(_NOTHING, 0, t, of.width * size, 0, of.n_layers, False, sampling) for t in tokens)
+    options = dict(last=False, sampling=sampling, saves="saving" in of.kind)
+    return tuple(PrefillWork(_NOTHING, 0, t, of.width * size, 0, of.n_layers, **options) for t in tokens)
 
   def _no_rows(self, of: Program) -> tuple[DecodeRow, ...]:
     """Rows of a decode program on nothing."""
@@ -351,7 +352,7 @@ class JaxExecutor:
       # A draw for one row takes no time that counts, for those of a pack it does.
       sampling=None if rows > 1 and all(of.plain for of in samplings) else _sampling_rows(samplings, rows),
       known_layers=known,
-      slab_layers=0 if self._writer is None else known or self.buckets.layers(padded, work.start),
+      slab_layers=0 if self._writer is None or work.saves else known or self.buckets.layers(padded, work.start),
       logprobs=any(of.logprobs for of in samplings) and work.first_layer + work.n_layers == self.shape.L,
     )
     return batch, self.buckets.prefix(work.start)

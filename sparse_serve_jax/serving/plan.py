@@ -57,6 +57,7 @@ class PrefillWork:
   n_layers: int
   last: bool  # ends the prompt: its result holds the first output token
   sampling: Sampling
+  saves: bool = False  # its program saves its blocks, also where saves are staged: a later piece is to find them
   pack: int = -1  # whole prompts in a row with one number, in all layers, are one piece; -1: it is one alone
 
   @property

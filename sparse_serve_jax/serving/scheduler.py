@@ -482,7 +482,8 @@ class Scheduler:
   def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillWork:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
-    resident.prefilled_in = self._iteration + 1
+    saves = self._buckets.saves(n_tokens, start, len(resident.tokens) - start - n_tokens)
+    resident.prefilled_in = resident.prefilled_in if saves else self._iteration + 1
     resident.start += n_tokens
     if resident.start == len(resident.tokens):
       resident.start, resident.layer = resident.first, layer + n_layers
@@ -497,4 +498,5 @@ class Scheduler:
       n_layers=n_layers,
       last=resident.layer == self._shape.L,
       sampling=request.sampling_of(resident.steps),
+      saves=saves,
     )
