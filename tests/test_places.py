@@ -84,7 +84,7 @@ def test_a_piece_takes_slots_that_nobody_needs_but_for_its_newest_blocks(
     rows = np.where(np.arange(8)[None] // 4 == np.arange(2)[:, None], own, -1) if packed else own[None]
     lanes = np.array([2, 0] if packed else [1], np.int32)
     maps, held = filled(rng, n_slots, own)
-    since = np.int32(CLOCK * L)
+    since = jnp.int32(CLOCK * L)
     maps = (kernels.touch if pins else kernels.renew)(Maps(*map(jnp.asarray, maps)), jnp.asarray(before), since)
     victims = kernels.victims(EVICTIONS[policy](maps, since), since, n_zones)
     room = kernels.room(maps, victims, 2 if zones == "layer" else L + 1)
