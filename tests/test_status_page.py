@@ -129,6 +129,7 @@ def test_bars_and_numbers_under_load(server, page, tmp_path):
       page.screenshot(path=PICTURE, full_page=True)
     assert [of.result() for of in asked] == [200] * len(asked)
   until(page, "document.querySelector('#n-decode').textContent === '0'")
+  until(page, "document.querySelector('#sums').innerText.includes('cancelled: 1')")
   after = page.locator("#sums").inner_text()
   assert "0 tokens made" in before and "400: 1" in after and "cancelled: 1" in after and "none" in before
   assert page.locator(".bar").count() == 7 + 6 * bool(PICTURE)
