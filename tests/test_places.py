@@ -25,7 +25,7 @@ from tests.cases import IMPLEMENTATIONS
 from tests.test_exactness import CPU_AND_GPU
 from tests.tiny import check_nothing_is_held, config, greedy, new_engine, prompt_of, tiny_model, with_slots
 
-K, L, M, R = 2, 2, 24, 3
+K, L, M, R = 2, 4, 24, 3
 SINCE = 100  # the first stamp of the program
 # Of a block, which is all that it holds.
 POOL = np.broadcast_to(np.arange(K * L * M, dtype=np.float32).reshape(K, L, M, 1, 1, 1), (K, L, M, 2, 4, 16))
@@ -84,7 +84,7 @@ def test_a_piece_takes_slots_that_nobody_needs_but_for_its_newest_blocks(
   """Of any maps. It enters as new, what else enters as spare, and slots hold what they are said to."""
   begin, enter = programs(zones, policy, pins, implementation)
   n_zones, n_read, n_kept = {"shared": 1, "layer": L, "lane": R}[zones], 0, 0
-  for seed, n_slots in itertools.product(range(8), (6, 24, 60)):
+  for seed, n_slots in itertools.product(range(8), (12, 24, 60)):
     rng = np.random.default_rng(seed)
     blocks = rng.permutation(M).astype(np.int32)
     own, before = blocks[None, :8], np.where(np.arange(8) < 6, blocks[8:16], -1).astype(np.int32)
