@@ -158,7 +158,7 @@ def test_prompts_that_share_come_and_go(device, rung: str, monkeypatch):
   """Begun alike, cancelled while they are brought, preempted; saves land late. Every token is the model's."""
   slots, more = RUNGS[rung]
   conf = config(
-    "sparse.policy=dense", "sparse.token_budget=32", "scheduler.max_context=128", "cache.dram_bytes=152KiB",
+    "sparse.policy=dense", "sparse.token_budget=32", "scheduler.max_context=128", "cache.dram_bytes=112KiB",
     "scheduler.reserve=on_demand", "scheduler.max_inject_tokens=64", *more,
   )  # fmt: skip
   if jax.device_count() < conf.tp:
@@ -175,9 +175,9 @@ def test_prompts_that_share_come_and_go(device, rung: str, monkeypatch):
   prompts = [[*stems[i % 3][:n], i] for i, n in enumerate((88, 88, 70, 88, 40, 88, 88, 16))]
   requests: list[Request] = []
   most_spare = 0
-  while len(requests) < 40 or engine.has_work:
-    if len(requests) < 40 and rng.random() < 0.4:
-      requests.append(engine.add_request(prompts[rng.integers(8)], int(rng.integers(1, 20))))
+  while len(requests) < 30 or engine.has_work:
+    if len(requests) < 30 and rng.random() < 0.4:
+      requests.append(engine.add_request(prompts[rng.integers(8)], int(rng.choice([1, 12, 38]))))
     if rng.random() < 0.06 and requests:
       engine.cancel(requests[rng.integers(len(requests))].id)
     engine.step()
