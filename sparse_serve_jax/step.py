@@ -287,8 +287,8 @@ def prefill_segment(
     kv = jnp.stack([k, v]).reshape(2, -1, size, *k.shape[1:]).transpose(3, 1, 0, 2, 4)  # [K, n, 2, S, D]
     new = NewBlocks(kv[:, None], i, ids, blocks)
     cache = cache.replace(hot=save_digests(setup.saving, cache.hot, new))
-    brings = before is not None and (setup.pins or (setup.keeps and attention.selector is None))
-    entering = Entering(*own, newest, before.blocks if brings else ids[:0], setup.pins, room)
+    brings = setup.pins or (setup.keeps and attention.selector is None)
+    entering = Entering(*own, newest, before.blocks if before and brings else ids[:0], setup.pins, room)
     cache, given, brought = enter_piece(cache, new.kv, i, entering, turn._replace(given=given), setup.implementation)
     o, read = attention(q, k, v, cache, i, piece)
     if before is not None:  # which attention has read: only now the pool is written

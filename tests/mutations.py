@@ -21,6 +21,9 @@ ATTEND, RESIDENCY, COPIES, SELECTION = (
 TILES = "tests/test_kernel_tiles.py"
 ZONES, RULES, PREFIX = "tests/test_zones.py", "tests/test_stop_rules.py", "tests/test_prefix.py"
 AUDIT, ON_DEMAND = "tests/test_audit.py", "tests/test_on_demand.py"
+ENTERS = (
+  "tests/test_places.py::test_a_piece_takes_slots_that_nobody_needs_but_for_its_newest_blocks[shared-lru-False-xla]"
+)
 STOP = "pallas_kernels/stop.py"
 MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
@@ -507,6 +510,27 @@ MUTATIONS = [
     "jnp.full(n_before, not pins)",
     "jnp.full(n_before, False)",
     ("tests/test_cache_machine.py::TestCacheMachine::runTest",),
+  ),
+  Mutation(
+    "what comes before a piece takes slots that others need",
+    "sparse_serve_jax/memory/places.py",
+    "jnp.cumsum(missing, 1) <= left[0]",
+    "jnp.cumsum(missing, 1) >= 0",
+    (ENTERS,),
+  ),
+  Mutation(
+    "and so do a piece's own blocks, once that is there",
+    "sparse_serve_jax/memory/places.py",
+    "(left - missing.sum(1).max())[:, None]",
+    "left[:, None]",
+    (ENTERS,),
+  ),
+  Mutation(
+    "what enters a slot counts as selected by a step",
+    "sparse_serve_jax/memory/places.py",
+    "0 if steps is None else n)",
+    "n)",
+    (ENTERS,),
   ),
   Mutation(
     "blocks without an owner keep their rank",

@@ -53,14 +53,14 @@ def enter_piece(
   (n_rows, n), (n_heads, n_before) = own.shape, missing.shape
   mine = jnp.where(newest | others, own, -1)[:, None, ::-1]  # the last ones first
   theirs = jnp.broadcast_to(jnp.where(missing, before[None], -1)[None], (n_rows, n_heads, n_before))
-  lists = jnp.concatenate([jnp.broadcast_to(mine, (n_rows, n_heads, n)), theirs], 2)
-  spare = jnp.concatenate([others.any(0)[::-1], jnp.full(n_before, not pins)])
+  lists = jnp.concatenate([theirs, jnp.broadcast_to(mine, (n_rows, n_heads, n))], 2)
+  spare = jnp.concatenate([jnp.full(n_before, not pins), others.any(0)[::-1]])
   stamps = hot.stamp(layer) + jnp.where(spare, kernels.SPARE, 0)
   maps, place, given = enter(hot, lists, layer, lanes, turn, stamps, None, implementation)
-  slots = kernels.place_blocks(hot.slots, kv, jnp.arange(n), place.max(0)[:, None, :n][..., ::-1], **on)
+  slots = kernels.place_blocks(hot.slots, kv, jnp.arange(n), place.max(0)[:, None, n_before:][..., ::-1], **on)
   if n_before:  # of one prompt
-    slots = kernels.load_blocks(cache.pool, slots, layer, theirs, place[..., n:], **on)
-  n_read = (place[..., n:] >= 0).sum((0, 2), dtype=jnp.int32)
+    slots = kernels.load_blocks(cache.pool, slots, layer, theirs, place[..., :n_before], **on)
+  n_read = (place[..., :n_before] >= 0).sum((0, 2), dtype=jnp.int32)
   return cache.replace(hot=hot.replace(slots=slots, maps=maps)), given, n_read
 
 
