@@ -125,13 +125,13 @@ def test_a_piece_takes_slots_that_nobody_needs_but_for_its_newest_blocks(
 # fmt: off
 RUNGS = {
   "hardly a slot": (5, []),
-  "few slots": (24, ["cache.load=gather"]),
-  "layers": (96, ["cache.zones=layer", "cache.load=per_block", "cache.save=per_block"]),
-  "lanes": (96, ["cache.zones=lane"]),
-  "fifo": (64, ["cache.eviction=fifo", "sparse.policy=psa", "sparse.threshold=1"]),
-  "staged": (64, ["cache.save=staged", "cache.load=staged"]),
-  "staged, on two devices": (64, ["cache.save=staged", "tp=2"]),
-  "chunked": (64, ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32", "cache.save=staged"]),
+  "few slots": (20, ["cache.load=gather"]),
+  "layers": (40, ["cache.zones=layer", "cache.load=per_block", "cache.save=per_block"]),
+  "lanes": (48, ["cache.zones=lane"]),
+  "fifo": (32, ["cache.eviction=fifo", "sparse.policy=psa", "sparse.threshold=1"]),
+  "staged": (32, ["cache.save=staged", "cache.load=staged"]),
+  "staged, on two devices": (32, ["cache.save=staged", "tp=2"]),
+  "chunked": (32, ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32", "cache.save=staged"]),
 }
 # fmt: on
 
@@ -158,8 +158,8 @@ def test_prompts_that_share_come_and_go(device, rung: str, monkeypatch):
   """Begun alike, cancelled while they are brought, preempted; saves land late. Every token is the model's."""
   slots, more = RUNGS[rung]
   conf = config(
-    "sparse.policy=dense", "sparse.token_budget=32", "scheduler.max_context=128", "cache.dram_bytes=112KiB",
-    "scheduler.reserve=on_demand", "scheduler.max_inject_tokens=64", *more,
+    "sparse.policy=dense", "sparse.token_budget=32", "scheduler.max_context=128", "cache.dram_bytes=68KiB",
+    "scheduler.reserve=on_demand", "scheduler.max_inject_tokens=64", "scheduler.batch_control=none", *more,
   )  # fmt: skip
   if jax.device_count() < conf.tp:
     pytest.skip(f"needs {conf.tp} devices, there is {jax.device_count()}")
@@ -177,7 +177,7 @@ def test_prompts_that_share_come_and_go(device, rung: str, monkeypatch):
   most_spare = 0
   while len(requests) < 30 or engine.has_work:
     if len(requests) < 30 and rng.random() < 0.4:
-      requests.append(engine.add_request(prompts[rng.integers(8)], int(rng.choice([1, 12, 38]))))
+      requests.append(engine.add_request(prompts[rng.integers(8)], 38))
     if rng.random() < 0.06 and requests:
       engine.cancel(requests[rng.integers(len(requests))].id)
     engine.step()
@@ -187,7 +187,7 @@ def test_prompts_that_share_come_and_go(device, rung: str, monkeypatch):
     expected = greedy("gqa2", tuple(request.prompt.tolist()), request.max_new_tokens)
     assert request.output_tokens == expected[: len(request.output_tokens)]
     assert request.state is State.CANCELLED or len(request.output_tokens) == len(expected)
-  assert sum(request.cached_tokens for request in requests) > 500
+  assert sum(request.cached_tokens for request in requests) > 200
   assert sum(request.preemptions for request in requests) and sum(r.state is State.CANCELLED for r in requests)
   assert engine.usage.blocks_loaded and (most_spare or slots == 5)
   check_nothing_is_held(engine)
