@@ -7,13 +7,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from sparse_serve_jax.models import Model, llama
+from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.asked import Asked
 from sparse_serve_jax.server.bodies import Bodies, Scored, usage
+from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.outputs import Output, Outputs, Piece
-from sparse_serve_jax.server.scoring import prompt_logprobs
-from sparse_serve_jax.serving.loop import Loop
 
 
 class Served(Protocol):
@@ -21,8 +20,7 @@ class Served(Protocol):
 
   model: Model
   served: str  # the model's name
-  weights: llama.Params | None  # on one device, for scores of prompts
-  loop: Loop
+  engines: Engines
   outputs: Outputs
 
 
@@ -30,8 +28,8 @@ class Answer:
   """Of one request. Whatever ends it, `close` cancels what has not ended."""
 
   def __init__(self, asked: Asked, served: Served):
-    self._asked, self._served = asked, served
-    self._model, self._loop, self._of_server = served.model, served.loop, served.outputs
+    self._asked = asked
+    self._model, self._engines, self._of_server = served.model, served.engines, served.outputs
     self._bodies = Bodies(asked.chat, served.served, served.model.tokenizer)
     self._news: asyncio.Queue[Piece] = asyncio.Queue()
     self._outputs: list[Output] = []
@@ -49,7 +47,7 @@ class Answer:
       if asked.echo:
         self._prompts = [await self._echo(prompt) for prompt in asked.prompts]
     except RuntimeError as error:
-      raise Refused(500 if self._loop.failed else 503, str(error)) from error
+      raise Refused(500 if self._engines.failed else 503, str(error)) from error
 
   def close(self) -> None:
     for output in self._outputs:
@@ -138,10 +136,9 @@ class Answer:
     text, n_top = self._model.tokenizer.decode(prompt, skip_special_tokens=False), self._asked.params.logprobs
     if n_top is None:
       return text, []
-    cfg, params = self._model.config, self._served.weights
-    if params is None:
+    if self._engines.config.tp > 1:
       raise Refused(400, "logprobs of a prompt (echo) take a model on one device, tp=1", "echo")
-    told = await asyncio.wrap_future(self._loop.call(lambda: prompt_logprobs(cfg, params, prompt, n_top)))
+    told = await asyncio.wrap_future(self._engines.score(prompt, n_top))
     return text, list(zip(prompt, told, strict=True))
 
   def _usage(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,15 +22,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from sparse_serve_jax.mesh import make_mesh
-from sparse_serve_jax.models import Model, place_params
+from sparse_serve_jax.models import Model
 from sparse_serve_jax.server import asked
 from sparse_serve_jax.server.answers import Answer
+from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
-from sparse_serve_jax.server.measures import Measures
 from sparse_serve_jax.server.outputs import Outputs
-from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.loop import Loop
 
 _LOG = logging.getLogger(__name__)
 _ENCODERS = 2  # threads that encode prompts
@@ -45,13 +43,14 @@ class Limits:
 class Server:
   """What the endpoints share. Made within the event loop."""
 
-  def __init__(self, engine: Engine, model: Model, served: str, limits: Limits, api_key: str | None):
-    self.model, self.served, self.limits, self._key = model, served, limits, api_key
-    self.max_request_tokens = engine.max_request_tokens
-    # The engine's own, not a copy; None where they are split over devices, which scores no prompts.
-    self.weights = place_params(model, make_mesh(1)) if engine.config.tp == 1 else None
-    self.measures, self.loop = Measures(engine), Loop(engine)
-    self.outputs = Outputs(self.loop, model.tokenizer, self.measures)
+  def __init__(self, engines: Engines, model: Model, served: str, limits: Limits, api_key: str | None):
+    self.engines, self.model, self.served, self.limits, self._key = engines, model, served, limits, api_key
+    self.max_request_tokens = engines.max_request_tokens
+    self.registry = CollectorRegistry()
+    of = {"namespace": "sparse_serve", "registry": self.registry}
+    self.refused = Counter("refused", "Requests that were answered with an error, by the status.", ["status"], **of)
+    self.registry.register(engines)  # pyright: ignore[reportArgumentType]  # whose class need not be its Collector
+    self.outputs = Outputs(engines, model.tokenizer)
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
     self.draining, self.n_answers = False, 0
 
@@ -170,7 +169,7 @@ def _json(body: bytes) -> Any:
 
 
 def _refusal(server: Server, refused: Refused) -> Response:
-  server.measures.refused.labels(str(refused.status)).inc()
+  server.refused.labels(str(refused.status)).inc()
   return JSONResponse(refused.body(), refused.status)
 
 
@@ -215,16 +214,16 @@ def make_app(server: Server, version: str) -> Starlette:
     return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
 
   async def health(_: Request) -> Response:
-    status = "failed" if server.loop.failed else "draining" if server.draining else "ok"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    told = server.engines.health()
+    told |= {"status": "draining"} if server.draining and told["status"] == "ok" else {}
+    return JSONResponse(told, 200 if told["status"] == "ok" else 503)
 
   async def versions(_: Request) -> Response:
     return JSONResponse({"version": version})
 
   async def metrics(_: Request) -> Response:
-    server.measures.waiting.set(server.outputs.n_waiting)
-    server.measures.running.set(server.outputs.n_running)
-    return Response(server.measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = await asyncio.to_thread(generate_latest, server.registry)  # engines elsewhere are asked
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
   async def no_such(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500

@@ -1,10 +1,11 @@
-"""What /metrics tells, in the form of Prometheus."""
+"""What /metrics tells of an engine, in the form of Prometheus."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.loop import Loop
 from sparse_serve_jax.serving.metrics import time_to_first_token, times_between_tokens
 from sparse_serve_jax.serving.request import Request
 
@@ -13,10 +14,10 @@ _TBT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Measures:
-  """Numbers of one server, in a registry of its own."""
+  """Numbers of one engine, in a registry of its own."""
 
-  def __init__(self, engine: Engine):
-    self._engine, self.registry = engine, CollectorRegistry()
+  def __init__(self, engine: Engine, loop: Loop):
+    self.registry = CollectorRegistry()
     of = {"namespace": "sparse_serve", "registry": self.registry}
     self._ttft = Histogram("time_to_first_token_seconds", "From arrival to the first token.", buckets=_TTFT, **of)
     self._tbt = Histogram("time_between_tokens_seconds", "Gaps between output tokens.", buckets=_TBT, **of)
@@ -24,11 +25,10 @@ class Measures:
     self._prompt = Counter("prompt_tokens", "Tokens of prompts of outputs that ended.", **of)
     self._cached = Counter("cached_tokens", "Of these, tokens that the cache held.", **of)
     self._output = Counter("output_tokens", "Tokens of outputs that ended.", **of)
-    self.refused = Counter("refused", "Requests that were answered with an error, by the status.", ["status"], **of)
-    self.waiting = Gauge("requests_waiting", "Outputs that have no token yet.", **of)
-    self.running = Gauge("requests_running", "Outputs that have a token and go on.", **of)
     usage, shape = engine.usage, engine.executor.shape
     for name, about, value in (
+      ("requests_waiting", "Outputs that have no token yet.", lambda: loop.waiting),
+      ("requests_running", "Outputs that have a token and go on.", lambda: loop.live - loop.waiting),
       ("iterations", "Iterations of the engine since its start.", lambda: usage.iterations),
       ("blocks_attended", "Blocks that decode attended to since the start.", lambda: usage.blocks_attended),
       ("blocks_loaded", "Blocks loaded from DRAM since the start.", lambda: usage.blocks_loaded),
@@ -51,6 +51,3 @@ class Measures:
       self._ttft.observe(time_to_first_token(request))
     for gap in times_between_tokens(request):
       self._tbt.observe(float(gap))
-
-  def text(self) -> bytes:
-    return generate_latest(self.registry)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from sparse_serve_jax.detokenizer import Detokenizer
 from sparse_serve_jax.sampling_params import SamplingParams
-from sparse_serve_jax.server.measures import Measures
-from sparse_serve_jax.serving.loop import Loop, Stream
+from sparse_serve_jax.server.engines import Engines
+from sparse_serve_jax.serving.loop import Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.tokenizing import Tokenizer
 
@@ -59,8 +59,8 @@ class Output:
 class Outputs:
   """All outputs of a server that have not ended. The event loop is woken once for what comes together."""
 
-  def __init__(self, loop: Loop, tokenizer: Tokenizer, measures: Measures):
-    self._loop, self._tokenizer, self._measures = loop, tokenizer, measures
+  def __init__(self, engines: Engines, tokenizer: Tokenizer):
+    self._engines, self._tokenizer = engines, tokenizer
     self._events = asyncio.get_running_loop()
     self._lock = threading.Lock()  # guards the next two
     self._come: deque[tuple[Stream, int | None]] = deque()
@@ -71,23 +71,19 @@ class Outputs:
   def n_waiting(self) -> int:
     return sum(output.n_tokens == 0 for output in self._of.values())
 
-  @property
-  def n_running(self) -> int:
-    return len(self._of) - self.n_waiting
-
   def add(self, index: int, prompt: list[int], params: SamplingParams, news: asyncio.Queue[Piece]) -> Output:
-    """Raises RuntimeError: the loop takes no more."""
+    """Raises RuntimeError: no engine takes it."""
     output = Output(index, self._tokenizer, params, news)
-    output.stream = self._loop.submit(prompt, sink=self._sink, params=params)
+    output.stream = self._engines.submit(prompt, sink=self._sink, params=params)
     self._of[output.stream] = output
     return output
 
   def cancel(self, output: Output) -> None:
     if output.stream is not None:
-      self._loop.cancel(output.stream)
+      self._engines.cancel(output.stream)
 
   def _sink(self, stream: Stream, token: int | None) -> None:
-    """Called by the engine's thread."""
+    """Called by an engine's thread."""
     with self._lock:
       self._come.append((stream, token))
       wake, self._woken = not self._woken, True
@@ -104,7 +100,6 @@ class Outputs:
       output.take(token)
       if token is None:
         del self._of[stream]
-        if stream.request is not None:
-          self._measures.ended(stream.request)
+        self._engines.ended(stream)
       elif output.stopped and not stopped:
-        self._loop.cancel(stream, "stop")
+        self._engines.cancel(stream, "stop")

@@ -15,18 +15,18 @@ import uvicorn
 from sparse_serve_jax import __version__
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.app import Limits, Server, make_app
-from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.server.engines import Engines
 
 _LOOK = 0.05  # seconds between looks at what is still to be answered, while the server ends
 
 
 def serve(
-  engine: Engine, model: Model, served: str, address: tuple[str, int], limits: Limits, api_key: str | None
+  engines: Engines, model: Model, served: str, address: tuple[str, int], limits: Limits, api_key: str | None
 ) -> None:
   """Serves until SIGTERM or SIGINT has come and what was asked before is answered. A second signal ends the process.
 
   Args:
-    engine: idle, and from now on the server's.
+    engines: idle, and from now on the server's.
     served: the name of the model that clients give.
     address: host and port; port 0 takes a free one. A line on stdout says which.
 
@@ -35,7 +35,7 @@ def serve(
   """
   listener = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
   with contextlib.closing(listener):
-    asyncio.run(_serve(listener, engine, model, served, limits, api_key))
+    asyncio.run(_serve(listener, engines, model, served, limits, api_key))
 
 
 class _Uvicorn(uvicorn.Server):
@@ -46,8 +46,8 @@ class _Uvicorn(uvicorn.Server):
     yield
 
 
-async def _serve(listener: socket.socket, engine: Engine, model: Model, *of: Any) -> None:
-  server = Server(engine, model, *of)
+async def _serve(listener: socket.socket, engines: Engines, model: Model, *of: Any) -> None:
+  server = Server(engines, model, *of)
   config = uvicorn.Config(
     make_app(server, __version__), log_level="warning", access_log=False, loop="asyncio", ws="none"
   )
@@ -73,4 +73,4 @@ async def _serve(listener: socket.socket, engine: Engine, model: Model, *of: Any
   try:
     await http.serve(sockets=[listener])
   finally:
-    await asyncio.to_thread(server.loop.close)
+    await asyncio.to_thread(engines.close)

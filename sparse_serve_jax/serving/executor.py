@@ -145,7 +145,10 @@ class JaxExecutor:
     NotImplementedError: the implementation does not run here, or cannot read where the pool lies.
   """
 
-  def __init__(self, config: EngineConfig, model: Model):
+  def __init__(self, config: EngineConfig, model: Model, sharing: int = 1):
+    """Places weights and an empty cache. `sharing` executors of processes of this host take alike of what sizes that
+    are left open are made of.
+    """
     config.check_model(model.config)
     if not model.name.startswith("random:"):
       config.sparse.refuse_drawn(f"{model.name}, whose weights are not random")
@@ -154,7 +157,7 @@ class JaxExecutor:
     cfg = model.config
     implementation = _implementation(config, cfg.head_dim)
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
-    config = sizes.resolve_here(config, model, self.mesh, cudnn)
+    config = sizes.resolve_here(config, model, self.mesh, cudnn, sharing)
     self.config, self.model = config, model
     self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)

@@ -140,6 +140,12 @@ class Loop:
     with self._changed:
       return len(self._live)
 
+  @property
+  def waiting(self) -> int:
+    """Of these, requests that have no token yet."""
+    with self._changed:
+      return sum(stream._request is None or not stream._request.output_tokens for stream in self._live)
+
   def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink | None = None, **options: Any) -> Stream:
     """Queues token ids and returns at once. `options` go to `Engine.add_request`, which may refuse them: the stream
     then ends with its ValueError. With a `sink` tokens go there, and the stream need not be read.
