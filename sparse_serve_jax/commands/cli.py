@@ -97,6 +97,14 @@ def define_out(what: str, required: bool = True) -> flags.FlagHolder[Any]:
   return out
 
 
+def define_ray() -> flags.FlagHolder[bool]:
+  """--ray, of commands whose parts can run in several processes at once."""
+  with group("How it is run"):
+    return flags.DEFINE_bool(
+      "ray", False, "Parts run beside each other, in a process for each GPU of a Ray cluster, or of this machine."
+    )
+
+
 def define_verbose() -> flags.FlagHolder[bool]:
   """--verbose, which `run` reads."""
   with group("Results"):

@@ -15,14 +15,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import NoReturn
 
-import jax
 from absl import flags, logging
 
 from sparse_serve_jax import runtime
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import load_config, override
-from sparse_serve_jax.models import load_model
-from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 
@@ -61,8 +59,7 @@ def main(model_path: str | None = None) -> None:
   if _REPLICAS.value > 1:
     from sparse_serve_jax.server.replicas import Fleet
 
-    jax.config.update("jax_platforms", "cpu")  # of this process, which computes nothing: GPUs are the replicas'
-    model = load_model(model_path, _DTYPE.value)
+    model = load_model_for_others(model_path, _DTYPE.value)
     served_by = Fleet(_REPLICAS.value, config, model_path, _DTYPE.value)
   else:
     model = load_model_here(model_path, dtype=_DTYPE.value)
