@@ -105,6 +105,32 @@ def define_ray() -> flags.FlagHolder[bool]:
     )
 
 
+class HostsFlags:
+  """--coordinator, --hosts and --host_index: of a command that several processes run."""
+
+  def __init__(self):
+    with group("Several processes"):
+      self._coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT at which the first process listens.")
+      self._hosts = flags.DEFINE_integer("hosts", 1, "Processes, each with this command line but for:", lower_bound=1)
+      self._index = flags.DEFINE_integer("host_index", 0, "The number of this one, from 0 on.", lower_bound=0)
+
+  @property
+  def is_first(self) -> bool:
+    """Whether this process reads requests and prints."""
+    return self._index.value == 0
+
+  def join(self) -> None:
+    """Waits for the others. From then on only the first process has a stdout."""
+    if self._hosts.value == 1 and self._coordinator.value is None and self.is_first:
+      return
+    from sparse_serve_jax import hosts  # slow to import
+
+    hosts.join(self._coordinator.value or "", self._hosts.value, self._index.value)
+    own = os.dup(1)
+    os.dup2(2, 1)  # libraries in C tell there whom they have met
+    sys.stdout = open(own if self.is_first else os.devnull, "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+
+
 def define_verbose() -> flags.FlagHolder[bool]:
   """--verbose, which `run` reads."""
   with group("Results"):

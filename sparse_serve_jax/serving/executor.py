@@ -225,6 +225,8 @@ class JaxExecutor:
     cache = create(self.shape, self.mesh)
     if "staged" not in (self.config.cache.load, self.config.cache.save):
       return cache
+    if jax.process_count() > 1:
+      raise NotImplementedError("staged loads and saves are for one process: set cache.load and cache.save to others")
     self._host = HostPool(self.mesh.size, pinned_buffer if host_pool.memory_kind() else None)
     if self.config.cache.save == "staged":
       self._writer = Writer(self._host, self.shape.saving_bytes // 2)

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 
+import jax
 from jax.sharding import Mesh
 
 from sparse_serve_jax.attention.methods import get_method
@@ -62,6 +63,11 @@ def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool, sh
   """`resolve` on this machine, whose memory `sharing` processes share. A line of the log says what has been derived."""
   if not is_open(config):
     return config
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"cache.hbm_bytes={config.cache.hbm_bytes} and cache.dram_bytes={config.cache.dram_bytes}: {jax.process_count()} "
+      "processes must have the same sizes, give numbers"
+    )
   free = free_here(is_placed(model, mesh), sharing)
   made = resolve(config, model.config, free, cudnn)
   _LOG.warning("%s", text(config, made, CacheShape.of(model.config, made, _vectors(config)), free))
