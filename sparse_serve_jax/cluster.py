@@ -6,6 +6,7 @@ import atexit
 import concurrent.futures
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def once(function: Callable[[], Any], tp: int = 1) -> Any:
   return ray.get(ray.remote(num_gpus=gpus_each(ray, 1, tp))(_Made).remote(lambda: None).run.remote(function))
 
 
-def spread(make: Callable[[], Any], items: Sequence[Item], do: Callable[[Call, Item], None], tp: int = 1) -> None:
+def spread(make: Callable[[], Any], items: Sequence[Item], do: Callable[[Call, Item], object], tp: int = 1) -> None:
   """Works on items in as many processes at once as the cluster has GPUs for, `tp` each; where it has none, CPUs.
 
   Args:
@@ -74,7 +75,7 @@ def spread(make: Callable[[], Any], items: Sequence[Item], do: Callable[[Call, I
   gpus = gpus_each(ray, 1, tp)
   there = ray.cluster_resources()
   n = min(len(items), int(there.get("GPU", 0)) // tp if gpus else int(there.get("CPU", 1)))
-  actors, left = [], iter(items)
+  actors, left, stopped = [], iter(items), threading.Event()
 
   def work() -> None:
     mine = []  # one at most, and none for items that need nothing done
@@ -91,6 +92,8 @@ def spread(make: Callable[[], Any], items: Sequence[Item], do: Callable[[Call, I
         raise ChildProcessError(f"a process has ended: {error}") from None
 
     for item in left:  # all threads take of one iterator
+      if stopped.is_set():
+        return
       do(call, item)
     for actor in mine:
       ray.kill(actor)  # others may wait for its GPUs
@@ -100,7 +103,7 @@ def spread(make: Callable[[], Any], items: Sequence[Item], do: Callable[[Call, I
       for done in concurrent.futures.as_completed([threads.submit(work) for _ in range(n)]):
         done.result()
     except BaseException:
-      left = iter(())
+      stopped.set()
       for actor in actors:
         ray.kill(actor)
       raise

@@ -105,7 +105,7 @@ def _measured(
     for rung in run.rungs:
       measure(run, rung)
   else:  # the first cell is what all are compared with
-    cluster.spread(make, run.rungs[:1], lambda call, rung: elsewhere(call).cell(rung, rates[0]) and None, tp)
+    cluster.spread(make, run.rungs[:1], lambda call, rung: elsewhere(call).cell(rung, rates[0]), tp)
     cluster.spread(make, run.rungs, lambda call, rung: measure(elsewhere(call), rung), tp)
   return {rung: found[rung] for rung in run.rungs if rung in found}
 

@@ -121,7 +121,7 @@ class Replica:
     return [self._tell(*item) for item in come]
 
   def score(self, prompt: np.ndarray, n_top: int) -> Scores:
-    return self._one.score(prompt, n_top).result()
+    return self._one.score(prompt.tolist(), n_top).result()
 
   def collect(self) -> list[Metric]:
     return list(self._one.collect())
@@ -248,7 +248,7 @@ class Fleet:
   def score(self, prompt: list[int], n_top: int) -> Future[Scores]:
     with self._lock:
       actor = self._places[self._router.choose([], self._loads())].actor
-    return self._calls.submit(lambda: self._get(actor.score.remote(np.asarray(prompt, np.int32), n_top)))
+    return self._calls.submit(self._scored, actor.score.remote(np.asarray(prompt, np.int32), n_top))
 
   def ended(self, stream: Stream) -> None:
     """The replica has counted it."""
@@ -293,6 +293,12 @@ class Fleet:
       raise RuntimeError(f"no replica serves now: {', '.join(f'{p.index} {p.status}' for p in self._places)}")
     return loads
 
+  def _scored(self, ref: Any) -> Scores:
+    try:
+      return self._get(ref)
+    except OSError as error:
+      raise RuntimeError(str(error)) from None
+
   def _get(self, ref: Any, timeout: float | None = None) -> Any:
     """What a call of a replica returned. Raises what the call did; ChildProcessError: the replica has ended;
     TimeoutError.
@@ -334,6 +340,8 @@ class Fleet:
     for i in range(_TRIES):
       self._ray.kill(place.actor)
       time.sleep(_PAUSE * bool(i))
+      if self._closing:
+        return False
       place.actor = self._class.remote()
       try:
         self._get(place.actor.start.remote(self.config, *self._start, 1))  # its sizes stand since the first start
