@@ -93,6 +93,6 @@ def test_what_processes_cannot_agree_on_is_refused():
   ],
 )
 def test_what_depends_on_one_process_is_refused(flags, message):
-  done = ended(start(2, "run", "--model=random:tiny", "--limit=2", "--prompt_tokens=100", *flags))
+  done = ended(start(2, "run", "--model=random:tiny", "--limit=2", "--prompt_tokens=300", *flags))
   assert [status for status, _, _ in done] == [2, 2]
   assert all(message in errors for _, _, errors in done), done
