@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.test_server import GREEDY, IGNORE, PROMPT, SOON, Process, complete
+from tests.test_server import CODE, GREEDY, IGNORE, PROMPT, SOON, Process, complete
 
 pytest.importorskip("ray")
 
@@ -125,6 +127,31 @@ def test_one_that_dies_ends_its_requests_and_comes_again(server):
     time.sleep(0.1)
   assert sum(counted(server, "replica_restarts_total").values()) == 1
   assert set(counted(server, "requests_running")) == {"0", "1"}
+
+
+def test_while_none_serves_it_says_so(server):
+  for pid in pids_of_replicas(server):
+    os.kill(pid, signal.SIGKILL)
+  deadline = time.monotonic() + SOON
+  while server.http.get("/health").status_code == 200 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  with pytest.raises(openai.InternalServerError, match="no replica serves now: 0 starting, 1 starting") as refused:
+    complete(server)
+  assert refused.value.status_code == 503 and counted(server, "replica_up") == {"0": 0, "1": 0}
+  while counted(server, "replica_up") != {"0": 1, "1": 1} and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert complete(server).choices[0].text
+
+
+def test_what_does_not_fit_is_told_in_a_line():
+  done = subprocess.run(
+    [sys.executable, "-c", CODE, "serve", str(MODEL), "--port=0", "--replicas=2", "--set=cache.hbm_bytes=1KB"],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert done.returncode == 2 and len(errors) == 1 and "cache.hbm_bytes=1000" in errors[0], done.stderr
 
 
 def test_a_signal_ends_it_after_what_it_has(server):

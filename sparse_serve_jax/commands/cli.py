@@ -111,8 +111,12 @@ class HostsFlags:
   def __init__(self):
     with group("Several processes"):
       self._coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT at which the first process listens.")
-      self._hosts = flags.DEFINE_integer("hosts", 1, "Processes, each with this command line but for:", lower_bound=1)
-      self._index = flags.DEFINE_integer("host_index", 0, "The number of this one, from 0 on.", lower_bound=0)
+      self._hosts = flags.DEFINE_integer(
+        "hosts", 1, "Processes, each with these flags but its own number.", lower_bound=1
+      )
+      self._index = flags.DEFINE_integer(
+        "host_index", 0, "The number of this process, from 0 on; the first reads and prints.", lower_bound=0
+      )
 
   @property
   def is_first(self) -> bool:
