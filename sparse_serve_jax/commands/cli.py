@@ -115,7 +115,7 @@ class HostsFlags:
         "hosts", 1, "Processes, each with these flags but its own number.", lower_bound=1
       )
       self._index = flags.DEFINE_integer(
-        "host_index", 0, "The number of this process, from 0 on; the first reads and prints.", lower_bound=0
+        "host_index", 0, "Which of the processes this is, from 0 on; the first one reads and prints.", lower_bound=0
       )
 
   @property
