@@ -14,15 +14,13 @@ from tqdm import tqdm
 
 from sparse_serve_jax import prompting
 from sparse_serve_jax.config import EngineConfig, load_config, override
-from sparse_serve_jax.detokenizer import Detokenizer
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import place_params
 from sparse_serve_jax.models.here import load_model_here
-from sparse_serve_jax.outputs import FinishReason, RequestOutput, Sample, Times
+from sparse_serve_jax.outputs import Reading, RequestOutput, Sample
 from sparse_serve_jax.sampling_params import SamplingOptions, SamplingParams
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.metrics import request_metrics
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.tokenizing import Message
 
@@ -326,7 +324,7 @@ class TextStream(Iterator[str]):
 
 
 class _Output:
-  """A request in the engine, and its text as far as that is wanted while it runs: by a stream, or for stop strings."""
+  """A request in the engine, which a stream, a callback or nobody follows."""
 
   def __init__(
     self,
@@ -338,52 +336,33 @@ class _Output:
     on_token: OnToken | None = None,
     text: bool = False,
   ):
-    self._tokenizer, self._params, self._on_token = llm.model.tokenizer, params, on_token
-    self._detokenizer = Detokenizer(self._tokenizer, params.stop, params.min_tokens) if params.stop or text else None
-    self._n_tokens, self._text = 0, text  # tokens taken before a stop string came; whether `pieces` are read
-    self.pieces: deque[str] = deque()  # not empty ones, that a stream has not read yet
+    self._reading, self._on_token = Reading(llm.model.tokenizer, params, pieces=text), on_token
+    self._text, self.pieces = text, deque[str]()  # whether these are read; not empty ones, that are not read yet
     self.engine = llm.engine
-    called = self._take if self._detokenizer else on_token
+    called = self._take if params.stop or text else on_token
     self.request = self.engine.add_request(prompt, params=params, request_id=name, on_token=called)
     self.prompt_ids: list[int] = self.request.prompt.tolist()
 
   def _take(self, request: Request, token: int) -> None:
-    assert self._detokenizer is not None
-    if self._detokenizer.stopped:  # the token was on its way
+    if self._reading.stopped:
       return
-    self._n_tokens += 1
-    piece = self._detokenizer.push(token)
+    piece = self._reading.push(token)
     if piece and self._text:
       self.pieces.append(piece)
     if self._on_token is not None:
       self._on_token(request, token)
-    if self._detokenizer.stopped:
+    if self._reading.stopped:
       self.engine.cancel(request.id, "stop")
 
   def finish(self) -> str:
-    """After the end: the rest of the text, which is told once."""
-    return self._detokenizer.finish() if self._detokenizer else ""
+    return self._reading.finish()
+
+  def sample(self) -> Sample:
+    return self._reading.sample(self.request)
 
   def raise_of_callback(self) -> None:
     if self.request.error is not None and self.request.finish_reason != "error":
       raise self.request.error
-
-  def sample(self) -> Sample:
-    """After the end."""
-    request, tokens = self.request, self.request.output_tokens
-    if self._detokenizer is None:
-      text, stopped = self._tokenizer.decode(tokens), False
-    else:
-      self._detokenizer.finish()
-      text, stopped = self._detokenizer.text, self._detokenizer.stopped
-      tokens = tokens[: self._n_tokens]
-    failed = request.finish_reason == "error"
-    reason = "stop" if stopped and not failed else cast(FinishReason, request.finish_reason)
-    told = request.logprobs[: len(tokens)] if self._params.logprobs is not None else None
-    times = request_metrics(request)
-    assert times["total_s"] is not None
-    at = Times(times["scheduling_delay_s"], times["ttft_s"], times["tbt_mean_s"], times["total_s"])
-    return Sample(text, tokens, reason, told, at, request.cached_tokens, str(request.error) if failed else None)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -1,11 +1,16 @@
-"""What comes back from an LLM for a prompt."""
+"""What comes back for a prompt: text as it comes, and what became of it at the end."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
+from sparse_serve_jax.detokenizer import Detokenizer
+from sparse_serve_jax.sampling_params import SamplingParams
+from sparse_serve_jax.serving.metrics import request_metrics
 from sparse_serve_jax.serving.plan import TokenLogprobs
+from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.tokenizing import Tokenizer
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
@@ -81,3 +86,48 @@ class RequestOutput:
   def usage(self) -> Usage:
     n_output = sum(len(sample.token_ids) for sample in self.samples)
     return Usage(len(self.prompt_token_ids), n_output, self.samples[0].cached_tokens)
+
+
+class Reading:
+  """One request's tokens as they become text, up to a stop string."""
+
+  def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, pieces: bool):
+    """`pieces`: the text is wanted as it comes. If not, and without stop strings, it is made at the end, at once."""
+    self._tokenizer, self._wants_logprobs = tokenizer, params.logprobs is not None
+    wanted = pieces or bool(params.stop)
+    self._detokenizer = Detokenizer(tokenizer, params.stop, params.min_tokens) if wanted else None
+    self.n_tokens = 0  # that were pushed, up to the one that ended a stop string
+
+  @property
+  def stopped(self) -> bool:
+    """Whether a stop string has come: tokens that follow were on their way, and are not pushed."""
+    return self._detokenizer is not None and self._detokenizer.stopped
+
+  def push(self, token: int) -> str:
+    """Takes the next token. Returns the text that is certain now and was not before, often none."""
+    self.n_tokens += 1
+    return self._detokenizer.push(token) if self._detokenizer else ""
+
+  def finish(self) -> str:
+    """After the last token: the rest of the text, which is told once."""
+    return self._detokenizer.finish() if self._detokenizer else ""
+
+  def finish_reason(self, request: Request) -> FinishReason:
+    """After the end."""
+    failed = request.finish_reason == "error"
+    return "stop" if self.stopped and not failed else cast(FinishReason, request.finish_reason)
+
+  def sample(self, request: Request) -> Sample:
+    """After the end."""
+    self.finish()
+    if self._detokenizer is None:
+      tokens, text = request.output_tokens, self._tokenizer.decode(request.output_tokens)
+    else:
+      tokens, text = request.output_tokens[: self.n_tokens], self._detokenizer.text
+    told = request.logprobs[: len(tokens)] if self._wants_logprobs else None
+    times, reason = request_metrics(request), self.finish_reason(request)
+    assert times["total_s"] is not None
+    at = Times(times["scheduling_delay_s"], times["ttft_s"], times["tbt_mean_s"], times["total_s"])
+    return Sample(
+      text, tokens, reason, told, at, request.cached_tokens, str(request.error) if reason == "error" else None
+    )

@@ -23,6 +23,11 @@ class Tokenizer(Encoder, Protocol):
 
   vocab_size: int
 
+  @property
+  def special_tokens(self) -> Mapping[str, str]:
+    """By name: "bos_token" -> "<s>"."""
+    ...
+
   def encode(
     self, text: str, add_special_tokens: bool = True, special_tokens_in_text: Typed = "token"
   ) -> list[int]: ...

@@ -51,7 +51,7 @@ SUMMARY = {
   "blocks_loaded",
   "blocks_saved",
   "peak_hbm_kv_bytes",
-  "dram_kv_bytes",
+  "peak_dram_kv_bytes",
 }
 OTHERS = {"docs/notebooks", "config/", "data/"}  # made by a command; of a LongBench directory
 FIELDS = {

@@ -249,7 +249,7 @@ def test_usage_is_counted():
   assert usage.blocks_attended == 4 * 3 * 3 and usage.blocks_loaded == 3 * 3 and usage.hbm_hit_rate == 0.75
   assert usage.blocks_saved == usage.iterations == len(executor.plans)
   assert usage.peak_hbm_kv_bytes == executor.shape.fixed_bytes + 2 * 256  # at most two rows decode
-  assert usage.dram_kv_bytes == 3 * 2 * 2 * 2 * 256  # requests, their blocks, layers, heads, bytes
+  assert usage.peak_dram_kv_bytes == 3 * 2 * 2 * 2 * 256  # requests, their blocks, layers, heads, bytes
 
 
 def test_the_observer_sees_every_plan_with_its_result_in_order():

@@ -61,7 +61,7 @@ def check(dense: Run, sparse_serve: Run) -> None:
   assert dense.summary["refused"] == sparse_serve.summary["refused"] == 0
   assert dense.summary["output_tokens"] > 0
 
-  shape, kv = sparse_serve.shape, sparse_serve.summary["dram_kv_bytes"]
+  shape, kv = sparse_serve.shape, sparse_serve.summary["peak_dram_kv_bytes"]
   # Blocks of output that was not written are not in the pool: less than 8 times what slots hold.
   assert 7 * shape.P * shape.block_bytes <= kv <= sparse_serve.config.cache.dram_bytes
   assert sparse_serve.summary["peak_hbm_kv_bytes"] <= sparse_serve.config.cache.hbm_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import metrics
-from sparse_serve_jax.serving.plan import StepStats
+from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, Sampling, StepStats
 from sparse_serve_jax.serving.request import Request
 
 SHAPE = CacheShape(
@@ -26,12 +26,19 @@ def request(arrival: float, scheduled: float, times: list[float], n_prompt: int 
   return made
 
 
+def plan(rows: int, tokens: int, n_layers: int = 2) -> Plan:
+  """So many decode rows, and a piece of a prompt through some layers."""
+  work = PrefillWork("p", 0, np.zeros(tokens, np.int32), 0, 0, n_layers, False, Sampling())
+  row = DecodeRow("d", 0, 0, 0, Sampling())
+  return Plan(1, np.zeros(0, np.int32), (), (work,) if tokens else (), (row,) * rows, ())
+
+
 def usage(offload: bool = True) -> metrics.Usage:
   made = metrics.Usage(dataclasses.replace(SHAPE, offload=offload))
   for attended, loaded, saved, slots, pool in [(10, 1, 6, 20, 4), (30, 4, 0, 30, 9), (0, 0, 0, 25, 5)]:
     made.count_pool(pool)
     missed = loaded - 1 if loaded else 0  # one block was read for a prefill
-    made.count_step(StepStats(attended, missed, loaded, saved, slots if offload else 0))
+    made.count_step(plan(attended // 10, saved), StepStats(attended, missed, loaded, saved, slots * offload), 2)
   return made
 
 
@@ -70,12 +77,28 @@ def test_summary_by_hand():
     blocks_loaded=5,
     blocks_saved=6,
     peak_hbm_kv_bytes=SHAPE.fixed_bytes + 30 * 256,
-    dram_kv_bytes=9 * 3 * 2 * 256,
+    peak_dram_kv_bytes=9 * 3 * 2 * 256,
   )
 
 
 def test_without_offload_the_pool_lies_in_hbm():
-  assert (usage(False).peak_hbm_kv_bytes, usage(False).dram_kv_bytes) == (SHAPE.fixed_bytes + 9 * 3 * 2 * 256, 0)
+  assert (usage(False).peak_hbm_kv_bytes, usage(False).peak_dram_kv_bytes) == (SHAPE.fixed_bytes + 9 * 3 * 2 * 256, 0)
+
+
+def test_sums_of_iterations():
+  """Two decode, of 1 and 3 rows; 6 tokens of a prompt pass 2 of 3 layers; the third told nothing of slots."""
+  made = usage()
+  assert (made.decode_rows, made.decode_steps, made.output_tokens, made.prefill_tokens) == (4, 2, 6, 6 * 2 // 3)
+  assert made.held(5, 1).slots == 30
+
+
+def test_what_is_held_now():
+  """Now, and not at the peak; slots hold no more than the blocks that are somebody's."""
+  size = 3 * 2 * 256  # a pool block: layers, heads, bytes
+  assert usage().held(5, 1) == metrics.Held(5, 1, 30, SHAPE.fixed_bytes + 30 * 256, 5 * size)
+  assert usage().held(1, 1) == metrics.Held(1, 1, 12, SHAPE.fixed_bytes + 12 * 256, size)
+  assert usage().held(0, 0) == metrics.Held(0, 0, 0, SHAPE.fixed_bytes, 0)
+  assert usage(False).held(5, 1) == metrics.Held(5, 1, 0, SHAPE.fixed_bytes + 5 * size, 0)
 
 
 def test_nothing_to_average():

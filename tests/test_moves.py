@@ -159,12 +159,14 @@ def test_writers_of_two_pools_share_a_buffer(monkeypatch):
   shared = np.zeros(K * 2 * S * D * 2 * 4, np.uint8)
 
   def copied(part, out):
-    out[:] = np.asarray(part).reshape(-1).view(np.uint8)
+    for row, values in enumerate(np.asarray(part).reshape(len(out), -1).view(np.uint8)):
+      out[row] = values
+      yield range(row, row + 1)
     time.sleep(0.2)  # in which the other would write
 
   monkeypatch.setattr(host_pool, "memory_kind", lambda: host_pool.PINNED)
   monkeypatch.setattr("sparse_serve_jax.memory.writer.pinned_buffer", lambda *_: shared)
-  monkeypatch.setattr("sparse_serve_jax.memory.writer.copy_to_host", copied)
+  monkeypatch.setattr("sparse_serve_jax.memory.writer.copy_rows", copied)
   pools, hosts = [np.zeros((K, L, M, 2, S, D), np.float32) for _ in range(2)], [HostPool(1) for _ in range(2)]
   slabs = [jnp.full((K, 1, 2, 2, S, D), i + 1, jnp.float32) for i in range(2)]
   for pool, host in zip(pools, hosts, strict=True):

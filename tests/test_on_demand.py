@@ -99,6 +99,7 @@ def test_several_keep_their_order_and_come_back_oldest_first():
     order += [admission.request_id for admission in plan.admit]
     residents = [r.request.id for r in scheduler._decoding] + [r.id for r in scheduler._waiting]
     assert residents == sorted(residents)
+    assert sum(each.pool_blocks for each in requests.values()) == scheduler.pool_blocks_in_use  # none is shared
   assert order[:4] == ["a", "b", "c", "d"] and "a" not in preempted and {"c", "d"} <= {*preempted}
   assert [requests[name].preemptions for name in "abcd"] == [preempted.count(name) for name in "abcd"]
   assert all(len(each.output_tokens) == 60 for each in requests.values())

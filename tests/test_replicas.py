@@ -92,11 +92,41 @@ def test_logprobs_of_a_prompt(server):
   assert all(score < 0 for score in told.token_logprobs[1:])
 
 
+def test_status_is_the_sum_of_what_replicas_tell(server):
+  """Both serve a stream: rows with the number of their replica, and sizes and sums of both."""
+  before = server.http.get("/status").json()
+  body = {**GREEDY, **IGNORE, "max_tokens": 300, "stream": True}
+  streams = [server.http.stream("POST", "/v1/completions", json=body | {"prompt": of}) for of in BEGINNINGS]
+  with streams[0] as one, streams[1] as other:
+    lines = [answer.iter_lines() for answer in (one, other)]
+    for of in lines:
+      next(of)
+    told = server.http.get("/status").json()
+    each = [row for row in told["requests"] if row["state"] in ("prefilling", "decoding")]
+    assert {row["replica"] for row in each} == {0, 1} and told["live"]["decoding"] + told["live"]["prefilling"] == 2
+    assert told["held"]["owned"] == sum(row["pool_blocks"] for row in each) > 0
+    for row in each:
+      assert 0 <= told["now"] - row["times"][0] < SOON
+    for of in lines:
+      assert [*of]
+  assert told["state"] == "ok" and told["size"]["lanes"] == 6 and told["size"]["max_request_tokens"] == 512
+  assert told["replicas"] == {i: {"status": "ok", "live": 1, "restarts": 0, "counted": True} for i in "01"}
+  after = server.http.get("/status").json()
+  assert after["since_start"]["output_tokens"] == before["since_start"]["output_tokens"] + 600
+  assert after["ended"]["length"] == before["ended"]["length"] + 2 and after["live"]["decoding"] == 0
+  deadline = time.monotonic() + SOON
+  while sum(server.http.get("/status").json()["samples"]["output_tokens_s"]) < 1 and time.monotonic() < deadline:
+    time.sleep(0.1)
+  columns = server.http.get("/status").json()["samples"]
+  assert columns["at"] == sorted(columns["at"]) and max(columns["output_tokens_s"]) > 0
+
+
 def test_a_client_that_goes_away_is_cancelled(server):
   before = counted(server, "requests_total")
   body = {"prompt": PROMPT, "max_tokens": 450, "stream": True, **IGNORE}
   with server.http.stream("POST", "/v1/completions", json=body) as answer:
-    next(answer.iter_lines())
+    lines = answer.iter_lines()  # kept, as the connection ends with it
+    next(lines)
     assert sum(counted(server, "requests_running").values()) == 1
   deadline = time.monotonic() + 5
   while sum(counted(server, "requests_running").values()) and time.monotonic() < deadline:
@@ -126,6 +156,7 @@ def test_one_that_dies_ends_its_requests_and_comes_again(server):
   while counted(server, "replica_up") != {"0": 1, "1": 1} and time.monotonic() < deadline:
     time.sleep(0.1)
   assert sum(counted(server, "replica_restarts_total").values()) == 1
+  assert server.http.get("/status").json()["size"]["lanes"] == 6
   assert set(counted(server, "requests_running")) == {"0", "1"}
 
 
@@ -138,6 +169,9 @@ def test_while_none_serves_it_says_so(server):
   with pytest.raises(openai.InternalServerError, match="no replica serves now: 0 starting, 1 starting") as refused:
     complete(server)
   assert refused.value.status_code == 503 and counted(server, "replica_up") == {"0": 0, "1": 0}
+  told = server.http.get("/status").json()
+  assert told["state"] == "failed" and "size" not in told and told["refused"]["503"] == 1
+  assert not any(of["counted"] for of in told["replicas"].values())
   while counted(server, "replica_up") != {"0": 1, "1": 1} and time.monotonic() < deadline:
     time.sleep(0.1)
   assert complete(server).choices[0].text

@@ -238,7 +238,7 @@ def test_whole_runs(run):
   assert not watch.tables and watch.dirty == {*scheduler._allocator._idle} and scheduler.pool_blocks_in_use == 0
   assert engine_config.cache.prefix or not watch.dirty
   # what was freed can be had again: a request as large as the pool allows is admitted in the first plan
-  n_tokens = scheduler.max_request_tokens
+  n_tokens = scheduler._shape.max_context
   scheduler.add(request("all", n_tokens - 1, 1))
   assert len(scheduler.schedule(0.0).prefill) >= 1
 
@@ -280,7 +280,7 @@ def test_whole_runs_of_saves_that_land_late(run, reserve):
   arrivals = {name: wanted[int(name)][2] for name, each in requests.items() if n_tokens(each) <= limits.max_context}
   out: deque[Plan] = deque()
   added: dict[str, Request] = {}
-  last = request("all", scheduler.max_request_tokens - 1, 1)
+  last = request("all", scheduler._shape.max_context - 1, 1)
   arrivals["all"], requests["all"] = 40, last
   for now in range(6000):
     for name in [name for name, at in arrivals.items() if at <= now]:

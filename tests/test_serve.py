@@ -114,7 +114,7 @@ def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
     {"prompt_token_ids": [5, 6, 7], "max_new_tokens": 40},
     {"request_id": "half", "prompt": "half \ud83d"},
   )
-  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 0
+  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1
   said = capsys.readouterr()
   summary = json.loads(said.out.splitlines()[-1])
   assert (summary["requests"], summary["refused"], summary["output_tokens"]) == (2, 3, 4 + 6)
@@ -130,6 +130,8 @@ def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
   assert refusals == [f"refused: {rows[name]['error']}" for name in ("half", "long", "foreign")]  # each is told once
 
   config, model = override(load_config("sparse_serve"), SMALL_SERVING), load_model("random:tiny")
+  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1  # nothing is left, and three have no answer
+
   engine = Engine(JaxExecutor(config, model))
   request = engine.add_request(ByteTokenizer().encode("A good one."), 4, ignore_eos=True)
   engine.run()
@@ -169,8 +171,10 @@ def test_a_trace_is_served_as_it_came(tmp_path, capsys):
   small = [flag for flag in SMALL if flag not in ("--ignore_eos", "--max_new_tokens=6")]
 
   def run(name: str, *more: str) -> dict[str, dict]:
-    assert in_process(f"--trace={file}", f"--out={tmp_path / name}", *more, small=small) == 0
-    return {row["request_id"]: row for row in rows_of(tmp_path / name)}
+    status = in_process(f"--trace={file}", f"--out={tmp_path / name}", *more, small=small)
+    rows = {row["request_id"]: row for row in rows_of(tmp_path / name)}
+    assert status == any(row["finish_reason"] == "refused" for row in rows.values())
+    return rows
 
   rows = run("trace")
   ended = [rows[f"trace-{i}"] for i in (0, 1, 3)]

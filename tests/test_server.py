@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 import os
+import pickle
+import random
 import re
 import signal
 import socket
@@ -16,22 +20,27 @@ import httpx
 import openai
 import pytest
 
+from sparse_serve_jax.server.errors import Refused
+
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 KEY = "a key of tests"
 SETTINGS = ("cache.dram_bytes=64MiB", "cache.hbm_bytes=64MiB", "scheduler.max_context=512", "cache.lanes=3")
 CODE = "import sys; from sparse_serve_jax.commands import main; sys.argv[0] = 'sparse-serve'; main()"
 SOON = 30.0  # seconds within which what ends has ended
+ERROR = {"message", "type", "param", "code"}
 
 
 class Process:
   """A server in a process of its own."""
 
-  def __init__(self, model: Path, *flags: str):
-    command = [sys.executable, "-c", CODE, "serve", str(model), "--port=0", *flags]
+  def __init__(self, model: Path, *flags: str, before: str = ""):
+    """`before`: Python that the process runs first."""
+    command = [sys.executable, "-c", f"{before}\n{CODE}", "serve", str(model), "--port=0"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_SERVE_API_KEY": KEY}
-    environment.pop("XLA_FLAGS", None)  # those of tests optimize nothing, and here many steps run
-    command += [f"--set={of}" for of in SETTINGS]
+    environment.pop("XLA_FLAGS", None)  # tests optimize little, and here many steps run
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"
+    command += [*(f"--set={of}" for of in SETTINGS), *flags]
     self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
@@ -166,11 +175,30 @@ def test_errors_are_those_of_the_client(server):
   assert [model.id for model in server.client.models.list()] == ["reference"]
 
 
+def test_no_more_wait_than_may(server):
+  """However many come at once."""
+  body = GREEDY | IGNORE | {"prompt": PROMPT}
+
+  async def ask() -> list[int]:
+    async with httpx.AsyncClient(base_url=server.url, headers=server.http.headers, timeout=300) as http:
+      asking = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(60)]
+      while not all(task.done() for task in asking):
+        told = (await http.get("/metrics")).text
+        waiting.append(float(re.findall(r"^sparse_serve_requests_waiting (.*)$", told, re.M)[0]))
+        await asyncio.sleep(0.02)
+      return [task.result().status_code for task in asking]
+
+  waiting = list[float]()
+  statuses = asyncio.run(ask())
+  assert set(statuses) == {200, 429} and statuses.count(200) >= 16 and 0 < max(waiting) <= 16
+
+
 def test_a_client_that_goes_away_is_cancelled(server):
   before = server.number("requests_total")
   body = {"prompt": PROMPT, "max_tokens": 450, "stream": True, "ignore_eos": True}
   with server.http.stream("POST", "/v1/completions", json=body) as answer:
-    next(answer.iter_lines())
+    lines = answer.iter_lines()  # kept, as the connection ends with it
+    next(lines)
     assert server.number("requests_running") == 1
   deadline = time.monotonic() + 5
   while server.number("requests_running") and time.monotonic() < deadline:
@@ -178,6 +206,50 @@ def test_a_client_that_goes_away_is_cancelled(server):
   lines = server.http.get("/metrics").text
   assert server.number("requests_running") == 0 and 'finish_reason="cancelled"} 1.0' in lines
   assert server.number("requests_total") == before + 1
+
+
+def test_a_refusal_is_the_same_from_another_process():
+  refused = pickle.loads(pickle.dumps(Refused(400, "give a shorter prompt", "prompt")))
+  assert (refused.status, str(refused)) == (400, "give a shorter prompt")
+  assert refused.body() == Refused(400, "give a shorter prompt", "prompt").body()
+
+
+def test_the_page_needs_no_key_and_its_data_do(server):
+  """Without the key there is only what /health tells; prompts are nowhere."""
+  page = httpx.get(server.url)
+  assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+  assert "default-src 'none'" in page.headers["content-security-policy"]
+  assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page.text), "the page is of this server alone"
+  for headers in ({}, {"Authorization": "Bearer another"}):
+    answer = httpx.get(f"{server.url}/status", headers=headers)
+    assert (answer.status_code, answer.json()) == (200, {"state": "ok", "key": "wanted"})
+  before = server.http.get("/status").json()
+  complete(server, "A xylophone, of which there are few.")
+  with pytest.raises(openai.BadRequestError):
+    complete(server, "xylophone", max_tokens=5000)
+  answer = server.http.get("/status")
+  told = answer.json()
+  assert (told["state"], told["model"], answer.headers["cache-control"]) == ("ok", "reference", "no-store")
+  assert told["since_start"]["output_tokens"] == before["since_start"]["output_tokens"] + 8
+  assert told["ended"]["length"] == before["ended"].get("length", 0) + 1
+  assert told["refused"]["400"] == before["refused"].get("400", 0) + 1
+  assert told["requests"][-1]["state"] == "length" and "xylophone" not in answer.text
+  assert told["samples"]["at"] and told["uptime_s"] >= 1
+
+
+def test_metrics_tell_what_is_in_use_now_and_peaks_by_their_name(server):
+  body = {"prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
+  with server.http.stream("POST", "/v1/completions", json=body) as answer:
+    lines = answer.iter_lines()  # kept, as the connection ends with it
+    next(lines)
+    assert server.number("dram_kv_bytes") == server.number("pool_blocks_owned") * 2**19 > 0
+    assert server.number("dram_kv_peak_bytes") >= server.number("dram_kv_bytes")
+  deadline = time.monotonic() + SOON
+  while server.number("dram_kv_bytes") and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert server.number("dram_kv_bytes") == server.number("pool_blocks_owned") == 0 < server.number("dram_kv_peak_bytes")
+  assert 0 < server.number("hbm_kv_bytes") <= server.number("hbm_kv_peak_bytes") <= server.number("hbm_capacity_bytes")
+  assert server.number("slots_used") <= server.number("slots")
 
 
 def malformed() -> list[tuple[str, bytes]]:
@@ -235,6 +307,38 @@ def malformed() -> list[tuple[str, bytes]]:
   rows += [("/detokenize", json.dumps({"tokens": of})) for of in ("a", [-1], [10**7], [True], None)]
   rows += [("/tokenize", json.dumps({"prompt": ["a", "b"]})), ("/v1/completions", "a" * 100001), ("/nope", "{}")]
   rows += [("/v1/models", "{}"), ("/v1/completions", "\udcff")]
+  deep = '{"a":' * 400 + "1" + "}" * 400
+  for name, text in (
+    ("temperature", "NaN"),
+    ("temperature", "Infinity"),
+    ("temperature", "-Infinity"),
+    ("temperature", "1e999"),
+    ("top_p", "NaN"),
+    ("min_p", "NaN"),
+    ("max_tokens", "NaN"),
+    ("seed", "9" * 4000),
+    ("seed", "9" * 5000),  # more digits than Python reads
+    ("max_tokens", "9" * 4000),
+    ("n", "1e0"),
+    ("prompt", "[" * 300 + "1" + "]" * 300),
+    ("prompt", deep),
+    ("prompt", f"[{'9' * 400}]"),
+    ("stop", "[[" * 100 + "]]" * 100),
+    ("metadataa", deep),
+    ("stop", '"\\ud800'),  # and no end
+  ):
+    rows.append(("/v1/completions", json.dumps(good)[:-1] + f', "{name}": {text}}}'))
+  for both in (
+    {"max_tokens": 1, "min_tokens": 2},
+    {"n": 2, "best_of": 3},
+    {"stream": False, "stream_options": {"include_usage": True}},
+    {"n": 100, "prompt": ["a", "b"]},
+    {"max_completion_tokens": 3},  # a chat's
+    {"messages": [user]},
+  ):
+    rows.append(("/v1/completions", json.dumps(good | both)))
+  for both in ({"max_completion_tokens": 2}, {"top_logprobs": 1}, {"prompt": "a"}, {"echo": True}, {"logprobs": 1}):
+    rows.append(("/v1/chat/completions", json.dumps(chat | both)))
   return [(path, text.encode("utf-8", "surrogateescape")) for path, text in rows]
 
 
@@ -246,10 +350,46 @@ def test_malformed_requests(server):
   for path, body in rows:
     answer = server.http.post(path, content=body)
     error = answer.json().get("error", {}) if answer.status_code != 200 else {}
-    if not 400 <= answer.status_code < 500 or set(error) != {"message", "type", "param", "code"}:
+    if not 400 <= answer.status_code < 500 or set(error) != ERROR:
       strange.append((path, body[:80], answer.status_code, answer.text[:200]))
   assert not strange
   assert server.http.get("/health").status_code == 200 and complete(server).choices[0].text
+
+
+def test_generated_requests(server):
+  """Whatever stands in a request, the server answers it or says what is wrong with it."""
+  rng, good = random.Random(0), json.dumps({"prompt": "a", "max_tokens": 1, "stop": ["b"], "n": 1, "stream": False})
+  strange = []
+  for _ in range(200):
+    body = bytearray(good.encode())
+    for _ in range(rng.randint(1, 4)):
+      at, what = rng.randrange(len(body)), rng.randrange(3)
+      body[at : at + (what > 0)] = bytes(rng.randrange(256) for _ in range(what < 2))
+    answer = server.http.post("/v1/completions", content=bytes(body))
+    wrong = answer.status_code != 200
+    if wrong and (not 400 <= answer.status_code < 500 or set(answer.json()["error"]) != ERROR):
+      strange.append((bytes(body), answer.status_code, answer.text[:200]))
+  assert not strange and complete(server).choices[0].text
+
+
+@pytest.mark.parametrize(
+  ("headers", "body", "status"),
+  [
+    ({"content-type": "text/plain"}, b'{"prompt": "a"}', 415),
+    ({"content-type": "application/x-www-form-urlencoded"}, b"prompt=a", 415),
+    ({"content-type": "multipart/form-data; boundary=a"}, b"--a--", 415),
+    ({"content-type": "application/json", "content-encoding": "gzip"}, gzip.compress(b'{"prompt": "a"}', mtime=0), 400),
+    ({"content-type": "application/json"}, '{"prompt": "\u00e9"}'.encode("latin-1"), 400),
+    ({"content-type": "application/json"}, b'{"prompt": "\xed\xa0\x80"}', 400),  # half of a character
+  ],
+)
+def test_bodies_of_other_kinds(server, headers, body, status):
+  answer = server.http.post("/v1/completions", content=body, headers=headers)
+  assert answer.status_code == status and set(answer.json()["error"]) == ERROR
+  kind = headers["content-type"].partition(";")[0]
+  assert (kind in answer.json()["error"]["message"]) == (status == 415)
+  good = {"content-type": "Application/JSON; charset=utf-8"}
+  assert server.http.post("/tokenize", content=b'{"prompt": "a"}', headers=good).status_code == 200
 
 
 def test_a_body_that_does_not_come(server):

@@ -318,7 +318,7 @@ def test_the_command_simulates_a_trace_and_refuses_what_is_wrong(tmp_path):
     return start("experiments.simulate", *of)
 
   done = command(f"--trace={trace}", f"--out={out}")
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 1, done.stderr  # one is refused
   told = json.loads(done.stdout.splitlines()[-1])
   assert (told["requests"], told["refused"], told["output_tokens"]) == (2, 1, 25) and told["elapsed_s"] > 1
   made = {row["request_id"]: row for row in map(json.loads, (out / "requests.jsonl").read_text().splitlines())}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import threading
+import time
 
 import pytest
 
@@ -112,3 +114,22 @@ def test_without_files_only_text_is_an_error(tmp_path):
     tokenizer.decode([1])
   with pytest.raises(ValueError, match=refusal):
     tokenizer.apply_chat_template(CHAT)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+  tokenizer = load_tokenizer(pathlib.Path(__file__).parent.parent / "models" / "reference")
+  ran, ended = list[float](), threading.Event()
+
+  def run():
+    while not ended.wait(0.001):
+      ran.append(time.monotonic())
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  began = time.monotonic()
+  ids = tokenizer.encode("the quick brown fox " * 50_000)
+  took = time.monotonic() - began
+  ended.set()
+  thread.join()
+  assert len(ids) > 50_000
+  assert sum(began + took / 4 < at < began + took * 3 / 4 for at in ran) > 5

@@ -5,7 +5,8 @@
 The same requests at the same times as those of `sparse-serve run`, and the same metrics: times to the first token and
 between tokens, throughput. The table goes to stdout, and as its last line one JSON object with the same numbers. The
 folder of --out gets requests.jsonl, a row for each request as it ends, and run.json, what the run was made by; the same
-command goes on with a run that was interrupted. The key of OPENAI_API_KEY is sent, if it is set.
+command goes on with a run that was interrupted. The key of OPENAI_API_KEY is sent, if it is set. The status is 1 if a
+request was refused or failed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _VERBOSE = cli.define_verbose()
 
 
 def main() -> int:
-  """Returns 1 if no request has finished."""
+  """Returns 1 if a request was refused or failed, or there was none."""
   try:
     from sparse_serve_jax.benchmarks import endpoint as asking
   except ImportError as error:
@@ -101,7 +102,7 @@ def main() -> int:
   cli.end_with(metrics.table({_MODEL.value: numbers}), numbers)
   if before:
     print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
-  return 0 if any("error" not in row for row in [*before, *rows]) else 1
+  return 1 if any("error" in row for row in [*before, *rows]) or not (before or rows) else 0
 
 
 def _tokenizer(name: str) -> Tokenizer:

@@ -11,8 +11,9 @@
   def command(argv: Sequence[str] | None = None) -> NoReturn:
     cli.run(main, interrupted="the same command goes on from {out}", argv=argv)
 
-A command ends with 2 and one line on stderr for what the user can mend, a wrong flag or a ValueError; with 130 when it
-is interrupted. A second interrupt ends it at once, even while it waits for a device.
+A command that did a part of its work ends with 1: a request of many was refused, say. It ends with 2 and one line on
+stderr for what the user can mend, a wrong flag or a ValueError; with 130 when it is interrupted. A second interrupt
+ends it at once, even while it waits for a device.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ ROWS = {
   "blocks loaded": ("blocks_loaded", 1),
   "HBM hit rate": ("hbm_hit_rate", 1),
   "HBM KV bytes": ("peak_hbm_kv_bytes", 1),
-  "DRAM KV bytes": ("dram_kv_bytes", 1),
+  "DRAM KV bytes": ("peak_dram_kv_bytes", 1),
   "answers right": ("score_mean", 1),
   "tokens as dense": ("tokens_as_first", 1),
 }  # name -> key of a cell, and what it is multiplied by

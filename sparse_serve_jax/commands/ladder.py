@@ -47,7 +47,8 @@ _OUT = cli.define_out("Folder of results.")
 _VERBOSE = cli.define_verbose()
 
 
-def main() -> None:
+def main() -> int:
+  """Returns 1 if a request of the workload was refused."""
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value), _ASKED.read()
@@ -84,6 +85,7 @@ def main() -> None:
   else:
     plots.write(folder, run.cells, found, made_by(folder))
   cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
+  return int(len(asked) < len(items))
 
 
 def _measured(

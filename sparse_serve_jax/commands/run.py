@@ -5,7 +5,7 @@
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
 requests.jsonl, a row for each request as it ends, with the text of its answer; timeline.json, which ui.perfetto.dev
 shows; audits.jsonl, what audits of PSA's promise found (--set sparse.audit=0.01); and run.json, what the run was made
-by. The same command goes on with a run that was interrupted.
+by. The same command goes on with a run that was interrupted. The status is 1 if a request was refused or failed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _VERBOSE = cli.define_verbose()
 
 
 def main() -> int:
-  """Returns 1 if no request has finished."""
+  """Returns 1 if a request was refused or failed, or there was none."""
   runtime.configure()
   _HOSTS.join()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
@@ -94,7 +94,8 @@ def main() -> int:
   print(json.dumps(numbers), flush=True)
   if before:
     print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
-  return 0 if any(row["finish_reason"] in ("stop", "length") for row in before) or served.summary.requests else 1
+  bad = served.refused + served.failed + sum("error" in row for row in before)
+  return 1 if bad or not (before or items) else 0
 
 
 def _setting(config: EngineConfig, workload: workloads.WorkloadConfig) -> dict[str, Any]:

@@ -42,7 +42,8 @@ with cli.group("The server"):
   _BODY_SECONDS = flags.DEFINE_float("body_seconds", 60.0, "Seconds that a body may take to come.", lower_bound=0.001)
 
 
-def main(model_path: str | None = None) -> None:
+def main(model_path: str | None = None) -> int:
+  """Returns 1 if the engine failed, or all of them."""
   if model_path is None:
     raise ValueError("give a model: sparse-serve serve MODEL")
   try:
@@ -66,7 +67,7 @@ def main(model_path: str | None = None) -> None:
     served_by = engines.One(Engine(JaxExecutor(config, model)), model)
   limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value)
   served = _NAME.value or pathlib.Path(model_path).name
-  serve.serve(served_by, model, served, (_HOST.value, _PORT.value), limits, key)
+  return 0 if serve.serve(served_by, model, served, (_HOST.value, _PORT.value), limits, key) else 1
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -67,7 +67,7 @@ _VERBOSE = cli.define_verbose()
 
 
 def main() -> int:
-  """Returns 1 if no request has finished."""
+  """Returns 1 if a request was refused, or none has finished."""
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   if _CALIBRATE.value and _COMPARE.value:
@@ -96,7 +96,7 @@ def main() -> int:
     cli.end_with(metrics.table(columns), columns)
   else:
     cli.end_with(metrics.table({name: simulated}), simulated)
-  return 0 if simulated["requests"] else 1
+  return 1 if simulated["refused"] or not simulated["requests"] else 0
 
 
 class Asked:

@@ -166,8 +166,11 @@ class Bench:
   def compiled(self, rung: str) -> JaxExecutor:
     """With all programs that the requests need."""
     if self._executor is None or self._executor[0] != rung:
-      self._executor = None  # its memory is what the next one takes
-      start, executor = time.monotonic(), JaxExecutor(self._configs[rung], self._model)
+      # The cache's memory is what the next one takes; the weights stay where they are.
+      start, kept = time.monotonic(), self._executor and self._executor[1].params
+      self._executor = None
+      executor = JaxExecutor(self._configs[rung], self._model)
+      del kept
       sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
       prompts = [item.prompt for item in self._items]
       # A request that was preempted begins like itself.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.host_pool import HostPool
-from sparse_serve_jax.memory.pinned import copy_to_host, pinned_buffer
+from sparse_serve_jax.memory.pinned import copy_rows, pinned_buffer
 
 _BUFFER = threading.Lock()  # of the process's pinned buffers, which writers of several pools share
 
@@ -84,21 +85,39 @@ class Writer:
     kept = slice(len(blocks)) if there.all() else np.flatnonzero(there)
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     for part, shard in enumerate(shards):
+      pool, (n_heads, n_layers, n) = self._host.rows[part], shard.data.shape[:3]
+      head, i = np.divmod(np.arange(n_heads * n_layers), n_layers)
+      to = ((head * pool.shape[1] + layers.start + i) * pool.shape[2])[:, None] + blocks[there]  # of the whole pool
+      to[i >= len(layers)] = -1
       with _BUFFER:
-        source = self._on_host(shard.data, len(shards)).reshape(*shard.data.shape[:3], -1)
-        pool = self._host.rows[part]
+        source = self._buffer(shard.data, len(shards)).reshape(n_heads * n_layers, n, -1)
+        placing: list[Future] = []
+        try:
+          # Large parts: many small ones would take Python's lock from the thread that plans the next iteration.
+          for rows in self._coming(shard.data, source):
+            some = slice(rows.start, rows.stop)
+            placing.append(host_pool.THREADS.submit(_put, pool, to[some], source[some], kept))
+        finally:
+          concurrent.futures.wait(placing)  # they read the buffer
+      for placed in placing:
+        placed.result()
 
-        def place(at: tuple[int, int], source: np.ndarray = source, pool: np.ndarray = pool) -> None:
-          head, i = at
-          pool[head, layers[i]][blocks[there]] = source[head, i, kept]
-
-        list(host_pool.THREADS.map(place, np.ndindex(pool.shape[0], len(layers))))
-
-  def _on_host(self, part: jax.Array, n_parts: int) -> np.ndarray:
-    """The bytes of one of the parts of a slab, which the next call of any writer overwrites."""
+  def _buffer(self, part: jax.Array, n_parts: int) -> np.ndarray:
+    """Where the bytes of one of the parts of a slab come, which the next call of any writer overwrites."""
     if host_pool.memory_kind() is None:
       return np.asarray(part).view(np.uint8)
     (device,) = part.devices()
-    buffer = pinned_buffer((self._slab_bytes // n_parts,), device)[: part.nbytes]
-    copy_to_host(part, buffer)
-    return buffer
+    return pinned_buffer((self._slab_bytes // n_parts,), device)[: part.nbytes]
+
+  def _coming(self, part: jax.Array, source: np.ndarray) -> Iterable[range]:
+    """The rows of a part's buffer, as they come."""
+    if host_pool.memory_kind() is None:
+      return (range(len(source)),)
+    return copy_rows(part, source.reshape(len(source), -1))
+
+
+def _put(pool: np.ndarray, to: np.ndarray, source: np.ndarray, kept: slice | np.ndarray) -> None:
+  """Writes blocks of `source` [rows, n, bytes], those of `kept` in each row, to places of the pool [rows, kept]; a row
+  of -1 is left out."""
+  real = slice(None) if (to >= 0).all() else np.flatnonzero((to >= 0).any(1))
+  pool.reshape(-1, pool.shape[-1])[to[real]] = source[real][:, kept]

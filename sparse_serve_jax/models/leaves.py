@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-AHEAD = 4  # layers of a leaf that are read at the same time
+AHEAD = min(16, os.cpu_count() or 1)  # layers of a leaf that are read at the same time
 
 
 @dataclasses.dataclass(frozen=True)

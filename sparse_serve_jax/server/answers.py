@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
@@ -35,18 +36,26 @@ class Answer:
     self._outputs: list[Output] = []
     self._prompts: list[tuple[str, list[Scored]]] = [("", [])] * len(asked.prompts)  # text and tokens of echoes
 
-  async def begin(self) -> None:
-    """Submits all outputs, and scores the prompts if they are to be told."""
+  def submit(self) -> None:
+    """All outputs, at once."""
     asked = self._asked
+    with self._refusing():
+      for i, prompt in enumerate(asked.prompts if asked.max_tokens else []):
+        for j in range(asked.params.n):
+          params = asked.params_of(i, j)
+          self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
+
+  async def score(self) -> None:
+    """The prompts, if they are to be told."""
+    with self._refusing():
+      if self._asked.echo:
+        self._prompts = [await self._echo(prompt) for prompt in self._asked.prompts]
+
+  @contextlib.contextmanager
+  def _refusing(self):
     try:
-      if asked.max_tokens:
-        for i, prompt in enumerate(asked.prompts):
-          for j in range(asked.params.n):
-            params = asked.params_of(i, j)
-            self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
-      if asked.echo:
-        self._prompts = [await self._echo(prompt) for prompt in asked.prompts]
-    except RuntimeError as error:
+      yield
+    except RuntimeError as error:  # no engine takes it
       raise Refused(500 if self._engines.failed else 503, str(error)) from error
 
   def close(self) -> None:
@@ -145,7 +154,7 @@ class Answer:
     requests = [output.stream.request for output in self._outputs if output.stream and output.stream.request]
     cached = sum(request.cached_tokens for request in requests[:: self._asked.params.n])
     prompt_tokens = sum(len(prompt) for prompt in self._asked.prompts)
-    return usage(prompt_tokens, sum(output.n_tokens for output in self._outputs), cached)
+    return usage(prompt_tokens, sum(output.reading.n_tokens for output in self._outputs), cached)
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ import functools
 import hmac
 import json
 import logging
+import pathlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -27,10 +28,18 @@ from sparse_serve_jax.server import asked
 from sparse_serve_jax.server.answers import Answer
 from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
+from sparse_serve_jax.server.measures import by_label
 from sparse_serve_jax.server.outputs import Outputs
+from sparse_serve_jax.server.status import SAMPLE_S, body
 
 _LOG = logging.getLogger(__name__)
 _ENCODERS = 2  # threads that encode prompts
+_PAGE = pathlib.Path(__file__).with_name("page.html").read_bytes()
+_PAGE_HEADERS = {
+  "content-security-policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
+  "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+  "x-content-type-options": "nosniff",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +63,39 @@ class Server:
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
     self.draining, self.n_answers = False, 0
 
-  def check_key(self, request: Request) -> None:
+  def health(self) -> dict[str, Any]:
+    """What the engines say, and whether the server ends."""
+    told = self.engines.health()
+    return told | ({"status": "draining"} if self.draining and told["status"] == "ok" else {})
+
+  async def sample(self) -> None:
+    """Has the engines take samples until it is cancelled."""
+    while True:
+      await asyncio.sleep(SAMPLE_S)
+      self.engines.sample()
+
+  async def numbers(self) -> dict[str, Any]:
+    """What /status tells but for the state: of the engines that answer."""
+    engines = await asyncio.to_thread(self.engines.told)  # those elsewhere are asked
+    told = {"model": self.served, "refused": by_label(self.refused), **body(engines)}
+    if replicas := self.engines.health().get("replicas"):
+      told["replicas"] = {i: of | {"counted": int(i) in engines} for i, of in replicas.items()}
+    return told
+
+  def knows_key(self, request: Request) -> bool:
+    """Whether the request has the key, or none is asked for."""
     given = request.headers.get("authorization", "").encode("utf-8", "replace")
-    if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+    return self._key is None or hmac.compare_digest(given, f"Bearer {self._key}".encode())
+
+  def check_key(self, request: Request) -> None:
+    if not self.knows_key(request):
       raise Refused(401, "this server wants an API key: Authorization: Bearer <key>", code="invalid_api_key")
 
   async def body(self, request: Request) -> Any:
     """The JSON of a body, read while it comes."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+      raise Refused(415, f"the content-type is {kind!r:.80}, and a body here is application/json")
     most, parts, n = self.limits.max_body_bytes, list[bytes](), 0
     try:
       async with asyncio.timeout(self.limits.body_seconds):
@@ -87,6 +122,7 @@ class Server:
       if waiting + more > most:
         raise Refused(429, f"{waiting} outputs wait, and this request has {more}; {most} may wait", code="queue_full")
       answer = Answer(what, self)
+      answer.submit()  # before anything else can come: what waits is counted
       return _Answering(self, answer, what.stream)
     except BaseException:
       self.n_answers -= 1
@@ -107,6 +143,11 @@ class Server:
       raise Refused(400, f"{wrong[0]} is outside the vocabulary of {size}", "tokens")
     return JSONResponse({"prompt": await self.threaded(self.model.tokenizer.decode, ids, False)})
 
+  async def tokenizer_info(self, _: Request) -> Response:
+    tokenizer = self.model.tokenizer
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    return JSONResponse({"tokenizer_class": type(tokenizer).__name__, **names, **tokenizer.special_tokens})
+
 
 class _Answering(Response):
   """Sends an answer as it is made. A client that goes away ends it."""
@@ -124,7 +165,7 @@ class _Answering(Response):
   async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
     answer, begun = self._answer, False
     try:
-      await answer.begin()
+      await answer.score()
       if not self._stream:
         return await JSONResponse(await answer.whole())(scope, receive, send)
       async for event in answer.events():
@@ -198,6 +239,10 @@ def _endpoint(server: Server, what: Callable[[Request], Awaitable[Response]], ke
   return call
 
 
+async def _page(_: Request) -> Response:
+  return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+
+
 def make_app(server: Server, version: str) -> Starlette:
   """The ASGI application: what uvicorn runs."""
 
@@ -214,8 +259,7 @@ def make_app(server: Server, version: str) -> Starlette:
     return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
 
   async def health(_: Request) -> Response:
-    told = server.engines.health()
-    told |= {"status": "draining"} if server.draining and told["status"] == "ok" else {}
+    told = server.health()
     return JSONResponse(told, 200 if told["status"] == "ok" else 503)
 
   async def versions(_: Request) -> Response:
@@ -225,21 +269,34 @@ def make_app(server: Server, version: str) -> Starlette:
     text = await asyncio.to_thread(generate_latest, server.registry)  # engines elsewhere are asked
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+  async def status(request: Request) -> Response:
+    told: dict[str, Any] = {"state": server.health()["status"]}
+    if not server.knows_key(request):  # no 401: browsers log it as an error, and the page asks before it has the key
+      told["key"] = "wanted"
+    else:
+      told |= {"version": version, **await server.numbers()}
+    return JSONResponse(told, headers={"cache-control": "no-store"})
+
   async def no_such(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     return _refusal(server, Refused(status, f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}"))
 
   @contextlib.asynccontextmanager
   async def lifespan(_: Starlette):
+    sampling = asyncio.create_task(server.sample())
     yield
+    sampling.cancel()
     server.encoders.shutdown(wait=False, cancel_futures=True)
 
   started = int(time.time())
   routes = [
+    Route("/", endpoint(_page, key=False)),
+    Route("/status", endpoint(status, key=False)),
     Route("/v1/completions", endpoint(completions), methods=["POST"]),
     Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
     Route("/v1/models", endpoint(models)),
     Route("/tokenize", endpoint(server.tokenize), methods=["POST"]),
+    Route("/tokenizer_info", endpoint(server.tokenizer_info)),
     Route("/detokenize", endpoint(server.detokenize), methods=["POST"]),
     Route("/health", endpoint(health, key=False)),
     Route("/version", endpoint(versions)),

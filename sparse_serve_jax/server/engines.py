@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+import numpy as np
 from prometheus_client import Metric
 
 from sparse_serve_jax.config import EngineConfig
@@ -13,7 +15,8 @@ from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server.measures import Measures
-from sparse_serve_jax.server.scoring import prompt_logprobs
+from sparse_serve_jax.server.scoring import Scorer
+from sparse_serve_jax.server.status import Status, Told
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.loop import Loop, Sink, Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
@@ -41,7 +44,7 @@ class Engines(Protocol):
     ...
 
   def score(self, prompt: list[int], n_top: int) -> Future[Scores]:
-    """As `prompt_logprobs`, of engines with tp=1. Raises RuntimeError: no engine takes requests now."""
+    """As `Scorer`, of engines with tp=1. Raises RuntimeError: no engine takes requests now."""
     ...
 
   def ended(self, stream: Stream) -> None:
@@ -56,6 +59,14 @@ class Engines(Protocol):
     """What /metrics tells of them. May wait for other processes."""
     ...
 
+  def sample(self) -> None:
+    """Has each keep how it is now, for `told`. Returns at once."""
+    ...
+
+  def told(self) -> Mapping[int | None, Told]:
+    """What each that answers tells, for /status, by its number; None is the only one. May wait for other processes."""
+    ...
+
   def close(self) -> None:
     """Ends what lives, and the engines."""
     ...
@@ -67,21 +78,31 @@ class One:
   def __init__(self, engine: Engine, model: Model):
     """Takes an engine that is idle, and from now on this one's."""
     self.config, self.max_request_tokens = engine.config, engine.max_request_tokens
-    # The engine's own, not a copy; split over devices they score no prompts.
-    self._weights = place_params(model, make_mesh(1)) if engine.config.tp == 1 else None
     self._model, self._loop = model, Loop(engine)
-    self._measures = Measures(engine, self._loop)
-    self.submit, self.cancel, self.close = self._loop.submit, self._loop.cancel, self._loop.close
-    self.collect = self._measures.registry.collect
+    self._measures, self._status = Measures(engine, self._loop), Status(engine, self._loop)
+    self.cancel, self.close = self._loop.cancel, self._loop.close
+    self.collect, self.sample = self._measures.registry.collect, self._status.sample
 
   @property
   def failed(self) -> bool:
     return self._loop.failed
 
+  @functools.cached_property
+  def _scorer(self) -> Scorer:
+    """Over the engine's own weights, not a copy. Those that are split over devices score no prompts."""
+    assert self.config.tp == 1
+    return Scorer(self._model.config, place_params(self._model, make_mesh(1)))
+
+  def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink, params: SamplingParams) -> Stream:
+    def told(stream: Stream, token: int | None) -> None:
+      if token is None:
+        self._status.ended(stream)
+      sink(stream, token)
+
+    return self._loop.submit(prompt, sink=told, params=params)
+
   def score(self, prompt: list[int], n_top: int) -> Future[Scores]:
-    cfg, weights = self._model.config, self._weights
-    assert weights is not None
-    return self._loop.call(lambda: prompt_logprobs(cfg, weights, prompt, n_top))
+    return self._loop.call(lambda: self._scorer(prompt, n_top))
 
   def ended(self, stream: Stream) -> None:
     if stream.request is not None:
@@ -89,3 +110,6 @@ class One:
 
   def health(self) -> dict[str, Any]:
     return {"status": "failed" if self.failed else "ok"}
+
+  def told(self) -> dict[int | None, Told]:
+    return {None: self._status.told()}

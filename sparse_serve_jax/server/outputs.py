@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
-from sparse_serve_jax.detokenizer import Detokenizer
+from sparse_serve_jax.outputs import Reading
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.serving.loop import Stream
@@ -30,30 +30,24 @@ class Output:
 
   def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams, news: asyncio.Queue[Piece]):
     self.index, self._news, self._wants = index, news, params.logprobs is not None
-    self._detokenizer = Detokenizer(tokenizer, params.stop, params.min_tokens)
+    self.reading = Reading(tokenizer, params, pieces=True)
     self.stream: Stream | None = None
-    self.n_tokens = 0  # up to the one that ended a stop string
     self.ended = False
-
-  @property
-  def stopped(self) -> bool:
-    return self._detokenizer.stopped
 
   @property
   def finish_reason(self) -> str | None:
     """After the end."""
     request = self.stream.request if self.stream else None
-    return "stop" if self.stopped else request.finish_reason if request else None
+    return self.reading.finish_reason(request) if request else None
 
   def take(self, token: int | None) -> None:
     if token is None:
       self.ended = True
-      self._news.put_nowait(Piece(self, self._detokenizer.finish(), None, None))
-    elif not self.stopped:
+      self._news.put_nowait(Piece(self, self.reading.finish(), None, None))
+    elif not self.reading.stopped:
       assert self.stream is not None and self.stream.request is not None
-      told = self.stream.request.logprobs[self.n_tokens] if self._wants else None
-      self.n_tokens += 1
-      self._news.put_nowait(Piece(self, self._detokenizer.push(token), token, told))
+      told = self.stream.request.logprobs[self.reading.n_tokens] if self._wants else None
+      self._news.put_nowait(Piece(self, self.reading.push(token), token, told))
 
 
 class Outputs:
@@ -69,7 +63,7 @@ class Outputs:
 
   @property
   def n_waiting(self) -> int:
-    return sum(output.n_tokens == 0 for output in self._of.values())
+    return sum(output.reading.n_tokens == 0 for output in self._of.values())
 
   def add(self, index: int, prompt: list[int], params: SamplingParams, news: asyncio.Queue[Piece]) -> Output:
     """Raises RuntimeError: no engine takes it."""
@@ -96,10 +90,10 @@ class Outputs:
       come, self._come, self._woken = self._come, deque(), False
     for stream, token in come:
       output = self._of[stream]
-      stopped = output.stopped
+      stopped = output.reading.stopped
       output.take(token)
       if token is None:
         del self._of[stream]
         self._engines.ended(stream)
-      elif output.stopped and not stopped:
+      elif output.reading.stopped and not stopped:
         self._engines.cancel(stream, "stop")

@@ -30,6 +30,7 @@ from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server.engines import One, Scores
 from sparse_serve_jax.server.routing import Router
+from sparse_serve_jax.server.status import Told
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.loop import Sink, Stream
@@ -50,7 +51,7 @@ class Ended(NamedTuple):
   error: Exception | None
 
 
-class Told(NamedTuple):
+class Happened(NamedTuple):
   """What happened to a request: a token, or its end."""
 
   name: int
@@ -111,7 +112,7 @@ class Replica:
     if stream is not None:
       self._one.cancel(stream, reason)
 
-  def news(self) -> list[Told]:
+  def news(self) -> list[Happened]:
     """Waits for something to tell, or a moment. Raises RuntimeError: the engine has failed, and all is told."""
     with self._changed:
       self._changed.wait_for(lambda: self._come, _LOOK)
@@ -126,6 +127,13 @@ class Replica:
   def collect(self) -> list[Metric]:
     return list(self._one.collect())
 
+  def sample(self) -> None:
+    self._one.sample()
+
+  def told(self) -> Told:
+    (told,) = self._one.told().values()
+    return told
+
   def close(self) -> None:
     self._one.close()
 
@@ -135,7 +143,7 @@ class Replica:
       self._come.append((name, stream, token))
       self._changed.notify_all()
 
-  def _tell(self, name: int, stream: Stream, token: int | None) -> Told:
+  def _tell(self, name: int, stream: Stream, token: int | None) -> Happened:
     request = stream.request
     with self._changed:
       n = self._n_told[name]
@@ -145,10 +153,10 @@ class Replica:
         del self._n_told[name]
     if token is not None:
       assert request is not None
-      return Told(name, token, request.logprobs[n] if request.logprobs else None, None)
+      return Happened(name, token, request.logprobs[n] if request.logprobs else None, None)
     self._one.ended(stream)
     error = stream.error and (ValueError if isinstance(stream.error, ValueError) else RuntimeError)(str(stream.error))
-    return Told(
+    return Happened(
       name, None, None, Ended(request and request.finish_reason, request.cached_tokens if request else 0, error)
     )
 
@@ -160,10 +168,10 @@ class _Remote(Stream):
   """A request that a replica serves. Its `request` mirrors what the answer to a client is made of."""
 
   def __init__(self, name: int, prompt: np.ndarray, params: SamplingParams, sink: Sink):
-    super().__init__(prompt, {"params": params}, sink)
-    self.name, self._mirror = name, Request(str(name), prompt, params.max_tokens, time.monotonic())
+    super().__init__(prompt, {"params": params, "arrival_time": time.monotonic()}, sink)
+    self.name, self._mirror = name, Request(str(name), prompt, params.max_tokens, self.arrival_time)
 
-  def take(self, told: Told) -> None:
+  def take(self, told: Happened) -> None:
     if told.ended is not None:
       return self.end(told.ended)
     assert told.token is not None
@@ -205,8 +213,8 @@ class Fleet:
     """
     self._ray, self._start = cluster.connect(), (model, dtype)
     gpus = cluster.gpus_each(self._ray, n, config.tp)
-    # Notes and news have threads of their own: whoever asks for news waits.
-    groups = {"notes": 1, "news": 1}
+    # Notes, news and numbers have threads of their own: whoever asks for news waits, and scores take their time.
+    groups = {"notes": 1, "news": 1, "numbers": 1}
     of = dict(num_cpus=0, num_gpus=gpus, max_concurrency=4, concurrency_groups=groups, max_restarts=0)
     self._class = self._ray.remote(**of)(Replica)
     self._lock = threading.Lock()  # guards places and router
@@ -262,17 +270,23 @@ class Fleet:
     """The numbers of every replica that answers, with its label, and which replicas serve."""
     up = GaugeMetricFamily("sparse_serve_replica_up", "Whether the replica serves.", labels=["replica"])
     restarts = CounterMetricFamily("sparse_serve_replica_restarts", "Times it was started anew.", labels=["replica"])
-    asked = [(place, place.actor.collect.remote()) for place in self._places if place.status == "ok"]
     families: dict[str, Metric] = {}
-    for place, ref in asked:
-      with contextlib.suppress(OSError, RuntimeError):  # it is not there any more, or does not answer
-        for metric in self._get(ref, _TOLD_SOON):
-          of = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
-          of.samples += [s._replace(labels={**s.labels, "replica": str(place.index)}) for s in metric.samples]
+    for place, metrics in self._asked("collect"):
+      for metric in metrics:
+        of = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+        of.samples += [s._replace(labels={**s.labels, "replica": str(place.index)}) for s in metric.samples]
     for place in self._places:
       up.add_metric([str(place.index)], place.status == "ok")
       restarts.add_metric([str(place.index)], place.restarts)
     yield from (up, restarts, *families.values())
+
+  def sample(self) -> None:
+    for place in self._places:
+      if place.status == "ok":
+        place.actor.sample.options(concurrency_group="notes").remote()
+
+  def told(self) -> dict[int | None, Told]:
+    return {place.index: told for place, told in self._asked("told")}
 
   def close(self) -> None:
     self._closing = True
@@ -285,6 +299,15 @@ class Fleet:
     for thread in self._watching:
       thread.join(_CLOSED_SOON)
     self._calls.shutdown(wait=False)
+
+  def _asked(self, what: str) -> Iterator[tuple[_Place, Any]]:
+    """What a call returns of each replica that serves and answers soon."""
+    serve = [place for place in self._places if place.status == "ok"]
+    refs = [getattr(place.actor, what).options(concurrency_group="numbers").remote() for place in serve]
+    until = time.monotonic() + _TOLD_SOON
+    for place, ref in zip(serve, refs, strict=True):
+      with contextlib.suppress(OSError, RuntimeError):  # it is not there any more, or does not answer
+        yield place, self._get(ref, max(0.0, until - time.monotonic()))
 
   def _loads(self) -> dict[int, int]:
     """Of replicas that serve. Call with the lock held. Raises RuntimeError: there are none."""
@@ -330,7 +353,7 @@ class Fleet:
   def _lost(self, place: _Place, error: Exception) -> bool:
     """Ends the requests of a replica that has died and starts another. Returns whether one serves now."""
     with self._lock:
-      place.status, lost, place.live = "failed" if self._closing else "starting", place.live, {}
+      place.status, lost, place.live = "starting", place.live, {}
       self._router.forget(place.index)
     for stream in lost.values():
       stream.end(Ended(None, 0, RuntimeError(f"replica {place.index} has died, and what it had to answer is lost")))

@@ -22,8 +22,10 @@ _LOOK = 0.05  # seconds between looks at what is still to be answered, while the
 
 def serve(
   engines: Engines, model: Model, served: str, address: tuple[str, int], limits: Limits, api_key: str | None
-) -> None:
+) -> bool:
   """Serves until SIGTERM or SIGINT has come and what was asked before is answered. A second signal ends the process.
+
+  Returns whether an engine lives: if all have failed, the server answers no more, and waits for the signal too.
 
   Args:
     engines: idle, and from now on the server's.
@@ -34,8 +36,11 @@ def serve(
     OSError: the address cannot be had.
   """
   listener = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+  # It is told its protocol, without which asyncio lets Nagle hold answers back for 40 ms.
+  listener = socket.socket(fileno=listener.detach())
   with contextlib.closing(listener):
     asyncio.run(_serve(listener, engines, model, served, limits, api_key))
+  return not engines.failed
 
 
 class _Uvicorn(uvicorn.Server):

@@ -23,7 +23,7 @@ import numpy as np
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.serving.audit import Audits
 from sparse_serve_jax.serving.clock import Clock, Wall
-from sparse_serve_jax.serving.metrics import Usage
+from sparse_serve_jax.serving.metrics import Held, Usage
 from sparse_serve_jax.serving.plan import MAX_BANNED, Dispatched, Executor, Observed, Plan, Sampling
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.scheduler import Scheduler
@@ -99,7 +99,12 @@ class Engine:
   @property
   def max_request_tokens(self) -> int:
     """Prompt and output tokens that one request can have."""
-    return self._scheduler.max_request_tokens
+    return self._executor.shape.max_context
+
+  @property
+  def held(self) -> Held:
+    """What the cache holds now. Any thread may ask: it waits for no device."""
+    return self.usage.held(self._scheduler.pool_blocks_in_use, self._scheduler.pool_blocks_kept)
 
   def add_request(
     self,
@@ -237,10 +242,10 @@ class Engine:
         return
       with self._whole():
         self._in_flight.popleft()
-        self.usage.count_step(result.stats)
         if self.audits is not None and result.audit is not None:
           self.audits.take(flight.plan, result.audit)
         received = self._scheduler.update(result, done := self.clock.now())
+        self.usage.count_step(flight.plan, result.stats, len(received.tokens))
         for request, _ in received.tokens:
           if told := result.logprobs.get(request.id):
             top = itertools.islice(told.top.items(), request.n_logprobs)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving.plan import StepStats
+from sparse_serve_jax.serving.plan import Plan, StepStats
 from sparse_serve_jax.serving.request import Request, State
 
 MOST_ITERATIONS, MOST_DELAY_S = 25, 2.0  # of goodput
 
 
+class Held(NamedTuple):
+  """What a cache holds at a moment."""
+
+  owned: int  # blocks of the pool, each of all layers and KV heads, that requests own
+  kept: int  # others that the prefix cache keeps
+  slots: int  # slots that hold a block
+  hbm_kv_bytes: int  # over all devices, tables and tails included
+  dram_kv_bytes: int  # of the blocks that requests own; 0 without offload
+
+
 class Usage:
-  """Sums and peaks over the iterations of an engine."""
+  """Sums and peaks over the iterations of an engine. It is changed by the engine's thread; any thread may read it."""
 
   def __init__(self, shape: CacheShape):
     self._shape = shape
@@ -25,11 +35,23 @@ class Usage:
     self.blocks_missed = 0
     self.blocks_loaded = 0
     self.blocks_saved = 0
+    self.decode_rows = 0
+    self.decode_steps = 0  # iterations that decode
+    self.output_tokens = 0
+    self._prefill_work = 0  # tokens x layers
+    self._slots = 0  # slots used after the last iteration that told
     self._peak_slots = 0
     self._peak_pool = 0
 
-  def count_step(self, stats: StepStats) -> None:
+  def count_step(self, plan: Plan, stats: StepStats, output_tokens: int) -> None:
+    """Takes an iteration that has run, and how many tokens it brought to requests."""
     self.iterations += 1
+    self.decode_rows += len(plan.decode)
+    self.decode_steps += bool(plan.decode)
+    self.output_tokens += output_tokens
+    self._prefill_work += sum(len(work.tokens) * work.n_layers for work in plan.prefill)
+    if plan.prefill or plan.decode:  # others do not tell
+      self._slots = stats.slots_used
     self.blocks_attended += stats.attended
     self.blocks_missed += stats.missed
     self.blocks_loaded += stats.loaded
@@ -39,6 +61,19 @@ class Usage:
   def count_pool(self, blocks_in_use: int) -> None:
     """Takes the pool blocks that requests own at the moment."""
     self._peak_pool = max(self._peak_pool, blocks_in_use)
+
+  def held(self, owned: int, kept: int) -> Held:
+    """What the cache holds when requests own so many pool blocks and the prefix cache keeps so many others.
+
+    Slots are as the last iteration that ran left them, less those of blocks that are nobody's since then.
+    """
+    slots = min(self._slots, (owned + kept) * self._shape.L * self._shape.K)
+    return Held(owned, kept, slots, self._hbm_bytes(slots, owned), self._dram_bytes(owned))
+
+  @property
+  def prefill_tokens(self) -> int:
+    """Tokens of prompts that went through the model; of a part of its layers, as many as would be the same work."""
+    return self._prefill_work // self._shape.L
 
   @property
   def hbm_hit_rate(self) -> float | None:
@@ -52,17 +87,22 @@ class Usage:
     With offload the blocks are those in slots, kept ones too: peak slots used x block bytes. Without, they are the
     pool's: peak pool blocks owned by requests x layers x KV heads x block bytes.
     """
-    kv = self._peak_slots * self._shape.block_bytes if self._shape.offload else self._pool_bytes
+    return self._hbm_bytes(self._peak_slots, self._peak_pool)
+
+  @property
+  def peak_dram_kv_bytes(self) -> int:
+    """Peak pool blocks owned by requests x layers x KV heads x block bytes; 0 without offload."""
+    return self._dram_bytes(self._peak_pool)
+
+  def _hbm_bytes(self, slots: int, pool_blocks: int) -> int:
+    kv = slots * self._shape.block_bytes if self._shape.offload else self._pool_bytes(pool_blocks)
     return self._shape.fixed_bytes + kv
 
-  @property
-  def dram_kv_bytes(self) -> int:
-    """Peak pool blocks owned by requests x layers x KV heads x block bytes; 0 without offload."""
-    return self._pool_bytes if self._shape.offload else 0
+  def _dram_bytes(self, pool_blocks: int) -> int:
+    return self._pool_bytes(pool_blocks) if self._shape.offload else 0
 
-  @property
-  def _pool_bytes(self) -> int:
-    return self._peak_pool * self._shape.L * self._shape.K * self._shape.block_bytes
+  def _pool_bytes(self, pool_blocks: int) -> int:
+    return pool_blocks * self._shape.L * self._shape.K * self._shape.block_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +131,13 @@ class Summary:
   scheduling_delay_mean_s: float | None
   scheduling_delay_p99_s: float | None
   throughput_tok_s: float | None
+  iterations: int  # of the engine
   hbm_hit_rate: float | None
   blocks_attended: int
   blocks_loaded: int
   blocks_saved: int
   peak_hbm_kv_bytes: int
-  dram_kv_bytes: int
+  peak_dram_kv_bytes: int
 
   def to_dict(self) -> dict[str, int | float | None]:
     return dataclasses.asdict(self)
@@ -179,12 +220,13 @@ def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
     scheduling_delay_mean_s=_mean(delays),
     scheduling_delay_p99_s=_percentile(delays, 99),
     throughput_tok_s=throughput(finished),
+    iterations=usage.iterations,
     hbm_hit_rate=usage.hbm_hit_rate,
     blocks_attended=usage.blocks_attended,
     blocks_loaded=usage.blocks_loaded,
     blocks_saved=usage.blocks_saved,
     peak_hbm_kv_bytes=usage.peak_hbm_kv_bytes,
-    dram_kv_bytes=usage.dram_kv_bytes,
+    peak_dram_kv_bytes=usage.peak_dram_kv_bytes,
   )
 
 

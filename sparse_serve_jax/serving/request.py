@@ -45,6 +45,7 @@ class Request:
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)  # one for each output token, or none
   chain: list[bytes] = dataclasses.field(default_factory=list)  # hashes of the full blocks it prefills, if it may share
   cached_tokens: int = 0  # of its prompt, that were in the pool when it was admitted: its prefill began after them
+  pool_blocks: int = 0  # that it holds, those that it shares included
   preemptions: int = 0  # times that its lane and blocks were taken from it before it had ended
   lost_tokens: int = 0  # of which it held KV when that happened last
   recomputed_tokens: int = 0  # of which it had held KV, and which were not in the pool when it was admitted again
@@ -91,4 +92,4 @@ class Request:
   def end(self, reason: str, now: float) -> None:
     """Closes the request for `reason`: "stop", "length", "cancelled" or "error"."""
     self.state = {"cancelled": State.CANCELLED, "error": State.FAILED}.get(reason, State.FINISHED)
-    self.finish_reason, self.finish_time = reason, now
+    self.finish_reason, self.finish_time, self.pool_blocks = reason, now, 0

@@ -125,17 +125,15 @@ class Scheduler:
   @property
   def has_work(self) -> bool:
     """Whether a request has not ended, a result is out, or freed blocks have still to be released."""
-    live = self._waiting or self._prefilling or self._decoding
-    return bool(live or self._in_flight or self._allocator.release_due)
+    return bool(self._waiting or self._prefilling or self._decoding or self._in_flight or self._allocator.release_due)
 
   @property
   def pool_blocks_in_use(self) -> int:
     return self._allocator.in_use
 
   @property
-  def max_request_tokens(self) -> int:
-    """Prompt and output tokens that one request can have."""
-    return self._shape.max_context
+  def pool_blocks_kept(self) -> int:
+    return self._allocator.idle
 
   def check(self, request: Request) -> None:
     """Raises ValueError if the request could never run."""
@@ -144,7 +142,7 @@ class Scheduler:
       raise ValueError(f"request {request.id!r}: the prompt is empty, at least one token is needed")
     if n_output < 1:
       raise ValueError(f"request {request.id!r}: max_new_tokens must be at least 1, got {n_output}")
-    limit = self.max_request_tokens
+    limit = self._shape.max_context
     if n_prompt + n_output > limit:
       raise ValueError(
         f"request {request.id!r}: {n_prompt} prompt + {n_output} output tokens = {n_prompt + n_output}, but only "
@@ -281,6 +279,7 @@ class Scheduler:
     block = self._allocator.allocate(1)
     if block is not None:
       resident.table = np.append(resident.table, block)
+      resident.request.pool_blocks = len(resident.table)
       return True
     self._short += 1
     ending = sum(len(r.table) for r in self._decoding if not r.steps_left)
@@ -304,7 +303,7 @@ class Scheduler:
     request.preemptions += 1
     request.lost_tokens = resident.computed(self._shape.L, self._config.prefill == "chunked")
     self._free(resident)
-    request.state = State.WAITING
+    request.state, request.pool_blocks = State.WAITING, 0
     self._waiting.appendleft(request)
     self._preempted.append(request.id)
 
@@ -325,8 +324,7 @@ class Scheduler:
     return resident.working_set
 
   def _selected(self, resident: Resident) -> int:
-    """Blocks over all layers and heads that one step can select: what a request without history needs (the paper leaves
-    this case open)."""
+    """Blocks of all layers and heads that a step can select: its need without history (open in the paper)."""
     full = resident.position // self._shape.S
     selected = min(full, self._budget_blocks) if self._sparse.policy == "topk" else full
     dense_layers = min(self._sparse.dense_layers, self._shape.L)
@@ -476,6 +474,7 @@ class Scheduler:
       request.scheduled_time, request.cached_tokens = now, resident.first
     request.recomputed_tokens += max(0, request.lost_tokens - resident.first)
     resident.lane, resident.table = self._lanes.pop(), np.concatenate([shared, own])
+    request.pool_blocks = len(resident.table)
     self._admitted.append(resident)
     return True
 

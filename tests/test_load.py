@@ -1,0 +1,29 @@
+"""The server under load, shortly; `make soak` runs two minutes with 200 streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.load import load
+
+MiB = 1 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+  ("streams", "seconds", "warm_seconds", "more_rss"),
+  [(24, 8, 6, 128 * MiB), pytest.param(200, 120, 30, 32 * MiB, marks=pytest.mark.soak)],
+)
+def test_a_server_under_load(streams, seconds, warm_seconds, more_rss):
+  """The warm part compiles programs, whose code stays in memory: most of them if it is short, all if it is long."""
+  told = load(streams, seconds, warm_seconds)
+  print(told)
+  assert not told["wrong"] and told["whole"] > streams and told["left"] > 3
+  assert told["cancelled"] > 3 and told["iterations_to_cancel"] <= 1
+  assert told["healths"] > 20 * seconds and told["health_p99_s"] < 0.1
+  before, after = told["before"], told["after"]
+  assert (after["threads"], after["descriptors"]) == (before["threads"], before["descriptors"])
+  assert after["rss"] - before["rss"] < more_rss
