@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from pallas_kernels import Maps
 from sparse_serve_jax.attention import drawn  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
-from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.buckets import Buckets, Program
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import host_pool, kv_cache
 from sparse_serve_jax.memory.create import create
@@ -57,6 +59,8 @@ from sparse_serve_jax.step import (
 )
 
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
+COMPILED_AT_ONCE = min(8, os.cpu_count() or 1)  # programs
+_NOTHING = "nothing"  # a request, for programs that run on none
 
 
 @dataclasses.dataclass
@@ -249,25 +253,47 @@ class JaxExecutor:
     fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
     needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or "sampled" not in of.kind]
     audits = (None, AuditOf(0, 0)) if self.config.sparse.audit_share else (None,)
-    size, nowhere, name = self.shape.S, self.shape.R, "nothing"
     self._follow_pool()
-    self._admit(Admission(name, 0, np.full(self.shape.N, -1, np.int32)))
-    for kind, n, width, n_layers in needed:
-      sampling = Sampling(temperature=float("sampled" in kind))
-      if "prefill" in kind:
-        lengths = (n - size, size) if "packed" in kind else (n,)
-        prompts_of = (np.zeros(n, np.int32) for n in lengths)
-        works = (PrefillWork(name, 0, of, width * size, 0, n_layers, False, sampling) for of in prompts_of)
-        self._prefill(tuple(works), iteration=0)
-        self.forget(name)
+    self._admit(Admission(_NOTHING, 0, np.full(self.shape.N, -1, np.int32)))
+    # XLA takes one core for most of a program, so several are compiled at a time; a call then finds what has been.
+    with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+      compiling = [pool.submit(lowered.compile) for of in needed for lowered in self._lowered(of, audits)]
+      for program in compiling:
+        program.result()
+    for of in needed:
+      if "prefill" in of.kind:
+        self._prefill(self._no_prompts(of), iteration=0)
+        self.forget(_NOTHING)
         continue
-      rows = (DecodeRow(name, nowhere, (width - 1) * size, 0, sampling),) * n
-      self._measure(rows)
+      self._measure(self._no_rows(of))
       for audit in audits:
-        self._decode(rows, audit=audit)
+        self._decode(self._no_rows(of), audit=audit)
     self._update_hot(self.programs.release, np.full(RELEASE_WIDTH, -1, np.int32))
     self.wait()
     return len(needed) + 2 + (len(audits) - 1) * sum("prefill" not in of.kind for of in needed)
+
+  def _lowered(self, of: Program, audits: Sequence[AuditOf | None]) -> Iterator[jax.stages.Lowered]:
+    """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
+    if "prefill" in of.kind:
+      batch, width = self._prefill_operands(self._no_prompts(of))
+      x = jax.ShapeDtypeStruct((len(batch.tokens), self._d_model), self._dtype, sharding=NamedSharding(self.mesh, P()))
+      yield self.programs.prefill.lower(self.params, self.cache, x, batch, width)
+      return
+    yield self.programs.working_sets.lower(self.cache.hot, *self._measure_operands(self._no_rows(of)))
+    for audit in audits:
+      yield self.programs.decode.lower(self.params, self.cache, *self._decode_operands(self._no_rows(of), audit=audit))
+
+  def _no_prompts(self, of: Program) -> tuple[PrefillWork, ...]:
+    """Work of a prefill program on nothing."""
+    size, sampling = self.shape.S, Sampling(temperature=float("sampled" in of.kind))
+    lengths = (of.size - size, size) if "packed" in of.kind else (of.size,)
+    tokens = (np.zeros(n, np.int32) for n in lengths)
+    return tuple(PrefillWork(_NOTHING, 0, t, of.width * size, 0, of.n_layers, False, sampling) for t in tokens)
+
+  def _no_rows(self, of: Program) -> tuple[DecodeRow, ...]:
+    """Rows of a decode program on nothing."""
+    sampling = Sampling(temperature=float("sampled" in of.kind))
+    return (DecodeRow(_NOTHING, self.shape.R, (of.width - 1) * self.shape.S, 0, sampling),) * of.size
 
   def _follow_pool(self) -> None:
     """Before programs whose blocks the host moves."""
@@ -290,16 +316,13 @@ class JaxExecutor:
   def _prefill(self, works: tuple[PrefillWork, ...], iteration: int) -> StepOutput:
     """One piece: of a prompt, or whole short ones."""
     work = works[0]
-    width, key = self.buckets.prefix(work.start), (work.request_id, work.start)
-    batch = self._prefill_batch(works)
+    key, (batch, width) = (work.request_id, work.start), self._prefill_operands(works)
     padded = len(batch.tokens)
     x = self._activations.pop(key, None)
     if x is None:
       x = jnp.zeros((padded, self._d_model), self._dtype, device=NamedSharding(self.mesh, P()))
     if self._writer is not None:
-      slab_layers = batch.known_layers or self.buckets.layers(padded, work.start)
-      batch = batch.replace(slab_layers=slab_layers)
-      self._writer.make_room(padded // self.shape.S * slab_layers * self.shape.K * self.shape.block_bytes)
+      self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
     self.cache, x, slab, output = self.programs.prefill(self.params, self.cache, x, batch, width)
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)
@@ -308,8 +331,8 @@ class JaxExecutor:
       self._activations[key] = x
     return output
 
-  def _prefill_batch(self, works: tuple[PrefillWork, ...]) -> PrefillBatch:
-    """The batch of a piece, padded."""
+  def _prefill_operands(self, works: tuple[PrefillWork, ...]) -> tuple[PrefillBatch, int]:
+    """The batch of a piece, padded, and how many entries of a block table come before it."""
     work, rows, samplings = works[0], 1, [w.sampling for w in works]
     if len(works) == 1:
       padded = self.buckets.piece(len(work.tokens), work.start, work.n_layers)
@@ -320,7 +343,8 @@ class JaxExecutor:
       rows, tokens = self.buckets.packed_rows, np.zeros(padded, np.int32)
       for begin, w in zip(begins, works, strict=True):
         tokens[begin : begin + len(w.tokens)] = w.tokens
-    return PrefillBatch(
+    known = work.n_layers if self.buckets.known(padded, work.start, work.n_layers) else 0
+    batch = PrefillBatch(
       tokens=tokens,
       start=np.int32(work.start),
       begins=_pad(np.array(begins), rows, padded),
@@ -330,9 +354,11 @@ class JaxExecutor:
       lanes=_pad(np.array([w.lane for w in works]), rows, self.shape.R),
       # A draw for one row takes no time that counts, for those of a pack it does.
       sampling=None if rows > 1 and all(of.plain for of in samplings) else _sampling_rows(samplings, rows),
-      known_layers=work.n_layers if self.buckets.known(padded, work.start, work.n_layers) else 0,
+      known_layers=known,
+      slab_layers=0 if self._writer is None else known or self.buckets.layers(padded, work.start),
       logprobs=any(of.logprobs for of in samplings) and work.first_layer + work.n_layers == self.shape.L,
     )
+    return batch, self.buckets.prefix(work.start)
 
   def _blocks_of(self, works: tuple[PrefillWork, ...]) -> np.ndarray:
     """Where in the pool the blocks of a piece go, int32; -1: one that is not full."""
@@ -346,20 +372,28 @@ class JaxExecutor:
   def _decode(
     self, rows: tuple[DecodeRow, ...], threshold: float | None = None, audit: AuditOf | None = None
   ) -> StepOutput:
+    operands = self._decode_operands(rows, threshold, audit)
+    self.cache, output = self.programs.decode(self.params, self.cache, *operands)
+    return output
+
+  def _decode_operands(
+    self, rows: tuple[DecodeRow, ...], threshold: float | None = None, audit: AuditOf | None = None
+  ) -> tuple[DecodeBatch, int]:
     batch, width = self._decode_batch(rows)
     sparse = self.config.sparse
     if sparse.policy == "psa":
       batch = batch.replace(threshold=np.float32(sparse.promise if threshold is None else threshold))
     if audit is not None:
       batch = batch.replace(audit=AuditAt(np.int32(audit.row), np.int32(audit.layer)))
-    self.cache, output = self.programs.decode(self.params, self.cache, batch, width)
-    return output
+    return batch, width
 
   def _measure(self, rows: tuple[DecodeRow, ...]) -> jax.Array:
     """Working sets of the rows."""
+    return self.programs.working_sets(self.cache.hot, *self._measure_operands(rows))
+
+  def _measure_operands(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
     batch, width = self._decode_batch(rows)
-    batch = batch.replace(sampling=None, logprobs=False)  # which it does not read
-    return self.programs.working_sets(self.cache.hot, batch, width)
+    return batch.replace(sampling=None, logprobs=False), width  # which it does not read
 
   def _decode_batch(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
     """The batch, padded, and how many entries of block tables it looks at."""
