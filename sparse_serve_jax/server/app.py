@@ -74,9 +74,9 @@ class Server:
       await asyncio.sleep(SAMPLE_S)
       self.engines.sample()
 
-  async def numbers(self) -> dict[str, Any]:
-    """What /status tells but for the state: of the engines that answer."""
-    engines = await asyncio.to_thread(self.engines.told)  # those elsewhere are asked
+  def numbers(self) -> dict[str, Any]:
+    """What /status tells but for the state: of the engines that answer. May wait for other processes."""
+    engines = self.engines.told()
     told = {"model": self.served, "refused": by_label(self.refused), **body(engines)}
     if replicas := self.engines.health().get("replicas"):
       told["replicas"] = {i: of | {"counted": int(i) in engines} for i, of in replicas.items()}
@@ -274,7 +274,7 @@ def make_app(server: Server, version: str) -> Starlette:
     if not server.knows_key(request):  # no 401: browsers log it as an error, and the page asks before it has the key
       told["key"] = "wanted"
     else:
-      told |= {"version": version, **await server.numbers()}
+      told |= {"version": version, **await asyncio.to_thread(server.numbers)}
     return JSONResponse(told, headers={"cache-control": "no-store"})
 
   async def no_such(request: Request, error: Exception) -> Response:
