@@ -53,7 +53,12 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   return folder
 
 
-def claim(path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequence[str] = ("*.jsonl",)) -> pathlib.Path:
+def claim(
+  path: str | os.PathLike[str],
+  setting: Mapping[str, Any],
+  kept: Sequence[str] = ("*.jsonl",),
+  device: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
   """Makes a folder hold the run of one setting only, and notes who went on with it now.
 
   A folder without results is taken, and one of the same setting is gone on with.
@@ -62,6 +67,7 @@ def claim(path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequen
     path: of the folder, which is made if it is not there.
     setting: what decides whether two runs are the same; values of JSON, and dataclasses of these.
     kept: patterns of the files (empty ones do not count) and folders that are results.
+    device: what it runs on, as `provenance` tells it; None: what this process has.
 
   Returns:
     The folder.
@@ -80,7 +86,7 @@ def claim(path: str | os.PathLike[str], setting: Mapping[str, Any], kept: Sequen
     if told := differences(before.get("setting", {}), setting):
       raise ValueError(f"{folder} holds another run, choose another folder: {'; '.join(told)}")
     parts = before.get("parts", [])
-  replace_json(file, {"setting": setting, "parts": [*parts, provenance()]})
+  replace_json(file, {"setting": setting, "parts": [*parts, provenance() | ({"device": device} if device else {})]})
   return folder
 
 

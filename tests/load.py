@@ -76,7 +76,7 @@ def serve(model: str, seed: int, expected: str) -> None:
   cancellations.
   """
   from sparse_serve_jax import LLM, runtime
-  from sparse_serve_jax.server import app
+  from sparse_serve_jax.server import app, engines
   from sparse_serve_jax.server import serve as serving
   from sparse_serve_jax.serving.loop import Loop, Stream
   from tests.tiny import check_nothing_is_held
@@ -100,7 +100,8 @@ def serve(model: str, seed: int, expected: str) -> None:
     return engine_cancel(name, reason)
 
   Loop.cancel, engine.cancel = ask, cancel  # type: ignore[method-assign]
-  serving.serve(engine, llm.model, "reference", ("127.0.0.1", 0), app.Limits(max_waiting=2000), None)
+  served_by, limits = engines.One(engine, llm.model), app.Limits(max_waiting=2000)
+  assert serving.serve(served_by, llm.model, "reference", ("127.0.0.1", 0), limits, None)
   check_nothing_is_held(engine)
   assert not engine.has_work and not engine.failed and not engine._live
   print(json.dumps({"cancelled": len(late), "iterations_to_cancel": max(late, default=0)}), flush=True)

@@ -20,6 +20,8 @@ RANKS = {
   f"{PACKAGE}.runtime": 1,
   f"{PACKAGE}.mesh": 1,
   f"{PACKAGE}.processes": 1,
+  f"{PACKAGE}.cluster": 1,
+  f"{PACKAGE}.hosts": 1,
   f"{PACKAGE}.variants": 1,
   f"{PACKAGE}.files": 1,
   f"{PACKAGE}.tokenizing": 1,

@@ -167,7 +167,7 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   items = [item("a", 100, 8, options=options)]
   made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(1), tmp_path)
   jax.clear_caches()
-  made._compiled("sparse_serve")
+  made._serve.__self__.compiled("sparse_serve")
   after = compiled()
   assert made.cell("sparse_serve", 1.0)["requests"] == 1
   assert not after

@@ -74,7 +74,7 @@ def test_threads_submit_and_cancel_at_random():
   with Loop(engine) as loop:
     with ThreadPoolExecutor(8) as pool:
       finished = sum(pool.map(client, [loop] * 8, range(8)))
-    assert loop.live == 0
+    assert not loop.live
   assert 40 < finished <= 96
   assert not engine.has_work and engine._scheduler.pool_blocks_in_use == 0 and not executor.kept
 
@@ -159,7 +159,7 @@ def test_an_engine_that_fails_ends_all_streams(where, error):
   reader.join(SOON)
   assert not reader.is_alive() and error in causes(outcomes[0])
   loop._thread.join(SOON)
-  assert loop.failed and loop.live == 0
+  assert loop.failed and not loop.live
   for call in (lambda: loop.submit([1]), loop.drain):
     with pytest.raises(RuntimeError, match="the engine has failed"):
       call()

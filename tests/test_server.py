@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import os
+import pickle
 import random
 import re
 import signal
@@ -18,6 +19,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
+from sparse_serve_jax.server.errors import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -194,7 +197,8 @@ def test_a_client_that_goes_away_is_cancelled(server):
   before = server.number("requests_total")
   body = {"prompt": PROMPT, "max_tokens": 450, "stream": True, "ignore_eos": True}
   with server.http.stream("POST", "/v1/completions", json=body) as answer:
-    next(answer.iter_lines())
+    lines = answer.iter_lines()  # kept, as the connection ends with it
+    next(lines)
     assert server.number("requests_running") == 1
   deadline = time.monotonic() + 5
   while server.number("requests_running") and time.monotonic() < deadline:
@@ -202,6 +206,12 @@ def test_a_client_that_goes_away_is_cancelled(server):
   lines = server.http.get("/metrics").text
   assert server.number("requests_running") == 0 and 'finish_reason="cancelled"} 1.0' in lines
   assert server.number("requests_total") == before + 1
+
+
+def test_a_refusal_is_the_same_from_another_process():
+  refused = pickle.loads(pickle.dumps(Refused(400, "give a shorter prompt", "prompt")))
+  assert (refused.status, str(refused)) == (400, "give a shorter prompt")
+  assert refused.body() == Refused(400, "give a shorter prompt", "prompt").body()
 
 
 def test_the_page_needs_no_key_and_its_data_do(server):
@@ -230,7 +240,8 @@ def test_the_page_needs_no_key_and_its_data_do(server):
 def test_metrics_tell_what_is_in_use_now_and_peaks_by_their_name(server):
   body = {"prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
   with server.http.stream("POST", "/v1/completions", json=body) as answer:
-    next(answer.iter_lines())
+    lines = answer.iter_lines()  # kept, as the connection ends with it
+    next(lines)
     assert server.number("dram_kv_bytes") == server.number("pool_blocks_owned") * 2**19 > 0
     assert server.number("dram_kv_peak_bytes") >= server.number("dram_kv_bytes")
   deadline = time.monotonic() + SOON

@@ -120,7 +120,8 @@ def test_a_client_that_stops_reading_holds_nobody(planted, seconds):
   assert texts == [complete(server, max_tokens=150).choices[0].text]
 
   with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 3}) as stream:
-    next(stream.iter_lines())
+    lines = stream.iter_lines()  # kept, as the connection ends with it
+    next(lines)
     server.process.send_signal(signal.SIGTERM)
     until = time.monotonic() + SOON
     while httpx.get(f"{server.url}/health").status_code == 200 and time.monotonic() < until:

@@ -7,14 +7,16 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server import status
+from sparse_serve_jax.server.engines import One
 from sparse_serve_jax.server.outputs import Output, Outputs
-from sparse_serve_jax.server.status import Sample, Status
-from sparse_serve_jax.serving.loop import Loop
-from tests.fake_engine import SHAPE, S, fake_engine
+from sparse_serve_jax.server.status import Live, Moment, Sample, Sums, Told
+from sparse_serve_jax.serving.metrics import Held
+from tests.fake_engine import SHAPE, FakeModel, S, fake_engine
 from tests.test_server import ROOT
 
 LIVE = {"waiting", "prefilling", "decoding"}
@@ -26,9 +28,8 @@ class Served:
 
   def __init__(self):
     self.engine, self.executor = fake_engine()
-    self.loop = Loop(self.engine)
-    self.outputs = Outputs(self.loop, ByteTokenizer(), lambda output: self.status.ended(output))
-    self.status = Status(self.engine, self.outputs)
+    self.one = One(self.engine, FakeModel())  # type: ignore[arg-type]  # which scores no prompts
+    self.outputs = Outputs(self.one, ByteTokenizer())
     self.all: list[Output] = []
 
   def add(self, n: int = 1, prompt: list[int] = PROMPT, max_tokens: int = 4) -> list[Output]:
@@ -36,11 +37,14 @@ class Served:
     self.all += (made := [self.outputs.add(i, prompt, params, asyncio.Queue()) for i in range(n)])
     return made
 
+  def body(self) -> dict[str, Any]:
+    return status.body(self.one.told())
+
   @contextlib.asynccontextmanager
   async def held_up(self) -> AsyncIterator[None]:
     """The engine stands still meanwhile."""
     begun, go = threading.Event(), threading.Event()
-    standing = self.loop.call(lambda: (begun.set(), go.wait()))
+    standing = self.one._loop.call(lambda: (begun.set(), go.wait()))
     await asyncio.to_thread(begun.wait)
     try:
       yield
@@ -63,7 +67,7 @@ def served(test):
       try:
         await test(of)
       finally:
-        await asyncio.to_thread(of.loop.close)
+        await asyncio.to_thread(of.one.close)
 
     asyncio.run(main())
 
@@ -73,14 +77,14 @@ def served(test):
 
 @served
 async def test_a_request_from_its_arrival_to_its_end(of: Served):
-  assert of.status.body()["requests"] == []
+  assert of.body()["requests"] == []
   async with of.held_up():
     (output,) = of.add()
-    (row,) = of.status.body()["requests"]
+    (row,) = of.body()["requests"]
     assert (row["id"], row["state"], row["prompt_tokens"], row["output_tokens"]) == (None, "waiting", 20, 0)
-    assert row["times"][1:] == [None] * 3 and of.status.body()["live"] == {"waiting": 1, "prefilling": 0, "decoding": 0}
+    assert row["times"][1:] == [None] * 3 and of.body()["live"] == {"waiting": 1, "prefilling": 0, "decoding": 0}
   await of.ended()
-  body = of.status.body()
+  body = of.body()
   (row,) = body["requests"]
   assert (row["id"], row["state"], row["output_tokens"], row["pool_blocks"]) == ("request-0", "length", 4, 0)
   request = output.stream.request
@@ -100,8 +104,8 @@ async def test_states_and_blocks_of_those_that_run(of: Served):
   seen = []
 
   def look(stream, token):
-    of.status.sample()
-    seen.append(of.status.body())
+    of.one.sample()
+    seen.append(of.body())
 
   sink, of.outputs._sink = of.outputs._sink, lambda stream, token: (look(stream, token), sink(stream, token))
   of.add(10, max_tokens=12)
@@ -116,10 +120,10 @@ async def test_states_and_blocks_of_those_that_run(of: Served):
     held = [row["pool_blocks"] for row in body["requests"]]
     assert set(held) <= {0, (20 + 12) // S} and sum(held) <= SHAPE.M and body["held"]["owned"] <= SHAPE.M
     assert body["held"]["dram_kv_bytes"] == body["held"]["owned"] * body["size"]["pool_block_bytes"]
-  after = of.status.body()
+  after = of.body()
   assert after["since_start"]["output_tokens"] == 120 and after["held"]["owned"] == 0
-  assert sum(sample.output_tokens_s > 0 for sample in of.status._samples) > 1
-  assert {sample.batch for sample in of.status._samples} > {None} and after["since_start"]["hit_rate"] == 0.75
+  assert sum(tokens > 0 for tokens in after["samples"]["output_tokens_s"]) > 1
+  assert {*after["samples"]["batch"]} > {None} and after["since_start"]["hit_rate"] == 0.75
 
 
 @served
@@ -133,7 +137,7 @@ async def test_each_way_to_end(of: Served):
     of.add(prompt=PROMPT * 10)
     of.add()
   await of.ended()
-  rows = of.status.body()["requests"]
+  rows = of.body()["requests"]
   assert sorted(row["state"] for row in rows) == ["cancelled", "error", "length", "refused", "refused"]
   for row in rows:
     assert row["times"][0] <= row["times"][3]
@@ -150,8 +154,8 @@ async def test_an_engine_that_has_failed(of: Served):
     of.add(2)
     of.executor.submit = lambda plan: fail()
   await of.ended()
-  body = of.status.body()
-  assert [row["state"] for row in body["requests"]] == ["error", "error"] and of.loop.failed
+  body = of.body()
+  assert [row["state"] for row in body["requests"]] == ["error", "error"] and of.one.failed
   assert all(row["times"][3] is not None for row in body["requests"])
 
 
@@ -159,13 +163,13 @@ async def test_an_engine_that_has_failed(of: Served):
 async def test_it_stays_small(of: Served):
   """However many requests there were: so many rows and samples, and no text or token of any."""
   for _ in range(status.SAMPLES + 20):
-    of.status.sample()
+    of.one.sample()
   of.add(3 * status.ROWS)
   await of.ended()
   async with of.held_up():
     of.add(status.ROWS + 5)
-    of.status.sample()
-    body = of.status.body()
+    of.one.sample()
+    body = of.body()
     ended, live = body["requests"][: status.ROWS], body["requests"][status.ROWS :]
     assert {row["state"] for row in ended} == {"length"} and {row["state"] for row in live} == {"waiting"}
     assert (len(live), body["not_listed"], body["live"]["waiting"]) == (status.ROWS, 5, status.ROWS + 5)
@@ -181,10 +185,36 @@ async def test_it_stays_small(of: Served):
 async def test_no_sample_without_time(of: Served):
   """Two in a tick of the clock are one."""
   of.engine.clock.now = lambda: 5.0
-  of.status.sample()
-  n = len(of.status._samples)
-  of.status.sample()
-  assert len(of.status._samples) == n
+  of.one.sample()
+  n = len(of.body()["samples"]["at"])
+  of.one.sample()
+  assert len(of.body()["samples"]["at"]) == n
+
+
+def test_engines_are_added_up():
+  """Two, one of which is younger, on a host whose clock is 1,000 s ahead."""
+  held, size = Held(owned=3, kept=1, slots=4, hbm_kv_bytes=100, dram_kv_bytes=50), {"lanes": 2, "block_bytes": 10}
+  size |= {"block_tokens": 8, "pool_block_bytes": 40, "max_request_tokens": 64}
+
+  def told(now: float, n: int, attended: float, missed: float, steps: float) -> Told:
+    """With `n` samples, a second apart, of which the last was half a second ago."""
+    sums = Sums(5, 100, 200, attended, missed, 7, 8, decode_rows=6, decode_steps=steps)
+    moments = [Moment(now - 0.5 - i, sums, held, Live(1, 0, 2)) for i in reversed(range(n))]
+    of = {"id": "request-0", "times": [now - 2, now - 1, None, None]}
+    return Told(now, n, size, held, Live(1, 0, 2), 3, sums, (100, 50), {"length": n}, moments, [of], [of])
+
+  of = status.body({0: told(50.0, 3, 90, 30, 2), 2: told(1050.0, 2, 10, 0, 0)})
+  samples = of["samples"]
+  assert samples["at"] == [47.5, 48.5, 49.5] and samples["decode"] == [2, 4, 4] and samples["slots"] == [4, 8, 8]
+  assert samples["output_tokens_s"] == [100, 200, 200] and samples["loaded_bytes_s"] == [70, 140, 140]
+  assert samples["hit_rate"] == [0.6667, 0.7, 0.7] and samples["batch"] == [3, 6, 6]
+  assert of["since_start"]["hit_rate"] == 0.7 and of["since_start"]["iterations"] == 10
+  assert of["since_start"]["hbm_peak_bytes"] == 200
+  assert of["size"] == size | {"lanes": 4} and of["held"]["owned"] == 6 and of["not_listed"] == 6
+  assert of["live"] == {"waiting": 2, "prefilling": 0, "decoding": 4} and of["ended"] == {"length": 5}
+  assert [row["replica"] for row in of["requests"]] == [0, 2, 0, 2]
+  assert {tuple(row["times"]) for row in of["requests"]} == {(48.0, 49.0, None, None)}
+  assert status.body({}) == {}
 
 
 def test_the_picture_of_the_documents_is_small():

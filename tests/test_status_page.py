@@ -152,6 +152,12 @@ def test_it_says_when_the_server_drains_and_when_it_is_gone(server, page):
     asked = ask(server, 1, 60, 1, pool)
     until(page, "+document.querySelector('#n-decode').textContent > 0")
     assert page.locator("#banner").is_hidden() and page.locator("#state").inner_text() == "ok"
+    assert page.locator("#down").is_hidden()
+    told = "{0: {status: 'ok', counted: true}, 1: {status: 'starting'}, 2: {status: 'failed'}, 3: {status: 'ok'}}"
+    says = page.evaluate(f"(replicas({told}), [at('down').hidden, at('down').textContent])")
+    assert says[0] is False and says[1].startswith("Replica 1 is starting. Replica 2 has failed")
+    assert says[1].endswith("Replica 3 does not answer.")
+    assert page.evaluate("[named({id: 'a', replica: 0}), named({id: 'a', replica: null})]") == ["0: a", "a"]
     server.process.send_signal(signal.SIGTERM)
     page.get_by_text("takes no more requests").wait_for(timeout=LONG)
     assert page.errors == []

@@ -19,28 +19,32 @@ Settings are those of --methods, --budgets and --thresholds, and dense. --axes a
 
 The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts, prefill.jsonl and
 reuse.jsonl of the others, traces/*.npz, and made of these results.md, summary.json and plots. What is there is not run
-again. The last line of stdout is one JSON object: how many rows there are, and what dense attention answers.
+again. With --ray each task and length is one process's. The last line of stdout is one JSON object: how many rows there
+are, and what dense attention answers.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
 from pallas_kernels.stop import REST
-from sparse_serve_jax import results, runtime, tasks
+from sparse_serve_jax import cluster, results, runtime, tasks
 from sparse_serve_jax.attention import METHODS
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.evaluation import report, selections
 from sparse_serve_jax.evaluation.accuracy import LEAST_TOKENS, TEXT
-from sparse_serve_jax.evaluation.cases import AXES, cases, prefill_cases
+from sparse_serve_jax.evaluation.cases import AXES, Case, cases, prefill_cases
 from sparse_serve_jax.evaluation.corpus import Corpus
-from sparse_serve_jax.evaluation.study import Amounts, Study
-from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.evaluation.study import Amounts, Bench, Cell, Study
+from sparse_serve_jax.models import Model
+from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 
 PARTS = ("tasks", "text", "prefill", "selections")
 
@@ -89,6 +93,7 @@ with cli.group("How much"):
   )
   _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Tokens of a batch of instances.", lower_bound=1)
   _WORKERS = flags.DEFINE_integer("workers", 4, "Processes that make instances.", lower_bound=0)
+_RAY = cli.define_ray()
 _OUT = cli.define_out("Folder of results.")
 _VERBOSE = cli.define_verbose()
 
@@ -110,23 +115,14 @@ def main() -> None:
   text = _corpus()
   out = results.make_folder(_OUT.value)
   runtime.configure()
-  model = load_model_here(_MODEL.value, dtype=_DTYPE.value)
+  model = (load_model_for_others if _RAY.value else load_model_here)(_MODEL.value, dtype=_DTYPE.value)
   if too_long := [n for n in asked if n > model.config.max_context]:
     raise ValueError(f"the model's context is {model.config.max_context} tokens, too short for {too_long}")
   amounts = Amounts(_INSTANCES.value, _STEPS.value, _REQUESTS.value, _TRACE_STEPS.value, text)
-  study = Study(model, out, wanted, amounts, _TOKENS.value, _WORKERS.value)
-  # The shorter parts first.
-  for n_tokens in lengths if "selections" in parts else []:
-    for task in [task.name for task in tasks.TASKS.values() if task.group == "long_output"]:
-      study.trace(task, n_tokens)
-  for n_tokens in text_lengths if "text" in parts else []:
-    study.measure(TEXT, n_tokens)
-  for n_tokens, task in _of_prefill(text_lengths, lengths, names) if "prefill" in parts else []:
-    study.measure_prefill(task, n_tokens)
-  for n_tokens in lengths if "tasks" in parts else []:
-    for task in names:
-      study.measure(task, n_tokens)
-  told = report.summary(study.rows.all, study.reuse.all, study.prefill.all)
+  cells = _cells(parts, text_lengths, lengths, names)
+  study = _measured(model, out, wanted, amounts, cells)
+  rows, prefill, reuse = (study.rows(name, cells) for name in ("results", "prefill", "reuse"))
+  told = report.summary(rows, reuse, prefill)
   report.write(out, told)
   try:
     from sparse_serve_jax.plots import accuracy as plots  # slow to import
@@ -134,14 +130,39 @@ def main() -> None:
   except ImportError as error:
     print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
   else:
-    plots.write(out, told, study.reuse.all, made_by(out))
-  n_rows = len(study.rows.all) + len(study.prefill.all)
-  cli.end_with(report.markdown(told), report.in_short(told) | {"rows": n_rows, "out": str(out)})
+    plots.write(out, told, reuse, made_by(out))
+  cli.end_with(report.markdown(told), report.in_short(told) | {"rows": len(rows) + len(prefill), "out": str(out)})
 
 
-def _of_prefill(text_lengths: list[int], lengths: list[int], names: list[str]) -> list[tuple[int, str]]:
-  """Lengths and tasks of the part prefill."""
-  return [(n, TEXT) for n in text_lengths] + list(itertools.product(lengths, names))
+def _cells(parts: list[str], text_lengths: list[int], lengths: list[int], names: list[str]) -> list[Cell]:
+  """The shorter parts first."""
+  long_outputs = [task.name for task in tasks.TASKS.values() if task.group == "long_output"]
+  asked, text = list(itertools.product(lengths, names)), [(n, TEXT) for n in text_lengths]
+  of_parts = {
+    "selections": [Cell("reuse", task, n) for n, task in itertools.product(lengths, long_outputs)],
+    "text": [Cell("results", task, n) for n, task in text],
+    "prefill": [Cell("prefill", task, n) for n, task in [*text, *asked]],
+    "tasks": [Cell("results", task, n) for n, task in asked],
+  }
+  return [cell for part, of in of_parts.items() if part in parts for cell in of]
+
+
+def _measured(model: Model, out: pathlib.Path, wanted: list[Case], amounts: Amounts, cells: list[Cell]) -> Study:
+  """With rows of all cells."""
+  how = amounts, _TOKENS.value, _WORKERS.value
+  if not _RAY.value:
+    study, bench = Study(model, out, wanted, amounts), Bench(model, *how)
+    for cell in cells:
+      study.measure(cell, bench.measure)
+    return study
+  study = Study(model, out, wanted, amounts, cluster.once(results.provenance)["device"])
+  make = functools.partial(_bench, _MODEL.value, _DTYPE.value, *how)
+  cluster.spread(make, cells, lambda call, cell: study.measure(cell, functools.partial(call, "measure")))
+  return study
+
+
+def _bench(model: str, dtype: str | None, *how: Any) -> Bench:
+  return Bench(load_model_here(model, dtype), *how)
 
 
 def _corpus() -> Corpus | None:

@@ -98,6 +98,44 @@ def define_out(what: str, required: bool = True) -> flags.FlagHolder[Any]:
   return out
 
 
+def define_ray() -> flags.FlagHolder[bool]:
+  """--ray, of commands whose parts can run in several processes at once."""
+  with group("How it is run"):
+    return flags.DEFINE_bool(
+      "ray", False, "Parts run beside each other, in a process for each GPU of a Ray cluster, or of this machine."
+    )
+
+
+class HostsFlags:
+  """--coordinator, --hosts and --host_index: of a command that several processes run."""
+
+  def __init__(self):
+    with group("Several processes"):
+      self._coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT at which the first process listens.")
+      self._hosts = flags.DEFINE_integer(
+        "hosts", 1, "Processes, each with these flags but its own number.", lower_bound=1
+      )
+      self._index = flags.DEFINE_integer(
+        "host_index", 0, "Which of the processes this is, from 0 on; the first one reads and prints.", lower_bound=0
+      )
+
+  @property
+  def is_first(self) -> bool:
+    """Whether this process reads requests and prints."""
+    return self._index.value == 0
+
+  def join(self) -> None:
+    """Waits for the others. From then on only the first process has a stdout."""
+    if self._hosts.value == 1 and self._coordinator.value is None and self.is_first:
+      return
+    from sparse_serve_jax import hosts  # slow to import
+
+    hosts.join(self._coordinator.value or "", self._hosts.value, self._index.value)
+    own = os.dup(1)
+    os.dup2(2, 1)  # libraries in C tell there whom they have met
+    sys.stdout = open(own if self.is_first else os.devnull, "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+
+
 def define_verbose() -> flags.FlagHolder[bool]:
   """--verbose, which `run` reads."""
   with group("Results"):

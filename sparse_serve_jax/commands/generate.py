@@ -25,6 +25,7 @@ with cli.group("The prompt"):
   _FILE = flags.DEFINE_string("prompt_file", None, "UTF-8 file that holds the prompt.")
 _ASKED = AskingFlags()
 _CONFIG, _SET = cli.define_serving()
+_HOSTS = cli.HostsFlags()
 _VERBOSE = cli.define_verbose()
 
 
@@ -32,11 +33,14 @@ def main(model: str | None = None, prompt: str | None = None) -> int:
   """Returns 1 if the output ended with an error."""
   if model is None:
     raise ValueError("give a model: sparse-serve generate MODEL [PROMPT]")
-  params, text = _ASKED.params, _prompt(prompt)
+  params, text = _ASKED.params, _prompt(prompt) if _HOSTS.is_first else None
   runtime.configure()
+  _HOSTS.join()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
-  from sparse_serve_jax.llm import LLM  # slow to import
+  from sparse_serve_jax import hosts  # slow to import, as is the next
+  from sparse_serve_jax.llm import LLM
 
+  text = hosts.agreed(text)
   llm = LLM(model, config=_CONFIG.value, overrides=_SET.value, dtype=_ASKED.dtype)
   stream = llm.stream(text, params)
   try:

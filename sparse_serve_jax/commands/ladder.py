@@ -8,23 +8,26 @@ that the first rung takes for one request alone), and requests wait at most 2 s 
 --goodput searches it between the rates.
 
 The folder of --out gets cells.jsonl, a row for each rung and rate; answers.jsonl, the tokens of each rung; and made of
-these results.md, results.csv and ladder.png. What is there is not run again. The last line of stdout is a JSON object.
+these results.md, results.csv and ladder.png. What is there is not run again. With --ray each rung is one process's. The
+last line of stdout is a JSON object.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
 from absl import flags, logging
 
-from sparse_serve_jax import results, runtime, workloads
+from sparse_serve_jax import cluster, results, runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, at_rate, digest, tell_refused
+from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.evaluation import ladder, ladder_report
-from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 from sparse_serve_jax.workloads import Item, Refused
 
 _MODEL, _DTYPE = cli.define_model(default="models/reference")
@@ -39,6 +42,7 @@ with cli.group("What is compared"):
   _GOODPUT = flags.DEFINE_bool("goodput", False, "Search the highest rate that each rung serves well.")
   _RUNS = flags.DEFINE_integer("most_runs", 8, "--goodput: rates to try between those given.", lower_bound=0)
 _ASKED = WorkloadFlags(rate=False)
+_RAY = cli.define_ray()
 _OUT = cli.define_out("Folder of results.")
 _VERBOSE = cli.define_verbose()
 
@@ -51,7 +55,8 @@ def main() -> int:
   rates = [workloads.checked_rate(rate) for rate in cli.numbers(_RATES, float)]
   source = workloads.read(workload)
   tell_refused(known := workloads.refused_by(source))
-  model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
+  of_model = _MODEL.value, _DTYPE.value, _ASKED.seed
+  model = (load_model_for_others if _RAY.value else load_model_here)(*of_model)
   shapes = ladder.shapes(configs, model.config)
   items = source(model.tokenizer, min(shape.max_context for shape in shapes.values()))
   asked = [item for item in items if isinstance(item, Item)]
@@ -61,18 +66,16 @@ def main() -> int:
   ladder.check(configs, model.config, asked)
   setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
   setting |= {"compared_with": next(iter(configs))}  # whose iterations and tokens the cells of all rungs are told by
-  folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed})
+  tp = max(config.tp for config in configs.values())
+  device = cluster.once(results.provenance, tp)["device"] if _RAY.value else None
+  folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed}, device=device)
 
   def arrivals(rate: float) -> np.ndarray:
     return workloads.times_of(at_rate(workload, rate), len(asked))
 
+  make = functools.partial(_bench, of_model, configs, asked) if _RAY.value else None
   run = ladder.Ladder(model, configs, asked, arrivals, folder)
-  found: dict[str, ladder.Goodput] = {}
-  for rung in configs:
-    for rate in rates:
-      run.cell(rung, rate)
-    if _GOODPUT.value:
-      found[rung] = run.goodput(rung, rates, _RUNS.value)
+  found = _measured(run, rates, make, tp)
   ladder_report.write(folder, run.cells, found)
   try:
     from sparse_serve_jax.plots import ladder as plots  # slow to import
@@ -83,6 +86,34 @@ def main() -> int:
     plots.write(folder, run.cells, found, made_by(folder))
   cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
   return int(len(asked) < len(items))
+
+
+def _measured(
+  run: ladder.Ladder, rates: list[float], make: Callable[[], ladder.Bench] | None, tp: int
+) -> dict[str, ladder.Goodput]:
+  """Runs all cells; with `make`, rungs beside each other. What is found where it is searched."""
+  found: dict[str, ladder.Goodput] = {}
+
+  def measure(run: ladder.Ladder, rung: str) -> None:
+    for rate in rates:
+      run.cell(rung, rate)
+    if _GOODPUT.value:
+      found[rung] = run.goodput(rung, rates, _RUNS.value)
+
+  def elsewhere(call: cluster.Call) -> ladder.Ladder:
+    return run.served_by(functools.partial(call, "serve"))
+
+  if make is None:
+    for rung in run.rungs:
+      measure(run, rung)
+  else:  # the first cell is what all are compared with
+    cluster.spread(make, run.rungs[:1], lambda call, rung: elsewhere(call).cell(rung, rates[0]), tp)
+    cluster.spread(make, run.rungs, lambda call, rung: measure(elsewhere(call), rung), tp)
+  return {rung: found[rung] for rung in run.rungs if rung in found}
+
+
+def _bench(of_model: tuple[str, str | None, int], configs: dict[str, EngineConfig], items: list[Item]) -> ladder.Bench:
+  return ladder.Bench(load_model_here(*of_model), configs, items)
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -17,10 +17,12 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
+import jax
+import numpy as np
 from absl import flags, logging
 from tqdm import tqdm
 
-from sparse_serve_jax import results, runtime, workloads
+from sparse_serve_jax import hosts, results, runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_refused
 from sparse_serve_jax.config import EngineConfig, load_config, override
@@ -41,6 +43,7 @@ _ASKED = WorkloadFlags()
 with cli.group("What is asked"):
   _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's EOS tokens.")
 _STRICT = cli.define_strict()
+_HOSTS = cli.HostsFlags()
 _OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
 
@@ -48,15 +51,16 @@ _VERBOSE = cli.define_verbose()
 def main() -> int:
   """Returns 1 if a request was refused or failed, or there was none."""
   runtime.configure()
+  _HOSTS.join()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   config = override(load_config(_CONFIG.value), _SET.value)
   workload = override(_ASKED.read(), {"strict": True}) if _STRICT.value else _ASKED.read()
   source = workloads.read(workload)
-  out, rows = _OUT.value and pathlib.Path(_OUT.value), None
+  out, rows = pathlib.Path(_OUT.value) if _OUT.value and _HOSTS.is_first else None, None
   if out:
     results.claim(out, _setting(config, workload))
     rows = results.Rows(out / "requests.jsonl")
-  before = rows.all[:] if rows else []
+  before = hosts.agreed(rows.all[:] if rows else [])
   done, known = {row["request_id"] for row in before}, {row.id: row for row in workloads.refused_by(source)}
   tell_refused(row for name, row in known.items() if name not in done)
   # All that is wrong with the command line, files or the folder is told by now.
@@ -74,6 +78,8 @@ def main() -> int:
 
   engine = Engine(executor, clock=clock, observer=observe)
   items, arrivals = left(workload, source(model.tokenizer, engine.max_request_tokens), before)
+  if jax.process_count() > 1 and np.any(arrivals > 0):
+    raise ValueError("several processes serve what comes all at once: no --rate, and no times of a trace")
   if before and not items:
     print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)
   with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:

@@ -4,7 +4,8 @@
 
 MODEL is a model directory, a GGUF file, or random:<name in configs/models>. The server is for this machine alone unless
 --host says otherwise. SIGTERM or an interrupt ends it after the requests that it has; a second one at once.
-Needs `pip install "sparse-serve-jax[server]"`.
+Needs `pip install "sparse-serve-jax[server]"`. --replicas=2 and more are engines in processes of their own, each with
+--set tp=... GPUs: on this machine, or on those of a Ray cluster (RAY_ADDRESS); `pip install "sparse-serve-jax[ray]"`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from absl import flags, logging
 from sparse_serve_jax import runtime
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import load_config, override
-from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 
@@ -32,6 +33,7 @@ with cli.group("The model"):
   _NAME = flags.DEFINE_string("served_model_name", None, "What clients call it; by default the last part of MODEL.")
 _CONFIG, _SET = cli.define_serving()
 with cli.group("The server"):
+  _REPLICAS = flags.DEFINE_integer("replicas", 1, "Engines, in processes of their own if several.", lower_bound=1)
   _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is all of the machine's.")
   _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one.", lower_bound=0, upper_bound=65535)
   _API_KEY = flags.DEFINE_string("api_key", None, f"Key that clients must give; {KEY} is better, as others see flags.")
@@ -41,11 +43,11 @@ with cli.group("The server"):
 
 
 def main(model_path: str | None = None) -> int:
-  """Returns 1 if the engine failed."""
+  """Returns 1 if the engine failed, or all of them."""
   if model_path is None:
     raise ValueError("give a model: sparse-serve serve MODEL")
   try:
-    from sparse_serve_jax.server import app, serve
+    from sparse_serve_jax.server import app, engines, serve
   except ImportError as error:
     raise ValueError(f'the server needs {error.name}: pip install "sparse-serve-jax[server]"') from error
   runtime.configure()
@@ -55,11 +57,17 @@ def main(model_path: str | None = None) -> int:
     raise ValueError(f"an API key has at least one character: --api_key or {KEY} is empty")
   config = override(load_config(_CONFIG.value), _SET.value)
   config.sparse.refuse_drawn("a server")
-  model = load_model_here(model_path, dtype=_DTYPE.value)
+  if _REPLICAS.value > 1:
+    from sparse_serve_jax.server.replicas import Fleet
+
+    model = load_model_for_others(model_path, _DTYPE.value)
+    served_by = Fleet(_REPLICAS.value, config, model_path, _DTYPE.value)
+  else:
+    model = load_model_here(model_path, dtype=_DTYPE.value)
+    served_by = engines.One(Engine(JaxExecutor(config, model)), model)
   limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value)
   served = _NAME.value or pathlib.Path(model_path).name
-  engine = Engine(JaxExecutor(config, model))
-  return 0 if serve.serve(engine, model, served, (_HOST.value, _PORT.value), limits, key) else 1
+  return 0 if serve.serve(served_by, model, served, (_HOST.value, _PORT.value), limits, key) else 1
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -11,6 +11,7 @@ What is there is not run again. Programs are compiled before anything is timed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import pathlib
@@ -140,8 +141,48 @@ def _remedy(config: EngineConfig, model: ModelConfig, n_tokens: int) -> str:
   )
 
 
+Ends = dict[str, Request | run.Refusal]  # by the names of requests
+
+
+class Bench:
+  """Serves requests, one rung's engine in memory at a time."""
+
+  def __init__(self, model: Model, configs: Mapping[str, EngineConfig], items: Sequence[Item]):
+    """Arguments as those of `Ladder`."""
+    self._model, self._configs, self._items = model, configs, items
+    self._executor: tuple[str, JaxExecutor] | None = None
+
+  def serve(self, rung: str, items: Sequence[Item], arrivals: np.ndarray) -> tuple[run.Served, Ends]:
+    engine = Engine(self.compiled(rung))
+    ended: Ends = {}
+    with tqdm(total=len(items), desc=rung, unit="request", leave=False, disable=None) as bar:
+
+      def on_end(end: Request | run.Refusal) -> None:
+        ended[end.id] = end
+        bar.update()
+
+      return run.serve(engine, items, arrivals, on_end), ended
+
+  def compiled(self, rung: str) -> JaxExecutor:
+    """With all programs that the requests need."""
+    if self._executor is None or self._executor[0] != rung:
+      # The cache's memory is what the next one takes; the weights stay where they are.
+      start, kept = time.monotonic(), self._executor and self._executor[1].params
+      self._executor = None
+      executor = JaxExecutor(self._configs[rung], self._model)
+      del kept
+      sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
+      prompts = [item.prompt for item in self._items]
+      # A request that was preempted begins like itself.
+      shared = executor.config.scheduler.reserve == "on_demand" or begin_alike(prompts, executor.shape.S)
+      n = executor.compile(map(len, prompts), sampled, shared)
+      print(f"{rung}: {n} programs compiled in {time.monotonic() - start:.1f} s", file=sys.stderr)
+      self._executor = rung, executor
+    return self._executor[1]
+
+
 class Ladder:
-  """Runs cells, one rung's engine in memory at a time."""
+  """Runs cells and keeps their rows."""
 
   def __init__(
     self,
@@ -163,7 +204,15 @@ class Ladder:
     self.rungs = list(configs)
     self._model, self._configs, self._items, self._arrivals = model, configs, items, arrivals
     self._cells, self._answers = (results.Rows(folder / f"{name}.jsonl") for name in ("cells", "answers"))
-    self._executor: tuple[str, JaxExecutor] | None = None
+    self._serve = Bench(model, configs, items).serve
+
+  def served_by(self, serve: Callable[[str, Sequence[Item], np.ndarray], tuple[run.Served, Ends]]) -> Ladder:
+    """The same ladder, with the same rows, whose requests something else serves, as `Bench.serve` does. Several of them
+    may run cells of different rungs at once, when the first rung has a cell.
+    """
+    other = copy.copy(self)
+    other._serve = serve
+    return other
 
   @property
   def cells(self) -> list[Row]:
@@ -212,35 +261,6 @@ class Ladder:
     their ratio until they are within `CLOSE` or `most_runs` more cells have been run.
     """
     return search(lambda rate: self.cell(rung, rate)["keeps_slo"], rates, most_runs)
-
-  def _serve(
-    self, rung: str, items: Sequence[Item], arrivals: np.ndarray
-  ) -> tuple[run.Served, dict[str, Request | run.Refusal]]:
-    engine = Engine(self._compiled(rung))
-    ended: dict[str, Request | run.Refusal] = {}
-    with tqdm(total=len(items), desc=rung, unit="request", leave=False, disable=None) as bar:
-
-      def on_end(end: Request | run.Refusal) -> None:
-        ended[end.id] = end
-        bar.update()
-
-      return run.serve(engine, items, arrivals, on_end), ended
-
-  def _compiled(self, rung: str) -> JaxExecutor:
-    if self._executor is None or self._executor[0] != rung:
-      # The cache's memory is what the next one takes; the weights stay where they are.
-      start, kept = time.monotonic(), self._executor and self._executor[1].params
-      self._executor = None
-      executor = JaxExecutor(self._configs[rung], self._model)
-      del kept
-      sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
-      prompts = [item.prompt for item in self._items]
-      # A request that was preempted begins like itself.
-      shared = executor.config.scheduler.reserve == "on_demand" or begin_alike(prompts, executor.shape.S)
-      n = executor.compile(map(len, prompts), sampled, shared)
-      print(f"{rung}: {n} programs compiled in {time.monotonic() - start:.1f} s", file=sys.stderr)
-      self._executor = rung, executor
-    return self._executor[1]
 
   def _answer(self, rung: str, item: Item, end: Request | run.Refusal) -> Row:
     tokens = [int(token) for token in end.output_tokens] if isinstance(end, Request) else []

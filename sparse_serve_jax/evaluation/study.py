@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,10 @@ class Amounts:
   trace_steps: int = 256  # of these, decode steps of an answer at most
   text: Corpus | None = None  # ordinary text; None: it is generated
 
+  def files(self) -> tuple[str, ...]:
+    """That text is taken from; none: it is generated."""
+    return tuple(map(str, self.text.files())) if self.text else ()
+
 
 class Table(results.Rows):
   """Rows of one kind: one for each task, length and case."""
@@ -57,6 +62,64 @@ class Table(results.Rows):
     self.append(key | dict(config=_crc(case)) | told)
 
 
+class Cell(NamedTuple):
+  """The settings of one table for a task and a length. Cells do not depend on each other."""
+
+  table: str  # "results", "prefill" or "reuse"
+  task: str  # a generated one, or TEXT
+  n_tokens: int
+
+  def of(self, wanted: Sequence[Case]) -> list[Case]:
+    """The settings that are for this table."""
+    if self.table == "reuse":
+      return [case for case in wanted if case.series in (DEFAULT_METHOD, *RULES)]
+    return [case for case in wanted if case.prefills == (self.table == "prefill")]
+
+
+class Bench:
+  """A model that cells are measured with."""
+
+  def __init__(self, model: Model, amounts: Amounts, tokens_at_once: int = 1 << 17, workers: int = 4):
+    """Places the model.
+
+    Args:
+      model: what answers.
+      amounts: how much is measured.
+      tokens_at_once: of a batch of instances.
+      workers: processes that make instances ahead; 0: this one does.
+    """
+    self._model, self._amounts, self._at_once, self._workers = model, amounts, tokens_at_once, workers
+    self._files = amounts.files()
+    self._params = place_params(model)
+
+  def measure(self, cell: Cell, wanted: Sequence[Case]) -> list[tuple[Case, Row, selections.Trace | None]]:
+    """What each setting answers of a generated task, or predicts of ordinary text. For "reuse" what it selects while
+    answers of a task are decoded, and of each budget a trace.
+    """
+    _, task, n_tokens = cell
+    sample = self._sample(task, n_tokens)
+    if cell.table != "reuse":
+      return [(*told, None) for told in accuracy.measure(self._model, self._params, sample, wanted, self._workers)]
+    # Longer steps than those of answers, hence fewer at once.
+    at_once, of = max(1, self._at_once // n_tokens // 2), self._amounts
+    sample = sample._replace(instances=of.requests, steps=of.trace_steps, at_once=at_once)
+    return [
+      (
+        case,
+        selections.reuse(trace) | dict(requests=of.requests, traced=trace.selected.shape[1]),
+        None if case.stops else trace,
+      )
+      for case, trace in selections.measure(self._model, self._params, sample, wanted)
+    ]
+
+  def _sample(self, task: str, n_tokens: int) -> Sample:
+    of, pieces = self._amounts, None
+    if task == TEXT and of.text is not None:
+      pieces = of.text.pieces(self._model.tokenizer, n_tokens, of.instances)
+    at_once = max(1, self._at_once // n_tokens)
+    return Sample(task, n_tokens, of.instances, at_once, of.steps, self._files, pieces)
+
+
 class Study:
   """One model's rows in a folder, which is claimed for it. What is there already is not measured again."""
 
@@ -66,8 +129,7 @@ class Study:
     folder: pathlib.Path,
     wanted: Sequence[Case],
     amounts: Amounts,
-    tokens_at_once: int = 1 << 17,
-    workers: int = 4,
+    device: Mapping[str, Any] | None = None,
   ):
     """Finds out what is there.
 
@@ -76,8 +138,7 @@ class Study:
       folder: of the results.
       wanted: the settings.
       amounts: how much is measured.
-      tokens_at_once: of a batch of instances.
-      workers: processes that make instances ahead; 0: this one does.
+      device: what cells are measured on, as of `results.claim`.
 
     Raises:
       ValueError: the folder has rows of another model, or of other amounts.
@@ -86,53 +147,27 @@ class Study:
     checkpoint = zlib.crc32(np.asarray(model.params["final_norm"]).tobytes())
     of_model = dict(name=model.name, dtype=model.config.dtype, checkpoint=f"{checkpoint:08x}")
     amounts_of = {key: value for key, value in dataclasses.asdict(amounts).items() if key != "text"}  # is in prompts
-    self._files = tuple(map(str, amounts.text.files())) if amounts.text else ()
-    setting = {"model": of_model, "prompts": _prompts(model, self._files), "format": FORMAT, **amounts_of}
+    setting = {"model": of_model, "prompts": _prompts(model, amounts.files()), "format": FORMAT, **amounts_of}
     if of_text := amounts.text:
       setting |= {"text": of_text.digest(), "chat": of_text.chat}
-    results.claim(folder, setting)
-    self.rows, self.prefill, self.reuse = (Table(folder / f"{name}.jsonl") for name in ("results", "prefill", "reuse"))
-    self._model, self._wanted, self._amounts = model, wanted, amounts
-    self._at_once, self._workers = tokens_at_once, workers
-    self._params = place_params(model)
+    results.claim(folder, setting, device=device)
+    self._tables = {name: Table(folder / f"{name}.jsonl") for name in ("results", "prefill", "reuse")}
+    self._folder, self._wanted = folder, wanted
 
-  def measure(self, task: str, n_tokens: int) -> None:
-    """What each setting answers of a generated task, or predicts of ordinary text (`TEXT`), at a length."""
-    self._measure(self.rows, task, n_tokens, [case for case in self._wanted if not case.prefills])
+  def measure(self, cell: Cell, measure: Callable[[Cell, Sequence[Case]], Any]) -> None:
+    """Adds the rows of a cell that are not there, as `Bench.measure` tells them."""
+    table = self._tables[cell.table]
+    if left := table.left(cell.task, cell.n_tokens, cell.of(self._wanted)):
+      for case, row, trace in measure(cell, left):
+        if trace is not None:
+          (self._folder / "traces").mkdir(exist_ok=True)
+          trace.save(self._folder / "traces" / f"{cell.task}_{cell.n_tokens}_{case.at:g}.npz")
+        table.add(cell.task, cell.n_tokens, case, row)
 
-  def measure_prefill(self, task: str, n_tokens: int) -> None:
-    """The same of each setting of sparse prefill."""
-    self._measure(self.prefill, task, n_tokens, [case for case in self._wanted if case.prefills])
-
-  def _measure(self, table: Table, task: str, n_tokens: int, wanted: Sequence[Case]) -> None:
-    if left := table.left(task, n_tokens, wanted):
-      sample = self._sample(task, n_tokens)
-      for case, row in accuracy.measure(self._model, self._params, sample, left, self._workers):
-        table.add(task, n_tokens, case, row)
-
-  def trace(self, task: str, n_tokens: int) -> None:
-    """What the default method's budgets and PSA's rules select while answers of a task are decoded; of each budget a
-    trace.
-    """
-    series = DEFAULT_METHOD, *RULES
-    if left := self.reuse.left(task, n_tokens, [case for case in self._wanted if case.series in series]):
-      folder = self.reuse.file.parent / "traces"
-      folder.mkdir(exist_ok=True)
-      # Longer steps than those of answers, hence fewer at once.
-      at_once, of = max(1, self._at_once // n_tokens // 2), self._amounts
-      sample = self._sample(task, n_tokens)._replace(instances=of.requests, steps=of.trace_steps, at_once=at_once)
-      for case, trace in selections.measure(self._model, self._params, sample, left):
-        if not case.stops:
-          trace.save(folder / f"{task}_{n_tokens}_{case.at:g}.npz")
-        told = selections.reuse(trace) | dict(requests=of.requests, traced=trace.selected.shape[1])
-        self.reuse.add(task, n_tokens, case, told)
-
-  def _sample(self, task: str, n_tokens: int) -> Sample:
-    of, pieces = self._amounts, None
-    if task == TEXT and of.text is not None:
-      pieces = of.text.pieces(self._model.tokenizer, n_tokens, of.instances)
-    at_once = max(1, self._at_once // n_tokens)
-    return Sample(task, n_tokens, of.instances, at_once, of.steps, self._files, pieces)
+  def rows(self, name: str, cells: Sequence[Cell]) -> list[Row]:
+    """Of a table, those of cells in their order behind those of others, whichever was measured first."""
+    places = {cell: i for i, cell in enumerate(cells)}
+    return sorted(self._tables[name].all, key=lambda row: places.get(Cell(name, row["task"], row["tokens"]), -1))
 
 
 def _crc(case: Case) -> str:

@@ -29,10 +29,12 @@ def memory_kind() -> str | None:
 
 
 def chosen(config: EngineConfig) -> EngineConfig:
-  """The configuration, whose `cache.save` is not left open: staged where the pool lies in memory of its own kind."""
+  """The configuration, whose `cache.save` is not left open: staged where the pool lies in memory of its own kind
+  and in one process: when a save has landed is told by a process's own clock.
+  """
   if config.cache.save != "auto":
     return config
-  beside = config.cache.offload and memory_kind() is not None
+  beside = config.cache.offload and memory_kind() is not None and jax.process_count() == 1
   return dataclasses.replace(config, cache=dataclasses.replace(config.cache, save="staged" if beside else "direct"))
 
 

@@ -1,4 +1,4 @@
-"""Models with the numbers that this machine computes with."""
+"""Models with the numbers that this machine, or a cluster, computes with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 
+from sparse_serve_jax import cluster
 from sparse_serve_jax.models.weights import Model, load_model
 
 _LOG = logging.getLogger(__name__)
@@ -23,3 +24,14 @@ def load_model_here(name_or_path: str | pathlib.Path, dtype: str | None = None, 
     "%s would run in bfloat16, which is slow on a CPU: float32 is used, dtype=bfloat16 keeps the other", model.name
   )
   return load_model(name_or_path, "float32", seed)
+
+
+def load_model_for_others(name_or_path: str | pathlib.Path, dtype: str | None = None, seed: int = 0) -> Model:
+  """The model that `load_model_here` loads in processes of `cluster`. This process leaves GPUs to them from now on.
+
+  Raises:
+    ValueError: as of `load_model` and `cluster.connect`.
+  """
+  gpus = cluster.gpus_each(cluster.connect(), 1, 1)
+  jax.config.update("jax_platforms", "cpu")
+  return load_model(name_or_path, dtype, seed) if gpus else load_model_here(name_or_path, dtype, seed)

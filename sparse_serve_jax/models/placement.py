@@ -64,7 +64,10 @@ def _place(leaf: Leaf | np.ndarray | jax.Array, sharding: NamedSharding) -> jax.
 
 def _put(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
   """Waits, so that nobody needs the host array any more."""
-  return jax.block_until_ready(jax.device_put(array, sharding))
+  if sharding.is_fully_addressable:
+    return jax.block_until_ready(jax.device_put(array, sharding))
+  # Each process has the whole array; `device_put` would send it to all of them to compare.
+  return jax.block_until_ready(jax.make_array_from_callback(array.shape, sharding, array.__getitem__))
 
 
 def _put_by_layer(leaf: Leaf, sharding: NamedSharding) -> jax.Array:

@@ -269,6 +269,10 @@ class NoTokenizer:
   def encode_chat(self, *args: Any, **kwargs: Any) -> list[int]:
     self._refuse()
 
+  @property
+  def special_tokens(self) -> Mapping[str, str]:
+    return {}
+
   def turn_ends(self) -> dict[int, str]:
     return {}
 

@@ -1,5 +1,5 @@
-"""An HTTP server in OpenAI's form over one engine. `app.make_app` makes it, `serve.serve` runs it until a signal.
+"""An HTTP server in OpenAI's form over one engine or several. `app.make_app` makes it, `serve.serve` runs it.
 
-One thread owns the engine (`serving.loop`). The event loop reads requests and writes answers, and a few threads encode
-prompts, so that a long text holds up nobody.
+One thread owns the engine (`serving.loop`), or a process each of several (`replicas`). The event loop reads requests
+and writes answers, and a few threads encode prompts, so that a long text holds up nobody.
 """

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.asked import Asked
 from sparse_serve_jax.server.bodies import Bodies, Scored, usage
+from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.outputs import Output, Outputs, Piece
-from sparse_serve_jax.server.scoring import Scorer
-from sparse_serve_jax.serving.loop import Loop
 
 
 class Served(Protocol):
@@ -22,8 +21,7 @@ class Served(Protocol):
 
   model: Model
   served: str  # the model's name
-  scorer: Scorer | None  # of prompts; None of a model on several devices
-  loop: Loop
+  engines: Engines
   outputs: Outputs
 
 
@@ -31,8 +29,8 @@ class Answer:
   """Of one request. Whatever ends it, `close` cancels what has not ended."""
 
   def __init__(self, asked: Asked, served: Served):
-    self._asked, self._served = asked, served
-    self._model, self._loop, self._of_server = served.model, served.loop, served.outputs
+    self._asked = asked
+    self._model, self._engines, self._of_server = served.model, served.engines, served.outputs
     self._bodies = Bodies(asked.chat, served.served, served.model.tokenizer)
     self._news: asyncio.Queue[Piece] = asyncio.Queue()
     self._outputs: list[Output] = []
@@ -57,8 +55,8 @@ class Answer:
   def _refusing(self):
     try:
       yield
-    except RuntimeError as error:  # the loop takes no more
-      raise Refused(500 if self._loop.failed else 503, str(error)) from error
+    except RuntimeError as error:  # no engine takes it
+      raise Refused(500 if self._engines.failed else 503, str(error)) from error
 
   def close(self) -> None:
     for output in self._outputs:
@@ -147,10 +145,9 @@ class Answer:
     text, n_top = self._model.tokenizer.decode(prompt, skip_special_tokens=False), self._asked.params.logprobs
     if n_top is None:
       return text, []
-    scorer = self._served.scorer
-    if scorer is None:
+    if self._engines.config.tp > 1:
       raise Refused(400, "logprobs of a prompt (echo) take a model on one device, tp=1", "echo")
-    told = await asyncio.wrap_future(self._loop.call(lambda: scorer(prompt, n_top)))
+    told = await asyncio.wrap_future(self._engines.score(prompt, n_top))
     return text, list(zip(prompt, told, strict=True))
 
   def _usage(self) -> dict[str, Any]:

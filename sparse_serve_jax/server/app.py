@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,17 +23,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from sparse_serve_jax.mesh import make_mesh
-from sparse_serve_jax.models import Model, place_params
+from sparse_serve_jax.models import Model
 from sparse_serve_jax.server import asked
 from sparse_serve_jax.server.answers import Answer
+from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
-from sparse_serve_jax.server.measures import Measures
-from sparse_serve_jax.server.outputs import Output, Outputs
-from sparse_serve_jax.server.scoring import Scorer
-from sparse_serve_jax.server.status import Status
-from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.loop import Loop
+from sparse_serve_jax.server.measures import by_label
+from sparse_serve_jax.server.outputs import Outputs
+from sparse_serve_jax.server.status import SAMPLE_S, body
 
 _LOG = logging.getLogger(__name__)
 _ENCODERS = 2  # threads that encode prompts
@@ -54,25 +52,35 @@ class Limits:
 class Server:
   """What the endpoints share. Made within the event loop."""
 
-  def __init__(self, engine: Engine, model: Model, served: str, limits: Limits, api_key: str | None):
-    self.model, self.served, self.limits, self._key = model, served, limits, api_key
-    self.max_request_tokens = engine.max_request_tokens
-    # Over the engine's own weights, not a copy. Those that are split over devices score no prompts.
-    self.scorer = Scorer(model.config, place_params(model, make_mesh(1))) if engine.config.tp == 1 else None
-    self.measures, self.loop = Measures(engine), Loop(engine)
-    self.outputs = Outputs(self.loop, model.tokenizer, self._ended)
-    self.status = Status(engine, self.outputs)
+  def __init__(self, engines: Engines, model: Model, served: str, limits: Limits, api_key: str | None):
+    self.engines, self.model, self.served, self.limits, self._key = engines, model, served, limits, api_key
+    self.max_request_tokens = engines.max_request_tokens
+    self.registry = CollectorRegistry()
+    of = {"namespace": "sparse_serve", "registry": self.registry}
+    self.refused = Counter("refused", "Requests that were answered with an error, by the status.", ["status"], **of)
+    self.registry.register(engines)  # pyright: ignore[reportArgumentType]  # whose class need not be its Collector
+    self.outputs = Outputs(engines, model.tokenizer)
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
     self.draining, self.n_answers = False, 0
 
-  @property
-  def state(self) -> str:
-    return "failed" if self.loop.failed else "draining" if self.draining else "ok"
+  def health(self) -> dict[str, Any]:
+    """What the engines say, and whether the server ends."""
+    told = self.engines.health()
+    return told | ({"status": "draining"} if self.draining and told["status"] == "ok" else {})
 
-  def _ended(self, output: Output) -> None:
-    if output.stream is not None and output.stream.request is not None:
-      self.measures.ended(output.stream.request)
-    self.status.ended(output)
+  async def sample(self) -> None:
+    """Has the engines take samples until it is cancelled."""
+    while True:
+      await asyncio.sleep(SAMPLE_S)
+      self.engines.sample()
+
+  def numbers(self) -> dict[str, Any]:
+    """What /status tells but for the state: of the engines that answer. May wait for other processes."""
+    engines = self.engines.told()
+    told = {"model": self.served, "refused": by_label(self.refused), **body(engines)}
+    if replicas := self.engines.health().get("replicas"):
+      told["replicas"] = {i: of | {"counted": int(i) in engines} for i, of in replicas.items()}
+    return told
 
   def knows_key(self, request: Request) -> bool:
     """Whether the request has the key, or none is asked for."""
@@ -134,6 +142,11 @@ class Server:
     if wrong := [token for token in ids if token >= size]:
       raise Refused(400, f"{wrong[0]} is outside the vocabulary of {size}", "tokens")
     return JSONResponse({"prompt": await self.threaded(self.model.tokenizer.decode, ids, False)})
+
+  async def tokenizer_info(self, _: Request) -> Response:
+    tokenizer = self.model.tokenizer
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    return JSONResponse({"tokenizer_class": type(tokenizer).__name__, **names, **tokenizer.special_tokens})
 
 
 class _Answering(Response):
@@ -197,7 +210,7 @@ def _json(body: bytes) -> Any:
 
 
 def _refusal(server: Server, refused: Refused) -> Response:
-  server.measures.refused.labels(str(refused.status)).inc()
+  server.refused.labels(str(refused.status)).inc()
   return JSONResponse(refused.body(), refused.status)
 
 
@@ -246,27 +259,22 @@ def make_app(server: Server, version: str) -> Starlette:
     return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
 
   async def health(_: Request) -> Response:
-    return JSONResponse({"status": server.state}, 200 if server.state == "ok" else 503)
-
-  async def tokenizer_info(_: Request) -> Response:
-    tokenizer = server.model.tokenizer
-    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
-    return JSONResponse({"tokenizer_class": type(tokenizer).__name__, **names, **tokenizer.special_tokens})
+    told = server.health()
+    return JSONResponse(told, 200 if told["status"] == "ok" else 503)
 
   async def versions(_: Request) -> Response:
     return JSONResponse({"version": version})
 
   async def metrics(_: Request) -> Response:
-    server.measures.waiting.set(server.outputs.n_waiting)
-    server.measures.running.set(server.outputs.n_running)
-    return Response(server.measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = await asyncio.to_thread(generate_latest, server.registry)  # engines elsewhere are asked
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
   async def status(request: Request) -> Response:
-    told: dict[str, Any] = {"state": server.state}
+    told: dict[str, Any] = {"state": server.health()["status"]}
     if not server.knows_key(request):  # no 401: browsers log it as an error, and the page asks before it has the key
       told["key"] = "wanted"
     else:
-      told |= {"model": server.served, "version": version, **server.status.body(), **server.measures.totals()}
+      told |= {"version": version, **await asyncio.to_thread(server.numbers)}
     return JSONResponse(told, headers={"cache-control": "no-store"})
 
   async def no_such(request: Request, error: Exception) -> Response:
@@ -275,7 +283,7 @@ def make_app(server: Server, version: str) -> Starlette:
 
   @contextlib.asynccontextmanager
   async def lifespan(_: Starlette):
-    sampling = asyncio.create_task(server.status.watch())
+    sampling = asyncio.create_task(server.sample())
     yield
     sampling.cancel()
     server.encoders.shutdown(wait=False, cancel_futures=True)
@@ -288,7 +296,7 @@ def make_app(server: Server, version: str) -> Starlette:
     Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
     Route("/v1/models", endpoint(models)),
     Route("/tokenize", endpoint(server.tokenize), methods=["POST"]),
-    Route("/tokenizer_info", endpoint(tokenizer_info)),
+    Route("/tokenizer_info", endpoint(server.tokenizer_info)),
     Route("/detokenize", endpoint(server.detokenize), methods=["POST"]),
     Route("/health", endpoint(health, key=False)),
     Route("/version", endpoint(versions)),

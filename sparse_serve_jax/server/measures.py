@@ -1,10 +1,11 @@
-"""What /metrics tells, in the form of Prometheus."""
+"""What /metrics tells of an engine, in the form of Prometheus."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.loop import Loop, Stream
 from sparse_serve_jax.serving.metrics import time_to_first_token, times_between_tokens
 from sparse_serve_jax.serving.request import Request
 
@@ -13,9 +14,9 @@ _TBT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Measures:
-  """Numbers of one server, in a registry of its own."""
+  """Numbers of one engine, in a registry of its own."""
 
-  def __init__(self, engine: Engine):
+  def __init__(self, engine: Engine, loop: Loop):
     self.registry = CollectorRegistry()
     of = {"namespace": "sparse_serve", "registry": self.registry}
     self._ttft = Histogram("time_to_first_token_seconds", "From arrival to the first token.", buckets=_TTFT, **of)
@@ -24,11 +25,14 @@ class Measures:
     self._prompt = Counter("prompt_tokens", "Tokens of prompts of outputs that ended.", **of)
     self._cached = Counter("cached_tokens", "Of these, tokens that the cache held.", **of)
     self._output = Counter("output_tokens", "Tokens of outputs that ended.", **of)
-    self.refused = Counter("refused", "Requests that were answered with an error, by the status.", ["status"], **of)
-    self.waiting = Gauge("requests_waiting", "Outputs that have no token yet.", **of)
-    self.running = Gauge("requests_running", "Outputs that have a token and go on.", **of)
     usage, shape = engine.usage, engine.executor.shape
     for name, about, value in (
+      ("requests_waiting", "Outputs that have no token yet.", lambda: sum(_waits(stream) for stream in loop.live)),
+      (
+        "requests_running",
+        "Outputs that have a token and go on.",
+        lambda: sum(not _waits(stream) for stream in loop.live),
+      ),
       ("iterations", "Iterations of the engine since its start.", lambda: usage.iterations),
       ("blocks_attended", "Blocks that decode attended to since the start.", lambda: usage.blocks_attended),
       ("blocks_loaded", "Blocks loaded from DRAM since the start.", lambda: usage.blocks_loaded),
@@ -59,14 +63,12 @@ class Measures:
     for gap in times_between_tokens(request):
       self._tbt.observe(float(gap))
 
-  def totals(self) -> dict[str, dict[str, int]]:
-    """Outputs that ended, by the reason, and requests that were refused, by the status."""
-    return {"ended": _by_label(self._requests), "refused": _by_label(self.refused)}
 
-  def text(self) -> bytes:
-    return generate_latest(self.registry)
+def _waits(stream: Stream) -> bool:
+  return stream.request is None or not stream.request.output_tokens
 
 
-def _by_label(counter: Counter) -> dict[str, int]:
+def by_label(counter: Counter) -> dict[str, int]:
+  """Of a counter with one label, what each of its values has come to."""
   (metric,) = counter.collect()
   return {value: int(of.value) for of in metric.samples if of.name.endswith("_total") for value in of.labels.values()}

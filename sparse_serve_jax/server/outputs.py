@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 from sparse_serve_jax.outputs import Reading
 from sparse_serve_jax.sampling_params import SamplingParams
-from sparse_serve_jax.serving.loop import Loop, Stream
+from sparse_serve_jax.server.engines import Engines
+from sparse_serve_jax.serving.loop import Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.tokenizing import Tokenizer
 
@@ -53,9 +53,8 @@ class Output:
 class Outputs:
   """All outputs of a server that have not ended. The event loop is woken once for what comes together."""
 
-  def __init__(self, loop: Loop, tokenizer: Tokenizer, on_end: Callable[[Output], None]):
-    """`on_end` is called with each output that has ended."""
-    self._loop, self._tokenizer, self._on_end = loop, tokenizer, on_end
+  def __init__(self, engines: Engines, tokenizer: Tokenizer):
+    self._engines, self._tokenizer = engines, tokenizer
     self._events = asyncio.get_running_loop()
     self._lock = threading.Lock()  # guards the next two
     self._come: deque[tuple[Stream, int | None]] = deque()
@@ -63,31 +62,22 @@ class Outputs:
     self._of: dict[Stream, Output] = {}
 
   @property
-  def live(self) -> list[Output]:
-    """Oldest first."""
-    return list(self._of.values())
-
-  @property
   def n_waiting(self) -> int:
     return sum(output.reading.n_tokens == 0 for output in self._of.values())
 
-  @property
-  def n_running(self) -> int:
-    return len(self._of) - self.n_waiting
-
   def add(self, index: int, prompt: list[int], params: SamplingParams, news: asyncio.Queue[Piece]) -> Output:
-    """Raises RuntimeError: the loop takes no more."""
+    """Raises RuntimeError: no engine takes it."""
     output = Output(index, self._tokenizer, params, news)
-    output.stream = self._loop.submit(prompt, sink=self._sink, params=params)
+    output.stream = self._engines.submit(prompt, sink=self._sink, params=params)
     self._of[output.stream] = output
     return output
 
   def cancel(self, output: Output) -> None:
     if output.stream is not None:
-      self._loop.cancel(output.stream)
+      self._engines.cancel(output.stream)
 
   def _sink(self, stream: Stream, token: int | None) -> None:
-    """Called by the engine's thread."""
+    """Called by an engine's thread."""
     with self._lock:
       self._come.append((stream, token))
       wake, self._woken = not self._woken, True
@@ -104,6 +94,6 @@ class Outputs:
       output.take(token)
       if token is None:
         del self._of[stream]
-        self._on_end(output)
+        self._engines.ended(stream)
       elif output.reading.stopped and not stopped:
-        self._loop.cancel(stream, "stop")
+        self._engines.cancel(stream, "stop")

@@ -15,20 +15,20 @@ import uvicorn
 from sparse_serve_jax import __version__
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.app import Limits, Server, make_app
-from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.server.engines import Engines
 
 _LOOK = 0.05  # seconds between looks at what is still to be answered, while the server ends
 
 
 def serve(
-  engine: Engine, model: Model, served: str, address: tuple[str, int], limits: Limits, api_key: str | None
+  engines: Engines, model: Model, served: str, address: tuple[str, int], limits: Limits, api_key: str | None
 ) -> bool:
   """Serves until SIGTERM or SIGINT has come and what was asked before is answered. A second signal ends the process.
 
-  Returns whether the engine lives: one that has failed answers no more, and waits for the signal too.
+  Returns whether an engine lives: if all have failed, the server answers no more, and waits for the signal too.
 
   Args:
-    engine: idle, and from now on the server's.
+    engines: idle, and from now on the server's.
     served: the name of the model that clients give.
     address: host and port; port 0 takes a free one. A line on stdout says which.
 
@@ -39,8 +39,8 @@ def serve(
   # It is told its protocol, without which asyncio lets Nagle hold answers back for 40 ms.
   listener = socket.socket(fileno=listener.detach())
   with contextlib.closing(listener):
-    asyncio.run(_serve(listener, engine, model, served, limits, api_key))
-  return not engine.failed
+    asyncio.run(_serve(listener, engines, model, served, limits, api_key))
+  return not engines.failed
 
 
 class _Uvicorn(uvicorn.Server):
@@ -51,8 +51,8 @@ class _Uvicorn(uvicorn.Server):
     yield
 
 
-async def _serve(listener: socket.socket, engine: Engine, model: Model, *of: Any) -> None:
-  server = Server(engine, model, *of)
+async def _serve(listener: socket.socket, engines: Engines, model: Model, *of: Any) -> None:
+  server = Server(engines, model, *of)
   config = uvicorn.Config(
     make_app(server, __version__), log_level="warning", access_log=False, loop="asyncio", ws="none"
   )
@@ -78,4 +78,4 @@ async def _serve(listener: socket.socket, engine: Engine, model: Model, *of: Any
   try:
     await http.serve(sockets=[listener])
   finally:
-    await asyncio.to_thread(server.loop.close)
+    await asyncio.to_thread(engines.close)

@@ -128,7 +128,7 @@ def bytes_free() -> int | None:
 
 def device_bytes_free() -> int | None:
   """Of what JAX may use of a device; None where that is not limited apart from the host's memory."""
-  stats = jax.devices()[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
 
 

@@ -149,7 +149,10 @@ class JaxExecutor:
     NotImplementedError: the implementation does not run here, or cannot read where the pool lies.
   """
 
-  def __init__(self, config: EngineConfig, model: Model):
+  def __init__(self, config: EngineConfig, model: Model, sharing: int = 1):
+    """Places weights and an empty cache. `sharing` executors of processes of this host take alike of what sizes that
+    are left open are made of.
+    """
     config.check_model(model.config)
     if not model.name.startswith("random:"):
       config.sparse.refuse_drawn(f"{model.name}, whose weights are not random")
@@ -158,7 +161,7 @@ class JaxExecutor:
     cfg = model.config
     implementation = _implementation(config, cfg.head_dim)
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
-    config = sizes.resolve_here(config, model, self.mesh, cudnn)
+    config = sizes.resolve_here(config, model, self.mesh, cudnn, sharing)
     self.config, self.model = config, model
     self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
@@ -226,6 +229,8 @@ class JaxExecutor:
     cache = create(self.shape, self.mesh)
     if "staged" not in (self.config.cache.load, self.config.cache.save):
       return cache
+    if jax.process_count() > 1:
+      raise NotImplementedError("staged loads and saves are for one process: set cache.load and cache.save to others")
     self._host = HostPool(self.mesh.size, pinned_buffer if host_pool.memory_kind() else None)
     if self.config.cache.save == "staged":
       self._writer = Writer(self._host, self.shape.saving_bytes // 2)

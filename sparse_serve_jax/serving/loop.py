@@ -130,7 +130,7 @@ class Loop:
     self._changed = threading.Condition()  # guards what follows
     self._notes: deque[tuple[str, Stream]] = deque()  # "submit" or a reason to cancel, in order, for the thread
     self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-    self._live: set[Stream] = set()  # submitted and not ended
+    self._live: dict[Stream, None] = {}  # submitted and not ended, oldest first
     self._draining = self._closing = False
     self._failure: BaseException | None = None
     self._streams: dict[Request, Stream] = {}  # the thread's own
@@ -144,10 +144,10 @@ class Loop:
     return self._failure is not None
 
   @property
-  def live(self) -> int:
-    """Requests that were submitted and have not ended."""
+  def live(self) -> list[Stream]:
+    """Those that were submitted and have not ended, oldest first."""
     with self._changed:
-      return len(self._live)
+      return list(self._live)
 
   def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink | None = None, **options: Any) -> Stream:
     """Queues token ids and returns at once. `options` go to `Engine.add_request`, which may refuse them: the stream
@@ -162,7 +162,7 @@ class Loop:
       self._check_failure()
       if self._draining:
         raise RuntimeError("this loop takes no more requests: it is draining or closed")
-      self._live.add(stream)
+      self._live[stream] = None
       self._notes.append(("submit", stream))
       self._changed.notify_all()
     return stream
@@ -286,7 +286,7 @@ class Loop:
   def _end(self, stream: Stream, error: BaseException | None) -> None:
     with self._changed:
       stream._end(error)
-      self._live.discard(stream)
+      self._live.pop(stream, None)
       self._changed.notify_all()
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 
+import jax
 from jax.sharding import Mesh
 
 from sparse_serve_jax.attention.methods import get_method
@@ -43,8 +44,8 @@ class Free:
   placed: bool = False  # whether the weights are there already, and take nothing more
 
 
-def free_here(placed: bool = False) -> Free:
-  """Of this machine; `placed`: the weights are there already.
+def free_here(placed: bool = False, sharing: int = 1) -> Free:
+  """Of this machine; `placed`: the weights are there already; `sharing` processes share the host.
 
   Raises:
     ValueError: the system does not say how much memory it has.
@@ -55,14 +56,19 @@ def free_here(placed: bool = False) -> Free:
     if "SC_PHYS_PAGES" not in os.sysconf_names:
       raise ValueError("the system does not say how much memory is free: give cache.hbm_bytes and cache.dram_bytes")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-  return Free(device, host, placed)
+  return Free(device, host // sharing, placed)
 
 
-def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool) -> EngineConfig:
-  """`resolve` on this machine. A line of the log says what has been derived, and of what."""
+def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool, sharing: int = 1) -> EngineConfig:
+  """`resolve` on this machine, whose memory `sharing` processes share. A line of the log says what has been derived."""
   if not is_open(config):
     return config
-  free = free_here(is_placed(model, mesh))
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"cache.hbm_bytes={config.cache.hbm_bytes} and cache.dram_bytes={config.cache.dram_bytes}: {jax.process_count()} "
+      "processes must have the same sizes, give numbers"
+    )
+  free = free_here(is_placed(model, mesh), sharing)
   made = resolve(config, model.config, free, cudnn)
   _LOG.warning("%s", text(config, made, CacheShape.of(model.config, made, _vectors(config)), free))
   return made

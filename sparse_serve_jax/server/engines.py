@@ -1,0 +1,115 @@
+"""What the endpoints need of engines, and the one engine of this process. `replicas.Fleet` has engines elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import numpy as np
+from prometheus_client import Metric
+
+from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.mesh import make_mesh
+from sparse_serve_jax.models import Model, place_params
+from sparse_serve_jax.sampling_params import SamplingParams
+from sparse_serve_jax.server.measures import Measures
+from sparse_serve_jax.server.scoring import Scorer
+from sparse_serve_jax.server.status import Status, Told
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.loop import Loop, Sink, Stream
+from sparse_serve_jax.serving.plan import TokenLogprobs
+
+Scores = list[TokenLogprobs | None]  # of the tokens of a prompt
+
+
+class Engines(Protocol):
+  """One engine or several. Any thread calls them."""
+
+  config: EngineConfig  # of each
+  max_request_tokens: int  # prompt and output tokens that one request can have
+
+  @property
+  def failed(self) -> bool:
+    """Whether none of them will ever serve again."""
+    ...
+
+  def submit(self, prompt: list[int], *, sink: Sink, params: SamplingParams) -> Stream:
+    """As `Loop.submit`. Raises RuntimeError: no engine takes requests now."""
+    ...
+
+  def cancel(self, stream: Stream, reason: str = "cancelled") -> None:
+    """As `Loop.cancel`."""
+    ...
+
+  def score(self, prompt: list[int], n_top: int) -> Future[Scores]:
+    """As `Scorer`, of engines with tp=1. Raises RuntimeError: no engine takes requests now."""
+    ...
+
+  def ended(self, stream: Stream) -> None:
+    """Counts a stream, once, after its end."""
+    ...
+
+  def health(self) -> dict[str, Any]:
+    """Under "status" "ok", or "failed" if no engine takes requests now; and more, where there is more to tell."""
+    ...
+
+  def collect(self) -> Iterable[Metric]:
+    """What /metrics tells of them. May wait for other processes."""
+    ...
+
+  def sample(self) -> None:
+    """Has each keep how it is now, for `told`. Returns at once."""
+    ...
+
+  def told(self) -> Mapping[int | None, Told]:
+    """What each that answers tells, for /status, by its number; None is the only one. May wait for other processes."""
+    ...
+
+  def close(self) -> None:
+    """Ends what lives, and the engines."""
+    ...
+
+
+class One:
+  """The engine of this process, in a thread of its own."""
+
+  def __init__(self, engine: Engine, model: Model):
+    """Takes an engine that is idle, and from now on this one's."""
+    self.config, self.max_request_tokens = engine.config, engine.max_request_tokens
+    self._model, self._loop = model, Loop(engine)
+    self._measures, self._status = Measures(engine, self._loop), Status(engine, self._loop)
+    self.cancel, self.close = self._loop.cancel, self._loop.close
+    self.collect, self.sample = self._measures.registry.collect, self._status.sample
+
+  @property
+  def failed(self) -> bool:
+    return self._loop.failed
+
+  @functools.cached_property
+  def _scorer(self) -> Scorer:
+    """Over the engine's own weights, not a copy. Those that are split over devices score no prompts."""
+    assert self.config.tp == 1
+    return Scorer(self._model.config, place_params(self._model, make_mesh(1)))
+
+  def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink, params: SamplingParams) -> Stream:
+    def told(stream: Stream, token: int | None) -> None:
+      if token is None:
+        self._status.ended(stream)
+      sink(stream, token)
+
+    return self._loop.submit(prompt, sink=told, params=params)
+
+  def score(self, prompt: list[int], n_top: int) -> Future[Scores]:
+    return self._loop.call(lambda: self._scorer(prompt, n_top))
+
+  def ended(self, stream: Stream) -> None:
+    if stream.request is not None:
+      self._measures.ended(stream.request)
+
+  def health(self) -> dict[str, Any]:
+    return {"status": "failed" if self.failed else "ok"}
+
+  def told(self) -> dict[int | None, Told]:
+    return {None: self._status.told()}
