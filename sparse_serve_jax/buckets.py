@@ -172,11 +172,11 @@ class Buckets:
     n_layers = -(-left // n_segments)  # as equal as can be
     return n_layers if n_layers in self._segments(padded) else 1
 
-  def saves(self, n_tokens: int, start: int, rest: int) -> bool:
-    """Whether the program of a piece saves its blocks, though saves are staged. So does one before `rest` tokens, whose
-    piece would wait until they have landed, the device idle. For the sake of few programs all full pieces after others
-    do, and of smaller ones none."""
-    return self.late and n_tokens == self.full and (start > 0 or rest > 0)
+  def saves(self, padded: int, start: int, rest: int) -> bool:
+    """Whether the program of a piece saves its blocks, though saves are staged: the piece of the `rest` tokens would wait
+    until they have landed, the device idle. For the sake of few programs all of full size after others do, and none of
+    a smaller one."""
+    return self.late and padded == self.full and (start > 0 or rest > 0)
 
   def known(self, padded: int, start: int, n_layers: int) -> bool:
     """Whether a segment's program knows its number of layers. Where it does not, the host waits for the device in each

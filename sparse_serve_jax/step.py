@@ -293,10 +293,8 @@ def prefill_segment(
     o, read = attention(q, k, v, cache, i, piece)
     if before is not None:  # which attention has read: only now the pool is written
       new = new._replace(blocks=_after(o, blocks))
-    if slab is None:
-      cache = cache.replace(pool=save_piece(setup.saving, cache.pool, new))
-    else:
-      slab = slab.at[:, i - batch.first_layer].set(kv)
+    cache = cache.replace(pool=save_piece(setup.saving, cache.pool, new) if slab is None else cache.pool)
+    slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)

@@ -482,21 +482,14 @@ class Scheduler:
   def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillWork:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
-    saves = self._buckets.saves(n_tokens, start, len(resident.tokens) - start - n_tokens)
+    padded, rest = self._buckets.piece(n_tokens, start, n_layers), len(resident.tokens) - start - n_tokens
+    saves = self._buckets.saves(padded, start, rest)
     resident.prefilled_in = resident.prefilled_in if saves else self._iteration + 1
     resident.start += n_tokens
     if resident.start == len(resident.tokens):
       resident.start, resident.layer = resident.first, layer + n_layers
     if resident.layer == self._shape.L:
       self._enter(resident, np.zeros(0, np.int32))
-    return PrefillWork(
-      request_id=request.id,
-      lane=resident.lane,
-      tokens=resident.tokens[start : start + n_tokens],
-      start=start,
-      first_layer=layer,
-      n_layers=n_layers,
-      last=resident.layer == self._shape.L,
-      sampling=request.sampling_of(resident.steps),
-      saves=saves,
-    )
+    tokens, last = resident.tokens[start : start + n_tokens], resident.layer == self._shape.L
+    sampling = request.sampling_of(resident.steps)
+    return PrefillWork(request.id, resident.lane, tokens, start, layer, n_layers, last, sampling, saves)
