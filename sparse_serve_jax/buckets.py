@@ -173,9 +173,9 @@ class Buckets:
     return n_layers if n_layers in self._segments(padded) else 1
 
   def saves(self, padded: int, start: int, rest: int) -> bool:
-    """Whether the program of a piece saves its blocks, though saves are staged: the piece of the `rest` tokens would wait
-    until they have landed, the device idle. For the sake of few programs all of full size after others do, and none of
-    a smaller one."""
+    """Whether the program of a piece saves its blocks, though saves are staged: the piece of the `rest` tokens would
+    wait until they have landed, the device idle. For the sake of few programs all of full size after others do, and
+    none of a smaller one."""
     return self.late and padded == self.full and (start > 0 or rest > 0)
 
   def known(self, padded: int, start: int, n_layers: int) -> bool:
