@@ -251,7 +251,7 @@ def test_late_saves_change_no_tokens(monkeypatch):
 
 def test_a_request_decodes_and_blocks_are_given_out_when_saves_have_landed():
   executor = fake_executor(SchedulerConfig(max_inject_tokens=32), M=5)
-  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged"))
+  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged", prefix=False))
   scheduler = Scheduler(conf, executor.shape)
   first, second = (Request(name, np.arange(34, dtype=np.int32), 4, 0.0) for name in "ab")
   scheduler.add(first)
