@@ -30,12 +30,14 @@ def failing(works):
   return call
 
 JaxExecutor.submit, JaxExecutor.reset = failing(JaxExecutor.submit), failing(JaxExecutor.reset)
-def small(*given, create=socket.create_server, **options):
-  made = create(*given, **options)
+from sparse_serve_jax.server import serve
+
+def small(address, bind=serve.bind):
+  made = bind(address)
   made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
   return made
 
-socket.create_server = small
+serve.bind = small
 free = budget.bytes_free
 budget.bytes_free = lambda: 3 << 20 if os.path.exists({full!r}) else free()
 """
@@ -134,11 +136,11 @@ def test_a_client_that_stops_reading_holds_nobody(planted, seconds):
 @pytest.mark.parametrize(
   ("arguments", "key", "said"),
   [
-    (["random:tiny", "--port={port}"], "a", "Address already in use (while attempting to bind on address ('127.0.0.1'"),
+    (["absent", "--port={port}"], "a", "Address already in use: 127.0.0.1, port "),  # before the model is looked for
     (["absent"], "a", "'absent' is no model"),
     (["random:tiny", "--api_key="], "a", "an API key has at least one character"),
     (["random:tiny"], "", "SPARSE_SERVE_API_KEY is empty"),
-    (["random:tiny", "--host=nowhere.invalid"], "a", "Name or service not known"),
+    (["absent", "--host=nowhere.invalid"], "a", "Name or service not known: nowhere.invalid, port 8000"),
   ],
 )
 def test_what_cannot_begin_ends_in_one_line(arguments, key, said):

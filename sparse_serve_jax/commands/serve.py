@@ -57,6 +57,7 @@ def main(model_path: str | None = None) -> int:
     raise ValueError(f"an API key has at least one character: --api_key or {KEY} is empty")
   config = override(load_config(_CONFIG.value), _SET.value)
   config.sparse.refuse_drawn("a server")
+  listener = serve.bind((_HOST.value, _PORT.value))  # before what takes long
   if _REPLICAS.value > 1:
     from sparse_serve_jax.server.replicas import Fleet
 
@@ -67,7 +68,7 @@ def main(model_path: str | None = None) -> int:
     served_by = engines.One(Engine(JaxExecutor(config, model)), model)
   limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value)
   served = _NAME.value or pathlib.Path(model_path).name
-  return 0 if serve.serve(served_by, model, served, (_HOST.value, _PORT.value), limits, key) else 1
+  return 0 if serve.serve(served_by, model, served, listener, limits, key) else 1
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -20,8 +20,26 @@ from sparse_serve_jax.server.engines import Engines
 _LOOK = 0.05  # seconds between looks at what is still to be answered, while the server ends
 
 
+def bind(address: tuple[str, int]) -> socket.socket:
+  """A socket that has the address, host and port, and does not listen yet; port 0 takes a free one.
+
+  Raises:
+    OSError: the address cannot be had.
+  """
+  family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+  # It is told its protocol, without which asyncio lets Nagle hold answers back for 40 ms.
+  listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+  try:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+  except OSError as error:
+    listener.close()
+    raise OSError(error.errno, f"{error.strerror}: {address[0]}, port {address[1]}") from error
+  return listener
+
+
 def serve(
-  engines: Engines, model: Model, served: str, address: tuple[str, int], limits: Limits, api_key: str | None
+  engines: Engines, model: Model, served: str, listener: socket.socket, limits: Limits, api_key: str | None
 ) -> bool:
   """Serves until SIGTERM or SIGINT has come and what was asked before is answered. A second signal ends the process.
 
@@ -30,14 +48,8 @@ def serve(
   Args:
     engines: idle, and from now on the server's.
     served: the name of the model that clients give.
-    address: host and port; port 0 takes a free one. A line on stdout says which.
-
-  Raises:
-    OSError: the address cannot be had.
+    listener: of `bind`. A line on stdout says where it listens.
   """
-  listener = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-  # It is told its protocol, without which asyncio lets Nagle hold answers back for 40 ms.
-  listener = socket.socket(fileno=listener.detach())
   with contextlib.closing(listener):
     asyncio.run(_serve(listener, engines, model, served, limits, api_key))
   return not engines.failed

@@ -288,7 +288,7 @@ class JaxExecutor:
     size, sampling = self.shape.S, Sampling(temperature=float("sampled" in of.kind))
     lengths = (of.size - size, size) if "packed" in of.kind else (of.size,)
     tokens = (np.zeros(n, np.int32) for n in lengths)
-    options = dict(last=False, sampling=sampling, saves="saving" in of.kind)
+    options: dict[str, Any] = dict(last=False, sampling=sampling, saves="saving" in of.kind)
     return tuple(PrefillWork(_NOTHING, 0, t, of.width * size, 0, of.n_layers, **options) for t in tokens)
 
   def _no_rows(self, of: Program) -> tuple[DecodeRow, ...]:
