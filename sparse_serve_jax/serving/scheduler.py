@@ -356,15 +356,19 @@ class Scheduler:
     """Returns pieces of prompts, oldest first, while allowance and room last, and the requests whose prompts end.
 
     The allowance counts token x layers when layer-segmented and tokens when chunked. Only a single piece of one block
-    in one layer may exceed it.
+    in one layer may exceed it. A chunk waits until those before it are in the pool. Layer-segmented nothing waits:
+    what is saved beside its program ends its layer, and other layers do not read it.
     """
     left, n_all = self._allowance, self._shape.L
-    of_token = 1 if self._config.prefill == "chunked" else n_all  # allowance that a token of the room is worth
+    chunked = self._config.prefill == "chunked"
+    of_token = 1 if chunked else n_all  # allowance that a token of the room is worth
     works: list[PrefillWork] = []
     ended = []
     while left > 0:
       resident = self._prefilling or self._next_in_line()
-      if resident is None or (resident.start > resident.first and not self._in_pool(resident)):
+      if resident is None:
+        break
+      if chunked and resident.start > resident.first and not self._in_pool(resident):
         break
       n_tokens, n_layers, cost = self._piece(resident, min(left, room.tokens * of_token), alone=not works)
       tokens = -(-n_tokens * n_layers // n_all)
