@@ -7,7 +7,8 @@
   rows.append({"request_id": "needle-3", "tokens": [1, 2]})
 
 `run.json` of the folder holds under "setting" what decides that two runs are the same, and under "parts" what only
-informs, an entry for each time that somebody went on with it: time, command line, git commit, versions, device.
+informs, an entry for each time that somebody went on with it: time, command line, git commit, versions, device, and
+the sizes in bytes that were used where the setting says "auto".
 """
 
 from __future__ import annotations
@@ -88,6 +89,13 @@ def claim(
     parts = before.get("parts", [])
   replace_json(file, {"setting": setting, "parts": [*parts, provenance() | ({"device": device} if device else {})]})
   return folder
+
+
+def note(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
+  """Adds to what `claim` noted of this time what was not known yet, such as sizes that were derived."""
+  run = read_json(folder / RUN_FILE)
+  run["parts"][-1] |= _plain(about)
+  replace_json(folder / RUN_FILE, run)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sparse_serve_jax.commands import COMMANDS, cli
+from tests.forks import start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -139,8 +140,7 @@ def test_every_command_has_help_in_sentences_and_groups(name):
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0 and not done.stderr, done.stderr
   about, *groups = re.split(r"\n\n(?=[A-Z][^\n]*:\n  --)", done.stdout)
-  told = re.search(rf"(python -m experiments\.|sparse-serve ){name.replace('-', '[-_]')}", about)
-  assert (told or name == "run") and groups and not [g for g in groups if g.startswith("Other flags")]
+  assert f"sparse-serve {name}" in about and groups and not [g for g in groups if g.startswith("Other flags")]
   flags = re.findall(r"^  --(?:\[no\])?\w+  (.*(?:\n {6}.*)*)", "\n".join(groups), re.M)
   for text in (re.sub(r"\s+", " ", flag) for flag in flags):
     sentence, _, default = text.partition(" (default: ")
@@ -170,6 +170,22 @@ def test_what_is_given(program):
 )
 def test_a_mistake_is_one_line(program, arguments, message):
   assert run(program, *arguments) == (2, "", f"error: {message}\n")
+
+
+def test_flags_that_must_be_given_are_named():
+  done = start("sparse_serve_jax", "bench")
+  told = "error: --url, --model, --tokenizer must be given; --help shows what there is\n"
+  assert (done.returncode, done.stderr) == (2, told)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["config", "--list"]])
+def test_output_that_nobody_reads_is_no_error(arguments):
+  command = [sys.executable, "-m", "sparse_serve_jax", *arguments]
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == ""
+  assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_verbose_shows_where_an_error_comes_from(program):

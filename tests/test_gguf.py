@@ -238,7 +238,7 @@ def test_a_quantization_that_is_not_known(tmp_path, monkeypatch):
 
 def test_what_is_no_gguf(tmp_path):
   (tmp_path / "a.gguf").write_bytes(b"nothing of the kind" * 9)
-  with pytest.raises(ValueError, match="a.gguf is no GGUF file: "):
+  with pytest.raises(ValueError, match="a.gguf, 171 bytes, is no GGUF file or not all of one: "):
     models.load_model(tmp_path / "a.gguf")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import jax
@@ -134,6 +135,18 @@ def test_tokens_are_streamed_as_they_come(llm: LLM, expected):
   for i, tokens in enumerate(expected):
     assert [token for name, token in seen if name == f"text-{i}"] == tokens
   assert [name for name, _ in seen] == ["text-0", "text-1", "text-2"] * N  # all began in one iteration
+
+
+def test_devices_are_waited_for_when_a_stream_is_left(monkeypatch):
+  """A process aborts that ends while a step is on its way."""
+  waited, wait = [], JaxExecutor.wait
+  monkeypatch.setattr(JaxExecutor, "wait", lambda self: (wait(self), waited.append(self)))
+  left = LLM("random:tiny", overrides=SMALL_SERVING)
+  assert next(left.stream(TEXT, max_tokens=N)) and not waited
+  executor = left.engine._executor
+  del left
+  gc.collect()
+  assert waited == [executor]
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])

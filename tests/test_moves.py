@@ -250,19 +250,19 @@ def test_late_saves_change_no_tokens(monkeypatch):
 
 
 def test_a_request_decodes_and_blocks_are_given_out_when_saves_have_landed():
-  executor = fake_executor(SchedulerConfig(max_inject_tokens=16), M=3)
-  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged"))
+  executor = fake_executor(SchedulerConfig(max_inject_tokens=32), M=5)
+  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged", prefix=False))
   scheduler = Scheduler(conf, executor.shape)
-  first, second = (Request(name, np.arange(18, dtype=np.int32), 4, 0.0) for name in "ab")
+  first, second = (Request(name, np.arange(34, dtype=np.int32), 4, 0.0) for name in "ab")
   scheduler.add(first)
   scheduler.add(second)
   done = functools.partial(StepResult, {}, {}, StepStats())
 
   pieces = [scheduler.schedule(0.0).prefill for _ in range(2)]
   # The second reads the first from the pool, so the first's own program saves it.
-  assert [(work.start, work.saves) for works in pieces for work in works] == [(0, True), (16, False)]
+  assert [(work.start, work.saves) for works in pieces for work in works] == [(0, True), (32, False)]
   scheduler.cancel(first, 0.0)
-  assert scheduler.schedule(0.0).release.size == 3
+  assert scheduler.schedule(0.0).release.size == 5
   for _ in range(3):
     scheduler.update(done(landed=1), 0.0)
   waits = scheduler.schedule(0.0)

@@ -41,6 +41,15 @@ def test_a_folder_is_made_and_gone_on_with(tmp_path):
   assert first["device"] == {"platform": "cpu", "kind": jax.devices()[0].device_kind, "count": jax.device_count()}
 
 
+def test_what_is_known_later_is_noted_of_this_time(tmp_path):
+  for size in (5, 7):
+    claim(tmp_path, {"limit": 3})
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    results.note(tmp_path, {"sizes": {"cache.hbm_bytes": size}})
+  assert [part["sizes"]["cache.hbm_bytes"] for part in parts_of(tmp_path)] == [5, 7]
+  assert all("command" in part for part in parts_of(tmp_path))
+
+
 def test_another_run_is_refused_with_the_difference(tmp_path):
   config = load_config("psa")
   claim(tmp_path, {"config": config, "model": "tiny", "limit": None, "rate": 2})

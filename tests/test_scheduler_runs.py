@@ -267,7 +267,8 @@ class Late:
     for work in plan.prefill:
       before = [at for (name, start), at in self.writing.items() if name == work.request_id and start < work.start]
       assert all(at <= self.landed for at in before)
-      self.writing[work.request_id, work.start] = plan.iteration
+      if not work.saves:
+        self.writing[work.request_id, work.start] = plan.iteration
 
 
 @given(runs(), st.sampled_from(["full", "on_demand"]))

@@ -83,6 +83,8 @@ def test_a_row_for_every_request(tmp_path, capsys):
     assert times == sorted(times) and row["token_s"][0] == row["first_token_s"]
   tokens = [{row["request_id"]: row["output_token_ids"] for row in rows_of(tmp_path / n)} for n in ("one", "two")]
   assert tokens[0] == tokens[1]
+  (part,) = json.loads((tmp_path / "one" / "run.json").read_text())["parts"]
+  assert 0 < part["sizes"]["cache.dram_bytes"] <= 2**30 and part["sizes"]["scheduler.max_context"] >= 293 + 6
   summary = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert summary["requests"] == 6 and summary["prompt_tokens"] == sum(row["prompt_tokens"] for row in rows)
 

@@ -55,8 +55,11 @@ def main() -> NoReturn:
   """The console script `sparse-serve`."""
   name, *arguments = sys.argv[1:] or ["--help"]
   if name in ("--help", "-h", "help"):
-    print(_help())
-    sys.exit(0)
+    from sparse_serve_jax.commands import cli
+
+    with cli.endings(False, ""):
+      print(_help(), flush=True)
+      sys.exit(0)
   if name == "--version":
     from sparse_serve_jax import __version__
 

@@ -1,7 +1,7 @@
 """Measures what a model still answers when it attends to part of its context.
 
-  python -m experiments.accuracy --model=DIR --out=/tmp/accuracy
-  python -m experiments.accuracy --model=FILE.gguf --parts=text --text=notes/ --text_lengths=8192 --instances=64
+  sparse-serve accuracy --model=DIR --out=/tmp/accuracy
+  sparse-serve accuracy --model=FILE.gguf --parts=text --text=notes/ --text_lengths=8192 --instances=64
 
 There are four parts, of which --parts chooses:
 

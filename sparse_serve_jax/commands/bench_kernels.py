@@ -1,6 +1,6 @@
 """Times the ops at the 8B shape, beside what would be used instead, on one NVIDIA GPU.
 
-  python -m experiments.bench_kernels --out=/tmp/bench --ops=score,attend
+  sparse-serve bench-kernels --out=/tmp/bench --ops=score,attend
 
 Prints a table an op: time (median over calls; ±: their spread), bytes that must move, their floor at rates measured in
 the same run, its share of the time, the same work by other means. The last line of stdout is one JSON object,

@@ -1,6 +1,6 @@
 """Times prefill of a model with random weights, from arrival to first token, on one NVIDIA GPU.
 
-  python -m experiments.bench_prefill --out=/tmp/bench --cases=1x2048,1x32000,64x2048 --ways=layer_segmented,quarter
+  sparse-serve bench-prefill --out=/tmp/bench --cases=1x2048,1x32000,64x2048 --ways=layer_segmented,quarter
 
 A case is <requests>x<tokens of each>; all arrive at once and want one token. How they are timed, and what the floor is,
 says sparse_serve_jax/benchmarks/prefill.py. The last line of stdout is one JSON object; the folder of --out gets

@@ -1,6 +1,6 @@
 """Times whole decode steps of a model with random weights, against what their bytes need, on one NVIDIA GPU.
 
-  python -m experiments.bench_step --out=/tmp/bench --cases=64x10240,20x32768
+  sparse-serve bench-step --out=/tmp/bench --cases=64x10240,20x32768
 
 A case is <requests>x<tokens of each>. How steps are timed, and what their floor is, says
 sparse_serve_jax/benchmarks/step.py. The last line of stdout is one JSON object; the folder of --out gets step.jsonl, a

@@ -215,18 +215,21 @@ def run(
   _watch_interrupts()
   module = sys.modules[main.__module__]
   if _HELP & set(argv[1:]):
-    print(help_of(module))
-    sys.exit(0)
+    with endings(False, ""):
+      print(help_of(module), flush=True)
+      sys.exit(0)
   try:
     given = flags.FLAGS(list(argv))[1:]
     if len(given) > len(arguments):
       raise flags.Error(f"unexpected arguments: {' '.join(given[len(arguments) :])}")
   except flags.Error as error:
-    sys.exit(_mistake(f"{_in_a_line(error)}; --help shows what there is"))
+    sys.exit(_mistake(f"{_asked_for(_in_a_line(error))}; --help shows what there is"))
   values = flags.FLAGS.flag_values_dict()
   told = interrupted.format(out=values["out"]) if values.get("out") else ""
   with endings(values.get("verbose", False), f"; {told}" if told else ""):
-    sys.exit(main(*given) or 0)
+    status = main(*given) or 0
+    sys.stdout.flush()
+    sys.exit(status)
 
 
 def help_of(module: ModuleType) -> str:
@@ -261,13 +264,17 @@ def end_with(table: str, result: Any) -> None:
 @contextlib.contextmanager
 def endings(verbose: bool, interrupted: str) -> Iterator[None]:
   """Ends the process with 130 when it is interrupted, which `interrupted` adds to, and with 2 and a line on stderr for
-  what the user can mend; `verbose` shows where that comes from. `run` does this for a whole command.
+  what the user can mend; `verbose` shows where that comes from. Output that nobody reads any more, as of `| head`, ends
+  it with 141 and no word. `run` does this for a whole command.
   """
   try:
     yield
   except KeyboardInterrupt:
     print(f"interrupted{interrupted}", file=sys.stderr)
     sys.exit(_INTERRUPTED)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+    sys.exit(128 + signal.SIGPIPE)
   except (ValueError, NotImplementedError, OSError) as error:
     if verbose:
       raise
@@ -277,6 +284,12 @@ def endings(verbose: bool, interrupted: str) -> Iterator[None]:
 def _mistake(text: str) -> int:
   print(f"error: {text}", file=sys.stderr)
   return 2
+
+
+def _asked_for(text: str) -> str:
+  """With names of flags that have to be given in place of what absl says of them."""
+  missing = re.findall(r"Flag (--\w+) must have a value other than None", text)
+  return f"{', '.join(missing)} must be given" if missing else text
 
 
 def _in_a_line(error: BaseException) -> str:

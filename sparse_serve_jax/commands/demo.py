@@ -1,6 +1,6 @@
 """A small ladder: a few rungs side by side, by default with the reference model: some minutes on a laptop.
 
-  python -m experiments.demo [MODEL DIRECTORY]
+  sparse-serve demo [MODEL DIRECTORY]
 
 Six questions about long texts come at once and are served four times within one HBM budget, a third of the size of
 their KV: with dense and sparse attention and all KV in HBM, so that requests wait for it, then with the KV in DRAM.

@@ -1,6 +1,6 @@
 """Rungs of the ladder side by side: the same requests, at several rates of arrival, within the same memory.
 
-  python -m experiments.ladder --rungs=dense,sparse_serve,psa --rates=0.5,1,2 --model=models/reference --out=/tmp/ladder
+  sparse-serve ladder --rungs=dense,sparse_serve,psa --rates=0.5,1,2 --model=models/reference --out=/tmp/ladder
 
 A rung is a configuration; --set changes all of them, so that they obey one cache.hbm_bytes. Each is compiled before it
 is timed. Goodput is the highest rate at which 99 % of the times between tokens are at most 25 decode iterations (those

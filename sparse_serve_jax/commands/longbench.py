@@ -1,7 +1,7 @@
 """Evaluates a model on LongBench v1 and LongBench-E.
 
-  python -m experiments.longbench --longbench_dir=DIR --model=PATH --config=psa --tasks=all --out=/tmp/run
-  python -m experiments.longbench --score_only=/tmp/run
+  sparse-serve longbench --longbench_dir=DIR --model=PATH --config=psa --tasks=all --out=/tmp/run
+  sparse-serve longbench --score_only=/tmp/run
 
 The folder of --out gets a file of predictions a task, in the official format, result.json with the scores of all
 predictions in the folder, also official, and run.json, what made them. The same command goes on where the last one
@@ -83,6 +83,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   runtime.configure()
   # Scoring alone needs none of these.
   from sparse_serve_jax.models.here import load_model_here
+  from sparse_serve_jax.serving import sizes
   from sparse_serve_jax.serving.engine import Engine
   from sparse_serve_jax.serving.executor import JaxExecutor
 
@@ -92,10 +93,12 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
       in_template(model.tokenizer, "")
     except ValueError as error:
       raise ValueError(f"{error}; or give --nochat_template") from error
-  engine = Engine(JaxExecutor(config, model))
+  executor = JaxExecutor(config, model)
+  engine = Engine(executor)
   max_prompt = _MAX_PROMPT.value or release.room_for_prompts(model.tokenizer, engine.max_request_tokens, chat)
   prompts = {"sha256": release.digest, "max_tokens": max_prompt, "chat_template": chat}
   results.claim(out, {"config": config, "model": {"name": model.name, "config": model.config}, "prompts": prompts})
+  results.note(out, {"sizes": sizes.used(executor.config, executor.shape)})
   run = longbench.Run(release, names, out, _LIMIT.value, _STRICT.value)
   try:
     coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=config.cache.lanes)

@@ -1,6 +1,6 @@
 """Draws what a folder of results holds, and writes its tables.
 
-  python -m experiments.plot DIR [--out=DIR]
+  sparse-serve plot DIR [--out=DIR]
 
 A folder of a ladder, an accuracy experiment, a run of a workload, here or by an endpoint, benchmarks or selections:
 pictures as .png, tables as Markdown and CSV. Nothing is measured anew. The last line of stdout is a JSON object: the

@@ -1,9 +1,9 @@
 """How much of the prompts of a trace a prefix cache holds, by the size of its pool.
 
-  python -m experiments.prefix --trace=conversation_trace.jsonl --pool_tokens=1000000,10000000,0
+  sparse-serve prefix --trace=conversation_trace.jsonl --pool_tokens=1000000,10000000,0
 
 The trace says which prompts begin alike (workloads/traces.py: "hash_ids"). Requests come one after the other; what is
-kept goes in the order of its last use. experiments.simulate serves a trace in virtual time over the same cache.
+kept goes in the order of its last use. `sparse-serve simulate` serves a trace in virtual time over the same cache.
 
 The table goes to stdout, and as its last line one JSON object with the same numbers.
 """

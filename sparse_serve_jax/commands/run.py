@@ -1,6 +1,6 @@
 """Serves a workload and measures it.
 
-  python -m experiments.serve --config=sparse_serve --model=random:tiny --workload=needle --out=/tmp/run
+  sparse-serve run --config=sparse_serve --model=random:tiny --workload=needle --out=/tmp/run
 
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
 requests.jsonl, a row for each request as it ends, with the text of its answer; timeline.json, which ui.perfetto.dev
@@ -28,7 +28,7 @@ from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.here import load_model_here
-from sparse_serve_jax.serving import audit, metrics, run
+from sparse_serve_jax.serving import audit, metrics, run, sizes
 from sparse_serve_jax.serving.clock import Wall
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
@@ -67,6 +67,8 @@ def main() -> int:
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   clock = Wall()
   executor = JaxExecutor(config, model)
+  if out:
+    results.note(out, {"sizes": sizes.used(executor.config, executor.shape)})
   timeline = Timeline(executor.shape)
   audits = f"audits-after-{len(before)}.jsonl" if before else "audits.jsonl"  # each part begins its own
   found = results.Rows(out / audits) if out and config.sparse.audit_share else None

@@ -1,7 +1,7 @@
 """Which blocks decode steps select again: of recorded traces, of a model that reads text, and of drawn selections.
 
-  python -m experiments.selections --traces=models/reference/traces/recite_16384_2048.npz --fit
-  python -m experiments.selections --model=SmolLM2.gguf --longbench_dir=LongBench --tokens=8192 --out=/tmp/selections
+  sparse-serve selections --traces=models/reference/traces/recite_16384_2048.npz --fit
+  sparse-serve selections --model=SmolLM2.gguf --longbench_dir=LongBench --tokens=8192 --out=/tmp/selections
 
 A model's decode steps are the last tokens of pieces of text, run over dense keys and values. Of each source a row: the
 blocks of a selection, its overlap with the step before, what 12 steps select, and what exact LRU misses by its slots;

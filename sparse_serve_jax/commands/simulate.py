@@ -1,7 +1,7 @@
 """Serves a workload in virtual time: the engine and its scheduler, over a device that is only a cost.
 
-  python -m experiments.simulate --cost=cost.json --calibrate --model=random:tiny --config=sparse_serve --limit=24
-  python -m experiments.simulate --cost=cost.json --model=random:tiny --config=sparse_serve --limit=500 --rate=4
+  sparse-serve simulate --cost=cost.json --calibrate --model=random:tiny --config=sparse_serve --limit=24
+  sparse-serve simulate --cost=cost.json --model=random:tiny --config=sparse_serve --limit=500 --rate=4
 
 The first serves the workload on this machine, all requests at once, and fits the cost of an iteration to what it
 measured. The second serves another workload with that cost, without the model and as fast as Python plans it; the costs
@@ -59,7 +59,7 @@ with cli.group("The device"):
   _SELECTIONS = flags.DEFINE_list(
     "selections",
     [f"{_TRACES}/recite_16384_2048.npz", f"{_TRACES}/renumber_16384_2048.npz"],
-    "--calibrate: traces of selections, as experiments.accuracy writes them, which say how blocks come back.",
+    "--calibrate: traces of selections, as `sparse-serve accuracy` writes them, which say how blocks come back.",
   )
 _ASKED = WorkloadFlags(default="mixed")
 _OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)

@@ -1,12 +1,12 @@
 r"""Trains a small model that retrieves over long contexts, from nothing, in pieces of any length.
 
-  python -m experiments.train_reference --config=reference --out=/tmp/reference --resume
+  sparse-serve train-reference --config=reference --out=/tmp/reference --resume
 
 The folder of --out gets a tokenizer, checkpoints, metrics.jsonl (a line every --log_every steps) and, at the end of
 training or of --seconds, hf/: the model as a Hugging Face directory. What that answers with dense attention tells
 (of long answers, whether they begin right)
 
-  python -m experiments.accuracy --model=/tmp/reference/hf --out=/tmp/dense --parts=tasks --methods= --thresholds= \
+  sparse-serve accuracy --model=/tmp/reference/hf --out=/tmp/dense --parts=tasks --methods= --thresholds= \
     --lengths=2048,4096,8192,16384
 
 The last line of stdout is one JSON object.

@@ -66,7 +66,7 @@ def open_gguf(path: pathlib.Path, dtype: str | None) -> Opened:
   try:
     reader = gguf.GGUFReader(path)
   except (ValueError, IndexError, KeyError, OSError) as error:
-    raise ValueError(f"{path} is no GGUF file: {error}") from None
+    raise ValueError(f"{path}, {path.stat().st_size} bytes, is no GGUF file or not all of one: {error}") from None
   fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   _check_quantization(gguf, path, tensors)

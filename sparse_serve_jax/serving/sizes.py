@@ -123,6 +123,12 @@ def text(before: EngineConfig, config: EngineConfig, shape: CacheShape, free: Fr
   return f"{sizes} (free: {of}{gib(free.host)} of the host): {tokens}"
 
 
+def used(config: EngineConfig, shape: CacheShape) -> dict[str, int]:
+  """Sizes that an engine has, by their keys: bytes over all devices, and tokens of the longest request."""
+  dram = {"cache.dram_bytes": shape.pool_bytes} if config.cache.offload else {}
+  return {"cache.hbm_bytes": shape.hbm_bytes, **dram, "scheduler.max_context": shape.max_context}
+
+
 def _vectors(config: EngineConfig) -> int:
   """E of the selection method."""
   return get_method(config.sparse.method).vectors
