@@ -70,9 +70,9 @@ def vacate(
   implementation: str = "xla",
 ) -> tuple[Maps, Int32[Array, "B K n"], Free]:
   """Empty slots for those that are `new`, -1 for others and where there is no victim any more: `evict`, then `take`."""
-  wanted = new.astype(jnp.int32)
+  wanted = new.sum(dtype=jnp.int32)  # not in `evict`: one program cannot hold lists that are as long as prompts
   if (n_zones := victims.slots.shape[0]) > 1:
-    wanted = jnp.zeros(n_zones, jnp.int32).at[jnp.broadcast_to(zone[:, None], new.shape)].add(wanted)
+    wanted = jnp.zeros(n_zones, jnp.int32).at[jnp.broadcast_to(zone[:, None], new.shape)].add(new.astype(jnp.int32))
   maps, free = evict(maps, victims, free, wanted, implementation=implementation)
   place, free = free.take(new, zone)
   return maps, place, free

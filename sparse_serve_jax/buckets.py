@@ -176,7 +176,8 @@ class Buckets:
     """Whether the program of a piece saves its blocks, though saves are staged: the piece of the `rest` tokens would
     wait until they have landed, the device idle. For the sake of few programs all of full size after others do, and
     none of a smaller one."""
-    return self.late and padded == self.full and (start > 0 or rest > 0)
+    full = _up(self.chunks, self.full) if start else self.full
+    return self.late and padded == full and (start > 0 or rest > 0)
 
   def known(self, padded: int, start: int, n_layers: int) -> bool:
     """Whether a segment's program knows its number of layers. Where it does not, the host waits for the device in each

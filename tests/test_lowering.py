@@ -117,6 +117,16 @@ def test_residency(n: int, group: int | None, n_zones: int, of_call: int | None)
   assert 'name = "commit"' in lower(commit, MAPS, layer, located(n, groups), Int((B, K)), layer, Int((B,)))
 
 
+def test_slots_are_vacated_for_any_number_of_blocks():
+  """LWM-7B's of a prompt of a million tokens and more: a kernel's values are 2^20 at most."""
+  n_heads, n = 32, (1 << 15) + 1
+  maps = MAPS._replace(slot_of=Int((n_heads, L, 2 * n)), last_selected=Int((n_heads, L, 2 * n)))
+  victims, free = kernels.Victims(Int((1, P)), Int(())), kernels.Free(Int((1, n_heads * n)), *[Int((1,))] * 3)
+  new = jax.ShapeDtypeStruct((1, n_heads, n), jnp.bool_)
+  vacate = functools.partial(kernels.vacate, **ON_GPU)
+  assert 'name = "evict"' in lower(vacate, maps, victims, free, new, Int((1, 1)))
+
+
 @pytest.mark.parametrize(("n", "k"), [(321, 64), (N, N), (4096, 64), (16384, 64)])
 def test_select(n: int, k: int):
   scores = jax.ShapeDtypeStruct((B, K, n), jnp.float32)

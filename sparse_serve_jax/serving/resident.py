@@ -23,6 +23,7 @@ class Resident:
   working_set: int | None = None  # blocks over all layers and heads; None: to be worked out for its next step
   measured: bool = False  # so `working_set` is that of its last steps
   prefilled_in: int = 0  # the iteration of its newest piece whose blocks are saved beside its program, if some are
+  read_from: int = 0  # likewise, of the layers of its next piece, which reads it; 0: none
   known: int = dataclasses.field(init=False)  # output tokens that it had when it was admitted
   read: int = dataclasses.field(init=False)  # output tokens before the one that its next result holds
   steps: int = dataclasses.field(init=False)  # decode steps, with those that a prefill of output tokens stands for

@@ -356,7 +356,7 @@ class Scheduler:
     """Returns pieces of prompts, oldest first, while allowance and room last, and the requests whose prompts end.
 
     The allowance counts token x layers when layer-segmented and tokens when chunked. Only a single piece of one block
-    in one layer may exceed it.
+    in one layer may exceed it. A piece waits until those before it, in its layers, are in the pool.
     """
     left, n_all = self._allowance, self._shape.L
     of_token = 1 if self._config.prefill == "chunked" else n_all  # allowance that a token of the room is worth
@@ -364,7 +364,7 @@ class Scheduler:
     ended = []
     while left > 0:
       resident = self._prefilling or self._next_in_line()
-      if resident is None or (resident.start > resident.first and not self._in_pool(resident)):
+      if resident is None or (self._late and resident.read_from > self._landed):
         break
       n_tokens, n_layers, cost = self._piece(resident, min(left, room.tokens * of_token), alone=not works)
       tokens = -(-n_tokens * n_layers // n_all)
@@ -484,10 +484,11 @@ class Scheduler:
     request, start, layer = resident.request, resident.start, resident.layer
     padded, rest = self._buckets.piece(n_tokens, start, n_layers), len(resident.tokens) - start - n_tokens
     saves = self._buckets.saves(padded, start, rest)
-    resident.prefilled_in = resident.prefilled_in if saves else self._iteration + 1
+    if not saves:
+      resident.prefilled_in = resident.read_from = self._iteration + 1
     resident.start += n_tokens
     if resident.start == len(resident.tokens):
-      resident.start, resident.layer = resident.first, layer + n_layers
+      resident.start, resident.layer, resident.read_from = resident.first, layer + n_layers, 0
     if resident.layer == self._shape.L:
       self._enter(resident, np.zeros(0, np.int32))
     tokens, last = resident.tokens[start : start + n_tokens], resident.layer == self._shape.L
