@@ -103,6 +103,8 @@ class Buckets:
     least_prefix = self.unit if self.chunked else self.full
     cut = [c for c in eighths if c - self.unit < max_context - least_prefix]
     cut = cut if self.chunked or max_context > self.allowance else []
+    if cut and not self.chunked and self.at_once(cut[-1]):  # which is no size of a layer's pieces
+      cut = [*cut, self.full]
     largest = min(self.full if self.chunked else _round_up(self.allowance, size), context)
     whole = {
       *_sizes(size, largest, steps),

@@ -304,6 +304,15 @@ def test_a_layer_does_not_wait_for_what_the_one_before_it_saves(allowance: int, 
   assert not scheduler.schedule(0.0).decode
 
 
+def test_the_rest_of_a_layer_has_a_size_though_all_layers_of_it_would_fit():
+  executor = fake_executor(SchedulerConfig(max_inject_tokens=4096), M=1024, max_context=6000)
+  conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged", prefix=False))
+  scheduler = Scheduler(conf, executor.shape)
+  scheduler.add(Request("a", np.zeros(4096 + 65, np.int32), 4, 0.0))
+  works = [work for _ in range(4) for work in scheduler.schedule(0.0).prefill]
+  assert [(work.first_layer, work.start) for work in works] == [(0, 0), (0, 4096), (1, 0), (1, 4096)]
+
+
 def test_a_save_that_fails_is_a_failure_of_the_device(monkeypatch):
   place, failures = Writer._place, iter([OSError("no such memory")])
 
