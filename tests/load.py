@@ -101,7 +101,7 @@ def serve(model: str, seed: int, expected: str) -> None:
 
   Loop.cancel, engine.cancel = ask, cancel  # type: ignore[method-assign]
   served_by, limits = engines.One(engine, llm.model), app.Limits(max_waiting=2000)
-  assert serving.serve(served_by, llm.model, "reference", ("127.0.0.1", 0), limits, None)
+  assert serving.serve(served_by, llm.model, "reference", serving.bind(("127.0.0.1", 0)), limits, None)
   check_nothing_is_held(engine)
   assert not engine.has_work and not engine.failed and not engine._live
   print(json.dumps({"cancelled": len(late), "iterations_to_cancel": max(late, default=0)}), flush=True)

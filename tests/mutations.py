@@ -344,8 +344,8 @@ MUTATIONS = [
   Mutation(
     "a prompt whose beginning is cached begins anew in its second layer",
     "sparse_serve_jax/serving/scheduler.py",
-    "resident.start, resident.layer = resident.first, layer + n_layers",
-    "resident.start, resident.layer = 0, layer + n_layers",
+    "resident.start, resident.layer, resident.read_from = resident.first, layer + n_layers, 0",
+    "resident.start, resident.layer, resident.read_from = 0, layer + n_layers, 0",
     (f"{PREFIX}::test_a_piece_begins_after_what_is_shared_and_has_a_program[scheduler1-expected1]",),
   ),
   Mutation(

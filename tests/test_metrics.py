@@ -72,6 +72,7 @@ def test_summary_by_hand():
     scheduling_delay_mean_s=1.25,
     scheduling_delay_p99_s=pytest.approx(1.985),  # rank 0.99 of 0.5, 2
     throughput_tok_s=pytest.approx(5 / 7),  # from 1 to 8
+    iterations=3,
     hbm_hit_rate=1 - 3 / 40,
     blocks_attended=40,
     blocks_loaded=5,
