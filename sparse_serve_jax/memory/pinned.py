@@ -1,8 +1,8 @@
 """Pinned host memory of exactly the size that is asked for, as JAX arrays.
 
-It is taken from CUDA and handed to JAX by DLPack; when the array goes, it is given back to the system. JAX's own
-allocator of pinned memory grows by doubling up to a limit for the process, and gives nothing back: a pool of 82 GiB
-took 120, and a second one added to it (`docs/decisions.md`).
+It is mapped, touched by several threads, registered with CUDA and handed to JAX by DLPack. That takes a tenth of the
+time of `cudaHostAlloc`. JAX's own allocator of pinned memory grows by doubling up to a limit for the process, and gives
+nothing back: a pool of 82 GiB took 120, and a second one added to it (`docs/decisions.md`).
 
 Such an array may be donated only to a program of which a result aliases it, as every step's does: XLA ends the process
 otherwise.
@@ -10,9 +10,11 @@ otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
+import mmap
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,12 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_serve_jax.memory.host_pool import bytes_at
+from sparse_serve_jax.memory.host_pool import THREADS, bytes_at
 
-_PAGE = 4096  # before the data, for what DLPack says of it
+_PAGE = 4096  # of memory; one lies before the data, for what DLPack says of it
+_HUGE_PAGE = 2 << 20
+_TOUCHED = 64 << 20  # by a thread at a time
 _HOST = 3  # kDLCUDAHost
 PART_BYTES = 16 << 20  # of a copy to the host: 0.3 ms
 _BUFFERS: list[jax.Array] = []  # never given back
+_MAPPED: dict[int, mmap.mmap] = {}  # of arrays, by the address that is registered
 _TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4}  # of DLPack
 
 
@@ -69,24 +74,58 @@ def pinned_array(dims: tuple[int, ...], dtype: str, device: Any) -> jax.Array:
   """An array in pinned memory of its own, on the host of a device. Its values may be anything.
 
   Raises:
-    MemoryError: CUDA has no pinned memory of that size.
+    MemoryError: the system or CUDA has no pinned memory of that size.
     NotImplementedError: JAX has loaded no CUDA runtime.
   """
-  runtime, name = _cuda_runtime(), jnp.dtype(dtype).name
-  base, n_bytes = ctypes.c_void_p(), math.prod(dims) * jnp.dtype(dtype).itemsize
-  portable = 1  # pinned for all devices of the process
-  if error := runtime.cudaHostAlloc(ctypes.byref(base), ctypes.c_size_t(_PAGE + n_bytes), portable):
-    raise MemoryError(f"the host has no {n_bytes} bytes of pinned memory (cudaHostAlloc: error {error})")
-  address, device_id = base.value or 0, device.local_hardware_id
+  name, n_bytes = jnp.dtype(dtype).name, math.prod(dims) * jnp.dtype(dtype).itemsize
+  address, device_id = _register(_PAGE + n_bytes), device.local_hardware_id
   tensor = _Tensor.from_address(address)
   tensor.data, tensor.device_type, tensor.device_id = address + _PAGE, _HOST, device_id
   tensor.ndim, tensor.shape = len(dims), address + _Tensor.dims.offset
   tensor.dims[: len(dims)] = dims
   tensor.code, tensor.bits, tensor.lanes = _TYPE_CODES[name.rstrip("0123456789")], 8 * jnp.dtype(dtype).itemsize, 1
   tensor.strides, tensor.byte_offset, tensor.manager = None, 0, None
-  # Called by XLA, from any thread and also while the process ends, with the tensor's address: which is what CUDA gave.
-  tensor.deleter = ctypes.cast(runtime.cudaFreeHost, ctypes.c_void_p).value
+  # Called by XLA, from any thread and also while the process ends, with the tensor's address: which is what CUDA knows.
+  tensor.deleter = ctypes.cast(_cuda_runtime().cudaHostUnregister, ctypes.c_void_p).value
   return jax.dlpack.from_dlpack(_Exporter(address, device_id), copy=False)
+
+
+def give_back() -> None:
+  """Gives the memory of arrays that are gone back to the system. Whoever asks what is free calls it first."""
+  for address in list(_MAPPED):
+    flags, runtime = ctypes.c_uint(), _cuda_runtime()
+    if runtime.cudaHostGetFlags(ctypes.byref(flags), ctypes.c_void_p(address)):  # it is not registered any more
+      runtime.cudaGetLastError()  # forgets that
+      _MAPPED.pop(address).close()
+
+
+def _register(n_bytes: int) -> int:
+  """The address of so much pinned memory. It is given back once it is no longer registered."""
+  give_back()
+  refused = f"the host has no {n_bytes} bytes of pinned memory"
+  try:
+    memory = mmap.mmap(-1, n_bytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  except OSError as error:
+    raise MemoryError(f"{refused} ({error})") from error
+  with contextlib.suppress(OSError):  # a kernel that has no huge pages
+    memory.madvise(mmap.MADV_HUGEPAGE)
+  memory.madvise(mmap.MADV_DONTFORK)  # else what is written after a fork lies elsewhere, and the device does not see it
+  begin, portable = ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1  # portable: pinned for all devices
+  address = begin + -begin % _HUGE_PAGE
+  pages = bytes_at(address, n_bytes)
+
+  def touch(start: int) -> None:
+    pages[start : start + _TOUCHED : _PAGE] = 0
+
+  list(THREADS.map(touch, range(0, n_bytes, _TOUCHED)))
+  runtime = _cuda_runtime()
+  if error := runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), portable):
+    runtime.cudaGetLastError()
+    memory.close()
+    raise MemoryError(f"{refused} (cudaHostRegister: error {error})")
+  _MAPPED[address] = memory
+  ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))  # XLA reads the deleter when the process ends, after Python has
+  return address
 
 
 @functools.cache

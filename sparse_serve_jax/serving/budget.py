@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from pallas_kernels.tiles import TILE
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.memory import pinned
 from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model, is_placed, llama
@@ -134,6 +135,7 @@ def device_bytes_free() -> int | None:
 
 def host_bytes_free() -> int | None:
   """What the system, and the limit of a container, say can be taken without swapping; None where nothing says it."""
+  pinned.give_back()
   file = pathlib.Path("/proc/meminfo")
   said = (
     [line.split()[1] for line in file.read_text().splitlines() if "MemAvailable:" in line] if file.is_file() else []
