@@ -154,6 +154,38 @@ def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
   assert_same_bits(pool[:, 0, 5], np.ones((K, 2, S, D), np.float32))
 
 
+@pytest.mark.parametrize("asks", ["landed", "make_room", "drain", "forget"])
+def test_a_save_begins_when_its_result_is_read_or_somebody_waits_for_it(asks):
+  """So that a first token need not wait for it."""
+  pool, host = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1)
+  host.follow(pool)
+  slab = jnp.ones((K, 1, 1, 2, S, D))
+  writer = Writer(host, slab.nbytes)
+  writer.save(3, slab, range(1), np.array([5]), alive=None)
+  job = writer._jobs[0]
+  assert writer.landed(2) == 2 and not job.begin.is_set()  # an earlier result
+  time.sleep(0.05)
+  assert not job.placed.done()
+  {
+    "landed": lambda: writer.landed(3),
+    "make_room": lambda: writer.make_room(1),
+    "drain": writer.drain,
+    "forget": writer.forget,
+  }[asks]()
+  job.placed.result(timeout=60)
+  assert job.begin.is_set() and (np.asarray(pool[:, 0, 5]) == 1).all()
+
+
+def test_a_save_whose_result_nobody_reads_begins_too():
+  pool, host = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1)
+  host.follow(pool)
+  slab = jnp.ones((K, 1, 1, 2, S, D))
+  writer = Writer(host, slab.nbytes)
+  writer.save(3, slab, range(1), np.array([5]), alive=None)
+  writer._jobs[0].placed.result(timeout=60)
+  assert (np.asarray(pool[:, 0, 5]) == 1).all()
+
+
 def test_writers_of_two_pools_share_a_buffer(monkeypatch):
   """As on a GPU: one's slab is not overwritten by the other's before it has been placed."""
   shared = np.zeros(K * 2 * S * D * 2 * 4, np.uint8)
@@ -174,6 +206,8 @@ def test_writers_of_two_pools_share_a_buffer(monkeypatch):
   writers = [Writer(host, slab.nbytes) for host, slab in zip(hosts, slabs, strict=True)]
   for writer, slab in zip(writers, slabs, strict=True):
     writer.save(1, slab, range(1), np.array([0, 1]), alive=None)
+  for writer in writers:
+    writer.landed(1)  # so that both begin
   for i, writer in enumerate(writers):
     assert writer.landed(1, wait=True) == 1
     assert (pools[i][:, 0, :2] == i + 1).all()

@@ -1,7 +1,8 @@
 """How the KV of pieces of prompts comes to the pool beside the programs (FlashD2H: SparseServe, section 3.2).
 
 A slab, the KV of some layers of a piece, leaves the device by one asynchronous copy, which runs under what the device
-computes next. Threads of the host then place its blocks in the pool.
+computes next. Threads of the host then place its blocks in the pool. All that begins when the result of its iteration
+has been read, or when another slab follows: else a first token would wait for Python's lock and the link to the host.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.host_pool import HostPool
 from sparse_serve_jax.memory.pinned import copy_rows, pinned_buffer
 
+_LONGEST_HELD = 1.0  # seconds: of a result that nobody reads
 _BUFFER = threading.Lock()  # of the process's pinned buffers, which writers of several pools share
 
 
 class _Job(NamedTuple):
   iteration: int
   n_bytes: int
+  begin: threading.Event
   placed: Future
 
 
@@ -39,12 +42,13 @@ class Writer:
     self._thread = ThreadPoolExecutor(1, "save")
 
   def make_room(self, n_bytes: int) -> None:
-    """Waits until a slab of so many bytes may be on its way too."""
+    """Waits until a slab of so many bytes may be on its way too. All others are, from now on."""
+    self._begin(self._jobs)
     while self._jobs and sum(job.n_bytes for job in self._jobs) + n_bytes > 2 * self._slab_bytes:
       self._finish_oldest()
 
   def save(self, iteration: int, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
-    """Starts to bring the first blocks of a slab to the pool.
+    """Will bring the first blocks of a slab to the pool: from when `landed` is asked for its iteration, or sooner.
 
     Args:
       iteration: the slab is a result of it.
@@ -53,20 +57,23 @@ class Writer:
       blocks: where its first blocks go in the pool, int32 [at most n]; -1: nowhere.
       alive: is not forgotten before they are there: the owner of the pool.
     """
-    placed = self._thread.submit(self._place, slab, layers, blocks, alive)
-    self._jobs.append(_Job(iteration, slab.nbytes, placed))
+    begin = threading.Event()
+    placed = self._thread.submit(self._place, begin, slab, layers, blocks, alive)
+    self._jobs.append(_Job(iteration, slab.nbytes, begin, placed))
 
   def landed(self, iteration: int, wait: bool = False) -> int:
     """The last iteration up to `iteration` of which, and of all before, the blocks are in the pool.
 
     Waits for them all if so asked. Raises what failed.
     """
+    self._begin(job for job in self._jobs if job.iteration <= iteration)
     while self._jobs and self._jobs[0].iteration <= iteration and (wait or self._jobs[0].placed.done()):
       self._finish_oldest()
     return min(iteration, self._jobs[0].iteration - 1) if self._jobs else iteration
 
   def drain(self) -> None:
     """Waits until nothing is written any more; what failed is left to `landed`."""
+    self._begin(self._jobs)
     concurrent.futures.wait([job.placed for job in self._jobs])
 
   def forget(self) -> None:
@@ -74,13 +81,18 @@ class Writer:
     self.drain()
     self._jobs.clear()
 
+  def _begin(self, jobs: Iterable[_Job]) -> None:
+    for job in jobs:
+      job.begin.set()
+
   def _finish_oldest(self) -> None:
     """Waits for the oldest job. It stays if that is interrupted, and if it has failed."""
     self._jobs[0].placed.result()
     self._jobs.popleft()
 
-  def _place(self, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
+  def _place(self, begin: threading.Event, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
     del alive
+    begin.wait(_LONGEST_HELD)
     there = blocks >= 0
     kept = slice(len(blocks)) if there.all() else np.flatnonzero(there)
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)
