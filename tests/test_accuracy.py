@@ -149,8 +149,9 @@ def test_only_what_was_asked_for_is_measured():
       *("one layer dense 128", "two layers dense 128", "one layer dense 512", "two layers dense 512"),
       *("psa, one layer dense 0.9", "psa, two layers dense 0.9"),
     ],
-    "heads": [f"{name} {budget}" for budget in (128, 512) for name in ("best query head", "shares of query heads")],
-    "groups": [f"{name}, groups of {n} 0.9" for name in ("psa", "psa, least", "oracle stop") for n in (4, 8)],
+    "heads": [f"{name} {budget}" for budget in (128, 512) for name in ("best query head", "shares of query heads")]
+    + ["psa, shares of query heads 0.9"],
+    "groups": [f"{name}, groups of {n} 0.9" for name in ("psa", "psa, least", "oracle stop") for n in (4, 8, 32)],
     "blocks": [f"blocks of {size} {budget}" for budget in (128, 512) for size in (16, 64)],
     "stops": ["psa, min_max 0.9", "certified 0.9", "oracle stop 0.9", "oracle stop, mean_of_heads 0.9"],
     "rules": [

@@ -12,7 +12,7 @@ from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.attention.methods import TOP_P
 from sparse_serve_jax.config import EngineConfig, SparseConfig, override
 
-GROUPS = (4, 8)  # blocks between two stop tests, beside the default
+GROUPS = (4, 8, 32)  # blocks between two stop tests, beside the default
 BLOCK_SIZES = (32, 16, 64)  # the first is that of all other comparisons
 GRID = (*range(4, 65, 4), *range(80, 129, 16), *range(160, 257, 32))  # blocks
 DEFAULT_METHOD = SparseConfig().method
@@ -23,9 +23,10 @@ AXES = {
   "grid": "a fine grid of budgets: every 4 blocks up to 64, then 16 up to 128 and 32 up to 256",
   "sinks": "without sinks and window",
   "layers": "the first layer dense, and two: budgets, and rules that test every head",
-  "heads": "blocks ranked by the best query head of a group, and by estimated shares, not by the mean of scores",
-  "groups": "PSA's thresholds with a stop test after every 4 and 8 blocks: by the default rule, by PSA's own (which "
-  "has 4), and with stops that know the true mass",
+  "heads": "blocks ranked by the best query head of a group, and by estimated shares, not by the mean of scores: "
+  "budgets, and PSA's thresholds by shares",
+  "groups": "PSA's thresholds with a stop test after every 4, 8 and 32 blocks: by the default rule, by PSA's own "
+  "(which has 4), and with stops that know the true mass",
   "blocks": "blocks of 16 and 64 tokens",
   "stops": "PSA's thresholds on the ranking of min_max too, with its estimate and with a certified stop; and, on the "
   "default ranking, with stops that know the true mass",
@@ -35,6 +36,8 @@ AXES = {
 # Series that tables name; those of budgets have their method's name, or the axis's.
 DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
 TRUE_STOP = "oracle stop"
+SHARES = "shares of query heads"
+PSA_SHARES = f"{PSA}, {SHARES}"
 DENSE_PREFILL = "dense prefill"
 DENSE_LAYERS = {1: "one layer dense", 2: "two layers dense"}
 
@@ -167,7 +170,7 @@ def _of_budget(names: Sequence[str], budget: int, axes: Collection[str]) -> Iter
     yield _case(name, budget, of, f"sparse.dense_layers={n}")
   if "heads" in axes:
     yield _case("best query head", budget, of, "sparse.group_reduce=max")
-    yield _case("shares of query heads", budget, of, "sparse.group_reduce=softmax")
+    yield _case(SHARES, budget, of, "sparse.group_reduce=softmax")
   for size in BLOCK_SIZES[1:] if "blocks" in axes else ():
     yield _case(f"blocks of {size}", budget, of, block_tokens=size)
 
@@ -180,6 +183,8 @@ def _of_threshold(threshold: float, axes: Collection[str], rests: Collection[str
     yield _case(CERTIFIED, threshold, *of, "sparse.method=min_max", claims="certified")
     yield _case(TRUE_STOP, threshold, *of, claims="true")
     yield _case(f"{TRUE_STOP}, mean_of_heads", threshold, *of, "sparse.stop_when=mean_of_heads", claims="true")
+  if "heads" in axes:
+    yield _case(PSA_SHARES, threshold, *of, "sparse.group_reduce=softmax")
   if "groups" in axes:
     for series, (n, rest) in IN_GROUPS.items():
       yield _case(series, threshold, *of, f"sparse.group_blocks={n}", f"sparse.rest={rest}")

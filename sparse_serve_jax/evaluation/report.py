@@ -18,7 +18,16 @@ from sparse_serve_jax import results
 from sparse_serve_jax.config import SparseConfig
 from sparse_serve_jax.evaluation import equal_bytes, prefill_report
 from sparse_serve_jax.evaluation.accuracy import QUANTILES, TEXT, TOLERANCE, Row
-from sparse_serve_jax.evaluation.cases import CERTIFIED, DEFAULT_METHOD, DENSE, IN_GROUPS, PSA, PSA_MIN_MAX, RULES
+from sparse_serve_jax.evaluation.cases import (
+  CERTIFIED,
+  DEFAULT_METHOD,
+  DENSE,
+  IN_GROUPS,
+  PSA,
+  PSA_MIN_MAX,
+  PSA_SHARES,
+  RULES,
+)
 from sparse_serve_jax.evaluation.intervals import draws, interval
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
@@ -74,10 +83,9 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
   """The least that PSA and a fixed budget read for a share of dense accuracy: by task, and for the mean of each group.
 
   Yields:
-    "tokens", "of" (a task, or "mean of" the tasks of a group that dense solves), "series" (one of RULES and
-    IN_GROUPS that there are rows of; if there are none the default one) and "level". Under "dense", "psa" and "fixed"
-    the case with the fewest blocks whose accuracy reaches the level, None where none does; "at" is its
-    threshold, or its budget in tokens, and "sure" in how many of the bootstrap's draws it reaches the level. Under
+    "tokens", "of" (a task, or "mean of" the tasks of a group that dense solves), "series" (one of RULES, IN_GROUPS and
+    PSA_SHARES that there are rows of; if there are none the default one) and "level". Under "dense", "psa" and "fixed"
+    the case with the fewest blocks whose accuracy reaches the level, None where none does; "at" is its threshold, or its budget in tokens, and "sure" in how many of the bootstrap's draws it reaches the level. Under
     "psa_fails" and "fixed_fails" the next with fewer blocks, which does not reach it: what is needed lies between the
     two. And ratios, of blocks and of bytes with digests, None where one of their cases is: "fixed_by_psa" and
     "dense_by_psa"; "at_least", the budget that fails by the PSA that reaches the level; "at_most", the budget that
@@ -92,9 +100,9 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
       means = _means(chosen)
       dense = next((case for case in means if case["series"] == DENSE), None)
       measured = {case["series"] for case in means}
-      if group == TEXT or dense is None or not measured & {*RULES, *IN_GROUPS, DEFAULT_METHOD}:
+      if group == TEXT or dense is None or not measured & {*RULES, *IN_GROUPS, PSA_SHARES, DEFAULT_METHOD}:
         continue
-      rules = [rule for rule in (*RULES, *IN_GROUPS) if rule in measured] or [PSA]
+      rules = [rule for rule in (*RULES, *IN_GROUPS, PSA_SHARES) if rule in measured] or [PSA]
       for series, level in itertools.product(rules, LEVELS):
         psa, psa_fails = _least(chosen, means, dense, series, level)
         fixed, fixed_fails = _least(chosen, means, dense, DEFAULT_METHOD, level)
