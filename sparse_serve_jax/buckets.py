@@ -176,10 +176,9 @@ class Buckets:
 
   def saves(self, padded: int, start: int, rest: int) -> bool:
     """Whether the program of a piece saves its blocks, though saves are staged: the piece of the `rest` tokens would
-    wait until they have landed, the device idle. For the sake of few programs all of full size after others do, and
-    none of a smaller one."""
-    full = _up(self.chunks, self.full) if start else self.full
-    return self.late and padded == full and (start > 0 or rest > 0)
+    wait until they have landed, the device idle. Nothing waits for the last piece of a layer. For the sake of few
+    programs only full pieces are saved so."""
+    return self.late and rest > 0 and padded == (_up(self.chunks, self.full) if start else self.full)
 
   def known(self, padded: int, start: int, n_layers: int) -> bool:
     """Whether a segment's program knows its number of layers. Where it does not, the host waits for the device in each
@@ -220,7 +219,8 @@ class Buckets:
 
   def programs(self) -> list[Program]:
     """Every decode and prefill program there can be. Those that also tell log probabilities are as many again."""
-    return self._programs(self.whole, self.chunks, self.packed > 0, self.full in self.chunks)
+    longest = self.tables[-1] * self.block_tokens
+    return self._programs(self.whole, self.chunks, self.packed > 0, longest, self.resumes)
 
   def programs_of(self, prompts: Iterable[int], shared: bool = True) -> list[Program]:
     """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them; unless `shared`, if no
@@ -228,27 +228,34 @@ class Buckets:
     """
     prompts = set(prompts)
     cut = [n for n in prompts if self.chunked or n > self.allowance]
-    cuts, longest = max(cut, default=0) > self.full, min(max(cut, default=0), self.full)  # of a piece
+    longest = min(max(cut, default=0), self.full)  # of a piece
     whole = {self.piece(n, 0, self.n_layers) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)
     }
-    if self.resumes and shared:  # what is left of one after its first block, or after more
+    shared = shared and self.resumes
+    if shared:  # what is left of one after its first block, or after more
       longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.whole[-1]))
     chunks = [c for c in self.chunks if longest > 0 and c <= _up(self.chunks, longest)]
     shortest = _round_up(min(prompts, default=0), self.block_tokens)
-    return self._programs(sorted(whole), chunks, 0 < 2 * shortest <= self.packed, cuts)
+    return self._programs(sorted(whole), chunks, 0 < 2 * shortest <= self.packed, max(cut, default=0), shared)
 
-  def _programs(self, whole: Sequence[int], chunks: Sequence[int], packs: bool, cuts: bool) -> list[Program]:
+  def _programs(
+    self, whole: Sequence[int], chunks: Sequence[int], packs: bool, longest: int, shared: bool
+  ) -> list[Program]:
+    """Of pieces of these sizes, where a prompt of `longest` tokens is cut, and whether prompts begin alike."""
+    cuts = self.late and longest > self.full  # so that a full piece is followed by another
+    cuts_after = cuts and (shared or longest > 2 * self.full)  # and is not the first itself
     n_layers, sampled = self.n_layers, ("", "sampled ")
     decode = [
       Program(f"{s}decode", *of, n_layers) for s in sampled for of in itertools.product(self.batches, self.tables)
     ]
     packed = [Program(f"{s}packed prefill", self.packed, 0, n_layers) for s in sampled if packs]
     begin = [Program("prefill", c, 0, n) for c in whole for n in self._depths(c)]
-    begin += [Program("saving prefill", self.full, 0, n_layers if self.chunked else 1)] * (self.late and cuts)
+    begin += [Program("saving prefill", self.full, 0, n_layers if self.chunked else 1)] * cuts
     resume = [
-      Program("saving prefill" if self.saves(c, width, 0) else "prefill", c, width, n)
+      Program(kind, c, width, n)
       for c, width in itertools.product(chunks, self.prefixes)
+      for kind in ("prefill", *(["saving prefill"] * (cuts_after and c == _up(chunks, self.full))))
       for n in ((0, n_layers) if self.crowded and self.at_once(c) else (n_layers * self.at_once(c),))
     ]
     return decode + packed + begin + resume

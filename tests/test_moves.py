@@ -324,13 +324,14 @@ def test_a_piece_waits_for_one_that_is_saved_beside_its_program():
   assert [(work.request_id, work.start, work.saves) for work in scheduler.schedule(0.0).prefill] == [("b", 8, True)]
 
 
+@pytest.mark.parametrize("rest", [2100, 4030])  # which is padded to a full piece
 @pytest.mark.parametrize(("allowance", "full"), [(4096, 4096), (4040, 4032)])  # after others 4032 are padded to 4040
-def test_a_layer_does_not_wait_for_what_the_one_before_it_saves(allowance: int, full: int):
-  """The last piece of a layer is not full, and saved beside its program: only steps that decode read it."""
+def test_a_layer_does_not_wait_for_what_the_one_before_it_saves(allowance: int, full: int, rest: int):
+  """The last piece of a layer is saved beside its program: only steps that decode read it."""
   executor = fake_executor(SchedulerConfig(max_inject_tokens=allowance), M=2048, max_context=16384)
   conf = dataclasses.replace(executor.config, cache=CacheConfig(block_tokens=8, save="staged"))
   scheduler = Scheduler(conf, executor.shape)
-  scheduler.add(Request("a", np.zeros(2 * full + 2100, np.int32), 4, 0.0))
+  scheduler.add(Request("a", np.zeros(2 * full + rest, np.int32), 4, 0.0))
   works = [work for _ in range(6) for work in scheduler.schedule(0.0).prefill]
   assert [(work.first_layer, work.start, work.saves) for work in works] == [
     (layer, start, start < 2 * full) for layer in range(2) for start in (0, full, 2 * full)
