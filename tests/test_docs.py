@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib")
 from pallas_kernels.maps import Maps
 from sparse_serve_jax import runtime
 from sparse_serve_jax.attention.methods import METHODS
