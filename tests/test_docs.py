@@ -296,7 +296,7 @@ def test_every_example_is_run():
 
 
 @pytest.mark.slow
-def test_the_python_of_the_readme_and_the_first_hour(capsys, monkeypatch):
+def test_the_python_of_the_readme_and_the_first_hour(optimized, capsys, monkeypatch):
   """The reference model finds what it is asked for."""
   monkeypatch.chdir(ROOT)
   (hello,) = blocks(ROOT / "README.md", "python")
