@@ -75,7 +75,7 @@ def pytest_configure(config: pytest.Config):
       folder = tempfile.mkdtemp(prefix="compiled-")
       config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
       os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-      os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+      os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
   import jax  # only now: it reads the environment
 

@@ -136,8 +136,7 @@ UNITS = (
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_has_help_in_sentences_and_groups(name):
   """With the unit of each number, and each flag's default."""
-  command = [sys.executable, "-m", "sparse_serve_jax", name, "--help"]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  done = start("sparse_serve_jax", name, "--help")
   assert done.returncode == 0 and not done.stderr, done.stderr
   about, *groups = re.split(r"\n\n(?=[A-Z][^\n]*:\n  --)", done.stdout)
   assert f"sparse-serve {name}" in about and groups and not [g for g in groups if g.startswith("Other flags")]

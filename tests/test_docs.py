@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib")
 from pallas_kernels.maps import Maps
 from sparse_serve_jax import runtime
 from sparse_serve_jax.attention.methods import METHODS
@@ -295,7 +296,7 @@ def test_every_example_is_run():
 
 
 @pytest.mark.slow
-def test_the_python_of_the_readme_and_the_first_hour(capsys, monkeypatch):
+def test_the_python_of_the_readme_and_the_first_hour(optimized, capsys, monkeypatch):
   """The reference model finds what it is asked for."""
   monkeypatch.chdir(ROOT)
   (hello,) = blocks(ROOT / "README.md", "python")

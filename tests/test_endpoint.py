@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("httpx2")
 from sparse_serve_jax.benchmarks import endpoint as asking
 from sparse_serve_jax.benchmarks.endpoint import Endpoint
 from sparse_serve_jax.models import ByteTokenizer

@@ -100,14 +100,17 @@ def ours(trace: np.ndarray, n_slots: int, n_kept: int = 0) -> float:
     if n_kept:
       prompt = rows * n_blocks + clock % n_prompts * n_kept + jnp.arange(n_kept)
       maps, clock = prompt_enters(maps, clock, prompt), clock + 1
-    since, hits, given = clock * layers, 0, jnp.int32(0)
+    since = clock * layers
     victims, whole = kernels.victims(kernels.ages(maps, since), since), jnp.full((rows, n_heads), n)
-    for layer in range(layers):
+
+    def of_layer(layer, carry):
+      maps, hits, given = carry
       blocks = of_step[layer] + (jnp.arange(rows) * n_blocks)[:, None, None]
       located = kernels.propose(maps, victims, layer, blocks, whole, given=given)
-      hits += located.n_hits.sum()
-      given += located.given.sum()
       maps = kernels.commit(maps, layer, located, whole, since + layer, jnp.zeros(rows, jnp.int32))
+      return maps, hits + located.n_hits.sum(), given + located.given.sum()
+
+    maps, hits, _ = jax.lax.fori_loop(0, layers, of_layer, (maps, jnp.int32(0), jnp.int32(0)))
     return (maps, clock + 1), hits
 
   start = Maps(empty, slots, slots, slots, jnp.full_like(empty, NEVER)), jnp.int32(0)
@@ -123,11 +126,13 @@ def prompt_enters(maps: Maps, clock: jax.Array, prompt: jax.Array) -> Maps:
   turn = Turn("shared", kernels.victims(kernels.ages(maps, hot.stamp(0)), hot.stamp(0)), jnp.zeros(1, jnp.int32))
   cache, room = KVCache(pool, hot.replace(maps=maps)), kernels.room(maps, turn.victims, layers + 1)
   entering = Entering(jnp.full((1, 1), -1), jnp.zeros(1, jnp.int32), jnp.ones(1, bool), prompt, False, room)
-  for layer in range(layers):
+
+  def of_layer(layer, carry):
+    cache, given = carry
     kv = jnp.zeros((n_heads, 1, 1, *pool.shape[3:]))
-    cache, given, _ = enter_piece(cache, kv, jnp.int32(layer), entering, turn, "xla")
-    turn = turn._replace(given=given)
-  return cache.hot.maps
+    return enter_piece(cache, kv, layer, entering, turn._replace(given=given), "xla")[:2]
+
+  return jax.lax.fori_loop(0, layers, of_layer, (cache, turn.given))[0].hot.maps
 
 
 @pytest.mark.parametrize("slots", [0.5, 1.1, 2.0, 3.0])  # times what a step selects

@@ -5,7 +5,6 @@ Needs `pip install "lm-eval[api]"`; skips without it. Its tasks are files, and n
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "lm-eval[api]"')
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import forward, load_model, place_params
 from tests.test_server import KEY, Process, with_template
-
-if importlib.util.find_spec("lm_eval") is None:
-  pytest.skip('needs lm-eval: pip install "lm-eval[api]"', allow_module_level=True)
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 from tests.load import load
 
 MiB = 1 << 20

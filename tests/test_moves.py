@@ -259,7 +259,7 @@ def test_late_saves_change_no_tokens(monkeypatch):
   place, rng, waits = Writer._place, random.Random(0), []
 
   def late(*args):
-    waits.append(rng.choice((0.0, 0.0, 0.01, 0.05)))
+    waits.append(rng.choice((0.0, 0.0, 0.005, 0.02)))
     time.sleep(waits[-1])
     place(*args)
 

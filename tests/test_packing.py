@@ -70,13 +70,11 @@ def alone(policy: str) -> list[Request]:
 
 RUNGS = {
   "fused": [],
-  "staged": ["cache.save=staged"],
-  "per block": ["cache.load=per_block", "cache.save=per_block"],
-  "zones of lanes": ["cache.zones=lane"],
+  "per block, zones of lanes": ["cache.load=per_block", "cache.save=per_block", "cache.zones=lane"],
   "chunked": ["scheduler.prefill=chunked", "scheduler.chunk_tokens=128"],
   "dense in HBM": ["cache.offload=false", "sparse.policy=dense", "scheduler.prefill=chunked", "cache.prefix=false"],
   "psa": ["sparse.policy=psa"],
-  "two devices": ["tp=2"],
+  "staged, on two devices": ["cache.save=staged", "tp=2"],
   "kernels": ["implementation=interpret"],
 }
 

@@ -129,8 +129,7 @@ RUNGS = {
   "layers": (40, ["cache.zones=layer", "cache.load=per_block", "cache.save=per_block"]),
   "lanes": (48, ["cache.zones=lane"]),
   "fifo": (32, ["cache.eviction=fifo", "sparse.policy=psa", "sparse.threshold=1"]),
-  "staged": (32, ["cache.save=staged", "cache.load=staged"]),
-  "staged, on two devices": (32, ["cache.save=staged", "tp=2"]),
+  "staged, on two devices": (32, ["cache.save=staged", "cache.load=staged", "tp=2"]),
   "chunked": (32, ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32", "cache.save=staged"]),
 }
 # fmt: on

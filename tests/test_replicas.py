@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import openai
 import pytest
 
-from tests.test_server import CODE, GREEDY, IGNORE, PROMPT, SOON, Process, complete
-
 pytest.importorskip("ray")
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+import openai
+
+from tests.test_server import CODE, GREEDY, IGNORE, PROMPT, SOON, Process, complete
 
 MODEL, NAME = Path("random:tiny"), "--served_model_name=reference"
 BEGINNINGS = [f"{i}. {PROMPT}, {PROMPT}" for i in range(2)]  # each more than a block

@@ -16,9 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 import httpx
 import openai
-import pytest
 
 from sparse_serve_jax.server.errors import Refused
 

@@ -11,8 +11,11 @@ import sys
 import threading
 import time
 
-import httpx
 import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+import httpx
 
 from tests.test_server import CODE, ERROR, KEY, PROMPT, ROOT, SOON, Process, complete, with_template
 

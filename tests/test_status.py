@@ -7,8 +7,12 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("prometheus_client")
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server import status
@@ -17,8 +21,8 @@ from sparse_serve_jax.server.outputs import Output, Outputs
 from sparse_serve_jax.server.status import Live, Moment, Sample, Sums, Told
 from sparse_serve_jax.serving.metrics import Held
 from tests.fake_engine import SHAPE, FakeModel, S, fake_engine
-from tests.test_server import ROOT
 
+ROOT = Path(__file__).resolve().parent.parent
 LIVE = {"waiting", "prefilling", "decoding"}
 PROMPT = [(7 * i) % 60 + 30 for i in range(20)]
 

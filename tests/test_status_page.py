@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 from tests.test_server import KEY, ROOT, SOON, Process
 
 sync_api = pytest.importorskip("playwright.sync_api")
