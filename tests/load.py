@@ -205,7 +205,6 @@ def load(streams: int, seconds: float, warm_seconds: float, seed: int = 0) -> di
     expected = f"{folder}/expected.json"
     command = [sys.executable, "-m", "tests.load", "--serve", str(with_template(Path(folder))), expected, str(seed)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
-    environment.pop("XLA_FLAGS", None)
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -17,7 +17,7 @@ MiB = 1 << 20
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
   ("streams", "seconds", "warm_seconds", "more_rss"),
-  [(24, 8, 6, 128 * MiB), pytest.param(200, 120, 30, 32 * MiB, marks=pytest.mark.soak)],
+  [(16, 5, 5, 128 * MiB), pytest.param(200, 120, 30, 32 * MiB, marks=pytest.mark.soak)],
 )
 def test_a_server_under_load(streams, seconds, warm_seconds, more_rss):
   """The warm part compiles programs, whose code stays in memory: most of them if it is short, all if it is long."""

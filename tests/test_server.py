@@ -41,8 +41,7 @@ class Process:
     """`before`: Python that the process runs first."""
     command = [sys.executable, "-c", f"{before}\n{CODE}", "serve", str(model), "--port=0"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_SERVE_API_KEY": KEY}
-    environment.pop("XLA_FLAGS", None)  # tests optimize little, and here many steps run
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"  # many steps run
     command += [*(f"--set={of}" for of in SETTINGS), *flags]
     self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert self.process.stdout is not None
