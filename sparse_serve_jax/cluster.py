@@ -50,9 +50,8 @@ def end_process(ray: Any, node: str, pid: int) -> None:
   from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
   there = NodeAffinitySchedulingStrategy(node, soft=False)
-  ending = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill).remote(pid)
   with contextlib.suppress(ray.exceptions.RayError, OSError):
-    ray.get(ending, timeout=_ENDED_SOON)
+    ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill).remote(pid), timeout=_ENDED_SOON)
 
 
 def _kill(pid: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
@@ -15,8 +17,8 @@ from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server import replicas
 from sparse_serve_jax.server.engines import One
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.plan import Sampling
-from tests.fake_engine import EOS, continuation, fake_executor
+from sparse_serve_jax.serving.plan import Sampling, TokenLogprobs
+from tests.fake_engine import EOS, MODEL_CONFIG, continuation, fake_executor
 from tests.fake_fleet import Model, fleet, serving
 from tests.fake_ray import until
 
@@ -199,6 +201,34 @@ def test_of_a_request_that_is_refused_in_part_nothing_goes_on(monkeypatch):
         while not (ended := (await http.get("/status")).json()["ended"]):
           await asyncio.sleep(0.01)
       assert ended == {"cancelled": 1}
+
+  asyncio.run(run())
+
+
+def test_places_of_tokens_in_a_text_are_those_of_the_whole(monkeypatch):
+  """A character of the prompt is two tokens."""
+  executor = fake_executor(model=Model(dataclasses.replace(MODEL_CONFIG, vocab_size=256)))
+  execute, told = executor.execute, TokenLogprobs(-1.0, {})
+
+  def telling(plan: Any) -> Any:
+    result = execute(plan)
+    return dataclasses.replace(result, logprobs=dict.fromkeys(result.tokens, told))
+
+  executor.execute = telling  # type: ignore[method-assign]
+  of, scores = One(Engine(executor), Model()), Future()  # type: ignore[arg-type]
+  scores.set_result([None, told, told])
+  monkeypatch.setattr(of, "score", lambda *_: scores)
+  body = BODY | {"prompt": [*"é".encode(), 40], "echo": True, "logprobs": 0, "max_tokens": 3}
+
+  async def run():
+    async with serving(of, model=executor.model) as http:
+      whole = (await http.post("/v1/completions", json=body)).json()["choices"][0]["logprobs"]["text_offset"]
+      streamed = list[int]()
+      async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        async for line in answer.aiter_lines():
+          choices = json.loads(line[6:])["choices"] if line.startswith("data: {") else []
+          streamed += [at for choice in choices if choice["logprobs"] for at in choice["logprobs"]["text_offset"]]
+      assert streamed == whole == [0, 1, 2, 3, 4, 5]
 
   asyncio.run(run())
 
