@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from sparse_serve_jax import runtime
 Item = TypeVar("Item")
 Call = Callable[..., Any]  # of a method of an object elsewhere, by its name; raises what the method does
 
+_ENDED_SOON = 30.0  # seconds in which a host ends a process
 _STORE_BYTES = 256 << 20  # of shared memory on this machine: prompts and rows travel through it, weights do not
 
 
@@ -40,6 +43,19 @@ def connect() -> Any:
       ray.init(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES, **of)
     atexit.register(ray.shutdown)
   return ray
+
+
+def end_process(ray: Any, node: str, pid: int) -> None:
+  """Kills a process of a host of Ray's, which need not hear anything. Waits for it, but not for a host that is gone."""
+  from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+  there = NodeAffinitySchedulingStrategy(node, soft=False)
+  with contextlib.suppress(ray.exceptions.RayError, OSError):
+    ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill).remote(pid), timeout=_ENDED_SOON)
+
+
+def _kill(pid: int) -> None:
+  os.kill(pid, signal.SIGKILL)
 
 
 def gpus_each(ray: Any, processes: int, tp: int) -> int:

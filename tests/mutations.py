@@ -595,4 +595,25 @@ MUTATIONS = [
     "for i in range(0, len(ids) - size + 1)]",
     ("tests/test_equal_bytes.py::test_pieces_share_no_token",),
   ),
+  Mutation(
+    "a compilation is a hang",
+    "sparse_serve_jax/server/pulse.py",
+    "self._most * (COMPILING if compiling else 1)",
+    "self._most",
+    ("tests/test_stuck.py::test_compilation_is_no_hang_unless_it_takes_ten_times_as_long",),
+  ),
+  Mutation(
+    "a replica that does not answer is waited for",
+    "sparse_serve_jax/server/replicas.py",
+    ".remote(), self._stuck_s)",
+    ".remote())",
+    ("tests/test_stuck.py::test_a_replica_that_hangs_is_taken_out_and_started_anew[the actor]",),
+  ),
+  Mutation(
+    "a client that does not read is waited for",
+    "sparse_serve_jax/server/serve.py",
+    "config.timeout_graceful_shutdown = ",
+    "_ = ",
+    ("tests/test_stuck.py::test_a_drain_ends[False]",),
+  ),
 ]

@@ -40,6 +40,12 @@ with cli.group("The server"):
   _BODY = flags.DEFINE_integer("max_body_bytes", 64 << 20, "Bytes of a request at most.", lower_bound=1)
   _WAITING = flags.DEFINE_integer("max_waiting", 256, "Outputs that may wait for their first token.", lower_bound=1)
   _BODY_SECONDS = flags.DEFINE_float("body_seconds", 60.0, "Seconds that a body may take to come.", lower_bound=0.001)
+  _STUCK = flags.DEFINE_float(
+    "stuck_seconds", 300.0, "Seconds after which an engine that does not go on is given up.", lower_bound=1
+  )
+  _DRAIN = flags.DEFINE_float(
+    "drain_seconds", 300.0, "Seconds that answers may take after a signal; then connections are closed.", lower_bound=0
+  )
 
 
 def main(model_path: str | None = None) -> int:
@@ -62,11 +68,11 @@ def main(model_path: str | None = None) -> int:
     from sparse_serve_jax.server.replicas import Fleet
 
     model = load_model_for_others(model_path, _DTYPE.value)
-    served_by = Fleet(_REPLICAS.value, config, model_path, _DTYPE.value)
+    served_by = Fleet(_REPLICAS.value, config, model_path, _DTYPE.value, _STUCK.value)
   else:
     model = load_model_here(model_path, dtype=_DTYPE.value)
-    served_by = engines.One(Engine(JaxExecutor(config, model)), model)
-  limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value)
+    served_by = engines.One(Engine(JaxExecutor(config, model)), model, _STUCK.value)
+  limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value, _DRAIN.value)
   served = _NAME.value or pathlib.Path(model_path).name
   return 0 if serve.serve(served_by, model, served, listener, limits, key) else 1
 

@@ -37,13 +37,17 @@ class Answer:
     self._prompts: list[tuple[str, list[Scored]]] = [("", [])] * len(asked.prompts)  # text and tokens of echoes
 
   def submit(self) -> None:
-    """All outputs, at once."""
+    """All outputs, at once, or none."""
     asked = self._asked
-    with self._refusing():
-      for i, prompt in enumerate(asked.prompts if asked.max_tokens else []):
-        for j in range(asked.params.n):
-          params = asked.params_of(i, j)
-          self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
+    try:
+      with self._refusing():
+        for i, prompt in enumerate(asked.prompts if asked.max_tokens else []):
+          for j in range(asked.params.n):
+            params = asked.params_of(i, j)
+            self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
+    except Refused:
+      self.close()
+      raise
 
   async def score(self) -> None:
     """The prompts, if they are to be told."""
@@ -94,7 +98,9 @@ class Answer:
         i, output = piece.output.index, piece.output
         told = None
         if wants and piece.token is not None:
-          at = offsets.get(i, len(self._prompts[i // n][0]))
+          if i not in offsets:
+            offsets[i] = sum(len(bodies.text_of(token)) for token, _ in self._prompts[i // n][1])
+          at = offsets[i]
           told = bodies.logprobs([(piece.token, piece.logprobs)], at)
           offsets[i] = at + len(bodies.text_of(piece.token))
         if piece.text or told:
@@ -134,6 +140,8 @@ class Answer:
       piece = await self._news.get()
       if piece.token is None:
         left -= 1
+        if piece.output.refused is not None:
+          raise piece.output.refused
         stream = piece.output.stream
         if stream is not None and stream.error is not None:
           raise Refused(400 if isinstance(stream.error, ValueError) else 500, str(stream.error))
@@ -147,7 +155,7 @@ class Answer:
       return text, []
     if self._engines.config.tp > 1:
       raise Refused(400, "logprobs of a prompt (echo) take a model on one device, tp=1", "echo")
-    told = await asyncio.wrap_future(self._engines.score(prompt, n_top))
+    told = await self._of_server.score(prompt, n_top)
     return text, list(zip(prompt, told, strict=True))
 
   def _usage(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.measures import by_label
 from sparse_serve_jax.server.outputs import Outputs
+from sparse_serve_jax.server.pulse import stands_still
 from sparse_serve_jax.server.status import SAMPLE_S, body
 
 _LOG = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Limits:
   max_body_bytes: int = 64 << 20
   max_waiting: int = 256  # outputs without a token
   body_seconds: float = 60.0  # that a body may take to come
+  drain_seconds: float = 300.0  # that answers may take after a signal
 
 
 class Server:
@@ -69,10 +71,13 @@ class Server:
     return told | ({"status": "draining"} if self.draining and told["status"] == "ok" else {})
 
   async def sample(self) -> None:
-    """Has the engines take samples until it is cancelled."""
+    """Has the engines take samples until it is cancelled. An engine that does not go on has its requests given up."""
     while True:
       await asyncio.sleep(SAMPLE_S)
       self.engines.sample()
+      told = self.engines.health()
+      if told["status"] == "stuck":
+        self.outputs.give_up(Refused(500, f"{stands_still(told['seconds'])}, and this request is given up"))
 
   def numbers(self) -> dict[str, Any]:
     """What /status tells but for the state: of the engines that answer. May wait for other processes."""
@@ -117,7 +122,8 @@ class Server:
     self.n_answers += 1
     try:
       body = await self.body(request)
-      what = await self.threaded(asked.read, body, chat, self.model.tokenizer, self.served, self.max_request_tokens)
+      of = self.model.tokenizer, self.model.config.vocab_size, self.served, self.max_request_tokens
+      what = await self.threaded(asked.read, body, chat, *of)
       waiting, more, most = self.outputs.n_waiting, len(what.prompts) * what.params.n, self.limits.max_waiting
       if waiting + more > most:
         raise Refused(429, f"{waiting} outputs wait, and this request has {more}; {most} may wait", code="queue_full")
@@ -138,9 +144,7 @@ class Server:
 
   async def detokenize(self, request: Request) -> Response:
     ids = asked.token_ids(asked.object_of(await self.body(request)))
-    size = self.model.config.vocab_size
-    if wrong := [token for token in ids if token >= size]:
-      raise Refused(400, f"{wrong[0]} is outside the vocabulary of {size}", "tokens")
+    asked.check_ids(ids, self.model.config.vocab_size, "tokens")
     return JSONResponse({"prompt": await self.threaded(self.model.tokenizer.decode, ids, False)})
 
   async def tokenizer_info(self, _: Request) -> Response:

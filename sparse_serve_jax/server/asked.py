@@ -67,7 +67,9 @@ class Asked:
     return self.params.later(i * self.params.n + j)
 
 
-def read(body: object, chat: bool, tokenizer: Tokenizer, served: str, max_request_tokens: int) -> Asked:
+def read(
+  body: object, chat: bool, tokenizer: Tokenizer, vocab_size: int, served: str, max_request_tokens: int
+) -> Asked:
   """Checks a body and encodes its prompts, which may take long.
 
   Raises:
@@ -81,6 +83,8 @@ def read(body: object, chat: bool, tokenizer: Tokenizer, served: str, max_reques
   if options and not stream:
     raise Refused(400, "stream_options is for stream=true", "stream_options")
   prompts = [_conversation(fields, tokenizer)] if chat else prompts_of(fields, tokenizer)
+  for prompt in prompts:
+    check_ids(prompt, vocab_size, "prompt")
   longest = max(len(prompt) for prompt in prompts)
   most, default = _max_tokens(fields, chat), max(1, max_request_tokens - longest) if chat else COMPLETION_TOKENS
   max_tokens = default if most is None else most
@@ -206,6 +210,11 @@ def _truth(fields: Mapping[str, Any], name: str) -> bool:
   if value is not None and not isinstance(value, bool):
     raise Refused(400, f"{name} must be true or false, got {value!r:.80}", name)
   return bool(value)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+  if (wrong := max(ids, default=0)) >= vocab_size:
+    raise Refused(400, f"{wrong} is outside the vocabulary of {vocab_size}", name)
 
 
 def token_ids(fields: Mapping[str, Any]) -> Sequence[int]:

@@ -15,6 +15,7 @@ from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server.measures import Measures
+from sparse_serve_jax.server.pulse import STUCK_S, Pulse, stands_still
 from sparse_serve_jax.server.scoring import Scorer
 from sparse_serve_jax.server.status import Status, Told
 from sparse_serve_jax.serving.engine import Engine
@@ -52,7 +53,9 @@ class Engines(Protocol):
     ...
 
   def health(self) -> dict[str, Any]:
-    """Under "status" "ok", or "failed" if no engine takes requests now; and more, where there is more to tell."""
+    """Under "status" "ok", "failed" if no engine takes requests now, or "stuck" if it takes none because it does not go
+    on, with "seconds" that it has not; and more, where there is more to tell.
+    """
     ...
 
   def collect(self) -> Iterable[Metric]:
@@ -75,12 +78,13 @@ class Engines(Protocol):
 class One:
   """The engine of this process, in a thread of its own."""
 
-  def __init__(self, engine: Engine, model: Model):
-    """Takes an engine that is idle, and from now on this one's."""
+  def __init__(self, engine: Engine, model: Model, stuck_s: float = STUCK_S):
+    """Takes an engine that is idle, and from now on this one's; see `Pulse`."""
     self.config, self.max_request_tokens = engine.config, engine.max_request_tokens
     self._model, self._loop = model, Loop(engine)
+    self._pulse = Pulse(self._loop, stuck_s)
     self._measures, self._status = Measures(engine, self._loop), Status(engine, self._loop)
-    self.cancel, self.close = self._loop.cancel, self._loop.close
+    self.cancel = self._loop.cancel
     self.collect, self.sample = self._measures.registry.collect, self._status.sample
 
   @property
@@ -94,6 +98,8 @@ class One:
     return Scorer(self._model.config, place_params(self._model, make_mesh(1)))
 
   def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink, params: SamplingParams) -> Stream:
+    self._check()
+
     def told(stream: Stream, token: int | None) -> None:
       if token is None:
         self._status.ended(stream)
@@ -102,6 +108,7 @@ class One:
     return self._loop.submit(prompt, sink=told, params=params)
 
   def score(self, prompt: list[int], n_top: int) -> Future[Scores]:
+    self._check()
     return self._loop.call(lambda: self._scorer(prompt, n_top))
 
   def ended(self, stream: Stream) -> None:
@@ -109,7 +116,19 @@ class One:
       self._measures.ended(stream.request)
 
   def health(self) -> dict[str, Any]:
-    return {"status": "failed" if self.failed else "ok"}
+    still = self._pulse.still()
+    if self.failed or still is None:
+      return {"status": "failed" if self.failed else "ok"}
+    return {"status": "stuck", "seconds": round(still)}
 
   def told(self) -> dict[int | None, Told]:
     return {None: self._status.told()}
+
+  def close(self) -> None:
+    self._loop.close()
+    self._pulse.close()
+
+  def _check(self) -> None:
+    """Raises RuntimeError: the engine does not go on."""
+    if (still := self._pulse.still()) is not None and not self.failed:
+      raise RuntimeError(stands_still(still))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from typing import NamedTuple
 
 from sparse_serve_jax.outputs import Reading
 from sparse_serve_jax.sampling_params import SamplingParams
-from sparse_serve_jax.server.engines import Engines
+from sparse_serve_jax.server.engines import Engines, Scores
+from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.serving.loop import Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.tokenizing import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -32,6 +36,7 @@ class Output:
     self.index, self._news, self._wants = index, news, params.logprobs is not None
     self.reading = Reading(tokenizer, params, pieces=True)
     self.stream: Stream | None = None
+    self.refused: Refused | None = None  # why it was given up
     self.ended = False
 
   @property
@@ -40,10 +45,15 @@ class Output:
     request = self.stream.request if self.stream else None
     return self.reading.finish_reason(request) if request else None
 
+  def end(self, refused: Refused) -> None:
+    """In place of what would come."""
+    self.ended, self.refused = True, refused
+    self._news.put_nowait(Piece(self, "", None, None))
+
   def take(self, token: int | None) -> None:
     if token is None:
-      self.ended = True
       self._news.put_nowait(Piece(self, self.reading.finish(), None, None))
+      self.ended = True
     elif not self.reading.stopped:
       assert self.stream is not None and self.stream.request is not None
       told = self.stream.request.logprobs[self.reading.n_tokens] if self._wants else None
@@ -60,6 +70,7 @@ class Outputs:
     self._come: deque[tuple[Stream, int | None]] = deque()
     self._woken = False
     self._of: dict[Stream, Output] = {}
+    self._scores: dict[asyncio.Future[Scores], Refused | None] = {}  # and why one was given up
 
   @property
   def n_waiting(self) -> int:
@@ -72,9 +83,33 @@ class Outputs:
     self._of[output.stream] = output
     return output
 
+  async def score(self, prompt: list[int], n_top: int) -> Scores:
+    """As `Engines.score`. Raises Refused: it was given up."""
+    told = asyncio.wrap_future(self._engines.score(prompt, n_top))
+    self._scores[told] = None
+    try:
+      return await told
+    except asyncio.CancelledError:
+      raise self._scores[told] or asyncio.CancelledError from None
+    finally:
+      del self._scores[told]
+
   def cancel(self, output: Output) -> None:
     if output.stream is not None:
       self._engines.cancel(output.stream)
+
+  def give_up(self, why: Refused) -> None:
+    """Ends all outputs and scores that live for their clients, whatever their engines do."""
+    for told in self._scores:
+      self._scores[told] = why
+      told.cancel()
+    for output in self._of.values():
+      if not output.ended:
+        self._give_up(output, why)
+
+  def _give_up(self, output: Output, why: Refused) -> None:
+    self.cancel(output)
+    output.end(why)
 
   def _sink(self, stream: Stream, token: int | None) -> None:
     """Called by an engine's thread."""
@@ -91,7 +126,12 @@ class Outputs:
     for stream, token in come:
       output = self._of[stream]
       stopped = output.reading.stopped
-      output.take(token)
+      try:
+        if not output.ended:  # it may have been given up
+          output.take(token)
+      except Exception as error:  # of its tokenizer; others go on
+        _LOG.exception("an output has no text")
+        self._give_up(output, Refused(500, f"{type(error).__name__}: {error}"))
       if token is None:
         del self._of[stream]
         self._engines.ended(stream)

@@ -1,8 +1,8 @@
 """Replicas of an engine, each in a process of its own with its own devices and memory: actors of Ray.
 
 The front stays one process. It asks each replica, again and again, for all that happened since it asked last, so that
-an iteration's tokens come in one message; what it tells a replica are notes without an answer. A replica that dies
-ends its requests with an error, and another takes its place.
+an iteration's tokens come in one message; what it tells a replica are notes without an answer. A replica that dies,
+does not answer, or whose engine does not go on, ends its requests with an error, and another takes its place.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -29,6 +30,7 @@ from sparse_serve_jax.memory.prefix import hash_chain
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server.engines import One, Scores
+from sparse_serve_jax.server.pulse import COMPILING, STUCK_S, stands_still
 from sparse_serve_jax.server.routing import Router
 from sparse_serve_jax.server.status import Told
 from sparse_serve_jax.serving.engine import Engine
@@ -39,7 +41,7 @@ from sparse_serve_jax.serving.request import Request
 
 _LOG = logging.getLogger(__name__)
 
-_LOOK = 1.0  # seconds between a replica's looks at whether its engine has failed, while nothing happens
+_LOOK = 1.0  # seconds between a replica's looks at whether its engine goes on, while nothing happens
 _TRIES, _PAUSE = 3, 5.0  # starts of a replica that takes the place of another, and seconds between them
 _TOLD_SOON, _CLOSED_SOON = 2.0, 30.0  # seconds in which a replica tells its numbers, and ends
 _DEEPEST = 512  # blocks of a prompt that it is routed by
@@ -66,14 +68,16 @@ class Happened(NamedTuple):
 class Replica:
   """What runs within an actor. Threads of Ray's call it."""
 
-  def node(self) -> str:
-    """Of the host that it is on."""
+  def where(self) -> tuple[str, int]:
+    """Ray's name of the host that it is on, and its process there."""
     import ray
 
-    return ray.get_runtime_context().get_node_id()
+    return ray.get_runtime_context().get_node_id(), os.getpid()
 
-  def start(self, config: EngineConfig, model: str, dtype: str | None, sharing: int) -> tuple[EngineConfig, int]:
-    """Makes the engine. `sharing` replicas take memory of this host alike.
+  def start(
+    self, config: EngineConfig, model: str, dtype: str | None, stuck_s: float, sharing: int
+  ) -> tuple[EngineConfig, int]:
+    """Makes the engine. `sharing` replicas take memory of this host alike; `stuck_s` is as of `pulse.Pulse`.
 
     Returns:
       The configuration with its sizes, and the most tokens of a request.
@@ -83,12 +87,13 @@ class Replica:
     """
     runtime.configure()
     loaded = load_model_here(model, dtype=dtype)
+    self._look = min(_LOOK, stuck_s / 4)
     self._changed = threading.Condition()  # guards the next four
     self._come: deque[tuple[int, Stream, int | None]] = deque()
     self._streams: dict[int, Stream] = {}
     self._n_told: Counter[int] = Counter()  # tokens
     self._gone: set[int] = set()  # cancelled before they came: a long prompt is passed by its cancellation
-    self._one = One(Engine(JaxExecutor(config, loaded, sharing)), loaded)
+    self._one = One(Engine(JaxExecutor(config, loaded, sharing)), loaded, stuck_s)
     return self._one.config, self._one.max_request_tokens
 
   def submit(self, name: int, prompt: np.ndarray, params: SamplingParams) -> None:
@@ -113,12 +118,14 @@ class Replica:
       self._one.cancel(stream, reason)
 
   def news(self) -> list[Happened]:
-    """Waits for something to tell, or a moment. Raises RuntimeError: the engine has failed, and all is told."""
+    """Waits for something to tell, or a moment. Raises RuntimeError: the engine has failed or is stuck, and all is
+    told.
+    """
     with self._changed:
-      self._changed.wait_for(lambda: self._come, _LOOK)
+      self._changed.wait_for(lambda: self._come, self._look)
       come, self._come = self._come, deque()
-    if not come and self._one.failed:
-      raise RuntimeError("its engine has failed")
+    if not come and (told := self._one.health())["status"] != "ok":
+      raise RuntimeError("the engine has failed" if self._one.failed else stands_still(told["seconds"]))
     return [self._tell(*item) for item in come]
 
   def score(self, prompt: np.ndarray, n_top: int) -> Scores:
@@ -195,6 +202,7 @@ class _Place:
 
   index: int
   actor: Any
+  where: tuple[str, int] | None = None
   status: str = "starting"  # then "ok"; "starting" again after a death; "failed" if none could start
   restarts: int = 0
   live: dict[int, _Remote] = dataclasses.field(default_factory=dict)
@@ -203,15 +211,16 @@ class _Place:
 class Fleet:
   """Replicas behind one front; see `engines.Engines`."""
 
-  def __init__(self, n: int, config: EngineConfig, model: str, dtype: str | None):
+  def __init__(self, n: int, config: EngineConfig, model: str, dtype: str | None, stuck_s: float = STUCK_S):
     """Starts `n` replicas and waits for them. Each has config.tp GPUs where Ray's cluster has any, and an equal part of
-    what `auto` takes of its host.
+    what `auto` takes of its host. One that does not answer for `stuck_s` seconds has died.
 
     Raises:
       ValueError: Ray is not there, it has too few GPUs, or as of `Replica.start`.
       ChildProcessError: a replica ended while it started.
     """
-    self._ray, self._start = cluster.connect(), (model, dtype)
+    self._ray, self._start = cluster.connect(), (model, dtype, stuck_s)
+    self._stuck_s = stuck_s
     gpus = cluster.gpus_each(self._ray, n, config.tp)
     # Notes, news and numbers have threads of their own: whoever asks for news waits, and scores take their time.
     groups = {"notes": 1, "news": 1, "numbers": 1}
@@ -220,10 +229,11 @@ class Fleet:
     self._lock = threading.Lock()  # guards places and router
     self._places = [_Place(i, self._class.remote()) for i in range(n)]
     self._router, self._names, self._closing = Router(), itertools.count(), False
-    actors = [place.actor for place in self._places]
-    nodes = [self._get(actor.node.remote()) for actor in actors]
-    shares = Counter(nodes)
-    started = [a.start.remote(config, *self._start, shares[node]) for a, node in zip(actors, nodes, strict=True)]
+    for place in self._places:
+      place.where = self._get(place.actor.where.remote())
+    nodes = [place.where[0] for place in self._places if place.where]
+    shares, places = Counter(nodes), zip(self._places, nodes, strict=True)
+    started = [place.actor.start.remote(config, *self._start, shares[node]) for place, node in places]
     made = [self._get(one) for one in started]
     self.config, self.max_request_tokens = made[0][0], min(most for _, most in made)
     self._calls = ThreadPoolExecutor(n + 2, "replicas")
@@ -290,10 +300,13 @@ class Fleet:
 
   def close(self) -> None:
     self._closing = True
-    closed = [place.actor.close.remote() for place in self._places if place.status == "ok"]
-    for ref in closed:
-      with contextlib.suppress(OSError, RuntimeError):
-        self._get(ref, _CLOSED_SOON)
+    closed = [(place, place.actor.close.remote()) for place in self._places if place.status == "ok"]
+    until = time.monotonic() + _CLOSED_SOON
+    for place, ref in closed:
+      try:
+        self._get(ref, max(0.0, until - time.monotonic()))
+      except (OSError, RuntimeError) as error:
+        self._end(place, error)
     for place in self._places:
       self._ray.kill(place.actor)
     for thread in self._watching:
@@ -331,8 +344,8 @@ class Fleet:
       return self._ray.get(ref, timeout=timeout)
     except exceptions.RayTaskError as error:
       raise error.cause from None
-    except exceptions.GetTimeoutError as error:
-      raise TimeoutError(str(error)) from None
+    except exceptions.GetTimeoutError:
+      raise TimeoutError(f"it has not answered for {timeout:.0f} s") from None
     except exceptions.RayError as error:
       raise ChildProcessError(f"a replica has ended: {error}") from None
 
@@ -340,8 +353,8 @@ class Fleet:
     """A thread for each place: hands out what its replica tells, and replaces one that has died."""
     while not self._closing:
       try:
-        told = self._get(place.actor.news.options(concurrency_group="news").remote())
-      except (OSError, RuntimeError) as error:
+        told = self._get(place.actor.news.options(concurrency_group="news").remote(), self._stuck_s)
+      except Exception as error:  # whatever it is: nobody else looks after the place
         if not self._lost(place, error):
           return
         continue
@@ -350,25 +363,35 @@ class Fleet:
           stream = place.live[one.name] if one.ended is None else place.live.pop(one.name)
         stream.take(one)
 
+  def _end(self, place: _Place, error: Exception) -> None:
+    """Ends the process of a replica that is lost. Ray only asks it to end, which one that hangs does not hear."""
+    if place.where is not None and not isinstance(error, ChildProcessError):
+      cluster.end_process(self._ray, *place.where)
+    self._ray.kill(place.actor)
+
   def _lost(self, place: _Place, error: Exception) -> bool:
-    """Ends the requests of a replica that has died and starts another. Returns whether one serves now."""
+    """Ends the requests of a replica that has died or is stuck and starts another. Returns whether one serves now."""
     with self._lock:
       place.status, lost, place.live = "starting", place.live, {}
       self._router.forget(place.index)
+    why = f"replica {place.index}{' has died' if isinstance(error, ChildProcessError) else f': {error}'}"
     for stream in lost.values():
-      stream.end(Ended(None, 0, RuntimeError(f"replica {place.index} has died, and what it had to answer is lost")))
+      stream.end(Ended(None, 0, RuntimeError(f"{why}, and what it had to answer is lost")))
     if self._closing:
       return False
-    _LOG.error("replica %d has died with %d requests, another is started: %s", place.index, len(lost), error)
+    _LOG.error("%s; it had %d requests, and another is started: %s", why, len(lost), error)
     for i in range(_TRIES):
-      self._ray.kill(place.actor)
+      self._end(place, error)
       time.sleep(_PAUSE * bool(i))
       if self._closing:
         return False
-      place.actor = self._class.remote()
+      place.actor, place.where = self._class.remote(), None
       try:
-        self._get(place.actor.start.remote(self.config, *self._start, 1))  # its sizes stand since the first start
+        place.where = self._get(place.actor.where.remote(), COMPILING * self._stuck_s)
+        starting = place.actor.start.remote(self.config, *self._start, 1)  # its sizes stand since the first start
+        self._get(starting, COMPILING * self._stuck_s)
       except Exception as again:
+        error = again
         _LOG.error("replica %d cannot be started: %s", place.index, again)
         continue
       with self._lock:

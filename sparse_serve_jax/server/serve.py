@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
+import math
 import os
 import signal
 import socket
-from typing import Any
+import threading
+import time
 
 import uvicorn
 
@@ -16,8 +19,13 @@ from sparse_serve_jax import __version__
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.app import Limits, Server, make_app
 from sparse_serve_jax.server.engines import Engines
+from sparse_serve_jax.server.errors import Refused
+
+_LOG = logging.getLogger(__name__)
 
 _LOOK = 0.05  # seconds between looks at what is still to be answered, while the server ends
+_LAST = 5.0  # seconds in which clients take what was sent last, once there is nothing more to wait for
+_CLOSED = 60.0  # seconds in which engines end
 
 
 def bind(address: tuple[str, int]) -> socket.socket:
@@ -41,7 +49,8 @@ def bind(address: tuple[str, int]) -> socket.socket:
 def serve(
   engines: Engines, model: Model, served: str, listener: socket.socket, limits: Limits, api_key: str | None
 ) -> bool:
-  """Serves until SIGTERM or SIGINT has come and what was asked before is answered. A second signal ends the process.
+  """Serves until SIGTERM or SIGINT has come and what was asked before is answered, or `limits.drain_seconds` have
+  passed. A second signal ends the process, as does an engine that does not end.
 
   Returns whether an engine lives: if all have failed, the server answers no more, and waits for the signal too.
 
@@ -63,16 +72,22 @@ class _Uvicorn(uvicorn.Server):
     yield
 
 
-async def _serve(listener: socket.socket, engines: Engines, model: Model, *of: Any) -> None:
-  server = Server(engines, model, *of)
+async def _serve(
+  listener: socket.socket, engines: Engines, model: Model, served: str, limits: Limits, api_key: str | None
+) -> None:
+  server = Server(engines, model, served, limits, api_key)
   config = uvicorn.Config(
     make_app(server, __version__), log_level="warning", access_log=False, loop="asyncio", ws="none"
   )
   http, events, waits = _Uvicorn(config), asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
   async def drain() -> None:
-    while server.n_answers:
+    until = time.monotonic() + limits.drain_seconds
+    while server.n_answers and time.monotonic() < until and engines.health()["status"] != "stuck":
       await asyncio.sleep(_LOOK)
+    server.outputs.give_up(Refused(503, "the server ends, and this request is given up"))
+    # Connections whose clients do not read are closed then.
+    config.timeout_graceful_shutdown = math.ceil(_LAST + (0 if server.n_answers else max(0, until - time.monotonic())))
     http.should_exit = True
 
   def ended(number: int) -> None:
@@ -90,4 +105,9 @@ async def _serve(listener: socket.socket, engines: Engines, model: Model, *of: A
   try:
     await http.serve(sockets=[listener])
   finally:
-    await asyncio.to_thread(engines.close)
+    closing = threading.Thread(target=engines.close, daemon=True)
+    closing.start()
+    await asyncio.to_thread(closing.join, _CLOSED)
+    if closing.is_alive():
+      _LOG.error("the engine has not ended after %.0f s", _CLOSED)
+      os._exit(1)

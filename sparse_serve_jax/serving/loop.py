@@ -11,6 +11,7 @@ import copy
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -134,6 +135,7 @@ class Loop:
     self._draining = self._closing = False
     self._failure: BaseException | None = None
     self._streams: dict[Request, Stream] = {}  # the thread's own
+    self._still: tuple[float, int] | None = None  # since when, and after how many iterations; None: nothing is to do
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     atexit.register(self.close)  # a process must not end while devices run
     self._thread.start()
@@ -142,6 +144,14 @@ class Loop:
   def failed(self) -> bool:
     """Whether the engine has failed. All streams have ended with the error then, and only a new engine can go on."""
     return self._failure is not None
+
+  @property
+  def still_since(self) -> float | None:
+    """When the last iteration or call ended, or what there is to do came if that is later, in seconds of
+    `time.monotonic`; None while there is nothing to do.
+    """
+    still = self._still
+    return still[0] if still else None
 
   @property
   def live(self) -> list[Stream]:
@@ -255,9 +265,18 @@ class Loop:
     """Sleeps until there is something to do and does what the notes say. Returns whether to make a step; if not, the
     loop is to end.
     """
+    engine = self._engine
+
+    def called() -> bool:
+      return bool(self._closing or self._notes or self._calls or engine.has_work or engine.failed)
+
     with self._changed:
-      engine = self._engine
-      self._changed.wait_for(lambda: self._closing or self._notes or self._calls or engine.has_work or engine.failed)
+      if not called():
+        self._still = None
+        self._changed.wait_for(called)
+      n = engine.usage.iterations
+      if self._still is None or self._still[1] != n:
+        self._still = time.monotonic(), n
       notes, self._notes = self._notes, deque()
       call = self._calls.popleft() if self._calls else None  # one in an iteration: tokens wait for it
       closing = self._closing
@@ -268,6 +287,7 @@ class Loop:
         self._engine.cancel(stream._request.id, what)
     if call is not None:
       _answer(*call)
+      self._still = time.monotonic(), n
     return not closing
 
   def _add(self, stream: Stream) -> None:

@@ -1,0 +1,275 @@
+"""What clients get of servers over a device that is computed by hand: each answer is the one that can be computed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import random
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+import pytest
+
+from sparse_serve_jax.models import ByteTokenizer
+from sparse_serve_jax.sampling_params import SamplingParams
+from sparse_serve_jax.server import replicas
+from sparse_serve_jax.server.engines import One
+from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.plan import Sampling, TokenLogprobs
+from tests.fake_engine import EOS, MODEL_CONFIG, continuation, fake_executor
+from tests.fake_fleet import Model, fleet, serving
+from tests.fake_ray import until
+
+PROMPT = [(7 * i) % 60 + 30 for i in range(20)]
+BODY = {"prompt": PROMPT, "max_tokens": 5, "temperature": 0, "ignore_eos": True, "seed": 0}
+
+
+def one() -> One:
+  return One(Engine(fake_executor()), Model())  # type: ignore[arg-type]
+
+
+def made(rng: random.Random) -> dict[str, Any]:
+  """A body, whose prompts share beginnings."""
+  prompts = [[rng.randrange(3) * 7 + i % 5 for i in range(rng.randint(1, 30))] for _ in range(rng.randint(1, 3))]
+  n = rng.randint(1, 24)
+  body: dict[str, Any] = {"prompt": prompts, "max_tokens": n, "n": rng.randint(1, 3), "seed": rng.randrange(99)}
+  body |= {"temperature": rng.choice([0, 0.7]), "ignore_eos": rng.random() < 0.5, "stream": rng.random() < 0.5}
+  body |= {"min_tokens": rng.randint(0, n)} if rng.random() < 0.3 else {}
+  body |= {"stop": [chr(rng.randrange(32, 96)) for _ in range(2)]} if rng.random() < 0.4 else {}
+  body |= {"stop_token_ids": [rng.randrange(EOS) for _ in range(4)]} if rng.random() < 0.3 else {}
+  body |= {"echo": True} if rng.random() < 0.3 else {}
+  body |= {"cache_salt": rng.choice("ab")} if rng.random() < 0.3 else {}
+  return body | ({"stream_options": {"include_usage": True}} if body["stream"] else {})
+
+
+def expected(body: dict[str, Any]) -> tuple[list[tuple[str, str]], int]:
+  """Texts and reasons, and the number of output tokens."""
+  told, n_tokens, n = list[tuple[str, str]](), 0, body["n"]
+  stops = {*body.get("stop_token_ids", ()), *(() if body["ignore_eos"] else (EOS,))}
+  for i in range(len(body["prompt"]) * n):
+    prompt, least = body["prompt"][i // n], body.get("min_tokens", 0)
+    sampling = Sampling(temperature=body["temperature"], seed=body["seed"] + i)
+    tokens = continuation(prompt, body["max_tokens"], sampling, stops, least)
+    reason = "length" if len(tokens) == body["max_tokens"] else "stop"
+    found = [k for k, token in enumerate(tokens) if k >= least and chr(token) in body.get("stop", ())]
+    text = ByteTokenizer().decode(tokens[: found[0]] if found else tokens)
+    n_tokens += found[0] + 1 if found else len(tokens)
+    told.append((ByteTokenizer().decode(prompt) * body.get("echo", False) + text, "stop" if found else reason))
+  return told, n_tokens
+
+
+def read(body: dict[str, Any], events: list[dict[str, Any]]) -> tuple[list[tuple[str, str]], dict[str, Any] | None]:
+  """Texts and reasons as far as they have come, and usage."""
+  told = [["", ""] for _ in range(len(body["prompt"]) * body["n"])]
+  for event in events:
+    for choice in event["choices"]:
+      assert not told[choice["index"]][1], "nothing comes after the end"
+      told[choice["index"]][0] += choice["text"]
+      told[choice["index"]][1] = choice["finish_reason"] or ""
+  return [(text, reason) for text, reason in told], events[-1]["usage"] if events else None
+
+
+async def ask(http: httpx.AsyncClient, body: dict[str, Any], rng: random.Random, lost: bool) -> str:
+  """Asks, and may go away. `lost`: the answer may be an error. Returns how it ended."""
+  leaves, events, error = rng.randrange(60) if rng.random() < 0.3 else 1000, list[dict[str, Any]](), None
+  if not body["stream"]:
+    asking = http.post("/v1/completions", json=body)
+    try:
+      answer = await (asyncio.wait_for(asking, leaves / 2000) if leaves < 1000 else asking)
+    except TimeoutError:
+      return "left"
+    if answer.status_code != 200:
+      assert lost and answer.status_code in (500, 503), answer.text
+      return "lost"
+    events.append(answer.json())
+  else:
+    async with http.stream("POST", "/v1/completions", json=body) as answer:
+      async for line in answer.aiter_lines():
+        if line.startswith("data: {"):
+          events.append(json.loads(line[6:]))
+        elif answer.status_code != 200:
+          events.append(json.loads(line))
+        if len(events) > leaves:
+          break
+  if events and "error" in events[-1]:
+    assert lost, events[-1]
+    error = events.pop()
+  told, usage = read(body, events)
+  texts, n_tokens = expected(body)
+  for (text, reason), (whole, why) in zip(told, texts, strict=True):
+    assert whole.startswith(text) and reason in ("", why), (text, whole, reason, why)
+  if error is not None or len(events) > leaves:
+    return "lost" if error else "left"
+  assert told == texts
+  assert usage is not None and usage["completion_tokens"] == n_tokens
+  n_prompt = sum(len(prompt) for prompt in body["prompt"])
+  assert usage["prompt_tokens"] == n_prompt > usage["prompt_tokens_details"]["cached_tokens"] >= 0
+  return "whole"
+
+
+async def at_random(http: httpx.AsyncClient, seed: int, n: int, lost: bool) -> list[str]:
+  async def client(i: int) -> list[str]:
+    rng = random.Random(1000 * seed + i)
+    return [await ask(http, made(rng), rng, lost) for _ in range(n)]
+
+  return [how for each in await asyncio.gather(*map(client, range(12))) for how in each]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_one_engine_at_random(seed):
+  of = one()
+
+  async def run():
+    async with serving(of) as http:
+      hows = await at_random(http, seed, 8, lost=False)
+      assert hows.count("whole") > 50 and hows.count("left") > 5
+      async with asyncio.timeout(20):
+        while of._loop.live:
+          await asyncio.sleep(0.01)
+      held = (await http.get("/status")).json()["held"]
+      assert held["owned"] == 0
+
+  asyncio.run(run())
+  assert not of._loop._engine.has_work
+
+
+def test_replicas_that_die_at_random(monkeypatch):
+  with fleet(monkeypatch, 3, 20) as (of, ray, _):
+
+    async def dying() -> None:
+      rng = random.Random(5)
+      while True:
+        await asyncio.sleep(rng.random() / 15)
+        rng.choice([actor for actor in ray.actors if not actor.dead.is_set()]).die()
+
+    async def run():
+      async with serving(of) as http:
+        killer = asyncio.create_task(dying())
+        hows = await at_random(http, 7, 8, lost=True)
+        killer.cancel()
+        assert min(map(hows.count, ("whole", "left", "lost"))) > 3, hows
+        async with asyncio.timeout(20):
+          while (told := of.health()["replicas"]) != {
+            i: {"status": "ok", "live": 0, "restarts": told[i]["restarts"]} for i in "012"
+          }:
+            await asyncio.sleep(0.01)
+        assert await at_random(http, 8, 1, lost=False)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+  ("wrong", "says"),
+  [
+    ({"prompt": [[5], [5, 4000]]}, "4000 is outside the vocabulary of 97"),
+    ({"prompt": [5, 97], "echo": True, "max_tokens": 0}, "97 is outside the vocabulary of 97"),
+    ({"prompt": [[5] * 60, [5] * 61], "max_tokens": 4}, "are 65 tokens; a request can have 64"),
+  ],
+)
+def test_of_a_request_with_one_bad_prompt_nothing_is_served(wrong, says):
+  of = one()
+
+  async def run():
+    async with serving(of) as http:
+      answer = await http.post("/v1/completions", json=BODY | wrong)
+      assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+      assert sum((await http.get("/status")).json()["ended"].values()) == 0
+
+  asyncio.run(run())
+
+
+def test_of_a_request_that_is_refused_in_part_nothing_goes_on(monkeypatch):
+  """The engine may fail between two of its outputs."""
+  of = one()
+  submit, calls = of.submit, []
+
+  def failing(*given: Any, **options: Any) -> Any:
+    calls.append(given)
+    if len(calls) == 2:
+      raise RuntimeError("no replica serves now")
+    return submit(*given, **options)
+
+  monkeypatch.setattr(of, "submit", failing)
+
+  async def run():
+    async with serving(of) as http:
+      answer = await http.post("/v1/completions", json=BODY | {"n": 3, "max_tokens": 40})
+      assert answer.status_code == 503
+      async with asyncio.timeout(20):
+        while not (ended := (await http.get("/status")).json()["ended"]):
+          await asyncio.sleep(0.01)
+      assert ended == {"cancelled": 1}
+
+  asyncio.run(run())
+
+
+def test_places_of_tokens_in_a_text_are_those_of_the_whole(monkeypatch):
+  """A character of the prompt is two tokens."""
+  executor = fake_executor(model=Model(dataclasses.replace(MODEL_CONFIG, vocab_size=256)))
+  execute, told = executor.execute, TokenLogprobs(-1.0, {})
+
+  def telling(plan: Any) -> Any:
+    result = execute(plan)
+    return dataclasses.replace(result, logprobs=dict.fromkeys(result.tokens, told))
+
+  executor.execute = telling  # type: ignore[method-assign]
+  of, scores = One(Engine(executor), Model()), Future()  # type: ignore[arg-type]
+  scores.set_result([None, told, told])
+  monkeypatch.setattr(of, "score", lambda *_: scores)
+  body = BODY | {"prompt": [*"é".encode(), 40], "echo": True, "logprobs": 0, "max_tokens": 3}
+
+  async def run():
+    async with serving(of, model=executor.model) as http:
+      whole = (await http.post("/v1/completions", json=body)).json()["choices"][0]["logprobs"]["text_offset"]
+      streamed = list[int]()
+      async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        async for line in answer.aiter_lines():
+          choices = json.loads(line[6:])["choices"] if line.startswith("data: {") else []
+          streamed += [at for choice in choices if choice["logprobs"] for at in choice["logprobs"]["text_offset"]]
+      assert streamed == whole == [0, 1, 2, 3, 4, 5]
+
+  asyncio.run(run())
+
+
+def test_an_output_without_a_text_ends_no_other(monkeypatch):
+  """A tokenizer that fails at a token."""
+  of, bad = one(), [9] * 9
+  (token,) = continuation(bad, 1)
+  good = [p for p in ([i] * 5 for i in range(40)) if token not in continuation(p, 5)][:6]
+  decode = ByteTokenizer.decode
+
+  def failing(self: Any, ids: Any, *options: Any, **named: Any) -> str:
+    if token in ids:
+      raise KeyError(token)
+    return decode(self, ids, *options, **named)
+
+  monkeypatch.setattr(ByteTokenizer, "decode", failing)
+
+  async def run():
+    async with serving(of) as http:
+      asking = [http.post("/v1/completions", json=BODY | {"prompt": prompt}) for prompt in (bad, *good)]
+      async with asyncio.timeout(20):
+        failed, *others = await asyncio.gather(*asking)
+      assert failed.status_code == 500 and "KeyError" in failed.json()["error"]["message"]
+      assert [answer.json()["choices"][0]["text"] for answer in others] == [
+        decode(ByteTokenizer(), continuation(prompt, 5)) for prompt in good
+      ]
+
+  asyncio.run(run())
+
+
+def test_a_place_is_looked_after_whatever_its_replica_raises(monkeypatch):
+  with fleet(monkeypatch, 1, 20) as (of, *_):
+    news, mistakes = replicas.Replica.news, [KeyError("a mistake")]
+
+    def raises(of: Any) -> Any:
+      if mistakes:
+        raise mistakes.pop()
+      return news(of)
+
+    monkeypatch.setattr(replicas.Replica, "news", raises)
+    until(lambda: of.health()["replicas"]["0"]["restarts"] == 1)
+    stream = of.submit(PROMPT, sink=lambda *_: None, params=SamplingParams(max_tokens=5, ignore_eos=True))
+    assert stream.result(20).output_tokens == continuation(PROMPT, 5)
