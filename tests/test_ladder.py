@@ -51,7 +51,7 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
   assert list(told) == list(RUNGS) and all(set(of["throughput_tok_s"]) == {"0", "20"} for of in told.values())
   rows = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
   assert [(row["rung"], row["rate"]) for row in rows] == [
-    ("sparse_serve", None), ("sparse_serve", 0.0), ("sparse_serve", 20.0), ("psa", None), ("psa", 0.0), ("psa", 20.0),
+    ("sparse_serve", 0.0), ("sparse_serve", None), ("sparse_serve", 20.0), ("psa", 0.0), ("psa", None), ("psa", 20.0),
   ]  # fmt: skip
   assert all(row["requests"] == 3 and row["refused"] == 0 for row in rows if row["rate"] is not None)
   answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -64,7 +64,8 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
     assert row["iterations"] == len(of["seconds"]) and row["blocks_loaded"] == sum(of["loaded_blocks"])
     assert row["busy_s"] == pytest.approx(sum(of["seconds"]), abs=1e-3)
     assert 0 < row["floor_s"] < row["busy_s"] and row["floor_share"] == pytest.approx(row["floor_s"] / row["busy_s"])
-  assert rows[1]["tokens_as_first"] == 1 and "programs compiled" in done.stderr
+  assert [row["keeps_slo"] for row in cells if not row["rate"]] == [None, None]  # a burst is no rate
+  assert rows[0]["tokens_as_first"] == 1 and "programs compiled" in done.stderr
   with (tmp_path / "results.csv").open() as file:
     assert [float(row["rate"]) for row in csv.DictReader(file)] == [0, 20, 0, 20]
   assert (tmp_path / "results.md").read_text().count("\n| psa |") == 2
@@ -222,7 +223,7 @@ def test_a_rung_for_each_choice_of_values():
 
 def test_rungs_take_the_pool_of_the_one_before():
   """If it is as large: no time and no memory goes into another. Tokens do not depend on it."""
-  rungs = ladder.read_rungs(["working_set", "sparse_serve", "sparse"], SMALL_SERVING)
+  rungs = ladder.read_rungs(["working_set", "sparse_serve", "sparse"], [*SMALL_SERVING, "cache.hbm_bytes=2MiB"])
   rungs["smaller"] = override(rungs["sparse_serve"], ["cache.dram_bytes=1MiB"])
   items = [item("a", 100, 8)]
   bench, tokens, pools = ladder.Bench(load_model("random:tiny"), rungs, items), {}, {}
@@ -352,6 +353,18 @@ def test_the_rate_at_which_requests_begin_to_wait():
     ladder.passing(delay, [1, 2], most_runs=8)
   with pytest.raises(ValueError, match="at none of the rates 5: add one"):
     ladder.passing(delay, [5], most_runs=8)
+
+
+def test_the_rate_of_overload_is_told_by_cells_of_the_first_rung(tmp_path, monkeypatch):
+  made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
+  delays = {1.0: 0.0, 2.0: 1.0, 4.0: 3.0}
+
+  def cell(rung: str, rate: float) -> dict[str, float]:
+    assert rung == "dense"
+    return {"scheduling_delay_mean_s": delays[rate]}
+
+  monkeypatch.setattr(made, "cell", cell)
+  assert made.overload([0.0, 1.0, 2.0, 4.0], most_runs=0) == pytest.approx(1.1 * 2**1.5, rel=5e-3)
 
 
 def test_goodputs_search_ends_after_so_many_runs():

@@ -176,8 +176,8 @@ class Bench:
     self._rates: floor.Rates | None = None
 
   def serve(self, rung: str, items: Sequence[Item], arrivals: np.ndarray) -> Measured:
-    rates = self._rates = self._rates or floor.Rates.measure(self._model.config)
     executor = self.compiled(rung)
+    assert self._rates is not None
     watch = Stopwatch(executor.config, executor.shape)
     engine = Engine(executor, observer=watch.observe)
     ended: Ends = {}
@@ -187,10 +187,11 @@ class Bench:
         ended[end.id] = end
         bar.update()
 
-      return Measured(run.serve(engine, items, arrivals, on_end), ended, watch.iterations, rates)
+      return Measured(run.serve(engine, items, arrivals, on_end), ended, watch.iterations, self._rates)
 
   def compiled(self, rung: str) -> JaxExecutor:
-    """With all programs that the requests need."""
+    """With all programs that the requests need. The device's rates are measured before the first one takes memory."""
+    self._rates = self._rates or floor.Rates.measure(self._model.config)
     if self._executor is None or self._executor[0] != rung:
       # The next one takes the memory of this one's cache; the weights stay where they are.
       start, before = time.monotonic(), self._executor and self._executor[1]
@@ -252,16 +253,17 @@ class Ladder:
     """A rung at a rate, in requests a second, or 0: measured now, or what is there of it."""
     if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, rate)), None):
       return there
-    limit = self.alone(self.rungs[0])["iteration_s"]
-    self.alone(rung)
+    limit = rate and self.alone(self.rungs[0])["iteration_s"]
+    if rate:
+      self.alone(rung)
     served, ended, iterations, rates = self._serve(rung, self._items, self._arrivals(rate))
     if not any(row["rung"] == rung for row in self._answers.all):
       self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
     self._iterations.append({"rung": rung, "rate": rate, **to_columns(iterations)})
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
     row |= self._floor(rung, ended, iterations, rates)
-    # What is refused no rung can serve (`check`), at no rate.
-    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed
+    # What is refused no rung can serve (`check`), at no rate. A burst is no rate that could be kept.
+    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed if rate else None
     self._cells.append(row)
     return row
 

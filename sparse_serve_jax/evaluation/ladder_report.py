@@ -92,7 +92,7 @@ def in_short(cells: Sequence[Row], found: Mapping[str, Goodput]) -> dict[str, An
 
 def _shown(cell: Row) -> list[str]:
   step = cell.get("decode_step_s")
-  cell = {**cell, "decode_step_s": step and 1e3 * step, "keeps_slo": "yes" if cell["keeps_slo"] else "no"}
+  cell = {**cell, "decode_step_s": step and 1e3 * step, "keeps_slo": {True: "yes", False: "no"}.get(cell["keeps_slo"])}
   cell["rate"] = f"{cell['rate']:g}" if cell["rate"] else "at once"
   values = [(cell.get(key), form) for _, key, form in _COLUMNS]
   return ["-" if value is None else form.format(value) for value, form in values]

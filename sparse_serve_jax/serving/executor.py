@@ -230,9 +230,9 @@ class JaxExecutor:
   def _pool_of(self, other: JaxExecutor) -> jax.Array | None:
     """The pool of an executor, whose cache is gone then; None if it is not as this one's is to be."""
     other.wait()
-    pool, other.cache = other.cache.pool, None
+    cache, other.cache = other.cache, None  # None after a `reset` that failed
     ours, theirs = ((of.shape.pool_sizes, of.shape.dtype, of.shape.offload, of.mesh) for of in (self, other))
-    return pool if ours == theirs and self.shape.offload else None
+    return cache.pool if cache is not None and ours == theirs and self.shape.offload else None
 
   def _create(self, pool: jax.Array | None = None) -> KVCache:
     """An empty cache, whose pool the host knows if it takes part in moves."""
