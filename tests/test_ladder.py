@@ -15,6 +15,7 @@ import pytest
 from sparse_serve_jax import workloads
 from sparse_serve_jax.config import ModelConfig, load_config, override
 from sparse_serve_jax.evaluation import floor, ladder, ladder_report
+from sparse_serve_jax.memory import create
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
@@ -221,19 +222,20 @@ def test_a_rung_for_each_choice_of_values():
   assert done.returncode == 2 and "--vary: 'scheduler.max_batch' is not KEY=VALUE" in done.stderr
 
 
-def test_rungs_take_the_pool_of_the_one_before():
+def test_rungs_take_the_pool_of_the_one_before(monkeypatch):
   """If it is as large: no time and no memory goes into another. Tokens do not depend on it."""
-  rungs = ladder.read_rungs(["working_set", "sparse_serve", "sparse"], [*SMALL_SERVING, "cache.hbm_bytes=2MiB"])
+  changes = [*SMALL_SERVING, "cache.hbm_bytes=1MiB", "scheduler.max_context=64", "scheduler.chunk_tokens=64"]
+  rungs = ladder.read_rungs(["working_set", "sparse_serve"], changes)
   rungs["smaller"] = override(rungs["sparse_serve"], ["cache.dram_bytes=1MiB"])
-  items = [item("a", 100, 8)]
-  bench, tokens, pools = ladder.Bench(load_model("random:tiny"), rungs, items), {}, {}
+  items = [item("a", 40, 8)]
+  bench, tokens, make, sizes = ladder.Bench(load_model("random:tiny"), rungs, items), [], create._create_pool, []
+  monkeypatch.setattr(create, "_create_pool", lambda dims, *of: (sizes.append(dims), make(dims, *of))[1])
   for rung in rungs:
     end = bench.serve(rung, items, np.zeros(1)).ended["a"]
     assert isinstance(end, Request)
-    tokens[rung], pools[rung] = end.output_tokens, bench.compiled(rung).cache.pool.unsafe_buffer_pointer()
-  alone = ladder.Bench(load_model("random:tiny"), rungs, items).serve("sparse_serve", items, np.zeros(1)).ended["a"]
-  assert isinstance(alone, Request) and len(set(map(tuple, [*tokens.values(), alone.output_tokens]))) == 1
-  assert pools["working_set"] == pools["sparse_serve"] and pools["smaller"] != pools["sparse_serve"]
+    tokens.append(end.output_tokens)
+  assert tokens[0] == tokens[1] == tokens[2] and len(tokens[0]) == 8
+  assert [dims[2] for dims in sizes] == [256, 128]  # blocks; the second rung has made none
 
 
 def test_the_floor_of_a_run_by_hand():
