@@ -381,10 +381,12 @@ def test_goodput_in_words():
   )
   told_of = {"dense": ladder.Goodput(1, 2), "sparse": ladder.Goodput(1.5, 2), "mine": ladder.Goodput(3, None)}
   assert ladder_report._goodputs(told_of)[1:] == [
-    "goodput of sparse: 1.5 requests/s; 2 is not served well; 1.50 times the rung before, 1.50 in all; the paper has "
-    "1.13 (Llama3-8B), 1.20 (LWM-7B)",
-    "goodput of mine: 3 requests/s or more, the highest rate that was tried; 2.00 times the rung before, 3.00 in all",
+    "goodput of sparse: 1.5 requests/s; 2 is not served well; 1.50 times dense, 1.50 in all; the paper has 1.13 "
+    "(Llama3-8B), 1.20 (LWM-7B)",
+    "goodput of mine: 3 requests/s or more, the highest rate that was tried; 2.00 times sparse, 3.00 in all",
   ]
+  skips = {"dense": ladder.Goodput(1, 2), "sparse_offload": ladder.Goodput(1.5, 2)}  # of the paper's steps one
+  assert "1.50 times dense" in ladder_report._goodputs(skips)[1] and "paper" not in ladder_report._goodputs(skips)[1]
   assert told == [
     "goodput of a: below 1 requests/s, the lowest rate that was tried",
     "goodput of b: 8 requests/s or more, the highest rate that was tried",

@@ -369,19 +369,20 @@ def prefill(b: Bench) -> Cases:
   def inputs(n, before):
     slot = b.distinct(b.n_slots, b.heads, before // b.size)
     at = np.broadcast_to(b.distinct(b.n_pool, before // b.size), slot.shape), slot
-    return b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2)), at
+    return (b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2))), at
 
-  def attention(shared, q, k, v, at, before):
-    prefix = kernels.Prefix(*shared, jnp.int32(0), *at, jnp.int32(before)) if before else None
+  def attention(shared, qkv, at, before):
+    (pool, slots), (blocks, slot), (q, k, v) = shared, at, qkv
+    prefix = kernels.Prefix(pool, slots, jnp.int32(0), blocks, slot, jnp.int32(before)) if before else None
     return kernels.prefill_attention(q, k, v, prefix, **b.kernel)
 
   def in_chunks(n, chunk):
     """A whole prompt, chunk by chunk, each over what came before it in slots; beside the prompt in one piece."""
 
     def op(state, shared, inputs):
-      q, k, v, at = inputs
+      qkv, at = inputs
       return state, [
-        attention(shared, *(x[i : i + chunk] for x in (q, k, v)), [x[:, : i // b.size] for x in at], i)
+        attention(shared, [x[i : i + chunk] for x in qkv], [x[:, : i // b.size] for x in at], i)
         for i in range(0, n, chunk)
       ]
 
@@ -389,7 +390,7 @@ def prefill(b: Bench) -> Cases:
     measured = b.time(op, variants, shared=shared)
 
     def whole():
-      return b.time(lambda state, shared, inputs: (state, attention(shared, *inputs, 0)), variants, shared=shared)
+      return b.time(lambda state, shared, of: (state, attention(shared, of[0], of[1], 0)), variants, shared=shared)
 
     row = b.row(measured, dict(flops=2 * n * n * b.heads * b.group * b.depth), {"whole": whole})
     return row | {"times_whole": measured.us / row["baselines"]["whole"]}
@@ -398,7 +399,7 @@ def prefill(b: Bench) -> Cases:
     n_before, queries = before // b.size, b.heads * b.group
 
     def op(state, shared, inputs):
-      return state, attention(shared, *inputs, before)
+      return state, attention(shared, inputs[0], inputs[1], before)
 
     def contiguous():
       def kv(n):

@@ -32,7 +32,6 @@ from sparse_serve_jax.serving.executor import JaxExecutor
 WAYS = {
   "layer_segmented": (),
   "chunked": ("scheduler.prefill=chunked",),
-  "chunked_512": ("scheduler.prefill=chunked", "scheduler.chunk_tokens=512"),
   "quarter": ("sparse.prefill=top_k", "sparse.prefill_share=0.25"),
   "eighth": ("sparse.prefill=top_k", "sparse.prefill_share=0.125"),
   "cached": (),  # all but a sixteenth of each prompt is in the cache
@@ -40,6 +39,7 @@ WAYS = {
   "hbm_pool": ("cache.offload=false",),  # what saves cost: nothing leaves the device
   "save_direct": ("cache.save=direct",),
   "save_per_block": ("cache.save=per_block",),
+  "chunked_512": ("scheduler.prefill=chunked", "scheduler.chunk_tokens=512"),
 }
 HBM_BYTES = 8 << 30  # slots and slabs
 CONTEXT = 4096  # at least; shorter ones have no room for packs of short prompts

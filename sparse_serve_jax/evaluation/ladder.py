@@ -72,8 +72,8 @@ def read_rungs(
   if not names:
     raise ValueError("a ladder has one rung or more, got none")
   configs: dict[str, EngineConfig] = {}
-  choices = [[(key, value) for value in values] for key, values in (varied or {}).items()]
-  for given, *chosen in itertools.product(names, *choices):
+  choices = itertools.product(*([(key, value) for value in values] for key, values in (varied or {}).items()))
+  for given, chosen in itertools.product(names, choices):
     name = " ".join([pathlib.Path(given).stem, *(f"{key.partition('.')[2]}={value}" for key, value in chosen)])
     if name in configs:
       raise ValueError(f"the rung {name} is given twice")
@@ -314,14 +314,13 @@ class Ladder:
     shape = shapes({rung: config}, cfg)[rung]
     decoding = [of.seconds for of in iterations if of.rows and not of.work.prefill_tokens]
     requests = [end for end in ended.values() if isinstance(end, Request) and end.first_token_time is not None]
-    busy = sum(of.seconds for of in iterations)
+    busy, attended = sum(of.seconds for of in iterations), sum(of.work.attended_blocks for of in iterations)
     least = floor.prefill_s(rates, cfg, requests, config.tp) + floor.decode_s(rates, cfg, shape, iterations, config.tp)
     return {
       "decode_steps": sum(bool(of.rows) for of in iterations),
       "decode_step_s": float(np.median(decoding)) if decoding else None,  # with no piece of a prompt beside it
       "loaded_an_iteration": sum(of.work.loaded_blocks for of in iterations) / max(1, len(iterations)),
-      "missed_share": sum(of.missed_blocks for of in iterations)
-      / max(1, sum(of.work.attended_blocks for of in iterations)),
+      "missed_share": sum(of.missed_blocks for of in iterations) / max(1, attended),
       "busy_s": busy,
       "floor_s": least,
       "floor_share": least / busy if busy else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ they part. Served well: 99 % of the times between tokens are at most 25 decode i
 the mean delay is at most 2 s. Goodput is the highest rate that is served well."""
 
 
-# Goodput of a rung by that of the rung before it, as SparseServe has it (Fig. 13): Llama3-8B, LWM-7B.
+# Goodput of a rung by that of the one before it, "dense" before the first: SparseServe, Fig. 13; Llama3-8B, LWM-7B.
 PAPER = {
   "sparse": (1.13, 1.20),
   "sparse_offload": (1.12, 1.33),
@@ -99,12 +100,14 @@ def _shown(cell: Row) -> list[str]:
 
 
 def _goodputs(found: Mapping[str, Goodput]) -> list[str]:
-  lines, rates = [], [of.rate for of in found.values()]
-  for i, (rung, of) in enumerate(found.items()):
-    line, rate, before = f"goodput of {rung}: {_said(of)}", rates[i], rates[i - 1] if i else None
-    if rate and before and rates[0]:
-      line += f"; {rate / before:.2f} times the rung before, {rate / rates[0]:.2f} in all"
-      line += "; the paper has {:.2f} (Llama3-8B), {:.2f} (LWM-7B)".format(*PAPER[rung]) if rung in PAPER else ""
+  lines, rungs, of_paper = [], list(found), {*itertools.pairwise(["dense", *PAPER])}
+  for before, rung in zip([None, *rungs], rungs, strict=False):
+    line, rate = f"goodput of {rung}: {_said(found[rung])}", found[rung].rate
+    first, last = found[rungs[0]].rate, found[before].rate if before else None
+    if rate and last and first:
+      line += f"; {rate / last:.2f} times {before}, {rate / first:.2f} in all"
+      if (before, rung) in of_paper:
+        line += "; the paper has {:.2f} (Llama3-8B), {:.2f} (LWM-7B)".format(*PAPER[rung])
     lines.append(line)
   return lines
 
