@@ -35,7 +35,8 @@ def check(name: str, arguments: list[str], whole: bool) -> None:
   if "set" in values and "train" not in name:
     configs = given.get("rungs") or [values["config"].value] if "config" in values else given.get("rungs", ["psa"])
     for config in configs:
-      override(load_config(config), given.get("set", []))
+      varied = [of.partition(",")[0] for of in given.get("vary", [])]
+      override(load_config(config), [*given.get("set", []), *varied])
   for flag, known in (("tasks", TASKS), ("methods", METHODS)):
     if name == "accuracy" and (unknown := set(given.get(flag) or ()) - {*known, *PLACES, "all"}):
       raise ValueError(f"--{flag}: {unknown}")

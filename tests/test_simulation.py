@@ -6,11 +6,13 @@ import dataclasses
 import json
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sparse_serve_jax.config import EngineConfig, ModelConfig, override
+from sparse_serve_jax import results
+from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, override, read_config
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.serving.clock import Virtual
@@ -19,9 +21,9 @@ from sparse_serve_jax.serving.plan import DecodeRow, Observed, Plan, PrefillWork
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.cost import About, Cost, Seconds, Work, fit, not_negative_least_squares, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
-from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, typical
+from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, from_columns, to_columns, typical
 from sparse_serve_jax.simulation.reuse import Blocks, Reuse, fit_reuse
-from sparse_serve_jax.workloads import Item
+from sparse_serve_jax.workloads import Item, generated, load_workload
 from tests.forks import start
 
 MODEL = ModelConfig(
@@ -129,7 +131,7 @@ def test_a_stopwatch_tells_the_seconds_of_every_iteration():
 def test_passes_are_as_long_as_the_median_one():
   """Each is disturbed once, in another iteration: no iteration stands out, and none of the time is lost."""
   nothing = Work(*[0] * len(Work._fields))
-  passes = [[Iteration(nothing, 0, 0, 1.0 + 3 * (i == late)) for i in range(4)] for late in (0, 1, 3)]
+  passes = [[Iteration(nothing, 0, 0, 0, 1.0 + 3 * (i == late)) for i in range(4)] for late in (0, 1, 3)]
   assert typical(passes) == pytest.approx([7 / 4] * 4)
   assert typical(passes[:1]) == [4.0, 1.0, 1.0, 1.0]
 
@@ -339,6 +341,57 @@ def test_the_command_simulates_a_trace_and_refuses_what_is_wrong(tmp_path):
   assert (told["requests"], told["output_tokens"]) == (2, 18) and 400 < told["prompt_tokens"] <= 600
   other = command("--model=random:tiny-mha")
   assert other.returncode == 2 and "is of random:tiny in float32" in other.stderr
+
+
+def ladder_folder(folder: Path, n: int, seed: int) -> None:
+  """A ladder's folder whose cell was served at the costs of `cost`, and not on a device."""
+  model = read_config(ModelConfig, find_config("models", "tiny"))
+  workload = override(load_workload("text"), {"limit": n, "prompt_tokens": 300, "max_new_tokens": 40, "seed": seed})
+  workload = override(workload, {"shortest": 0.25})
+  conf, clock, asked = config("cache.save=direct"), Virtual(), generated.lengths(workload)
+  device = SimulatedExecutor(conf, model, cost(decode_rows=3e-4, prefill_pairs=1e-9, programs=2e-4), clock, vectors=2)
+  watch = Stopwatch(conf, device.shape)
+  engine = Engine(device, clock=clock, observer=watch.observe)
+  served = run.serve(engine, items(*(of.tolist() for of in asked[:2])), np.zeros(n), lambda _: None)
+  setting = {"configs": {"mine": conf}, "model": {"name": "random:tiny", "config": model}, "workload": workload}
+  results.claim(folder, setting | {"seed": 0})
+  cell = {"rung": "mine", "rate": 0.0}
+  results.Rows(folder / "iterations.jsonl").append(cell | to_columns(watch.iterations))
+  results.Rows(folder / "cells.jsonl").append(cell | served.to_dict())
+
+
+def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
+  """What the two have in common are the costs, to which neither refers: they are found by what iterations took."""
+  ladder_folder(tmp_path / "one", 12, 0)
+  ladder_folder(tmp_path / "other", 20, 1)
+
+  def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return start("experiments.simulate", f"--cost={tmp_path / 'cost.json'}", "--config=mine", *arguments)
+
+  fitted = command("--calibrate", f"--ladder={tmp_path / 'one'}")
+  assert fitted.returncode == 0, fitted.stderr
+  assert json.loads(fitted.stdout.splitlines()[-1])["mean_error"] < 0.01
+  made = command("--compare", f"--ladder={tmp_path / 'one'},{tmp_path / 'other'}")
+  assert made.returncode == 0, made.stderr
+  told = json.loads(made.stdout.splitlines()[-1])
+  assert list(told) == [f"{name} 0 {how}" for name in ("one", "other") for how in ("simulated", "measured")]
+  off = told["other 0 simulated"]
+  assert told["other 0 measured"]["requests"] == off["requests"] == 20
+  assert abs(off["throughput_tok_s off by"]) < 0.03 and abs(off["ttft_mean_s off by"]) < 0.03
+  for arguments, message in (
+    (["--compare", f"--ladder={tmp_path}"], "run.json"),
+    (["--compare", f"--ladder={tmp_path / 'one'}", "--config=psa"], "has no rung 'psa', but mine"),
+    ([f"--ladder={tmp_path / 'one'}"], "in --calibrate or --compare: give one of them"),
+  ):
+    wrong = command(*arguments)
+    assert wrong.returncode == 2 and message in wrong.stderr
+
+
+def test_iterations_are_read_as_they_were_written():
+  one = Iteration(Work(*range(1, 11)), 3, 40, 5, 0.25)
+  assert from_columns(json.loads(json.dumps(to_columns([one, one])))) == [one, one]
+  with pytest.raises(ValueError, match="iterations lack decode_rows, seconds"):
+    from_columns({key: of for key, of in to_columns([one]).items() if key not in ("decode_rows", "seconds")})
 
 
 # ---------------------------------------------------------------------------------------------------------- invariants

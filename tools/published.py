@@ -13,11 +13,16 @@ from typing import Any, Literal
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results"
 KERNELS = "2026-11-26-h200/kernels.jsonl"
 REFERENCE = "2026-11-26-reference/summary.json"
-LONGBENCH_LADDER = "`sparse-serve ladder --model=DIR --workload=longbench --longbench_dir=DIR"
-LADDER = f"{LONGBENCH_LADDER} --rates=0.05,0.1,0.15,0.2,0.25,0.3 --out=OUT`"
-GOODPUT = f"{LONGBENCH_LADDER} --goodput --out=OUT`"
+# A command, and the name of its --out in experiments/workloads/README.md, which has the whole line.
+ARRIVALS = "`sparse-serve ladder`, arrivals"
+LOW = "`sparse-serve ladder`, low"
+GOODPUT = "`sparse-serve ladder`, goodput"
+BATCHES = "`sparse-serve ladder`, batches"
+SEGMENTS = "`sparse-serve ladder`, segments"
+LOADS = "`sparse-serve bench-step`, loads"
+PREFILL = "`sparse-serve bench-prefill`, prefill"
+CHUNKS = "`sparse-serve bench-kernels`, kernels"
 MOVES = "`sparse-serve bench-kernels --out=OUT`"
-PREFILL = "`sparse-serve bench-prefill --out=OUT`"
 ACCURACY = "`sparse-serve accuracy --model=models/reference --out=OUT`"
 
 
@@ -109,9 +114,9 @@ def _fewer(key: str, wanted: float, group: str = "retrieval") -> Callable[[], tu
 
 
 CLAIMS = (
-  Claim("SparseServe", "Fig. 1", "throughput, batch 2 to 6", "2.07x", LADDER),
-  Claim("SparseServe", "Fig. 1", "throughput, batch 6 to 12", "1.73x less", LADDER),
-  Claim("SparseServe", "Fig. 1", "blocks loaded an iteration, batch 6 to 12", "21.36x", LADDER),
+  Claim("SparseServe", "Fig. 1", "throughput, batch 2 to 6", "2.07x", BATCHES),
+  Claim("SparseServe", "Fig. 1", "throughput, batch 6 to 12", "1.73x less", BATCHES),
+  Claim("SparseServe", "Fig. 1", "blocks loaded an iteration, batch 6 to 12", "21.36x", BATCHES),
   Claim("SparseServe", "Fig. 4a", "loads by one kernel", "> 20 GB/s", MOVES, _rate("load 1024", None, 20)),
   Claim(
     "SparseServe", "Fig. 4a", "loads by a copy a block", "< 5 GB/s", MOVES, _rate("load 1024", "memcpy each", 5), True
@@ -124,26 +129,26 @@ CLAIMS = (
   Claim(
     "SparseServe", "Fig. 8", "overlap of selections, window 12 to 16", "0.31 %", ACCURACY, _overlap(12, 16, 0.31), True
   ),
-  Claim("SparseServe", "evaluation", "mean TTFT against vLLM, LWM-7B, 0.125 requests/s", "9.26x less", LADDER),
-  Claim("SparseServe", "evaluation", "throughput against vLLM; LWM-7B, Llama3-8B", "2.93x, 3.14x", LADDER),
-  Claim("SparseServe", "evaluation", "throughput against vLLM-S", "2.23x, 2.03x", LADDER),
-  Claim("SparseServe", "evaluation", "throughput against vLLM-SO", "2.96x, 4.24x", LADDER),
-  Claim("SparseServe", "evaluation", "mean TBT against vLLM", "within +20 %", LADDER),
+  Claim("SparseServe", "evaluation", "mean TTFT against vLLM, LWM-7B, 0.125 requests/s", "9.26x less", ARRIVALS),
+  Claim("SparseServe", "evaluation", "throughput against vLLM; LWM-7B, Llama3-8B", "2.93x, 3.14x", ARRIVALS),
+  Claim("SparseServe", "evaluation", "throughput against vLLM-S", "2.23x, 2.03x", GOODPUT),
+  Claim("SparseServe", "evaluation", "throughput against vLLM-SO", "2.96x, 4.24x", GOODPUT),
+  Claim("SparseServe", "evaluation", "mean TBT against vLLM", "within +20 %", LOW),
   Claim(
     "SparseServe", "Fig. 13", "goodput by step of the ladder, LWM-7B", "1.20, 1.33, 1.88, 1.33, 1.25; 5.00x", GOODPUT
   ),
   Claim(
     "SparseServe", "Fig. 13", "goodput by step of the ladder, Llama3-8B", "1.13, 1.12, 1.19, 1.11, 1.10; 1.83x", GOODPUT
   ),
-  Claim("SparseServe", "ablation", "share of loading in a batch of 8, a copy a block", "69.94 %", LADDER),
-  Claim("SparseServe", "ablation", "loading by one kernel against a copy a block", "9.97x less", LADDER),
+  Claim("SparseServe", "ablation", "share of loading in a batch of 8, a copy a block", "69.94 %", LOADS),
+  Claim("SparseServe", "ablation", "loading by one kernel against a copy a block", "9.97x less", LOADS),
   Claim(
     "SparseServe", "ablation", "prefill over compute alone: copies; GPU-direct; FlashD2H", "1.76x, 1.28x, 1.0x", PREFILL
   ),
-  Claim("SparseServe", "ablation", "throughput without batch control, 0.25 to 0.3 requests/s", "29.52 % less", LADDER),
-  Claim("SparseServe", "ablation", "blocks loaded with batch control, 0.3 requests/s", "52.78x less", LADDER),
-  Claim("SparseServe", "ablation", "mean TTFT, layer segments against chunks of 2,048", "8.68x less", LADDER),
-  Claim("SparseServe", "ablation", "attention of a chunked prefill, chunks of 512", "1.51x slower", PREFILL),
+  Claim("SparseServe", "ablation", "throughput without batch control, 0.25 to 0.3 requests/s", "29.52 % less", BATCHES),
+  Claim("SparseServe", "ablation", "blocks loaded with batch control, 0.3 requests/s", "52.78x less", BATCHES),
+  Claim("SparseServe", "ablation", "mean TTFT, layer segments against chunks of 2,048", "8.68x less", SEGMENTS),
+  Claim("SparseServe", "ablation", "attention of a chunked prefill, chunks of 512", "1.51x slower", CHUNKS),
   Claim(
     "PSA",
     "abstract",

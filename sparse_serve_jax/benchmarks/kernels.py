@@ -24,10 +24,8 @@ from sparse_serve_jax.benchmarks import timing
 from sparse_serve_jax.benchmarks.bench import Bench, Cases
 from sparse_serve_jax.benchmarks.tiles import prefill_tiles, tile_lists
 from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
-from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.kv_cache import Hot
 from sparse_serve_jax.memory.loads import LOADS
-from sparse_serve_jax.memory.pinned import pinned_buffer
 from sparse_serve_jax.memory.saves import SAVES, NewBlocks
 from sparse_serve_jax.memory.writer import Writer
 
@@ -302,16 +300,9 @@ def copy(b: Bench) -> Cases:
     yield f"{'load' if loads else 'store'} {n}", functools.partial(case, loads, n)
 
 
-def following(pool: jax.Array) -> host_pool.HostPool:
-  """What the host knows the pool by, while it is kept."""
-  host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
-  host.follow(pool)
-  return host
-
-
 def time_load(b: Bench, way: str, variants: list[Any]) -> Timing:
   nothing: Any = None
-  host = following(b.pool)
+  host = timing.following(b.pool)
 
   def op(slots, shared, located):
     pool, number = shared
@@ -323,7 +314,7 @@ def time_load(b: Bench, way: str, variants: list[Any]) -> Timing:
 
 def time_save(b: Bench, way: str, source: jax.Array, variants: list[Any]) -> Timing:
   if way == "staged":
-    host, (_, blocks) = following(b.pool), variants[0]
+    host, (_, blocks) = timing.following(b.pool), variants[0]
     writer = Writer(host, source.nbytes)
 
     def once():
@@ -375,33 +366,55 @@ def moves(b: Bench) -> Cases:
 
 
 def prefill(b: Bench) -> Cases:
+  def inputs(n, before):
+    slot = b.distinct(b.n_slots, b.heads, before // b.size)
+    at = np.broadcast_to(b.distinct(b.n_pool, before // b.size), slot.shape), slot
+    return (b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2))), at
+
+  def attention(shared, qkv, at, before):
+    (pool, slots), (blocks, slot), (q, k, v) = shared, at, qkv
+    prefix = kernels.Prefix(pool, slots, jnp.int32(0), blocks, slot, jnp.int32(before)) if before else None
+    return kernels.prefill_attention(q, k, v, prefix, **b.kernel)
+
+  def in_chunks(n, chunk):
+    """A whole prompt, chunk by chunk, each over what came before it in slots; beside the prompt in one piece."""
+
+    def op(state, shared, inputs):
+      qkv, at = inputs
+      return state, [
+        attention(shared, [x[i : i + chunk] for x in qkv], [x[:, : i // b.size] for x in at], i)
+        for i in range(0, n, chunk)
+      ]
+
+    variants, shared = b.variants(lambda: inputs(n, n)), (b.pool, b.blocks(b.n_slots))
+    measured = b.time(op, variants, shared=shared)
+
+    def whole():
+      return b.time(lambda state, shared, of: (state, attention(shared, of[0], of[1], 0)), variants, shared=shared)
+
+    row = b.row(measured, dict(flops=2 * n * n * b.heads * b.group * b.depth), {"whole": whole})
+    return row | {"times_whole": measured.us / row["baselines"]["whole"]}
+
   def case(n, before):
     n_before, queries = before // b.size, b.heads * b.group
 
     def op(state, shared, inputs):
-      (pool, slots), (q, k, v, (blocks, slot)) = shared, inputs
-      prefix = kernels.Prefix(pool, slots, jnp.int32(0), blocks, slot, jnp.int32(before)) if before else None
-      return state, kernels.prefill_attention(q, k, v, prefix, **b.kernel)
-
-    def inputs():
-      slot = b.distinct(b.n_slots, b.heads, n_before)
-      at = np.broadcast_to(b.distinct(b.n_pool, n_before), slot.shape), slot
-      return b.random(n, b.heads, b.group, b.depth), *(b.random(n, b.heads, b.depth) for _ in range(2)), at
+      return state, attention(shared, inputs[0], inputs[1], before)
 
     def contiguous():
       def kv(n):
         return [b.random(1, n, b.heads, b.depth) for _ in range(2)]
 
       variants = b.variants(lambda: (b.random(1, n, queries, b.depth), kv(n), kv(before) if before else None))
-      attention = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
+      dot = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
 
       def calls(state, _, inputs):
         q, piece, prefix = inputs
-        return state, (attention(q, *piece, is_causal=True), attention(q, *prefix) if before else None)
+        return state, (dot(q, *piece, is_causal=True), dot(q, *prefix) if before else None)
 
       return b.time(calls, variants)
 
-    measured = b.time(op, b.variants(inputs), shared=(b.pool, b.blocks(b.n_slots)))
+    measured = b.time(op, b.variants(lambda: inputs(n, before)), shared=(b.pool, b.blocks(b.n_slots)))
     name = f"{b.attention}, contiguous" + (", two calls" if before else "")
     hbm = 4 * n * (queries + b.heads) * b.depth + b.heads * n_before * b.block_bytes
     moved = dict(hbm=hbm, flops=4 * n * (before + n / 2) * queries * b.depth)
@@ -409,6 +422,8 @@ def prefill(b: Bench) -> Cases:
 
   for n, before in b.pick([(16384, 0), (2048, 14336), (2048, 30720)], [(32, 0), (16, 16)]):
     yield f"{n} after {before}", functools.partial(case, n, before)
+  for n, chunk in b.pick([(16384, 512), (16384, 2048)], [(32, 16)]):
+    yield f"{n} in chunks of {chunk}", functools.partial(in_chunks, n, chunk)
 
 
 EVERY = digest, score, select, residency, attend, copy, moves, prefill, prefill_tiles, tile_lists

@@ -20,7 +20,7 @@ from jax import lax
 
 import pallas_kernels as kernels
 from sparse_serve_jax.benchmarks import step, timing
-from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
+from sparse_serve_jax.benchmarks.timing import Effort, Report, Row, Timing
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama
@@ -37,6 +37,9 @@ WAYS = {
   "cached": (),  # all but a sixteenth of each prompt is in the cache
   "no_prefix": ("cache.prefix=false",),  # what looking for shared blocks costs
   "hbm_pool": ("cache.offload=false",),  # what saves cost: nothing leaves the device
+  "save_direct": ("cache.save=direct",),
+  "save_per_block": ("cache.save=per_block",),
+  "chunked_512": ("scheduler.prefill=chunked", "scheduler.chunk_tokens=512"),
 }
 HBM_BYTES = 8 << 30  # slots and slabs
 CONTEXT = 4096  # at least; shorter ones have no room for packs of short prompts
@@ -110,7 +113,7 @@ def serve(case: Case, config: EngineConfig, model: Model, report: Report) -> tup
   return Timing.of(seconds[2:], 1), dict(iterations=steps, loaded=loaded, compiling_s=sum(seconds[:2]))
 
 
-def products_us(cfg: ModelConfig, params: llama.Params, n_tokens: int, report: Report) -> float:
+def products_us(cfg: ModelConfig, params: llama.Params, n_tokens: int, effort: Effort) -> float:
   """us of all matrix products of all layers for so many tokens, at most TILE at a time, of inputs that are there."""
   n = min(n_tokens, TILE)
 
@@ -129,7 +132,7 @@ def products_us(cfg: ModelConfig, params: llama.Params, n_tokens: int, report: R
   state = {name: step.random(0, (n, width), dtype, device) for name, width in shapes.items()}
   widths = {_depth(cfg, name) for name in shapes}
   variants = [{d: step.random(seed, (n, d), dtype, device) for d in widths} for seed in range(2)]
-  measured, _, _ = timing.measure(op, variants, report.effort, state=state, shared=params)
+  measured, _, _ = timing.measure(op, variants, effort, state=state, shared=params)
   return measured.us * n_tokens / n
 
 
@@ -142,9 +145,9 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
   return jax.numpy.dot(x, w, precision=lax.Precision.HIGHEST if x.dtype == np.float32 else None)
 
 
-def attention_us(cfg: ModelConfig, n_tokens: int, n_before: int, report: Report) -> float:
+def attention_us(cfg: ModelConfig, n_tokens: int, n_before: int, effort: Effort) -> float:
   """us of the dense attention of all layers: of so many tokens, and over so many before them, as two calls."""
-  dtype, device = llama.dtype_of(cfg), timing.device_sharding()
+  dtype, device, on = llama.dtype_of(cfg), timing.device_sharding(), timing.implementation_here()
   dims = (cfg.n_kv_heads, cfg.head_dim)
 
   def inputs(seed):
@@ -154,14 +157,14 @@ def attention_us(cfg: ModelConfig, n_tokens: int, n_before: int, report: Report)
 
   def op(state, _, inputs):
     q, k, v, k_before, v_before = inputs
-    own = kernels.prefill_attention(q, k, v, None, implementation=report.implementation)
+    own = kernels.prefill_attention(q, k, v, None, implementation=on)
     if n_before == 0:
       return state, own
     heads = q.reshape(1, n_tokens, -1, dims[1])
     cudnn = "cudnn" if llama.attends_fused(cfg) else "xla"
     return state, (own, jax.nn.dot_product_attention(heads, k_before[None], v_before[None], implementation=cudnn))
 
-  measured, _, _ = timing.measure(op, [inputs(seed) for seed in (0, 10)], report.effort)
+  measured, _, _ = timing.measure(op, [inputs(seed) for seed in (0, 10)], effort)
   return measured.us * cfg.n_layers
 
 
@@ -179,18 +182,20 @@ def measure(
   """
   mesh, tokenizer = make_mesh(1), ByteTokenizer()
   model = Model(cfg, step.random_params(cfg, mesh), tokenizer, (), "random")
-  products = functools.cache(lambda n: products_us(cfg, model.params, n, report))
-  attention = functools.cache(lambda n, before: attention_us(cfg, n, before, report))
+  products = functools.cache(lambda n: products_us(cfg, model.params, n, report.effort))
+  attention = functools.cache(lambda n, before: attention_us(cfg, n, before, report.effort))
 
-  def row(case: Case) -> Row:
+  def row(name: str, case: Case) -> Row:
     measured, others = serve(case, case.config(cfg, given), model, report)
     gc.collect()  # the engine's cache, before the next one is made
     n = case.n_requests
     parts = dict(products=n * products(case.n_new), attention=n * attention(case.n_new, case.n_tokens - case.n_new))
     floor = sum(parts.values())
     others |= dict(ttft_ms=measured.us / 1e3, tokens_per_s=n * case.n_tokens / measured.us * 1e6)
+    if without := report.results.get(f"prefill-{name} hbm_pool", {}).get("us"):  # saves
+      others["times_hbm_pool"] = measured.us / without
     return timing.row(measured, floor, {}, floors_us=parts, times_floor=measured.us / floor, **others)
 
   for name, (n, tokens) in sizes.items():
     for way in ways:
-      report.add("prefill", f"{name} {way}", functools.partial(row, Case(n, tokens, way)))
+      report.add("prefill", f"{name} {way}", functools.partial(row, name, Case(n, tokens, way)))

@@ -3,7 +3,8 @@
 Batches have the shapes that an engine for just that case dispatches: rows and block tables padded. The same step is
 repeated, so that all it selects is in slots, and before each repetition a share of the slots it used is emptied: what
 misses is random, how much is known. The floor of a step is weights + digests + the sum over layers of the slower of HBM
-and PCIe, of the requests alone. Further rows: a progressive step, and the layers without attention.
+and PCIe, of the requests alone. Further rows: a progressive step, the layers without attention, the same steps by other
+loads, and with dense attention over a pool that lies in HBM.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -39,6 +41,7 @@ from sparse_serve_jax.step import DecodeBatch, Setup, StepCounts
 
 _FIXED = {  # what may not be overridden, and why
   "sparse.policy": "every row has its own",
+  "cache.load": "--loads chooses it",
   "implementation": "it is the device's",
   "tp": "one device is timed",
 }
@@ -100,6 +103,16 @@ class Case:
       return override(base, [*defaults, *limits, threshold, *given, "sparse.policy=topk"])
 
     return {name: cls(n, tokens, config(n, tokens)) for name, (n, tokens) in sizes.items()}
+
+  def densely(self) -> Case:
+    """The same step with dense attention, and with all KV in HBM."""
+    changes = ["sparse.policy=dense", "cache.offload=false", "cache.load=fused", "cache.save=direct"]
+    return dataclasses.replace(self, config=override(self.config, changes))
+
+  def fits(self, cfg: ModelConfig) -> bool:
+    """Whether a cache of its own holds it."""
+    shape = CacheShape.of(cfg, self.config, get_method(self.config.sparse.method).vectors)
+    return self.n_rows * self.n_blocks <= shape.M and self.n_tokens <= shape.max_context
 
 
 def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | None:
@@ -262,14 +275,17 @@ class Bench:
     evict_some = functools.partial(jitted, first=jax.device_put(tokens, whole), n_layers=self.cfg.n_layers)
     return batch, jax.device_put(tables, whole), evict_some
 
-  def run(self, case: Case, policy: str, share: float, n: int, profile: bool) -> Row:
+  def run(self, case: Case, changes: Sequence[str], share: float, n: int, profile: bool) -> Row:
     """Times n steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
-    config = override(case.config, [f"sparse.policy={policy}"])
+    config = override(case.config, changes)
     decode: Any = programs(Setup.of(self.cfg, config, self.report.implementation), self.mesh).decode
     cache, (batch, tables, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
     self.cache = None  # until it is whole again
     maps = kernels.Maps.empty(self.shape.K, self.shape.L, self.shape.M, self.shape.P)
-    cache = cache.replace(hot=cache.hot.replace(maps=maps, tables=tables))
+    host, number = timing.following(cache.pool) if config.cache.load == "staged" else None, None
+    if host is not None:
+      number = jax.device_put(host.numbers, kv_cache.cache_shardings(self.mesh, self.shape.offload).hot.pool_id)
+    cache = cache.replace(hot=cache.hot.replace(maps=maps, tables=tables, pool_id=number))
     n_rows, width = case.padded(self.cfg)
 
     def program(cache: KVCache):
@@ -311,6 +327,23 @@ class Bench:
     return timing.row(timed, sum(floors.values()), moved, **others)
 
 
+@dataclasses.dataclass(frozen=True)
+class Runs:
+  """What of each case is timed."""
+
+  steps: int  # of a call
+  profile: bool  # also launches and time of every kernel, a layer
+  loads: Sequence[str]  # names in LOADS; the first one's rows are called topk
+  dense: bool  # also with dense attention over a pool in HBM
+
+  @property
+  def ways(self) -> dict[str, list[str]]:
+    """Overrides of a case by the name of its rows."""
+    made = [("topk" if i == 0 else f"topk by {load}", load) for i, load in enumerate(self.loads)]
+    ways = {name: ["sparse.policy=topk", f"cache.load={load}"] for name, load in made}
+    return ways | {"psa": ["sparse.policy=psa", "cache.load=fused"]}
+
+
 def weight_bytes(cfg: ModelConfig, params: llama.Params, n_rows: int) -> float:
   """What a step of `n_rows` tokens reads; of an embedding that is not the head, one row a token."""
   whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -341,8 +374,7 @@ def measure(
   cases: Mapping[str, Case],
   misses: Mapping[str, float],
   batches: Sequence[int],
-  n_steps: int,
-  profile: bool,
+  runs: Runs,
 ) -> None:
   """Adds the rows of all cases to the report.
 
@@ -352,8 +384,7 @@ def measure(
     cases: what steps are of; they fit one cache.
     misses: shares of the slots in use that are emptied, by how they are called.
     batches: rows of the layers without attention.
-    n_steps: of a call.
-    profile: also launches and time of every kernel, a layer.
+    runs: what of the cases is timed, and how.
   """
   mesh = make_mesh(1)
   params = random_params(cfg, mesh)
@@ -362,6 +393,36 @@ def measure(
   if shape := cache_shape(cfg, cases):
     bench = Bench(cfg, params, mesh, shape, report)
     for name, case in cases.items():
-      for policy, percent, share in [*(("topk", *miss) for miss in misses.items()), ("psa", "0%", 0.0)]:
-        row = functools.partial(bench.run, case, policy, share, n_steps, profile)
-        report.add("step", f"{policy} {name} miss {percent}", row)
+      for by, changes in runs.ways.items():
+        for percent, share in misses.items() if by != "psa" else [("0%", 0.0)]:
+          row = functools.partial(bench.run, case, changes, share, runs.steps, runs.profile)
+          report.add("step", f"{by} {name} miss {percent}", functools.partial(_beside_none, report, by, name, row))
+    bench.cache = None  # the pool of the others lies in HBM
+    _dense(report, cfg, cases if runs.dense else {}, functools.partial(Bench, cfg, params, mesh), runs)
+
+
+def _beside_none(report: Report, by: str, name: str, make: Callable[[], Row]) -> Row:
+  """A row with the share of its time that the step without misses, if that was timed, does not take."""
+  row = make()
+  without = report.results.get(f"step-{by} {name} miss 0%", {}).get("us")
+  return row | ({} if without is None else {"loading_share": 1 - without / row["us"]})
+
+
+def _dense(
+  report: Report, cfg: ModelConfig, cases: Mapping[str, Case], make: Callable[[CacheShape, Report], Bench], runs: Runs
+) -> None:
+  """Rows of the same steps with dense attention, of those that fit HBM, beside the first way without misses."""
+  dense = {name: of for name, case in cases.items() if (of := case.densely()).fits(cfg)}
+  if told := [name for name in cases if name not in dense]:
+    print(f"dense: {', '.join(told)} do not fit cache.hbm_bytes", file=sys.stderr)
+  if not (shape := cache_shape(cfg, dense)):
+    return
+  bench = make(shape, report)
+
+  def row(name: str, case: Case) -> Row:
+    row = bench.run(case, (), 0.0, runs.steps, runs.profile)
+    sparse = report.results.get(f"step-{next(iter(runs.ways))} {name} miss 0%", {}).get("us")
+    return row | ({} if sparse is None else {"times_sparse": row["us"] / sparse})
+
+  for name, case in dense.items():
+    report.add("step", f"dense {name}", functools.partial(row, name, case))

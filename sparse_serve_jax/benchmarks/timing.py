@@ -29,6 +29,7 @@ from jax.sharding import SingleDeviceSharding
 
 from sparse_serve_jax import results, runtime
 from sparse_serve_jax.memory import host_pool
+from sparse_serve_jax.memory.pinned import pinned_buffer
 
 Row = dict[str, Any]
 Op = Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, shared, inputs) -> (state, result)
@@ -289,8 +290,19 @@ def start(
   runtime.configure()
   if effort != SMOKE and jax.default_backend() != "gpu":
     raise NotImplementedError(f"needs an NVIDIA GPU, JAX runs on {jax.default_backend()}; --smoke tries it anywhere")
-  implementation = implementation or ("triton" if jax.default_backend() == "gpu" else "xla")
-  return Report(rows, Ceilings.measure(effort), effort, implementation, commit)
+  return Report(rows, Ceilings.measure(effort), effort, implementation or implementation_here(), commit)
+
+
+def following(pool: jax.Array) -> host_pool.HostPool:
+  """What the host knows the pool by, while it is kept."""
+  host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
+  host.follow(pool)
+  return host
+
+
+def implementation_here() -> str:
+  """Of the ops, where none is named."""
+  return "triton" if jax.default_backend() == "gpu" else "xla"
 
 
 class Report:

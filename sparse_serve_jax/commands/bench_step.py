@@ -20,6 +20,7 @@ from sparse_serve_jax.benchmarks import step, timing
 from sparse_serve_jax.benchmarks.timing import SMOKE, Effort
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
+from sparse_serve_jax.memory.loads import LOADS
 
 with cli.group("What is timed"):
   _MODEL = flags.DEFINE_string("model", "llama3-8b", "A name in configs/models, or a JSON file.")
@@ -32,6 +33,8 @@ with cli.group("What is timed"):
     "Overrides of what cases set themselves (step.Case.all_of), such as cache.hbm_bytes=8GiB; not of sparse.policy, "
     "sparse.dense_layers, implementation or tp.",
   )
+  _LOADS = flags.DEFINE_list("loads", ["fused"], f"Of {', '.join(LOADS)}: how what misses comes to the device.")
+  _BESIDE = flags.DEFINE_bool("beside_dense", False, "Also with dense attention, of cases whose KV fits HBM.")
   _STEPS = flags.DEFINE_integer("steps", 20, "Steps of a call.", lower_bound=1)
   _PROFILE = flags.DEFINE_bool("profile", False, "Also launches and time of every kernel, a layer.")
 _OUT, _COMMIT, _SMOKE = cli.define_benchmark()
@@ -41,6 +44,7 @@ _VERBOSE = cli.define_verbose()
 def main() -> int:
   sizes = cli.sizes(_CASES)
   batches = list(dict.fromkeys(map(_batch, _DENSE.value)))
+  loads = cli.chosen("loads", _LOADS.value, list(LOADS))
   misses = {f"{100 * share:g}%": share for share in map(_share, _MISSES.value)}
   cfg, changes = read_config(ModelConfig, find_config("models", _MODEL.value)), _SET.value
   if _SMOKE.value:
@@ -50,7 +54,8 @@ def main() -> int:
   step.cache_shape(cfg, cases)  # so that what does not fit is told at once
   effort = SMOKE if _SMOKE.value else Effort()
   report = timing.start(effort, cli.file_in(_OUT, "step.jsonl"), commit=_COMMIT.value)
-  step.measure(report, cfg, cases, misses, batches, _STEPS.value, _PROFILE.value)
+  runs = step.Runs(_STEPS.value, _PROFILE.value, loads, _BESIDE.value)
+  step.measure(report, cfg, cases, misses, batches, runs)
   return report.close()
 
 

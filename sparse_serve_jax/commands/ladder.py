@@ -2,14 +2,16 @@
 
   sparse-serve ladder --rungs=dense,sparse_serve,psa --rates=0.5,1,2 --model=models/reference --out=/tmp/ladder
 
-A rung is a configuration; --set changes all of them, so that they obey one cache.hbm_bytes. Each is compiled before it
-is timed. Goodput is the highest rate at which 99 % of the times between tokens are at most 25 decode iterations (those
-that the first rung takes for one request alone), and requests wait at most 2 s on average before they are worked on:
---goodput searches it between the rates.
+A rung is a configuration; --set changes all of them, so that they obey one cache.hbm_bytes, and --vary makes a rung of
+each value: --vary=scheduler.max_batch=2,4,8. Each is compiled before it is timed. Goodput is the highest rate at which
+99 % of the times between tokens are at most 25 decode iterations (those that the first rung takes for one request
+alone), and requests wait at most 2 s on average before they are worked on: --goodput searches it between the rates.
+--overload runs all rungs also a tenth above the rate at which the first one's requests begin to wait longer than that.
 
-The folder of --out gets cells.jsonl, a row for each rung and rate; answers.jsonl, the tokens of each rung; and made of
-these results.md, results.csv and ladder.png. What is there is not run again. With --ray each rung is one process's. The
-last line of stdout is a JSON object.
+The folder of --out gets cells.jsonl, a row for each rung and rate; iterations.jsonl, what each iteration did and took,
+which `sparse-serve simulate --ladder` fits costs to; answers.jsonl, the tokens of each rung; and made of these
+results.md, results.csv and ladder.png. What is there is not run again. With --ray each rung is one process's. The last
+line of stdout is a JSON object.
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ with cli.group("What is compared"):
     ["dense", "sparse", "sparse_offload", "sparse_serve", "psa"],
     "Names in configs/serving, or JSON files. The others are compared with the first.",
   )
-  _RATES = flags.DEFINE_list("rates", ["0.5", "1", "2"], "Mean rates of arrival, in requests a second.")
+  _RATES = flags.DEFINE_list("rates", ["0.5", "1", "2"], "Mean rates of arrival, in requests a second; 0: all at once.")
   _SET = flags.DEFINE_multi_string("set", [], "Overrides of every rung, such as cache.hbm_bytes=8GiB.")
+  _VARY = flags.DEFINE_multi_string("vary", [], "KEY=VALUE,VALUE,...: a rung for each value, and for each of another.")
   _GOODPUT = flags.DEFINE_bool("goodput", False, "Search the highest rate that each rung serves well.")
-  _RUNS = flags.DEFINE_integer("most_runs", 8, "--goodput: rates to try between those given.", lower_bound=0)
+  _OVERLOAD = flags.DEFINE_bool(
+    "overload", False, "Also 1.1 times the rate at which the first rung's mean delay passes 2 s."
+  )
+  _RUNS = flags.DEFINE_integer("most_runs", 8, "--goodput, --overload: rates to try between.", lower_bound=0)
 _ASKED = WorkloadFlags(rate=False)
 _RAY = cli.define_ray()
 _OUT = cli.define_out("Folder of results.")
@@ -51,8 +57,8 @@ def main() -> int:
   """Returns 1 if a request of the workload was refused."""
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
-  configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value), _ASKED.read()
-  rates = [workloads.checked_rate(rate) for rate in cli.numbers(_RATES, float)]
+  configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value, _varied()), _ASKED.read()
+  rates = [workloads.checked_rate(rate) if rate else 0.0 for rate in cli.numbers(_RATES, float)]
   source = workloads.read(workload)
   tell_refused(known := workloads.refused_by(source))
   of_model = _MODEL.value, _DTYPE.value, _ASKED.seed
@@ -95,7 +101,7 @@ def _measured(
   found: dict[str, ladder.Goodput] = {}
 
   def measure(run: ladder.Ladder, rung: str) -> None:
-    for rate in rates:
+    for rate in rates + ([run.overload(rates, _RUNS.value)] if _OVERLOAD.value else []):
       run.cell(rung, rate)
     if _GOODPUT.value:
       found[rung] = run.goodput(rung, rates, _RUNS.value)
@@ -107,9 +113,21 @@ def _measured(
     for rung in run.rungs:
       measure(run, rung)
   else:  # the first cell is what all are compared with
-    cluster.spread(make, run.rungs[:1], lambda call, rung: elsewhere(call).cell(rung, rates[0]), tp)
+    first = measure if _OVERLOAD.value else lambda run, rung: run.cell(rung, rates[0])
+    cluster.spread(make, run.rungs[:1], lambda call, rung: first(elsewhere(call), rung), tp)
     cluster.spread(make, run.rungs, lambda call, rung: measure(elsewhere(call), rung), tp)
   return {rung: found[rung] for rung in run.rungs if rung in found}
+
+
+def _varied() -> dict[str, list[str]]:
+  """Values by key, of --vary."""
+  varied: dict[str, list[str]] = {}
+  for given in _VARY.value:
+    key, _, values = given.partition("=")
+    if key in varied or not all(values.split(",")):
+      raise ValueError(f"--vary: {given!r} is not KEY=VALUE,VALUE,... of a key that is given once")
+    varied[key] = values.split(",")
+  return varied
 
 
 def _bench(of_model: tuple[str, str | None, int], configs: dict[str, EngineConfig], items: list[Item]) -> ladder.Bench:

@@ -6,7 +6,13 @@
 The first serves the workload on this machine, all requests at once, and fits the cost of an iteration to what it
 measured. The second serves another workload with that cost, without the model and as fast as Python plans it; the costs
 hold for that model, device and kernels, while memory, batches and rates may be others. --compare serves a workload both
-ways. In virtual time only lengths matter, and which prompts begin alike, where a trace says so: cached_share is what
+ways. With --ladder folders of `sparse-serve ladder` take this machine's place: --calibrate fits to what they hold of
+the rung --config, and --compare predicts their cells:
+
+  sparse-serve simulate --cost=cost.json --calibrate --ladder=W1,W3 --config=sparse_serve
+  sparse-serve simulate --cost=cost.json --compare --ladder=W2 --config=sparse_serve
+
+In virtual time only lengths matter, and which prompts begin alike, where a trace says so: cached_share is what
 the prefix cache held. Every output has all its tokens.
 
 The table goes to stdout, and as its last line one JSON object with the same numbers. The folder of --out gets
@@ -28,10 +34,11 @@ from absl import flags, logging
 from sparse_serve_jax import results, runtime, workloads
 from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.commands import cli
-from sparse_serve_jax.commands.workload import WorkloadFlags, digest
+from sparse_serve_jax.commands.workload import WorkloadFlags, at_rate, digest
 from sparse_serve_jax.config import EngineConfig, load_config, override, with_fixed_sizes
-from sparse_serve_jax.evaluation import selections
-from sparse_serve_jax.models import Model, reference
+from sparse_serve_jax.evaluation import kept, selections
+from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.models import Model, load_model, reference
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.clock import Clock, Virtual, Wall
@@ -55,6 +62,7 @@ with cli.group("The device"):
   )
   _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Serve for real on this machine, and fit the costs.")
   _COMPARE = flags.DEFINE_bool("compare", False, "Simulate, and serve the same for real on this machine.")
+  _LADDER = flags.DEFINE_list("ladder", [], "Folders of ladders, for --calibrate and --compare.")
   _REPEATS = flags.DEFINE_integer("repeats", 3, "Times to serve for real, after once to compile.", lower_bound=1)
   _SELECTIONS = flags.DEFINE_list(
     "selections",
@@ -72,22 +80,20 @@ def main() -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   if _CALIBRATE.value and _COMPARE.value:
     raise ValueError("--calibrate makes the costs that --compare tests: give one of them")
+  if _LADDER.value:
+    return _from_ladders([kept.read(pathlib.Path(folder), _CONFIG.value) for folder in _LADDER.value])
   config = with_fixed_sizes(override(load_config(_CONFIG.value), _SET.value))
   asked = Asked(_ASKED.read())
   cost = None if _CALIBRATE.value else read_cost(_COST.value)
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   if cost is None:
     return _calibrate(config, model, asked)
-  if (of := (cost.about.model, cost.about.dtype)) != (model.name, model.config.dtype):
-    raise ValueError(f"{_COST.value} is of {' in '.join(of)}, and this is {model.name} in {model.config.dtype}")
+  _check_cost(cost, model)
   setting = {"config": config, "model": model.config, "cost": cost, "seed": _ASKED.seed}
   about = {"workload": asked.config, "prompts": digest(asked.config)}
   out = _OUT.value and results.claim(_OUT.value, setting | about)
   rows: list[dict[str, Any]] = []
-  clock = Virtual()
-  vectors = Selector.of(config).method.vectors
-  executor = SimulatedExecutor(config, model.config, cost, clock, vectors)
-  simulated = asked.serve(executor, clock, asked.without_text(model, executor), rows).to_dict()
+  simulated = _simulated(config, model, cost, asked, rows)
   if out:
     pathlib.Path(out, "requests.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
   name = pathlib.Path(_CONFIG.value).stem
@@ -97,6 +103,20 @@ def main() -> int:
   else:
     cli.end_with(metrics.table({name: simulated}), simulated)
   return 1 if simulated["refused"] or not simulated["requests"] else 0
+
+
+def _check_cost(cost: Cost, model: Model) -> None:
+  if (of := (cost.about.model, cost.about.dtype)) != (model.name, model.config.dtype):
+    raise ValueError(f"{_COST.value} is of {' in '.join(of)}, and this is {model.name} in {model.config.dtype}")
+
+
+def _simulated(
+  config: EngineConfig, model: Model, cost: Cost, asked: Asked, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """The summary of the workload in virtual time; adds a row for each request."""
+  clock = Virtual()
+  executor = SimulatedExecutor(config, model.config, cost, clock, Selector.of(config).method.vectors)
+  return asked.serve(executor, clock, asked.without_text(model, executor), rows).to_dict()
 
 
 class Asked:
@@ -154,6 +174,31 @@ def _measured(config: EngineConfig, model: Model, asked: Asked) -> dict[str, dic
   return {f"measured {i}": one.to_dict() for i, one in enumerate(served) if i}
 
 
+def _from_ladders(ladders: list[kept.Kept]) -> int:
+  """Fits a cost to all cells of a rung, or predicts each of them."""
+  if _CALIBRATE.value:
+    _writable(pathlib.Path(_COST.value))
+    first, cells = ladders[0], [cell for of in ladders for cell in of.iterations.values()]
+    iterations = [one for cell in cells for one in cell]
+    about = dict(model=first.model_name, dtype=first.model.dtype, device=first.device)
+    about["workload"] = json.dumps([dataclasses.asdict(of.workload) for of in ladders])
+    return _fit(first.config, first.shape, iterations, [one.seconds for one in iterations], about, _reuse())
+  if not _COMPARE.value:
+    raise ValueError("--ladder takes this machine's place in --calibrate or --compare: give one of them")
+  cost, columns = read_cost(_COST.value), {}
+  for of in ladders:
+    model = load_model(of.model_name, of.model.dtype, of.seed)
+    _check_cost(cost, model)
+    for rate, cell in of.cells.items():
+      simulated = _simulated(of.config, model, cost, Asked(at_rate(of.workload, rate)), [])
+      name, measured = f"{of.folder.name} {rate:g}", {key: cell.get(key) for key in simulated}
+      for key in ("throughput_tok_s", "ttft_mean_s"):
+        simulated[f"{key} off by"] = simulated[key] / cell[key] - 1 if cell[key] else None
+      columns |= {f"{name} simulated": simulated, f"{name} measured": measured}
+  cli.end_with(metrics.table(columns), columns)
+  return 0
+
+
 def _calibrate(config: EngineConfig, model: Model, asked: Asked) -> int:
   """Fits a cost and writes it."""
   if asked.config.arrivals.process != "all_at_once":
@@ -173,24 +218,33 @@ def _calibrate(config: EngineConfig, model: Model, asked: Asked) -> int:
     passes.append(stopwatch.iterations)
   if len({len(one) for one in passes}) > 1:
     raise ValueError(f"the passes have different iterations, {[len(one) for one in passes]}: a request has failed")
+  about = dict(model=model.name, dtype=model.config.dtype, device=jax.devices()[0].device_kind)
+  about["workload"] = json.dumps(dataclasses.asdict(asked.config))
+  return _fit(config, executor.shape, passes[0], typical(passes), about, reuse)
+
+
+def _fit(
+  config: EngineConfig,
+  shape: CacheShape,
+  iterations: list[Iteration],
+  seconds: list[float],
+  about: dict[str, str],
+  reuse: Reuse,
+) -> int:
+  """Fits a cost to iterations and writes it; `about` is what they are of."""
   if config.sparse.policy == "psa":
-    reuse = dataclasses.replace(reuse, psa_blocks=_blocks_read(passes[0], executor, config))
-  works = [iteration.work for iteration in passes[0]]
-  found = fit(works, typical(passes))
-  device = jax.devices()[0]
-  about = About(
-    model=model.name,
-    dtype=model.config.dtype,
-    device=device.device_kind,
+    reuse = dataclasses.replace(reuse, psa_blocks=_blocks_read(iterations, shape, config))
+  found = fit([iteration.work for iteration in iterations], seconds)
+  made = About(
+    **about,
     config=json.dumps(dataclasses.asdict(config)),
-    workload=json.dumps(dataclasses.asdict(asked.config)),
     selections=",".join(pathlib.Path(file).name for file in _SELECTIONS.value),
-    iterations=len(works),
+    iterations=len(iterations),
     mean_error=found.mean_error,
     total_error=found.total_error,
   )
-  results.replace_json(pathlib.Path(_COST.value), dataclasses.asdict(Cost(about, found.seconds, reuse)))
-  told = {"iterations": len(works), "mean_error": found.mean_error, "total_error": found.total_error}
+  results.replace_json(pathlib.Path(_COST.value), dataclasses.asdict(Cost(made, found.seconds, reuse)))
+  told = {"iterations": len(iterations), "mean_error": found.mean_error, "total_error": found.total_error}
   told |= {f"{name} (s)": price for name, price in dataclasses.asdict(found.seconds).items()}
   cli.end_with(metrics.table({pathlib.Path(_CONFIG.value).stem: told}), told)
   return 0
@@ -219,9 +273,9 @@ def _reuse() -> Reuse:
   return fit_reuse(np.mean(curves, 0).tolist(), float(np.mean(densities)))
 
 
-def _blocks_read(iterations: list[Iteration], executor: JaxExecutor, config: EngineConfig) -> float:
+def _blocks_read(iterations: list[Iteration], shape: CacheShape, config: EngineConfig) -> float:
   """Mean blocks that a step of PSA reads of a KV head, in the layers where it may stop."""
-  dense_layers, shape = config.sparse.dense_layers, executor.shape
+  dense_layers = config.sparse.dense_layers
   rows = sum(iteration.rows for iteration in iterations)
   attended = sum(iteration.work.attended_blocks for iteration in iterations) / shape.K
   attended -= dense_layers * sum(iteration.full_blocks for iteration in iterations)

@@ -103,7 +103,9 @@ class WorkloadFlags:
       "arrivals.seed": self.seed,
     }
     config = override(config, {key: value for key, value in changes.items() if value is not None})
-    return config if self._rate is None or self._rate.value is None else at_rate(config, self._rate.value)
+    if self._rate is None or self._rate.value is None:
+      return config
+    return at_rate(config, workloads.checked_rate(self._rate.value))
 
 
 def tell_refused(rows: Iterable[Refused]) -> None:
@@ -113,8 +115,12 @@ def tell_refused(rows: Iterable[Refused]) -> None:
 
 
 def at_rate(config: workloads.WorkloadConfig, rate: float) -> workloads.WorkloadConfig:
-  """The workload, arriving at a mean rate in requests a second: by its own process if that has a rate, else Poisson."""
+  """The workload, arriving at a mean rate in requests a second: by its own process if that has a rate, else Poisson. At
+  a rate of 0 all at once.
+  """
   arrivals = config.arrivals
+  if rate == 0:
+    return override(config, {"arrivals.process": "all_at_once", "arrivals.options": {}, "arrivals.rate": 0.0})
   if arrivals.process in ("all_at_once", "trace") and not arrivals.rate:
     return override(config, {"arrivals.process": "poisson", "arrivals.options": {}, "arrivals.rate": rate})
   return override(config, {"arrivals.rate": rate})

@@ -2,23 +2,25 @@
 
 A cell is a rung at a rate. The folder of a ladder holds
 
-  cells.jsonl    a row for each cell: `metrics.Summary`, what was refused or failed, whether goodput's condition holds.
-                 A rung's row without a rate: what it does alone, and what its programs took to compile
-  answers.jsonl  a row for each request of each rung: its tokens, and the score of its answer if it is judged
+  cells.jsonl       a row for each cell: `metrics.Summary`, what was refused or failed, whether goodput's condition
+                    holds, and the least time of its work. A rung's row without a rate: what it does alone
+  iterations.jsonl  a row for each cell: what each of its iterations did and took, for costs to be fitted to
+  answers.jsonl     a row for each request of each rung: its tokens, and the score of its answer if it is judged
 
-What is there is not run again. Programs are compiled before anything is timed.
+At a rate of 0 all requests come at once. What is there is not run again. Programs are compiled before any are timed.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from sparse_serve_jax import results
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override, with_fixed_sizes
+from sparse_serve_jax.evaluation import floor
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.prefix import begin_alike
 from sparse_serve_jax.memory.shape import CacheShape
@@ -34,12 +37,14 @@ from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, to_columns
 from sparse_serve_jax.workloads import Item
 
 Row = dict[str, Any]
 
 ALONE_TOKENS = 32  # decode steps by which a decode iteration is timed
 CLOSE = 1.1  # the search for goodput ends where the rates around it are within this factor
+OVERLOAD = 1.1  # times the rate at which requests begin to wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +55,16 @@ class Goodput:
   fails_at: float | None  # the lowest rate above it that was tried; None: the highest that was tried serves well too
 
 
-def read_rungs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, EngineConfig]:
+def read_rungs(
+  names: Sequence[str], changes: Sequence[str] = (), varied: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, EngineConfig]:
   """Configurations by rung: of names in configs/serving, or of JSON files, which are named without their folder. Sizes
   that are left open are those of `with_fixed_sizes`, so that all machines compare the same.
 
   Args:
     names: of the rungs.
     changes: overrides of them all, such as "cache.hbm_bytes=8GiB".
+    varied: values by key of a configuration. There is a rung for each choice of them, "psa max_batch=2".
 
   Raises:
     ValueError: there is none, or no such rung, it is given twice, or its parts exclude each other.
@@ -64,12 +72,14 @@ def read_rungs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, E
   if not names:
     raise ValueError("a ladder has one rung or more, got none")
   configs: dict[str, EngineConfig] = {}
-  for given in names:
-    name = pathlib.Path(given).stem
+  choices = itertools.product(*([(key, value) for value in values] for key, values in (varied or {}).items()))
+  for given, chosen in itertools.product(names, choices):
+    name = " ".join([pathlib.Path(given).stem, *(f"{key.partition('.')[2]}={value}" for key, value in chosen)])
     if name in configs:
       raise ValueError(f"the rung {name} is given twice")
     try:
-      configs[name] = with_fixed_sizes(override(load_config(given), changes))
+      of = override(load_config(given), [*changes, *(f"{key}={value}" for key, value in chosen)])
+      configs[name] = with_fixed_sizes(of)
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from None
   return configs
@@ -144,6 +154,18 @@ def _remedy(config: EngineConfig, model: ModelConfig, n_tokens: int) -> str:
 Ends = dict[str, Request | run.Refusal]  # by the names of requests
 
 
+class Measured(NamedTuple):
+  """What a rung did of some requests."""
+
+  served: run.Served
+  ended: Ends
+  iterations: list[Iteration]
+  rates: floor.Rates  # of the device
+
+
+Serve = Callable[[str, Sequence[Item], np.ndarray], Measured]
+
+
 class Bench:
   """Serves requests, one rung's engine in memory at a time."""
 
@@ -151,9 +173,13 @@ class Bench:
     """Arguments as those of `Ladder`."""
     self._model, self._configs, self._items = model, configs, items
     self._executor: tuple[str, JaxExecutor] | None = None
+    self._rates: floor.Rates | None = None
 
-  def serve(self, rung: str, items: Sequence[Item], arrivals: np.ndarray) -> tuple[run.Served, Ends]:
-    engine = Engine(self.compiled(rung))
+  def serve(self, rung: str, items: Sequence[Item], arrivals: np.ndarray) -> Measured:
+    executor = self.compiled(rung)
+    assert self._rates is not None
+    watch = Stopwatch(executor.config, executor.shape)
+    engine = Engine(executor, observer=watch.observe)
     ended: Ends = {}
     with tqdm(total=len(items), desc=rung, unit="request", leave=False, disable=None) as bar:
 
@@ -161,16 +187,17 @@ class Bench:
         ended[end.id] = end
         bar.update()
 
-      return run.serve(engine, items, arrivals, on_end), ended
+      return Measured(run.serve(engine, items, arrivals, on_end), ended, watch.iterations, self._rates)
 
   def compiled(self, rung: str) -> JaxExecutor:
-    """With all programs that the requests need."""
+    """With all programs that the requests need. The device's rates are measured before the first one takes memory."""
+    self._rates = self._rates or floor.Rates.measure(self._model.config)
     if self._executor is None or self._executor[0] != rung:
-      # The cache's memory is what the next one takes; the weights stay where they are.
-      start, kept = time.monotonic(), self._executor and self._executor[1].params
+      # The next one takes the memory of this one's cache; the weights stay where they are.
+      start, before = time.monotonic(), self._executor and self._executor[1]
       self._executor = None
-      executor = JaxExecutor(self._configs[rung], self._model)
-      del kept
+      executor = JaxExecutor(self._configs[rung], self._model, after=before)
+      del before
       sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
       prompts = [item.prompt for item in self._items]
       # A request that was preempted begins like itself.
@@ -203,10 +230,12 @@ class Ladder:
     """
     self.rungs = list(configs)
     self._model, self._configs, self._items, self._arrivals = model, configs, items, arrivals
-    self._cells, self._answers = (results.Rows(folder / f"{name}.jsonl") for name in ("cells", "answers"))
-    self._serve = Bench(model, configs, items).serve
+    self._cells, self._answers, self._iterations = (
+      results.Rows(folder / f"{name}.jsonl") for name in ("cells", "answers", "iterations")
+    )
+    self._serve: Serve = Bench(model, configs, items).serve
 
-  def served_by(self, serve: Callable[[str, Sequence[Item], np.ndarray], tuple[run.Served, Ends]]) -> Ladder:
+  def served_by(self, serve: Serve) -> Ladder:
     """The same ladder, with the same rows, whose requests something else serves, as `Bench.serve` does. Several of them
     may run cells of different rungs at once, when the first rung has a cell.
     """
@@ -221,17 +250,20 @@ class Ladder:
     return sorted(rows, key=lambda row: (self.rungs.index(row["rung"]), row["rate"]))
 
   def cell(self, rung: str, rate: float) -> Row:
-    """A rung at a rate, in requests a second: measured now, or what is there of it."""
+    """A rung at a rate, in requests a second, or 0: measured now, or what is there of it."""
     if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, rate)), None):
       return there
-    limit = self.alone(self.rungs[0])["iteration_s"]
-    self.alone(rung)
-    served, ended = self._serve(rung, self._items, self._arrivals(rate))
+    limit = rate and self.alone(self.rungs[0])["iteration_s"]
+    if rate:
+      self.alone(rung)
+    served, ended, iterations, rates = self._serve(rung, self._items, self._arrivals(rate))
     if not any(row["rung"] == rung for row in self._answers.all):
       self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
+    self._iterations.append({"rung": rung, "rate": rate, **to_columns(iterations)})
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
-    # What is refused no rung can serve (`check`), at no rate.
-    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed
+    row |= self._floor(rung, ended, iterations, rates)
+    # What is refused no rung can serve (`check`), at no rate. A burst is no rate that could be kept.
+    row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed if rate else None
     self._cells.append(row)
     return row
 
@@ -248,7 +280,7 @@ class Ladder:
     room = min(shape.max_context for shape in shapes(self._configs, self._model.config).values()) - n
     options = {**middle.options, "ignore_eos": True, "stop_token_ids": (), "min_tokens": 0}
     item = dataclasses.replace(middle, prompt=middle.prompt[: max(1, room)], max_new_tokens=n, options=options)
-    end = self._serve(rung, [item], np.zeros(1))[1][item.id]
+    end = self._serve(rung, [item], np.zeros(1)).ended[item.id]
     if isinstance(end, run.Refusal) or len(end.output_tokens) < n:
       raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens: {end.error}")
     gaps = metrics.times_between_tokens(end)
@@ -260,7 +292,40 @@ class Ladder:
     """Searches the highest rate at which a rung serves well: `rates` first, ascending, then between them by halves of
     their ratio until they are within `CLOSE` or `most_runs` more cells have been run.
     """
-    return search(lambda rate: self.cell(rung, rate)["keeps_slo"], rates, most_runs)
+    return search(lambda rate: self.cell(rung, rate)["keeps_slo"], [rate for rate in rates if rate], most_runs)
+
+  def overload(self, rates: Sequence[float], most_runs: int = 8) -> float:
+    """The rate that is `OVERLOAD` times the one at which requests to the first rung begin to wait longer than goodput
+    allows, on average. It is searched as `goodput` does, and then told by the delays on both sides of it.
+
+    Raises:
+      ValueError: they wait so long at all rates, or at none.
+    """
+    return OVERLOAD * passing(lambda rate: self._delay(rate), rates, most_runs)
+
+  def _delay(self, rate: float) -> float:
+    """Seconds that requests to the first rung wait on average before they are worked on."""
+    delay = self.cell(self.rungs[0], rate)["scheduling_delay_mean_s"]
+    return math.inf if delay is None else delay
+
+  def _floor(self, rung: str, ended: Ends, iterations: Sequence[Iteration], rates: floor.Rates) -> Row:
+    """What a cell's work takes at least, beside the seconds in which there was any; and iterations in numbers."""
+    config, cfg = self._configs[rung], self._model.config
+    shape = shapes({rung: config}, cfg)[rung]
+    decoding = [of.seconds for of in iterations if of.rows and not of.work.prefill_tokens]
+    requests = [end for end in ended.values() if isinstance(end, Request) and end.first_token_time is not None]
+    busy, attended = sum(of.seconds for of in iterations), sum(of.work.attended_blocks for of in iterations)
+    least = floor.prefill_s(rates, cfg, requests, config.tp) + floor.decode_s(rates, cfg, shape, iterations, config.tp)
+    return {
+      "decode_steps": sum(bool(of.rows) for of in iterations),
+      "decode_step_s": float(np.median(decoding)) if decoding else None,  # with no piece of a prompt beside it
+      "loaded_an_iteration": sum(of.work.loaded_blocks for of in iterations) / max(1, len(iterations)),
+      "missed_share": sum(of.missed_blocks for of in iterations) / max(1, attended),
+      "busy_s": busy,
+      "floor_s": least,
+      "floor_share": least / busy if busy else None,
+      "rates": dataclasses.asdict(rates),
+    }
 
   def _answer(self, rung: str, item: Item, end: Request | run.Refusal) -> Row:
     tokens = [int(token) for token in end.output_tokens] if isinstance(end, Request) else []
@@ -308,10 +373,24 @@ def search(serves_well: Callable[[float], bool], rates: Sequence[float], most_ru
   return Goodput(good, bad)
 
 
+def passing(delay: Callable[[float], float], rates: Sequence[float], most_runs: int) -> float:
+  """The rate at which the mean delay passes what goodput allows; see `Ladder.overload`."""
+  found = search(lambda rate: delay(rate) <= metrics.MOST_DELAY_S, [rate for rate in rates if rate], most_runs)
+  if found.rate is None or found.fails_at is None:
+    all_or_none = "none" if found.rate is None else "all"
+    told = ", ".join(f"{rate:g}" for rate in sorted(rates) if rate)
+    raise ValueError(
+      f"the mean delay is below {metrics.MOST_DELAY_S:g} s at {all_or_none} of the rates {told}: add one"
+    )
+  low, high = delay(found.rate), delay(found.fails_at)
+  share = (metrics.MOST_DELAY_S - low) / (high - low) if math.isfinite(high) else 0
+  return float(f"{found.rate * (found.fails_at / found.rate) ** share:.3g}")
+
+
 def goodputs(cells: Sequence[Row]) -> dict[str, Goodput]:
-  """Of each rung, by the cells that there are."""
+  """Of each rung, by the cells that there are with a rate."""
   found = {}
-  for rung in dict.fromkeys(cell["rung"] for cell in cells):
-    serves_well = {cell["rate"]: cell["keeps_slo"] for cell in cells if cell["rung"] == rung}
+  for rung in dict.fromkeys(cell["rung"] for cell in cells if cell["rate"]):
+    serves_well = {cell["rate"]: cell["keeps_slo"] for cell in cells if cell["rung"] == rung and cell["rate"]}
     found[rung] = search(serves_well.__getitem__, list(serves_well), most_runs=0)
   return found

@@ -20,7 +20,10 @@ TIMES = {  # key of a cell -> what it is
 
 
 def write(folder: pathlib.Path, cells: Sequence[Row], found: Mapping[str, Goodput], made_by: str = "") -> None:
-  """ladder.png, and ladder_cache.png if some rung keeps blocks outside HBM."""
+  """ladder.png, and ladder_cache.png if some rung keeps blocks outside HBM; of cells that have a rate."""
+  cells = [cell for cell in cells if cell["rate"]]
+  if not cells:
+    return
   draw(cells, found, folder / "ladder.png", made_by)
   if any(_loads(cell) for cell in cells):
     draw_cache(cells, folder / "ladder_cache.png", made_by)

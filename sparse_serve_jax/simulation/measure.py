@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,29 @@ class Iteration(NamedTuple):
   work: Work
   rows: int  # of its decode step, without padding
   full_blocks: int  # of these rows together, of one layer and head
+  missed_blocks: int  # of those that they attended to, over layers and heads
   seconds: float
+
+
+def to_columns(iterations: Sequence[Iteration]) -> dict[str, list[float]]:
+  """Iterations as JSON values: a list of each number, seconds in whole microseconds."""
+  rows = [(*of.work, *of[1:-1], round(of.seconds, 6)) for of in iterations]
+  return {name: [row[i] for row in rows] for i, name in enumerate(_COLUMNS)}
+
+
+def from_columns(columns: Mapping[str, Any]) -> list[Iteration]:
+  """What `to_columns` was given, with its seconds rounded.
+
+  Raises:
+    ValueError: a column is missing, or they are not of one length.
+  """
+  if missing := [name for name in _COLUMNS if name not in columns]:
+    raise ValueError(f"iterations lack {', '.join(missing)}")
+  n, rows = len(Work._fields), zip(*(columns[name] for name in _COLUMNS), strict=True)
+  return [Iteration(Work(*row[:n]), *row[n:]) for row in rows]
+
+
+_COLUMNS = (*Work._fields, *Iteration._fields[1:])
 
 
 def typical(passes: Sequence[Sequence[Iteration]]) -> list[float]:
@@ -53,5 +75,6 @@ class Stopwatch:
     work = work_of(seen.plan, seen.result.stats, self._shape, self._buckets)
     rows = seen.plan.decode
     full = sum(row.position // self._shape.S for row in rows)
-    self.iterations.append(Iteration(work, len(rows), full, seen.done - max(seen.planned, self._last)))
+    seconds = seen.done - max(seen.planned, self._last)
+    self.iterations.append(Iteration(work, len(rows), full, seen.result.stats.missed, seconds))
     self._last = seen.done
