@@ -85,12 +85,13 @@ def psa_against_fixed(rows: Sequence[Row]) -> Iterator[Row]:
   Yields:
     "tokens", "of" (a task, or "mean of" the tasks of a group that dense solves), "series" (one of RULES, IN_GROUPS and
     PSA_SHARES that there are rows of; if there are none the default one) and "level". Under "dense", "psa" and "fixed"
-    the case with the fewest blocks whose accuracy reaches the level, None where none does; "at" is its threshold, or its budget in tokens, and "sure" in how many of the bootstrap's draws it reaches the level. Under
-    "psa_fails" and "fixed_fails" the next with fewer blocks, which does not reach it: what is needed lies between the
-    two. And ratios, of blocks and of bytes with digests, None where one of their cases is: "fixed_by_psa" and
-    "dense_by_psa"; "at_least", the budget that fails by the PSA that reaches the level; "at_most", the budget that
-    reaches it by the PSA that fails. Dense attends to all full blocks. If dense does not solve a task, all of its
-    entries but "dense" are None.
+    the case with the fewest blocks whose accuracy reaches the level, None where none does; "at" is its threshold, or
+    its budget in tokens, and "sure" in how many of the bootstrap's draws it reaches the level. Under "psa_fails" and
+    "fixed_fails" the next with fewer blocks, which does not reach it: what is needed lies between the two. And ratios,
+    of blocks and of bytes with digests, None where one of their cases is: "fixed_by_psa" and "dense_by_psa";
+    "at_least", the budget that fails by the PSA that reaches the level; "at_most", the budget that reaches it by the
+    PSA that fails. Dense attends to all full blocks. If dense does not solve a task, all of its entries but "dense" are
+    None.
   """
   for n_tokens, group, of_group in _by_group(rows):
     by_task = {task: [row for row in of_group if row["task"] == task] for task in _values(of_group, "task")}
