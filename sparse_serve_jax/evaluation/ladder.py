@@ -21,9 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from sparse_serve_jax import results
+from sparse_serve_jax import progress, results
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override, with_fixed_sizes
 from sparse_serve_jax.memory import host_pool
@@ -155,7 +154,7 @@ class Bench:
   def serve(self, rung: str, items: Sequence[Item], arrivals: np.ndarray) -> tuple[run.Served, Ends]:
     engine = Engine(self.compiled(rung))
     ended: Ends = {}
-    with tqdm(total=len(items), desc=rung, unit="request", leave=False, disable=None) as bar:
+    with progress.bar(total=len(items), desc=rung, unit="request", leave=False) as bar:
 
       def on_end(end: Request | run.Refusal) -> None:
         ended[end.id] = end
