@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_FLAGS ?=
 
-# One marker a choice of interpreter: another choice makes the environment anew.
-MADE := $(VENV)/.made-by-$(or $(subst /,_,$(PYTHON)),choice)
+# One marker a choice of interpreter: another choice makes the environment anew, none keeps the one that is there.
+THERE := $(firstword $(wildcard $(VENV)/.made-by-*))
+MADE := $(or $(if $(PYTHON),$(VENV)/.made-by-$(subst /,_,$(PYTHON))),$(THERE),$(VENV)/.made-by-choice)
 INSTALLED := $(VENV)/.installed
 INSTALLED_GPU := $(VENV)/.installed-gpu
 

@@ -28,7 +28,13 @@ class Detokenizer:
   """
 
   def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
-    """`stop` is looked for in the text of the tokens after the first `min_tokens`."""
+    """`stop` is looked for in the text of the tokens after the first `min_tokens`.
+
+    Raises:
+      ValueError: there are stop strings, and no tokenizer that makes text.
+    """
+    if stop and not tokenizer.vocab_size:
+      raise ValueError(f"stop strings {list(stop)} need text, and the model has no tokenizer: give stop_token_ids")
     self._pieces, self._stop, self._min_tokens = _Pieces(tokenizer), _Stop(stop), min_tokens
     self._n_tokens = 0
     self.text = ""  # of all pieces so far

@@ -20,6 +20,7 @@ RANKS = {
   f"{PACKAGE}.runtime": 1,
   f"{PACKAGE}.mesh": 1,
   f"{PACKAGE}.processes": 1,
+  f"{PACKAGE}.progress": 1,
   f"{PACKAGE}.cluster": 1,
   f"{PACKAGE}.hosts": 1,
   f"{PACKAGE}.variants": 1,

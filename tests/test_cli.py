@@ -149,6 +149,8 @@ def test_every_command_has_help_in_sentences_and_groups(name):
     if re.match(r"(\d+(\.\d+)?,?)+\)|inf\)", default):
       assert re.search(UNITS, sentence), text
   assert flags
+  shown = " ".join(re.findall(rf"sparse-serve {name} .*", about))
+  assert set(re.findall(r"--(\w+)", shown)) <= set(re.findall(r"^  --(?:\[no\])?(\w+)", "\n".join(groups), re.M)), shown
 
 
 def test_what_is_given(program):

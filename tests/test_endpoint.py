@@ -190,6 +190,32 @@ def test_what_is_sent():
   assert {seen.path for seen in server.seen} == {"/v1/completions"}
 
 
+def test_a_warm_up_asks_for_each_length_and_then_for_several_at_once():
+  """With other prompts of the same tokens, few tokens of output, and nothing that a server refuses."""
+
+  def script(i, seen):
+    while i >= 3 and len(server.seen) < 3 + 16:  # the second part is on its way at once
+      yield 0.005
+    yield STREAM + piece("x", "length") + usage(len(seen.body["prompt"]), 1) + DONE
+
+  sizes = [(64, 4), (60, 4), (150, 1), *[(270, 40)] * 20]
+  rng = np.random.default_rng(0)
+  items = [Item(str(i), rng.permutation(length), n, {"min_tokens": n}) for i, (length, n) in enumerate(sizes)]
+  with FakeEndpoint(script) as server:
+    rows = asking.warm_up(Endpoint(server.url, "fake"), [Refused("r", "in.jsonl:1", "no"), *items], ByteTokenizer())
+    asked = [seen.body for seen in server.seen]
+    once = asking.warm_up(Endpoint(server.url, "fake"), items, ByteTokenizer(), concurrency=1)
+  assert len(asked) == len(rows) == len(once) == 3 + 16 and not any("error" in row for row in rows + once)
+  # 60 and 64 tokens are as one length, of which the longest is asked for.
+  assert [(len(body["prompt"]), body["max_tokens"]) for body in asked[:3]] == [(64, 2), (150, 1), (270, 2)]
+  assert {body["max_tokens"] for body in asked[3:]} == {4, 1, 16}
+  assert all(body["min_tokens"] <= body["max_tokens"] for body in asked)
+  prompts = [tuple(prompt) for prompt in [*(it.prompt.tolist() for it in items), *(body["prompt"] for body in asked)]]
+  assert len(set(prompts)) == len(prompts) and {tuple(sorted(prompt)) for prompt in prompts} == {
+    tuple(range(length)) for length, _ in sizes
+  }
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 FAULTS = {
@@ -282,7 +308,7 @@ def test_what_an_endpoint_says_of_its_models(models, expected):
 
 
 def bench(server: FakeEndpoint, *arguments: str):
-  flags = [f"--url={server.url}", "--model=fake", "--tokenizer=random:tiny", *arguments]
+  flags = [f"--url={server.url}", "--model=fake", "--tokenizer=random:tiny", "--nowarm_up", *arguments]
   return forks.start("experiments.bench", *flags, OPENAI_API_KEY="sesame")
 
 
@@ -328,6 +354,24 @@ def test_the_command_measures_and_goes_on(tmp_path):
     assert done.returncode == 2 and "concurrency was None and is 3" in done.stderr and len(server.seen) == 10
 
 
+def test_the_command_warms_up_before_it_measures(tmp_path):
+  def script(i, _):
+    yield STREAM + (piece("12", "length") + DONE if i else event({"error": {"message": "too cold"}}))
+
+  asked = ("--workload=text", "--prompt_tokens=50", "--limit=3", "--warm_up", f"--out={tmp_path}")
+  with FakeEndpoint(script) as server:
+    done = bench(server, *asked)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["requests"] == 3 == len(rows_of(tmp_path))
+    assert [seen.body["max_tokens"] for seen in server.seen] == [2, 16, 16, 16, 128, 128, 128]
+    assert "1 failed, the first with: in the stream: too cold" in done.stderr
+    asked_for = len(server.seen)
+    done = bench(server, *asked)  # nothing is left to ask for
+    assert done.returncode == 0 and len(server.seen) == asked_for and "warm-up" not in done.stderr
+    done = bench(server, *asked, "--nowarm_up")
+    assert done.returncode == 2 and "warm_up was True and is False" in done.stderr
+
+
 def test_the_command_says_what_failed(tmp_path):
   with FakeEndpoint(lambda *_: [response("503 Busy", "come later\nplease")]) as server:
     done = bench(server, "--limit=2", "--prompt_tokens=300")
@@ -348,7 +392,8 @@ def test_an_interrupt_ends_it_and_keeps_rows(tmp_path):
     yield DONE if i == 0 else 60.0
 
   with FakeEndpoint(script) as server:
-    flags = [f"--url={server.url}", "--model=fake", "--tokenizer=random:tiny", "--workload=text", f"--out={tmp_path}"]
+    flags = [f"--url={server.url}", "--model=fake", "--tokenizer=random:tiny", "--workload=text", "--nowarm_up"]
+    flags.append(f"--out={tmp_path}")
     command = [sys.executable, "-m", "experiments.bench", *flags, "--limit=3", "--concurrency=2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while len(server.seen) < 3 and process.poll() is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -58,8 +59,22 @@ def test_a_model_that_the_demo_cannot_take_is_one_line(tmp_path):
   assert len(absent.stderr.splitlines()) == 1
   save_hf(load_model("random:tiny"), tmp_path)
   (tmp_path / "tokenizer_config.json").unlink()
-  with pytest.raises(ValueError, match=f"^{tmp_path} has no tokenizer.json, so text cannot be read or written: .*$"):
+  with pytest.raises(ValueError, match=f"^{tmp_path} has no tokenizer.json, so text cannot be read: .*$"):
     demo.main(str(tmp_path))
+
+
+def test_make_keeps_the_environment_of_an_interpreter_that_was_chosen(tmp_path):
+  """A later target need not choose it again; another choice makes it anew."""
+  for name in (".made-by-python3.11", ".installed"):
+    (tmp_path / name).touch()
+
+  def said(*choice: str) -> str:
+    command = ["make", "-n", "demo", f"VENV={tmp_path}", *choice]
+    env = {name: of for name, of in os.environ.items() if name not in ("MAKEFLAGS", "PYTHON")}  # of a make around us
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=env).stdout
+
+  assert "Making" not in said() and "Making" not in said("PYTHON=python3.11")
+  assert "Making" in said("PYTHON=python3.12")
 
 
 def test_make_says_what_it_does_before_it_installs():

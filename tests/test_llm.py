@@ -12,6 +12,7 @@ import pytest
 
 from sparse_serve_jax import LLM
 from sparse_serve_jax.models import ByteTokenizer, forward, place_params
+from sparse_serve_jax.models.tokenizer import NoTokenizer
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.tiny import SMALL_SERVING
@@ -88,6 +89,18 @@ def test_token_ids_are_taken_as_they_are(llm: LLM, expected):
     assert generated(llm, one) == expected[:1]
   with pytest.raises(ValueError, match=r"a prompt is a list of token ids, got <U"):
     llm.generate([[1, 2, 3], ["a"]])  # pyright: ignore
+
+
+def test_without_a_tokenizer_token_ids_come_out(llm: LLM, expected, monkeypatch, tmp_path):
+  prompt = llm.model.tokenizer.encode(TEXT)
+  monkeypatch.setattr(llm, "model", dataclasses.replace(llm.model, tokenizer=NoTokenizer(tmp_path)))
+  (output,) = llm.generate([prompt], max_new_tokens=N, ignore_eos=True)
+  assert output.token_ids == expected[1] and output.text == ""
+  assert not list(llm.stream(prompt, max_new_tokens=2))
+  with pytest.raises(ValueError, match="has no tokenizer.json, so text cannot be read: pass token ids"):
+    llm.generate(TEXT)
+  with pytest.raises(ValueError, match=r"stop strings \['x'\] need text, and the model has no tokenizer"):
+    llm.generate([prompt], stop=["x"])
 
 
 def test_a_stop_token_ends_the_text(llm: LLM, expected):

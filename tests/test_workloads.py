@@ -286,7 +286,7 @@ def test_a_needle_needs_room():
 def test_jsonl(tmp_path):
   file = tmp_path / "rows.jsonl"
   rows = [
-    {"prompt": "hello", "note": "the user's own"},
+    {"prompt": "hello", "note": "the user's own", "prompt_tokens": 5, "id": 3, "output_token_ids": [1]},
     {"prompt_token_ids": [5, 6], "max_new_tokens": 3, "request_id": "x", "prompt": None},
     {"messages": [{"role": "user", "content": "hi"}], "request_id": 7, "max_new_tokens": None},
     {"prompt": "far"},
@@ -361,6 +361,8 @@ def test_half_a_character_is_that_rows_and_the_rest_runs(tmp_path):
     ('{"prompt": "a", "request_id": [1]}', '"request_id" is a text or an integer, got'),
     ('{"prompt": "a", "stop": ["x"]}', 'a row cannot ask for "stop"; it can for max_tokens, max_new_tokens'),
     ('{"prompt": "a", "max_length": 5}', 'a row cannot ask for "max_length"'),
+    ('{"prompt": "a", "temprature": 1}', "'temprature' is no option of a row; is 'temperature' meant?"),
+    ('{"prompt": "a", "max-tokens": 1}', "'max-tokens' is no option of a row; is 'max_tokens' meant?"),
     ('{"prompt": "half \\ud83d"}', "'prompt' has the lone surrogate '\\ud83d' at character 5"),
     ("{", "not JSON"),
   ],

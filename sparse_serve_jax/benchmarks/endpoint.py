@@ -23,6 +23,8 @@ Row = dict[str, Any]
 SENT = {"ids": "completions", "text": "completions", "chat": "chat/completions"}  # how prompts are sent -> to where
 CONNECT_S = 30.0  # until a connection stands
 _TOLD = 300  # characters of an answer that an error tells
+# Of a warm-up: tokens by which lengths are told apart, lengths at most, then requests at once and tokens of each.
+_APART, _LENGTHS, _AT_ONCE, _TOKENS = 64, 32, 16, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,43 @@ async def _serve(
         else:
           group.create_task(one(item, content, arrival))
   return rows
+
+
+def warm_up(
+  endpoint: Endpoint,
+  items: Sequence[Item | Refused],
+  tokenizer: Tokenizer,
+  *,
+  ignore_eos: bool = False,
+  concurrency: int | None = None,
+) -> list[Row]:
+  """Asks for what `items` are like, so that a server that compiles when it first meets a shape has done so.
+
+  One after another a prompt of each length, with two tokens of output; then the first items together. Their tokens are
+  those of items, in another order, so that no prefix cache knows the items afterwards. Arguments as those of `serve`.
+
+  Returns:
+    Rows, of which none is a measurement.
+  """
+  asked = [item for item in items if isinstance(item, Item)]
+  by_length = {-(-len(item.prompt) // _APART): item for item in sorted(asked, key=lambda item: len(item.prompt))}
+  lengths = list(by_length.values())
+  some = [lengths[i] for i in np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _LENGTHS)).astype(int))]
+  rows: list[Row] = []
+  for of, n, part, at_once in [(some, 2, 3, 1), (asked[:_AT_ONCE], _TOKENS, 2, concurrency)]:
+    like = [_like(item, n, len(item.prompt) // part) for item in of]
+    rows += serve(
+      endpoint, like, np.zeros(len(like)), tokenizer, lambda _: None, ignore_eos=ignore_eos, concurrency=at_once
+    )
+  return rows
+
+
+def _like(item: Item, n: int, by: int) -> Item:
+  """With at most n tokens of output, and a prompt that begins `by` tokens later and ends with what it began with."""
+  n, options = min(n, item.max_new_tokens), dict(item.options)
+  if "min_tokens" in options:
+    options["min_tokens"] = min(n, options["min_tokens"])
+  return dataclasses.replace(item, prompt=np.roll(item.prompt, -by), max_new_tokens=n, options=options)
 
 
 def body_of(endpoint: Endpoint, item: Item, tokenizer: Tokenizer, ignore_eos: bool = False) -> bytes:

@@ -10,6 +10,8 @@ from sparse_serve_jax.commands import cli
 from sparse_serve_jax.outputs import RequestOutput
 from sparse_serve_jax.sampling_params import SamplingParams
 
+flags.disclaim_key_flags()  # they are their caller's
+
 
 class AskingFlags:
   """--dtype, and fields of `SamplingParams`."""

@@ -7,6 +7,10 @@ between tokens, throughput. The table goes to stdout, and as its last line one J
 folder of --out gets requests.jsonl, a row for each request as it ends, and run.json, what the run was made by; the same
 command goes on with a run that was interrupted. The key of OPENAI_API_KEY is sent, if it is set. The status is 1 if a
 request was refused or failed.
+
+A server may compile when it first meets a length. So there is a warm-up first, which is not measured: a request of each
+prompt length, one by one, and then 16 of the requests together. Their tokens are in another order, so that no prefix
+cache knows the prompts afterwards. --nowarm_up leaves it out.
 """
 
 from __future__ import annotations
@@ -14,14 +18,14 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import flags
-from tqdm import tqdm
 
-from sparse_serve_jax import results, workloads
+from sparse_serve_jax import progress, results, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_refused
 from sparse_serve_jax.config import override
@@ -56,6 +60,9 @@ with cli.group("The endpoint"):
 _ASKED = WorkloadFlags()
 with cli.group("What is asked"):
   _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Ask to go on after EOS tokens, by vLLM's extension of the API.")
+  _WARM_UP = flags.DEFINE_bool(
+    "warm_up", True, "Requests of the same prompt lengths come first, which are not measured."
+  )
 _STRICT = cli.define_strict()
 _OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
@@ -83,19 +90,22 @@ def main() -> int:
   done = {row["request_id"] for row in before}
   tell_refused(row for name, row in known.items() if name not in done)
   items, arrivals = left(workload, source(tokenizer, served.get("max_model_len") or ANY_LENGTH), before)
+  limits = {"ignore_eos": _IGNORE_EOS.value, "concurrency": _CONCURRENCY.value}
+  if _WARM_UP.value and items:
+    print("warm-up, not measured: a request of each prompt length", file=sys.stderr, flush=True)
+    _tell_warm_up(time.monotonic(), asking.warm_up(endpoint, items, tokenizer, **limits))
   judges = {item.id: item for item in items if isinstance(item, Item) and item.judge}
-  with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
+  with progress.bar(total=len(before) + len(items), initial=len(before), unit="request") as bar:
 
     def end(row: dict[str, Any]) -> None:
       if (item := judges.get(row["request_id"])) and item.judge and "error" not in row:
         row |= {**item.about, "score": item.judge(row["text"])}
       if "error" in row and row["request_id"] not in known:
-        bar.write(f"{row['finish_reason']}: {row['request_id']}: {row['error']}", file=sys.stderr)
+        progress.write(f"{row['finish_reason']}: {row['request_id']}: {row['error']}")
       if kept is not None:
         kept.append(row)
       bar.update()
 
-    limits = {"ignore_eos": _IGNORE_EOS.value, "concurrency": _CONCURRENCY.value}
     rows = asking.serve(endpoint, items, arrivals, tokenizer, end, **limits)
   scores = [row["score"] for row in rows if "score" in row]
   numbers = asking.summarize(rows) | {"score_mean": sum(scores) / len(scores) if scores else None}
@@ -103,6 +113,12 @@ def main() -> int:
   if before:
     print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
   return 1 if any("error" in row for row in [*before, *rows]) or not (before or rows) else 0
+
+
+def _tell_warm_up(start: float, rows: Sequence[Mapping[str, Any]]) -> None:
+  errors = [row["error"] for row in rows if "error" in row]
+  told = f"; {len(errors)} failed, the first with: {errors[0]}" if errors else ""
+  print(f"warm-up: {len(rows)} requests in {time.monotonic() - start:.1f} s{told}", file=sys.stderr, flush=True)
 
 
 def _tokenizer(name: str) -> Tokenizer:
@@ -122,6 +138,7 @@ def _setting(workload: workloads.WorkloadConfig, served: Mapping[str, Any]) -> d
     "ignore_eos": _IGNORE_EOS.value,
     "concurrency": _CONCURRENCY.value,
     "timeout": _TIMEOUT.value,
+    "warm_up": _WARM_UP.value,
   }
 
 

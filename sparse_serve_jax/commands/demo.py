@@ -1,10 +1,10 @@
 """A small ladder: a few rungs side by side, by default with the reference model: some minutes on a laptop.
 
-  sparse-serve demo [MODEL DIRECTORY]
+  sparse-serve demo [MODEL]
 
-Six questions about long texts come at once and are served four times within one HBM budget, a third of the size of
-their KV: with dense and sparse attention and all KV in HBM, so that requests wait for it, then with the KV in DRAM.
-Every rung is compiled before. The last line of stdout is one JSON object.
+MODEL is a model directory or a GGUF file. Six questions about long texts come at once and are served four times within
+one HBM budget, a third of the size of their KV: with dense and sparse attention and all KV in HBM, so that requests
+wait for it, then with the KV in DRAM. Every rung is compiled before. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -106,4 +106,4 @@ def _scaled(value: float | None, by: int) -> float | None:
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
   cli.define_verbose()
-  cli.run(main, arguments=["MODEL DIRECTORY"], argv=argv)
+  cli.run(main, arguments=["MODEL"], argv=argv)

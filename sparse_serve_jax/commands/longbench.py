@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from typing import NoReturn, cast
 
 from absl import flags
-from tqdm import tqdm
 
-from sparse_serve_jax import results, runtime
+from sparse_serve_jax import progress, results, runtime
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.evaluation import longbench
@@ -102,8 +101,9 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   run = longbench.Run(release, names, out, _LIMIT.value, _STRICT.value)
   try:
     coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=config.cache.lanes)
-    for _ in tqdm(coming, initial=run.n_done, total=run.n_rows, unit="row", disable=None):
-      pass
+    with progress.bar(initial=run.n_done, total=run.n_rows, unit="row") as bar:
+      for _ in coming:
+        bar.update()
   except KeyboardInterrupt:
     engine.wait()
     raise

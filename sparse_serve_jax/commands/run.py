@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags, logging
 from tqdm import tqdm
 
-from sparse_serve_jax import hosts, results, runtime, workloads
+from sparse_serve_jax import hosts, progress, results, runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_refused
 from sparse_serve_jax.config import EngineConfig, load_config, override
@@ -84,7 +84,7 @@ def main() -> int:
     raise ValueError("several processes serve what comes all at once: no --rate, and no times of a trace")
   if before and not items:
     print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)
-  with tqdm(total=len(before) + len(items), initial=len(before), unit="request", disable=None) as bar:
+  with progress.bar(total=len(before) + len(items), initial=len(before), unit="request") as bar:
     record = Record(model, timeline, rows, bar, clock.now(), {item.id: item for item in items}, known)
     try:
       served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
@@ -135,7 +135,7 @@ class Record:
         row |= {**item.about, "score": item.judge(row["text"])}
         self.scores.append(row["score"])
     if "error" in row and end.id not in self.told:
-      self.bar.write(f"{row['finish_reason']}: {row['error']}", file=sys.stderr)
+      progress.write(f"{row['finish_reason']}: {row['error']}")
     if self.rows is not None:
       self.rows.append(row)
     self.bar.update()

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from sparse_serve_jax import processes, tasks
+from sparse_serve_jax import processes, progress, tasks
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.evaluation.cases import BLOCK_SIZES, DENSE, Case, cases
@@ -142,7 +141,7 @@ def replays(
   firsts = range(0, sample.instances, sample.at_once)
   batches = processes.ahead(functools.partial(sample.batch, model.tokenizer), firsts, workers)
   name = f"{sample.task} {sample.tokens}"
-  with tqdm(desc=name, total=len(firsts) * len(wanted), unit="setting", leave=False, disable=None) as bar:
+  with progress.bar(desc=name, total=len(firsts) * len(wanted), unit="setting", leave=False) as bar:
     for batch in batches:
       dense = replay.prefill(model.config, params, batch.tokens)
       for case in wanted:

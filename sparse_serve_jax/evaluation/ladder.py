@@ -23,9 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from sparse_serve_jax import results
+from sparse_serve_jax import progress, results
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override, with_fixed_sizes
 from sparse_serve_jax.evaluation import floor
@@ -181,7 +180,7 @@ class Bench:
     watch = Stopwatch(executor.config, executor.shape)
     engine = Engine(executor, observer=watch.observe)
     ended: Ends = {}
-    with tqdm(total=len(items), desc=rung, unit="request", leave=False, disable=None) as bar:
+    with progress.bar(total=len(items), desc=rung, unit="request", leave=False) as bar:
 
       def on_end(end: Request | run.Refusal) -> None:
         ended[end.id] = end

@@ -271,8 +271,9 @@ def _check(directory: pathlib.Path, cfg: ModelConfig, tensors: list[_Tensor], fo
   ]
   if lines:
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    fault = f"{directory} does not fit its configuration in {len(lines)} tensors: {_cause(cfg, tensors, shapes)}"
-    raise ValueError("\n  ".join([fault, *lines[:_SHOWN], *more]))
+    n = f"{len(lines)} tensor{'s' * (len(lines) > 1)}"
+    fault = f"{directory} does not fit its configuration in {n}: {_cause(cfg, tensors, shapes)}"
+    raise ValueError(";\n  ".join([fault, *lines[:_SHOWN], *more]))
 
 
 def _cause(cfg: ModelConfig, tensors: list[_Tensor], found: dict[str, tuple[int, ...]]) -> str:

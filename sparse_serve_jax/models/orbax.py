@@ -31,7 +31,7 @@ def open_params(directory: pathlib.Path, cfg: ModelConfig) -> llama.Params:
   llama.map_shapes(shapes.setdefault, cfg)
   lines = mismatches(shapes, {".".join(key.key for key in path): tuple(array.shape) for path, array in found})
   if lines:
-    raise ValueError(f"{directory} does not fit its configuration in {len(lines)} arrays:\n  " + "\n  ".join(lines))
+    raise ValueError(f"{directory} does not fit its configuration in {len(lines)} arrays:\n  " + ";\n  ".join(lines))
   dtype, files = llama.dtype_of(cfg), (FileStamp.of(directory / "_METADATA"),)
 
   def leaf(name: str, shape: tuple[int, ...]) -> Leaf:

@@ -250,7 +250,7 @@ class FileTokenizer(_Chatting):
 
 
 class NoTokenizer:
-  """Stands where a checkpoint has none: token ids work, text is an error."""
+  """Stands where a checkpoint has none: token ids work and become no text; a text is an error."""
 
   vocab_size = 0
 
@@ -261,7 +261,7 @@ class NoTokenizer:
     self._refuse()
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    self._refuse()
+    return ""
 
   def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
     self._refuse()
@@ -284,8 +284,8 @@ class NoTokenizer:
 
   def _refuse(self) -> NoReturn:
     raise ValueError(
-      f"{self._directory} has no tokenizer.json, so text cannot be read or written: pass token ids, or add the file "
-      "(a tokenizer.model alone is converted by transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+      f"{self._directory} has no tokenizer.json, so text cannot be read: pass token ids, which become no text, or add "
+      "the file (transformers converts a tokenizer.model: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
     )
 
 

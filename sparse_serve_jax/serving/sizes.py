@@ -1,7 +1,9 @@
 """Sizes that a configuration leaves open: what `auto` of `cache.dram_bytes` and `cache.hbm_bytes` comes to.
 
 On a GPU, HBM is what weights and activations leave, and DRAM most of what the host can pin. Where the devices are the
-host, both are a modest part of its memory. The pool is never more than what all lanes can fill.
+host, both are a modest part of its memory. The pool is never more than what all lanes can fill. Programs are compiled
+for sizes, and what is free is never twice the same: so a host's memory is taken in coarse steps, and the next process
+finds its programs compiled.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import os
 from collections.abc import Iterator
 
@@ -159,10 +162,10 @@ def _sized(config: EngineConfig, model: ModelConfig, free: Free, cudnn: bool) ->
       f"devices, and {where} {gib(there)} free; lower scheduler.max_context or max_batch, or the prefill's pieces"
     )
   if free.device is None:
-    share = max(CPU_SHARE * room, min(CPU_LEAST, CPU_MOST * room))
+    share = _steady(max(CPU_SHARE * room, min(CPU_LEAST, CPU_MOST * room)), 2)
     hbm, dram = (CPU_HBM * share, (1 - CPU_HBM) * share) if cache.offload else (share, 0)
   else:
-    hbm, dram = n * DEVICE_SHARE * room, PINNED_SHARE * free.host - most.saving_bytes
+    hbm, dram = n * DEVICE_SHARE * room, _steady(PINNED_SHARE * free.host - most.saving_bytes, 8)
   filled = dataclasses.replace(most, M=most.R * most.N, P=0)  # all lanes are full
   hbm = min(hbm, _ANY if cache.offload else filled.hbm_bytes) if cache.hbm_bytes == AUTO else cache.size("hbm_bytes")
   sizes = {"cache.hbm_bytes": int(hbm)}
@@ -174,3 +177,11 @@ def _sized(config: EngineConfig, model: ModelConfig, free: Free, cudnn: bool) ->
   if cache.hbm_bytes == AUTO:
     sizes["cache.hbm_bytes"] = shape.hbm_bytes  # slots for more than there is in DRAM would never fill
   return override(config, sizes), shape
+
+
+def _steady(n_bytes: float, steps: int) -> float:
+  """Rounded down to one of so many sizes an octave."""
+  if n_bytes < 1:
+    return n_bytes
+  step = 2.0 ** math.floor(math.log2(n_bytes)) / steps
+  return n_bytes // step * step

@@ -7,9 +7,7 @@ import shutil
 import time
 from typing import Any
 
-from tqdm import tqdm
-
-from sparse_serve_jax import results
+from sparse_serve_jax import progress, results
 from sparse_serve_jax.models import Model, save_hf
 from sparse_serve_jax.models.tokenizer import Tokenizer, load_tokenizer
 from sparse_serve_jax.training import data, trainer
@@ -64,7 +62,7 @@ class Run:
     if self.step >= self._config.steps:
       return
     began, seen = time.monotonic(), 0
-    with tqdm(total=self._config.steps, initial=self.step, unit="step", disable=None) as bar:
+    with progress.bar(total=self._config.steps, initial=self.step, unit="step") as bar:
 
       def on_step(step: int, found: trainer.StepMetrics, batch: data.Batch) -> None:
         nonlocal seen
@@ -74,7 +72,7 @@ class Run:
           rate = seen / (time.monotonic() - began)
           row = dict(step=step, tokens=batch.weights.shape[1], **_told(found), tokens_per_s=rate)
           self._metrics.append(row)
-          bar.set_postfix_str(_in_short(row))
+          bar.set_postfix_str(_in_short(row), refresh=False)
 
       batches = data.batches(self._config, self._tokenizer, self.step, workers)
       self._trainer.run(batches, seconds, on_step)

@@ -3,12 +3,13 @@
 A row has one of "prompt" (text), "prompt_token_ids" and "messages" (a conversation, for the model's chat template);
 if wanted "request_id", and of `SamplingParams` "max_tokens" (or "max_new_tokens"), "min_tokens", "temperature",
 "top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "add_special_tokens" and "cache_salt"; not "stop",
-"n" and "logprobs". Null is as if not given, and other keys are the user's own. A row that is wrong is refused, with
-file and line, and the others are served.
+"n" and "logprobs". Null is as if not given, and other keys are the user's own, but none that is nearly one of these.
+A row that is wrong is refused, with file and line, and the others are served.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ _LENGTHS = ("max_tokens", "max_new_tokens")
 # What a row cannot ask for here, or what has another name: to leave it out would be another request.
 _FOREIGN = ("stop", "n", "logprobs", *ELSEWHERE)
 _OPTIONS = [name for name in SamplingOptions.__annotations__ if name not in (*_FOREIGN, *_LENGTHS)]
+_OWN = ("request_id", *_LENGTHS, *_OPTIONS)
+_NEAR = 0.88  # of difflib's ratio: a letter that is missing, doubled or another
 
 
 class _Row(NamedTuple):
@@ -94,6 +97,9 @@ def _row(
   (kind,) = kinds
   if foreign := [key for key in _FOREIGN if key in given]:
     raise ValueError(f'a row cannot ask for "{foreign[0]}"; it can for {", ".join([*_LENGTHS, *_OPTIONS])}')
+  for key in given.keys() - {*_PROMPTS, *_OWN}:
+    if meant := difflib.get_close_matches(key, _OWN, 1, _NEAR):
+      raise ValueError(f"{key!r} is no option of a row; is {meant[0]!r} meant?")
   name = given.get("request_id", f"line-{line}")
   if type(name) not in (str, int):
     raise ValueError(f'"request_id" is a text or an integer, got {name!r:.80}')
