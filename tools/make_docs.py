@@ -29,20 +29,22 @@ from tools.decode_step import decode_step  # noqa: E402
 RESULTS = ROOT / "experiments" / "results"
 ASSETS = ROOT / "docs" / "assets"
 STEPS = RESULTS / "2026-11-26-h200" / "step.jsonl"
-REFERENCE = RESULTS / "2026-11-26-reference" / "summary.json"
-ON_REFERENCE = "the reference model, 16,384 tokens; four H100, jax 0.11.2"
+REFERENCE = RESULTS / "2026-11-29-psa" / "reference" / "summary.json"
+BEFORE = RESULTS / "2026-11-26-reference" / "summary.json"  # of the rule of PSA's paper, and more methods
+ON_REFERENCE = "the reference model, 16,384 tokens; an H200, and four H100 (true mass, the paper's rule); jax 0.11.2"
 TASKS = ("single_noise", "multi_key", "question", "key_value", "key_value_uuid", "copy", "renumber")
 CASES = {
   "dense 1": "dense",
   "cuboid_mean 512": "top-k, 512 tokens",
   "cuboid_mean 2048": "top-k, 2,048 tokens",
-  "psa 0.95": "PSA 0.95, the paper's rule",
+  "psa 0.8": "PSA 0.8",
+  "psa 0.95": "PSA 0.95",
 }
-SERIES = {
-  "oracle": "top-k by true mass",
-  "cuboid_mean": "top-k, cuboid_mean",
-  "psa": "PSA, the paper's rule",
-  "random": "blocks at random",
+SERIES = {  # of a line: its results and series
+  "top-k by true mass": (BEFORE, "oracle"),
+  "top-k, cuboid_mean": (REFERENCE, "cuboid_mean"),
+  "PSA": (REFERENCE, "psa"),
+  "PSA, the paper's rule": (BEFORE, "psa"),
 }
 _MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -52,7 +54,7 @@ _MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 def accuracy_table() -> str:
   """Percent of answers right by task and setting; in brackets the blocks attended to."""
-  of = {(row["case"], task): told for row in _at_16k("by_task") for task, told in row["of"].items()}
+  of = {(row["case"], task): told for row in _at_16k(REFERENCE) for task, told in row["of"].items()}
   lines = [f"| task | {' | '.join(CASES.values())} |", "|---|" + "--:|" * len(CASES)]
   for task in TASKS:
     cells = [f"{of[case, task]['accuracy']:.1%} ({of[case, task]['blocks']:.0f})" for case in CASES]
@@ -90,20 +92,25 @@ def step_plot() -> Figure:
 
 
 def accuracy_plot() -> Figure:
-  """Accuracy against the bytes that a step reads, a line for each way to select."""
+  """Accuracy against the blocks that a step reads, a line for each way to select; of the tasks that all rows have."""
   figure, all_axes = style.subplots(1, 2, size=(7.2, 3.2))
-  for axes, group in zip(all_axes, ("retrieval", "long_output"), strict=True):
-    rows = [row for row in _at_16k("accuracies") if row["group"] == group]
-    for series, label in SERIES.items():
-      line = sorted((row["bytes"], row["accuracy"]) for row in rows if row["series"] == series)
+  for axes, (group, least) in zip(all_axes, {"retrieval": 0.9, "long_output": 0.4}.items(), strict=True):
+    rows = {file: [row for row in _at_16k(file) if row["group"] == group] for file in (REFERENCE, BEFORE)}
+    (dense,) = [row["of"] for row in rows[REFERENCE] if row["case"] == "dense 1"]
+
+    def mean(row, key, tasks=tuple(dense)):
+      return sum(row["of"][task][key] for task in tasks) / len(tasks)
+
+    for label, (file, series) in SERIES.items():
+      chosen = [row for row in rows[file] if row["case"].rpartition(" ")[0] == series]
+      line = sorted((mean(row, "blocks"), mean(row, "accuracy")) for row in chosen)
       axes.plot(*zip(*line, strict=True), label=label)
-    (dense,) = [row["accuracy"] for row in rows if row["series"] == "dense"]
-    axes.axhline(dense, color="0.6", linewidth=1, linestyle=":", marker="", label="dense")
-    axes.set(title=f"{group.replace('_', ' ')}: mean of {rows[0]['tasks']} tasks", xlabel="bytes read, of dense")
-    axes.set(ylim=(0, 1.02))
+    axes.axhline(mean({"of": dense}, "accuracy"), color="0.6", linewidth=1, linestyle=":", marker="", label="dense")
+    title = next(iter(dense)) if len(dense) == 1 else f"{group}: mean of {len(dense)} tasks"
+    axes.set(title=title, xlabel="blocks read", ylim=(least, 1.005))
     style.logarithmic(axes, "x")
   all_axes[0].set_ylabel("answers right")
-  figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=7)
+  figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7)
   figure.supxlabel(ON_REFERENCE, fontsize=7, color="0.4")
   return figure
 
@@ -146,8 +153,9 @@ def pages() -> list[Path]:
   return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def _at_16k(part: str) -> list[dict[str, Any]]:
-  return [row for row in json.loads(REFERENCE.read_text(encoding="utf-8"))[part] if row["tokens"] == 16384]
+def _at_16k(file: Path) -> list[dict[str, Any]]:
+  """Rows of a group's tasks by setting."""
+  return [row for row in json.loads(file.read_text(encoding="utf-8"))["by_task"] if row["tokens"] == 16384]
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
