@@ -192,11 +192,11 @@ class Bench:
     """With all programs that the requests need. The device's rates are measured before the first one takes memory."""
     self._rates = self._rates or floor.Rates.measure(self._model.config)
     if self._executor is None or self._executor[0] != rung:
-      # The next one takes the memory of this one's cache; the weights stay where they are.
-      start, before = time.monotonic(), self._executor and self._executor[1]
+      # The cache's memory is what the next one takes; the weights stay where they are.
+      start, kept = time.monotonic(), self._executor and self._executor[1].params
       self._executor = None
-      executor = JaxExecutor(self._configs[rung], self._model, after=before)
-      del before
+      executor = JaxExecutor(self._configs[rung], self._model)
+      del kept
       sampled = any(item.options.get("temperature") or item.options.get("min_tokens") for item in self._items)
       prompts = [item.prompt for item in self._items]
       # A request that was preempted begins like itself.

@@ -56,10 +56,6 @@ class CacheShape:
     return self.block_bytes + 3 * INT
 
   @property
-  def pool_sizes(self) -> tuple[int, ...]:
-    return self.K, self.L, self.M, *self.layout.shape
-
-  @property
   def pool_bytes(self) -> int:
     return self.M * self.K * self.L * self.block_bytes
 

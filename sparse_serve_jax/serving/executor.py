@@ -149,10 +149,9 @@ class JaxExecutor:
     NotImplementedError: the implementation does not run here, or cannot read where the pool lies.
   """
 
-  def __init__(self, config: EngineConfig, model: Model, sharing: int = 1, after: JaxExecutor | None = None):
+  def __init__(self, config: EngineConfig, model: Model, sharing: int = 1):
     """Places weights and an empty cache. `sharing` executors of processes of this host take alike of what sizes that
-    are left open are made of. One `after` another ends that one, and takes its offloaded pool if it needs such a one:
-    to make one of 80 GiB takes half a minute.
+    are left open are made of.
     """
     config.check_model(model.config)
     if not model.name.startswith("random:"):
@@ -169,15 +168,13 @@ class JaxExecutor:
     setup = Setup.of(cfg, config, implementation)
     _check_variants(config, setup, self.shape)
     self.programs = programs(setup, self.mesh)
-    pool, needs = after and self._pool_of(after), budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn)
-    left = needs.pool - (0 if pool is None else self.shape.pool_bytes)
-    budget.check(dataclasses.replace(needs, pool=left), model, self.mesh)
+    budget.check(budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
     self._host: HostPool | None = None
     self._writer: Writer | None = None
     self._tables: dict[int, np.ndarray] = {}  # of lanes
     self._empty = True  # no plan has used the cache
-    self.cache: Any = self._create(pool)
+    self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
@@ -227,16 +224,9 @@ class JaxExecutor:
     self.cache = None  # its memory is what the new one takes
     self.cache = jax.block_until_ready(self._create())
 
-  def _pool_of(self, other: JaxExecutor) -> jax.Array | None:
-    """The pool of an executor, whose cache is gone then; None if it is not as this one's is to be."""
-    other.wait()
-    cache, other.cache = other.cache, None  # None after a `reset` that failed
-    ours, theirs = ((of.shape.pool_sizes, of.shape.dtype, of.shape.offload, of.mesh) for of in (self, other))
-    return cache.pool if cache is not None and ours == theirs and self.shape.offload else None
-
-  def _create(self, pool: jax.Array | None = None) -> KVCache:
+  def _create(self) -> KVCache:
     """An empty cache, whose pool the host knows if it takes part in moves."""
-    cache = create(self.shape, self.mesh, pool)
+    cache = create(self.shape, self.mesh)
     if "staged" not in (self.config.cache.load, self.config.cache.save):
       return cache
     if jax.process_count() > 1:
