@@ -64,7 +64,7 @@ def open_gguf(path: pathlib.Path, dtype: str | None) -> Opened:
   """
   gguf = _package()
   try:
-    reader = _reader(gguf, path)
+    reader = gguf.GGUFReader(path)
   except (ValueError, IndexError, KeyError, OSError) as error:
     raise ValueError(f"{path}, {path.stat().st_size} bytes, is no GGUF file or not all of one: {error}") from None
   fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
@@ -92,16 +92,6 @@ def _package() -> Any:
   except ImportError:
     raise ValueError("a GGUF file is read by the package gguf: pip install 'sparse-serve-jax[gguf]'") from None
   return gguf
-
-
-def _reader(gguf: Any, path: pathlib.Path) -> Any:
-  """A GGUFReader over a plain array: it takes three slices a token, and those of a memmap take three times as long."""
-
-  class Reader(gguf.GGUFReader):
-    def __setattr__(self, name: str, value: Any) -> None:
-      super().__setattr__(name, np.asarray(value) if name == "data" else value)
-
-  return Reader(path)
 
 
 def _check_quantization(gguf: Any, path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
