@@ -258,8 +258,8 @@ def test_the_floor_of_a_run_by_hand():
     return Iteration(Work(**nothing | {"attended_blocks": attended}), 2, 5, missed, 1.0)
 
   block, lists = 2 * 8 * 16 * 4, 6  # bytes; layers x heads
-  # Matrices, norms and the head, but not the embedding; two vectors a digest. The second step waits for PCIe.
-  fixed = 4 * (3 * (weights + 2 * 8) + 8 + 10 * 8) + 5 * lists * 2 * 16 * 4
+  # Matrices, norms and the head, of the embedding two rows; two vectors a digest. The second step waits for PCIe.
+  fixed = 4 * (3 * (weights + 2 * 8) + 8 + (10 + 2) * 8) + 5 * lists * 2 * 16 * 4
   both = [fixed / 1e4 + (60 + 2 * lists) * block / 1e4, fixed / 1e4 + 30 * block / 1e3]
   iterations = [step(60, 2), step(60, 30), Iteration(Work(**nothing | {"prefill_tokens": 9}), 0, 0, 0, 1.0)]
   assert floor.decode_s(rates, cfg, shape, iterations) == pytest.approx(sum(both))

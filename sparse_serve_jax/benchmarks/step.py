@@ -33,10 +33,12 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, over
 from sparse_serve_jax.memory import kv_cache
 from sparse_serve_jax.memory.create import create
 from sparse_serve_jax.memory.kv_cache import KVCache
+from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.programs import programs
+from sparse_serve_jax.serving.budget import weight_bytes
 from sparse_serve_jax.step import DecodeBatch, Setup, StepCounts
 
 _FIXED = {  # what may not be overridden, and why
@@ -313,14 +315,8 @@ class Bench:
 
   def row(self, case: Case, timed: Timing, attended: float, missed: float) -> Row:
     """With the floor of what has to move. HBM and PCIe overlap within a part; misses are also written to HBM."""
-    shape = self.shape
-    lists = case.n_rows * shape.K * shape.L
-    digest_bytes = shape.E * shape.D * jnp.dtype(shape.dtype).itemsize
-    parts = {
-      "weights": {"hbm": weight_bytes(self.cfg, self.params, case.n_rows)},
-      "digests": {"hbm": lists * (case.n_blocks - 1) * digest_bytes},
-      "kv": {"hbm": (attended + lists) * shape.block_bytes, "h2d": missed * shape.block_bytes},  # layers are alike
-    }
+    full_blocks = case.n_rows * (case.n_blocks - 1)
+    parts = step_bytes(self.cfg, self.shape, case.n_rows, full_blocks, attended, missed)
     floors = {name: self.report.ceilings.floor_us(**part) for name, part in parts.items()}
     moved = {way: sum(part.get(way, 0) for part in parts.values()) for way in ("hbm", "h2d")}
     others = dict(floors_us=floors, miss_rate=missed / attended, blocks_attended=attended)
@@ -344,10 +340,31 @@ class Runs:
     return ways | {"psa": ["sparse.policy=psa", "cache.load=fused"]}
 
 
-def weight_bytes(cfg: ModelConfig, params: llama.Params, n_rows: int) -> float:
-  """What a step of `n_rows` tokens reads; of an embedding that is not the head, one row a token."""
-  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-  return whole if cfg.tie_embeddings else whole - params["embed"].nbytes * (1 - n_rows / cfg.vocab_size)
+def step_bytes(
+  cfg: ModelConfig, shape: CacheShape, n_rows: int, full_blocks: int, attended: float, missed: float
+) -> dict[str, dict[str, float]]:
+  """What a decode step has to move, by part and way. Within a part HBM and PCIe overlap: layers are taken to be alike.
+
+  Args:
+    cfg: the model.
+    shape: of its cache.
+    n_rows: tokens.
+    full_blocks: of these rows together, of one layer and head.
+    attended: blocks that they attend to besides their tails, over layers and heads.
+    missed: of these, those that are not in HBM.
+  """
+  lists = shape.K * shape.L
+  return {
+    "weights": {"hbm": weights_read(cfg, n_rows)},
+    "digests": {"hbm": full_blocks * lists * shape.E * shape.layout.vector_bytes},
+    "kv": {"hbm": (attended + n_rows * lists) * shape.block_bytes, "h2d": missed * shape.block_bytes},
+  }
+
+
+def weights_read(cfg: ModelConfig, n_rows: int) -> int:
+  """Bytes, by a step of `n_rows` tokens; of an embedding that is not the head, one row a token."""
+  left = 0 if cfg.tie_embeddings else (cfg.vocab_size - n_rows) * cfg.d_model * ITEM_BYTES[cfg.dtype]
+  return weight_bytes(cfg, 1) - left
 
 
 def dense_part(cfg: ModelConfig, params: llama.Params, n_rows: int, report: Report) -> Row:
@@ -364,7 +381,7 @@ def dense_part(cfg: ModelConfig, params: llama.Params, n_rows: int, report: Repo
     return state, llama.logits(cfg, params, x, None).argmax(-1)
 
   measured, _, _ = timing.measure(op, [jnp.arange(n_rows) + i for i in range(2)], report.effort, shared=params)
-  moved = {"hbm": weight_bytes(cfg, params, n_rows)}
+  moved = {"hbm": weights_read(cfg, n_rows)}
   return timing.row(measured, report.ceilings.floor_us(**moved), moved)
 
 

@@ -18,10 +18,8 @@ import jax
 from sparse_serve_jax.benchmarks import prefill, step
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
-from sparse_serve_jax.serving.budget import weight_bytes
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.measure import Iteration
 
@@ -75,12 +73,9 @@ def decode_s(
   rates: Rates, cfg: ModelConfig, shape: CacheShape, iterations: Sequence[Iteration], devices: int = 1
 ) -> float:
   """Seconds for the decode steps among iterations."""
-  embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model * ITEM_BYTES[cfg.dtype]  # a row a token is read
-  weights, lists, seconds = weight_bytes(cfg, 1) - embedding, shape.K * shape.L, 0.0
+  seconds = 0.0
   for of in iterations:
     if of.rows:
-      digests = of.full_blocks * lists * shape.E * shape.layout.vector_bytes
-      kv = (of.work.attended_blocks + of.rows * lists) * shape.block_bytes  # and the tails
-      seconds += (weights + digests) / rates.hbm
-      seconds += max(kv / rates.hbm, of.missed_blocks * shape.block_bytes / rates.h2d)
+      parts = step.step_bytes(cfg, shape, of.rows, of.full_blocks, of.work.attended_blocks, of.missed_blocks)
+      seconds += sum(max(part["hbm"] / rates.hbm, part.get("h2d", 0) / rates.h2d) for part in parts.values())
   return seconds / devices
