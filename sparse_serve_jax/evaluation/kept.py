@@ -9,9 +9,10 @@ from typing import Any
 
 from sparse_serve_jax import results
 from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.config import EngineConfig, ModelConfig, from_dict, override
+from sparse_serve_jax.config import EngineConfig, ModelConfig, from_dict
 from sparse_serve_jax.evaluation.ladder import Row
 from sparse_serve_jax.files import read_json, read_lines
+from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.simulation.measure import Iteration, from_columns
 from sparse_serve_jax.workloads import WorkloadConfig
@@ -48,10 +49,8 @@ def read(folder: pathlib.Path, rung: str) -> Kept:
   configs = setting.get("configs", {})
   if rung not in configs:
     raise ValueError(f"{folder} has no rung {rung!r}, but {', '.join(configs) or 'none'}")
-  config, device = from_dict(EngineConfig, configs[rung]), run["parts"][-1]["device"]
-  if config.cache.save == "auto":  # as `host_pool.chosen` had it there
-    beside = config.cache.offload and device["platform"] == "gpu"
-    config = override(config, {"cache.save": "staged" if beside else "direct"})
+  device = run["parts"][-1]["device"]
+  config = host_pool.chosen(from_dict(EngineConfig, configs[rung]), device["platform"])
   rows, cells = ([row for _, row in read_lines(folder / f"{name}.jsonl")] for name in ("iterations", "cells"))
   iterations = {row["rate"]: from_columns(row) for row in rows if row["rung"] == rung}  # the last of a cell is its own
   found = {row["rate"]: row for row in cells if row["rung"] == rung and row["rate"] in iterations}

@@ -23,18 +23,20 @@ _NUMBERS = itertools.count()
 _PARTS: weakref.WeakValueDictionary[int, HostPool] = weakref.WeakValueDictionary()
 
 
-def memory_kind() -> str | None:
-  """The memory kind of an offloaded pool; None where host memory is no different (on a CPU)."""
-  return PINNED if jax.default_backend() == "gpu" else None
+def memory_kind(platform: str | None = None) -> str | None:
+  """The memory kind of an offloaded pool; None where host memory is no different (on a CPU). `platform` is JAX's name
+  of the devices, by default of those here.
+  """
+  return PINNED if (platform or jax.default_backend()) == "gpu" else None
 
 
-def chosen(config: EngineConfig) -> EngineConfig:
+def chosen(config: EngineConfig, platform: str | None = None) -> EngineConfig:
   """The configuration, whose `cache.save` is not left open: staged where the pool lies in memory of its own kind
-  and in one process: when a save has landed is told by a process's own clock.
+  and in one process: when a save has landed is told by a process's own clock. `platform` is as of `memory_kind`.
   """
   if config.cache.save != "auto":
     return config
-  beside = config.cache.offload and memory_kind() is not None and jax.process_count() == 1
+  beside = config.cache.offload and memory_kind(platform) is not None and jax.process_count() == 1
   return dataclasses.replace(config, cache=dataclasses.replace(config.cache, save="staged" if beside else "direct"))
 
 
