@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_serve_jax.benchmarks import kernels, prefill, timing
+from sparse_serve_jax.benchmarks import kernels, prefill, step, timing
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.models import init_params
@@ -105,6 +105,16 @@ def test_what_a_cached_prompt_has_new():
   assert all((a[:36] == b[:36]).all() and (a[36:] != b[36:]).any() for a, b in zip(first, second, strict=True))
   assert (first[0] != first[1]).any()
   assert (prefill.Case(1, 40, "quarter").prompts(264, 0)[0] != prefill.Case(1, 40, "quarter").prompts(264, 1)[0]).any()
+
+
+def test_rows_of_a_step_are_called_by_their_load():
+  """Whichever comes first: rows of one name are of one thing, in all files."""
+  ways = step.Runs(steps=1, profile=False, loads=["gather", "fused"], dense=False).ways
+  assert {name: changes[-1] for name, changes in ways.items()} == {
+    "topk by gather": "cache.load=gather",
+    "topk": "cache.load=fused",
+    "psa": "cache.load=fused",
+  }
 
 
 POLICIES = ("topk", 0), ("topk", 50.5), ("psa", 0)

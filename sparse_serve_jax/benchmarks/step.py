@@ -329,14 +329,16 @@ class Runs:
 
   steps: int  # of a call
   profile: bool  # also launches and time of every kernel, a layer
-  loads: Sequence[str]  # names in LOADS; the first one's rows are called topk
+  loads: Sequence[str]  # names in LOADS
   dense: bool  # also with dense attention over a pool in HBM
 
   @property
   def ways(self) -> dict[str, list[str]]:
-    """Overrides of a case by the name of its rows."""
-    made = [("topk" if i == 0 else f"topk by {load}", load) for i, load in enumerate(self.loads)]
-    ways = {name: ["sparse.policy=topk", f"cache.load={load}"] for name, load in made}
+    """Overrides of a case by the name of its rows, which is "topk" where nothing is said of the load: fused."""
+    ways = {
+      "topk" if load == "fused" else f"topk by {load}": ["sparse.policy=topk", f"cache.load={load}"]
+      for load in self.loads
+    }
     return ways | {"psa": ["sparse.policy=psa", "cache.load=fused"]}
 
 
