@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import jax
 
 from sparse_serve_jax.benchmarks import prefill, step
+from sparse_serve_jax.benchmarks.machine import GPU_EFFORT
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.memory.shape import CacheShape
@@ -23,7 +24,7 @@ from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.simulation.measure import Iteration
 
-_ON_GPU = Effort(calls=3, seconds=0.02, copy_bytes=512 << 20), 8192, 16384  # tokens of products, of attention
+_ON_GPU = GPU_EFFORT, 8192, 16384  # tokens of products, of attention
 _ON_CPU = Effort(calls=1, seconds=0, rounds=1, copy_bytes=64 << 20), 256, 256  # some seconds
 
 
