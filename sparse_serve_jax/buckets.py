@@ -176,8 +176,8 @@ class Buckets:
 
   def saves(self, padded: int, start: int, rest: int) -> bool:
     """Whether the program of a piece saves its blocks, though saves are staged: the piece of the `rest` tokens would
-    wait until they have landed, the device idle. Nothing waits for the last piece of a layer. For the sake of few
-    programs only full pieces are saved so."""
+    wait until they have landed, the device idle. Nothing waits for the last piece of a layer. So that
+    programs are few, only full pieces are saved this way."""
     return self.late and rest > 0 and padded == (_up(self.chunks, self.full) if start else self.full)
 
   def known(self, padded: int, start: int, n_layers: int) -> bool:
@@ -242,7 +242,15 @@ class Buckets:
   def _programs(
     self, whole: Sequence[int], chunks: Sequence[int], packs: bool, longest: int, shared: bool
   ) -> list[Program]:
-    """Of pieces of these sizes, where a prompt of `longest` tokens is cut, and whether prompts begin alike."""
+    """Programs for pieces of these sizes.
+
+    Args:
+      whole: sizes of pieces that begin a prompt.
+      chunks: of pieces that go on with one.
+      packs: whether short prompts come together.
+      longest: tokens of the longest prompt that is cut into pieces; 0: none is.
+      shared: whether a prompt may begin like another.
+    """
     cuts = self.late and longest > self.full  # so that a full piece is followed by another
     cuts_after = cuts and (shared or longest > 2 * self.full)  # and is not the first itself
     n_layers, sampled = self.n_layers, ("", "sampled ")

@@ -294,14 +294,14 @@ def start(
 
 
 def following(pool: jax.Array) -> host_pool.HostPool:
-  """What the host knows the pool by, while it is kept."""
+  """By what code of the host reads and writes a pool, as long as the caller keeps it."""
   host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
   host.follow(pool)
   return host
 
 
 def implementation_here() -> str:
-  """Of the ops, where none is named."""
+  """The implementation of the ops where the caller names none."""
   return "triton" if jax.default_backend() == "gpu" else "xla"
 
 
