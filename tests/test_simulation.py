@@ -382,6 +382,7 @@ def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
     (["--compare", f"--ladder={tmp_path}"], "run.json"),
     (["--compare", f"--ladder={tmp_path / 'one'}", "--config=psa"], "has no rung 'psa', but mine"),
     ([f"--ladder={tmp_path / 'one'}"], "in --calibrate or --compare: give one of them"),
+    (["--compare", f"--ladder={tmp_path / 'one'}", "--rate=2", "--limit=3"], "leave out --"),
   ):
     wrong = command(*arguments)
     assert wrong.returncode == 2 and message in wrong.stderr

@@ -69,6 +69,7 @@ with cli.group("The device"):
     [f"{_TRACES}/recite_16384_2048.npz", f"{_TRACES}/renumber_16384_2048.npz"],
     "--calibrate: traces of selections, as `sparse-serve accuracy` writes them, which say how blocks come back.",
   )
+_WITH_LADDER = {"cost", "calibrate", "compare", "ladder", "selections", "config", "verbose"}  # flags that are read
 _ASKED = WorkloadFlags(default="mixed")
 _OUT = cli.define_out("Folder for requests.jsonl and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
@@ -81,6 +82,8 @@ def main() -> int:
   if _CALIBRATE.value and _COMPARE.value:
     raise ValueError("--calibrate makes the costs that --compare tests: give one of them")
   if _LADDER.value:
+    if told := [name for name in flags.FLAGS if flags.FLAGS[name].present and name not in _WITH_LADDER]:
+      raise ValueError(f"--ladder: its folders hold what was served and how, leave out --{', --'.join(told)}")
     return _from_ladders([kept.read(pathlib.Path(folder), _CONFIG.value) for folder in _LADDER.value])
   config = with_fixed_sizes(override(load_config(_CONFIG.value), _SET.value))
   asked = Asked(_ASKED.read())
