@@ -261,7 +261,7 @@ class Ladder:
     self._iterations.append({"rung": rung, "rate": rate, **to_columns(iterations)})
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
     row |= self._floor(rung, ended, iterations, rates)
-    # What is refused no rung can serve (`check`), at no rate. A burst is no rate that could be kept.
+    # Refused requests do not count: no rung can serve them (`check`). All at once is no rate that could be kept.
     row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed if rate else None
     self._cells.append(row)
     return row
@@ -323,8 +323,7 @@ class Ladder:
       "busy_s": busy,
       "floor_s": least,
       "floor_share": least / busy if busy else None,
-      "rates": dataclasses.asdict(rates),
-    }
+    } | {f"{name}_rate": rate for name, rate in dataclasses.asdict(rates).items()}
 
   def _answer(self, rung: str, item: Item, end: Request | run.Refusal) -> Row:
     tokens = [int(token) for token in end.output_tokens] if isinstance(end, Request) else []

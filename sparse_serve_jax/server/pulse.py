@@ -9,7 +9,7 @@ from jax import monitoring
 from sparse_serve_jax.serving.loop import Loop
 
 STUCK_S = 300.0
-COMPILING = 10  # as many times STUCK_S may pass while a program is compiled, or a replica starts
+COMPILING = 10  # as many times `stuck_s` may pass while a program is compiled, or a replica starts
 _COMPILES = "/jax/core/compile/backend_compile_duration"  # JAX tells its begin and its end, an error's too
 
 
