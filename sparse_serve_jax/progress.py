@@ -13,16 +13,17 @@ EVERY_S = 20.0  # seconds between lines at least, and before the first one
 
 
 class _Lines(tqdm):
-  told = time.monotonic()  # when the last line came, of whichever bar
+  told: float | None = None  # when the last line came, of whichever bar, or the first bar
 
   def __init__(self, **options: Any):
     name = "{desc}: " if options.get("desc") else ""
     told = f"{name}{{n_fmt}} of {{total_fmt}} {options['unit']}s, {{elapsed}} so far, {{remaining}} left{{postfix}}"
     super().__init__(**options, delay=math.inf, bar_format=told)  # so that it never draws itself
+    _Lines.told = _Lines.told or time.monotonic()
 
   def update(self, n: float | None = 1) -> None:
     self.n += n or 0
-    if (now := time.monotonic()) - _Lines.told >= EVERY_S:
+    if (now := time.monotonic()) - (_Lines.told or now) >= EVERY_S:
       _Lines.told = now
       print(self, file=sys.stderr, flush=True)
 

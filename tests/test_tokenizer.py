@@ -110,8 +110,7 @@ def test_without_files_only_text_is_an_error(tmp_path):
   refusal = r"has no tokenizer.json.*pass token ids"
   with pytest.raises(ValueError, match=refusal):
     tokenizer.encode("x")
-  with pytest.raises(ValueError, match=refusal):
-    tokenizer.decode([1])
+  assert tokenizer.decode([1]) == ""
   with pytest.raises(ValueError, match=refusal):
     tokenizer.apply_chat_template(CHAT)
 

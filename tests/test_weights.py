@@ -338,7 +338,14 @@ def test_orbax_restores_the_model(tmp_path):
 
 # Shapes
 
-PARAMETERS = {"llama3-8b": 8.03e9, "lwm-7b": 6.74e9, "llama-3.2-1b": 1.236e9}  # as published
+# As published.
+PARAMETERS = {
+  "llama3-8b": 8.03e9,
+  "llama3-8b-1048k": 8.03e9,
+  "llama-3.1-70b": 70.55e9,
+  "lwm-7b": 6.74e9,
+  "llama-3.2-1b": 1.236e9,
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)

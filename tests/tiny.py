@@ -128,10 +128,11 @@ def new_engine(conf: EngineConfig, model: Model, **options) -> Engine:
 
 
 def check_nothing_is_held(engine: Engine) -> None:
-  """After the end every block can be had again, and slots hold kept blocks alone, each at most once."""
+  """After the end every block can be had, when saves have landed; slots hold kept blocks alone, each at most once."""
   scheduler, maps = engine._scheduler, engine._executor.cache.hot.maps  # type: ignore[attr-defined]
   allocator, shape = scheduler._allocator, engine._executor.shape
-  assert (allocator.in_use, allocator.available) == (0, shape.M)
+  assert (allocator.in_use, allocator.available + allocator.returning) == (0, shape.M)
+  assert not allocator.returning or engine.config.cache.save == "staged"
   assert sorted(scheduler._lanes) == list(range(shape.R))
   slot_of, block_of = np.asarray(maps.slot_of), np.asarray(maps.block_of)
   assert {int(block) for block in np.argwhere(slot_of >= 0)[:, 2]} <= {*allocator._idle}

@@ -33,7 +33,7 @@ with cli.group("What is timed"):
     "Overrides of what cases set themselves (step.Case.all_of), such as cache.hbm_bytes=8GiB; not of sparse.policy, "
     "sparse.dense_layers, implementation or tp.",
   )
-  _LOADS = flags.DEFINE_list("loads", ["fused"], f"Of {', '.join(LOADS)}: how what misses comes to the device.")
+  _LOADS = flags.DEFINE_list("loads", ["fused"], f"How what misses comes to the device: some of {', '.join(LOADS)}.")
   _BESIDE = flags.DEFINE_bool("beside_dense", False, "Also with dense attention, of cases whose KV fits HBM.")
   _STEPS = flags.DEFINE_integer("steps", 20, "Steps of a call.", lower_bound=1)
   _PROFILE = flags.DEFINE_bool("profile", False, "Also launches and time of every kernel, a layer.")

@@ -46,7 +46,9 @@ with cli.group("What is compared"):
   _OVERLOAD = flags.DEFINE_bool(
     "overload", False, "Also 1.1 times the rate at which the first rung's mean delay passes 2 s."
   )
-  _RUNS = flags.DEFINE_integer("most_runs", 8, "--goodput, --overload: rates to try between.", lower_bound=0)
+  _RUNS = flags.DEFINE_integer(
+    "most_runs", 8, "Rates to try between those given, for --goodput and --overload.", lower_bound=0
+  )
 _ASKED = WorkloadFlags(rate=False)
 _RAY = cli.define_ray()
 _OUT = cli.define_out("Folder of results.")
