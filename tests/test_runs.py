@@ -72,7 +72,7 @@ def test_bursts_and_what_their_costs_predict(tmp_path):
 
 
 # Others differ from these by values only: `make soak` runs them.
-ONE_OF_EACH = {"arrivals", "batches", "loads", "kernels", "crossover"}
+ONE_OF_EACH = {"arrivals", "loads", "kernels", "crossover"}
 
 
 @pytest.mark.slow

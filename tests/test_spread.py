@@ -57,7 +57,7 @@ def test_accuracy_is_that_of_one_process_and_goes_on(tmp_path):
   assert len(parts) == 2 and parts[0]["device"]["platform"] == "cpu" and "--ray" in parts[1]["command"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_ladder_has_the_same_rows(tmp_path):
   def run(name: str, *more: str) -> list[dict]:
     done = forks.start("experiments.ladder", *COMMAND, f"--out={tmp_path / name}", *more)
