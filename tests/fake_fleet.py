@@ -17,8 +17,8 @@ import httpx
 from sparse_serve_jax import runtime
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.server import replicas, serve
-from sparse_serve_jax.server.app import Limits
 from sparse_serve_jax.server.engines import Engines
+from sparse_serve_jax.server.limits import Limits
 from tests.fake_engine import FakeExecutor, FakeModel, fake_executor
 from tests.fake_ray import Ray
 

@@ -40,6 +40,10 @@ class Actor:
     """It does not answer any more."""
     self._answers.clear()
 
+  def go_on(self) -> None:
+    """It answers again, with what waited first."""
+    self._answers.set()
+
   def die(self) -> None:
     with self._lock:
       self.dead.set()

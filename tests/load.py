@@ -76,8 +76,9 @@ def serve(model: str, seed: int, expected: str) -> None:
   cancellations.
   """
   from sparse_serve_jax import LLM, runtime
-  from sparse_serve_jax.server import app, engines
+  from sparse_serve_jax.server import engines
   from sparse_serve_jax.server import serve as serving
+  from sparse_serve_jax.server.limits import Limits
   from sparse_serve_jax.serving.loop import Loop, Stream
   from tests.tiny import check_nothing_is_held
 
@@ -100,7 +101,7 @@ def serve(model: str, seed: int, expected: str) -> None:
     return engine_cancel(name, reason)
 
   Loop.cancel, engine.cancel = ask, cancel  # type: ignore[method-assign]
-  served_by, limits = engines.One(engine, llm.model), app.Limits(max_waiting=2000)
+  served_by, limits = engines.One(engine, llm.model), Limits(max_waiting=2000)
   assert serving.serve(served_by, llm.model, "reference", serving.bind(("127.0.0.1", 0)), limits, None)
   check_nothing_is_held(engine)
   assert not engine.has_work and not engine.failed and not engine._live

@@ -610,6 +610,20 @@ MUTATIONS = [
     ("tests/test_stuck.py::test_a_replica_that_hangs_is_taken_out_and_started_anew[the actor]",),
   ),
   Mutation(
+    "a replica that does not answer gets new requests",
+    "sparse_serve_jax/server/replicas.py",
+    "if p.heard > since]",
+    "if since]",
+    ("tests/test_stuck.py::test_a_replica_that_does_not_answer_gets_no_new_requests_while_another_does",),
+  ),
+  Mutation(
+    "a compilation that ends ends those beside it",
+    "sparse_serve_jax/server/pulse.py",
+    "max(0, self._compiling + more)",
+    "max(0, more)",
+    ("tests/test_stuck.py::test_of_programs_that_are_compiled_at_a_time_one_that_ends_ends_no_other",),
+  ),
+  Mutation(
     "a client that does not read is waited for",
     "sparse_serve_jax/server/serve.py",
     "config.timeout_graceful_shutdown = ",

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,9 +17,10 @@ import pytest
 from jax import monitoring
 
 from sparse_serve_jax.sampling_params import SamplingParams
-from sparse_serve_jax.server import app, pulse, serve
-from sparse_serve_jax.server.app import Limits
+from sparse_serve_jax.server import app, pulse, replicas, serve
 from sparse_serve_jax.server.engines import One
+from sparse_serve_jax.server.limits import Limits
+from sparse_serve_jax.server.pulse import Health, Pulse, ReplicaHealth
 from sparse_serve_jax.serving.engine import Engine
 from tests.fake_engine import continuation, fake_executor
 from tests.fake_fleet import Model, Standing, fleet, serving
@@ -45,18 +47,18 @@ def test_one_that_stands_still_says_so_and_goes_on_when_it_can():
   try:
     device.goes.clear()
     stream = of.submit(PROMPT, sink=ignored, params=PARAMS)
-    assert device.stands.wait(20) and of.health() == {"status": "ok"}
-    until(lambda: of.health()["status"] == "stuck")
+    assert device.stands.wait(20) and of.health() == Health("ok")
+    until(lambda: of.health().status == "stuck")
     time.sleep(1.1)
-    assert of.health() == {"status": "stuck", "seconds": 1}
+    assert of.health() == Health("stuck", 1)
     for call in (lambda: of.submit(PROMPT, sink=ignored, params=PARAMS), lambda: of.score(PROMPT, 0)):
       with pytest.raises(RuntimeError, match=r"the engine has not gone on for \d s"):
         call()
     device.goes.set()
     assert stream.result(20).output_tokens == continuation(PROMPT, 5)
-    until(lambda: of.health() == {"status": "ok"})
+    until(lambda: of.health() == Health("ok"))
     time.sleep(2 * STUCK)
-    assert of.health() == {"status": "ok"}, "it has nothing to do"
+    assert of.health() == Health("ok"), "it has nothing to do"
   finally:
     device.goes.set()
     of.close()
@@ -68,7 +70,7 @@ def test_calls_are_progress():
   try:
     calls = [of._loop.call(lambda: time.sleep(STUCK / 4)) for _ in range(12)]
     while not calls[-1].done():
-      assert of.health() == {"status": "ok"}
+      assert of.health() == Health("ok")
       time.sleep(0.005)
   finally:
     of.close()
@@ -80,7 +82,7 @@ def test_an_engine_that_plans_nothing_for_ever_is_stuck():
   try:
     engine.step = lambda: time.sleep(0.001) or []  # type: ignore[method-assign]
     of.submit(PROMPT, sink=ignored, params=PARAMS)
-    until(lambda: of.health()["status"] == "stuck")
+    until(lambda: of.health().status == "stuck")
   finally:
     del engine.step
     of.close()
@@ -90,7 +92,7 @@ def test_compilation_is_no_hang_unless_it_takes_ten_times_as_long():
   """JAX tells when one begins and ends; here it goes on until it is let."""
   executor = fake_executor()
   of, go, begun = One(Engine(executor), Model(), STUCK), threading.Event(), threading.Event()  # type: ignore[arg-type]
-  execute, after = executor.execute, list[dict]()
+  execute, after = executor.execute, list[Health]()
 
   def compiling(plan):
     executor.execute = execute
@@ -109,15 +111,31 @@ def test_compilation_is_no_hang_unless_it_takes_ten_times_as_long():
     stream = of.submit(PROMPT, sink=ignored, params=PARAMS)
     assert begun.wait(20)
     time.sleep(3 * STUCK)
-    assert of.health() == {"status": "ok"}
-    until(lambda: of.health()["status"] == "stuck")
-    assert of.health()["seconds"] >= pulse.COMPILING * STUCK - 0.5
+    assert of.health() == Health("ok")
+    until(lambda: of.health().status == "stuck")
+    assert of.health().seconds >= pulse.COMPILING * STUCK - 0.5
     go.set()
     assert stream.result(20).output_tokens == continuation(PROMPT, 5)
-    assert after == [{"status": "ok"}], "what is compiled counts as an iteration"
+    assert after == [Health("ok")], "what is compiled counts as an iteration"
   finally:
     go.set()
     monitoring.unregister_scalar_listener(begins)
+    of.close()
+
+
+def test_of_programs_that_are_compiled_at_a_time_one_that_ends_ends_no_other():
+  """Events of JAX, as threads that compile cause them."""
+  of = Pulse(SimpleNamespace(still_since=time.monotonic()), STUCK)  # type: ignore[arg-type]
+  try:
+    monitoring.record_event_duration_secs(pulse._COMPILES, 0.0)  # of one that began before
+    for _ in range(2):
+      monitoring.record_scalar(pulse._COMPILES, 0.0)
+    monitoring.record_event_duration_secs(pulse._COMPILES, 0.0)
+    time.sleep(3 * STUCK)
+    assert of.still() is None
+    monitoring.record_event_duration_secs(pulse._COMPILES, 0.0)
+    until(lambda: of.still() is not None, pulse.COMPILING * STUCK / 2)
+  finally:
     of.close()
 
 
@@ -224,7 +242,33 @@ def test_a_replica_that_hangs_is_taken_out_and_started_anew(monkeypatch, how):
     why = "the engine has not gone on for 0 s" if how == "its engine" else "it has not answered for 0 s"
     with pytest.raises(RuntimeError, match=f"replica 0: {why}, and what it had to answer is lost"):
       lost.result(20)
-    until(lambda: of.health()["replicas"]["0"] == {"status": "ok", "live": 0, "restarts": 1})
+    until(lambda: of.health().replicas["0"] == ReplicaHealth("ok", 0, 1))
     assert ray.actors[0].dead.is_set() and len(ray.actors) == 3 and ray.ended == [id(ray.actors[0].of)]
     again = of.submit([40] * 20, sink=ignored, params=PARAMS)
     assert again.result(20).output_tokens == continuation([40] * 20, 5)
+
+
+def test_a_replica_that_does_not_answer_gets_no_new_requests_while_another_does(monkeypatch):
+  monkeypatch.setattr(replicas, "_LOOK", 0.2)
+  with fleet(monkeypatch, 2, 20) as (of, ray, _):
+
+    def live_after(prompt: list[int], n: int) -> list[int]:
+      """Outputs of each replica once it has had `n` more."""
+      for _ in range(n):
+        of.submit(prompt, sink=ignored, params=PARAMS)
+      return [one.live for one in of.health().replicas.values()]
+
+    known = of.submit([40] * 20, sink=ignored, params=PARAMS)
+    assert known.result(20).output_tokens == continuation([40] * 20, 5)
+    ray.actors[0].stop()
+    assert live_after([40] * 20, 1) == [1, 0], "it was there a moment ago"
+    time.sleep(1.2 * replicas._SILENT * replicas._LOOK)
+    held = of.submit([40] * 20, sink=ignored, params=PARAMS)
+    assert held.result(20).output_tokens == continuation([40] * 20, 5)
+    ray.actors[1].stop()
+    time.sleep(1.2 * replicas._SILENT * replicas._LOOK)
+    assert sum(live_after([50] * 20, 2)) == 3, "none answers: all may get some"
+    for actor in ray.actors:
+      actor.go_on()
+    until(lambda: not any(one.live for one in of.health().replicas.values()))
+    assert [one.restarts for one in of.health().replicas.values()] == [0, 0]

@@ -21,6 +21,7 @@ from sparse_serve_jax import runtime
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.models.here import load_model_for_others, load_model_here
+from sparse_serve_jax.server.limits import STUCK_S, Limits
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 
@@ -37,14 +38,21 @@ with cli.group("The server"):
   _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is all of the machine's.")
   _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one.", lower_bound=0, upper_bound=65535)
   _API_KEY = flags.DEFINE_string("api_key", None, f"Key that clients must give; {KEY} is better, as others see flags.")
-  _BODY = flags.DEFINE_integer("max_body_bytes", 64 << 20, "Bytes of a request at most.", lower_bound=1)
-  _WAITING = flags.DEFINE_integer("max_waiting", 256, "Outputs that may wait for their first token.", lower_bound=1)
-  _BODY_SECONDS = flags.DEFINE_float("body_seconds", 60.0, "Seconds that a body may take to come.", lower_bound=0.001)
+  _BODY = flags.DEFINE_integer("max_body_bytes", Limits.max_body_bytes, "Bytes of a request at most.", lower_bound=1)
+  _WAITING = flags.DEFINE_integer(
+    "max_waiting", Limits.max_waiting, "Outputs that may wait for their first token.", lower_bound=1
+  )
+  _BODY_SECONDS = flags.DEFINE_float(
+    "body_seconds", Limits.body_seconds, "Seconds that a body may take to come.", lower_bound=0.001
+  )
   _STUCK = flags.DEFINE_float(
-    "stuck_seconds", 300.0, "Seconds after which an engine that does not go on is given up.", lower_bound=1
+    "stuck_seconds", STUCK_S, "Seconds after which an engine that does not go on is given up.", lower_bound=1
   )
   _DRAIN = flags.DEFINE_float(
-    "drain_seconds", 300.0, "Seconds that answers may take after a signal; then connections are closed.", lower_bound=0
+    "drain_seconds",
+    Limits.drain_seconds,
+    "Seconds that answers may take after a signal; then connections are closed.",
+    lower_bound=0,
   )
 
 
@@ -53,7 +61,7 @@ def main(model_path: str | None = None) -> int:
   if model_path is None:
     raise ValueError("give a model: sparse-serve serve MODEL")
   try:
-    from sparse_serve_jax.server import app, engines, serve
+    from sparse_serve_jax.server import engines, serve
   except ImportError as error:
     raise ValueError(f'the server needs {error.name}: pip install "sparse-serve-jax[server]"') from error
   runtime.configure()
@@ -72,7 +80,7 @@ def main(model_path: str | None = None) -> int:
   else:
     model = load_model_here(model_path, dtype=_DTYPE.value)
     served_by = engines.One(Engine(JaxExecutor(config, model)), model, _STUCK.value)
-  limits = app.Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value, _DRAIN.value)
+  limits = Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value, _DRAIN.value)
   served = _NAME.value or pathlib.Path(model_path).name
   return 0 if serve.serve(served_by, model, served, listener, limits, key) else 1
 

@@ -28,9 +28,10 @@ from sparse_serve_jax.server import asked
 from sparse_serve_jax.server.answers import Answer
 from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
+from sparse_serve_jax.server.limits import Limits
 from sparse_serve_jax.server.measures import by_label
 from sparse_serve_jax.server.outputs import Outputs
-from sparse_serve_jax.server.pulse import stands_still
+from sparse_serve_jax.server.pulse import Health
 from sparse_serve_jax.server.status import SAMPLE_S, body
 
 _LOG = logging.getLogger(__name__)
@@ -41,14 +42,6 @@ _PAGE_HEADERS = {
   "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
   "x-content-type-options": "nosniff",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  max_body_bytes: int = 64 << 20
-  max_waiting: int = 256  # outputs without a token
-  body_seconds: float = 60.0  # that a body may take to come
-  drain_seconds: float = 300.0  # that answers may take after a signal
 
 
 class Server:
@@ -65,10 +58,10 @@ class Server:
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
     self.draining, self.n_answers = False, 0
 
-  def health(self) -> dict[str, Any]:
+  def health(self) -> Health:
     """What the engines say, and whether the server ends."""
     told = self.engines.health()
-    return told | ({"status": "draining"} if self.draining and told["status"] == "ok" else {})
+    return dataclasses.replace(told, status="draining") if self.draining and told.status == "ok" else told
 
   async def sample(self) -> None:
     """Has the engines take samples until it is cancelled. An engine that does not go on has its requests given up."""
@@ -76,15 +69,15 @@ class Server:
       await asyncio.sleep(SAMPLE_S)
       self.engines.sample()
       told = self.engines.health()
-      if told["status"] == "stuck":
-        self.outputs.give_up(Refused(500, f"{stands_still(told['seconds'])}, and this request is given up"))
+      if told.status == "stuck":
+        self.outputs.give_up(Refused(500, f"{told.why}, and this request is given up"))
 
   def numbers(self) -> dict[str, Any]:
     """What /status tells but for the state: of the engines that answer. May wait for other processes."""
     engines = self.engines.told()
     told = {"model": self.served, "refused": by_label(self.refused), **body(engines)}
-    if replicas := self.engines.health().get("replicas"):
-      told["replicas"] = {i: of | {"counted": int(i) in engines} for i, of in replicas.items()}
+    if replicas := self.engines.health().replicas:
+      told["replicas"] = {i: dataclasses.asdict(of) | {"counted": int(i) in engines} for i, of in replicas.items()}
     return told
 
   def knows_key(self, request: Request) -> bool:
@@ -264,7 +257,7 @@ def make_app(server: Server, version: str) -> Starlette:
 
   async def health(_: Request) -> Response:
     told = server.health()
-    return JSONResponse(told, 200 if told["status"] == "ok" else 503)
+    return JSONResponse(told.to_dict(), 200 if told.status == "ok" else 503)
 
   async def versions(_: Request) -> Response:
     return JSONResponse({"version": version})
@@ -274,7 +267,7 @@ def make_app(server: Server, version: str) -> Starlette:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
   async def status(request: Request) -> Response:
-    told: dict[str, Any] = {"state": server.health()["status"]}
+    told: dict[str, Any] = {"state": server.health().status}
     if not server.knows_key(request):  # no 401: browsers log it as an error, and the page asks before it has the key
       told["key"] = "wanted"
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from prometheus_client import Metric
@@ -14,8 +14,9 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.sampling_params import SamplingParams
+from sparse_serve_jax.server.limits import STUCK_S
 from sparse_serve_jax.server.measures import Measures
-from sparse_serve_jax.server.pulse import STUCK_S, Pulse, stands_still
+from sparse_serve_jax.server.pulse import Health, Pulse
 from sparse_serve_jax.server.scoring import Scorer
 from sparse_serve_jax.server.status import Status, Told
 from sparse_serve_jax.serving.engine import Engine
@@ -52,11 +53,7 @@ class Engines(Protocol):
     """Counts a stream, once, after its end."""
     ...
 
-  def health(self) -> dict[str, Any]:
-    """Under "status" "ok", "failed" if no engine takes requests now, or "stuck" if it takes none because it does not go
-    on, with "seconds" that it has not; and more, where there is more to tell.
-    """
-    ...
+  def health(self) -> Health: ...
 
   def collect(self) -> Iterable[Metric]:
     """What /metrics tells of them. May wait for other processes."""
@@ -115,11 +112,11 @@ class One:
     if stream.request is not None:
       self._measures.ended(stream.request)
 
-  def health(self) -> dict[str, Any]:
+  def health(self) -> Health:
     still = self._pulse.still()
     if self.failed or still is None:
-      return {"status": "failed" if self.failed else "ok"}
-    return {"status": "stuck", "seconds": round(still)}
+      return Health("failed" if self.failed else "ok")
+    return Health("stuck", round(still))
 
   def told(self) -> dict[int | None, Told]:
     return {None: self._status.told()}
@@ -130,5 +127,5 @@ class One:
 
   def _check(self) -> None:
     """Raises RuntimeError: the engine does not go on."""
-    if (still := self._pulse.still()) is not None and not self.failed:
-      raise RuntimeError(stands_still(still))
+    if (told := self.health()).status == "stuck":
+      raise RuntimeError(told.why)

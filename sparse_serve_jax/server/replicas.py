@@ -30,7 +30,8 @@ from sparse_serve_jax.memory.prefix import hash_chain
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server.engines import One, Scores
-from sparse_serve_jax.server.pulse import COMPILING, STUCK_S, stands_still
+from sparse_serve_jax.server.limits import STUCK_S
+from sparse_serve_jax.server.pulse import COMPILING, Health, ReplicaHealth
 from sparse_serve_jax.server.routing import Router
 from sparse_serve_jax.server.status import Told
 from sparse_serve_jax.serving.engine import Engine
@@ -42,6 +43,7 @@ from sparse_serve_jax.serving.request import Request
 _LOG = logging.getLogger(__name__)
 
 _LOOK = 1.0  # seconds between a replica's looks at whether its engine goes on, while nothing happens
+_SILENT = 5  # looks without an answer, after which a replica gets no new requests while another answers
 _TRIES, _PAUSE = 3, 5.0  # starts of a replica that takes the place of another, and seconds between them
 _TOLD_SOON, _CLOSED_SOON = 2.0, 30.0  # seconds in which a replica tells its numbers, and ends
 _DEEPEST = 512  # blocks of a prompt that it is routed by
@@ -124,8 +126,8 @@ class Replica:
     with self._changed:
       self._changed.wait_for(lambda: self._come, self._look)
       come, self._come = self._come, deque()
-    if not come and (told := self._one.health())["status"] != "ok":
-      raise RuntimeError("the engine has failed" if self._one.failed else stands_still(told["seconds"]))
+    if not come and (told := self._one.health()).status != "ok":
+      raise RuntimeError(told.why)
     return [self._tell(*item) for item in come]
 
   def score(self, prompt: np.ndarray, n_top: int) -> Scores:
@@ -205,7 +207,12 @@ class _Place:
   where: tuple[str, int] | None = None
   status: str = "starting"  # then "ok"; "starting" again after a death; "failed" if none could start
   restarts: int = 0
+  heard: float = 0.0  # when it last answered, in seconds of `time.monotonic`
   live: dict[int, _Remote] = dataclasses.field(default_factory=dict)
+
+  def begin(self) -> None:
+    """From now on it serves."""
+    self.status, self.heard = "ok", time.monotonic()
 
 
 class Fleet:
@@ -239,7 +246,7 @@ class Fleet:
     self._calls = ThreadPoolExecutor(n + 2, "replicas")
     self._watching = [threading.Thread(target=self._watch, args=(place,), daemon=True) for place in self._places]
     for place, thread in zip(self._places, self._watching, strict=True):
-      place.status = "ok"
+      place.begin()
       thread.start()
 
   @property
@@ -271,10 +278,10 @@ class Fleet:
   def ended(self, stream: Stream) -> None:
     """The replica has counted it."""
 
-  def health(self) -> dict[str, Any]:
+  def health(self) -> Health:
     with self._lock:
-      each = {str(p.index): {"status": p.status, "live": len(p.live), "restarts": p.restarts} for p in self._places}
-    return {"status": "ok" if any(of["status"] == "ok" for of in each.values()) else "failed", "replicas": each}
+      each = {str(p.index): ReplicaHealth(p.status, len(p.live), p.restarts) for p in self._places}
+    return Health("ok" if any(of.status == "ok" for of in each.values()) else "failed", replicas=each)
 
   def collect(self) -> Iterator[Metric]:
     """The numbers of every replica that answers, with its label, and which replicas serve."""
@@ -323,11 +330,14 @@ class Fleet:
         yield place, self._get(ref, max(0.0, until - time.monotonic()))
 
   def _loads(self) -> dict[int, int]:
-    """Of replicas that serve. Call with the lock held. Raises RuntimeError: there are none."""
-    loads = {place.index: len(place.live) for place in self._places if place.status == "ok"}
-    if not loads:
+    """Of replicas that serve, those that answer if any does. Call with the lock held. Raises RuntimeError: none
+    serves.
+    """
+    serve = [place for place in self._places if place.status == "ok"]
+    if not serve:
       raise RuntimeError(f"no replica serves now: {', '.join(f'{p.index} {p.status}' for p in self._places)}")
-    return loads
+    since = time.monotonic() - _SILENT * _LOOK
+    return {place.index: len(place.live) for place in [p for p in serve if p.heard > since] or serve}
 
   def _scored(self, ref: Any) -> Scores:
     try:
@@ -358,6 +368,7 @@ class Fleet:
         if not self._lost(place, error):
           return
         continue
+      place.heard = time.monotonic()
       for one in told:
         with self._lock:
           stream = place.live[one.name] if one.ended is None else place.live.pop(one.name)
@@ -395,7 +406,8 @@ class Fleet:
         _LOG.error("replica %d cannot be started: %s", place.index, again)
         continue
       with self._lock:
-        place.status, place.restarts = "ok", place.restarts + 1
+        place.begin()
+        place.restarts += 1
       return True
     with self._lock:
       place.status = "failed"

@@ -17,9 +17,10 @@ import uvicorn
 
 from sparse_serve_jax import __version__
 from sparse_serve_jax.models import Model
-from sparse_serve_jax.server.app import Limits, Server, make_app
+from sparse_serve_jax.server.app import Server, make_app
 from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
+from sparse_serve_jax.server.limits import Limits
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ async def _serve(
 
   async def drain() -> None:
     until = time.monotonic() + limits.drain_seconds
-    while server.n_answers and time.monotonic() < until and engines.health()["status"] != "stuck":
+    while server.n_answers and time.monotonic() < until and engines.health().status != "stuck":
       await asyncio.sleep(_LOOK)
     server.outputs.give_up(Refused(503, "the server ends, and this request is given up"))
     # Connections whose clients do not read are closed then.
