@@ -121,6 +121,37 @@ def test_compilation_is_no_hang_unless_it_takes_ten_times_as_long():
     of.close()
 
 
+def test_of_compilations_that_overlap_each_counts_until_its_end():
+  """Several threads of a process compile."""
+  of, device = one()
+  begun, go = threading.Event(), threading.Event()
+
+  def compiles():
+    monitoring.record_scalar(pulse._COMPILES, 0.0)
+    begun.set()
+    go.wait()
+    monitoring.record_event_duration_secs(pulse._COMPILES, 0.1)
+
+  thread = threading.Thread(target=compiles)
+  try:
+    device.goes.clear()
+    of.submit(PROMPT, sink=ignored, params=PARAMS)
+    assert device.stands.wait(20)
+    thread.start()
+    assert begun.wait(20)
+    monitoring.record_scalar(pulse._COMPILES, 0.0)
+    monitoring.record_event_duration_secs(pulse._COMPILES, 0.1)
+    time.sleep(3 * STUCK)
+    assert of.health() == {"status": "ok"}
+    go.set()
+    until(lambda: of.health()["status"] == "stuck")
+  finally:
+    go.set()
+    thread.join()
+    device.goes.set()
+    of.close()
+
+
 def test_requests_of_a_stuck_engine_are_given_up(monkeypatch):
   monkeypatch.setattr(app, "SAMPLE_S", 0.02)
   of, device = one()
@@ -207,6 +238,21 @@ def test_a_drain_ends(monkeypatch, reads):
   answer = asyncio.run(run())
   if reads:
     assert b"the server ends, and this request is given up" in answer and b"[DONE]" in answer
+
+
+def test_what_a_replica_does_not_take_has_an_end(monkeypatch):
+  """Also if its engine goes on before anybody sees that it stood still."""
+  with fleet(monkeypatch, 1, 20) as (of, ray, _):
+    one = ray.actors[0].of._one
+
+    def refused(*_, **__):
+      raise RuntimeError("the engine has not gone on for 9 s")
+
+    one.submit = refused
+    with pytest.raises(RuntimeError, match="the engine has not gone on for 9 s"):
+      of.submit(PROMPT, sink=ignored, params=PARAMS).result(5)
+    del one.submit
+    assert of.submit(PROMPT, sink=ignored, params=PARAMS).result(20).output_tokens == continuation(PROMPT, 5)
 
 
 @pytest.mark.parametrize("how", ["its engine", "the actor"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from jax import monitoring
@@ -19,13 +20,13 @@ class Pulse:
   def __init__(self, loop: Loop, stuck_s: float):
     """`stuck_s`: seconds after which an engine that does not go on is taken for stuck."""
     self._loop, self._most = loop, stuck_s
-    self._compiling, self._told = False, 0.0
+    self._compiling, self._told = set[int](), 0.0  # threads
     monitoring.register_scalar_listener(self._begins)
     monitoring.register_event_duration_secs_listener(self._ends)
 
   def still(self) -> float | None:
     """Seconds that the engine has not gone on, if they are too many. A compilation that ends is progress."""
-    since, compiling = self._loop.still_since, self._compiling
+    since, compiling = self._loop.still_since, bool(self._compiling)
     if since is None:
       return None
     still = time.monotonic() - max(since, self._told)
@@ -37,11 +38,13 @@ class Pulse:
 
   def _begins(self, event: str, value: float, **_: object) -> None:
     if event == _COMPILES:
-      self._compiling, self._told = True, time.monotonic()
+      self._compiling.add(threading.get_ident())
+      self._told = time.monotonic()
 
   def _ends(self, event: str, duration_secs: float, **_: object) -> None:
     if event == _COMPILES:
-      self._told, self._compiling = time.monotonic(), False
+      self._told = time.monotonic()
+      self._compiling.discard(threading.get_ident())
 
 
 def stands_still(seconds: float) -> str:
