@@ -252,8 +252,10 @@ class Buckets:
       shared: whether a prompt may begin like another.
     """
     cuts = self.late and longest > self.full  # so that a full piece is followed by another
-    cuts_after = cuts and (shared or longest > 2 * self.full)  # and is not the first itself
+    least = self.unit if self.chunked else self.full  # of a first piece
+    cuts_after = cuts and (shared or longest > least + self.full)  # and is not the first itself
     n_layers, sampled = self.n_layers, ("", "sampled ")
+    of_any_depth = self.crowded and not self.chunked  # a segment may have room for fewer layers than all
     decode = [
       Program(f"{s}decode", *of, n_layers) for s in sampled for of in itertools.product(self.batches, self.tables)
     ]
@@ -264,7 +266,7 @@ class Buckets:
       Program(kind, c, width, n)
       for c, width in itertools.product(chunks, self.prefixes)
       for kind in ("prefill", *(["saving prefill"] * (cuts_after and c == _up(chunks, self.full))))
-      for n in ((0, n_layers) if self.crowded and self.at_once(c) else (n_layers * self.at_once(c),))
+      for n in ((0, n_layers) if of_any_depth and self.at_once(c) else (n_layers * self.at_once(c),))
     ]
     return decode + packed + begin + resume
 

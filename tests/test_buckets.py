@@ -151,8 +151,9 @@ def programs_of(buckets: Buckets, plan: Plan) -> set[Program]:
     if len(works) == 1:
       padded = buckets.piece(n_tokens, start, n_layers)
       known = n_layers if buckets.known(padded, start, n_layers) else 0
-      used.add(Program("prefill", padded, buckets.prefix(start), known))
+      used.add(Program("saving prefill" if works[0].saves else "prefill", padded, buckets.prefix(start), known))
     else:
+      assert not any(work.saves for work in works)
       kind = "" if all(work.sampling.plain for work in works) else "sampled "
       used.add(Program(f"{kind}packed prefill", buckets.packed, 0, buckets.n_layers))
   if plan.decode:
@@ -170,26 +171,51 @@ def programs_of(buckets: Buckets, plan: Plan) -> set[Program]:
   n_layers=st.integers(1, 4),
   max_context=st.integers(8, 6000),
   max_tokens=st.just(0) | st.integers(128, 3000),
+  save=st.sampled_from(["direct", "staged"]),
+  prefix=st.booleans(),
   data=st.data(),
 )
-def test_every_plan_has_its_programs(prefill, inject, chunk_blocks, S, n_layers, max_context, max_tokens, data):
+def test_every_plan_has_its_programs(
+  prefill, inject, chunk_blocks, S, n_layers, max_context, max_tokens, save, prefix, data
+):
   """Prompts that share an iteration make pieces of any size: each fits a bucket, and only listed programs run.
 
-  A piece is small, or padded by a half at most.
+  A piece is small, or padded by a half at most; what is left of a prompt that begins like another is padded more.
   """
   scheduler = SchedulerConfig(prefill=prefill, max_inject_tokens=inject, chunk_tokens=chunk_blocks * S, max_batch=3)
   scheduler = dataclasses.replace(scheduler, max_tokens=max_tokens)
-  conf = EngineConfig(CacheConfig(block_tokens=S), SparseConfig(token_budget=4096), scheduler)
+  conf = EngineConfig(CacheConfig(block_tokens=S, save=save, prefix=prefix), SparseConfig(token_budget=4096), scheduler)
   prompts = data.draw(st.lists(st.integers(1, max_context - 2), min_size=1, max_size=5))
   buckets = Buckets.of(conf, n_layers, max_context)
-  listed = set(buckets.programs())
+  assert buckets.n_programs <= 48
+  listed = set(buckets.programs()) & set(buckets.programs_of(prompts))
   for plan in planned(conf, sizes(n_layers, max_context, S), prompts, n_output=2):
     assert programs_of(buckets, plan) <= listed
     for work in plan.prefill:
       padded = buckets.piece(len(work.tokens), work.start, work.n_layers)
-      assert padded <= 2048 or padded <= 1.5 * len(work.tokens) + S
+      assert prefix or padded <= 2048 or padded <= 1.5 * len(work.tokens) + S
       if not buckets.known(padded, work.start, work.n_layers):  # then a slab of its blocks has so many layers
         assert work.n_layers <= buckets.layers(padded, work.start)
+
+
+def test_a_full_chunk_that_another_follows_may_come_after_a_small_one():
+  """Which took what another prompt had left of its iteration."""
+  scheduler = SchedulerConfig(prefill="chunked", chunk_tokens=256)
+  conf = EngineConfig(CacheConfig(save="staged", prefix=False), SparseConfig(token_budget=4096), scheduler)
+  buckets, prompts = Buckets.of(conf, 2, max_context=320), [224, 32 + 256 + 1]
+  plans = planned(conf, sizes(2, 320, 32), prompts)
+  works = [(len(work.tokens), work.start, work.saves) for plan in plans for work in plan.prefill]
+  assert works == [(224, 0, False), (32, 0, False), (256, 32, True), (1, 288, False)]
+  reached = set().union(*(programs_of(buckets, plan) for plan in plans))
+  assert reached <= set(buckets.programs()) & set(buckets.programs_of(prompts, shared=False))
+
+
+def test_chunked_every_program_knows_its_layers():
+  """Also where rows of decode count against a chunk: so no time goes into compiling others."""
+  scheduler = SchedulerConfig(prefill="chunked", chunk_tokens=1792, max_tokens=2485)
+  conf = EngineConfig(CacheConfig(save="staged"), SparseConfig(token_budget=4096), scheduler)
+  buckets = Buckets.of(conf, 1, max_context=7646)
+  assert {program.n_layers for program in buckets.programs()} == {1} and buckets.n_programs <= 48
 
 
 @pytest.mark.parametrize("prefix", [False, True])

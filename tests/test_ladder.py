@@ -370,6 +370,22 @@ def test_the_rate_of_overload_is_told_by_cells_of_the_first_rung(tmp_path, monke
   assert made.overload([0.0, 1.0, 2.0, 4.0], most_runs=0) == pytest.approx(1.1 * 2**1.5, rel=5e-3)
 
 
+def test_what_rungs_beside_each_other_are_compared_with_is_there_before(tmp_path, monkeypatch):
+  """Else each of them would time the first rung alone, while others use it."""
+  made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
+  ran: list[tuple[str, float]] = []
+  monkeypatch.setattr(made, "cell", lambda *of: ran.append(of))
+  for rates in ([0.0, 1.0, 2.0], [0.0]):
+    made.begin(rates)
+  assert ran == [("dense", 1.0), ("dense", 0.0)]
+
+
+def test_what_is_searched_between_no_rates_is_refused_at_once(tmp_path):
+  for flag in ("--goodput", "--overload"):
+    done = start("experiments.ladder", "--rates=0", flag, "--model=absent", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: --goodput and --overload search between rates above")
+
+
 def test_goodputs_search_ends_after_so_many_runs():
   tried: list[float] = []
   found = ladder.search(lambda rate: tried.append(rate) or rate < 1.5, [1, 100], most_runs=2)

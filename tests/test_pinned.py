@@ -18,7 +18,7 @@ class FakeRuntime:
   """CUDA's register of host memory."""
 
   def __init__(self, most: int):
-    self.most, self.registered = most, {}
+    self.most, self.registered, self.failure = most, {}, 0
 
   def cudaHostRegister(self, address: ctypes.c_void_p, n_bytes: ctypes.c_size_t, flags: int) -> int:
     if n_bytes.value > self.most:
@@ -27,7 +27,7 @@ class FakeRuntime:
     return 0
 
   def cudaHostGetFlags(self, flags: object, address: ctypes.c_void_p) -> int:
-    return 0 if address.value in self.registered else 1
+    return self.failure or (0 if address.value in self.registered else 1)
 
   def cudaGetLastError(self) -> int:
     return 0
@@ -74,6 +74,32 @@ def test_what_cannot_be_registered_is_refused_and_given_back(runtime):
   assert not pinned._MAPPED
   with pytest.raises(MemoryError, match=f"no {1 << 60} bytes of pinned memory"):
     pinned._register(1 << 60)
+
+
+def test_memory_of_a_device_that_has_failed_stays(runtime):
+  """Every call says that the device has failed, of memory too that arrays and buffers of the process still have."""
+  runtime.failure, address = 700, pinned._register(5000)
+  pinned.give_back()
+  assert flags_of(address)
+  runtime.failure = 0
+  del runtime.registered[address]
+  pinned.give_back()
+  assert flags_of(address) is None
+
+
+def test_threads_may_give_back_at_once(runtime, monkeypatch):
+  address = pinned._register(5000)
+  del runtime.registered[address]
+  told = runtime.cudaHostGetFlags
+
+  def first_another(flags, address):
+    monkeypatch.setattr(runtime, "cudaHostGetFlags", told)
+    pinned.give_back()
+    return told(flags, address)
+
+  monkeypatch.setattr(runtime, "cudaHostGetFlags", first_another)
+  pinned.give_back()
+  assert flags_of(address) is None and not pinned._MAPPED
 
 
 def test_no_child_shares_it(runtime):

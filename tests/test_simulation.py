@@ -13,6 +13,7 @@ import pytest
 
 from sparse_serve_jax import results
 from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, override, read_config
+from sparse_serve_jax.evaluation import kept
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.serving.clock import Virtual
@@ -23,7 +24,7 @@ from sparse_serve_jax.simulation.cost import About, Cost, Seconds, Work, fit, no
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
 from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, from_columns, to_columns, typical
 from sparse_serve_jax.simulation.reuse import Blocks, Reuse, fit_reuse
-from sparse_serve_jax.workloads import Item, generated, load_workload
+from sparse_serve_jax.workloads import Item, WorkloadConfig, generated, load_workload
 from tests.forks import start
 
 MODEL = ModelConfig(
@@ -119,7 +120,7 @@ def test_a_loaded_device_delays_who_comes_later():
 def test_a_stopwatch_tells_the_seconds_of_every_iteration():
   clock = Virtual()
   device = executor(config(), clock)
-  watch = Stopwatch(device.config, device.shape)
+  watch = Stopwatch(device)
   engine = Engine(device, clock=clock, observer=watch.observe)
   run.serve(engine, items([300, 90, 33], [12, 5, 30]), [0, 0, 0.5], lambda _: None)
   assert len(watch.iterations) > 30
@@ -343,17 +344,21 @@ def test_the_command_simulates_a_trace_and_refuses_what_is_wrong(tmp_path):
   assert other.returncode == 2 and "is of random:tiny in float32" in other.stderr
 
 
-def ladder_folder(folder: Path, n: int, seed: int) -> None:
+def text(n: int, seed: int) -> WorkloadConfig:
+  asked = {"limit": n, "prompt_tokens": 300, "max_new_tokens": 40, "seed": seed, "shortest": 0.25}
+  return override(load_workload("text"), asked)
+
+
+def ladder_folder(folder: Path, workload: WorkloadConfig, asked: list[Item], dtype: str = "float32") -> None:
   """A ladder's folder whose cell was served at the costs of `cost`, and not on a device."""
-  model = read_config(ModelConfig, find_config("models", "tiny"))
-  workload = override(load_workload("text"), {"limit": n, "prompt_tokens": 300, "max_new_tokens": 40, "seed": seed})
-  workload = override(workload, {"shortest": 0.25})
-  conf, clock, asked = config("cache.save=direct"), Virtual(), generated.lengths(workload)
+  model = dataclasses.replace(read_config(ModelConfig, find_config("models", "tiny")), dtype=dtype)
+  conf, clock, n = config("cache.save=direct"), Virtual(), len(asked)
   device = SimulatedExecutor(conf, model, cost(decode_rows=3e-4, prefill_pairs=1e-9, programs=2e-4), clock, vectors=2)
-  watch = Stopwatch(conf, device.shape)
+  watch = Stopwatch(device)
   engine = Engine(device, clock=clock, observer=watch.observe)
-  served = run.serve(engine, items(*(of.tolist() for of in asked[:2])), np.zeros(n), lambda _: None)
-  setting = {"configs": {"mine": conf}, "model": {"name": "random:tiny", "config": model}, "workload": workload}
+  served = run.serve(engine, asked, np.zeros(n), lambda _: None)
+  configs = {"mine": conf, "small": override(conf, ["scheduler.max_context=256"])}
+  setting = {"configs": configs, "model": {"name": "random:tiny", "config": model}, "workload": workload}
   results.claim(folder, setting | {"seed": 0})
   cell = {"rung": "mine", "rate": 0.0}
   results.Rows(folder / "iterations.jsonl").append(cell | to_columns(watch.iterations))
@@ -362,8 +367,12 @@ def ladder_folder(folder: Path, n: int, seed: int) -> None:
 
 def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
   """What the two have in common are the costs, to which neither refers: they are found by what iterations took."""
-  ladder_folder(tmp_path / "one", 12, 0)
-  ladder_folder(tmp_path / "other", 20, 1)
+  for name, workload in (("one", text(12, 0)), ("other", text(20, 1))):
+    ladder_folder(tmp_path / name, workload, items(*(of.tolist() for of in generated.lengths(workload)[:2])))
+  (tmp_path / "rows.jsonl").write_text('{"prompt": 5}\n' + '{"prompt": "abcdefghi", "max_tokens": 9}\n' * 3)
+  some_refused = override(load_workload("jsonl"), {"path": str(tmp_path / "rows.jsonl")})
+  ladder_folder(tmp_path / "rows", some_refused, items([10] * 3, [9] * 3))
+  ladder_folder(tmp_path / "bfloat16", text(1, 0), items([90], [9]), "bfloat16")
 
   def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return start("experiments.simulate", f"--cost={tmp_path / 'cost.json'}", "--config=mine", *arguments)
@@ -371,21 +380,40 @@ def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
   fitted = command("--calibrate", f"--ladder={tmp_path / 'one'}")
   assert fitted.returncode == 0, fitted.stderr
   assert json.loads(fitted.stdout.splitlines()[-1])["mean_error"] < 0.01
-  made = command("--compare", f"--ladder={tmp_path / 'one'},{tmp_path / 'other'}")
+  made = command("--compare", f"--ladder={tmp_path / 'one'},{tmp_path / 'other'},{tmp_path / 'rows'}")
   assert made.returncode == 0, made.stderr
   told = json.loads(made.stdout.splitlines()[-1])
-  assert list(told) == [f"{name} 0 {how}" for name in ("one", "other") for how in ("simulated", "measured")]
+  assert list(told) == [f"{name} 0 {how}" for name in ("one", "other", "rows") for how in ("simulated", "measured")]
+  assert [told[f"rows 0 {how}"][of] for how in ("simulated", "measured") for of in ("requests", "refused")] == [
+    3,
+    0,
+  ] * 2
   off = told["other 0 simulated"]
   assert told["other 0 measured"]["requests"] == off["requests"] == 20
   assert abs(off["throughput_tok_s off by"]) < 0.03 and abs(off["ttft_mean_s off by"]) < 0.03
   for arguments, message in (
     (["--compare", f"--ladder={tmp_path}"], "run.json"),
+    (
+      ["--calibrate", f"--ladder={tmp_path / 'one'},{tmp_path / 'bfloat16'}"],
+      "costs are of one model and device, these are of random:tiny in bfloat16 on ",
+    ),
     (["--compare", f"--ladder={tmp_path / 'one'}", "--config=psa"], "has no rung 'psa', but mine"),
     ([f"--ladder={tmp_path / 'one'}"], "in --calibrate or --compare: give one of them"),
     (["--compare", f"--ladder={tmp_path / 'one'}", "--rate=2", "--limit=3"], "leave out --"),
   ):
     wrong = command(*arguments)
     assert wrong.returncode == 2 and message in wrong.stderr
+
+
+def test_a_ladders_device_is_the_one_that_made_its_cells(tmp_path):
+  """And not one that has told what is there again."""
+  ladder_folder(tmp_path, text(1, 0), items([90], [9]))
+  run = json.loads((tmp_path / "run.json").read_text())
+  run["parts"].insert(0, {"device": {"platform": "gpu", "kind": "NVIDIA", "count": 1}})
+  run["setting"]["configs"]["mine"]["cache"]["save"] = "auto"
+  (tmp_path / "run.json").write_text(json.dumps(run))
+  found = kept.read(tmp_path, "mine")
+  assert (found.device, found.config.cache.save, found.max_request_tokens) == ("NVIDIA", "staged", 256)
 
 
 def test_iterations_are_read_as_they_were_written():

@@ -61,6 +61,8 @@ def main() -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value, _varied()), _ASKED.read()
   rates = [workloads.checked_rate(rate) if rate else 0.0 for rate in cli.numbers(_RATES, float)]
+  if (_GOODPUT.value or _OVERLOAD.value) and not any(rates):
+    raise ValueError(f"--goodput and --overload search between rates above 0, --rates has {_RATES.value}")
   source = workloads.read(workload)
   tell_refused(known := workloads.refused_by(source))
   of_model = _MODEL.value, _DTYPE.value, _ASKED.seed
@@ -114,8 +116,8 @@ def _measured(
   if make is None:
     for rung in run.rungs:
       measure(run, rung)
-  else:  # the first cell is what all are compared with
-    first = measure if _OVERLOAD.value else lambda run, rung: run.cell(rung, rates[0])
+  else:
+    first = measure if _OVERLOAD.value else lambda run, _: run.begin(rates)
     cluster.spread(make, run.rungs[:1], lambda call, rung: first(elsewhere(call), rung), tp)
     cluster.spread(make, run.rungs, lambda call, rung: measure(elsewhere(call), rung), tp)
   return {rung: found[rung] for rung in run.rungs if rung in found}

@@ -96,7 +96,9 @@ def main() -> int:
   about = {"workload": asked.config, "prompts": digest(asked.config)}
   out = _OUT.value and results.claim(_OUT.value, setting | about)
   rows: list[dict[str, Any]] = []
-  simulated = _simulated(config, model, cost, asked, rows)
+  clock, executor = _device(config, model, cost)
+  items = asked.without_text(model, executor.shape.max_context)
+  simulated = asked.serve(executor, clock, items, rows).to_dict()
   if out:
     pathlib.Path(out, "requests.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
   name = pathlib.Path(_CONFIG.value).stem
@@ -113,13 +115,10 @@ def _check_cost(cost: Cost, model: Model) -> None:
     raise ValueError(f"{_COST.value} is of {' in '.join(of)}, and this is {model.name} in {model.config.dtype}")
 
 
-def _simulated(
-  config: EngineConfig, model: Model, cost: Cost, asked: Asked, rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-  """The summary of the workload in virtual time; adds a row for each request."""
+def _device(config: EngineConfig, model: Model, cost: Cost) -> tuple[Virtual, SimulatedExecutor]:
+  """One in virtual time, and its clock."""
   clock = Virtual()
-  executor = SimulatedExecutor(config, model.config, cost, clock, Selector.of(config).method.vectors)
-  return asked.serve(executor, clock, asked.without_text(model, executor), rows).to_dict()
+  return clock, SimulatedExecutor(config, model.config, cost, clock, Selector.of(config).method.vectors)
 
 
 class Asked:
@@ -128,10 +127,10 @@ class Asked:
   def __init__(self, config: workloads.WorkloadConfig):
     self.config, self._source = config, workloads.read(config)
 
-  def items(self, model: Model, executor: Executor) -> list[Item | Refused]:
-    return self._source(model.tokenizer, executor.shape.max_context)
+  def items(self, model: Model, max_request_tokens: int) -> list[Item | Refused]:
+    return self._source(model.tokenizer, max_request_tokens)
 
-  def without_text(self, model: Model, executor: Executor) -> list[Item | Refused]:
+  def without_text(self, model: Model, max_request_tokens: int) -> list[Item | Refused]:
     """The same requests with prompts of zeros, which take no memory and share nothing; or by the ids of a trace."""
 
     def bare(name: str, n_prompt: int, n_output: int) -> Item:
@@ -146,14 +145,14 @@ class Asked:
       return [Item(f"{source}-{i}", prompt_of(asked.hash_ids[i], n, vocab), output) for i, (n, output) in each]
     return [
       bare(item.id, len(item.prompt), item.max_new_tokens) if isinstance(item, Item) else item
-      for item in self.items(model, executor)
+      for item in self.items(model, max_request_tokens)
     ]
 
   def serve(
     self,
     executor: Executor,
     clock: Clock,
-    items: list[Item | Refused],
+    items: Sequence[Item | Refused],
     rows: list[dict[str, Any]],
     observer: Callable[[Observed], None] | None = None,
   ) -> run.Served:
@@ -172,7 +171,7 @@ class Asked:
 def _measured(config: EngineConfig, model: Model, asked: Asked) -> dict[str, dict[str, Any]]:
   """The workload served here, --repeats times; names and results."""
   executor = JaxExecutor(config, model)
-  items = asked.items(model, executor)
+  items = asked.items(model, executor.shape.max_context)
   served = [asked.serve(executor, Wall(), items, []) for _ in range(_REPEATS.value + 1)]
   return {f"measured {i}": one.to_dict() for i, one in enumerate(served) if i}
 
@@ -182,6 +181,8 @@ def _from_ladders(ladders: list[kept.Kept]) -> int:
   if _CALIBRATE.value:
     _writable(pathlib.Path(_COST.value))
     first, cells = ladders[0], [cell for of in ladders for cell in of.iterations.values()]
+    if len(of := {f"{of.model_name} in {of.model.dtype} on {of.device}" for of in ladders}) > 1:
+      raise ValueError(f"--ladder: costs are of one model and device, these are of {', '.join(sorted(of))}")
     iterations = [one for cell in cells for one in cell]
     about = dict(model=first.model_name, dtype=first.model.dtype, device=first.device)
     about["workload"] = json.dumps([dataclasses.asdict(of.workload) for of in ladders])
@@ -193,10 +194,14 @@ def _from_ladders(ladders: list[kept.Kept]) -> int:
     model = load_model(of.model_name, of.model.dtype, of.seed)
     _check_cost(cost, model)
     for rate, cell in of.cells.items():
-      simulated = _simulated(of.config, model, cost, Asked(at_rate(of.workload, rate)), [])
+      asked, (clock, executor) = Asked(at_rate(of.workload, rate)), _device(of.config, model, cost)
+      # What its source refuses a ladder leaves out before requests have times.
+      items = [item for item in asked.without_text(model, of.max_request_tokens) if isinstance(item, Item)]
+      simulated = asked.serve(executor, clock, items, []).to_dict()
       name, measured = f"{of.folder.name} {rate:g}", {key: cell.get(key) for key in simulated}
       for key in ("throughput_tok_s", "ttft_mean_s"):
-        simulated[f"{key} off by"] = simulated[key] / cell[key] - 1 if cell[key] else None
+        there = simulated[key] is not None and cell[key]
+        simulated[f"{key} off by"] = simulated[key] / cell[key] - 1 if there else None
       columns |= {f"{name} simulated": simulated, f"{name} measured": measured}
   cli.end_with(metrics.table(columns), columns)
   return 0
@@ -212,11 +217,11 @@ def _calibrate(config: EngineConfig, model: Model, asked: Asked) -> int:
   _writable(pathlib.Path(_COST.value))
   reuse = _reuse()
   executor, clock = JaxExecutor(config, model), Wall()
-  items = asked.items(model, executor)
+  items = asked.items(model, executor.shape.max_context)
   asked.serve(executor, clock, items, [])  # compiles
   passes: list[list[Iteration]] = []
   for _ in range(_REPEATS.value):
-    stopwatch = Stopwatch(config, executor.shape)
+    stopwatch = Stopwatch(executor)
     asked.serve(executor, clock, items, [], stopwatch.observe)
     passes.append(stopwatch.iterations)
   if len({len(one) for one in passes}) > 1:

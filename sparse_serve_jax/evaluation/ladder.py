@@ -177,7 +177,7 @@ class Bench:
   def serve(self, rung: str, items: Sequence[Item], arrivals: np.ndarray) -> Measured:
     executor = self.compiled(rung)
     assert self._rates is not None
-    watch = Stopwatch(executor.config, executor.shape)
+    watch = Stopwatch(executor)
     engine = Engine(executor, observer=watch.observe)
     ended: Ends = {}
     with progress.bar(total=len(items), desc=rung, unit="request", leave=False) as bar:
@@ -236,11 +236,15 @@ class Ladder:
 
   def served_by(self, serve: Serve) -> Ladder:
     """The same ladder, with the same rows, whose requests something else serves, as `Bench.serve` does. Several of them
-    may run cells of different rungs at once, when the first rung has a cell.
+    may run cells of different rungs at once, after `begin`.
     """
     other = copy.copy(self)
     other._serve = serve
     return other
+
+  def begin(self, rates: Sequence[float]) -> None:
+    """Runs what the rungs are compared with: a cell of the first one and, for any rate but 0, what that does alone."""
+    self.cell(self.rungs[0], next(filter(None, rates), 0.0))
 
   @property
   def cells(self) -> list[Row]:

@@ -29,6 +29,7 @@ _PAGE = 4096  # of memory; one lies before the data, for what DLPack says of it
 _HUGE_PAGE = 2 << 20
 _TOUCHED = 64 << 20  # by a thread at a time
 _HOST = 3  # kDLCUDAHost
+_NOT_REGISTERED = 1, 713  # what CUDA says of such memory; after a device has failed it says that of any
 PART_BYTES = 16 << 20  # of a copy to the host: 0.3 ms
 _BUFFERS: list[jax.Array] = []  # never given back
 _MAPPED: dict[int, mmap.mmap] = {}  # of arrays, by the address that is registered
@@ -94,9 +95,10 @@ def give_back() -> None:
   """Gives the memory of arrays that are gone back to the system. Whoever asks what is free calls it first."""
   for address in list(_MAPPED):
     flags, runtime = ctypes.c_uint(), _cuda_runtime()
-    if runtime.cudaHostGetFlags(ctypes.byref(flags), ctypes.c_void_p(address)):  # it is not registered any more
+    if error := runtime.cudaHostGetFlags(ctypes.byref(flags), ctypes.c_void_p(address)):
       runtime.cudaGetLastError()  # forgets that
-      _MAPPED.pop(address).close()
+    if error in _NOT_REGISTERED and (memory := _MAPPED.pop(address, None)):  # None: another thread has it
+      memory.close()
 
 
 def _register(n_bytes: int) -> int:

@@ -99,10 +99,11 @@ class Replica:
     return self._one.config, self._one.max_request_tokens
 
   def submit(self, name: int, prompt: np.ndarray, params: SamplingParams) -> None:
+    sink = functools.partial(self._sink, name)
     try:
-      stream = self._one.submit(prompt, sink=functools.partial(self._sink, name), params=params)
-    except RuntimeError:  # the engine has failed, which `news` tells
-      return
+      stream = self._one.submit(prompt, sink=sink, params=params)
+    except RuntimeError as error:  # the engine has failed or stands still; it may go on before `news` sees that
+      return _Remote(name, prompt, params, sink).end(Ended(None, 0, error))
     with self._changed:
       if not stream.ended:
         self._streams[name] = stream

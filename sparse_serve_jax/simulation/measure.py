@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparse_serve_jax.buckets import Buckets
-from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving.plan import Observed
+from sparse_serve_jax.serving.plan import Executor, Observed
 from sparse_serve_jax.simulation.cost import Work, work_of
 
 
@@ -65,9 +63,10 @@ class Stopwatch:
   never empty the durations add up to the whole time, the host's work included.
   """
 
-  def __init__(self, config: EngineConfig, shape: CacheShape):
+  def __init__(self, executor: Executor):
     self.iterations: list[Iteration] = []
-    self._shape, self._buckets = shape, Buckets.of(config, shape.L, shape.max_context)
+    self._shape = executor.shape
+    self._buckets = Buckets.of(executor.config, executor.shape.L, executor.shape.max_context)
     self._last = -math.inf  # when the last one was done
 
   def observe(self, seen: Observed) -> None:
