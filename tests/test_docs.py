@@ -104,7 +104,9 @@ def test_every_command_parses():
   for page in PAGES:
     for name, arguments, whole in commands(page):
       asked[name].append((arguments, whole))
-  assert {"run", "ladder", "simulate", "accuracy", "bench-step", "longbench", "plot"} <= set(asked) <= NAMES
+  assert (
+    {"run", "ladder", "calibrate", "simulate", "accuracy", "bench-step", "longbench", "plot"} <= set(asked) <= NAMES
+  )
   assert sum(map(len, asked.values())) > 30
   for name, lines in asked.items():
     done = start("tests.parsed", name, json.dumps(lines))

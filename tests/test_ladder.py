@@ -15,7 +15,7 @@ import pytest
 from sparse_serve_jax import workloads
 from sparse_serve_jax.config import ModelConfig, load_config, override
 from sparse_serve_jax.evaluation import floor, ladder, ladder_report
-from sparse_serve_jax.memory import create
+from sparse_serve_jax.evaluation.rungs import check, read_rungs, shapes
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
@@ -99,7 +99,7 @@ def test_cells_are_run_once_and_told_in_every_form(tmp_path):
 def test_rungs_that_cannot_run(names, changes, message):
   model = load_model("random:tiny")
   with pytest.raises(ValueError, match=message):
-    ladder.shapes(ladder.read_rungs(names, [*SMALL_SERVING, *changes]), model.config)
+    shapes(read_rungs(names, [*SMALL_SERVING, *changes]), model.config)
 
 
 def item(name: str, n_prompt: int, n_output: int, **more) -> Item:
@@ -114,27 +114,27 @@ def test_rungs_that_cannot_be_compared():
   names = ["dense", "sparse", "sparse_serve"]
 
   def read(*changes: str):
-    return ladder.read_rungs(names, [*SMALL_SERVING, "scheduler.chunk_tokens=64", *memory, *changes])
+    return read_rungs(names, [*SMALL_SERVING, "scheduler.chunk_tokens=64", *memory, *changes])
 
   with pytest.raises(ValueError) as caught:
-    ladder.check(read("cache.hbm_bytes=450KB"), model, items)
+    check(read("cache.hbm_bytes=450KB"), model, items)
   told = re.findall(r"(\w+): a request has 320 tokens, and only \d+ fit; .*?minimum of (\d+) bytes", str(caught.value))
   assert [name for name, _ in told] == ["dense", "sparse"]
   least = {name: int(n) for name, n in told}
-  ladder.check(read(f"cache.hbm_bytes={max(least.values())}"), model, items)
+  check(read(f"cache.hbm_bytes={max(least.values())}"), model, items)
   for name, n in least.items():
     with pytest.raises(ValueError, match=f"{name}: a request has 320 tokens"):
-      ladder.check(read(f"cache.hbm_bytes={n - 1}"), model, items)
-  ladder.check(read("cache.hbm_bytes=450KB"), model, items[1:])
+      check(read(f"cache.hbm_bytes={n - 1}"), model, items)
+  check(read("cache.hbm_bytes=450KB"), model, items[1:])
   with pytest.raises(
     ValueError, match="^sparse_serve: .* only 48 fit; cache.dram_bytes=50000 or scheduler.max_context=384 is"
   ):
-    ladder.check(read("cache.hbm_bytes=2MiB", "cache.dram_bytes=50000"), model, items)
+    check(read("cache.hbm_bytes=2MiB", "cache.dram_bytes=50000"), model, items)
   one, other = read("cache.hbm_bytes=1MiB"), read("cache.hbm_bytes=2MiB")
   with pytest.raises(
     ValueError, match="one cache.hbm_bytes, these have dense 1048576, sparse 2097152: set one for all"
   ):
-    ladder.check({"dense": one["dense"], "sparse": other["sparse"]}, model, items)
+    check({"dense": one["dense"], "sparse": other["sparse"]}, model, items)
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "configs" / "serving").glob("*.json")))
@@ -142,16 +142,16 @@ def test_every_rungs_minimum_is_told_and_exact(name):
   """Of what a rung needs at all, then of what it needs for the shortest request."""
   model, items = load_model("random:tiny").config, [item("a", 300, 20), item("b", 280, 20)]
 
-  def check(hbm_bytes: int) -> None:
-    rungs = ladder.read_rungs([name], [*SMALL_SERVING, "cache.dram_bytes=2MiB", f"cache.hbm_bytes={hbm_bytes}"])
-    assert ladder.shapes(rungs, model)
-    ladder.check(rungs, model, items)
+  def checked(hbm_bytes: int) -> None:
+    rungs = read_rungs([name], [*SMALL_SERVING, "cache.dram_bytes=2MiB", f"cache.hbm_bytes={hbm_bytes}"])
+    assert shapes(rungs, model)
+    check(rungs, model, items)
 
   def least(hbm_bytes: int) -> int:
     with pytest.raises(
       ValueError, match=rf"^{name}: .*cache.hbm_bytes={hbm_bytes} is below the minimum of \d+ bytes"
     ) as e:
-      check(hbm_bytes)
+      checked(hbm_bytes)
     return int(re.findall(r"minimum of (\d+)", str(e.value))[0])
 
   n = least(1000)
@@ -159,25 +159,23 @@ def test_every_rungs_minimum_is_told_and_exact(name):
   if name in ("dense", "sparse"):  # the pool lies there, and at first has one block
     block, n = n, least(n)
     assert n > block and least(n - 1) == n
-  check(n)
+  checked(n)
 
 
 def test_what_follows_an_answer_is_not_compared(tmp_path):
   items = [item("a", 10, 4, answer_tokens=2), item("b", 10, 4)]
-  made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
+  made = ladder.Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
   tokens = {"dense": [[1, 2, 3, 4], [5, 6, 7, 8]], "psa": [[1, 2, 9, 9], [5, 6, 9, 9]]}
   for rung, answers in tokens.items():
     for name, answer in zip("ab", answers, strict=True):
-      made._answers.append({"rung": rung, "request_id": name, "tokens": answer, "score": None})
+      made._folder.answers.append({"rung": rung, "request_id": name, "tokens": answer, "score": None})
   assert made._quality("psa")["tokens_as_first"] == 4 / 6 and made._quality("dense")["tokens_as_first"] == 1
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"min_tokens": 5, "stop_token_ids": [3]}])
 def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   """So that no time of it is in a cell."""
-  rungs = ladder.read_rungs(
-    ["sparse_serve"], [*SMALL_SERVING, "sparse.group_blocks=8", "scheduler.working_set_steps=7"]
-  )
+  rungs = read_rungs(["sparse_serve"], [*SMALL_SERVING, "sparse.group_blocks=8", "scheduler.working_set_steps=7"])
   items = [item("a", 100, 8, options=options)]
   made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(1), tmp_path)
   jax.clear_caches()
@@ -192,7 +190,7 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
 )
 def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, tmp_path):
   """A prompt that leaves no room for so many tokens; a stop token at once, or only after more tokens."""
-  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  rungs = read_rungs(["sparse_serve"], SMALL_SERVING)
   lengths = [(20, 40), (382, 2), (383, 1)]
   items = [Item(str(n), np.arange(n, dtype=np.int32) % 250, output, options) for n, output in lengths]
   made = ladder.Ladder(load_model("random:tiny"), rungs, items, np.zeros, tmp_path)
@@ -201,7 +199,7 @@ def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, 
 
 
 def test_what_no_rung_can_serve_is_held_against_none(tmp_path, monkeypatch):
-  rungs = ladder.read_rungs(["sparse_serve"], SMALL_SERVING)
+  rungs = read_rungs(["sparse_serve"], SMALL_SERVING)
   items = [item("a", 20, 4), item("nobody", 1000, 1)]
   made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
   monkeypatch.setattr(made, "alone", lambda rung: {"iteration_s": 1e3})
@@ -211,32 +209,16 @@ def test_what_no_rung_can_serve_is_held_against_none(tmp_path, monkeypatch):
 
 def test_a_rung_for_each_choice_of_values():
   varied = {"scheduler.max_batch": ["2", "4"], "scheduler.batch_control": ["none", "working_set"]}
-  rungs = ladder.read_rungs(["sparse_serve"], ["cache.lanes=3"], varied)
+  rungs = read_rungs(["sparse_serve"], ["cache.lanes=3"], varied)
   assert list(rungs) == [
     f"sparse_serve max_batch={n} batch_control={how}" for n in (2, 4) for how in ("none", "working_set")
   ]
   last = rungs["sparse_serve max_batch=4 batch_control=working_set"]
   assert (last.scheduler.max_batch, last.scheduler.batch_control, last.cache.lanes) == (4, "working_set", 3)
   with pytest.raises(ValueError, match="sparse_serve max_batch=0: .*max_batch=0 must be positive"):
-    ladder.read_rungs(["sparse_serve"], [], {"scheduler.max_batch": ["0"]})
+    read_rungs(["sparse_serve"], [], {"scheduler.max_batch": ["0"]})
   done = start("experiments.ladder", *COMMAND, "--vary=scheduler.max_batch", "--out=OUT")
   assert done.returncode == 2 and "--vary: 'scheduler.max_batch' is not KEY=VALUE" in done.stderr
-
-
-def test_rungs_take_the_pool_of_the_one_before(monkeypatch):
-  """If it is as large: no time and no memory goes into another. Tokens do not depend on it."""
-  changes = [*SMALL_SERVING, "cache.hbm_bytes=1MiB", "scheduler.max_context=64", "scheduler.chunk_tokens=64"]
-  rungs = ladder.read_rungs(["working_set", "sparse_serve"], changes)
-  rungs["smaller"] = override(rungs["sparse_serve"], ["cache.dram_bytes=1MiB"])
-  items = [item("a", 40, 8)]
-  bench, tokens, make, sizes = ladder.Bench(load_model("random:tiny"), rungs, items), [], create._create_pool, []
-  monkeypatch.setattr(create, "_create_pool", lambda dims, *of: (sizes.append(dims), make(dims, *of))[1])
-  for rung in rungs:
-    end = bench.serve(rung, items, np.zeros(1)).ended["a"]
-    assert isinstance(end, Request)
-    tokens.append(end.output_tokens)
-  assert tokens[0] == tokens[1] == tokens[2] and len(tokens[0]) == 8
-  assert [dims[2] for dims in sizes] == [256, 128]  # blocks; the second rung has made none
 
 
 def test_the_floor_of_a_run_by_hand():
@@ -269,7 +251,7 @@ def test_the_floor_of_a_run_by_hand():
 
 def test_a_users_own_rung(tmp_path):
   (tmp_path / "mine.json").write_text('{"extends": "psa", "sparse": {"threshold": 0.5}}')
-  rungs = ladder.read_rungs(["dense", str(tmp_path / "mine.json")], ["cache.lanes=3"])
+  rungs = read_rungs(["dense", str(tmp_path / "mine.json")], ["cache.lanes=3"])
   assert list(rungs) == ["dense", "mine"] and rungs["mine"].sparse.threshold == 0.5
   assert [config.cache.lanes for config in rungs.values()] == [3, 3]
 
@@ -359,7 +341,7 @@ def test_the_rate_at_which_requests_begin_to_wait():
 
 
 def test_the_rate_of_overload_is_told_by_cells_of_the_first_rung(tmp_path, monkeypatch):
-  made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
+  made = ladder.Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
   delays = {1.0: 0.0, 2.0: 1.0, 4.0: 3.0}
 
   def cell(rung: str, rate: float) -> dict[str, float]:
@@ -372,7 +354,7 @@ def test_the_rate_of_overload_is_told_by_cells_of_the_first_rung(tmp_path, monke
 
 def test_what_rungs_beside_each_other_are_compared_with_is_there_before(tmp_path, monkeypatch):
   """Else each of them would time the first rung alone, while others use it."""
-  made = ladder.Ladder(load_model("random:tiny"), ladder.read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
+  made = ladder.Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
   ran: list[tuple[str, float]] = []
   monkeypatch.setattr(made, "cell", lambda *of: ran.append(of))
   for rates in ([0.0, 1.0, 2.0], [0.0]):

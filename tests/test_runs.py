@@ -35,6 +35,7 @@ SMALL = {
   "bench-step": ["--smoke", "--steps=2", "--set=cache.hbm_bytes=2MiB", "--set=sparse.token_budget=192"],
   "bench-prefill": ["--smoke"],
   "bench-kernels": ["--smoke"],
+  "calibrate": [],
   "simulate": [],
 }
 

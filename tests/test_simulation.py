@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparse_serve_jax import results
-from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, override, read_config
-from sparse_serve_jax.evaluation import kept
+from sparse_serve_jax.config import EngineConfig, ModelConfig, override
+from sparse_serve_jax.evaluation.ladder_folder import LadderFolder, claim, read_rung
 from sparse_serve_jax.memory.shape import CacheShape
+from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.serving.clock import Virtual
 from sparse_serve_jax.serving.engine import Engine
@@ -26,6 +26,7 @@ from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, from_colum
 from sparse_serve_jax.simulation.reuse import Blocks, Reuse, fit_reuse
 from sparse_serve_jax.workloads import Item, WorkloadConfig, generated, load_workload
 from tests.forks import start
+from tests.tiny import SMALL_SERVING
 
 MODEL = ModelConfig(
   vocab_size=97, d_model=8, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=8, max_context=4096, dtype="float32"
@@ -351,18 +352,16 @@ def text(n: int, seed: int) -> WorkloadConfig:
 
 def ladder_folder(folder: Path, workload: WorkloadConfig, asked: list[Item], dtype: str = "float32") -> None:
   """A ladder's folder whose cell was served at the costs of `cost`, and not on a device."""
-  model = dataclasses.replace(read_config(ModelConfig, find_config("models", "tiny")), dtype=dtype)
+  model = load_model("random:tiny", dtype)
   conf, clock, n = config("cache.save=direct"), Virtual(), len(asked)
-  device = SimulatedExecutor(conf, model, cost(decode_rows=3e-4, prefill_pairs=1e-9, programs=2e-4), clock, vectors=2)
+  prices = cost(decode_rows=3e-4, prefill_pairs=1e-9, programs=2e-4)
+  device = SimulatedExecutor(conf, model.config, prices, clock, vectors=2)
   watch = Stopwatch(device)
   engine = Engine(device, clock=clock, observer=watch.observe)
   served = run.serve(engine, asked, np.zeros(n), lambda _: None)
   configs = {"mine": conf, "small": override(conf, ["scheduler.max_context=256"])}
-  setting = {"configs": configs, "model": {"name": "random:tiny", "config": model}, "workload": workload}
-  results.claim(folder, setting | {"seed": 0})
-  cell = {"rung": "mine", "rate": 0.0}
-  results.Rows(folder / "iterations.jsonl").append(cell | to_columns(watch.iterations))
-  results.Rows(folder / "cells.jsonl").append(cell | served.to_dict())
+  claim(folder, configs, model, workload, None, seed=0)
+  LadderFolder(folder).add_cell({"rung": "mine", "rate": 0.0} | served.to_dict(), watch.iterations)
 
 
 def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
@@ -374,13 +373,13 @@ def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
   ladder_folder(tmp_path / "rows", some_refused, items([10] * 3, [9] * 3))
   ladder_folder(tmp_path / "bfloat16", text(1, 0), items([90], [9]), "bfloat16")
 
-  def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return start("experiments.simulate", f"--cost={tmp_path / 'cost.json'}", "--config=mine", *arguments)
+  def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return start(f"experiments.{name}", f"--cost={tmp_path / 'cost.json'}", "--config=mine", *arguments)
 
-  fitted = command("--calibrate", f"--ladder={tmp_path / 'one'}")
+  fitted = command("calibrate", f"--ladder={tmp_path / 'one'}")
   assert fitted.returncode == 0, fitted.stderr
   assert json.loads(fitted.stdout.splitlines()[-1])["mean_error"] < 0.01
-  made = command("--compare", f"--ladder={tmp_path / 'one'},{tmp_path / 'other'},{tmp_path / 'rows'}")
+  made = command("simulate", f"--ladder={tmp_path / 'one'},{tmp_path / 'other'},{tmp_path / 'rows'}")
   assert made.returncode == 0, made.stderr
   told = json.loads(made.stdout.splitlines()[-1])
   assert list(told) == [f"{name} 0 {how}" for name in ("one", "other", "rows") for how in ("simulated", "measured")]
@@ -392,17 +391,16 @@ def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
   assert told["other 0 measured"]["requests"] == off["requests"] == 20
   assert abs(off["throughput_tok_s off by"]) < 0.03 and abs(off["ttft_mean_s off by"]) < 0.03
   for arguments, message in (
-    (["--compare", f"--ladder={tmp_path}"], "run.json"),
-    (
-      ["--calibrate", f"--ladder={tmp_path / 'one'},{tmp_path / 'bfloat16'}"],
-      "costs are of one model and device, these are of random:tiny in bfloat16 on ",
-    ),
-    (["--compare", f"--ladder={tmp_path / 'one'}", "--config=psa"], "has no rung 'psa', but mine"),
-    ([f"--ladder={tmp_path / 'one'}"], "in --calibrate or --compare: give one of them"),
-    (["--compare", f"--ladder={tmp_path / 'one'}", "--rate=2", "--limit=3"], "leave out --"),
+    ([f"--ladder={tmp_path}"], "run.json"),
+    ([f"--ladder={tmp_path / 'one'}", "--config=psa"], "has no rung 'psa', but mine"),
+    ([f"--ladder={tmp_path / 'one'}", "--limit=3", "--repeats=2"], "leave out --"),
   ):
-    wrong = command(*arguments)
-    assert wrong.returncode == 2 and message in wrong.stderr
+    for name in ("calibrate", "simulate"):
+      wrong = command(name, *arguments)
+      assert wrong.returncode == 2 and message in wrong.stderr
+  mixed = command("calibrate", f"--ladder={tmp_path / 'one'},{tmp_path / 'bfloat16'}")
+  assert mixed.returncode == 2
+  assert "costs are of one model and device, these are of random:tiny in bfloat16 on " in mixed.stderr
 
 
 def test_a_ladders_device_is_the_one_that_made_its_cells(tmp_path):
@@ -412,8 +410,29 @@ def test_a_ladders_device_is_the_one_that_made_its_cells(tmp_path):
   run["parts"].insert(0, {"device": {"platform": "gpu", "kind": "NVIDIA", "count": 1}})
   run["setting"]["configs"]["mine"]["cache"]["save"] = "auto"
   (tmp_path / "run.json").write_text(json.dumps(run))
-  found = kept.read(tmp_path, "mine")
-  assert (found.device, found.config.cache.save, found.max_request_tokens) == ("NVIDIA", "staged", 256)
+  found = read_rung(tmp_path, "mine")
+  assert (found.ran.device, found.ran.config.cache.save, found.max_request_tokens) == ("NVIDIA", "staged", 256)
+
+
+@pytest.mark.slow
+def test_costs_of_this_machine_serve_the_same_in_virtual_time(tmp_path):
+  """Nothing is told of how well: in so short a time the device is the noise."""
+  file = tmp_path / "cost.json"
+  same = [f"--cost={file}", "--limit=3", "--prompt_tokens=200", "--max_new_tokens=60", "--repeats=1"]
+  same += [f"--set={change}" for change in SMALL_SERVING]
+  late = start("experiments.calibrate", *same, "--rate=2")
+  assert late.returncode == 2 and "arrivals.process is poisson" in late.stderr and not file.exists()
+  fitted = start("experiments.calibrate", *same)
+  assert fitted.returncode == 0, fitted.stderr
+  about = read_cost(file).about
+  assert (about.model, about.dtype) == ("random:tiny", "float32") and about.iterations > 10
+  assert json.loads(fitted.stdout.splitlines()[-1])["iterations"] == about.iterations
+  made = start("experiments.simulate", *same, "--compare")
+  assert made.returncode == 0, made.stderr
+  told = json.loads(made.stdout.splitlines()[-1])
+  assert list(told) == ["simulated", "measured 1"]
+  for key in ("requests", "prompt_tokens", "output_tokens", "blocks_attended"):
+    assert told["simulated"][key] == told["measured 1"][key] > 0
 
 
 def test_iterations_are_read_as_they_were_written():

@@ -19,7 +19,7 @@ from sparse_serve_jax.config import (
   read_config,
   with_fixed_sizes,
 )
-from sparse_serve_jax.evaluation import ladder
+from sparse_serve_jax.evaluation.rungs import read_rungs
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import budget, sizes
 from sparse_serve_jax.serving.sizes import Free
@@ -147,7 +147,7 @@ def test_an_engine_says_what_it_derived_and_keeps_it(monkeypatch, caplog):
 
 
 def test_what_is_compared_has_sizes_that_are_no_machines():
-  for conf in ladder.read_rungs(["dense", "psa"]).values():
+  for conf in read_rungs(["dense", "psa"]).values():
     assert (conf.cache.hbm_bytes, conf.cache.dram_bytes) == (256 << 20, 1 << 30)
   given = override(EngineConfig(), "cache.hbm_bytes=1GiB")
   assert with_fixed_sizes(given) == override(given, "cache.dram_bytes=1GiB")

@@ -27,6 +27,7 @@ COMMANDS = {
     "run": "Serve a workload in this process and measure it.",
     "bench": "Serve a workload by an OpenAI endpoint and measure it.",
     "ladder": "Serve the same requests with every rung, at several rates of arrival.",
+    "calibrate": "Fit what an iteration costs, to runs on this machine or to ladders.",
     "simulate": "Serve a workload or a trace in virtual time.",
     "prefix": "What prompts of a trace a prefix cache of a given size would hold.",
   },

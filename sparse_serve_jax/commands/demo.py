@@ -20,7 +20,7 @@ import numpy as np
 from sparse_serve_jax import runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.evaluation import ladder
+from sparse_serve_jax.evaluation import ladder, rungs
 from sparse_serve_jax.models import llama, load_model
 from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.workloads import Item
@@ -87,8 +87,8 @@ def main(directory: str | None = None, of: Questions | None = None) -> None:
   model = load_model(directory or "reference", dtype="float32")
   made = workloads.read(of.workload)(model.tokenizer, of.max_context)
   items = [dataclasses.replace(item, options={"ignore_eos": True}) for item in made if isinstance(item, Item)]
-  configs = ladder.read_rungs(of.rungs, of.changes(model.config))
-  ladder.check(configs, model.config, items)
+  configs = rungs.read_rungs(of.rungs, of.changes(model.config))
+  rungs.check(configs, model.config, items)
   with tempfile.TemporaryDirectory() as folder:
     run = ladder.Ladder(model, configs, items, lambda _: np.zeros(len(items)), pathlib.Path(folder))
     cells = {rung: run.cell(rung, 0.0) for rung in of.rungs}  # at no rate: all at once

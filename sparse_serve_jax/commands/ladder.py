@@ -9,7 +9,7 @@ alone), and requests wait at most 2 s on average before they are worked on: --go
 --overload runs all rungs also a tenth above the rate at which the first one's requests begin to wait longer than that.
 
 The folder of --out gets cells.jsonl, a row for each rung and rate; iterations.jsonl, what each iteration did and took,
-which `sparse-serve simulate --ladder` fits costs to; answers.jsonl, the tokens of each rung; and made of these
+which `sparse-serve calibrate --ladder` fits costs to; answers.jsonl, the tokens of each rung; and made of these
 results.md, results.csv and ladder.png. What is there is not run again. With --ray each rung is one process's. The last
 line of stdout is a JSON object.
 """
@@ -28,7 +28,7 @@ from sparse_serve_jax import cluster, results, runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, at_rate, digest, tell_refused
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.evaluation import ladder, ladder_report
+from sparse_serve_jax.evaluation import ladder, ladder_folder, ladder_report, rungs
 from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 from sparse_serve_jax.workloads import Item, Refused
 
@@ -59,7 +59,7 @@ def main() -> int:
   """Returns 1 if a request of the workload was refused."""
   runtime.configure()
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
-  configs, workload = ladder.read_rungs(_RUNGS.value, _SET.value, _varied()), _ASKED.read()
+  configs, workload = rungs.read_rungs(_RUNGS.value, _SET.value, _varied()), _ASKED.read()
   rates = [workloads.checked_rate(rate) if rate else 0.0 for rate in cli.numbers(_RATES, float)]
   if (_GOODPUT.value or _OVERLOAD.value) and not any(rates):
     raise ValueError(f"--goodput and --overload search between rates above 0, --rates has {_RATES.value}")
@@ -67,18 +67,16 @@ def main() -> int:
   tell_refused(known := workloads.refused_by(source))
   of_model = _MODEL.value, _DTYPE.value, _ASKED.seed
   model = (load_model_for_others if _RAY.value else load_model_here)(*of_model)
-  shapes = ladder.shapes(configs, model.config)
+  shapes = rungs.shapes(configs, model.config)
   items = source(model.tokenizer, min(shape.max_context for shape in shapes.values()))
   asked = [item for item in items if isinstance(item, Item)]
   tell_refused(item for item in items if isinstance(item, Refused) and item not in known)
   if not asked:
     raise ValueError(f"the workload has no request that can be served, of {len(items)}")
-  ladder.check(configs, model.config, asked)
-  setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
-  setting |= {"compared_with": next(iter(configs))}  # whose iterations and tokens the cells of all rungs are told by
+  rungs.check(configs, model.config, asked)
   tp = max(config.tp for config in configs.values())
   device = cluster.once(results.provenance, tp)["device"] if _RAY.value else None
-  folder = results.claim(_OUT.value, setting | {"prompts": digest(workload), "seed": _ASKED.seed}, device=device)
+  folder = ladder_folder.claim(_OUT.value, configs, model, workload, digest(workload), _ASKED.seed, device)
 
   def arrivals(rate: float) -> np.ndarray:
     return workloads.times_of(at_rate(workload, rate), len(asked))

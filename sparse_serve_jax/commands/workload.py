@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,31 @@ class WorkloadFlags:
     if self._rate is None or self._rate.value is None:
       return config
     return at_rate(config, workloads.checked_rate(self._rate.value))
+
+
+class LadderFlag:
+  """--ladder: folders which hold what was served and how, so that only a few flags are read beside it."""
+
+  def __init__(self, what: str, reads: Collection[str]):
+    """Defines the flag.
+
+    Args:
+      what: it is, in a sentence.
+      reads: names of flags that are read beside it. --config, the name of the rung, and --verbose always are.
+    """
+    self._flag = flags.DEFINE_list("ladder", [], what)
+    self._reads = {"ladder", "config", "verbose", *reads}
+
+  def read(self) -> list[pathlib.Path]:
+    """The folders, none if the flag is not given.
+
+    Raises:
+      ValueError: it is, and beside it one that would not be read.
+    """
+    told = [name for name in flags.FLAGS if flags.FLAGS[name].present and name not in self._reads]
+    if self._flag.value and told:
+      raise ValueError(f"--ladder: its folders hold what was served and how, leave out --{', --'.join(told)}")
+    return [pathlib.Path(folder) for folder in self._flag.value]
 
 
 def tell_refused(rows: Iterable[Refused]) -> None:

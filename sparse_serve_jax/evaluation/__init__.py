@@ -4,6 +4,7 @@ replay -> accuracy -> report  many settings answer the same instances; rows of e
 selections                    which blocks successive steps select: traces, overlap, working sets
 study                         rows of accuracy and selections in a folder, of which what is there is not run again
 inside                        what a serving engine selects, holds in slots and leaves out, step by step
-ladder -> ladder_report       rungs of the ladder at rates of arrival, goodput; tables
+rungs -> ladder               configurations that can be compared; these at rates of arrival, goodput
+ladder_folder, ladder_report  what a ladder leaves, for itself and for simulations; tables of it
 longbench -> scorers          LongBench's prompts, predictions and official scores
 """

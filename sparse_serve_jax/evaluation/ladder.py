@@ -1,45 +1,35 @@
 """The ladder: rungs, which are configurations, serve the same requests at the same rates, one after the other.
 
-A cell is a rung at a rate. The folder of a ladder holds
-
-  cells.jsonl       a row for each cell: `metrics.Summary`, what was refused or failed, whether goodput's condition
-                    holds, and the least time of its work. A rung's row without a rate: what it does alone
-  iterations.jsonl  a row for each cell: what each of its iterations did and took, for costs to be fitted to
-  answers.jsonl     a row for each request of each rung: its tokens, and the score of its answer if it is judged
-
-At a rate of 0 all requests come at once. What is there is not run again. Programs are compiled before any are timed.
+A cell is a rung at a rate; at a rate of 0 all requests come at once. What the folder (`ladder_folder`) has is not run
+again. Programs are compiled before any are timed.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sparse_serve_jax import progress, results
-from sparse_serve_jax.attention import get_method
-from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override, with_fixed_sizes
+from sparse_serve_jax import progress
+from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.evaluation import floor
-from sparse_serve_jax.memory import host_pool
+from sparse_serve_jax.evaluation.ladder_folder import LadderFolder, Row
+from sparse_serve_jax.evaluation.rungs import shapes
 from sparse_serve_jax.memory.prefix import begin_alike
-from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.serving import metrics, run
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.request import Request
-from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, to_columns
+from sparse_serve_jax.simulation.measure import Iteration, Stopwatch
 from sparse_serve_jax.workloads import Item
-
-Row = dict[str, Any]
 
 ALONE_TOKENS = 32  # decode steps by which a decode iteration is timed
 CLOSE = 1.1  # the search for goodput ends where the rates around it are within this factor
@@ -52,102 +42,6 @@ class Goodput:
 
   rate: float | None  # requests a second, measured; None: not even the lowest rate that was tried
   fails_at: float | None  # the lowest rate above it that was tried; None: the highest that was tried serves well too
-
-
-def read_rungs(
-  names: Sequence[str], changes: Sequence[str] = (), varied: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, EngineConfig]:
-  """Configurations by rung: of names in configs/serving, or of JSON files, which are named without their folder. Sizes
-  that are left open are those of `with_fixed_sizes`, so that all machines compare the same.
-
-  Args:
-    names: of the rungs.
-    changes: overrides of them all, such as "cache.hbm_bytes=8GiB".
-    varied: values by key of a configuration. There is a rung for each choice of them, "psa max_batch=2".
-
-  Raises:
-    ValueError: there is none, or no such rung, it is given twice, or its parts exclude each other.
-  """
-  if not names:
-    raise ValueError("a ladder has one rung or more, got none")
-  configs: dict[str, EngineConfig] = {}
-  choices = itertools.product(*([(key, value) for value in values] for key, values in (varied or {}).items()))
-  for given, chosen in itertools.product(names, choices):
-    name = " ".join([pathlib.Path(given).stem, *(f"{key.partition('.')[2]}={value}" for key, value in chosen)])
-    if name in configs:
-      raise ValueError(f"the rung {name} is given twice")
-    try:
-      of = override(load_config(given), [*changes, *(f"{key}={value}" for key, value in chosen)])
-      configs[name] = with_fixed_sizes(of)
-    except ValueError as error:
-      raise ValueError(f"{name}: {error}") from None
-  return configs
-
-
-def shapes(configs: Mapping[str, EngineConfig], model: ModelConfig) -> dict[str, CacheShape]:
-  """What each rung's memory is cut into.
-
-  Raises:
-    ValueError: rungs that could not run, each with its reason.
-  """
-  made, wrong = {}, []
-  for name, config in configs.items():
-    try:
-      config.check_model(model)
-      made[name] = CacheShape.of(model, host_pool.chosen(config), get_method(config.sparse.method).vectors)
-    except ValueError as error:
-      wrong.append(f"{name}: {error}")
-  if wrong:
-    raise ValueError("; ".join(wrong))
-  return made
-
-
-def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequence[Item]) -> None:
-  """Refuses rungs that cannot be compared: within different `cache.hbm_bytes`, or of which some cannot serve a request
-  that others can, or none any.
-
-  Raises:
-    ValueError: with the least cache.hbm_bytes that each rung needs for the longest request that some rung can serve, or
-      for the shortest of all.
-  """
-  budgets = {name: config.cache.hbm_bytes for name, config in configs.items()}
-  if len(set(budgets.values())) > 1:
-    told = ", ".join(f"{name} {n}" for name, n in budgets.items())
-    raise ValueError(f"rungs are compared within one cache.hbm_bytes, these have {told}: set one for all")
-  most = {name: shape.max_context for name, shape in shapes(configs, model).items()}
-  lengths = [len(item.prompt) + item.max_new_tokens for item in items]
-  longest = max((n for n in lengths if n <= max(most.values())), default=min(lengths, default=0))
-  wrong = [
-    f"{name}: a request has {longest} tokens, and only {n} fit; {_remedy(configs[name], model, longest)}"
-    for name, n in most.items()
-    if n < longest
-  ]
-  if wrong:
-    raise ValueError("; ".join(wrong))
-
-
-def _remedy(config: EngineConfig, model: ModelConfig, n_tokens: int) -> str:
-  """What lets a rung serve a request of so many tokens: the least cache.hbm_bytes, if HBM is what it lacks."""
-  config, vectors = host_pool.chosen(config), get_method(config.sparse.method).vectors
-
-  def fits(hbm_bytes: int) -> bool:
-    cache = dataclasses.replace(config.cache, hbm_bytes=hbm_bytes)
-    try:
-      return CacheShape.of(model, dataclasses.replace(config, cache=cache), vectors).max_context >= n_tokens
-    except ValueError:
-      return False
-
-  low, high = 0, 1 << 50
-  if not fits(high):
-    dram, context = config.cache.dram_bytes, config.scheduler.max_context
-    return f"cache.dram_bytes={dram} or scheduler.max_context={context} is too small"
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (low, middle) if fits(middle) else (middle, high)
-  return (
-    f"cache.hbm_bytes={config.cache.hbm_bytes} is below the minimum of {high} bytes for it, set cache.hbm_bytes={high} "
-    "or more"
-  )
 
 
 Ends = dict[str, Request | run.Refusal]  # by the names of requests
@@ -222,16 +116,14 @@ class Ladder:
 
     Args:
       model: answers.
-      configs: the rungs by name, which `check` accepts; the others are compared with the first.
+      configs: the rungs by name, which `rungs.check` accepts; the others are compared with the first.
       items: the requests.
       arrivals: when they come, in seconds, at a mean rate in requests a second.
       folder: of the results, which is claimed for them.
     """
     self.rungs = list(configs)
     self._model, self._configs, self._items, self._arrivals = model, configs, items, arrivals
-    self._cells, self._answers, self._iterations = (
-      results.Rows(folder / f"{name}.jsonl") for name in ("cells", "answers", "iterations")
-    )
+    self._folder = LadderFolder(folder)
     self._serve: Serve = Bench(model, configs, items).serve
 
   def served_by(self, serve: Serve) -> Ladder:
@@ -249,25 +141,24 @@ class Ladder:
   @property
   def cells(self) -> list[Row]:
     """All cells there are, rung by rung, each by rate."""
-    rows = [row for row in self._cells.all if row["rate"] is not None]
+    rows = [row for row in self._folder.cells.all if row["rate"] is not None]
     return sorted(rows, key=lambda row: (self.rungs.index(row["rung"]), row["rate"]))
 
   def cell(self, rung: str, rate: float) -> Row:
     """A rung at a rate, in requests a second, or 0: measured now, or what is there of it."""
-    if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, rate)), None):
+    if there := next((row for row in self._folder.cells.all if (row["rung"], row["rate"]) == (rung, rate)), None):
       return there
     limit = rate and self.alone(self.rungs[0])["iteration_s"]
     if rate:
       self.alone(rung)
     served, ended, iterations, rates = self._serve(rung, self._items, self._arrivals(rate))
-    if not any(row["rung"] == rung for row in self._answers.all):
-      self._answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
-    self._iterations.append({"rung": rung, "rate": rate, **to_columns(iterations)})
+    if not any(row["rung"] == rung for row in self._folder.answers.all):
+      self._folder.answers.append(*(self._answer(rung, item, ended[item.id]) for item in self._items))
     row = {"rung": rung, "rate": rate, **served.to_dict(), **self._quality(rung)}
     row |= self._floor(rung, ended, iterations, rates)
-    # Refused requests do not count: no rung can serve them (`check`). All at once is no rate that could be kept.
+    # Refused requests do not count: no rung can serve them (`rungs.check`). All at once is no rate that could be kept.
     row["keeps_slo"] = metrics.keeps_slo(row, limit) and not served.failed if rate else None
-    self._cells.append(row)
+    self._folder.add_cell(row, iterations)
     return row
 
   def alone(self, rung: str) -> Row:
@@ -276,7 +167,7 @@ class Ladder:
     It is measured at the rung's first cell, when all that the requests need has been compiled. The prompt is cut where
     the output would not fit any rung, and nothing but the length ends the output.
     """
-    if there := next((row for row in self._cells.all if (row["rung"], row["rate"]) == (rung, None)), None):
+    if there := next((row for row in self._folder.cells.all if (row["rung"], row["rate"]) == (rung, None)), None):
       return there
     middle = sorted(self._items, key=lambda item: len(item.prompt))[len(self._items) // 2]
     n = min(ALONE_TOKENS, max(2, max(item.max_new_tokens for item in self._items)))
@@ -288,7 +179,7 @@ class Ladder:
       raise ValueError(f"{rung} cannot serve a request of {len(item.prompt)} prompt tokens: {end.error}")
     gaps = metrics.times_between_tokens(end)
     row = {"rung": rung, "rate": None, "iteration_s": float(np.median(gaps)), "prompt_tokens": len(item.prompt)}
-    self._cells.append(row)
+    self._folder.cells.append(row)
     return row
 
   def goodput(self, rung: str, rates: Sequence[float], most_runs: int = 8) -> Goodput:
@@ -340,7 +231,7 @@ class Ladder:
     """
     ends = {item.id: item.answer_tokens for item in self._items}
     of = {
-      name: {row["request_id"]: row for row in self._answers.all if row["rung"] == name}
+      name: {row["request_id"]: row for row in self._folder.answers.all if row["rung"] == name}
       for name in (rung, self.rungs[0])
     }
     scores = [row["score"] for row in of[rung].values() if row["score"] is not None]

@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_serve_jax.evaluation.ladder import Goodput, Row
+from sparse_serve_jax.evaluation.ladder import Goodput
+from sparse_serve_jax.evaluation.ladder_folder import Row
 
 # Head of a column, the key of a cell, and what its number is shown with.
 _COLUMNS = (

@@ -18,6 +18,7 @@ from sparse_serve_jax.attention.traces import Trace
 from sparse_serve_jax.evaluation import accuracy
 from sparse_serve_jax.evaluation.accuracy import Case, Row, Sample
 from sparse_serve_jax.models import Model
+from sparse_serve_jax.simulation.reuse import Reuse, fit_reuse
 
 MOST = 32  # w of the curves is 1 to this
 QUESTION = 96  # decode steps at most before the answer's
@@ -83,6 +84,19 @@ def reuse(trace: Trace) -> Row:
   curves = {"overlap": overlap, "working_set": union}
   told = {key: (of[..., :MOST].cumsum(-1) / total[..., None]).round(4).tolist() for key, of in curves.items()}
   return {"blocks": (total / ((n - MOST) * n_requests)).round(3).tolist()} | told
+
+
+def mean_reuse(traces: Sequence[Trace]) -> Reuse:
+  """What a simulation knows of selections, by traces that all count alike."""
+  if not traces:
+    raise ValueError("how blocks come back is found in a trace of selections or more, got none")
+  curves, densities = [], []
+  for trace in traces:
+    told = reuse(trace)
+    blocks = np.array(told["blocks"])  # [L, K]
+    curves.append((np.array(told["overlap"]) * blocks[..., None]).sum((0, 1)) / blocks.sum())
+    densities.append(blocks.mean() / (trace.lengths + trace.selected.shape[1] / 2).mean() * trace.block_tokens)
+  return fit_reuse(np.mean(curves, 0).tolist(), float(np.mean(densities)))
 
 
 def in_short(trace: Trace) -> Row:

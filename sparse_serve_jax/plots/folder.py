@@ -10,7 +10,7 @@ from typing import Any
 
 from sparse_serve_jax import results
 from sparse_serve_jax.evaluation import ladder as ladders
-from sparse_serve_jax.evaluation import ladder_report, report
+from sparse_serve_jax.evaluation import ladder_folder, ladder_report, report
 from sparse_serve_jax.files import read_json, read_lines
 from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selections
 
@@ -82,7 +82,7 @@ def _read(file: pathlib.Path) -> list[Row]:
 
 
 def _draw_ladder(folder: pathlib.Path, out: pathlib.Path) -> bool:
-  cells = [row for row in _read(folder / "cells.jsonl") if row["rate"] is not None]  # others: of a rung alone
+  cells = ladder_folder.read_cells(folder)
   if cells:
     found = ladders.goodputs(cells) if len({cell["rate"] for cell in cells}) > 1 else {}
     ladder_report.write(out, cells, found)
@@ -133,7 +133,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
 
 
 _DRAWN: Mapping[str, Callable[[pathlib.Path, pathlib.Path], bool]] = {
-  "cells.jsonl": _draw_ladder,
+  ladder_folder.CELLS: _draw_ladder,
   "results.jsonl, prefill.jsonl, reuse.jsonl, summary.json": _draw_accuracy,
   "requests.jsonl": _draw_requests,
   "kernels.jsonl, step.jsonl": _draw_benchmarks,
