@@ -88,6 +88,8 @@ class Bench:
     if self._executor is None or self._executor[0] != rung:
       # The cache's memory is what the next one takes; the weights stay where they are.
       start, kept = time.monotonic(), self._executor and self._executor[1].params
+      if self._executor is not None:
+        self._executor[1].wait()  # a save that is on its way holds the pool
       self._executor = None
       executor = JaxExecutor(self._configs[rung], self._model)
       del kept
