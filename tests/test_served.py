@@ -7,6 +7,7 @@ import dataclasses
 import json
 import random
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,8 +15,10 @@ import pytest
 
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.sampling_params import SamplingParams
-from sparse_serve_jax.server import replicas
+from sparse_serve_jax.server import app, replicas
 from sparse_serve_jax.server.engines import One
+from sparse_serve_jax.server.errors import Refused
+from sparse_serve_jax.server.pulse import Health
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.plan import Sampling, TokenLogprobs
 from tests.fake_engine import EOS, MODEL_CONFIG, continuation, fake_executor
@@ -271,3 +274,24 @@ def test_a_place_is_looked_after_whatever_its_replica_raises(monkeypatch):
     until(lambda: of.health().replicas["0"].restarts == 1)
     stream = of.submit(PROMPT, sink=lambda *_: None, params=SamplingParams(max_tokens=5, ignore_eos=True))
     assert stream.result(20).output_tokens == continuation(PROMPT, 5)
+
+
+def test_a_sample_that_fails_ends_no_watch(monkeypatch, caplog):
+  """The one after it finds the engine stuck, and gives its requests up."""
+  monkeypatch.setattr(app, "SAMPLE_S", 0.0)
+  told: list[Any] = [OSError("no such file"), Health("ok"), Health("stuck", 7)]
+  given_up: list[Refused] = []
+
+  def health() -> Health:
+    if not told:
+      raise asyncio.CancelledError
+    if isinstance(first := told.pop(0), Exception):
+      raise first
+    return first
+
+  of = SimpleNamespace(
+    engines=SimpleNamespace(sample=lambda: None, health=health), outputs=SimpleNamespace(give_up=given_up.append)
+  )
+  with pytest.raises(asyncio.CancelledError):
+    asyncio.run(app.Server.sample(of))  # type: ignore[arg-type]
+  assert [refused.status for refused in given_up] == [500] and "no such file" in caplog.text

@@ -20,6 +20,7 @@ from sparse_serve_jax.serving.clock import Virtual
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.plan import DecodeRow, Observed, Plan, PrefillWork, Sampling
 from sparse_serve_jax.serving.request import Request
+from sparse_serve_jax.simulation import calibrate
 from sparse_serve_jax.simulation.cost import About, Cost, Seconds, Work, fit, not_negative_least_squares, read_cost
 from sparse_serve_jax.simulation.executor import SimulatedExecutor
 from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, from_columns, to_columns, typical
@@ -401,6 +402,12 @@ def test_costs_of_a_ladders_cell_predict_that_of_another_workload(tmp_path):
   mixed = command("calibrate", f"--ladder={tmp_path / 'one'},{tmp_path / 'bfloat16'}")
   assert mixed.returncode == 2
   assert "costs are of one model and device, these are of random:tiny in bfloat16 on " in mixed.stderr
+
+
+def test_without_a_decode_step_nothing_says_what_psa_reads(tmp_path):
+  ladder_folder(tmp_path, text(1, 0), items([90], [9]))
+  with pytest.raises(ValueError, match="no step says what PSA reads: 0 rows"):
+    calibrate._blocks_read(read_rung(tmp_path, "mine").ran, [])
 
 
 def test_a_ladders_device_is_the_one_that_made_its_cells(tmp_path):

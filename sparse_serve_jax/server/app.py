@@ -67,10 +67,13 @@ class Server:
     """Has the engines take samples until it is cancelled. An engine that does not go on has its requests given up."""
     while True:
       await asyncio.sleep(SAMPLE_S)
-      self.engines.sample()
-      told = self.engines.health()
-      if told.status == "stuck":
-        self.outputs.give_up(Refused(500, f"{told.why}, and this request is given up"))
+      try:
+        self.engines.sample()
+        told = self.engines.health()
+        if told.status == "stuck":
+          self.outputs.give_up(Refused(500, f"{told.why}, and this request is given up"))
+      except Exception:  # of one sample; the next may do
+        _LOG.exception("no sample")
 
   def numbers(self) -> dict[str, Any]:
     """What /status tells but for the state: of the engines that answer. May wait for other processes."""

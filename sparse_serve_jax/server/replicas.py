@@ -313,7 +313,7 @@ class Fleet:
     for place, ref in closed:
       try:
         self._get(ref, max(0.0, until - time.monotonic()))
-      except (OSError, RuntimeError) as error:
+      except Exception as error:  # the others are closed all the same
         self._end(place, error)
     for place in self._places:
       self._ray.kill(place.actor)

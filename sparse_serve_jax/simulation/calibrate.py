@@ -79,9 +79,17 @@ def calibrate(ran: Sequence[Ran], reuse: Reuse, selections: str) -> Cost:
 
 
 def _blocks_read(of: Ran, iterations: Sequence[Iteration]) -> float:
-  """Mean blocks that a step of PSA reads of a KV head, in the layers where it may stop."""
+  """Mean blocks that a step of PSA reads of a KV head, in the layers where it may stop.
+
+  Raises:
+    ValueError: there is no such step.
+  """
   dense_layers = of.config.sparse.dense_layers
   rows = sum(iteration.rows for iteration in iterations)
+  if not rows or dense_layers >= of.model.n_layers:
+    raise ValueError(
+      f"no step says what PSA reads: {rows} rows, {dense_layers} of {of.model.n_layers} layers are dense"
+    )
   attended = sum(iteration.work.attended_blocks for iteration in iterations) / of.model.n_kv_heads
   attended -= dense_layers * sum(iteration.full_blocks for iteration in iterations)
   return attended / (rows * (of.model.n_layers - dense_layers))
