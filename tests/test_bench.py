@@ -151,7 +151,7 @@ def test_bench_step(tmp_path):
     ("bench_kernels", f"--out={__file__}", f"{__file__} is a file, results need a folder"),
     ("bench_step", "--smoke --cases=64x", "--cases: '64x' is not <requests>x<tokens>"),
     ("bench_prefill", "--smoke --cases=64", "--cases: '64' is not <requests>x<tokens>"),
-    ("bench_prefill", "--smoke --ways=all,half", "--ways: no half; there are layer_segmented, chunked, quarter"),
+    ("bench_prefill", "--smoke --ways=all,half", "--ways: no half; there are hbm_pool, layer_segmented, chunked"),
     ("bench_prefill", "--smoke --ways=", "--ways=: there is nothing to time"),
     ("bench_prefill", "--cases=1x300000", "a prompt of 300000 tokens and one more exceed the model's context, 262144"),
     ("bench_step", "--cases=2x128,2x16", "2x16 has no full block of 32 tokens"),
