@@ -50,11 +50,30 @@ class Finalized:
     time.sleep(0.1)
 
 
+def compile_for_seconds():
+  os.environ.pop("XLA_FLAGS", None)  # tests let it optimize nothing
+  import jax
+  import jax.numpy as jnp
+
+  jax.config.update("jax_enable_compilation_cache", False)
+
+  def product(x):
+    for i in range(1000):
+      x = jnp.sin(x @ x.T + i) @ x
+    return x
+
+  lowered = jax.jit(product).lower(jnp.ones((8, 8)))
+  print("begun", flush=True)
+  lowered.compile()
+
+
 def main(word="none"):
   if word == "fail":
     raise ValueError("no such\\n  thing")
   if word == "status":
     return 1
+  if word == "compile":
+    compile_for_seconds()
   if word == "finalizer":
     Finalized()
     time.sleep(30)
@@ -220,6 +239,16 @@ def test_an_interrupt_of_a_finalizer_is_not_lost(program):
   start = time.monotonic()
   assert run(program, "finalizer") == (130, "", "interrupted\n")
   assert time.monotonic() - start < 25  # it would sleep for 30 seconds
+
+
+def test_an_interrupt_of_a_compilation_is_an_interrupt(program):
+  """XLA goes on with it in a thread of its own, which must not find that its client is gone."""
+  with begin(program, "compile") as process:
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("where", ["work", "cleanup"])
