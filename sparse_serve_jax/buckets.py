@@ -25,13 +25,27 @@ _LEAST_ROWS = 2
 _MOST_STEPS, _LEAST_STEPS = 8, 3  # sizes an octave: padding is an eighth at most, an eighth on average at least
 
 
-class Program(NamedTuple):
-  """The shapes of a decode or prefill program."""
+class DecodeProgram(NamedTuple):
+  """What runs a decode step."""
 
-  kind: str  # prefill or decode; "sampled": where not every row takes its most likely token; "packed": several prompts
-  size: int  # rows of decode, tokens of prefill
-  width: int  # blocks of a table
-  n_layers: int  # 0: any
+  rows: int  # padded
+  table: int  # blocks that the block tables are looked at for
+  sampled: bool = False  # not every row takes its most likely token
+
+
+class PrefillProgram(NamedTuple):
+  """What runs a piece of a prompt, or several short prompts that are packed."""
+
+  tokens: int  # padded
+  table: int  # blocks of the table of what comes before the piece; 0: it begins a prompt
+  n_layers: int
+  fixed: bool = True  # it runs just so many layers; else at most so many, and the host waits for the device in each
+  saves: bool = False  # it saves its blocks itself, also where saves are staged
+  packed: bool = False
+  sampled: bool = False  # of a pack: not every prompt takes its most likely token
+
+
+Program = DecodeProgram | PrefillProgram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +124,7 @@ class Buckets:
       *_sizes(size, largest, steps),
       *(c for c in (eighths if self.chunked else [self.full]) if cut and c <= context),
     }
-    chunks = cut
+    chunks = {*cut}
     if self.resumes:
       least_prefix, chunks = size, {*_sizes(size, largest, coarse), *(cut if self.chunked else ())}
     return dataclasses.replace(
@@ -120,12 +134,37 @@ class Buckets:
       prefixes=tuple(n for n in prefixes if n * size >= least_prefix),
     )
 
-  def piece(self, n_tokens: int, start: int, n_layers: int) -> int:
+  def decode(self, n_rows: int, n_blocks: int, sampled: bool = False) -> DecodeProgram:
+    """What runs a step of so many rows, whose longest block table has so many blocks."""
+    return DecodeProgram(
+      _fit(self.batches, n_rows, "batch of rows"), _fit(self.tables, n_blocks, "block table of"), sampled
+    )
+
+  def prefill(self, n_tokens: int, start: int, n_layers: int, rest: int) -> PrefillProgram:
+    """What runs so many layers of a piece that begins at `start` of a prompt, and that so many tokens follow.
+
+    After other pieces only a program of all layers knows its number of layers, for the sake of few programs. Full
+    pieces are saved by their own program if others follow, which would wait until they have landed, the device idle.
+    """
+    tokens = self.padded(n_tokens, start, n_layers)
+    fixed = not start or (n_layers == self.n_layers and self.at_once(tokens))
+    saves = self.late and rest > 0 and tokens == (_up(self.chunks, self.full) if start else self.full)
+    return PrefillProgram(tokens, self._before(start), n_layers if fixed else self._most_layers(tokens), fixed, saves)
+
+  def pack(self, sampled: bool) -> PrefillProgram:
+    """What runs several short prompts."""
+    return PrefillProgram(self.packed, 0, self.n_layers, packed=True, sampled=sampled)
+
+  def padded(self, n_tokens: int, start: int, n_layers: int) -> int:
     """Tokens that `n_layers` of a piece of `n_tokens` beginning at `start` are padded to."""
     sizes = self.chunks if start else self.whole
     if start and n_layers < self.n_layers and not self.crowded:  # programs of all layers run nothing else
       sizes = tuple(n for n in sizes if not self.at_once(n))
     return _fit(sizes, n_tokens, "prompt piece of tokens")
+
+  def _before(self, start: int) -> int:
+    """Blocks that the table before a piece which begins at `start` is padded to."""
+    return _fit(self.prefixes, start // self.block_tokens, "block table before a piece of") if start else 0
 
   def begun(self, n_tokens: int) -> int:
     """Tokens that a prompt of `n_tokens` takes in a pack: whole blocks."""
@@ -137,23 +176,12 @@ class Buckets:
 
   def pays(self, lengths: Sequence[int]) -> bool:
     """Whether whole prompts of so many tokens, which a pack holds, take longer one by one."""
-    return self.packed < sum(max(_SMALL[0], self.piece(n, 0, self.n_layers)) for n in lengths)
+    return self.packed < sum(max(_SMALL[0], self.padded(n, 0, self.n_layers)) for n in lengths)
 
   @property
   def packed_rows(self) -> int:
     """The most prompts in a pack."""
     return max(_LEAST_ROWS, self.packed // _PACKED_ROW)
-
-  def table(self, n_blocks: int) -> int:
-    """Blocks that a table of `n_blocks` is padded to."""
-    return _fit(self.tables, n_blocks, "block table of")
-
-  def prefix(self, start: int) -> int:
-    """Blocks that the table before a piece which begins at `start` is padded to."""
-    return _fit(self.prefixes, start // self.block_tokens, "block table before a piece of") if start else 0
-
-  def batch(self, n_rows: int) -> int:
-    return _fit(self.batches, n_rows, "batch of rows")
 
   def at_once(self, padded: int) -> bool:
     """Whether an iteration has room for all layers of a piece that is padded to so many tokens. Then it runs them all,
@@ -164,7 +192,7 @@ class Buckets:
     """Layers of the next segment of a piece that is not cut."""
     if self.chunked:
       return self.n_layers
-    left, padded = self.n_layers - first_layer, self.piece(n_tokens, start, self.n_layers)
+    left, padded = self.n_layers - first_layer, self.padded(n_tokens, start, self.n_layers)
     # After other pieces only what is padded counts: a program that does not know its layers has a slab of so many.
     if (padded if start else n_tokens) * self.n_layers <= self.allowance and not first_layer:
       return left
@@ -173,17 +201,6 @@ class Buckets:
     n_segments = -(-left // max(self._segments(padded)))
     n_layers = -(-left // n_segments)  # as equal as can be
     return n_layers if n_layers in self._segments(padded) else 1
-
-  def saves(self, padded: int, start: int, rest: int) -> bool:
-    """Whether the program of a piece saves its blocks, though saves are staged: the piece of the `rest` tokens would
-    wait until they have landed, the device idle. Nothing waits for the last piece of a layer. So that
-    programs are few, only full pieces are saved this way."""
-    return self.late and rest > 0 and padded == (_up(self.chunks, self.full) if start else self.full)
-
-  def known(self, padded: int, start: int, n_layers: int) -> bool:
-    """Whether a segment's program knows its number of layers. Where it does not, the host waits for the device in each
-    layer. After other pieces only a program of all layers knows, for the sake of few programs."""
-    return not start or (n_layers == self.n_layers and self.at_once(padded))
 
   def _most_layers(self, padded: int) -> int:
     return max(1, min(self.n_layers, self.allowance // padded))
@@ -208,8 +225,7 @@ class Buckets:
   @property
   def most_at_once(self) -> int:
     """Token x layers of the largest piece that one iteration runs, padded."""
-    prefill = (program for program in self.programs() if "prefill" in program.kind)
-    return max(of.size * (of.n_layers or self._most_layers(of.size)) for of in prefill)
+    return max(of.tokens * of.n_layers for of in self.programs() if isinstance(of, PrefillProgram))
 
   @property
   def n_programs(self) -> int:
@@ -229,7 +245,7 @@ class Buckets:
     prompts = set(prompts)
     cut = [n for n in prompts if self.chunked or n > self.allowance]
     longest = min(max(cut, default=0), self.full)  # of a piece
-    whole = {self.piece(n, 0, self.n_layers) for n in prompts - set(cut)} | {
+    whole = {self.padded(n, 0, self.n_layers) for n in prompts - set(cut)} | {
       c for c in self.whole if cut and c <= _up(self.whole, longest)
     }
     shared = shared and self.resumes
@@ -254,21 +270,17 @@ class Buckets:
     cuts = self.late and longest > self.full  # so that a full piece is followed by another
     least = self.unit if self.chunked else self.full  # of a first piece
     cuts_after = cuts and (shared or longest > least + self.full)  # and is not the first itself
-    n_layers, sampled = self.n_layers, ("", "sampled ")
     of_any_depth = self.crowded and not self.chunked  # a segment may have room for fewer layers than all
-    decode = [
-      Program(f"{s}decode", *of, n_layers) for s in sampled for of in itertools.product(self.batches, self.tables)
-    ]
-    packed = [Program(f"{s}packed prefill", self.packed, 0, n_layers) for s in sampled if packs]
-    begin = [Program("prefill", c, 0, n) for c in whole for n in self._depths(c)]
-    begin += [Program("saving prefill", self.full, 0, n_layers if self.chunked else 1)] * cuts
-    resume = [
-      Program(kind, c, width, n)
-      for c, width in itertools.product(chunks, self.prefixes)
-      for kind in ("prefill", *(["saving prefill"] * (cuts_after and c == _up(chunks, self.full))))
-      for n in ((0, n_layers) if of_any_depth and self.at_once(c) else (n_layers * self.at_once(c),))
-    ]
-    return decode + packed + begin + resume
+    found: list[Program] = [DecodeProgram(*of) for of in itertools.product(self.batches, self.tables, (False, True))]
+    found += [self.pack(sampled) for sampled in (False, True) if packs]
+    found += [PrefillProgram(n, 0, n_layers) for n in whole for n_layers in self._depths(n)]
+    found += [PrefillProgram(self.full, 0, self.n_layers if self.chunked else 1, saves=True)] * cuts
+    for n, table in itertools.product(chunks, self.prefixes):
+      saves = (False, True) if cuts_after and n == _up(chunks, self.full) else (False,)
+      for fixed in (False, True) if of_any_depth and self.at_once(n) else (self.at_once(n),):
+        n_layers = self.n_layers if fixed else self._most_layers(n)
+        found += [PrefillProgram(n, table, n_layers, fixed, saving) for saving in saves]
+    return found
 
 
 def _sizes(size: int, largest: int, steps: int) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_serve_jax.buckets import Buckets, Program
+from sparse_serve_jax.buckets import Buckets, DecodeProgram, PrefillProgram, Program
 from sparse_serve_jax.config import (
   CacheConfig,
   EngineConfig,
@@ -109,8 +109,8 @@ def test_padding_is_an_eighth_at_most_on_average(mode: str, n_layers: int, prefi
   for n in lengths.tolist():
     n_full, rest = divmod(n, piece) if n > limit else (0, n)
     L = n_layers if buckets.chunked or n <= limit else 1
-    of_full = buckets.piece(piece, 0, L) + (n_full - 1) * buckets.piece(piece, piece, L) if n_full else 0
-    padded.append(of_full + (buckets.piece(rest, n_full * piece, L) if rest else 0))
+    of_full = buckets.padded(piece, 0, L) + (n_full - 1) * buckets.padded(piece, piece, L) if n_full else 0
+    padded.append(of_full + (buckets.padded(rest, n_full * piece, L) if rest else 0))
   padding = np.array(padded) - lengths
   assert padding.min() >= 0
   for octave in (lengths > 0, *((lengths > n) & (lengths <= 2 * n) for n in 2048 << np.arange(6))):
@@ -129,8 +129,8 @@ def test_pieces_are_the_schedulers(mode: str):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("S", [8, 32, 128])
 def test_no_more_than_48_programs(mode: str, S: int):
-  """For models of 16 to 80 layers and any context up to 256k; sizes ascend and are whole blocks."""
-  for n_layers in (16, 22, 28, 32, 36, 40, 48, 60, 64, 80):
+  """For models of 1 to 80 layers and any context up to 256k; sizes ascend and are whole blocks."""
+  for n_layers in (1, 16, 22, 28, 32, 36, 40, 48, 60, 64, 80):
     for max_context in (2048, 4096, 8192, 20000, 32768, 65536, 100_000, LONGEST, 2 * LONGEST):
       for max_batch, prefix in itertools.product((1, 8, 64), (False, True)):
         buckets = Buckets.of(engine_config(mode, S, max_batch, prefix), n_layers, max_context)
@@ -143,23 +143,16 @@ def test_no_more_than_48_programs(mode: str, S: int):
 
 
 def programs_of(buckets: Buckets, plan: Plan) -> set[Program]:
-  """The programs that a plan runs, named as `Buckets.programs` does."""
-  S = buckets.block_tokens
-  used = set()
+  """The programs that a plan runs."""
+  used: set[Program] = set()
   for works in pieces(plan.prefill):
-    n_tokens, start, n_layers = len(works[0].tokens), works[0].start, works[0].n_layers
-    if len(works) == 1:
-      padded = buckets.piece(n_tokens, start, n_layers)
-      known = n_layers if buckets.known(padded, start, n_layers) else 0
-      used.add(Program("saving prefill" if works[0].saves else "prefill", padded, buckets.prefix(start), known))
-    else:
-      assert not any(work.saves for work in works)
-      kind = "" if all(work.sampling.plain for work in works) else "sampled "
-      used.add(Program(f"{kind}packed prefill", buckets.packed, 0, buckets.n_layers))
+    (program,) = {work.program for work in works}
+    used.add(program)
+    assert program.packed == (len(works) > 1)
   if plan.decode:
-    longest = max(row.position // S + 1 for row in plan.decode)
-    kind = "decode" if all(row.sampling.plain for row in plan.decode) else "sampled decode"
-    used.add(Program(kind, buckets.batch(len(plan.decode)), buckets.table(longest), buckets.n_layers))
+    longest = max(row.position // buckets.block_tokens + 1 for row in plan.decode)
+    sampled = not all(row.sampling.plain for row in plan.decode)
+    used.add(buckets.decode(len(plan.decode), longest, sampled))
   return used
 
 
@@ -192,10 +185,10 @@ def test_every_plan_has_its_programs(
   for plan in planned(conf, sizes(n_layers, max_context, S), prompts, n_output=2):
     assert programs_of(buckets, plan) <= listed
     for work in plan.prefill:
-      padded = buckets.piece(len(work.tokens), work.start, work.n_layers)
-      assert prefix or padded <= 2048 or padded <= 1.5 * len(work.tokens) + S
-      if not buckets.known(padded, work.start, work.n_layers):  # then a slab of its blocks has so many layers
-        assert work.n_layers <= buckets.layers(padded, work.start)
+      program = work.program
+      assert len(work.tokens) <= program.tokens and work.start // S <= program.table
+      assert prefix or program.packed or program.tokens <= 2048 or program.tokens <= 1.5 * len(work.tokens) + S
+      assert work.n_layers == program.n_layers if program.fixed else work.n_layers <= program.n_layers
 
 
 def test_a_full_chunk_that_another_follows_may_come_after_a_small_one():
@@ -204,7 +197,7 @@ def test_a_full_chunk_that_another_follows_may_come_after_a_small_one():
   conf = EngineConfig(CacheConfig(save="staged", prefix=False), SparseConfig(token_budget=4096), scheduler)
   buckets, prompts = Buckets.of(conf, 2, max_context=320), [224, 32 + 256 + 1]
   plans = planned(conf, sizes(2, 320, 32), prompts)
-  works = [(len(work.tokens), work.start, work.saves) for plan in plans for work in plan.prefill]
+  works = [(len(work.tokens), work.start, work.program.saves) for plan in plans for work in plan.prefill]
   assert works == [(224, 0, False), (32, 0, False), (256, 32, True), (1, 288, False)]
   reached = set().union(*(programs_of(buckets, plan) for plan in plans))
   assert reached <= set(buckets.programs()) & set(buckets.programs_of(prompts, shared=False))
@@ -215,7 +208,8 @@ def test_chunked_every_program_knows_its_layers():
   scheduler = SchedulerConfig(prefill="chunked", chunk_tokens=1792, max_tokens=2485)
   conf = EngineConfig(CacheConfig(save="staged"), SparseConfig(token_budget=4096), scheduler)
   buckets = Buckets.of(conf, 1, max_context=7646)
-  assert {program.n_layers for program in buckets.programs()} == {1} and buckets.n_programs <= 48
+  prefill = [program for program in buckets.programs() if isinstance(program, PrefillProgram)]
+  assert all(program.fixed and program.n_layers == 1 for program in prefill) and buckets.n_programs <= 48
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -293,8 +287,8 @@ def test_nothing_is_compiled_in_steady_state():
     programs = set(used)
     assert programs <= set(executor.buckets.programs())
     assert count == {
-      "decode": sum("decode" in kind for kind, *_ in programs),
-      "prefill": sum("prefill" in kind for kind, *_ in programs),
+      "decode": sum(isinstance(program, DecodeProgram) for program in programs),
+      "prefill": sum(isinstance(program, PrefillProgram) for program in programs),
       "release": 1,
     }
     assert count["decode"] >= 2 and count["prefill"] >= 3

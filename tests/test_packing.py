@@ -165,6 +165,6 @@ def test_64_short_prompts_take_a_few_pieces(prefill: str):
     plans = planned(conf, shape, prompts)
     return sum(work_of(plan, StepStats(), shape, buckets).prefill_tokens for plan in plans)
 
-  assert token_layers([200] * 64) == 32 * (7 * 2048 + buckets.piece(200, 0, 32))
+  assert token_layers([200] * 64) == 32 * (7 * 2048 + buckets.padded(200, 0, 32))
   assert 12800 <= token_layers([12800]) / 32 <= 1.125 * 12800
   assert token_layers([200] * 63) <= 1.15 * token_layers([12600])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sparse_serve_jax.attention.methods import METHODS, whole_budget
-from sparse_serve_jax.buckets import Buckets, Program
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, begin_alike, hash_chain
@@ -292,11 +292,8 @@ def test_a_piece_begins_after_what_is_shared_and_has_a_program(scheduler: Schedu
   assert later.cached_tokens == 24
   buckets = Buckets.of(engine_config, shape.L, shape.max_context)
   programs = set(buckets.programs())
-  for start, n, _, n_layers, *_ in expected:
-    padded = buckets.piece(n, start, n_layers)
-    known = n_layers if buckets.known(padded, start, n_layers) else 0
-    program = Program("prefill", padded, buckets.table(start // S), known)
-    assert program in programs & {*buckets.programs_of([64])}
+  for work in [work for plan in plans for work in plan.prefill]:
+    assert work.program in programs & {*buckets.programs_of([64])}
 
 
 def test_the_last_token_is_never_cached():

@@ -63,11 +63,12 @@ def test_every_line_parses():
 
 @pytest.mark.slow
 def test_bursts_and_what_their_costs_predict(tmp_path):
-  """A fit to two bursts, of all four. In so short a time the device is the noise: nothing is told of how well."""
+  """A fit to two bursts, of all four. In so short a time the device is the noise: nothing is told of how well, and a
+  floor of rates that were measured while others ran may lie above the time."""
   bursts, (fits, compares) = GROUPS[0], GROUPS[1]
   for line in bursts:
     told = run(line, tmp_path)
-    assert all(0 < of["floor_share"]["0"] < 1 and of["ttft_mean_s"]["0"] > 0 for of in told.values())
+    assert all(0 < of["floor_share"]["0"] < 10 and of["ttft_mean_s"]["0"] > 0 for of in told.values())
   assert run(fits, tmp_path)["iterations"] > 10
   assert len(run(compares, tmp_path)) == 8
 

@@ -267,7 +267,7 @@ class Late:
     for work in plan.prefill:
       before = [at for (name, start), at in self.writing.items() if name == work.request_id and start < work.start]
       assert all(at <= self.landed for at in before)
-      if not work.saves:
+      if not work.program.saves:
         self.writing[work.request_id, work.start] = plan.iteration
 
 

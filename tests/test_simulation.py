@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from sparse_serve_jax.buckets import PrefillProgram
 from sparse_serve_jax.config import EngineConfig, ModelConfig, override
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import run
@@ -292,7 +293,7 @@ def test_misses_fall_with_steps_and_with_slots():
 def test_what_comes_before_a_piece_is_read_where_no_slot_has_it(changes, slots, loaded):
   """32 blocks, of 4 layers x 2 heads."""
   of = blocks("scheduler.chunk_tokens=256", *changes, slots=slots)
-  work = PrefillWork("a", 0, np.zeros(100, np.int32), 256, 0, 4, True, Sampling())
+  work = PrefillWork("a", 0, np.zeros(100, np.int32), 256, 0, 4, True, Sampling(), PrefillProgram(128, 64, 4))
   assert of.before_piece(work, 256) == loaded * 4 * 2
 
 

@@ -70,7 +70,8 @@ class Case:
   def padded(self, cfg: ModelConfig) -> tuple[int, int]:
     """Rows and table width of the batch that an engine makes of it."""
     buckets = Buckets.of(self.config, cfg.n_layers, self.config.scheduler.max_context or cfg.max_context)
-    return buckets.batch(self.n_rows), buckets.table(self.n_blocks)
+    program = buckets.decode(self.n_rows, self.n_blocks)
+    return program.rows, program.table
 
   @classmethod
   def all_of(cls, cfg: ModelConfig, sizes: Mapping[str, tuple[int, int]], given: Sequence[str]) -> dict[str, Self]:

@@ -20,7 +20,7 @@ from pallas_kernels import Maps
 from sparse_serve_jax.attention import drawn  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
-from sparse_serve_jax.buckets import Buckets, Program
+from sparse_serve_jax.buckets import Buckets, DecodeProgram, PrefillProgram, Program
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import host_pool, kv_cache
 from sparse_serve_jax.memory.create import create
@@ -251,7 +251,7 @@ class JaxExecutor:
       The number of programs.
     """
     fit = [n for n in prompts if n < self.shape.max_context]  # others are refused
-    needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or "sampled" not in of.kind]
+    needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or not of.sampled]
     audits = (None, AuditOf(0, 0)) if self.config.sparse.audit_share else (None,)
     self._follow_pool()
     self._admit(Admission(_NOTHING, 0, np.full(self.shape.N, -1, np.int32)))
@@ -261,7 +261,7 @@ class JaxExecutor:
       for program in compiling:
         program.result()
     for of in needed:
-      if "prefill" in of.kind:
+      if isinstance(of, PrefillProgram):
         self._prefill(self._no_prompts(of), iteration=0)
         self.forget(_NOTHING)
         continue
@@ -270,11 +270,11 @@ class JaxExecutor:
         self._decode(self._no_rows(of), audit=audit)
     self._update_hot(self.programs.release, *[np.full(RELEASE_WIDTH, -1, np.int32)] * 2)
     self.wait()
-    return len(needed) + 2 + (len(audits) - 1) * sum("prefill" not in of.kind for of in needed)
+    return len(needed) + 2 + (len(audits) - 1) * sum(isinstance(of, DecodeProgram) for of in needed)
 
   def _lowered(self, of: Program, audits: Sequence[AuditOf | None]) -> Iterator[jax.stages.Lowered]:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
-    if "prefill" in of.kind:
+    if isinstance(of, PrefillProgram):
       batch, width = self._prefill_operands(self._no_prompts(of))
       x = jax.ShapeDtypeStruct((len(batch.tokens), self._d_model), self._dtype, sharding=NamedSharding(self.mesh, P()))
       yield self.programs.prefill.lower(self.params, self.cache, x, batch, width)
@@ -283,18 +283,18 @@ class JaxExecutor:
     for audit in audits:
       yield self.programs.decode.lower(self.params, self.cache, *self._decode_operands(self._no_rows(of), audit=audit))
 
-  def _no_prompts(self, of: Program) -> tuple[PrefillWork, ...]:
+  def _no_prompts(self, of: PrefillProgram) -> tuple[PrefillWork, ...]:
     """Work of a prefill program on nothing."""
-    size, sampling = self.shape.S, Sampling(temperature=float("sampled" in of.kind))
-    lengths = (of.size - size, size) if "packed" in of.kind else (of.size,)
+    size, sampling = self.shape.S, Sampling(temperature=float(of.sampled))
+    lengths = (of.tokens - size, size) if of.packed else (of.tokens,)
+    n_layers = of.n_layers if of.fixed else 0
     tokens = (np.zeros(n, np.int32) for n in lengths)
-    options: dict[str, Any] = dict(last=False, sampling=sampling, saves="saving" in of.kind)
-    return tuple(PrefillWork(_NOTHING, 0, t, of.width * size, 0, of.n_layers, **options) for t in tokens)
+    return tuple(PrefillWork(_NOTHING, 0, t, of.table * size, 0, n_layers, False, sampling, of) for t in tokens)
 
-  def _no_rows(self, of: Program) -> tuple[DecodeRow, ...]:
+  def _no_rows(self, of: DecodeProgram) -> tuple[DecodeRow, ...]:
     """Rows of a decode program on nothing."""
-    sampling = Sampling(temperature=float("sampled" in of.kind))
-    return (DecodeRow(_NOTHING, self.shape.R, (of.width - 1) * self.shape.S, 0, sampling),) * of.size
+    sampling = Sampling(temperature=float(of.sampled))
+    return (DecodeRow(_NOTHING, self.shape.R, (of.table - 1) * self.shape.S, 0, sampling),) * of.rows
 
   def _follow_pool(self) -> None:
     """Before programs whose blocks the host moves."""
@@ -335,32 +335,26 @@ class JaxExecutor:
 
   def _prefill_operands(self, works: tuple[PrefillWork, ...]) -> tuple[PrefillBatch, int]:
     """The batch of a piece, padded, and how many entries of a block table come before it."""
-    work, rows, samplings = works[0], 1, [w.sampling for w in works]
-    if len(works) == 1:
-      padded = self.buckets.piece(len(work.tokens), work.start, work.n_layers)
-      tokens, begins = _pad(work.tokens, padded, 0), [0]
-    else:
-      padded = self.buckets.packed
-      begins = [0, *np.cumsum([self.buckets.begun(len(w.tokens)) for w in works[:-1]])]
-      rows, tokens = self.buckets.packed_rows, np.zeros(padded, np.int32)
-      for begin, w in zip(begins, works, strict=True):
-        tokens[begin : begin + len(w.tokens)] = w.tokens
-    known = work.n_layers if self.buckets.known(padded, work.start, work.n_layers) else 0
+    work, program, samplings = works[0], works[0].program, [w.sampling for w in works]
+    rows, tokens = self.buckets.packed_rows if program.packed else 1, np.zeros(program.tokens, np.int32)
+    begins = [0, *np.cumsum([self.buckets.begun(len(w.tokens)) for w in works[:-1]])]
+    for begin, w in zip(begins, works, strict=True):
+      tokens[begin : begin + len(w.tokens)] = w.tokens
     batch = PrefillBatch(
       tokens=tokens,
       start=np.int32(work.start),
-      begins=_pad(np.array(begins), rows, padded),
+      begins=_pad(np.array(begins), rows, program.tokens),
       n_tokens=_pad(np.array([len(w.tokens) for w in works]), rows, 0),
       first_layer=np.int32(work.first_layer),
       n_layers=np.int32(work.n_layers),
       lanes=_pad(np.array([w.lane for w in works]), rows, self.shape.R),
       # A draw for one row takes no time that counts, for those of a pack it does.
-      sampling=None if rows > 1 and all(of.plain for of in samplings) else _sampling_rows(samplings, rows),
-      known_layers=known,
-      slab_layers=0 if self._writer is None or work.saves else known or self.buckets.layers(padded, work.start),
+      sampling=None if program.packed and not program.sampled else _sampling_rows(samplings, rows),
+      known_layers=program.n_layers if program.fixed else 0,
+      slab_layers=0 if self._writer is None or program.saves else program.n_layers,
       logprobs=any(of.logprobs for of in samplings) and work.first_layer + work.n_layers == self.shape.L,
     )
-    return batch, self.buckets.prefix(work.start)
+    return batch, program.table
 
   def _blocks_of(self, works: tuple[PrefillWork, ...]) -> np.ndarray:
     """Where in the pool the blocks of a piece go, int32; -1: one that is not full."""
@@ -399,11 +393,11 @@ class JaxExecutor:
 
   def _decode_batch(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
     """The batch, padded, and how many entries of block tables it looks at."""
-    n = self.buckets.batch(len(rows))
-    width = self.buckets.table(max(r.position // self.shape.S + 1 for r in rows))
+    sampled = not all(r.sampling.plain for r in rows)
+    program = self.buckets.decode(len(rows), max(r.position // self.shape.S + 1 for r in rows), sampled)
 
     def column(values, fill=0):
-      return _pad(np.array(list(values), np.int32), n, fill)
+      return _pad(np.array(list(values), np.int32), program.rows, fill)
 
     batch = DecodeBatch(
       lanes=column((r.lane for r in rows), self.shape.R),
@@ -411,10 +405,10 @@ class JaxExecutor:
       steps=column(r.step for r in rows),
       fills=column((r.fills for r in rows), -1),
       tokens=column((r.token for r in rows), -1),
-      sampling=None if all(r.sampling.plain for r in rows) else _sampling_rows([r.sampling for r in rows], n),
+      sampling=_sampling_rows([r.sampling for r in rows], program.rows) if sampled else None,
       logprobs=any(r.sampling.logprobs for r in rows),
     )
-    return batch, width
+    return batch, program.table
 
 
 def _check_variants(config: EngineConfig, setup: Setup, shape: CacheShape) -> None:

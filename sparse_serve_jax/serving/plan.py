@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from sparse_serve_jax.buckets import PrefillProgram
 from sparse_serve_jax.config import EngineConfig, ModelConfig
 from sparse_serve_jax.memory.shape import CacheShape
 
@@ -57,7 +58,7 @@ class PrefillWork:
   n_layers: int
   last: bool  # ends the prompt: its result holds the first output token
   sampling: Sampling
-  saves: bool = False  # its program saves its blocks, also where saves are staged: a later piece is to find them
+  program: PrefillProgram  # that runs it
   pack: int = -1  # whole prompts in a row with one number, in all layers, are one piece; -1: it is one alone
 
   @property

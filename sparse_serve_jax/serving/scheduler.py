@@ -393,10 +393,11 @@ class Scheduler:
         room, rows = (self._buckets.packed, self._buckets.packed_rows) if may else (0, 0)
       groups[-1].append(work)
       room, rows = room - tokens, rows - 1
-    packs = itertools.count()
-    pays = (len(group) > 1 and self._buckets.pays([len(work.tokens) for work in group]) for group in groups)
-    numbers = (next(packs) if group else -1 for group in pays)
-    return tuple(dataclasses.replace(work, pack=n) for n, group in zip(numbers, groups, strict=True) for work in group)
+    for number, group in enumerate(groups):
+      if len(group) > 1 and self._buckets.pays([len(work.tokens) for work in group]):
+        program = self._buckets.pack(sampled=not all(work.sampling.plain for work in group))
+        group[:] = [dataclasses.replace(work, program=program, pack=number) for work in group]
+    return tuple(itertools.chain(*groups))
 
   def _piece(self, at: Resident, left: int, alone: bool) -> tuple[int, int, int]:
     """Returns tokens, layers and cost of the next piece of a prompt; zeros if the rest of the allowance is too small.
@@ -482,9 +483,8 @@ class Scheduler:
   def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillWork:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
-    padded, rest = self._buckets.piece(n_tokens, start, n_layers), len(resident.tokens) - start - n_tokens
-    saves = self._buckets.saves(padded, start, rest)
-    if not saves:
+    program = self._buckets.prefill(n_tokens, start, n_layers, rest=len(resident.tokens) - start - n_tokens)
+    if not program.saves:
       resident.prefilled_in = resident.read_from = self._iteration + 1
     resident.start += n_tokens
     if resident.start == len(resident.tokens):
@@ -493,4 +493,4 @@ class Scheduler:
       self._enter(resident, np.zeros(0, np.int32))
     tokens, last = resident.tokens[start : start + n_tokens], resident.layer == self._shape.L
     sampling = request.sampling_of(resident.steps)
-    return PrefillWork(request.id, resident.lane, tokens, start, layer, n_layers, last, sampling, saves)
+    return PrefillWork(request.id, resident.lane, tokens, start, layer, n_layers, last, sampling, program)

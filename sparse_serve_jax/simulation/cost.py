@@ -43,18 +43,16 @@ def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -
   tokens = pairs = 0
   together = pieces(plan.prefill)
   for works in together:
-    if len(works) > 1:
-      tokens += buckets.packed * shape.L
+    piece, n = works[0], works[0].program.tokens
+    tokens += n * piece.n_layers
+    if piece.program.packed:
       pairs += sum(len(work.tokens) ** 2 // 2 for work in works) * shape.L
     else:
-      for piece in works:
-        n = buckets.piece(len(piece.tokens), piece.start, piece.n_layers)
-        tokens += n * piece.n_layers
-        pairs += n * (piece.start + n // 2) * piece.n_layers
+      pairs += n * (piece.start + n // 2) * piece.n_layers
   rows = width = 0
   if plan.decode:
-    rows = buckets.batch(len(plan.decode))
-    width = buckets.table(max(row.position for row in plan.decode) // shape.S + 1)
+    program = buckets.decode(len(plan.decode), max(row.position for row in plan.decode) // shape.S + 1)
+    rows, width = program.rows, program.table
   return Work(
     iterations=1,
     programs=len(together) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size or plan.idle.size),
