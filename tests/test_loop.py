@@ -278,12 +278,16 @@ def test_a_request_arrives_when_it_is_submitted():
 
 
 def test_an_idle_loop_costs_nothing():
+  """In the least of some moments: threads of other tests may still end."""
   engine, _ = fake_engine()
   with Loop(engine) as loop:
     loop.submit([1], max_new_tokens=3).result(SOON)
-    before = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - before < 0.1
+    took = []
+    for _ in range(5):
+      before = time.process_time()
+      time.sleep(0.1)
+      took.append(time.process_time() - before)
+    assert min(took) < 0.03
 
 
 @pytest.mark.slow
