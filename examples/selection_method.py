@@ -2,7 +2,8 @@
 
   python examples/selection_method.py [MODEL]
 
-CONTRIBUTING.md says what a method has to keep. `experiments.accuracy --methods=...` measures one at length.
+docs/extending.md says what a method has to keep. `sparse-serve accuracy --methods=NAME` measures one that is in the
+source of the package.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def define_model(default: str | None = None) -> tuple[flags.FlagHolder[Any], fla
   kinds = (
     "A model directory or a GGUF file."
     if default is None
-    else "A model directory, a GGUF file, or random:<name in configs/models>."
+    else 'A model directory, a GGUF file, "reference", or random:<name in configs/models>.'
   )
   with group("The model"):
     model = flags.DEFINE_string("model", default, kinds, required=default is None)

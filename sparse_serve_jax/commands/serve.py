@@ -2,8 +2,8 @@
 
   sparse-serve serve MODEL --port=8000
 
-MODEL is a model directory, a GGUF file, or random:<name in configs/models>. The server is for this machine alone unless
---host says otherwise. SIGTERM or an interrupt ends it after the requests that it has; a second one at once.
+MODEL is a model directory, a GGUF file, "reference", or random:<name in configs/models>. The server is for this machine
+alone unless --host says otherwise. SIGTERM or an interrupt ends it after the requests that it has; a second, at once.
 Needs `pip install "sparse-serve-jax[server]"`. --replicas=2 and more are engines in processes of their own, each with
 --set tp=... GPUs: on this machine, or on those of a Ray cluster (RAY_ADDRESS); `pip install "sparse-serve-jax[ray]"`.
 """

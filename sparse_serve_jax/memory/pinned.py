@@ -2,7 +2,7 @@
 
 It is mapped, touched by several threads, registered with CUDA and handed to JAX by DLPack. That takes a tenth of the
 time of `cudaHostAlloc`. JAX's own allocator of pinned memory grows by doubling up to a limit for the process, and gives
-nothing back: a pool of 82 GiB took 120, and a second one added to it (`docs/decisions.md`).
+nothing back: pools of 5 and then 9 GiB took 24 (`experiments/LOG.md`, 2026-11-28).
 
 Such an array may be donated only to a program of which a result aliases it, as every step's does: XLA ends the process
 otherwise.
