@@ -66,7 +66,7 @@ def test_every_key_of_a_configuration_is_described():
   assert {key: row.default for key, row in rows.items()} == values | {"implementation": "auto", "tp": 1}
   assert not [row for row in rows.values() if not row.meaning.endswith(".") or len(row.meaning) < 20]
   assert rows["cache.zones"].type == "shared, layer, lane" and rows["sparse.threshold"].type == "float or str"
-  assert rows["cache.lanes"].meaning == "Places of resident requests, R: prefilling, decoding or paused."
+  assert rows["cache.lanes"].meaning.startswith("Places of resident requests, R: prefilling, decoding or paused. 0: 64")
   needed = {row.key: row.default for row in describe(ModelConfig)}
   assert needed["d_model"] is None and needed["rope.theta"] == 10000.0
 

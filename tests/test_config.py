@@ -395,7 +395,7 @@ def test_override_refuses(assignment: str, words: list[str]):
     (lambda: SparseConfig(group_blocks=0), ["group_blocks=0"]),
     (lambda: SparseConfig(group_blocks=3), ["group_blocks=3", "power of two"]),
     (lambda: override(EngineConfig(), "sparse.prefill=topk"), ["sparse.prefill", "dense, top_k, threshold", "'topk'"]),
-    (lambda: SchedulerConfig(max_batch=0), ["max_batch=0"]),
+    (lambda: SchedulerConfig(max_batch=-1), ["max_batch=-1"]),
     (lambda: SchedulerConfig(max_context=-1), ["max_context=-1"]),
     (lambda: SchedulerConfig(max_tokens=-1), ["max_tokens=-1"]),
     (lambda: SchedulerConfig(max_inject_tokens=-1), ["max_inject_tokens=-1"]),

@@ -215,8 +215,8 @@ def test_a_rung_for_each_choice_of_values():
   ]
   last = rungs["sparse_serve max_batch=4 batch_control=working_set"]
   assert (last.scheduler.max_batch, last.scheduler.batch_control, last.cache.lanes) == (4, "working_set", 3)
-  with pytest.raises(ValueError, match="sparse_serve max_batch=0: .*max_batch=0 must be positive"):
-    read_rungs(["sparse_serve"], [], {"scheduler.max_batch": ["0"]})
+  with pytest.raises(ValueError, match="sparse_serve max_batch=-1: .*max_batch=-1 must not be negative"):
+    read_rungs(["sparse_serve"], [], {"scheduler.max_batch": ["-1"]})
   done = start("experiments.ladder", *COMMAND, "--vary=scheduler.max_batch", "--out=OUT")
   assert done.returncode == 2 and "--vary: 'scheduler.max_batch' is not KEY=VALUE" in done.stderr
 

@@ -11,6 +11,7 @@ import pytest
 
 from sparse_serve_jax import LLM
 from sparse_serve_jax.config import (
+  CacheConfig,
   EngineConfig,
   ModelConfig,
   find_config,
@@ -56,7 +57,7 @@ def test_what_is_derived_fits_a_gpu_and_its_host(name: str, rung: str):
 
 
 def test_an_8b_model_on_an_h200_by_hand():
-  """16 lanes of 262,144 tokens would take 512 GiB; 0.75 of the host is 82 GiB, and the size below that is 80."""
+  """64 lanes of 262,144 tokens would take 2 TiB; 0.75 of the host is 82 GiB, and the size below that is 80."""
   conf, shape, needs = resolved("llama3-8b", H200)
   assert conf.cache.dram_bytes == 80 * GIB
   left = 104 * GIB - needs.weights - needs.activations
@@ -104,7 +105,25 @@ def test_another_process_finds_programs_of_its_sizes(rung: str):
 @pytest.mark.parametrize("rung", ["dense", "sparse_serve"])
 def test_no_more_than_all_lanes_can_fill(rung: str):
   _, shape, _ = resolved("tiny", H200, rung=rung)
-  assert shape.M == 16 * 32768 // 32
+  assert shape.M == 64 * 32768 // 32
+
+
+@pytest.mark.parametrize(
+  ("changes", "on_gpu", "on_cpu"),
+  [
+    ((), (64, 64), (16, 8)),
+    (("scheduler.max_batch=256",), (256, 256), (256, 256)),
+    (("cache.lanes=4",), (4, 4), (4, 4)),
+    (("cache.lanes=100", "scheduler.max_batch=10"), (100, 10), (100, 10)),
+  ],
+)
+def test_lanes_and_decode_rows_suit_the_device(changes, on_gpu, on_cpu):
+  for free, expected in ((H200, on_gpu), (LAPTOP, on_cpu)):
+    conf, shape, _ = resolved("llama-3.2-1b", free, *changes)
+    assert (conf.cache.lanes, conf.scheduler.max_batch) == expected and expected[0] == shape.R
+    sized = {"cache.hbm_bytes": "2GiB", "cache.dram_bytes": "2GiB"}  # also where bytes are given
+    conf = sizes.resolve(override(override(load_config("psa"), [*changes]), sized), model_of("llama-3.2-1b"), free)
+    assert (conf.cache.lanes, conf.scheduler.max_batch) == expected and conf.scheduler.max_context == 0
 
 
 def test_a_size_that_is_given_stays():
@@ -127,6 +146,8 @@ def test_what_cannot_be_derived_is_refused_with_numbers():
   with pytest.raises(ValueError, match=r"the host has 8.00 GiB free; lower scheduler.max_context or"):
     resolved("llama3-8b", Free(None, 8 * GIB))
   with pytest.raises(ValueError, match="cache.hbm_bytes='auto' is derived where an engine is made"):
+    CacheShape.of(model_of("tiny"), EngineConfig(CacheConfig(offload=False)), 2)
+  with pytest.raises(ValueError, match="cache.lanes=0 and scheduler.max_batch=0: 0 is derived where an engine is made"):
     CacheShape.of(model_of("tiny"), load_config("dense"), 2)
 
 
@@ -138,7 +159,7 @@ def test_an_engine_says_what_it_derived_and_keeps_it(monkeypatch, caplog):
   hbm, dram, free = map(float, re.findall(r"(\d+\.\d\d) GiB", line))
   assert free == 0.25 and llm.config.cache.dram_bytes == pytest.approx(dram * GIB, abs=0.01 * GIB)
   assert llm.config.cache.hbm_bytes == pytest.approx(hbm * GIB, abs=0.01 * GIB)
-  assert "requests of up to 2,048" in line
+  assert line.endswith("requests of up to 2,048; 16 at a time, of which 8 decode")
   monkeypatch.setattr(budget, "host_bytes_free", lambda: 1 << 40)
   kept = llm.config
   del llm.engine

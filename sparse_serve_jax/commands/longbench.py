@@ -100,7 +100,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   results.note(out, {"sizes": sizes.used(executor.config, executor.shape)})
   run = longbench.Run(release, names, out, _LIMIT.value, _STRICT.value)
   try:
-    coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=config.cache.lanes)
+    coming = run.predict(engine, model.tokenizer, max_prompt, chat, max_live=executor.config.cache.lanes)
     with progress.bar(initial=run.n_done, total=run.n_rows, unit="row") as bar:
       for _ in coming:
         bar.update()

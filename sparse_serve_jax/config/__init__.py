@@ -24,6 +24,7 @@ from sparse_serve_jax.config.serving import (
   SparseConfig,
   load_config,
   with_fixed_sizes,
+  with_requests,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
   "shipped",
   "to_json",
   "with_fixed_sizes",
+  "with_requests",
 ]

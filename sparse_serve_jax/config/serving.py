@@ -36,7 +36,8 @@ class CacheConfig:
   """Bytes of HBM over all devices for slots, digests, maps, tails and the prefill slab; and for the pool, if it lies
   there. "auto": what weights and activations leave."""
   lanes: int = 64
-  """Places of resident requests, R: prefilling, decoding or paused."""
+  """Places of resident requests, R: prefilling, decoding or paused. 0: 64 on a GPU, 16 on a CPU, or `max_batch` if that
+  is more."""
   load: str = "fused"
   """How blocks move from DRAM to the devices: a name in memory.loads.LOADS."""
   save: str = "auto"
@@ -52,7 +53,7 @@ class CacheConfig:
   it share them."""
 
   def __post_init__(self):
-    check_fields(self, positive=("block_tokens", "lanes"))
+    check_fields(self, positive=("block_tokens",), not_negative=("lanes",))
     for name in ("dram_bytes", "hbm_bytes"):
       if getattr(self, name) != AUTO and self.size(name) <= 0:
         raise ValueError(f"CacheConfig.{name}={getattr(self, name)} must be positive")
@@ -185,7 +186,8 @@ class SchedulerConfig:
   """Who runs in an iteration."""
 
   max_batch: int = 64
-  """The most decode rows of an iteration: R_max of Algorithm 1, SparseServe."""
+  """The most decode rows of an iteration: R_max of Algorithm 1, SparseServe. 0: 64 on a GPU, 8 on a CPU, or `lanes` if
+  that is less."""
   max_tokens: int = 0
   """The most tokens of an iteration, a decode row being one: T_max of Algorithm 1, SparseServe; 0: no limit."""
   max_context: int = 0
@@ -208,8 +210,8 @@ class SchedulerConfig:
   def __post_init__(self):
     check_fields(
       self,
-      positive=("max_batch", "chunk_tokens", "working_set_steps"),
-      not_negative=("max_tokens", "max_context", "max_inject_tokens"),
+      positive=("chunk_tokens", "working_set_steps"),
+      not_negative=("max_batch", "max_tokens", "max_context", "max_inject_tokens"),
     )
 
 
@@ -297,9 +299,26 @@ class EngineConfig:
     return math.ceil(self.sparse.window_tokens / self.cache.block_tokens)
 
 
+def with_requests(config: EngineConfig, gpu: bool) -> EngineConfig:
+  """The configuration with numbers of lanes and decode rows where it says 0. A GPU has time for many rows while it
+  reads the weights; a CPU has not."""
+  cache, scheduler = config.cache, config.scheduler
+  if cache.lanes and scheduler.max_batch:
+    return config
+  lanes, rows = (64, 64) if gpu else (16, 8)
+  lanes = cache.lanes or max(lanes, scheduler.max_batch)
+  rows = scheduler.max_batch or min(rows, lanes)
+  return dataclasses.replace(
+    config,
+    cache=dataclasses.replace(cache, lanes=lanes),
+    scheduler=dataclasses.replace(scheduler, max_batch=rows),
+  )
+
+
 def with_fixed_sizes(config: EngineConfig) -> EngineConfig:
-  """The configuration with 256 MiB of HBM and 1 GiB of DRAM where it says "auto": for what must be the same on every
-  machine, or has no devices."""
+  """The configuration with 256 MiB of HBM and 1 GiB of DRAM where it says "auto", and a CPU's lanes and decode rows
+  where it says 0: for what must be the same on every machine, or has no devices."""
+  config = with_requests(config, gpu=False)
   cache = config.cache
   hbm = 256 << 20 if cache.hbm_bytes == AUTO else cache.hbm_bytes
   dram = 1 << 30 if cache.dram_bytes == AUTO else cache.dram_bytes
@@ -309,8 +328,8 @@ def with_fixed_sizes(config: EngineConfig) -> EngineConfig:
 def load_config(source: str | Path | Mapping[str, Any] | EngineConfig) -> EngineConfig:
   """The engine configuration that is meant.
 
-  The byte sizes in configs/serving are "auto": derived from the devices where an engine is made. Lanes and batches suit
-  a first run on any machine; for a real one, `override` cache.lanes and scheduler.max_batch.
+  The byte sizes in configs/serving are "auto", and lanes and decode rows 0: derived from the devices where an engine is
+  made.
 
   Args:
     source: a name ("psa": configs/serving/psa.json), a JSON file's path, the values that such a file would hold

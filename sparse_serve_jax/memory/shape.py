@@ -80,9 +80,15 @@ class CacheShape:
     """Divides the byte budgets of `config.cache`; `vectors` is E of the selection method, unused when all is dense.
 
     Raises:
-      ValueError: a budget is "auto", or below what one slot of every zone and device, or one block of a request, needs.
+      ValueError: a budget is "auto", or below what one slot of every zone and device, or one block of a request, needs;
+        or lanes or decode rows are 0.
     """
     cache = config.cache
+    if not (cache.lanes and config.scheduler.max_batch):
+      raise ValueError(
+        f"cache.lanes={cache.lanes} and scheduler.max_batch={config.scheduler.max_batch}: 0 is derived where an engine "
+        "is made; here they must be numbers of requests"
+      )
     limit = min(model.max_context, config.scheduler.max_context or model.max_context)
     piece = config.prefill_allowance(model.n_layers)
     empty = cls(

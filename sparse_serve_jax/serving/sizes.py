@@ -1,4 +1,5 @@
-"""Sizes that a configuration leaves open: what `auto` of `cache.dram_bytes` and `cache.hbm_bytes` comes to.
+"""Sizes that a configuration leaves open: what `auto` of `cache.dram_bytes` and `cache.hbm_bytes` comes to, and 0 of
+`cache.lanes` and `scheduler.max_batch`.
 
 On a GPU, HBM is what weights and activations leave, and DRAM most of what the host can pin. Where the devices are the
 host, both are a modest part of its memory. The pool is never more than what all lanes can fill. Programs are compiled
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from sparse_serve_jax.attention.methods import get_method
 from sparse_serve_jax.buckets import Buckets
-from sparse_serve_jax.config import AUTO, EngineConfig, ModelConfig, override
+from sparse_serve_jax.config import AUTO, EngineConfig, ModelConfig, override, with_requests
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import Model, is_placed
 from sparse_serve_jax.serving import budget
@@ -64,6 +65,7 @@ def free_here(placed: bool = False, sharing: int = 1) -> Free:
 
 def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool, sharing: int = 1) -> EngineConfig:
   """`resolve` on this machine, whose memory `sharing` processes share. A line of the log says what has been derived."""
+  config = with_requests(config, gpu=jax.default_backend() == "gpu")
   if not is_open(config):
     return config
   if jax.process_count() > 1:
@@ -78,7 +80,7 @@ def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool, sh
 
 
 def is_open(config: EngineConfig) -> bool:
-  """Whether a size that the cache needs is left open."""
+  """Whether bytes that the cache needs are left open."""
   return config.cache.hbm_bytes == AUTO or (config.cache.offload and config.cache.dram_bytes == AUTO)
 
 
@@ -97,6 +99,7 @@ def resolve(config: EngineConfig, model: ModelConfig, free: Free, cudnn: bool = 
   Raises:
     ValueError: not even the shortest context fits; with all numbers.
   """
+  config = with_requests(config, gpu=free.device is not None)
   if not is_open(config):
     return config
   found, error = None, None
@@ -123,13 +126,15 @@ def text(before: EngineConfig, config: EngineConfig, shape: CacheShape, free: Fr
   sizes = ", ".join(f"{key}=auto is {gib(n)}" for key, (given, n) in told.items() if given == AUTO)
   of = "" if free.device is None else f"{config.tp} x {gib(free.device)} of devices and "
   tokens = f"{shape.M * shape.S:,} tokens of KV, requests of up to {shape.max_context:,}"
-  return f"{sizes} (free: {of}{gib(free.host)} of the host): {tokens}"
+  at_once = f"{config.cache.lanes} at a time, of which {config.scheduler.max_batch} decode"
+  return f"{sizes} (free: {of}{gib(free.host)} of the host): {tokens}; {at_once}"
 
 
 def used(config: EngineConfig, shape: CacheShape) -> dict[str, int]:
-  """Sizes that an engine has, by their keys: bytes over all devices, and tokens of the longest request."""
+  """Sizes that an engine has, by their keys: bytes over all devices, tokens of the longest request, requests."""
   dram = {"cache.dram_bytes": shape.pool_bytes} if config.cache.offload else {}
-  return {"cache.hbm_bytes": shape.hbm_bytes, **dram, "scheduler.max_context": shape.max_context}
+  requests = {"cache.lanes": shape.R, "scheduler.max_batch": config.scheduler.max_batch}
+  return {"cache.hbm_bytes": shape.hbm_bytes, **dram, "scheduler.max_context": shape.max_context, **requests}
 
 
 def _vectors(config: EngineConfig) -> int:
