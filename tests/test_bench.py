@@ -244,11 +244,6 @@ def test_baselines_tell_why_there_is_none():
   assert found == {"good": 3, "bad": "NotImplementedError: not here"}
 
 
-def test_two_ways_side_by_side():
-  assert timing.beside(32e3, 8.0, "driver", 2.0) == {"gb_s": 4.0, "driver_gb_s": 16.0, "times_driver": 4.0}
-  assert timing.beside(32e3, 8.0, "driver", "NotImplementedError: not here") == {"gb_s": 4.0}
-
-
 class Driver:
   """What `timing.memcpy_each` calls of CUDA, on arrays that the CPU can read."""
 

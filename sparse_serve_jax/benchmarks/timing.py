@@ -259,15 +259,6 @@ def measure_baselines(baselines: Baselines) -> dict[str, float | str]:
   return found
 
 
-def beside(n_bytes: float, us: float, name: str, other: float | str) -> Row:
-  """GB/s of so many bytes in `us`, and of the same in the us of another way; and how often its time ours is.
-
-  Of another way that there is none of, which is a text, nothing.
-  """
-  row = {"gb_s": n_bytes / us / 1e3}
-  return row if isinstance(other, str) else row | {f"{name}_gb_s": n_bytes / other / 1e3, f"times_{name}": us / other}
-
-
 def start(
   effort: Effort, file: pathlib.Path | None, implementation: str | None = None, commit: str | None = None
 ) -> Report:

@@ -184,20 +184,20 @@ class Ladder:
     self._folder.cells.append(row)
     return row
 
-  def goodput(self, rung: str, rates: Sequence[float], most_runs: int = 8) -> Goodput:
+  def goodput(self, rung: str, rates: Sequence[float], most_runs: int) -> Goodput:
     """Searches the highest rate at which a rung serves well: `rates` first, ascending, then between them by halves of
     their ratio until they are within `CLOSE` or `most_runs` more cells have been run.
     """
     return search(lambda rate: self.cell(rung, rate)["keeps_slo"], [rate for rate in rates if rate], most_runs)
 
-  def overload(self, rates: Sequence[float], most_runs: int = 8) -> float:
+  def overload(self, rates: Sequence[float], most_runs: int) -> float:
     """The rate that is `OVERLOAD` times the one at which requests to the first rung begin to wait longer than goodput
     allows, on average. It is searched as `goodput` does, and then told by the delays on both sides of it.
 
     Raises:
       ValueError: they wait so long at all rates, or at none.
     """
-    return OVERLOAD * passing(lambda rate: self._delay(rate), rates, most_runs)
+    return OVERLOAD * passing(self._delay, rates, most_runs)
 
   def _delay(self, rate: float) -> float:
     """Seconds that requests to the first rung wait on average before they are worked on."""

@@ -28,7 +28,7 @@ from sparse_serve_jax.evaluation.cases import (
   PSA_SHARES,
   RULES,
 )
-from sparse_serve_jax.evaluation.intervals import draws, interval
+from sparse_serve_jax.evaluation.intervals import bootstrap, interval
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
 SOLVED = 0.5  # dense accuracy from which on a task counts as solved
@@ -128,7 +128,7 @@ def _least(
   fails = None
   for case in sorted((case for case in means if case["series"] == series), key=lambda case: case["blocks"]):
     if case["accuracy"] + 1e-9 >= level * dense["accuracy"]:
-      drawn = draws(_each_accuracy(rows, case["case"]), _each_accuracy(rows, dense["case"]), level)
+      drawn = bootstrap(_each_accuracy(rows, case["case"]), _each_accuracy(rows, dense["case"]), level)
       return case | {"sure": float((drawn >= -1e-9).mean())}, fails
     fails = case
   return None, fails
