@@ -190,35 +190,47 @@ def measure(
     wanted: the settings.
     workers: processes that make instances ahead; 0: this one does.
   """
-  parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
-  blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
-  errors: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
-  reads: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
+  batches: dict[str, list[_Measured]] = {case.name: [] for case in wanted}
   dense, best_of_dense = next(cases([], [], [])), np.zeros(())
   others = [case for case in wanted if case.series != DENSE]
   for batch, case, found in replays(model, params, sample, [dense, *others], workers):
     found = jax.device_get(found._replace(selected=None))  # by far the largest
     if case is dense:
       best_of_dense = found.best
-    if case.name not in parts:  # dense, which is not wanted itself
-      continue
-    parts[case.name].append(summary(model, case, batch, found) | {"agreement": batch.mean(found.best == best_of_dense)})
-    errors[case.name].append(found.error.mean((3, 4))[batch.answers])  # [tokens, L]
-    if case.stops:
-      blocks[case.name].append(found.blocks[batch.answers])
-    if case.prefills:
-      reads[case.name].append(found.read)  # [B, L]
+    if case.name in batches:  # dense may not be wanted itself
+      told = summary(model, case, batch, found) | {"agreement": batch.mean(found.best == best_of_dense)}
+      answers = batch.answers
+      batches[case.name].append(_Measured(told, found.error.mean((3, 4))[answers], found.blocks[answers], found.read))
   for case in wanted:
-    whole = {key: np.concatenate([part[key] for part in parts[case.name]]) for key in parts[case.name][0]}
+    each, errors, blocks, reads = zip(*batches[case.name], strict=True)
+    whole = {key: np.concatenate([of[key] for of in each]) for key in each[0]}
     row: Row = {key: int(x.sum()) if x.dtype == int else float(x.mean()) for key, x in whole.items()}
     if case.stops:
-      of_tokens = np.concatenate(blocks[case.name])  # [tokens, L, K]
+      of_tokens = np.concatenate(blocks)
       quantiles = np.quantile(of_tokens, QUANTILES, 0)
       row["by_head"] = {"mean": of_tokens.mean(0).round(3).tolist(), "quantiles": quantiles.round(3).tolist()}
     if case.prefills:
-      row["read_by_layer"] = np.concatenate(reads[case.name]).mean(0).round(5).tolist()
-    row["error_by_layer"] = np.concatenate(errors[case.name]).mean(0).round(5).tolist()
+      row["read_by_layer"] = np.concatenate(reads).mean(0).round(5).tolist()
+    row["error_by_layer"] = np.concatenate(errors).mean(0).round(5).tolist()
     yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH if key in whole}}
+
+
+class _Measured(NamedTuple):
+  """What a case did of a batch."""
+
+  each: dict[str, np.ndarray]  # [B], by quantity
+  errors: np.ndarray  # [tokens of answers, L]
+  blocks: np.ndarray  # [tokens of answers, L, K]
+  read: np.ndarray | None  # [B, L], of a sparse prefill
+
+
+def of_all_tasks(rows: Sequence[Row]) -> list[list[Row]]:
+  """The rows of each case that all tasks have, in the order of the tasks."""
+  by_case: dict[str, list[Row]] = {}
+  for row in sorted(rows, key=lambda row: row["task"]):
+    by_case.setdefault(row["case"], []).append(row)
+  n_tasks = len({row["task"] for row in rows})
+  return [ours for ours in by_case.values() if len(ours) == n_tasks]
 
 
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:

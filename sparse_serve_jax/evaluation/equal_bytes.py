@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparse_serve_jax.evaluation import intervals
-from sparse_serve_jax.evaluation.accuracy import Row
+from sparse_serve_jax.evaluation.accuracy import Row, of_all_tasks
 from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE
 
 MEANS = ("blocks", "bytes_read", "bytes", "mass", "error", "nats", "agreement")
@@ -35,7 +35,7 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
     as much, by the case's, each with an "_interval"; None where no budget of those there are has as much. Intervals are
     95 % ones of the paired bootstrap over instances.
   """
-  cases = _complete(rows)
+  cases = of_all_tasks(rows)
   fixed = sorted((ours for ours in cases if ours[0]["series"] == DEFAULT_METHOD), key=_bytes)
   dense = next((ours for ours in cases if ours[0]["series"] == DENSE), None)
   curves = {key: Curve.of(fixed, key) for key in ("nats", "error")} if len(fixed) > 1 else {}
@@ -130,15 +130,6 @@ def at_bytes(fixed: Sequence[Sequence[Row]], read: float, key: str) -> list[list
   share = min((read - sizes[below]) / width, 1.0) if width > 0 else 0.0
   pairs = zip(_each(fixed[below], key), _each(fixed[above], key), strict=True)
   return [((1 - share) * np.array(low) + share * np.array(high)).tolist() for low, high in pairs]
-
-
-def _complete(rows: Sequence[Row]) -> list[list[Row]]:
-  """The rows of each case, in the order of their tasks; cases that not all tasks have are left out."""
-  by_case: dict[str, list[Row]] = {}
-  for row in sorted(rows, key=lambda row: row["task"]):
-    by_case.setdefault(row["case"], []).append(row)
-  n_tasks = len({row["task"] for row in rows})
-  return [ours for ours in by_case.values() if len(ours) == n_tasks]
 
 
 def _bytes(ours: Sequence[Row]) -> float:

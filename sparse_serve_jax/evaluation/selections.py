@@ -86,6 +86,12 @@ def reuse(trace: Trace) -> Row:
   return {"blocks": (total / ((n - MOST) * n_requests)).round(3).tolist()} | told
 
 
+def curve(told: Row, key: str) -> np.ndarray:
+  """Of what `reuse` tells the "overlap" or the "working_set" [MOST], of all layers and heads: each by its blocks."""
+  blocks = np.array(told["blocks"])  # [L, K]
+  return (np.array(told[key]) * blocks[..., None]).sum((0, 1)) / blocks.sum()
+
+
 def mean_reuse(traces: Sequence[Trace]) -> Reuse:
   """What a simulation knows of selections, by traces that all count alike."""
   if not traces:
@@ -93,9 +99,10 @@ def mean_reuse(traces: Sequence[Trace]) -> Reuse:
   curves, densities = [], []
   for trace in traces:
     told = reuse(trace)
-    blocks = np.array(told["blocks"])  # [L, K]
-    curves.append((np.array(told["overlap"]) * blocks[..., None]).sum((0, 1)) / blocks.sum())
-    densities.append(blocks.mean() / (trace.lengths + trace.selected.shape[1] / 2).mean() * trace.block_tokens)
+    curves.append(curve(told, "overlap"))
+    densities.append(
+      np.mean(told["blocks"]) / (trace.lengths + trace.selected.shape[1] / 2).mean() * trace.block_tokens
+    )
   return fit_reuse(np.mean(curves, 0).tolist(), float(np.mean(densities)))
 
 
@@ -107,18 +114,13 @@ def in_short(trace: Trace) -> Row:
     steps select, in selections of one; "misses" of exact LRU by slots in SLOTS, as shares from step FILLED on.
   """
   told = reuse(trace)
-  blocks = np.array(told["blocks"])
-  mean = {key: float((np.array(told[key])[..., w] * blocks).sum() / blocks.sum()) for key, w in _SHOWN}
   return {
-    "blocks": round(float(blocks.mean()), 2),
+    "blocks": round(float(np.mean(told["blocks"])), 2),
     "full": int(trace.lengths.mean()) // trace.block_tokens,
-    "overlap": round(mean["overlap"], 4),
-    "union_12": round(mean["working_set"], 3),
+    "overlap": round(float(curve(told, "overlap")[0]), 4),
+    "union_12": round(float(curve(told, "working_set")[11]), 3),
     "misses": {f"{slots:g}": round(misses(trace, slots), 5) for slots in SLOTS},
   }
-
-
-_SHOWN = ("overlap", 0), ("working_set", 11)
 
 
 def misses(trace: Trace, slots: float) -> float:
