@@ -41,7 +41,7 @@ class Model:
   def describe(self) -> str:
     """Lines for a reader: name, shape, tokenizer, where each special token comes from, chat template or none."""
     cfg = self.config
-    count = sum(math.prod(shape) for shape in jax.tree.leaves(llama.param_shapes(cfg), is_leaf=_is_shape))
+    count = sum(jax.tree.leaves(llama.map_shapes(lambda _, shape: math.prod(shape), cfg)))
     rope = "" if cfg.rope.kind == "default" else f" ({cfg.rope.kind}, factor {cfg.rope.factor:g})"
     shape = (
       f"{count:,} parameters in {cfg.dtype}: {cfg.n_layers} layers of {cfg.d_model}, {cfg.n_heads} heads of "
@@ -180,7 +180,3 @@ def _no_model(name: str, path: pathlib.Path) -> str:
       f"`hf download {name} --local-dir DIR` (of the package huggingface_hub) fetches it; then give DIR"
     )
   return f"{name!r} is no model: no config.json or {_CARD} is there, and it does not begin with 'random:'"
-
-
-def _is_shape(value: Any) -> bool:
-  return isinstance(value, tuple)
