@@ -202,7 +202,7 @@ def test_a_model_without_a_chat_template(tmp_path):
     ),
     (lambda f: (f / "config" / "dataset2prompt.json").write_text("{\n"), r"dataset2prompt\.json:2: not JSON"),
     (lambda f: (f / "data" / "qasper.jsonl").write_text('\n{"a"\n'), r"qasper\.jsonl:2: not JSON: Exp"),
-    (lambda f: (f / "data" / "qasper.jsonl").write_text("[]\n"), r"qasper\.jsonl:1: a row is a JSON object, got list"),
+    (lambda f: (f / "data" / "qasper.jsonl").write_text("[]\n"), r"qasper\.jsonl:1: wanted is a JSON object, got list"),
     (lambda f: (f / "data" / "qasper.jsonl").write_text("{}\n"), r"qasper\.jsonl:1: the row lacks 'answers'"),
     (
       lambda f: write_lines(f / "data" / "qasper.jsonl", [{k: v for k, v in row_of(0).items() if k != "input"}]),

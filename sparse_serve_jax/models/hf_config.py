@@ -7,13 +7,10 @@ what transformers 5 computes, with a warning that names both.
 
 from __future__ import annotations
 
-import json
 import math
-import pathlib
 import warnings
 from typing import Any
 
-from sparse_serve_jax import files
 from sparse_serve_jax.config import ModelConfig, RopeConfig
 from sparse_serve_jax.models import llama
 
@@ -94,24 +91,6 @@ class _Fields:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
       raise self.wrong(key, wanted)
     return value
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    ValueError: in one line with the file's path, where it is missing, no JSON or no object.
-  """
-  text = files.read_text(path)
-  try:
-    made = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: not JSON that can be read: {error}") from None
-  if not isinstance(made, dict):
-    raise ValueError(f"{path} holds a {type(made).__name__}, wanted is an object {{...}}")
-  return made
 
 
 def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:

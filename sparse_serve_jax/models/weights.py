@@ -84,7 +84,7 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
     return Model(opened.config, opened.params, opened.tokenizer, tuple(ends), path.stem, ends)
   if not (path / "config.json").exists():
     raise ValueError(_no_model(name, path))
-  raw = hf_config.read_object(path / "config.json")
+  raw = files.read_json(path / "config.json")
   cfg, params = hf.open_params(path, _cast(hf_config.config_from_hf(raw, str(path / "config.json")), dtype))
   tokenizer = tokenizer_lib.load_tokenizer(path)
   ends = _ends(path, cfg, raw, tokenizer)
@@ -121,7 +121,7 @@ def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) 
 
 
 def _restore(path: pathlib.Path, dtype: str | None) -> Model:
-  card, where = hf_config.read_object(path / _CARD), str(path / _CARD)
+  card, where = files.read_json(path / _CARD), str(path / _CARD)
   if absent := [key for key in ("name", "config") if key not in card]:
     raise ValueError(f"{where} lacks {absent[0]!r}")
   with files.placed(where):
@@ -148,7 +148,7 @@ def _ends(
 ) -> dict[int, str]:
   """Every token that ends an output, and where it comes from: generation_config.json, config.json, the tokenizer."""
   file, config = path / "generation_config.json", path / "config.json"
-  generation = hf_config.read_object(file) if file.exists() else {}
+  generation = files.read_json(file) if file.exists() else {}
   told = [(i, file.name) for i in hf_config.token_ids(generation, "eos_token_id", str(file))]
   told += [(i, config.name) for i in hf_config.token_ids(raw, "eos_token_id", str(config))]
   return _union(str(path), cfg, [*told, *tokenizer.turn_ends().items()])
