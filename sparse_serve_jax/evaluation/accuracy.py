@@ -26,7 +26,7 @@ from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.evaluation.cases import BLOCK_SIZES, DENSE, Case, cases
 from sparse_serve_jax.models import Model, llama
 from sparse_serve_jax.models.tokenizer import Tokenizer
-from sparse_serve_jax.serving.budget import bytes_free
+from sparse_serve_jax.serving.budget import bytes_free, kv_bytes
 from sparse_serve_jax.tasks import text as texts
 
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
@@ -151,7 +151,7 @@ def replays(
 
 def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
   """Raises ValueError if a prefill needs more memory than there is: nothing is tiled in `llama.causal_attention`."""
-  kv = 2 * n_sequences * n_tokens * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * llama.dtype_of(cfg).itemsize
+  kv = n_sequences * n_tokens * kv_bytes(cfg)
   # float32, of one layer: before the softmax and after it.
   scores = 0 if llama.attends_fused(cfg) else 2 * 4 * n_sequences * cfg.n_heads * n_tokens**2
   free = bytes_free()
