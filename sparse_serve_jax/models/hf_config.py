@@ -15,30 +15,21 @@ from sparse_serve_jax.config import ModelConfig, RopeConfig
 from sparse_serve_jax.models import llama
 
 # model_type -> architecture, what it has, and the values of fields where they are absent. docs/extending.md adds one.
+_LLAMA = {
+  "name": "LlamaForCausalLM",
+  "qkv_bias": False,
+  "qk_norm": False,
+  "window": None,
+  "use_window": True,
+  "full_layers": 0,
+  "kv_heads": None,
+  "head_dim": None,
+  "positions": 2048,
+}
 _QWEN = {"window": 4096, "use_window": False, "full_layers": 28, "kv_heads": 32, "positions": 32768}
 FAMILIES: dict[str, dict[str, Any]] = {
-  "llama": {
-    "name": "LlamaForCausalLM",
-    "qkv_bias": False,
-    "qk_norm": False,
-    "window": None,
-    "use_window": True,
-    "full_layers": 0,
-    "kv_heads": None,
-    "head_dim": None,
-    "positions": 2048,
-  },
-  "mistral": {
-    "name": "MistralForCausalLM",
-    "qkv_bias": False,
-    "qk_norm": False,
-    "window": 4096,
-    "use_window": True,
-    "full_layers": 0,
-    "kv_heads": 8,
-    "head_dim": None,
-    "positions": 131072,
-  },
+  "llama": _LLAMA,
+  "mistral": _LLAMA | {"name": "MistralForCausalLM", "window": 4096, "kv_heads": 8, "positions": 131072},
   "qwen2": _QWEN | {"name": "Qwen2ForCausalLM", "qkv_bias": True, "qk_norm": False, "head_dim": None},
   "qwen3": _QWEN | {"name": "Qwen3ForCausalLM", "qkv_bias": False, "qk_norm": True, "head_dim": 128},
 }
