@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 import subprocess
 
@@ -12,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_serve_jax import workloads
 from sparse_serve_jax.config import ModelConfig, load_config, override
 from sparse_serve_jax.evaluation import floor, ladder, ladder_report
 from sparse_serve_jax.evaluation.rungs import check, read_rungs, shapes
@@ -254,12 +252,6 @@ def test_a_users_own_rung(tmp_path):
   rungs = read_rungs(["dense", str(tmp_path / "mine.json")], ["cache.lanes=3"])
   assert list(rungs) == ["dense", "mine"] and rungs["mine"].sparse.threshold == 0.5
   assert [config.cache.lanes for config in rungs.values()] == [3, 3]
-
-
-@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
-def test_rates_that_are_none(rate):
-  with pytest.raises(ValueError, match="the rate of arrivals must be above 0 and finite"):
-    workloads.checked_rate(rate)
 
 
 def compiled() -> list[str]:

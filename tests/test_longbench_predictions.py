@@ -308,13 +308,6 @@ def test_predictions_for_other_rows_are_no_beginning(tmp_path):
   assert run.errors == {"qasper": f"{data}:2: line 2 of {out / 'qasper.jsonl'} is a prediction for another row"}
 
 
-@pytest.mark.parametrize("name", ["dataset2prompt.json", "dataset2maxlen.json"])
-def test_a_release_without_a_config_file(tmp_path, name):
-  (write_release(tmp_path) / "config" / name).unlink()
-  with pytest.raises(ValueError, match=f"{name} is missing"):
-    Release.read(tmp_path)
-
-
 def test_the_digest_tells_releases_apart(tmp_path):
   first = Release.read(write_release(tmp_path / "a"))
   assert first.digest == Release.read(write_release(tmp_path / "b")).digest
@@ -398,22 +391,6 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   assert json.loads((out / "result.json").read_text()) == {**printed["scores"], "lcc": 27.0}
 
 
-def test_the_official_layout_of_longbench_e_is_scored_as_e(tmp_path):
-  """The same file is LongBench-E's in a folder pred_e, and elsewhere v1's with too many rows, which is told."""
-  rows = [predicted("mill", "mill", length=9000)] * 224
-  for folder in (tmp_path / "pred_e" / "llama", tmp_path / "pred" / "llama"):
-    folder.mkdir(parents=True)
-    write_lines(folder / "qasper.jsonl", rows)
-  e, v1 = (
-    json.loads(start(f"--score_only={tmp_path / of / 'llama'}").stdout.splitlines()[-1]) for of in ("pred_e", "pred")
-  )
-  assert e["scores"] == {"qasper_e": {"0-4k": None, "4-8k": None, "8k+": 100.0}}
-  assert e["unofficial"] == ["1 of the 13 tasks of LongBench-E"]
-  assert v1["scores"] == {"qasper": 100.0}
-  asked = "(LongBench-E has so many: of that, the file is qasper_e.jsonl, or qasper.jsonl in pred_e)"
-  assert v1["unofficial"][-1] == f"224 rows of qasper, which has 200 {asked}"
-
-
 def test_predictions_of_v1_are_not_written_where_they_are_read_as_e(tmp_path):
   release = Release.read(write_release(tmp_path / "bench", qasper=2, qasper_e=2))
   out = tmp_path / "pred_e" / "llama"
@@ -437,11 +414,3 @@ def test_mistakes_end_in_one_line(arguments, message):
   assert done.returncode == 2 and not done.stdout
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: ") and message in line
-
-
-def test_a_folder_of_unknown_origin_is_not_gone_on_with(tmp_path):
-  bench = write_release(tmp_path / "bench", qasper=1)
-  write_lines(tmp_path / "qasper.jsonl", [predicted("", "barge 0")])
-  arguments = [f"--longbench_dir={bench}", f"--out={tmp_path}", *(f"--set={a}" for a in SMALL_SERVING)]
-  done = start(*arguments)
-  assert done.returncode == 2 and "has qasper.jsonl but no run.json that says what made it" in done.stderr

@@ -15,15 +15,12 @@ from sparse_serve_jax.config import override
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.workloads import (
   ARRIVALS,
-  WORKLOADS,
   ArrivalConfig,
   Item,
   Refused,
   WorkloadConfig,
   arrival_times,
-  load_workload,
 )
-from sparse_serve_jax.workloads.arrivals import checked_rate
 from sparse_serve_jax.workloads.cut import truncate_middle
 from tests.longbench import MAX_NEW, row_of, write_lines, write_release
 
@@ -39,33 +36,7 @@ def items_of(source: str, max_request_tokens: int = 4096, **changes: Any) -> lis
   return workloads.read(WorkloadConfig(source, **changes))(TOKENIZER, max_request_tokens)
 
 
-# ----------------------------------------------------------------------------------------------------------- the tables
-
-
-def test_an_arrival_process_from_elsewhere(monkeypatch):
-  def bursts(n: int, rate: float, seed: int, *, shape: float = 1.0) -> np.ndarray:
-    return np.cumsum(np.random.default_rng(seed).gamma(shape, 1 / (shape * checked_rate(rate)), n))
-
-  monkeypatch.setitem(ARRIVALS, "bursts", bursts)
-  config = ArrivalConfig("bursts", rate=4.0, options={"shape": 0.25})
-  gaps = np.diff(arrival_times(config, 20_000))
-  assert gaps.mean() == pytest.approx(0.25, rel=0.05) and gaps.std() == pytest.approx(0.5, rel=0.05)
-  with pytest.raises(ValueError, match="the options of the arrival process 'bursts': .*'shap'"):
-    arrival_times(ArrivalConfig("bursts", rate=4.0, options={"shap": 0.25}), 0)
-
-
-def test_a_workload_from_elsewhere(monkeypatch, tmp_path):
-  def countdown(config: WorkloadConfig) -> workloads.Source:
-    prompts = [f"{i} to go" for i in range(config.limit, 0, -1)]
-    return lambda tokenizer, room: [Item(of, np.array(tokenizer.encode(of)), room - 20) for of in prompts]
-
-  monkeypatch.setitem(WORKLOADS, "countdown", countdown)
-  (tmp_path / "mine.json").write_text('{"source": "countdown", "limit": 2}')
-  items = workloads.read(load_workload(tmp_path / "mine.json"))(TOKENIZER, 100)
-  assert [(item.id, item.max_new_tokens) for item in items if isinstance(item, Item)] == [
-    ("2 to go", 80),
-    ("1 to go", 80),
-  ]
+# ----------------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -246,11 +217,6 @@ def test_truncation_of_a_long_text_is_linear():
   start = time.perf_counter()
   assert len(truncate_middle(TOKENIZER, long, 2048)) == 2048
   assert time.perf_counter() - start < 5  # what is quadratic takes hours
-
-
-def test_truncation_needs_two_tokens():
-  with pytest.raises(ValueError, match="max_tokens=1"):
-    truncate_middle(TOKENIZER, "abc", 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- needle
