@@ -31,6 +31,7 @@ from sparse_serve_jax.memory.eviction import EVICTIONS
 from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.models.hf_config import FAMILIES, config_from_hf
 from sparse_serve_jax.workloads import WORKLOADS, WorkloadConfig
+from tests import jsonl
 from tests.forks import start
 from tests.parsed import NAMES
 from tests.test_timeline import check_form
@@ -148,7 +149,7 @@ def test_the_experiment_runs(tmp_path):
   assert set(summary) >= SUMMARY
   assert (summary["requests"], summary["output_tokens"], summary["refused"]) == (3, 15, 0)
   assert 0.7 * 900 < summary["prompt_tokens"] <= 900 - 3 * len(" 12345\n")  # to the next sentence, and the answer
-  rows = [json.loads(line) for line in (tmp_path / "run" / "requests.jsonl").read_text().splitlines()]
+  rows = jsonl.read(tmp_path / "run" / "requests.jsonl")
   assert summary["blocks_saved"] == sum((r["prompt_tokens"] + 4) // 32 for r in rows) * 8
   assert [line.split()[0] for line in table] == ["sparse_serve", *summary]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparse_serve_jax import hosts
+from tests import jsonl
 from tests.forks import ROOT
 from tests.tiny import SMALL_SERVING
 
@@ -44,7 +45,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 def tokens(folder: Path) -> dict[str, list[int]]:
-  rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+  rows = jsonl.read(folder / "requests.jsonl")
   return {row["request_id"]: row["output_token_ids"] for row in rows}
 
 

@@ -25,7 +25,7 @@ from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, StepResult, StepStats
 from sparse_serve_jax.workloads import WorkloadConfig
 from sparse_serve_jax.workloads.longbench import SLACK
-from tests import forks
+from tests import forks, jsonl
 from tests.longbench import (
   BYTES,
   EOS,
@@ -34,7 +34,6 @@ from tests.longbench import (
   TEMPLATES,
   predicted,
   row_of,
-  write_lines,
   write_release,
 )
 from tests.tiny import SMALL_SERVING
@@ -134,7 +133,7 @@ def test_a_prediction_waits_for_those_before_it(tmp_path):
 def test_text_is_written_as_it_is(tmp_path):
   """Not escaped, as the official rows; a line separator of Unicode ends no line."""
   release = Release.read(write_release(tmp_path / "bench"))
-  write_lines(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0, answers=["港\u2028"], all_classes=None)])
+  jsonl.write(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0, answers=["港\u2028"], all_classes=None)])
   (tmp_path / "out").mkdir()
   predict(Run(release, ["qasper"], tmp_path / "out"), scripted(lambda _: "é\n"))
   line = '{"pred": "é\\n", "answers": ["港\u2028"], "all_classes": null, "length": 0}\n'
@@ -208,8 +207,8 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
     file.write('\n{"context":}\n')
   rows = [row_of(0), row_of(1), row_of(2)]
   del rows[1]["length"]
-  write_lines(data / "lcc.jsonl", rows)
-  write_lines(data / "trec.jsonl", [row_of(0), row_of(1, context="x" * 700), row_of(2)])
+  jsonl.write(data / "lcc.jsonl", rows)
+  jsonl.write(data / "trec.jsonl", [row_of(0), row_of(1, context="x" * 700), row_of(2)])
   out.mkdir()
   run = Run(Release.read(bench), ["samsum", "hotpotqa", "qasper", "trec_e", "lcc", "qaspr", "trec"], out)
   predict(run, scripted(said), max_prompt=900)
@@ -237,7 +236,7 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
     predict(Run(Release.read(bench), ["samsum"], tmp_path / "out", strict=True), scripted(said))
 
   del rows[0]["input"]
-  write_lines(data / "trec.jsonl", rows)
+  jsonl.write(data / "trec.jsonl", rows)
   (out / "trec.jsonl").unlink()
   run = Run(Release.read(bench), ["trec"], out)
   predict(run, scripted(said))
@@ -250,7 +249,7 @@ def test_half_of_a_character_ends_its_row_alone(tmp_path):
   release, data, out = Release.read(bench), bench / "data" / "qasper.jsonl", tmp_path / "out"
   out.mkdir()
   rows = [row_of(0), row_of(1, context="half \ud83d"), row_of(2), row_of(3, answers=["\ud83d"])]
-  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  jsonl.write(data, rows, ensure_ascii=True)
   names, error = ["qasper", "trec"], f"{data}:2: 'context' has the lone surrogate '\\ud83d' at character 5"
   run = Run(release, names, out)
   assert sorted(predict(run, scripted(said))) == ["qasper"] * 2 + ["trec"] * 2 and not run.errors
@@ -268,7 +267,7 @@ def test_half_of_a_character_ends_its_row_alone(tmp_path):
   run = Run(release, names, out)
   assert (run.n_rows, run.n_done) == (6, 4) and predict(run, scripted(said)) == []
   assert (out / "qasper.jsonl").read_bytes() == before
-  write_lines(data, [row_of(i) for i in range(4)])
+  jsonl.write(data, [row_of(i) for i in range(4)])
   assert predict(Run(release, names, out), scripted(said)) == ["qasper"] * 2
   assert [row["pred"] for row in lines_of(out)["qasper"]] == [
     said(f"qasper-{i}")[: MAX_NEW["qasper"]] for i in range(4)
@@ -301,7 +300,7 @@ def test_predictions_for_other_rows_are_no_beginning(tmp_path):
   out = tmp_path / "out"
   out.mkdir()
   predict(Run(release, ["qasper"], out, limit=2), scripted(said))
-  write_lines(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0), row_of(1, answers=["other"]), row_of(2)])
+  jsonl.write(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0), row_of(1, answers=["other"]), row_of(2)])
   run = Run(release, ["qasper", "lcc"], out)
   assert predict(run, scripted(said)) == ["lcc", "lcc"]
   data = tmp_path / "bench" / "data" / "qasper.jsonl"
@@ -360,9 +359,9 @@ def test_the_program(tmp_path):
 
 
 def test_scoring_alone_needs_no_jax(tmp_path):
-  write_lines(tmp_path / "qasper.jsonl", [predicted("old mill", "mill"), predicted("a mill", "mill")])
-  write_lines(tmp_path / "lcc.jsonl", [predicted("XYZa1b2c3d4", "a5b6c7d8XYZ")])
-  write_lines(tmp_path / "lcc_e.jsonl", [predicted("x", "x", length=5000)])
+  jsonl.write(tmp_path / "qasper.jsonl", [predicted("old mill", "mill"), predicted("a mill", "mill")])
+  jsonl.write(tmp_path / "lcc.jsonl", [predicted("XYZa1b2c3d4", "a5b6c7d8XYZ")])
+  jsonl.write(tmp_path / "lcc_e.jsonl", [predicted("x", "x", length=5000)])
   before = sorted(tmp_path.iterdir())
   program = (
     "import sys, runpy; sys.modules['jax'] = None; runpy.run_module('experiments.longbench', run_name='__main__')"
