@@ -421,7 +421,7 @@ def measure(
 
 
 def _beside_none(report: Report, by: str, name: str, make: Callable[[], Row]) -> Row:
-  """A row with the share of its time that the step without misses, if that was timed, does not take."""
+  """A row with the share of its time that misses cost, if the step without misses was timed."""
   row = make()
   without = report.results.get(f"step-{by} {name} miss 0%", {}).get("us")
   return row | ({} if without is None else {"loading_share": 1 - without / row["us"]})

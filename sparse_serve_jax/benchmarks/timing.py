@@ -153,13 +153,13 @@ def fill_pool(pool: jax.Array) -> None:
 def memcpy_each(
   loads: bool, host: jax.Array, blocks: np.ndarray, device: jax.Array, slots: np.ndarray, n_bytes: int
 ) -> Callable[[], None]:
-  """What copies blocks of `n_bytes`, one call of the CUDA driver each, and then waits.
+  """A function that copies blocks of `n_bytes`, each by a call of the CUDA driver, and then waits.
 
   From `blocks` [n] of `host`, which is pinned, to `slots` [n] of `device`, or back; nothing else may use these arrays.
 
   Raises:
     NotImplementedError: there is no NVIDIA GPU.
-    RuntimeError: the driver failed. What is returned raises it too.
+    RuntimeError: the driver failed. The function raises it too.
   """
   if jax.default_backend() != "gpu":
     raise NotImplementedError("needs an NVIDIA GPU")
@@ -285,7 +285,7 @@ def start(
 
 
 def following(pool: jax.Array) -> host_pool.HostPool:
-  """By what code of the host reads and writes a pool, as long as the caller keeps it."""
+  """What code of the host reads and writes a pool through. The caller keeps it as long as it is used."""
   host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
   host.follow(pool)
   return host

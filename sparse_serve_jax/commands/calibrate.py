@@ -2,8 +2,8 @@
 
   sparse-serve calibrate --cost=cost.json --model=random:tiny --config=sparse_serve --limit=24
 
-serves a workload on this machine, all requests at once, and fits to what its iterations took. With --ladder folders of
-`sparse-serve ladder` take this machine's place, with what they hold of the rung --config:
+serves a workload on this machine, all requests at once, and fits to what its iterations took. With --ladder
+nothing is served: it fits to what folders of `sparse-serve ladder` hold of the rung --config:
 
   sparse-serve calibrate --cost=cost.json --ladder=W1,W3 --config=sparse_serve
 

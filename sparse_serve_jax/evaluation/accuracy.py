@@ -174,14 +174,14 @@ def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch
 def measure(
   model: Model, params: Any, sample: Sample, wanted: Sequence[Case], workers: int = 0
 ) -> Iterator[tuple[Case, Row]]:
-  """Yields what there is to tell of each case.
+  """Yields the row of each case.
 
-  A row has of what `summary` tells means over instances, and sums of counts; "agreement", the share of steps whose most
-  likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative error of
-  heads' outputs [L]. For a case of sparse prefill: "prompt_nats", those of a prompt's last tokens, "read", the share of
-  the blocks before a tile of queries that it reads, and "read_by_layer" [L]. For a case that stops: under "by_head" the
-  blocks attended by layer and KV head: their mean over all answers' tokens [L, K], and QUANTILES over these tokens
-  [5, L, K].
+  It has the quantities of `summary`: their means over instances, of counts the sums; "agreement", the share of steps
+  whose most likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative
+  error of heads' outputs [L]. For a case of sparse prefill: "prompt_nats", those of a prompt's last tokens, "read", the
+  share of the blocks before a tile of queries that it reads, and "read_by_layer" [L]. For a case that stops: under
+  "by_head" the blocks attended by layer and KV head: their mean over all answers' tokens [L, K], and QUANTILES over
+  these tokens [5, L, K].
 
   Args:
     model: the model.
@@ -234,7 +234,7 @@ def of_all_tasks(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:
-  """One number an instance of each quantity, over its answer's steps, layers and heads; counts are integers.
+  """One number of each quantity for each instance, over its answer's steps, layers and heads; counts are integers.
 
   Of a case that stops, "pairs" counts those of a token and a query head, in every layer; "stopped" those with blocks
   left unread; "violations" those for which the stop test claimed more than the true mass (PSA's where it stopped, the

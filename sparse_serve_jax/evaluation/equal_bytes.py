@@ -2,8 +2,8 @@
 
 Bytes are those of a step and layer: the keys and values that are attended to, and the digests that rank them. At the
 mean bytes of a setting the error and the nats of every instance are interpolated, linearly in bytes, between the two
-budgets of the default method next to it; so the comparison is paired. A setting gets no comparison that reads less than
-the smallest budget or more than the largest.
+budgets of the default method next to it; so the comparison is paired. A setting that
+reads less than the smallest budget, or more than the largest, is not compared.
 
 The other way round, at the mean error or nats of a setting the blocks of a budget that has as much are interpolated: by
 how much fewer the setting reads is PSA's first ratio (arXiv 2503.00392, abstract).
@@ -79,7 +79,9 @@ def _fewer(ours: Sequence[Row], curves: Mapping[str, Curve]) -> Row:
 
 
 class Curve(NamedTuple):
-  """What fixed budgets have under a key, which falls as budgets grow: where it does not, the least before counts."""
+  """The values of fixed budgets under a key: they fall as budgets grow, and where one does not, the least before it
+  counts.
+  """
 
   blocks: np.ndarray  # [budgets], ascending
   mean: np.ndarray  # [budgets]

@@ -26,7 +26,7 @@ def bootstrap(values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]
 
 
 def interval(values: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> tuple[float, float]:
-  """95 % interval of the mean difference from dense; where no instance differs, nothing."""
+  """95 % interval of the mean difference from dense; (0, 0) where no instance differs."""
   low, high = np.quantile(bootstrap(values, dense), (0.025, 0.975))
   return float(low), float(high)
 

@@ -56,7 +56,7 @@ def claim(
     ValueError: as `results.claim` does.
   """
   setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
-  setting |= {"compared_with": next(iter(configs))}  # whose iterations and tokens the cells of all rungs are told by
+  setting |= {"compared_with": next(iter(configs))}  # cells of all rungs are measured by its iterations and tokens
   return results.claim(path, setting | {"prompts": prompts, "seed": seed}, device=device)
 
 
@@ -98,7 +98,7 @@ def read_rung(folder: pathlib.Path, rung: str) -> MeasuredRung:
   configs = setting.get("configs", {})
   if rung not in configs:
     raise ValueError(f"{folder} has no rung {rung!r}, but {', '.join(configs) or 'none'}")
-  device = run["parts"][0]["device"]  # later parts may be of another machine that made tables of what was there
+  device = run["parts"][0]["device"]  # a later part may come from another machine, which only made tables
   config = host_pool.chosen(from_dict(EngineConfig, configs[rung]), device["platform"])
   rows = [row for _, row in read_lines(folder / ITERATIONS) if row["rung"] == rung]
   iterations = {row["rate"]: from_columns(row) for row in rows}  # a cell's own are the last: one before was stopped

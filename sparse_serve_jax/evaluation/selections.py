@@ -1,7 +1,7 @@
 """Which blocks successive decode steps select: traces of them, and how much of a selection comes back.
 
-What a cache of blocks can win is said by two curves over a number of steps w (SparseServe, arXiv 2509.24626, section
-3.3): the overlap of a step's selection with those of the w steps before, and the working set, all that w steps select.
+Two curves over a number of steps w say what a cache of blocks can gain (SparseServe, arXiv 2509.24626, section 3.3):
+the overlap of a step's selection with those of the w steps before, and the working set, all that w steps select.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def in_short(trace: Trace) -> Row:
 
 
 def misses(trace: Trace, slots: float) -> float:
-  """Share of the blocks selected from step FILLED on that exact LRU has not.
+  """Of the blocks that are selected from step FILLED on, the share that exact LRU does not hold.
 
   One LRU over all requests, layers and heads, in the order of layers; `slots` in what a step selects on average.
 
@@ -151,7 +151,7 @@ def misses(trace: Trace, slots: float) -> float:
 
 
 def drawn_like(name: str, drawn: Drawn, like: Trace) -> Trace:
-  """What is drawn where `like` was recorded: as many blocks, one of them a sink and one the window.
+  """Drawn selections of as many blocks as the recorded trace `like` has; one of them is a sink and one the window.
 
   Args:
     name: of the trace's case.
@@ -179,8 +179,11 @@ def drawn_like(name: str, drawn: Drawn, like: Trace) -> Trace:
 
 
 def fit(trace: Trace, steps: int = 128) -> dict[str, float]:
-  """A of the held:A that is reused as a trace: "by_overlap", with the step before, and "by_misses", the one of SHARES
-  whose logarithms of misses are nearest, over the first `steps`.
+  """The A with which selections of held:A come back as those of a trace do, over its first `steps`.
+
+  Returns:
+    "by_overlap": the A of the same overlap with the step before; "by_misses": the one of SHARES whose logarithms of
+    misses are nearest.
   """
   first = Trace(trace.selected[:, :steps], trace.lengths, trace.block_tokens, trace.case, trace.model, trace.task)
   told, found = in_short(first), [in_short(drawn_like(f"held:{share}", held(share), first)) for share in SHARES]
