@@ -23,7 +23,7 @@ from sparse_serve_jax.evaluation.rungs import shapes
 from sparse_serve_jax.files import read_json, read_lines
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.models import Model
-from sparse_serve_jax.simulation.calibrate import Ran
+from sparse_serve_jax.simulation.calibrate import MeasuredRun
 from sparse_serve_jax.simulation.measure import Iteration, from_columns, to_columns
 from sparse_serve_jax.workloads import WorkloadConfig
 
@@ -75,7 +75,7 @@ class LadderFolder:
 class MeasuredRung(NamedTuple):
   """A rung that served a workload, as its ladder's folder has it."""
 
-  ran: Ran  # with the iterations of all its cells
+  ran: MeasuredRun  # with the iterations of all its cells
   max_request_tokens: int  # to which its source cut prompts: of the rung that has room for the least
   seed: int  # of random weights
   cells: Mapping[float, Row]  # by rate
@@ -107,7 +107,7 @@ def read_rung(folder: pathlib.Path, rung: str) -> MeasuredRung:
     raise ValueError(f"{folder} has no cell of {rung} with its iterations")
   model = from_dict(ModelConfig, setting["model"]["config"])
   rungs = {name: from_dict(EngineConfig, of) for name, of in configs.items()}
-  ran = Ran(
+  ran = MeasuredRun(
     config,
     model,
     setting["model"]["name"],
