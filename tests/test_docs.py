@@ -24,7 +24,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 from pallas_kernels.maps import Maps
-from sparse_serve_jax import runtime
 from sparse_serve_jax.attention.methods import METHODS
 from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
 from sparse_serve_jax.memory.eviction import EVICTIONS
@@ -62,13 +61,8 @@ FIELDS = {
   if dataclasses.is_dataclass(made := getattr(EngineConfig(), section.name))
   for field in dataclasses.fields(made)
 }
+pytestmark = pytest.mark.usefixtures("not_configured")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-  """What `runtime.configure` sets is for a process of its own; test_runtime tests it."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
 
 
 def blocks(page: Path, language: str = "") -> list[str]:

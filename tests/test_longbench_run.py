@@ -12,7 +12,6 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sparse_serve_jax import runtime
 from sparse_serve_jax.commands import run as serve
 from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, from_dict, read_config
 from sparse_serve_jax.memory.shape import CacheShape
@@ -28,9 +27,8 @@ class Run(NamedTuple):
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
+def run(tmp_path, capsys, not_configured):
   """`python -m experiments.serve` on a LongBench directory, in this process."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
 
   def run(config: str, directory: Path, assignments: Sequence[str], *options: str) -> Run:
     out = tmp_path / config

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sparse_serve_jax import runtime, tasks
+from sparse_serve_jax import tasks
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands import run as serve
 from sparse_serve_jax.config import load_config, override
@@ -25,12 +25,7 @@ from tests.tiny import SMALL_SERVING
 
 SMALL = [f"--set={assignment}" for assignment in SMALL_SERVING] + ["--ignore_eos", "--max_new_tokens=6"]
 NEEDLES = ["--workload=needle", "--prompt_tokens=300", "--limit=6"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-  """What `runtime.configure` sets is for a process of its own; test_runtime tests it."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
+pytestmark = pytest.mark.usefixtures("not_configured")
 
 
 def in_process(*arguments: str, small: list[str] = SMALL) -> int:
