@@ -8,11 +8,8 @@ import functools
 import importlib
 import itertools
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,14 +126,7 @@ def test_the_experiment_runs(tmp_path):
   lines = [line for line in blocks(ROOT / "docs" / "first_hour.md") if "--limit=8 \\\n" in line and "needle" in line]
   (command,) = (shlex.split(line.replace("\\\n", " ")) for line in lines)
   fewer = ["--prompt_tokens=300", "--limit=3", "--max_new_tokens=5", "--ignore_eos", f"--out={tmp_path / 'run'}"]
-  code = "import sys; from sparse_serve_jax.commands import main; sys.argv[0] = 'sparse-serve'; main()"
-  done = subprocess.run(
-    [sys.executable, "-c", code, *command[1:], *fewer],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-  )
+  done = start("sparse_serve_jax", *command[1:], *fewer)
   assert done.returncode == 0, done.stderr
   *table, last = done.stdout.splitlines()
   summary = json.loads(last)
