@@ -116,5 +116,5 @@ def _object(text: str, file: str | pathlib.Path, line: int) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
     raise ValueError(f"{file}:{line}: not JSON that can be read: {error}") from None
   if not isinstance(made, dict):
-    raise ValueError(f"{file}:{line}: a row is a JSON object, got {type(made).__name__}")
+    raise ValueError(f"{file}:{line}: wanted is a JSON object, got {type(made).__name__}")
   return made

@@ -13,6 +13,7 @@ the sizes in bytes that were used where the setting says "auto".
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import datetime
 import errno
@@ -147,6 +148,15 @@ def replace_json(file: pathlib.Path, value: Any) -> None:
   partial = file.with_name(f"{file.name}.partial")
   partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
   partial.replace(file)
+
+
+def write_csv(file: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+  """Writes a table: these columns, by default one for each key of the rows, in the order in which they come."""
+  with file.open("w", newline="", encoding="utf-8") as opened:
+    heads = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(opened, heads, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 class Rows:

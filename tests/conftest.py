@@ -118,6 +118,14 @@ def optimized(monkeypatch: pytest.MonkeyPatch):
   jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture
+def not_configured(monkeypatch: pytest.MonkeyPatch):
+  """`runtime.configure` sets nothing: what it sets is for a process of its own. test_runtime tests it."""
+  from sparse_serve_jax import runtime
+
+  monkeypatch.setattr(runtime, "configure", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def longbench_dir(pytestconfig: pytest.Config) -> Path:
   """The folder that holds LongBench's data/; skips where none is given."""

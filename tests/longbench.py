@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_serve_jax.models import ByteTokenizer
+from tests import jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = ByteTokenizer()
@@ -25,10 +26,6 @@ def row_of(i: int, **changes: Any) -> dict[str, Any]:
   return given | {"all_classes": ["barge", "pier"], "length": 1000 * i} | changes
 
 
-def write_lines(file: Path, rows) -> None:
-  file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 def write_release(folder: Path, **n_rows: int) -> Path:
   """A folder in LongBench's layout, with so many self-written rows for each named file."""
   (folder / "config").mkdir(parents=True)
@@ -36,7 +33,7 @@ def write_release(folder: Path, **n_rows: int) -> Path:
   (folder / "config" / "dataset2prompt.json").write_text(json.dumps(TEMPLATES))
   (folder / "config" / "dataset2maxlen.json").write_text(json.dumps(MAX_NEW))
   for name, n in n_rows.items():
-    write_lines(folder / "data" / f"{name}.jsonl", [row_of(i) for i in range(n)])
+    jsonl.write(folder / "data" / f"{name}.jsonl", [row_of(i) for i in range(n)])
   return folder
 
 

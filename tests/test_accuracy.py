@@ -17,7 +17,7 @@ from sparse_serve_jax.config import ModelConfig, override
 from sparse_serve_jax.evaluation import accuracy, replay, selections
 from sparse_serve_jax.evaluation.cases import AXES, DENSE_PREFILL, GRID, prefill_cases
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
-from tests import forks
+from tests import forks, jsonl
 
 CFG = ModelConfig(
   vocab_size=264, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=48, max_context=1024,
@@ -246,7 +246,7 @@ def test_a_run_goes_on(model, tmp_path):
     return forks.start("experiments.accuracy", *folders, *arguments, *more)
 
   def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+    return jsonl.read(out / name)
 
   refused = run("--parts=tasks", "--thresholds=0.5", "--steps=8")
   assert refused.returncode == 2 and "8 decode steps end before" in refused.stderr.splitlines()[-1]

@@ -1,15 +1,11 @@
-"""The block allocator against a dictionary model."""
+"""The block allocator by hand; `test_prefix.py` has it against a model, with blocks that are kept and without."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sparse_serve_jax.memory.allocator import BlockAllocator
-
-N_BLOCKS = 7
 
 
 def test_blocks_wait_for_release_and_completion_in_either_order():
@@ -62,77 +58,3 @@ def test_other_mistakes():
     BlockAllocator(1).allocate(0)
   with pytest.raises(ValueError, match="iteration 2 completed right after iteration 0"):
     BlockAllocator(1).complete(2)
-
-
-class AllocatorMachine(RuleBasedStateMachine):
-  """The model: each block is free, owned, or on its way back with the two gates it has passed."""
-
-  def __init__(self):
-    super().__init__()
-    self.allocator = BlockAllocator(N_BLOCKS)
-    self.state: dict[int, object] = dict.fromkeys(range(N_BLOCKS), "free")  # "free", owner number, or dict of gates
-    self.owners: dict[int, list[int]] = {}
-    self.dispatched = self.completed = self.counter = 0
-
-  def free_blocks(self) -> set[int]:
-    return {
-      block
-      for block, state in self.state.items()
-      if state == "free" or (isinstance(state, dict) and state["released"] and state["after"] <= self.completed)
-    }
-
-  @rule(n=st.integers(1, N_BLOCKS + 1))
-  def allocate(self, n):
-    free = self.free_blocks()
-    blocks = self.allocator.allocate(n)
-    if n > len(free):
-      assert blocks is None
-      return
-    assert blocks is not None
-    assert len(set(blocks.tolist())) == n and set(blocks.tolist()) <= free
-    self.counter += 1
-    self.owners[self.counter] = blocks.tolist()
-    for block in blocks.tolist():
-      self.state[block] = self.counter
-
-  @precondition(lambda self: self.owners)
-  @rule(data=st.data())
-  def free(self, data):
-    owner = data.draw(st.sampled_from(sorted(self.owners)))
-    blocks = self.owners.pop(owner)
-    assert all(self.state[block] == owner for block in blocks)
-    self.allocator.free(blocks, after=self.dispatched)
-    for block in blocks:
-      self.state[block] = {"after": self.dispatched, "released": False}
-
-  @rule()
-  def dispatch(self):
-    due = {block for block, state in self.state.items() if isinstance(state, dict) and not state["released"]}
-    taken = self.allocator.take_release().tolist()
-    assert len(taken) == len(due) and set(taken) == due
-    for block in taken:
-      self.state[block] = {**self.state[block], "released": True}  # type: ignore[dict-item]
-    self.dispatched += 1
-
-  @precondition(lambda self: self.completed < self.dispatched)
-  @rule()
-  def complete(self):
-    self.completed += 1
-    self.allocator.complete(self.completed)
-
-  @invariant()
-  def counters_agree(self):
-    assert self.allocator.available == len(self.free_blocks())
-    assert self.allocator.in_use == sum(isinstance(state, int) for state in self.state.values())
-
-  def teardown(self):
-    for owner in list(self.owners):
-      self.allocator.free(self.owners.pop(owner), after=self.dispatched)
-    self.allocator.take_release()
-    while self.completed < self.dispatched:
-      self.completed += 1
-      self.allocator.complete(self.completed)
-    assert self.allocator.available == N_BLOCKS
-
-
-TestAllocatorMachine = AllocatorMachine.TestCase

@@ -17,6 +17,7 @@ from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.models import init_params
 from sparse_serve_jax.results import Rows
+from tests import jsonl
 from tests.forks import start
 
 TIMED = {"us", "best_us", "spread", "floor_us", "fraction", "moved"}
@@ -46,7 +47,7 @@ def check(results: dict[str, dict], file: Path) -> None:
   """Every row has its keys and finite numbers, and stands in the file with a stamp."""
   assert all(row.keys() >= TIMED and row["best_us"] <= row["us"] for row in results.values())
   assert all(map(math.isfinite, numbers(results)))
-  written = [json.loads(line) for line in file.read_text().splitlines()]
+  written = jsonl.read(file)
   assert [f"{row['op']}-{row['case']}" for row in written] == list(results)
   for row, result in zip(written, results.values(), strict=True):
     assert result.items() <= row.items()
@@ -242,11 +243,6 @@ def test_baselines_tell_why_there_is_none():
 
   found = timing.measure_baselines({"good": lambda: Timing(3, 2, 0, 8), "bad": fails})
   assert found == {"good": 3, "bad": "NotImplementedError: not here"}
-
-
-def test_two_ways_side_by_side():
-  assert timing.beside(32e3, 8.0, "driver", 2.0) == {"gb_s": 4.0, "driver_gb_s": 16.0, "times_driver": 4.0}
-  assert timing.beside(32e3, 8.0, "driver", "NotImplementedError: not here") == {"gb_s": 4.0}
 
 
 class Driver:

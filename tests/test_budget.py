@@ -21,7 +21,7 @@ from sparse_serve_jax.memory.create import empty_hot
 from sparse_serve_jax.memory.kv_cache import KVCache, cache_shardings
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
-from sparse_serve_jax.models import load_model, param_shapes, place_params
+from sparse_serve_jax.models import llama, load_model, place_params
 from sparse_serve_jax.programs import programs
 from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.executor import JaxExecutor
@@ -103,7 +103,7 @@ def test_activations_are_what_programs_take(name: str, context: int, prefill: st
   def array(dims, dtype, sharding=None):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding or NamedSharding(mesh, P()))
 
-  params = jax.tree.map(lambda s: array(s, jnp.bfloat16), param_shapes(cfg), is_leaf=lambda x: isinstance(x, tuple))
+  params = llama.map_shapes(lambda _, dims: array(dims, jnp.bfloat16), cfg)
   shardings = cache_shardings(mesh, True)
   hot = jax.eval_shape(functools.partial(empty_hot, shape))
   hot = jax.tree.map(lambda x, sharding: array(x.shape, x.dtype, sharding), hot, shardings.hot.replace(pool_id=None))

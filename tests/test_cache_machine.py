@@ -268,14 +268,6 @@ class CacheMachine(RuleBasedStateMachine):
     np.testing.assert_array_equal(self.maps.last_selected, selected)
 
   @invariant()
-  def maps_are_inverse(self):
-    slot_of, block_of = np.asarray(self.maps.slot_of), np.asarray(self.maps.block_of)
-    resident = np.argwhere(slot_of >= 0)
-    assert len(resident) == (block_of >= 0).sum()
-    for k, layer, block in resident:
-      assert block_of[slot_of[k, layer, block]] == (k * L + layer) * M + block
-
-  @invariant()
   def nothing_stale_is_resident(self):
     """A slot holds what the pool has at its block, which is what its owner stored; a free block is in no slot."""
     pool, slots = np.asarray(self.pool), np.asarray(self.slots)

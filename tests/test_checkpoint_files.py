@@ -127,7 +127,7 @@ def test_a_broken_field_is_one_line(directory, changes, message):
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize(("text", "fault"), [("[1]", "holds a list"), ("{", ":1: not JSON"), ("\xff", ":1: not UTF-8")])
+@pytest.mark.parametrize(("text", "fault"), [("[1]", ", got list"), ("{", ":1: not JSON"), ("\xff", ":1: not UTF-8")])
 def test_a_broken_file_is_one_line(directory, name, text, fault):
   file = directory / name
   file.write_bytes(text.encode("latin-1"))
@@ -187,7 +187,7 @@ BEYOND = {"id": 99999, "content": "<n>"} | dict.fromkeys(("single_word", "lstrip
     ("added_tokens.json", b'{"\\ud83d": 278}', ": .* has the lone surrogate"),
     ("chat_template.jinja", b"\xe9", ":1: not UTF-8"),
     ("chat_template.jinja", None, " is a directory"),
-    ("model.json", b"[]", " holds a list"),
+    ("model.json", b"[]", ":1: wanted is a JSON object, got list"),
     ("model.json", b"{}", " lacks 'name'"),
     ("model.json", b'{"name": "x"}', " lacks 'config'"),
     ("model.json", b'{"name": "x", "config": 5}', ": .*expected an object for ModelConfig, got 5"),

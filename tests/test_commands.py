@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,7 @@ from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for group in commands.COMMANDS.values() for name in group]
-
-
-def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-  code = "import sys; from sparse_serve_jax.commands import main; sys.argv[0] = 'sparse-serve'; main()"
-  return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+start = functools.partial(forks.start, "sparse_serve_jax")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
@@ -72,12 +67,12 @@ def test_every_key_of_a_configuration_is_described():
 
 
 def test_config_lists_and_resolves():
-  listed = forks.start("sparse_serve_jax", "config", "--list")
+  listed = start("config", "--list")
   assert listed.returncode == 0
   for row in describe(EngineConfig):
     assert f"{row.key}  {row.type} (default: {json.dumps(row.default)})\n  {row.meaning[:60]}" in listed.stdout
   assert "configurations: dense, fifo," in listed.stdout
-  shown = forks.start("sparse_serve_jax", "config", "psa", "--set", "tp=2", "--set", "cache.hbm_bytes=1GiB")
+  shown = start("config", "psa", "--set", "tp=2", "--set", "cache.hbm_bytes=1GiB")
   expected = override(load_config("psa"), {"tp": 2, "cache.hbm_bytes": 1 << 30})
   assert from_dict(EngineConfig, json.loads(shown.stdout)) == expected
 
@@ -92,5 +87,5 @@ def test_config_lists_and_resolves():
   ],
 )
 def test_config_refuses(arguments, message):
-  done = forks.start("sparse_serve_jax", "config", *arguments)
+  done = start("config", *arguments)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr

@@ -8,11 +8,8 @@ import functools
 import importlib
 import itertools
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +21,13 @@ import pytest
 
 pytest.importorskip("matplotlib")
 from pallas_kernels.maps import Maps
-from sparse_serve_jax import runtime
 from sparse_serve_jax.attention.methods import METHODS
 from sparse_serve_jax.config import EngineConfig, find_config, from_dict, load_config, override
 from sparse_serve_jax.memory.eviction import EVICTIONS
 from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.models.hf_config import FAMILIES, config_from_hf
 from sparse_serve_jax.workloads import WORKLOADS, WorkloadConfig
+from tests import jsonl
 from tests.forks import start
 from tests.parsed import NAMES
 from tests.test_timeline import check_form
@@ -61,13 +58,8 @@ FIELDS = {
   if dataclasses.is_dataclass(made := getattr(EngineConfig(), section.name))
   for field in dataclasses.fields(made)
 }
+pytestmark = pytest.mark.usefixtures("not_configured")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-  """What `runtime.configure` sets is for a process of its own; test_runtime tests it."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
@@ -134,21 +126,14 @@ def test_the_experiment_runs(tmp_path):
   lines = [line for line in blocks(ROOT / "docs" / "first_hour.md") if "--limit=8 \\\n" in line and "needle" in line]
   (command,) = (shlex.split(line.replace("\\\n", " ")) for line in lines)
   fewer = ["--prompt_tokens=300", "--limit=3", "--max_new_tokens=5", "--ignore_eos", f"--out={tmp_path / 'run'}"]
-  code = "import sys; from sparse_serve_jax.commands import main; sys.argv[0] = 'sparse-serve'; main()"
-  done = subprocess.run(
-    [sys.executable, "-c", code, *command[1:], *fewer],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-  )
+  done = start("sparse_serve_jax", *command[1:], *fewer)
   assert done.returncode == 0, done.stderr
   *table, last = done.stdout.splitlines()
   summary = json.loads(last)
   assert set(summary) >= SUMMARY
   assert (summary["requests"], summary["output_tokens"], summary["refused"]) == (3, 15, 0)
   assert 0.7 * 900 < summary["prompt_tokens"] <= 900 - 3 * len(" 12345\n")  # to the next sentence, and the answer
-  rows = [json.loads(line) for line in (tmp_path / "run" / "requests.jsonl").read_text().splitlines()]
+  rows = jsonl.read(tmp_path / "run" / "requests.jsonl")
   assert summary["blocks_saved"] == sum((r["prompt_tokens"] + 4) // 32 for r in rows) * 8
   assert [line.split()[0] for line in table] == ["sparse_serve", *summary]
 

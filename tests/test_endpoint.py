@@ -18,7 +18,7 @@ from sparse_serve_jax.benchmarks.endpoint import Endpoint
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.serving import metrics
 from sparse_serve_jax.workloads import Item, Refused
-from tests import forks
+from tests import forks, jsonl
 from tests.fake_endpoint import DONE, STREAM, FakeEndpoint, event, piece, response, usage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,7 +313,7 @@ def bench(server: FakeEndpoint, *arguments: str):
 
 
 def rows_of(folder: Path) -> list[dict]:
-  return [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+  return jsonl.read(folder / "requests.jsonl")
 
 
 def test_the_command_measures_and_goes_on(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from sparse_serve_jax.evaluation import equal_bytes, intervals
 from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.models import ByteTokenizer
-from tests.longbench import BOS, row_of, write_lines, write_release
+from tests import jsonl
+from tests.longbench import BOS, row_of, write_release
 
 BYTES = ByteTokenizer()
 N = 12  # instances of a task
@@ -138,7 +139,7 @@ def test_pieces_share_no_token(tmp_path):
 def test_contexts_of_longbench(tmp_path):
   """Each context once, broken rows aside, and in the chat template as the beginning of what a user says."""
   release = write_release(tmp_path / "bench", qasper=3, trec=4)
-  write_lines(release / "data" / "lcc.jsonl", [row_of(0, context="code " * 9), {"context": "no answers"}])
+  jsonl.write(release / "data" / "lcc.jsonl", [row_of(0, context="code " * 9), {"context": "no answers"}])
   contexts = [row_of(i)["context"] for i in range(4)]
   assert Corpus(longbench=str(release)).documents() == [*contexts, "code " * 9]
   corpus = Corpus(longbench=str(release), tasks=("qasper",), chat=True)

@@ -9,19 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from sparse_serve_jax import runtime, workloads
+from sparse_serve_jax import workloads
 from sparse_serve_jax.commands import demo
 from sparse_serve_jax.models import load_model, reference, save_hf
 from tests.forks import start
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = reference.find()
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-  """What `runtime.configure` sets is for a process of its own; test_runtime tests it."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
+pytestmark = pytest.mark.usefixtures("not_configured")
 
 
 @pytest.mark.slow

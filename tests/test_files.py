@@ -22,7 +22,7 @@ def test_a_broken_line_is_told_and_the_others_are_read(tmp_path):
   assert [rows[0], rows[3]] == [(1, {"a": 1}), (5, {"a": 2})]
   assert [(line, str(error)) for line, error in rows[1:3]] == [
     (2, "not UTF-8: byte 0xe9 at byte 11 of the line"),
-    (4, "a row is a JSON object, got list"),
+    (4, "wanted is a JSON object, got list"),
   ]
 
 
@@ -39,7 +39,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (b'{"a": 1}\n{"a": "caf\xe9"}\n', r":2: not UTF-8: byte 0xe9 at byte 11 of the line$"),
     ('{"a": 1}\n'.encode("utf-16"), r":1: not UTF-8: its byte order mark is that of UTF-16$"),
     (b'{"a": 1}\n\n{"a" 1}\n', r":3: not JSON: Expecting ':' delimiter, column 6$"),
-    (b"[1]\n", r":1: a row is a JSON object, got list$"),
+    (b"[1]\n", r":1: wanted is a JSON object, got list$"),
     (b'{"a": ' + b"1" * 5000 + b"}", r":1: not JSON that can be read: Exceeds the limit"),
     (b"[" * 100_000, r":1: not JSON that can be read: "),
   ],

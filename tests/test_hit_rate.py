@@ -66,24 +66,31 @@ def reference(rows: int, layers: int) -> np.ndarray:
   return ids[..., : (ids >= 0).all((0, 1, 2, 3)).sum()].astype(int)  # where a step had fewer blocks, the first ones
 
 
+def exact_step(used: collections.OrderedDict, n_slots: int, calls: list[list]) -> int:
+  """Hits of a step when every miss that is read evicts what was used longest ago, blocks of its own call apart."""
+  hits = 0
+  for call in calls:
+    hits += sum(key in used for key in call)
+    for key in call:
+      if key not in used and len(used) == n_slots:
+        of_call = set(call)
+        victim = next((old for old in used if old not in of_call), None)
+        if victim is None:
+          continue
+        del used[victim]
+      used[key] = True
+    for key in call:
+      if key in used:
+        used.move_to_end(key)
+  return hits
+
+
 def exact(trace: np.ndarray, n_slots: int) -> float:
-  """Hit rate when every miss evicts what was used longest ago, blocks of its own call apart."""
+  """Hit rate of `exact_step`, a call a layer."""
   used, hits = collections.OrderedDict(), 0
   for step in trace:
-    for layer, of_layer in enumerate(step):
-      call = [(layer, b, k, i) for (b, k, j), i in np.ndenumerate(of_layer)]
-      hit = {key for key in call if key in used}
-      hits += len(hit)
-      for key in call:
-        if key not in used and len(used) == n_slots:
-          victim = next((old for old in used if old not in hit), None)
-          if victim is None:
-            continue
-          del used[victim]
-        used[key] = True
-      for key in call:
-        if key in used:
-          used.move_to_end(key)
+    calls = [[(layer, b, k, i) for (b, k, _), i in np.ndenumerate(of)] for layer, of in enumerate(step)]
+    hits += exact_step(used, n_slots, calls)
   return hits / trace.size
 
 
@@ -184,25 +191,6 @@ class Progressive(NamedTuple):
 
 
 LISTED, GROUP = 16, 4
-
-
-def exact_step(used: collections.OrderedDict, n_slots: int, calls: list[list]) -> int:
-  """Hits of a step when every miss that is read evicts what was used longest ago, blocks of its own call apart."""
-  hits = 0
-  for call in calls:
-    hits += sum(key in used for key in call)
-    for key in call:
-      if key not in used and len(used) == n_slots:
-        of_call = set(call)
-        victim = next((old for old in used if old not in of_call), None)
-        if victim is None:
-          continue
-        del used[victim]
-      used[key] = True
-    for key in call:
-      if key in used:
-        used.move_to_end(key)
-  return hits
 
 
 @jax.jit

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from sparse_serve_jax import hosts
+from tests import jsonl
 from tests.forks import ROOT
 from tests.tiny import SMALL_SERVING
 
-CODE = "import sys; from sparse_serve_jax.commands import main; sys.argv[0] = 'sparse-serve'; main()"
 SMALL = [f"--set={of}" for of in SMALL_SERVING]
 
 
@@ -25,7 +25,7 @@ def start(n: int, *arguments: str) -> list[subprocess.Popen[str]]:
     port = free.getsockname()[1]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=2", "device_count=1")
-  command = [sys.executable, "-c", CODE, *arguments]
+  command = [sys.executable, "-m", "sparse_serve_jax", *arguments]
   if n > 1:
     command += [f"--coordinator=127.0.0.1:{port}", f"--hosts={n}"]
     command += [] if "--set=tp=1" in command else [f"--set=tp={n}"]
@@ -44,7 +44,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 def tokens(folder: Path) -> dict[str, list[int]]:
-  rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+  rows = jsonl.read(folder / "requests.jsonl")
   return {row["request_id"]: row["output_token_ids"] for row in rows}
 
 

@@ -14,6 +14,7 @@ from sparse_serve_jax.evaluation.longbench import METRICS, NAMES, TASKS, Release
 from sparse_serve_jax.models.tokenizer import load_tokenizer
 from sparse_serve_jax.workloads.cut import cut_middle
 from sparse_serve_jax.workloads.longbench import SLACK, Row, encode_prompt
+from tests import jsonl
 from tests.longbench import (
   BOS,
   BYTES,
@@ -21,7 +22,6 @@ from tests.longbench import (
   ROOT,
   predicted,
   row_of,
-  write_lines,
   write_release,
 )
 
@@ -137,7 +137,7 @@ def test_room_for_prompts(tmp_path):
 
 
 def score(folder: Path, name: str, *rows: dict[str, Any], **options: Any) -> Any:
-  write_lines(folder / f"{name}.jsonl", rows)
+  jsonl.write(folder / f"{name}.jsonl", rows)
   made = longbench.score_file(folder / f"{name}.jsonl", **options)
   assert made.n_rows == len(rows)
   return made.value
@@ -182,7 +182,7 @@ def test_the_official_folder_of_longbench_e(tmp_path):
   rows = [predicted("mill", "mill", length=length) for length in (10, 5000)]
   for folder in (tmp_path / "pred_e", tmp_path / "pred_e" / "llama", tmp_path / "pred"):
     folder.mkdir()
-    write_lines(folder / "qasper.jsonl", rows)
+    jsonl.write(folder / "qasper.jsonl", rows)
   for folder in ("pred_e", "pred_e/llama"):
     scores, errors = longbench.score_folder(tmp_path / folder)
     assert scores == {"qasper_e": Score(2, {"0-4k": 100.0, "4-8k": 100.0, "8k+": None})} and not errors
@@ -191,7 +191,7 @@ def test_the_official_folder_of_longbench_e(tmp_path):
   around = tmp_path / "pred_e" / "llama" / ".." / "llama"
   assert list(longbench.score_folder(around)[0]) == ["qasper_e"]
 
-  write_lines(tmp_path / "pred_e" / "qasper_e.jsonl", rows)  # which of the two?
+  jsonl.write(tmp_path / "pred_e" / "qasper_e.jsonl", rows)  # which of the two?
   scores, errors = longbench.score_folder(tmp_path / "pred_e")
   assert not scores and errors == {
     "qasper_e": f"{tmp_path / 'pred_e' / 'qasper.jsonl'} and qasper_e.jsonl are both of qasper_e: which is meant?"
@@ -206,11 +206,11 @@ def test_rows_with_an_error_count_as_empty(tmp_path):
     answer = "Paragraph 1" if "retrieval_en" in name else "段落1" if "retrieval_zh" in name else "1"
     good = predicted(answer, answer, classes=["1"], length=9000)
     file = tmp_path / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in (good, good, broken)))
+    jsonl.write(file, (good, good, broken))
     scored = longbench.score_file(file)
     assert scored.n_rows == 3 and scored.errors == ("x.jsonl:2: not JSON",)
     if not name.startswith("passage_retrieval"):  # whose right answers have a form of their own
-      file.write_text("".join(json.dumps(row) + "\n" for row in (good, half)))
+      jsonl.write(file, (good, half), ensure_ascii=True)
       assert longbench.score_file(file).n_rows == 2
 
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_scored(tmp_path, name, text, message):
 
 def test_a_folder_is_scored_in_longbenchs_order(tmp_path):
   for name in ("trec_e", "lcc", "hotpotqa", "other", "narrativeqa", "qasper"):
-    write_lines(tmp_path / f"{name}.jsonl", [predicted("mill", "mill", classes=["mill"])])
+    jsonl.write(tmp_path / f"{name}.jsonl", [predicted("mill", "mill", classes=["mill"])])
   (tmp_path / "config.json").write_text("{}")
   (tmp_path / "qasper.jsonl").write_text("{}")
   scores, errors = longbench.score_folder(tmp_path, but=["hotpotqa"])

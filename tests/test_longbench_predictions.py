@@ -25,7 +25,7 @@ from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillWork, StepResult, StepStats
 from sparse_serve_jax.workloads import WorkloadConfig
 from sparse_serve_jax.workloads.longbench import SLACK
-from tests import forks
+from tests import forks, jsonl
 from tests.longbench import (
   BYTES,
   EOS,
@@ -34,7 +34,6 @@ from tests.longbench import (
   TEMPLATES,
   predicted,
   row_of,
-  write_lines,
   write_release,
 )
 from tests.tiny import SMALL_SERVING
@@ -134,7 +133,7 @@ def test_a_prediction_waits_for_those_before_it(tmp_path):
 def test_text_is_written_as_it_is(tmp_path):
   """Not escaped, as the official rows; a line separator of Unicode ends no line."""
   release = Release.read(write_release(tmp_path / "bench"))
-  write_lines(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0, answers=["港\u2028"], all_classes=None)])
+  jsonl.write(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0, answers=["港\u2028"], all_classes=None)])
   (tmp_path / "out").mkdir()
   predict(Run(release, ["qasper"], tmp_path / "out"), scripted(lambda _: "é\n"))
   line = '{"pred": "é\\n", "answers": ["港\u2028"], "all_classes": null, "length": 0}\n'
@@ -208,8 +207,8 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
     file.write('\n{"context":}\n')
   rows = [row_of(0), row_of(1), row_of(2)]
   del rows[1]["length"]
-  write_lines(data / "lcc.jsonl", rows)
-  write_lines(data / "trec.jsonl", [row_of(0), row_of(1, context="x" * 700), row_of(2)])
+  jsonl.write(data / "lcc.jsonl", rows)
+  jsonl.write(data / "trec.jsonl", [row_of(0), row_of(1, context="x" * 700), row_of(2)])
   out.mkdir()
   run = Run(Release.read(bench), ["samsum", "hotpotqa", "qasper", "trec_e", "lcc", "qaspr", "trec"], out)
   predict(run, scripted(said), max_prompt=900)
@@ -237,7 +236,7 @@ def test_what_is_wrong_with_a_task_is_reported_and_the_rest_runs(tmp_path):
     predict(Run(Release.read(bench), ["samsum"], tmp_path / "out", strict=True), scripted(said))
 
   del rows[0]["input"]
-  write_lines(data / "trec.jsonl", rows)
+  jsonl.write(data / "trec.jsonl", rows)
   (out / "trec.jsonl").unlink()
   run = Run(Release.read(bench), ["trec"], out)
   predict(run, scripted(said))
@@ -250,7 +249,7 @@ def test_half_of_a_character_ends_its_row_alone(tmp_path):
   release, data, out = Release.read(bench), bench / "data" / "qasper.jsonl", tmp_path / "out"
   out.mkdir()
   rows = [row_of(0), row_of(1, context="half \ud83d"), row_of(2), row_of(3, answers=["\ud83d"])]
-  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  jsonl.write(data, rows, ensure_ascii=True)
   names, error = ["qasper", "trec"], f"{data}:2: 'context' has the lone surrogate '\\ud83d' at character 5"
   run = Run(release, names, out)
   assert sorted(predict(run, scripted(said))) == ["qasper"] * 2 + ["trec"] * 2 and not run.errors
@@ -268,7 +267,7 @@ def test_half_of_a_character_ends_its_row_alone(tmp_path):
   run = Run(release, names, out)
   assert (run.n_rows, run.n_done) == (6, 4) and predict(run, scripted(said)) == []
   assert (out / "qasper.jsonl").read_bytes() == before
-  write_lines(data, [row_of(i) for i in range(4)])
+  jsonl.write(data, [row_of(i) for i in range(4)])
   assert predict(Run(release, names, out), scripted(said)) == ["qasper"] * 2
   assert [row["pred"] for row in lines_of(out)["qasper"]] == [
     said(f"qasper-{i}")[: MAX_NEW["qasper"]] for i in range(4)
@@ -301,18 +300,11 @@ def test_predictions_for_other_rows_are_no_beginning(tmp_path):
   out = tmp_path / "out"
   out.mkdir()
   predict(Run(release, ["qasper"], out, limit=2), scripted(said))
-  write_lines(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0), row_of(1, answers=["other"]), row_of(2)])
+  jsonl.write(tmp_path / "bench" / "data" / "qasper.jsonl", [row_of(0), row_of(1, answers=["other"]), row_of(2)])
   run = Run(release, ["qasper", "lcc"], out)
   assert predict(run, scripted(said)) == ["lcc", "lcc"]
   data = tmp_path / "bench" / "data" / "qasper.jsonl"
   assert run.errors == {"qasper": f"{data}:2: line 2 of {out / 'qasper.jsonl'} is a prediction for another row"}
-
-
-@pytest.mark.parametrize("name", ["dataset2prompt.json", "dataset2maxlen.json"])
-def test_a_release_without_a_config_file(tmp_path, name):
-  (write_release(tmp_path) / "config" / name).unlink()
-  with pytest.raises(ValueError, match=f"{name} is missing"):
-    Release.read(tmp_path)
 
 
 def test_the_digest_tells_releases_apart(tmp_path):
@@ -367,9 +359,9 @@ def test_the_program(tmp_path):
 
 
 def test_scoring_alone_needs_no_jax(tmp_path):
-  write_lines(tmp_path / "qasper.jsonl", [predicted("old mill", "mill"), predicted("a mill", "mill")])
-  write_lines(tmp_path / "lcc.jsonl", [predicted("XYZa1b2c3d4", "a5b6c7d8XYZ")])
-  write_lines(tmp_path / "lcc_e.jsonl", [predicted("x", "x", length=5000)])
+  jsonl.write(tmp_path / "qasper.jsonl", [predicted("old mill", "mill"), predicted("a mill", "mill")])
+  jsonl.write(tmp_path / "lcc.jsonl", [predicted("XYZa1b2c3d4", "a5b6c7d8XYZ")])
+  jsonl.write(tmp_path / "lcc_e.jsonl", [predicted("x", "x", length=5000)])
   before = sorted(tmp_path.iterdir())
   program = (
     "import sys, runpy; sys.modules['jax'] = None; runpy.run_module('experiments.longbench', run_name='__main__')"
@@ -398,22 +390,6 @@ def test_scoring_alone_needs_no_jax(tmp_path):
   assert json.loads((out / "result.json").read_text()) == {**printed["scores"], "lcc": 27.0}
 
 
-def test_the_official_layout_of_longbench_e_is_scored_as_e(tmp_path):
-  """The same file is LongBench-E's in a folder pred_e, and elsewhere v1's with too many rows, which is told."""
-  rows = [predicted("mill", "mill", length=9000)] * 224
-  for folder in (tmp_path / "pred_e" / "llama", tmp_path / "pred" / "llama"):
-    folder.mkdir(parents=True)
-    write_lines(folder / "qasper.jsonl", rows)
-  e, v1 = (
-    json.loads(start(f"--score_only={tmp_path / of / 'llama'}").stdout.splitlines()[-1]) for of in ("pred_e", "pred")
-  )
-  assert e["scores"] == {"qasper_e": {"0-4k": None, "4-8k": None, "8k+": 100.0}}
-  assert e["unofficial"] == ["1 of the 13 tasks of LongBench-E"]
-  assert v1["scores"] == {"qasper": 100.0}
-  asked = "(LongBench-E has so many: of that, the file is qasper_e.jsonl, or qasper.jsonl in pred_e)"
-  assert v1["unofficial"][-1] == f"224 rows of qasper, which has 200 {asked}"
-
-
 def test_predictions_of_v1_are_not_written_where_they_are_read_as_e(tmp_path):
   release = Release.read(write_release(tmp_path / "bench", qasper=2, qasper_e=2))
   out = tmp_path / "pred_e" / "llama"
@@ -437,11 +413,3 @@ def test_mistakes_end_in_one_line(arguments, message):
   assert done.returncode == 2 and not done.stdout
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: ") and message in line
-
-
-def test_a_folder_of_unknown_origin_is_not_gone_on_with(tmp_path):
-  bench = write_release(tmp_path / "bench", qasper=1)
-  write_lines(tmp_path / "qasper.jsonl", [predicted("", "barge 0")])
-  arguments = [f"--longbench_dir={bench}", f"--out={tmp_path}", *(f"--set={a}" for a in SMALL_SERVING)]
-  done = start(*arguments)
-  assert done.returncode == 2 and "has qasper.jsonl but no run.json that says what made it" in done.stderr

@@ -12,10 +12,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sparse_serve_jax import runtime
 from sparse_serve_jax.commands import run as serve
 from sparse_serve_jax.config import EngineConfig, ModelConfig, find_config, from_dict, read_config
 from sparse_serve_jax.memory.shape import CacheShape
+from tests import jsonl
 from tests.tiny import SMALL_SERVING
 
 
@@ -27,9 +27,8 @@ class Run(NamedTuple):
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
+def run(tmp_path, capsys, not_configured):
   """`python -m experiments.serve` on a LongBench directory, in this process."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
 
   def run(config: str, directory: Path, assignments: Sequence[str], *options: str) -> Run:
     out = tmp_path / config
@@ -39,7 +38,7 @@ def run(tmp_path, capsys, monkeypatch):
       flags.FLAGS(["serve", f"--config={config}", f"--out={out}", *arguments, *options, *sets])
       assert serve.main() == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    rows = jsonl.read(out / "requests.jsonl")
     setting = json.loads((out / "run.json").read_text())["setting"]
     engine = from_dict(EngineConfig, setting["config"])
     model = dataclasses.replace(read_config(ModelConfig, find_config("models", "tiny")), dtype="float32")
@@ -104,8 +103,7 @@ def write_tasks(directory: Path) -> None:
       }
       for row, n in enumerate((4, 30, 2))
     ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (directory / "data" / f"{name}.jsonl").write_text(lines)
+    jsonl.write(directory / "data" / f"{name}.jsonl", rows)
 
 
 def test_two_tasks(run, tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_serve_jax.models import sample
+from sparse_serve_jax.models.sampling import sample
 from sparse_serve_jax.serving.plan import Plan
 from tests.tiny import config, greedy, logits_after, new_engine, prompt_of, tiny_model
 

@@ -38,7 +38,7 @@ def random_model(name: str) -> models.Model:
 
 
 run = jax.jit(models.forward, static_argnums=0, static_argnames="hidden")
-sample, ban, logprobs = jax.jit(models.sample), jax.jit(models.ban), jax.jit(sampling.logprobs, static_argnums=2)
+sample, ban, logprobs = jax.jit(sampling.sample), jax.jit(sampling.ban), jax.jit(sampling.logprobs, static_argnums=2)
 
 
 def test_every_family_has_a_golden():
@@ -84,15 +84,15 @@ def test_parts_compose_to_the_golden(name):
   @jax.jit
   def logits(params):
     def layer(i, x):
-      lp = models.layer_params(params, i)
-      q, k, v = models.qkv(cfg, lp, x, models.rope(cfg, positions))
+      lp = llama.layer_params(params, i)
+      q, k, v = llama.qkv(cfg, lp, x, llama.rope(cfg, positions))
       scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") / np.sqrt(cfg.head_dim).astype(np.float32)
       p = jax.nn.softmax(jnp.where(causal[None, None, None], scores, -jnp.inf), axis=-1)
       o = jnp.einsum("bkgts,bskd->btkgd", p, v, precision="highest")
-      return models.mlp(cfg, lp, models.attention_out(lp, x, o, None), None)
+      return llama.mlp(cfg, lp, llama.attention_out(lp, x, o, None), None)
 
-    x = jax.lax.fori_loop(0, cfg.n_layers, layer, models.embed(params, tokens))
-    return models.logits(cfg, params, x, None)
+    x = jax.lax.fori_loop(0, cfg.n_layers, layer, llama.embed(params, tokens))
+    return llama.logits(cfg, params, x, None)
 
   np.testing.assert_allclose(logits(model.params)[0], expected["logits"], atol=2e-5, rtol=0)
 
@@ -101,8 +101,8 @@ def test_one_token_at_a_time_equals_a_sequence():
   cfg, params = random_model("tiny-qwen3").config, random_model("tiny-qwen3").params
   x = np.random.default_rng(0).standard_normal((5, cfg.d_model), dtype=np.float32)
   positions = np.asarray([0, 9, 3, 31_999, 7], np.int32)
-  lp = models.layer_params(params, 2)
-  project = jax.jit(lambda x, positions: models.qkv(cfg, lp, x, models.rope(cfg, positions)))
+  lp = llama.layer_params(params, 2)
+  project = jax.jit(lambda x, positions: llama.qkv(cfg, lp, x, llama.rope(cfg, positions)))
   rows = [project(x[i], positions[i]) for i in range(len(x))]
   for whole, parts in zip(project(x, positions), zip(*rows, strict=True), strict=True):
     np.testing.assert_allclose(whole, np.stack(parts), atol=1e-5)
@@ -113,8 +113,8 @@ def test_scores_depend_on_distance_alone(name):
   """What rope is for; with absolute positions the two would differ in the first digit."""
   cfg, params = random_model(name).config, random_model(name).params
   x = jnp.asarray(np.random.default_rng(1).standard_normal((2, cfg.d_model), dtype=np.float32))
-  lp = models.layer_params(params, 0)
-  project = jax.jit(lambda positions: models.qkv(cfg, lp, x, models.rope(cfg, positions)))
+  lp = llama.layer_params(params, 0)
+  project = jax.jit(lambda positions: llama.qkv(cfg, lp, x, llama.rope(cfg, positions)))
 
   def score(first: int, distance: int):
     q, k, _ = project(np.asarray([first, first + distance], np.int32))
@@ -149,7 +149,7 @@ def test_two_devices_equal_one(name, vocab):
   cfg = dataclasses.replace(random_model(name).config, vocab_size=vocab)
   params = models.init_params(cfg, 0)
   tokens = np.arange(40, dtype=np.int32) * 7 % vocab
-  mesh, specs = make_mesh(2), models.param_specs(cfg, 2)
+  mesh, specs = make_mesh(2), llama.param_specs(cfg, 2)
   sharded = models.place_params(models.Model(cfg, params, ByteTokenizer(), (), name), mesh)
   local = sharded["layers"]["wqkv"].addressable_shards[0].data
   assert local.shape[2] == cfg.n_kv_heads // 2
@@ -174,14 +174,14 @@ def test_a_mesh_has_devices_that_there_are():
 
 def test_specs_refuse_what_does_not_divide():
   with pytest.raises(ValueError, match=r"tp=3 must divide n_kv_heads=2 and d_ff=128"):
-    models.param_specs(random_model("tiny").config, 3)
+    llama.param_specs(random_model("tiny").config, 3)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_random_parameters(name):
   cfg, params = random_model(name).config, random_model(name).params
   shapes = jax.tree.map(lambda a: a.shape, params)
-  assert shapes == models.param_shapes(cfg)
+  assert shapes == llama.param_shapes(cfg)
   assert ("lm_head" in params) != cfg.tie_embeddings
   same, other = models.init_params(cfg, 0), models.init_params(cfg, 1)
   assert jax.tree.all(jax.tree.map(np.array_equal, params, same))

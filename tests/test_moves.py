@@ -132,18 +132,25 @@ def test_the_host_knows_a_pool_that_moves():
     host.follow(in_host_memory(np.ones((K, L, M, 2, S, D), np.float32)))
 
 
-def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
-  pool, host, go, place = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1), Event(), Writer._place
+def saving() -> tuple[jax.Array, Writer]:
+  """A pool of zeros, a writer that is to put ones into block 5 of layer 0 for iteration 3."""
+  pool, host = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1)
   host.follow(pool)
-  monkeypatch.setattr(Writer, "_place", lambda *args: go.wait(60) and place(*args))
   slab = jnp.ones((K, 1, 1, 2, S, D))
   writer = Writer(host, slab.nbytes)
   writer.save(3, slab, range(1), np.array([5]), alive=None)
+  return pool, writer
+
+
+def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
+  go, place = Event(), Writer._place
+  monkeypatch.setattr(Writer, "_place", lambda *args: go.wait(60) and place(*args))
+  pool, writer = saving()
 
   def interrupted(self):
     raise KeyboardInterrupt
 
-  for wait in (functools.partial(writer.landed, 3, wait=True), functools.partial(writer.make_room, 2 * slab.nbytes)):
+  for wait in (functools.partial(writer.landed, 3, wait=True), functools.partial(writer.make_room, 1 << 20)):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
       patched.setattr(Future, "result", interrupted)
       wait()
@@ -157,11 +164,7 @@ def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
 @pytest.mark.parametrize("asks", ["landed", "make_room", "drain", "forget"])
 def test_a_save_begins_when_its_result_is_read_or_somebody_waits_for_it(asks):
   """So that a first token need not wait for it."""
-  pool, host = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1)
-  host.follow(pool)
-  slab = jnp.ones((K, 1, 1, 2, S, D))
-  writer = Writer(host, slab.nbytes)
-  writer.save(3, slab, range(1), np.array([5]), alive=None)
+  pool, writer = saving()
   job = writer._jobs[0]
   assert writer.landed(2) == 2 and not job.begin.is_set()  # an earlier result
   time.sleep(0.05)
@@ -177,11 +180,7 @@ def test_a_save_begins_when_its_result_is_read_or_somebody_waits_for_it(asks):
 
 
 def test_a_save_whose_result_nobody_reads_begins_too():
-  pool, host = in_host_memory(np.zeros((K, L, M, 2, S, D), np.float32)), HostPool(1)
-  host.follow(pool)
-  slab = jnp.ones((K, 1, 1, 2, S, D))
-  writer = Writer(host, slab.nbytes)
-  writer.save(3, slab, range(1), np.array([5]), alive=None)
+  pool, writer = saving()
   writer._jobs[0].placed.result(timeout=60)
   assert (np.asarray(pool[:, 0, 5]) == 1).all()
 

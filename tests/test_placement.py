@@ -99,7 +99,7 @@ def test_by_layer_or_whole_they_are_where_the_specs_say(monkeypatch, n_devices, 
   model, mesh = models.load_model("random:tiny-qwen3", dtype="bfloat16"), make_mesh(n_devices)
   params = models.place_params(model, mesh)
   assert tree_equal(params, models.init_params(model.config, 0))
-  specs = models.param_specs(model.config, n_devices)
+  specs = llama.param_specs(model.config, n_devices)
   placed = jax.tree.map(lambda a, spec: a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim), params, specs)
   assert jax.tree.all(placed)
 

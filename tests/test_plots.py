@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forks
+from tests import forks, jsonl
 
 pytest.importorskip("matplotlib")
 
@@ -30,10 +30,6 @@ def drawn(monkeypatch):
 
   monkeypatch.setattr(style, "save", keep)
   return figures
-
-
-def write(file: Path, *rows: dict) -> None:
-  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_no_two_lines_look_alike():
@@ -119,13 +115,13 @@ def test_a_rung_looks_the_same_in_all_pictures(drawn, tmp_path):
 
 
 def test_benchmarks_are_drawn_by_op_and_the_newest_row_of_a_case_counts(drawn, tmp_path):
-  write(
-    tmp_path / "kernels.jsonl",
+  copies = [
     dict(BENCH, op="copy", case="a", us=20.0),
     dict(BENCH, op="copy", case="a", us=10.0),
     dict(BENCH, op="copy", case="b", us=30.0, baselines={"memcpy": 90.0}),
-  )
-  write(tmp_path / "prefill.jsonl", dict(BENCH, op="prefill", case="1x2", us=50_000.0))
+  ]
+  jsonl.write(tmp_path / "kernels.jsonl", copies)
+  jsonl.write(tmp_path / "prefill.jsonl", [dict(BENCH, op="prefill", case="1x2", us=50_000.0)])
   files = folder.draw(tmp_path, tmp_path)
   assert {"bench_copy.png", "bench_prefill.png", "benchmarks.csv", "benchmarks.md"} == {file.name for file in files}
   (copy, said), (prefill, _) = drawn
@@ -146,7 +142,7 @@ def test_requests_are_drawn_by_their_times(drawn, tmp_path):
   ]
   rows[0]["output_tokens"] = 4  # the last two came together
   failed = rows[0] | dict(finish_reason="error", error="cut")
-  write(tmp_path / "requests.jsonl", *rows, failed, dict(finish_reason="refused", error="no prompt"))
+  jsonl.write(tmp_path / "requests.jsonl", [*rows, failed, dict(finish_reason="refused", error="no prompt")])
   part = dict(command=["bench", "--rate=2"], commit="abc", device=dict(kind="cpu"))
   setting = dict(endpoint=dict(url="http://h:1", model="m"))
   (tmp_path / "run.json").write_text(json.dumps(dict(setting=setting, parts=[part])))
@@ -165,7 +161,7 @@ def test_requests_are_drawn_by_their_times(drawn, tmp_path):
 
 
 def test_requests_none_of_which_had_a_token(drawn, tmp_path):
-  write(tmp_path / "requests.jsonl", dict(finish_reason="refused", error="no prompt"))
+  jsonl.write(tmp_path / "requests.jsonl", [dict(finish_reason="refused", error="no prompt")])
   folder.draw(tmp_path, tmp_path)
   assert "| latency, s | 0 |  |" in (tmp_path / "requests.md").read_text() and not drawn[0][0].axes[0].get_lines()
 
@@ -195,11 +191,8 @@ def test_a_folder_of_a_ladder_says_what_made_it(drawn, tmp_path):
   more = dict(requests=1, ttft_p99_s=1.0, tbt_p99_s=1.0, latency_mean_s=1.0, scheduling_delay_mean_s=0.1)
   more |= dict(hbm_hit_rate=None, blocks_loaded=0, tokens_as_first=None)
   alone = dict(rung="a", rate=None, iteration_s=0.1, prompt_tokens=9)
-  write(
-    tmp_path / "cells.jsonl",
-    alone,
-    *(dict(rung="a", rate=rate, keeps_slo=rate < 4, **times, **more) for rate in (1.0, 2.0, 4.0)),
-  )
+  cells = [dict(rung="a", rate=rate, keeps_slo=rate < 4, **times, **more) for rate in (1.0, 2.0, 4.0)]
+  jsonl.write(tmp_path / "cells.jsonl", [alone, *cells])
   part = dict(command=["/x/ladder.py", "--out=y z"], commit="abc", device=dict(kind="card"))
   (tmp_path / "run.json").write_text(json.dumps(dict(setting={}, parts=[part])))
   files = {file.name for file in folder.draw(tmp_path, tmp_path)}

@@ -86,7 +86,7 @@ def test_how_sure_it_is_that_a_level_is_reached():
   dense["each"]["accuracy"], psa["each"]["accuracy"] = [1.0] * 100, [1.0] * 98 + [0.0] * 2
   found = {entry["level"]: entry for entry in report.psa_against_fixed([dense, psa])}
   assert 0.4 < found[0.98]["psa"]["sure"] < 0.8 and found[0.99]["psa"] is None
-  drawn = report.draws([psa["each"]["accuracy"]], [dense["each"]["accuracy"]], 0.95)
+  drawn = report.bootstrap([psa["each"]["accuracy"]], [dense["each"]["accuracy"]], 0.95)
   assert drawn.mean() == pytest.approx(0.03, abs=1e-3) and 0.95 < (drawn >= 0).mean() < 1
 
 

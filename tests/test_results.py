@@ -156,7 +156,7 @@ def test_a_line_without_its_end_is_removed(tmp_path, unfinished):
 
 def test_rows_that_are_none_are_named(tmp_path):
   (tmp_path / "rows.jsonl").write_text('{"i": 0}\n[]\n')
-  with pytest.raises(ValueError, match=r"rows\.jsonl:2: a row is a JSON object, got list"):
+  with pytest.raises(ValueError, match=r"rows\.jsonl:2: wanted is a JSON object, got list"):
     Rows(tmp_path / "rows.jsonl")
 
 

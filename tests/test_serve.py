@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sparse_serve_jax import runtime, tasks
+from sparse_serve_jax import tasks
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands import run as serve
 from sparse_serve_jax.config import load_config, override
@@ -19,17 +19,13 @@ from sparse_serve_jax.models import ByteTokenizer, load_model
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.workloads import ArrivalConfig, arrival_times
+from tests import jsonl
 from tests.test_timeline import check_form, slices
 from tests.tiny import SMALL_SERVING
 
 SMALL = [f"--set={assignment}" for assignment in SMALL_SERVING] + ["--ignore_eos", "--max_new_tokens=6"]
 NEEDLES = ["--workload=needle", "--prompt_tokens=300", "--limit=6"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-  """What `runtime.configure` sets is for a process of its own; test_runtime tests it."""
-  monkeypatch.setattr(runtime, "configure", lambda: None)
+pytestmark = pytest.mark.usefixtures("not_configured")
 
 
 def in_process(*arguments: str, small: list[str] = SMALL) -> int:
@@ -45,13 +41,7 @@ def in_process(*arguments: str, small: list[str] = SMALL) -> int:
 
 
 def rows_of(folder: Path) -> list[dict]:
-  return [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
-
-
-def jsonl(folder: Path, *rows: dict) -> Path:
-  file = folder / "in.txt"
-  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return file
+  return jsonl.read(folder / "requests.jsonl")
 
 
 @pytest.fixture
@@ -97,7 +87,7 @@ def test_audits_are_told_and_written(tmp_path, capsys):
   psa = ["--set=sparse.policy=psa", "--set=sparse.threshold=auto:0.6", "--set=sparse.audit=0.1"]
   assert in_process(*NEEDLES, *psa, "--max_new_tokens=16", f"--out={tmp_path / 'out'}") == 0
   table, told = (said := capsys.readouterr().out).split("{")[0], json.loads(said.splitlines()[-1])
-  rows = [json.loads(line) for line in (tmp_path / "out" / "audits.jsonl").read_text().splitlines()]
+  rows = jsonl.read(tmp_path / "out" / "audits.jsonl")
   stops = [share for row in rows for share, n in zip(row["true_share"], row["unread_blocks"], strict=True) if n]
   assert told["audited_stops"] == len(stops) > 0 and told["audits"] <= len(rows)
   assert 0 < told["audit_blocks"] <= 0.1 * told["blocks_attended"]
@@ -108,14 +98,14 @@ def test_audits_are_told_and_written(tmp_path, capsys):
 
 def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
   """A file of prompts needs no --workload."""
-  file = jsonl(
-    tmp_path,
+  prompts = [
     {"request_id": "long", "prompt": "x" * 500},
     {"request_id": "good", "prompt": "A good one.", "max_new_tokens": 4},
     {"request_id": "foreign", "prompt_token_ids": [1, 2, 99999]},
     {"prompt_token_ids": [5, 6, 7], "max_new_tokens": 40},
     {"request_id": "half", "prompt": "half \ud83d"},
-  )
+  ]
+  file = jsonl.write(tmp_path / "in.txt", prompts, ensure_ascii=True)
   assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1
   said = capsys.readouterr()
   summary = json.loads(said.out.splitlines()[-1])
@@ -158,7 +148,7 @@ def test_answers_are_judged_where_there_is_a_judge(tmp_path, capsys, monkeypatch
   scores = [row["score"] for row in rows.values()]
   assert json.loads(said[-1])["score_mean"] == sum(scores) / 3 and said[-2].startswith("score_mean ")
 
-  file = jsonl(tmp_path, {"prompt": "not judged"})
+  file = jsonl.write(tmp_path / "in.txt", [{"prompt": "not judged"}])
   assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'other'}") == 0
   assert json.loads(capsys.readouterr().out.splitlines()[-1])["score_mean"] is None
   assert "score" not in rows_of(tmp_path / "other")[0]
@@ -202,7 +192,7 @@ def test_a_trace_is_served_as_it_came(tmp_path, capsys):
 
 
 def test_all_refused(tmp_path, capsys):
-  file = jsonl(tmp_path, {"prompt": "x" * 500}, {"prompt": "y" * 500})
+  file = jsonl.write(tmp_path / "in.txt", [{"prompt": "x" * 500}, {"prompt": "y" * 500}])
   assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1
   summary = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (summary["requests"], summary["refused"], summary["hbm_hit_rate"]) == (0, 2, None)
@@ -253,7 +243,7 @@ def test_an_interrupted_run_keeps_its_rows_and_is_gone_on_with(tmp_path, capsys,
 
 
 def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, monkeypatch):
-  prompts = jsonl(tmp_path, {"prompt": "one"})
+  prompts = jsonl.write(tmp_path / "in.txt", [{"prompt": "one"}])
   command = [f"--jsonl={prompts}", f"--out={tmp_path / 'out'}"]
   assert in_process(*command) == 0
   whole = (tmp_path / "out" / "requests.jsonl").read_bytes()
@@ -267,7 +257,7 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, mo
     assert in_process(*command, *change) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "holds another run, choose another folder" in line and told in line
-  jsonl(tmp_path, {"prompt": "another"})
+  jsonl.write(prompts, [{"prompt": "another"}])
   assert in_process(*command) == 2 and "prompts was " in capsys.readouterr().err
   assert (tmp_path / "out" / "requests.jsonl").read_bytes() == whole
 
@@ -334,10 +324,8 @@ def test_what_does_not_fit_the_model_ends_in_one_line(arguments, message, capsys
   ],
 )
 def test_a_row_that_is_wrong_is_told_before_a_model_is_loaded(tmp_path, capsys, no_model, row, fault):
-  file, fault = (
-    jsonl(tmp_path, {"request_id": "a", "prompt": "x"}, {"prompt": "y"}),
-    fault.format(file=tmp_path / "in.txt"),
-  )
+  file = jsonl.write(tmp_path / "in.txt", [{"request_id": "a", "prompt": "x"}, {"prompt": "y"}])
+  fault = fault.format(file=file)
   file.write_bytes(file.read_bytes() + row)
   with pytest.raises(AssertionError, match="a model is loaded"):  # for the other rows
     in_process(f"--jsonl={file}")
@@ -347,7 +335,7 @@ def test_a_row_that_is_wrong_is_told_before_a_model_is_loaded(tmp_path, capsys, 
 
 
 def test_a_byte_order_mark_is_no_part_of_the_prompts(tmp_path, capsys, no_model):
-  file = jsonl(tmp_path, {"prompt": "x"})
+  file = jsonl.write(tmp_path / "in.txt", [{"prompt": "x"}])
   file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
   with pytest.raises(AssertionError, match="a model is loaded"):
     in_process(f"--jsonl={file}", "--strict")

@@ -23,6 +23,7 @@ from sparse_serve_jax.simulation.executor import SimulatedExecutor
 from sparse_serve_jax.simulation.measure import Iteration, Stopwatch, typical
 from sparse_serve_jax.simulation.reuse import Blocks, Reuse, fit_reuse
 from sparse_serve_jax.workloads import Item
+from tests import jsonl
 from tests.forks import start
 
 MODEL = ModelConfig(
@@ -312,7 +313,7 @@ def test_the_command_simulates_a_trace_and_refuses_what_is_wrong(tmp_path):
   file.write_text(json.dumps(dataclasses.asdict(cost())))
   requests = [(100, 5), (40_000, 5), (300, 20)]  # the second is beyond the context
   lines = [{"timestamp": 500 * i, "input_length": n, "output_length": m} for i, (n, m) in enumerate(requests)]
-  trace.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+  jsonl.write(trace, lines)
 
   def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     of = [f"--cost={file}", "--set=cache.hbm_bytes=64MiB", "--set=scheduler.max_context=4096", *arguments]

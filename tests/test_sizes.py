@@ -190,5 +190,5 @@ def test_a_wrong_size_is_refused(value: str):
 
 
 def test_auto_round_trips():
-  auto = override(dataclasses.replace(EngineConfig()), ["cache.hbm_bytes=auto", "cache.dram_bytes=8GiB"])
+  auto = override(EngineConfig(), ["cache.hbm_bytes=auto", "cache.dram_bytes=8GiB"])
   assert (auto.cache.hbm_bytes, auto.cache.dram_bytes) == ("auto", 8 * GIB)

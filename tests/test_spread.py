@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests import forks
+from tests import forks, jsonl
 from tests.test_ladder import COMMAND, RUNGS
 
 pytest.importorskip("ray")
@@ -22,10 +21,6 @@ SWEEP += [
   "--trace_steps=40",
 ]
 SWEEP += ["--steps=128"]
-
-
-def rows_of(file: Path) -> list[dict]:
-  return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def cells(rows: list[dict]) -> list[tuple]:
@@ -46,7 +41,7 @@ def test_accuracy_is_that_of_one_process_and_goes_on(tmp_path):
   assert (tmp_path / "many" / "results.jsonl").read_text().startswith(before) and len(before.splitlines()) == 3
   assert json.loads(part.stdout.splitlines()[-1])["rows"] == 3
   for name, n in (("results", 9), ("reuse", 4)):
-    ours, theirs = (rows_of(tmp_path / folder / f"{name}.jsonl") for folder in ("many", "one"))
+    ours, theirs = (jsonl.read(tmp_path / folder / f"{name}.jsonl") for folder in ("many", "one"))
     assert cells(ours) == cells(theirs) and len(ours) == n
   told = [json.loads(done.stdout.splitlines()[-1]) for done in (one, many)]
   assert told[0] | {"out": ""} == told[1] | {"out": ""}
@@ -63,13 +58,13 @@ def test_the_ladder_has_the_same_rows(tmp_path):
     done = forks.start("experiments.ladder", *COMMAND, f"--out={tmp_path / name}", *more)
     assert done.returncode == 0, done.stderr
     assert list(json.loads(done.stdout.splitlines()[-1])) == list(RUNGS)
-    return rows_of(tmp_path / name / "cells.jsonl")
+    return jsonl.read(tmp_path / name / "cells.jsonl")
 
   one, many = run("one"), run("many", "--ray")
   of = [sorted((row["rung"], row["rate"] or 0.0, sorted(row)) for row in rows) for rows in (one, many)]
   assert of[0] == of[1] and len(many) == 6
   assert all(row["requests"] == 3 and row["tokens_as_first"] > 0 for row in many if row["rate"])
-  answers = [sorted(rows_of(tmp_path / name / "answers.jsonl"), key=json.dumps) for name in ("one", "many")]
+  answers = [sorted(jsonl.read(tmp_path / name / "answers.jsonl"), key=json.dumps) for name in ("one", "many")]
   assert answers[0] == answers[1]
   assert run("many", "--ray") == many
 

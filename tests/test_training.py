@@ -18,7 +18,7 @@ from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, 
 from sparse_serve_jax.training import attention_losses, data, trainer
 from sparse_serve_jax.training.config import AttentionLossWeights, Optimizer, Sources, Stage, TrainConfig
 from sparse_serve_jax.training.vocabulary import train_tokenizer
-from tests import forks
+from tests import forks, jsonl
 
 MODEL = ModelConfig(
   vocab_size=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=128, max_context=64,
@@ -307,7 +307,7 @@ def test_the_program_in_two_pieces(tmp_path):
   assert second.returncode == 0, second.stderr
   result = json.loads(second.stdout.splitlines()[-1])
   assert result == {"steps": 5, "of": 5}
-  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  rows = jsonl.read(tmp_path / "run" / "metrics.jsonl")
   assert [row["step"] for row in rows] == [2, 4, 5] and rows[-1]["tokens"] == 320
   model = load_model(tmp_path / "run" / "hf")
   assert model.config.n_layers == 2 and model.eos_token_ids == (1,)

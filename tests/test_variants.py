@@ -10,11 +10,13 @@ import pytest
 
 import pallas_kernels as kernels
 from pallas_kernels.score import dot
+from sparse_serve_jax import workloads
 from sparse_serve_jax.attention.methods import METHODS, Method
 from sparse_serve_jax.config import override
 from sparse_serve_jax.memory.eviction import EVICTIONS
 from sparse_serve_jax.memory.loads import LOADS
 from sparse_serve_jax.memory.saves import SAVES
+from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.workloads import ARRIVALS, WORKLOADS, ArrivalConfig, Item, WorkloadConfig, arrival_times
 from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
@@ -164,7 +166,7 @@ def test_an_arrival_process_and_a_workload(monkeypatch):
   arrivals = ArrivalConfig(process="regular", rate=50.0)
   workload = WorkloadConfig(source="counting", limit=4, prompt_tokens=20, max_new_tokens=5, arrivals=arrivals)
   engine = new_engine(config(), tiny_model())
-  items = WORKLOADS["counting"](workload)(None, engine.max_request_tokens)
+  items = workloads.read(workload)(ByteTokenizer(), engine.max_request_tokens)
   rows = []
   times = arrival_times(arrivals, len(items))
   served = run.serve(engine, items, times, rows.append)

@@ -15,17 +15,15 @@ from sparse_serve_jax.config import override
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.workloads import (
   ARRIVALS,
-  WORKLOADS,
   ArrivalConfig,
   Item,
   Refused,
   WorkloadConfig,
   arrival_times,
-  load_workload,
 )
-from sparse_serve_jax.workloads.arrivals import checked_rate
 from sparse_serve_jax.workloads.cut import truncate_middle
-from tests.longbench import MAX_NEW, row_of, write_lines, write_release
+from tests import jsonl
+from tests.longbench import MAX_NEW, row_of, write_release
 
 BOS = ByteTokenizer.bos_token_id
 TOKENIZER = ByteTokenizer()
@@ -39,33 +37,7 @@ def items_of(source: str, max_request_tokens: int = 4096, **changes: Any) -> lis
   return workloads.read(WorkloadConfig(source, **changes))(TOKENIZER, max_request_tokens)
 
 
-# ----------------------------------------------------------------------------------------------------------- the tables
-
-
-def test_an_arrival_process_from_elsewhere(monkeypatch):
-  def bursts(n: int, rate: float, seed: int, *, shape: float = 1.0) -> np.ndarray:
-    return np.cumsum(np.random.default_rng(seed).gamma(shape, 1 / (shape * checked_rate(rate)), n))
-
-  monkeypatch.setitem(ARRIVALS, "bursts", bursts)
-  config = ArrivalConfig("bursts", rate=4.0, options={"shape": 0.25})
-  gaps = np.diff(arrival_times(config, 20_000))
-  assert gaps.mean() == pytest.approx(0.25, rel=0.05) and gaps.std() == pytest.approx(0.5, rel=0.05)
-  with pytest.raises(ValueError, match="the options of the arrival process 'bursts': .*'shap'"):
-    arrival_times(ArrivalConfig("bursts", rate=4.0, options={"shap": 0.25}), 0)
-
-
-def test_a_workload_from_elsewhere(monkeypatch, tmp_path):
-  def countdown(config: WorkloadConfig) -> workloads.Source:
-    prompts = [f"{i} to go" for i in range(config.limit, 0, -1)]
-    return lambda tokenizer, room: [Item(of, np.array(tokenizer.encode(of)), room - 20) for of in prompts]
-
-  monkeypatch.setitem(WORKLOADS, "countdown", countdown)
-  (tmp_path / "mine.json").write_text('{"source": "countdown", "limit": 2}')
-  items = workloads.read(load_workload(tmp_path / "mine.json"))(TOKENIZER, 100)
-  assert [(item.id, item.max_new_tokens) for item in items if isinstance(item, Item)] == [
-    ("2 to go", 80),
-    ("1 to go", 80),
-  ]
+# ----------------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -116,7 +88,7 @@ def test_fields_are_checked(changes, message):
 def test_longbench_serves_the_official_prompts(tmp_path):
   """Cut first, then in the chat template where the task takes one; samsum ends at a newline."""
   bench = write_release(tmp_path, qasper=2, samsum=1, lcc_e=1)
-  write_lines(bench / "data" / "lcc_e.jsonl", [row_of(0, context="c" * 90)])
+  jsonl.write(bench / "data" / "lcc_e.jsonl", [row_of(0, context="c" * 90)])
   items = items_of("longbench", path=str(bench), prompt_tokens=80)
   assert [(item.id, text(item.prompt), item.max_new_tokens, dict(item.options)) for item in items] == [
     ("qasper-0", "<user>Paper: barge 0 \n\n Question: which 0?\nAnswer:\n<assistant>", MAX_NEW["qasper"], {}),
@@ -136,7 +108,7 @@ def test_longbench_serves_the_official_prompts(tmp_path):
 def test_longbench_leaves_room_for_what_is_written(tmp_path):
   bench = write_release(tmp_path, qasper=1, trec=1)
   for name in ("qasper", "trec"):
-    write_lines(bench / "data" / f"{name}.jsonl", [row_of(0, context="x" * 900)])
+    jsonl.write(bench / "data" / f"{name}.jsonl", [row_of(0, context="x" * 900)])
   template = len("<user>\n<assistant>")
   for cap, chat in ((0, True), (3, True), (3, False)):
     asked = items_of("longbench", 384, path=str(bench), max_new_tokens=cap, chat_template=chat)
@@ -202,10 +174,10 @@ def test_a_model_without_a_chat_template(tmp_path):
     ),
     (lambda f: (f / "config" / "dataset2prompt.json").write_text("{\n"), r"dataset2prompt\.json:2: not JSON"),
     (lambda f: (f / "data" / "qasper.jsonl").write_text('\n{"a"\n'), r"qasper\.jsonl:2: not JSON: Exp"),
-    (lambda f: (f / "data" / "qasper.jsonl").write_text("[]\n"), r"qasper\.jsonl:1: a row is a JSON object, got list"),
+    (lambda f: (f / "data" / "qasper.jsonl").write_text("[]\n"), r"qasper\.jsonl:1: wanted is a JSON object, got list"),
     (lambda f: (f / "data" / "qasper.jsonl").write_text("{}\n"), r"qasper\.jsonl:1: the row lacks 'answers'"),
     (
-      lambda f: write_lines(f / "data" / "qasper.jsonl", [{k: v for k, v in row_of(0).items() if k != "input"}]),
+      lambda f: jsonl.write(f / "data" / "qasper.jsonl", [{k: v for k, v in row_of(0).items() if k != "input"}]),
       r"qasper\.jsonl:1: the row lacks 'input'",
     ),
     (lambda f: (f / "data" / "qasper.jsonl").unlink(), r"data has no rows of LongBench's tasks"),
@@ -248,11 +220,6 @@ def test_truncation_of_a_long_text_is_linear():
   assert time.perf_counter() - start < 5  # what is quadratic takes hours
 
 
-def test_truncation_needs_two_tokens():
-  with pytest.raises(ValueError, match="max_tokens=1"):
-    truncate_middle(TOKENIZER, "abc", 1)
-
-
 # -------------------------------------------------------------------------------------------------------------- needle
 
 
@@ -291,7 +258,7 @@ def test_jsonl(tmp_path):
     {"messages": [{"role": "user", "content": "hi"}], "request_id": 7, "max_new_tokens": None},
     {"prompt": "far"},
   ]
-  write_lines(file, rows)
+  jsonl.write(file, rows)
   items = items_of("jsonl", path=str(file), limit=3, max_new_tokens=7)
   assert [(item.id, item.prompt.tolist(), item.max_new_tokens) for item in items] == [
     ("line-1", [BOS, *b"hello"], 7),
@@ -309,7 +276,7 @@ def test_jsonl_options_go_to_the_request(tmp_path):
     {"prompt": "a", **options},
     {"prompt": "b", "temperature": None, "add_special_tokens": False, "max_tokens": 9},
   ]
-  write_lines(tmp_path / "rows.jsonl", rows)
+  jsonl.write(tmp_path / "rows.jsonl", rows)
   first, second = items_of("jsonl", path=str(tmp_path / "rows.jsonl"))
   assert first.options == options and second.options == {}
   assert (second.prompt.tolist(), second.max_new_tokens) == ([*b"b"], 9)
@@ -317,7 +284,7 @@ def test_jsonl_options_go_to_the_request(tmp_path):
 
 def test_jsonl_cuts_ids_and_texts(tmp_path):
   file = tmp_path / "rows.jsonl"
-  write_lines(file, [{"prompt_token_ids": list(range(10))}, {"prompt": "abcdefgh"}])
+  jsonl.write(file, [{"prompt_token_ids": list(range(10))}, {"prompt": "abcdefgh"}])
   first, second = items_of("jsonl", path=str(file), prompt_tokens=5)
   assert first.prompt.tolist() == [0, 1, 7, 8, 9]
   assert second.prompt.tolist() == [BOS, *b"agh"]
@@ -383,7 +350,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path, row, message):
 def test_two_rows_of_one_name_are_named_both(tmp_path):
   file = tmp_path / "rows.jsonl"
   for second in ({"prompt": "b", "request_id": "line-1"}, {"prompt_token_ids": [1], "request_id": "line-1"}):
-    write_lines(file, [{"prompt": "a"}, {"prompt": "c", "request_id": "x"}, second])
+    jsonl.write(file, [{"prompt": "a"}, {"prompt": "c", "request_id": "x"}, second])
     with pytest.raises(ValueError, match=r"rows\.jsonl:3: the request_id 'line-1' is that of .*rows\.jsonl:1 too"):
       workloads.read(WorkloadConfig("jsonl", path=str(file), strict=True))
     assert [(item.id, isinstance(item, Item)) for item in items_of("jsonl", path=str(file))] == [
@@ -391,12 +358,12 @@ def test_two_rows_of_one_name_are_named_both(tmp_path):
       ("x", True),
       ("line-3", False),
     ]
-  write_lines(file, [{"prompt": "a", "request_id": "line-2"}, {"prompt": 5}])
+  jsonl.write(file, [{"prompt": "a", "request_id": "line-2"}, {"prompt": 5}])
   assert [item.id for item in items_of("jsonl", path=str(file))] == ["line-2", "line-2-2"]
 
 
 def test_a_conversation_that_the_template_refuses(tmp_path):
-  write_lines(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
+  jsonl.write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
   config = WorkloadConfig("jsonl", path=str(tmp_path / "rows.jsonl"))
   (refused,) = workloads.read(config)(NoTemplate(), 100)
   assert str(refused) == f"{tmp_path / 'rows.jsonl'}:1: there is no chat template"

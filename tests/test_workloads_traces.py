@@ -17,7 +17,7 @@ from sparse_serve_jax import tasks, workloads
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.workloads import ArrivalConfig, WorkloadConfig, arrival_times, load_workload, read_trace, times_of
 from sparse_serve_jax.workloads.generated import lengths
-from tests.longbench import write_lines
+from tests import jsonl
 
 TOKENIZER = ByteTokenizer()
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -28,7 +28,7 @@ def mooncake(folder: Path, *rows: tuple[float, int, int], name: str = "trace.jso
   keys = ("timestamp", "input_length", "output_length")
   ids = [list(range(-(-row[1] // 512))) for row in rows]
   lines = zip(rows, ids, strict=True)
-  write_lines(folder / name, [dict(zip(keys, row, strict=True)) | {"hash_ids": of} for row, of in lines])
+  jsonl.write(folder / name, [dict(zip(keys, row, strict=True)) | {"hash_ids": of} for row, of in lines])
   return str(folder / name)
 
 
@@ -162,7 +162,7 @@ def test_prompts_begin_alike_where_a_trace_says_so(tmp_path: Path):
   def row(n: int, *ids: int) -> dict[str, Any]:
     return {"timestamp": 0, "input_length": n, "output_length": 1, "hash_ids": ids}
 
-  write_lines(tmp_path / "trace.jsonl", [row(1500, 0, 1, 2), row(1200, 0, 1, 7), row(1500, 5, 1, 2)])
+  jsonl.write(tmp_path / "trace.jsonl", [row(1500, 0, 1, 2), row(1200, 0, 1, 7), row(1500, 5, 1, 2)])
   first, second, other = (item.prompt for item in items_of("trace", path=str(tmp_path / "trace.jsonl")))
   special = len(TOKENIZER.encode(""))
   assert [len(first), len(second), len(other)] == [1500, 1200, 1500]

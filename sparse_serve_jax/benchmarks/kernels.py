@@ -356,8 +356,10 @@ def moves(b: Bench) -> Cases:
       copies = timing.memcpy_each(loads, b.pool, ids.ravel(), slots, b.distinct(b.n_slots, n), b.block_bytes)
       return timing.clock(copies, b.effort)
 
-    row = b.row(measured, {"h2d" if loads else "d2h": n_bytes}, {"driver": driver})
-    return row | timing.beside(n_bytes, measured.us, "driver", row["baselines"]["driver"])
+    row = b.row(measured, {"h2d" if loads else "d2h": n_bytes}, {"driver": driver}, gb_s=n_bytes / measured.us / 1e3)
+    if not isinstance(us := row["baselines"]["driver"], str):  # a text says why there is none
+      row |= {"driver_gb_s": n_bytes / us / 1e3, "times_driver": measured.us / us}
+    return row
 
   ways = {"load": ("gather", "staged", "per_block"), "save": ("direct", "staged", "per_block")}
   for direction, n in itertools.product(ways, b.pick((16, 64, 256, 1024), (16,))):

@@ -25,6 +25,7 @@ from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, over
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama
 from sparse_serve_jax.models.tokenizer import ByteTokenizer
+from sparse_serve_jax.serving.budget import kv_bytes
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 
@@ -69,10 +70,9 @@ class Case:
     if self.n_tokens >= cfg.max_context:
       raise ValueError(f"a prompt of {self.n_tokens} tokens and one more exceed the model's context, {cfg.max_context}")
     base = override(load_config("sparse_serve"), given)
-    token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
     blocks = self.n_requests * (-(-(self.n_tokens + 1) // base.cache.block_tokens) + 1)
     blocks += (1 + self.n_requests) * self.n_new // base.cache.block_tokens  # a cached prompt's own end, and the last's
-    pool = blocks * base.cache.block_tokens * token_bytes
+    pool = blocks * base.cache.block_tokens * kv_bytes(cfg)
     defaults = [
       f"cache.dram_bytes={pool}",
       f"cache.lanes={max(8, self.n_requests)}",

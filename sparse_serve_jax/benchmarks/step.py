@@ -38,7 +38,7 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.programs import programs
-from sparse_serve_jax.serving.budget import weight_bytes
+from sparse_serve_jax.serving.budget import kv_bytes, weight_bytes
 from sparse_serve_jax.step import DecodeBatch, Setup, StepCounts
 
 _FIXED = {  # what may not be overridden, and why
@@ -93,10 +93,9 @@ class Case:
     size, rows = base.cache.block_tokens, max(n for n, _ in sizes.values())
     if short := [name for name, (_, tokens) in sizes.items() if tokens < 2 * size]:
       raise ValueError(f"{short[0]} has no full block of {size} tokens before its tail")
-    token_bytes = 2 * cfg.n_kv_heads * cfg.n_layers * cfg.head_dim * llama.dtype_of(cfg).itemsize
     defaults = [
       f"cache.lanes={rows}",
-      f"cache.dram_bytes={max(n * (tokens // size) for n, tokens in sizes.values()) * size * token_bytes}",
+      f"cache.dram_bytes={max(n * (tokens // size) for n, tokens in sizes.values()) * size * kv_bytes(cfg)}",
       "cache.hbm_bytes=20GiB",
     ]
 
@@ -422,7 +421,7 @@ def measure(
 
 
 def _beside_none(report: Report, by: str, name: str, make: Callable[[], Row]) -> Row:
-  """A row with the share of its time that the step without misses, if that was timed, does not take."""
+  """A row with the share of its time that misses cost, if the step without misses was timed."""
   row = make()
   without = report.results.get(f"step-{by} {name} miss 0%", {}).get("us")
   return row | ({} if without is None else {"loading_share": 1 - without / row["us"]})

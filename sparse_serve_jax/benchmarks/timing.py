@@ -153,13 +153,13 @@ def fill_pool(pool: jax.Array) -> None:
 def memcpy_each(
   loads: bool, host: jax.Array, blocks: np.ndarray, device: jax.Array, slots: np.ndarray, n_bytes: int
 ) -> Callable[[], None]:
-  """What copies blocks of `n_bytes`, one call of the CUDA driver each, and then waits.
+  """A function that copies blocks of `n_bytes`, each by a call of the CUDA driver, and then waits.
 
   From `blocks` [n] of `host`, which is pinned, to `slots` [n] of `device`, or back; nothing else may use these arrays.
 
   Raises:
     NotImplementedError: there is no NVIDIA GPU.
-    RuntimeError: the driver failed. What is returned raises it too.
+    RuntimeError: the driver failed. The function raises it too.
   """
   if jax.default_backend() != "gpu":
     raise NotImplementedError("needs an NVIDIA GPU")
@@ -259,15 +259,6 @@ def measure_baselines(baselines: Baselines) -> dict[str, float | str]:
   return found
 
 
-def beside(n_bytes: float, us: float, name: str, other: float | str) -> Row:
-  """GB/s of so many bytes in `us`, and of the same in the us of another way; and how often its time ours is.
-
-  Of another way that there is none of, which is a text, nothing.
-  """
-  row = {"gb_s": n_bytes / us / 1e3}
-  return row if isinstance(other, str) else row | {f"{name}_gb_s": n_bytes / other / 1e3, f"times_{name}": us / other}
-
-
 def start(
   effort: Effort, file: pathlib.Path | None, implementation: str | None = None, commit: str | None = None
 ) -> Report:
@@ -294,7 +285,7 @@ def start(
 
 
 def following(pool: jax.Array) -> host_pool.HostPool:
-  """By what code of the host reads and writes a pool, as long as the caller keeps it."""
+  """What code of the host reads and writes a pool through. The caller keeps it as long as it is used."""
   host = host_pool.HostPool(1, pinned_buffer if host_pool.memory_kind() else None)
   host.follow(pool)
   return host

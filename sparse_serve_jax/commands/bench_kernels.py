@@ -2,10 +2,10 @@
 
   sparse-serve bench-kernels --out=/tmp/bench --ops=score,attend
 
-Prints a table an op: time (median over calls; ±: their spread), bytes that must move, their floor at rates measured in
-the same run, its share of the time, the same work by other means. The last line of stdout is one JSON object,
-{"op-case": {"us", "floor_us", "fraction", ...}}; the folder of --out gets kernels.jsonl. --smoke is to try it on any
-machine.
+Prints a table for each op: time (median over calls; ±: their spread), bytes that must move, their floor at rates
+measured in the same run, its share of the time, the same work by other means. The last line of stdout is one JSON
+object, {"op-case": {"us", "floor_us", "fraction", ...}}; the folder of --out gets kernels.jsonl. --smoke tries it on
+any machine.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
   sparse-serve bench-prefill --out=/tmp/bench --cases=1x2048,1x32000,64x2048 --ways=layer_segmented,quarter
 
-A case is <requests>x<tokens of each>; all arrive at once and want one token. How they are timed, and what the floor is,
-says sparse_serve_jax/benchmarks/prefill.py. The last line of stdout is one JSON object; the folder of --out gets
-prefill.jsonl, a row for each case and way. --smoke is to try it on any machine.
+A case is <requests>x<tokens of each>; all arrive at once and want one token. How they are timed, and what the floor is:
+see sparse_serve_jax/benchmarks/prefill.py. The last line of stdout is one JSON object; the folder of --out gets
+prefill.jsonl, a row for each case and way. --smoke tries it on any machine.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
   sparse-serve bench-step --out=/tmp/bench --cases=64x10240,20x32768
 
-A case is <requests>x<tokens of each>. How steps are timed, and what their floor is, says
+A case is <requests>x<tokens of each>. How steps are timed, and what their floor is: see
 sparse_serve_jax/benchmarks/step.py. The last line of stdout is one JSON object; the folder of --out gets step.jsonl, a
-row a case. --smoke is to try it on any machine.
+row for each case. --smoke tries it on any machine.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
   sparse-serve calibrate --cost=cost.json --model=random:tiny --config=sparse_serve --limit=24
 
-serves a workload on this machine, all requests at once, and fits to what its iterations took. With --ladder folders of
-`sparse-serve ladder` take this machine's place, with what they hold of the rung --config:
+serves a workload on this machine, all requests at once, and fits to what its iterations took. With --ladder
+nothing is served: it fits to what folders of `sparse-serve ladder` hold of the rung --config:
 
   sparse-serve calibrate --cost=cost.json --ladder=W1,W3 --config=sparse_serve
 
@@ -31,7 +31,7 @@ from sparse_serve_jax.evaluation import ladder_folder, selections
 from sparse_serve_jax.models import reference
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics
-from sparse_serve_jax.simulation.calibrate import Ran, calibrate, run_here
+from sparse_serve_jax.simulation.calibrate import MeasuredRun, calibrate, run_here
 from sparse_serve_jax.simulation.served import Asked
 
 _TRACES = "models/reference/traces"
@@ -65,7 +65,7 @@ def main() -> None:
   cli.end_with(metrics.table({pathlib.Path(_CONFIG.value).stem: told}), told)
 
 
-def _run_here() -> Ran:
+def _run_here() -> MeasuredRun:
   config, asked = with_fixed_sizes(override(load_config(_CONFIG.value), _SET.value)), Asked(_ASKED.read())
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   return run_here(config, model, asked, _REPEATS.value)

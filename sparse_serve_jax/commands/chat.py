@@ -4,8 +4,8 @@
   sparse-serve chat MODEL --message="Why is the sky blue?"
 
 MODEL is a model directory or a GGUF file that has a chat template. Each line is a message. /exit ends, and /new begins
-another conversation; an interrupt (Ctrl-C) ends an answer, and the command where it waits for a message. Control tokens
-that are typed stay text.
+another conversation; an interrupt (Ctrl-C) ends an answer or, while a message is waited for, the command. Control
+tokens that are typed stay text.
 """
 
 from __future__ import annotations

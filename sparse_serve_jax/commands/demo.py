@@ -21,8 +21,8 @@ from sparse_serve_jax import runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.evaluation import ladder, rungs
-from sparse_serve_jax.models import llama, load_model
-from sparse_serve_jax.serving import metrics
+from sparse_serve_jax.models import load_model
+from sparse_serve_jax.serving import budget, metrics
 from sparse_serve_jax.workloads import Item
 
 RUNGS = ("dense", "sparse", "sparse_serve", "psa")  # the others are compared with the first
@@ -78,7 +78,7 @@ class Questions:
 
   def kv_bytes(self, cfg: ModelConfig) -> int:
     """Of a request at most."""
-    return self.max_context * 2 * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers * llama.dtype_of(cfg).itemsize
+    return self.max_context * budget.kv_bytes(cfg)
 
 
 def main(directory: str | None = None, of: Questions | None = None) -> None:

@@ -99,7 +99,7 @@ def main() -> int:
 def _measured(
   run: ladder.Ladder, rates: list[float], make: Callable[[], ladder.Bench] | None, tp: int
 ) -> dict[str, ladder.Goodput]:
-  """Runs all cells; with `make`, rungs beside each other. What is found where it is searched."""
+  """Runs all cells; with `make`, rungs beside each other. Returns what --goodput finds, by rung."""
   found: dict[str, ladder.Goodput] = {}
 
   def measure(run: ladder.Ladder, rung: str) -> None:

@@ -11,7 +11,6 @@ by. The same command goes on with a run that was interrupted. The status is 1 if
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -92,8 +91,7 @@ def main() -> int:
       if out and items:
         timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
   numbers = served.to_dict() | {"score_mean": record.score_mean}
-  print(metrics.table({pathlib.Path(_CONFIG.value).stem: numbers}))
-  print(json.dumps(numbers), flush=True)
+  cli.end_with(metrics.table({pathlib.Path(_CONFIG.value).stem: numbers}), numbers)
   if before:
     print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
   bad = served.refused + served.failed + sum("error" in row for row in before)

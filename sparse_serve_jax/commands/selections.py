@@ -13,7 +13,6 @@ The table goes to stdout, and as its last line one JSON object with the same num
 
 from __future__ import annotations
 
-import csv
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ RANDOM = 1e6  # A, where nothing of a block is kept: the other extreme
 with cli.group("What is asked"):
   _TRACES = flags.DEFINE_list("traces", [], "Files of recorded selections.")
   _MODEL = flags.DEFINE_string("model", None, "Also a model directory or a GGUF file, of which a trace is recorded.")
-  _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "By default the model's own.")
+  _DTYPE = cli.define_dtype()
   _TEXT = flags.DEFINE_list("text", [], "What the model reads: UTF-8 files, and folders of .txt and .md files.")
   _LONGBENCH = flags.DEFINE_string("longbench_dir", None, "Likewise contexts of rows: a folder with config/ and data/.")
   _LONGBENCH_TASKS = flags.DEFINE_list("longbench_tasks", [], "Names; by default all whose rows are there.")
@@ -74,12 +73,15 @@ def main() -> None:
       drawn = selections.drawn_like(label, held(share), trace)
       rows.append({"source": label, "like": name, **selections.in_short(drawn)})
     print(f"{name}: done", file=sys.stderr)
-  flat = {
-    f"{row['source']} ({row['like']})" if row["source"] != row["like"] else row["like"]: _flat(row) for row in rows
-  }
+  flat = [_flat(row) for row in rows]
   if out is not None:
-    _write(out, rows, list(flat.values()))
-  cli.end_with(metrics.table(flat), {"rows": rows})
+    results.replace_json(out / "selections.json", {"rows": rows, "made": results.provenance()})
+    results.write_csv(out / "selections.csv", flat)
+  columns = {}
+  for row in flat:
+    source, like = row.pop("source"), row.pop("like")
+    columns[source if source == like else f"{source} ({like})"] = row
+  cli.end_with(metrics.table(columns), {"rows": rows})
 
 
 def _recorded(name: str, corpus: Corpus, out: pathlib.Path | None) -> Iterator[tuple[str, Trace]]:
@@ -103,17 +105,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
   """With a column for each number."""
   parts = {f"misses at {slots}": share for slots, share in row["misses"].items()}
   parts |= {f"A {way}": share for way, share in row.get("fit", {}).items()}
-  return {key: value for key, value in row.items() if key not in ("misses", "fit", "source", "like")} | parts
-
-
-def _write(out: pathlib.Path, rows: list[dict[str, Any]], flat: list[dict[str, Any]]) -> None:
-  results.replace_json(out / "selections.json", {"rows": rows, "made": results.provenance()})
-  keys = list(dict.fromkeys(key for row in flat for key in row))
-  with (out / "selections.csv").open("w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, ["source", "like", *keys])
-    writer.writeheader()
-    for row, numbers in zip(rows, flat, strict=True):
-      writer.writerow({"source": row["source"], "like": row["like"], **numbers})
+  return {key: value for key, value in row.items() if key not in ("misses", "fit")} | parts
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -28,9 +28,7 @@ from sparse_serve_jax.serving.executor import JaxExecutor
 KEY = "SPARSE_SERVE_API_KEY"
 
 with cli.group("The model"):
-  _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Its numbers; by default those it was saved in, on a CPU float32."
-  )
+  _DTYPE = cli.define_dtype()
   _NAME = flags.DEFINE_string("served_model_name", None, "What clients call it; by default the last part of MODEL.")
 _CONFIG, _SET = cli.define_serving()
 with cli.group("The server"):

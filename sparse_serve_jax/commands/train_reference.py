@@ -3,8 +3,8 @@ r"""Trains a small model that retrieves over long contexts, from nothing, in pie
   sparse-serve train-reference --config=reference --out=/tmp/reference --resume
 
 The folder of --out gets a tokenizer, checkpoints, metrics.jsonl (a line every --log_every steps) and, at the end of
-training or of --seconds, hf/: the model as a Hugging Face directory. What that answers with dense attention tells
-(of long answers, whether they begin right)
+training or of --seconds, hf/: the model as a Hugging Face directory. This measures what it answers with dense attention
+(of long answers, whether they begin right):
 
   sparse-serve accuracy --model=/tmp/reference/hf --out=/tmp/dense --parts=tasks --methods= --thresholds= \
     --lengths=2048,4096,8192,16384

@@ -26,7 +26,7 @@ from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.evaluation.cases import BLOCK_SIZES, DENSE, Case, cases
 from sparse_serve_jax.models import Model, llama
 from sparse_serve_jax.models.tokenizer import Tokenizer
-from sparse_serve_jax.serving.budget import bytes_free
+from sparse_serve_jax.serving.budget import bytes_free, kv_bytes
 from sparse_serve_jax.tasks import text as texts
 
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
@@ -151,7 +151,7 @@ def replays(
 
 def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
   """Raises ValueError if a prefill needs more memory than there is: nothing is tiled in `llama.causal_attention`."""
-  kv = 2 * n_sequences * n_tokens * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * llama.dtype_of(cfg).itemsize
+  kv = n_sequences * n_tokens * kv_bytes(cfg)
   # float32, of one layer: before the softmax and after it.
   scores = 0 if llama.attends_fused(cfg) else 2 * 4 * n_sequences * cfg.n_heads * n_tokens**2
   free = bytes_free()
@@ -174,14 +174,14 @@ def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch
 def measure(
   model: Model, params: Any, sample: Sample, wanted: Sequence[Case], workers: int = 0
 ) -> Iterator[tuple[Case, Row]]:
-  """Yields what there is to tell of each case.
+  """Yields the row of each case.
 
-  A row has of what `summary` tells means over instances, and sums of counts; "agreement", the share of steps whose most
-  likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative error of
-  heads' outputs [L]. For a case of sparse prefill: "prompt_nats", those of a prompt's last tokens, "read", the share of
-  the blocks before a tile of queries that it reads, and "read_by_layer" [L]. For a case that stops: under "by_head" the
-  blocks attended by layer and KV head: their mean over all answers' tokens [L, K], and QUANTILES over these tokens
-  [5, L, K].
+  It has the quantities of `summary`: their means over instances, of counts the sums; "agreement", the share of steps
+  whose most likely token is dense attention's; under "each" EACH of every instance; under "error_by_layer" the relative
+  error of heads' outputs [L]. For a case of sparse prefill: "prompt_nats", those of a prompt's last tokens, "read", the
+  share of the blocks before a tile of queries that it reads, and "read_by_layer" [L]. For a case that stops: under
+  "by_head" the blocks attended by layer and KV head: their mean over all answers' tokens [L, K], and QUANTILES over
+  these tokens [5, L, K].
 
   Args:
     model: the model.
@@ -190,39 +190,51 @@ def measure(
     wanted: the settings.
     workers: processes that make instances ahead; 0: this one does.
   """
-  parts: dict[str, list[dict[str, np.ndarray]]] = {case.name: [] for case in wanted}
-  blocks: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
-  errors: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
-  reads: dict[str, list[np.ndarray]] = {case.name: [] for case in wanted}
+  batches: dict[str, list[_Measured]] = {case.name: [] for case in wanted}
   dense, best_of_dense = next(cases([], [], [])), np.zeros(())
   others = [case for case in wanted if case.series != DENSE]
   for batch, case, found in replays(model, params, sample, [dense, *others], workers):
     found = jax.device_get(found._replace(selected=None))  # by far the largest
     if case is dense:
       best_of_dense = found.best
-    if case.name not in parts:  # dense, which is not wanted itself
-      continue
-    parts[case.name].append(summary(model, case, batch, found) | {"agreement": batch.mean(found.best == best_of_dense)})
-    errors[case.name].append(found.error.mean((3, 4))[batch.answers])  # [tokens, L]
-    if case.stops:
-      blocks[case.name].append(found.blocks[batch.answers])
-    if case.prefills:
-      reads[case.name].append(found.read)  # [B, L]
+    if case.name in batches:  # dense may not be wanted itself
+      told = summary(model, case, batch, found) | {"agreement": batch.mean(found.best == best_of_dense)}
+      answers = batch.answers
+      batches[case.name].append(_Measured(told, found.error.mean((3, 4))[answers], found.blocks[answers], found.read))
   for case in wanted:
-    whole = {key: np.concatenate([part[key] for part in parts[case.name]]) for key in parts[case.name][0]}
+    each, errors, blocks, reads = zip(*batches[case.name], strict=True)
+    whole = {key: np.concatenate([of[key] for of in each]) for key in each[0]}
     row: Row = {key: int(x.sum()) if x.dtype == int else float(x.mean()) for key, x in whole.items()}
     if case.stops:
-      of_tokens = np.concatenate(blocks[case.name])  # [tokens, L, K]
+      of_tokens = np.concatenate(blocks)
       quantiles = np.quantile(of_tokens, QUANTILES, 0)
       row["by_head"] = {"mean": of_tokens.mean(0).round(3).tolist(), "quantiles": quantiles.round(3).tolist()}
     if case.prefills:
-      row["read_by_layer"] = np.concatenate(reads[case.name]).mean(0).round(5).tolist()
-    row["error_by_layer"] = np.concatenate(errors[case.name]).mean(0).round(5).tolist()
+      row["read_by_layer"] = np.concatenate(reads).mean(0).round(5).tolist()
+    row["error_by_layer"] = np.concatenate(errors).mean(0).round(5).tolist()
     yield case, row | {"each": {key: whole[key].astype(float).round(6).tolist() for key in EACH if key in whole}}
 
 
+class _Measured(NamedTuple):
+  """What a case did of a batch."""
+
+  each: dict[str, np.ndarray]  # [B], by quantity
+  errors: np.ndarray  # [tokens of answers, L]
+  blocks: np.ndarray  # [tokens of answers, L, K]
+  read: np.ndarray | None  # [B, L], of a sparse prefill
+
+
+def of_all_tasks(rows: Sequence[Row]) -> list[list[Row]]:
+  """The rows of each case that all tasks have, in the order of the tasks."""
+  by_case: dict[str, list[Row]] = {}
+  for row in sorted(rows, key=lambda row: row["task"]):
+    by_case.setdefault(row["case"], []).append(row)
+  n_tasks = len({row["task"] for row in rows})
+  return [ours for ours in by_case.values() if len(ours) == n_tasks]
+
+
 def summary(model: Model, case: Case, batch: Instances, found: Any) -> dict[str, np.ndarray]:
-  """One number an instance of each quantity, over its answer's steps, layers and heads; counts are integers.
+  """One number of each quantity for each instance, over its answer's steps, layers and heads; counts are integers.
 
   Of a case that stops, "pairs" counts those of a token and a query head, in every layer; "stopped" those with blocks
   left unread; "violations" those for which the stop test claimed more than the true mass (PSA's where it stopped, the

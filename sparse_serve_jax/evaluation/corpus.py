@@ -50,7 +50,7 @@ class Corpus:
     return list(dict.fromkeys(text for text in texts if text.strip()))
 
   def digest(self) -> str:
-    """Another one when texts are."""
+    """A checksum of all texts."""
     whole = "\0".join(self.documents())
     return f"{zlib.crc32(whole.encode()):08x}"
 

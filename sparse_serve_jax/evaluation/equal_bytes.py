@@ -2,8 +2,8 @@
 
 Bytes are those of a step and layer: the keys and values that are attended to, and the digests that rank them. At the
 mean bytes of a setting the error and the nats of every instance are interpolated, linearly in bytes, between the two
-budgets of the default method next to it; so the comparison is paired. A setting gets no comparison that reads less than
-the smallest budget or more than the largest.
+budgets of the default method next to it; so the comparison is paired. A setting that
+reads less than the smallest budget, or more than the largest, is not compared.
 
 The other way round, at the mean error or nats of a setting the blocks of a budget that has as much are interpolated: by
 how much fewer the setting reads is PSA's first ratio (arXiv 2503.00392, abstract).
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparse_serve_jax.evaluation import intervals
-from sparse_serve_jax.evaluation.accuracy import Row
+from sparse_serve_jax.evaluation.accuracy import Row, of_all_tasks
 from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE
 
 MEANS = ("blocks", "bytes_read", "bytes", "mass", "error", "nats", "agreement")
@@ -35,7 +35,7 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
     as much, by the case's, each with an "_interval"; None where no budget of those there are has as much. Intervals are
     95 % ones of the paired bootstrap over instances.
   """
-  cases = _complete(rows)
+  cases = of_all_tasks(rows)
   fixed = sorted((ours for ours in cases if ours[0]["series"] == DEFAULT_METHOD), key=_bytes)
   dense = next((ours for ours in cases if ours[0]["series"] == DENSE), None)
   curves = {key: Curve.of(fixed, key) for key in ("nats", "error")} if len(fixed) > 1 else {}
@@ -79,7 +79,9 @@ def _fewer(ours: Sequence[Row], curves: Mapping[str, Curve]) -> Row:
 
 
 class Curve(NamedTuple):
-  """What fixed budgets have under a key, which falls as budgets grow: where it does not, the least before counts."""
+  """The values of fixed budgets under a key: they fall as budgets grow, and where one does not, the least before it
+  counts.
+  """
 
   blocks: np.ndarray  # [budgets], ascending
   mean: np.ndarray  # [budgets]
@@ -130,15 +132,6 @@ def at_bytes(fixed: Sequence[Sequence[Row]], read: float, key: str) -> list[list
   share = min((read - sizes[below]) / width, 1.0) if width > 0 else 0.0
   pairs = zip(_each(fixed[below], key), _each(fixed[above], key), strict=True)
   return [((1 - share) * np.array(low) + share * np.array(high)).tolist() for low, high in pairs]
-
-
-def _complete(rows: Sequence[Row]) -> list[list[Row]]:
-  """The rows of each case, in the order of their tasks; cases that not all tasks have are left out."""
-  by_case: dict[str, list[Row]] = {}
-  for row in sorted(rows, key=lambda row: row["task"]):
-    by_case.setdefault(row["case"], []).append(row)
-  n_tasks = len({row["task"] for row in rows})
-  return [ours for ours in by_case.values() if len(ours) == n_tasks]
 
 
 def _bytes(ours: Sequence[Row]) -> float:

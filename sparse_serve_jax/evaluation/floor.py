@@ -61,7 +61,7 @@ def attention_flops(cfg: ModelConfig, n_tokens: int, n_before: int) -> float:
 
 
 def prefill_s(rates: Rates, cfg: ModelConfig, requests: Iterable[Request], devices: int = 1) -> float:
-  """Seconds for the prompts, those parts that the cache had left out."""
+  """Seconds for the prompts, without the parts that the cache had."""
   seconds = 0.0
   for request in requests:
     new = len(request.prompt) - request.cached_tokens

@@ -6,7 +6,7 @@
   watch.steps[0].opened.shares   # of the attention mass, by layer, KV head, query head and block
 
 A watch changes nothing that is served. It costs time, since the host reads maps from the device after every iteration.
-Of requests that share a block and select it in one iteration, it tells that of one: maps know no more.
+Where several requests share a block and select it in one iteration, it shows this for one of them: maps hold no more.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def watch(llm: LLM, opens: Callable[[DecodeRow], bool] = lambda row: False) -> W
 
 
 class _Entering(NamedTuple):
-  """Of a row, before its step."""
+  """What a row has before its step."""
 
   token: np.ndarray  # int32 []
   tail: np.ndarray  # [K, L, 2, S, D]
@@ -278,11 +278,11 @@ def working_sets(steps: Sequence[Step], w: int) -> np.ndarray:
 
 
 def hit_rates(steps: Sequence[Step], slots: Sequence[int], skip: int = 0) -> np.ndarray:
-  """How many of the attended blocks slots would have held that keep what was used last (LRU).
+  """The share of the attended blocks that would have been in slots, if slots kept what was used last (LRU).
 
   Args:
     steps: of one request or several, in the order in which they ran.
-    slots: how many, each of which is answered.
+    slots: numbers of slots.
     skip: iterations that fill the slots first and are not counted.
 
   Returns:

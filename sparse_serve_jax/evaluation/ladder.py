@@ -83,7 +83,10 @@ class Bench:
       return Measured(run.serve(engine, items, arrivals, on_end), ended, watch.iterations, self._rates)
 
   def compiled(self, rung: str) -> JaxExecutor:
-    """With all programs that the requests need. The device's rates are measured before the first one takes memory."""
+    """A rung's executor, with all programs that the requests need.
+
+    The device's rates are measured before the first executor takes memory.
+    """
     self._rates = self._rates or floor.Rates.measure(self._model.config)
     if self._executor is None or self._executor[0] != rung:
       # The cache's memory is what the next one takes; the weights stay where they are.
@@ -184,20 +187,20 @@ class Ladder:
     self._folder.cells.append(row)
     return row
 
-  def goodput(self, rung: str, rates: Sequence[float], most_runs: int = 8) -> Goodput:
+  def goodput(self, rung: str, rates: Sequence[float], most_runs: int) -> Goodput:
     """Searches the highest rate at which a rung serves well: `rates` first, ascending, then between them by halves of
     their ratio until they are within `CLOSE` or `most_runs` more cells have been run.
     """
     return search(lambda rate: self.cell(rung, rate)["keeps_slo"], [rate for rate in rates if rate], most_runs)
 
-  def overload(self, rates: Sequence[float], most_runs: int = 8) -> float:
+  def overload(self, rates: Sequence[float], most_runs: int) -> float:
     """The rate that is `OVERLOAD` times the one at which requests to the first rung begin to wait longer than goodput
-    allows, on average. It is searched as `goodput` does, and then told by the delays on both sides of it.
+    allows, on average. It is searched for as in `goodput`, then interpolated between the delays around it.
 
     Raises:
       ValueError: they wait so long at all rates, or at none.
     """
-    return OVERLOAD * passing(lambda rate: self._delay(rate), rates, most_runs)
+    return OVERLOAD * passing(self._delay, rates, most_runs)
 
   def _delay(self, rate: float) -> float:
     """Seconds that requests to the first rung wait on average before they are worked on."""

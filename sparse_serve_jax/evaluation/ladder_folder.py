@@ -23,7 +23,7 @@ from sparse_serve_jax.evaluation.rungs import shapes
 from sparse_serve_jax.files import read_json, read_lines
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.models import Model
-from sparse_serve_jax.simulation.calibrate import Ran
+from sparse_serve_jax.simulation.calibrate import MeasuredRun
 from sparse_serve_jax.simulation.measure import Iteration, from_columns, to_columns
 from sparse_serve_jax.workloads import WorkloadConfig
 
@@ -56,7 +56,7 @@ def claim(
     ValueError: as `results.claim` does.
   """
   setting = {"configs": configs, "model": {"name": model.name, "config": model.config}, "workload": workload}
-  setting |= {"compared_with": next(iter(configs))}  # whose iterations and tokens the cells of all rungs are told by
+  setting |= {"compared_with": next(iter(configs))}  # cells of all rungs are measured by its iterations and tokens
   return results.claim(path, setting | {"prompts": prompts, "seed": seed}, device=device)
 
 
@@ -75,7 +75,7 @@ class LadderFolder:
 class MeasuredRung(NamedTuple):
   """A rung that served a workload, as its ladder's folder has it."""
 
-  ran: Ran  # with the iterations of all its cells
+  ran: MeasuredRun  # with the iterations of all its cells
   max_request_tokens: int  # to which its source cut prompts: of the rung that has room for the least
   seed: int  # of random weights
   cells: Mapping[float, Row]  # by rate
@@ -98,7 +98,7 @@ def read_rung(folder: pathlib.Path, rung: str) -> MeasuredRung:
   configs = setting.get("configs", {})
   if rung not in configs:
     raise ValueError(f"{folder} has no rung {rung!r}, but {', '.join(configs) or 'none'}")
-  device = run["parts"][0]["device"]  # later parts may be of another machine that made tables of what was there
+  device = run["parts"][0]["device"]  # a later part may come from another machine, which only made tables
   config = host_pool.chosen(from_dict(EngineConfig, configs[rung]), device["platform"])
   rows = [row for _, row in read_lines(folder / ITERATIONS) if row["rung"] == rung]
   iterations = {row["rate"]: from_columns(row) for row in rows}  # a cell's own are the last: one before was stopped
@@ -107,7 +107,7 @@ def read_rung(folder: pathlib.Path, rung: str) -> MeasuredRung:
     raise ValueError(f"{folder} has no cell of {rung} with its iterations")
   model = from_dict(ModelConfig, setting["model"]["config"])
   rungs = {name: from_dict(EngineConfig, of) for name, of in configs.items()}
-  ran = Ran(
+  ran = MeasuredRun(
     config,
     model,
     setting["model"]["name"],

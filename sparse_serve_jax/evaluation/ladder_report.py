@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparse_serve_jax import results
 from sparse_serve_jax.evaluation.ladder import Goodput
 from sparse_serve_jax.evaluation.ladder_folder import Row
 
@@ -72,10 +72,7 @@ def markdown(cells: Sequence[Row], found: Mapping[str, Goodput]) -> str:
 def write(folder: pathlib.Path, cells: Sequence[Row], found: Mapping[str, Goodput]) -> None:
   """Writes results.md, and results.csv with every key of the cells."""
   (folder / "results.md").write_text(markdown(cells, found), encoding="utf-8")
-  with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for cell in cells for key in cell)))
-    writer.writeheader()
-    writer.writerows(cells)
+  results.write_csv(folder / "results.csv", cells)
 
 
 def in_short(cells: Sequence[Row], found: Mapping[str, Goodput]) -> dict[str, Any]:

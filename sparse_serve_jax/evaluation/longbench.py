@@ -1,7 +1,7 @@
 """LongBench and LongBench-E: predictions and scores. Tasks and prompts are those of `workloads.longbench`.
 
-Scores are those of Bai et al. (arXiv 2308.14508) and of github.com/THUDM/LongBench (MIT). Predictions are files of the
-names of the release's in the official format, a row a line:
+Scores are those of Bai et al. (arXiv 2308.14508) and of github.com/THUDM/LongBench (MIT). Predictions are files in the
+official format, named like the release's, with a line for each row:
 {"pred": ..., "answers": [...], "all_classes": [...] or null, "length": ...}. A row that no model can be given has an
 empty prediction and beside it "error", what is wrong and where. Files of LongBench-E are <task>_e.jsonl, or as the
 official code writes them <task>.jsonl in a folder pred_e, or in one of its folders.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sparse_serve_jax.evaluation.accuracy import Row
+from sparse_serve_jax.evaluation.accuracy import Row, of_all_tasks
 from sparse_serve_jax.evaluation.cases import DENSE_PREFILL
 from sparse_serve_jax.evaluation.intervals import interval
 
@@ -15,23 +14,18 @@ VALUES = ("accuracy", "nats", "prompt_nats")
 
 
 def compared(rows: Sequence[Row]) -> Iterator[Row]:
-  """Of rows of the part prefill, an entry for each length, group and case that all tasks of the group have.
+  """Of the rows of one length and group, an entry for each case of sparse prefill that all of its tasks have.
 
   Yields:
-    "tokens", "group", "case", "series", "at"; means over tasks of "read", the share of earlier blocks, of
-    "read_by_layer" [L], of "agreement", and of VALUES; of each of these "_more" than dense prefill, with the
-    "_interval" of that, the 95 % one of the paired bootstrap over instances.
+    "case", "series", "at"; means over tasks of "read", the share of earlier blocks, of "read_by_layer" [L], of
+    "agreement", and of VALUES; of each of these "_more" than dense prefill, with the "_interval" of that, the 95 % one
+    of the paired bootstrap over instances. Nothing where dense prefill is not there.
   """
-  for n_tokens, group in itertools.product(*(sorted({row[key] for row in rows}) for key in ("tokens", "group"))):
-    chosen = [row for row in rows if (row["tokens"], row["group"]) == (n_tokens, group)]
-    of_case: dict[str, list[Row]] = {}
-    for row in sorted(chosen, key=lambda row: row["task"]):
-      of_case.setdefault(row["case"], []).append(row)
-    whole = [ours for ours in of_case.values() if len(ours) == len({row["task"] for row in chosen})]
-    dense = next((ours for ours in whole if ours[0]["series"] == DENSE_PREFILL), None)
-    for ours in sorted(whole, key=lambda ours: [ours[0]["series"] != DENSE_PREFILL, ours[0]["series"], ours[0]["at"]]):
-      if dense is not None:
-        yield dict(tokens=n_tokens, group=group) | _entry(ours, dense)
+  cases = of_all_tasks(rows)
+  dense = next((ours for ours in cases if ours[0]["series"] == DENSE_PREFILL), None)
+  if dense is not None:
+    for ours in sorted(cases, key=lambda ours: [ours is not dense, ours[0]["series"], ours[0]["at"]]):
+      yield _entry(ours, dense)
 
 
 def _entry(ours: Sequence[Row], dense: Sequence[Row]) -> Row:

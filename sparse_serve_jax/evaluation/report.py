@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from sparse_serve_jax import results
 from sparse_serve_jax.config import SparseConfig
-from sparse_serve_jax.evaluation import equal_bytes, prefill_report
+from sparse_serve_jax.evaluation import equal_bytes, prefill_report, selections
 from sparse_serve_jax.evaluation.accuracy import QUANTILES, TEXT, TOLERANCE, Row
 from sparse_serve_jax.evaluation.cases import (
   CERTIFIED,
@@ -28,7 +28,7 @@ from sparse_serve_jax.evaluation.cases import (
   PSA_SHARES,
   RULES,
 )
-from sparse_serve_jax.evaluation.intervals import draws, interval
+from sparse_serve_jax.evaluation.intervals import bootstrap, interval
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
 SOLVED = 0.5  # dense accuracy from which on a task counts as solved
@@ -38,7 +38,7 @@ WINDOWS = (1, 2, 4, 8, 12, 16, 32)  # steps w that are shown of working sets; 12
 def summary(rows: Sequence[Row], reuse: Sequence[Row], prefill: Sequence[Row] = ()) -> dict[str, list[Row]]:
   """Everything but the rows themselves; each entry says what it is."""
   return {
-    "equal_bytes": list(at_equal_bytes(rows)),
+    "equal_bytes": list(_of_groups(equal_bytes.compared, rows)),
     "accuracies": list(accuracies(rows)),
     "by_task": list(by_task(rows)),
     "psa_against_fixed": list(psa_against_fixed(rows)),
@@ -46,16 +46,9 @@ def summary(rows: Sequence[Row], reuse: Sequence[Row], prefill: Sequence[Row] = 
     "certified": list(certified(rows)),
     "psa_by_head": list(psa_by_head(rows)),
     "text": list(likelihoods(rows)),
-    "prefill": list(prefill_report.compared(prefill)),
+    "prefill": list(_of_groups(prefill_report.compared, prefill)),
     "reuse": [reused(row) for row in reuse],
   }
-
-
-def at_equal_bytes(rows: Sequence[Row]) -> Iterator[Row]:
-  """What `equal_bytes.compared` tells, by length and group."""
-  for n_tokens, group, chosen in _by_group(rows):
-    for entry in equal_bytes.compared(chosen):
-      yield dict(tokens=n_tokens, group=group) | entry
 
 
 def accuracies(rows: Sequence[Row]) -> Iterator[Row]:
@@ -128,7 +121,7 @@ def _least(
   fails = None
   for case in sorted((case for case in means if case["series"] == series), key=lambda case: case["blocks"]):
     if case["accuracy"] + 1e-9 >= level * dense["accuracy"]:
-      drawn = draws(_each_accuracy(rows, case["case"]), _each_accuracy(rows, dense["case"]), level)
+      drawn = bootstrap(_each_accuracy(rows, case["case"]), _each_accuracy(rows, dense["case"]), level)
       return case | {"sure": float((drawn >= -1e-9).mean())}, fails
     fails = case
   return None, fails
@@ -203,14 +196,8 @@ def reused(row: Row) -> Row:
   told = {key: row[key] for key in ("task", "tokens", "case", "requests", "traced")}
   told["blocks"] = float(np.mean(row["blocks"]))
   for key in ("overlap", "working_set"):
-    told[key] = {str(w): round(float(reuse_curve(row, key)[w - 1]), 4) for w in WINDOWS}
+    told[key] = {str(w): round(float(selections.curve(row, key)[w - 1]), 4) for w in WINDOWS}
   return told
-
-
-def reuse_curve(row: Row, key: str) -> np.ndarray:
-  """A curve over w of a row of `reuse`, its layers and heads together, each by the blocks it selects."""
-  blocks = np.array(row["blocks"])  # [L, K]
-  return (np.array(row[key]) * blocks[..., None]).sum((0, 1)) / blocks.sum()
 
 
 def nearest_threshold(thresholds: Sequence[float]) -> float:
@@ -227,6 +214,13 @@ def _by_group(rows: Sequence[Row]) -> Iterator[tuple[int, str, list[Row]]]:
   for n_tokens, group in itertools.product(sorted(_values(rows, "tokens")), sorted(_values(rows, "group"))):
     if chosen := [row for row in rows if row["tokens"] == n_tokens and row["group"] == group]:
       yield n_tokens, group, chosen
+
+
+def _of_groups(compared: Callable[[Sequence[Row]], Iterator[Row]], rows: Sequence[Row]) -> Iterator[Row]:
+  """What a comparison tells of the rows of each length and group."""
+  for n_tokens, group, chosen in _by_group(rows):
+    for entry in compared(chosen):
+      yield dict(tokens=n_tokens, group=group) | entry
 
 
 def _means(rows: Sequence[Row]) -> list[Row]:

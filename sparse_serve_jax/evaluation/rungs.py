@@ -63,8 +63,8 @@ def shapes(configs: Mapping[str, EngineConfig], model: ModelConfig) -> dict[str,
 
 
 def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequence[Item]) -> None:
-  """Refuses rungs that cannot be compared: within different `cache.hbm_bytes`, or of which some cannot serve a request
-  that others can, or none any.
+  """Refuses rungs that cannot be compared: those with different `cache.hbm_bytes`, or where some cannot serve a request
+  that others can, or where no rung can serve any.
 
   Raises:
     ValueError: with the least cache.hbm_bytes that each rung needs for the longest request that some rung can serve, or

@@ -1,7 +1,7 @@
 """Which blocks successive decode steps select: traces of them, and how much of a selection comes back.
 
-What a cache of blocks can win is said by two curves over a number of steps w (SparseServe, arXiv 2509.24626, section
-3.3): the overlap of a step's selection with those of the w steps before, and the working set, all that w steps select.
+Two curves over a number of steps w say what a cache of blocks can gain (SparseServe, arXiv 2509.24626, section 3.3):
+the overlap of a step's selection with those of the w steps before, and the working set, all that w steps select.
 """
 
 from __future__ import annotations
@@ -86,6 +86,12 @@ def reuse(trace: Trace) -> Row:
   return {"blocks": (total / ((n - MOST) * n_requests)).round(3).tolist()} | told
 
 
+def curve(told: Row, key: str) -> np.ndarray:
+  """Of what `reuse` tells the "overlap" or the "working_set" [MOST], of all layers and heads: each by its blocks."""
+  blocks = np.array(told["blocks"])  # [L, K]
+  return (np.array(told[key]) * blocks[..., None]).sum((0, 1)) / blocks.sum()
+
+
 def mean_reuse(traces: Sequence[Trace]) -> Reuse:
   """What a simulation knows of selections, by traces that all count alike."""
   if not traces:
@@ -93,9 +99,10 @@ def mean_reuse(traces: Sequence[Trace]) -> Reuse:
   curves, densities = [], []
   for trace in traces:
     told = reuse(trace)
-    blocks = np.array(told["blocks"])  # [L, K]
-    curves.append((np.array(told["overlap"]) * blocks[..., None]).sum((0, 1)) / blocks.sum())
-    densities.append(blocks.mean() / (trace.lengths + trace.selected.shape[1] / 2).mean() * trace.block_tokens)
+    curves.append(curve(told, "overlap"))
+    densities.append(
+      np.mean(told["blocks"]) / (trace.lengths + trace.selected.shape[1] / 2).mean() * trace.block_tokens
+    )
   return fit_reuse(np.mean(curves, 0).tolist(), float(np.mean(densities)))
 
 
@@ -107,22 +114,17 @@ def in_short(trace: Trace) -> Row:
     steps select, in selections of one; "misses" of exact LRU by slots in SLOTS, as shares from step FILLED on.
   """
   told = reuse(trace)
-  blocks = np.array(told["blocks"])
-  mean = {key: float((np.array(told[key])[..., w] * blocks).sum() / blocks.sum()) for key, w in _SHOWN}
   return {
-    "blocks": round(float(blocks.mean()), 2),
+    "blocks": round(float(np.mean(told["blocks"])), 2),
     "full": int(trace.lengths.mean()) // trace.block_tokens,
-    "overlap": round(mean["overlap"], 4),
-    "union_12": round(mean["working_set"], 3),
+    "overlap": round(float(curve(told, "overlap")[0]), 4),
+    "union_12": round(float(curve(told, "working_set")[11]), 3),
     "misses": {f"{slots:g}": round(misses(trace, slots), 5) for slots in SLOTS},
   }
 
 
-_SHOWN = ("overlap", 0), ("working_set", 11)
-
-
 def misses(trace: Trace, slots: float) -> float:
-  """Share of the blocks selected from step FILLED on that exact LRU has not.
+  """Of the blocks that are selected from step FILLED on, the share that exact LRU does not hold.
 
   One LRU over all requests, layers and heads, in the order of layers; `slots` in what a step selects on average.
 
@@ -149,7 +151,7 @@ def misses(trace: Trace, slots: float) -> float:
 
 
 def drawn_like(name: str, drawn: Drawn, like: Trace) -> Trace:
-  """What is drawn where `like` was recorded: as many blocks, one of them a sink and one the window.
+  """Drawn selections of as many blocks as the recorded trace `like` has; one of them is a sink and one the window.
 
   Args:
     name: of the trace's case.
@@ -177,8 +179,11 @@ def drawn_like(name: str, drawn: Drawn, like: Trace) -> Trace:
 
 
 def fit(trace: Trace, steps: int = 128) -> dict[str, float]:
-  """A of the held:A that is reused as a trace: "by_overlap", with the step before, and "by_misses", the one of SHARES
-  whose logarithms of misses are nearest, over the first `steps`.
+  """The A with which selections of held:A come back as those of a trace do, over its first `steps`.
+
+  Returns:
+    "by_overlap": the A of the same overlap with the step before; "by_misses": the one of SHARES whose logarithms of
+    misses are nearest.
   """
   first = Trace(trace.selected[:, :steps], trace.lengths, trace.block_tokens, trace.case, trace.model, trace.task)
   told, found = in_short(first), [in_short(drawn_like(f"held:{share}", held(share), first)) for share in SHARES]

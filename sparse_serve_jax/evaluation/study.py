@@ -23,7 +23,7 @@ from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.tasks import text as texts
 
-FORMAT = 5  # of rows; another one when they tell other things, or the same in another way
+FORMAT = 5  # of rows; raised when they say other things, or the same in another way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +171,12 @@ class Study:
 
 
 def _crc(case: Case) -> str:
-  """Of all that a case is."""
+  """A checksum of all that a case is."""
   return f"{zlib.crc32(repr(case).encode()):08x}"
 
 
 def _prompts(model: Model, files: Sequence[str]) -> str:
-  """Another one when tasks are written in another way, or take other text."""
+  """A checksum of prompts: it changes when tasks are written in another way, or take other text."""
   text = texts.user_text(*files) if files else texts.sentences
   each = [tasks.make(name, 2048, 0, model.tokenizer, split="eval", text=text).text for name in tasks.TASKS]
   return f"{zlib.crc32(''.join(each).encode()):08x}"

@@ -16,8 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from sparse_serve_jax.config import ModelConfig
+from sparse_serve_jax.files import read_json
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.models.hf_config import read_object
 from sparse_serve_jax.models.leaves import FileStamp, Leaf, mismatches
 
 _ALL, _Q, _K, _V = np.s_[...], np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
@@ -247,7 +247,7 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a checkpoint. (A directory may hold others, in another layout.)"""
   index = directory / "model.safetensors.index.json"
   if index.exists():
-    names = read_object(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
       raise ValueError(f"{index}: 'weight_map' is {names!r:.80}, wanted is an object, tensor name -> file name")
     paths = [directory / name for name in sorted(set(names.values()))]

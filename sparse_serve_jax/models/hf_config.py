@@ -7,41 +7,29 @@ what transformers 5 computes, with a warning that names both.
 
 from __future__ import annotations
 
-import json
 import math
-import pathlib
 import warnings
 from typing import Any
 
-from sparse_serve_jax import files
 from sparse_serve_jax.config import ModelConfig, RopeConfig
 from sparse_serve_jax.models import llama
 
 # model_type -> architecture, what it has, and the values of fields where they are absent. docs/extending.md adds one.
+_LLAMA = {
+  "name": "LlamaForCausalLM",
+  "qkv_bias": False,
+  "qk_norm": False,
+  "window": None,
+  "use_window": True,
+  "full_layers": 0,
+  "kv_heads": None,
+  "head_dim": None,
+  "positions": 2048,
+}
 _QWEN = {"window": 4096, "use_window": False, "full_layers": 28, "kv_heads": 32, "positions": 32768}
 FAMILIES: dict[str, dict[str, Any]] = {
-  "llama": {
-    "name": "LlamaForCausalLM",
-    "qkv_bias": False,
-    "qk_norm": False,
-    "window": None,
-    "use_window": True,
-    "full_layers": 0,
-    "kv_heads": None,
-    "head_dim": None,
-    "positions": 2048,
-  },
-  "mistral": {
-    "name": "MistralForCausalLM",
-    "qkv_bias": False,
-    "qk_norm": False,
-    "window": 4096,
-    "use_window": True,
-    "full_layers": 0,
-    "kv_heads": 8,
-    "head_dim": None,
-    "positions": 131072,
-  },
+  "llama": _LLAMA,
+  "mistral": _LLAMA | {"name": "MistralForCausalLM", "window": 4096, "kv_heads": 8, "positions": 131072},
   "qwen2": _QWEN | {"name": "Qwen2ForCausalLM", "qkv_bias": True, "qk_norm": False, "head_dim": None},
   "qwen3": _QWEN | {"name": "Qwen3ForCausalLM", "qkv_bias": False, "qk_norm": True, "head_dim": 128},
 }
@@ -94,24 +82,6 @@ class _Fields:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
       raise self.wrong(key, wanted)
     return value
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    ValueError: in one line with the file's path, where it is missing, no JSON or no object.
-  """
-  text = files.read_text(path)
-  try:
-    made = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: not JSON that can be read: {error}") from None
-  if not isinstance(made, dict):
-    raise ValueError(f"{path} holds a {type(made).__name__}, wanted is an object {{...}}")
-  return made
 
 
 def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:

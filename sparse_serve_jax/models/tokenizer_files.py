@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from sparse_serve_jax import files
-from sparse_serve_jax.models.hf_config import read_object
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -29,7 +28,7 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: something else is in it, or half of a character.
   """
-  made = read_object(file) if file.exists() else {}
+  made = files.read_json(file) if file.exists() else {}
   if wrong := files.lone_surrogate(made):
     raise ValueError(f"{file}: {wrong}")
   return made
@@ -39,7 +38,7 @@ def check_ids(file: pathlib.Path, core: tokenizers.Tokenizer) -> None:
   """Raises ValueError if an added token of a tokenizer.json has another id in the tokenizer made of it: ids beyond the
   vocabulary are dealt out anew, in silence.
   """
-  entries = read_object(file).get("added_tokens") or []
+  entries = files.read_json(file).get("added_tokens") or []
   for token, i in [(entry["content"], entry["id"]) for entry in entries]:
     if (got := core.token_to_id(token)) != i:
       raise ValueError(f"{file}: 'added_tokens' has {token!r} with the id {i}, and the tokenizer gives it {got}")

@@ -41,7 +41,7 @@ class Model:
   def describe(self) -> str:
     """Lines for a reader: name, shape, tokenizer, where each special token comes from, chat template or none."""
     cfg = self.config
-    count = sum(math.prod(shape) for shape in jax.tree.leaves(llama.param_shapes(cfg), is_leaf=_is_shape))
+    count = sum(jax.tree.leaves(llama.map_shapes(lambda _, shape: math.prod(shape), cfg)))
     rope = "" if cfg.rope.kind == "default" else f" ({cfg.rope.kind}, factor {cfg.rope.factor:g})"
     shape = (
       f"{count:,} parameters in {cfg.dtype}: {cfg.n_layers} layers of {cfg.d_model}, {cfg.n_heads} heads of "
@@ -84,7 +84,7 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
     return Model(opened.config, opened.params, opened.tokenizer, tuple(ends), path.stem, ends)
   if not (path / "config.json").exists():
     raise ValueError(_no_model(name, path))
-  raw = hf_config.read_object(path / "config.json")
+  raw = files.read_json(path / "config.json")
   cfg, params = hf.open_params(path, _cast(hf_config.config_from_hf(raw, str(path / "config.json")), dtype))
   tokenizer = tokenizer_lib.load_tokenizer(path)
   ends = _ends(path, cfg, raw, tokenizer)
@@ -121,7 +121,7 @@ def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) 
 
 
 def _restore(path: pathlib.Path, dtype: str | None) -> Model:
-  card, where = hf_config.read_object(path / _CARD), str(path / _CARD)
+  card, where = files.read_json(path / _CARD), str(path / _CARD)
   if absent := [key for key in ("name", "config") if key not in card]:
     raise ValueError(f"{where} lacks {absent[0]!r}")
   with files.placed(where):
@@ -148,7 +148,7 @@ def _ends(
 ) -> dict[int, str]:
   """Every token that ends an output, and where it comes from: generation_config.json, config.json, the tokenizer."""
   file, config = path / "generation_config.json", path / "config.json"
-  generation = hf_config.read_object(file) if file.exists() else {}
+  generation = files.read_json(file) if file.exists() else {}
   told = [(i, file.name) for i in hf_config.token_ids(generation, "eos_token_id", str(file))]
   told += [(i, config.name) for i in hf_config.token_ids(raw, "eos_token_id", str(config))]
   return _union(str(path), cfg, [*told, *tokenizer.turn_ends().items()])
@@ -180,7 +180,3 @@ def _no_model(name: str, path: pathlib.Path) -> str:
       f"`hf download {name} --local-dir DIR` (of the package huggingface_hub) fetches it; then give DIR"
     )
   return f"{name!r} is no model: no config.json or {_CARD} is there, and it does not begin with 'random:'"
-
-
-def _is_shape(value: Any) -> bool:
-  return isinstance(value, tuple)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparse_serve_jax.evaluation import report
+from sparse_serve_jax.evaluation import report, selections
 from sparse_serve_jax.evaluation.accuracy import Row
 from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE, PSA
 from sparse_serve_jax.plots import style
@@ -47,7 +47,7 @@ def accuracy_by_bytes(accuracies: Sequence[Row], file: pathlib.Path, made_by: st
 
 
 def at_equal_bytes(compared: Sequence[Row], file: pathlib.Path, made_by: str = "") -> None:
-  """Entries of `report.at_equal_bytes`: error and nats against the bytes that are read, a line for each series."""
+  """Entries of `equal_bytes.compared`: error and nats against the bytes that are read, a line for each series."""
   figure, (left, right) = style.subplots(1, 2, size=(12, 5))
   for series in dict.fromkeys(row["series"] for row in compared if row["series"] != DENSE):
     line = sorted((row["bytes_read"] / 1024, row["error"], row["nats"]) for row in compared if row["series"] == series)
@@ -88,7 +88,7 @@ def reuse(rows: Sequence[Row], file: pathlib.Path, made_by: str = "") -> None:
   figure, axes = style.subplots(2, 2, size=(10.5, 8))
   for axis, key, label in zip(axes[0], ("overlap", "working_set"), ("overlap", "working set / selection"), strict=True):
     for row in sorted(rows, key=lambda row: (row["series"], row["at"])):
-      curve = report.reuse_curve(row, key)
+      curve = selections.curve(row, key)
       axis.plot(np.arange(1, len(curve) + 1), curve, label=row["case"])
     axis.set(xlabel="steps w", ylabel=label)
   figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import pathlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -61,13 +60,6 @@ def _by(part: Mapping[str, Any], endpoint: Mapping[str, str] | None = None) -> s
   return f"{where}; commit {part['commit']}; {command[:160]}"
 
 
-def _write_csv(file: pathlib.Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-  with file.open("w", newline="", encoding="utf-8") as opened:
-    writer: csv.DictWriter[str] = csv.DictWriter(opened, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def _write_markdown(file: pathlib.Path, rows: Sequence[Row]) -> None:
   heads = list(dict.fromkeys(key for row in rows for key in row))
   lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
@@ -107,7 +99,7 @@ def _draw_requests(folder: pathlib.Path, out: pathlib.Path) -> bool:
   if rows:
     requests.draw(rows, out / "requests.png", made_by(folder))
     told = requests.table(rows)
-    _write_csv(out / "requests.csv", list(told[0]), told)
+    results.write_csv(out / "requests.csv", told)
     _write_markdown(out / "requests.md", told)
   return bool(rows)
 
@@ -128,7 +120,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
     benchmarks.against_floors(of_op, out / f"bench_{op.replace(' ', '_')}.png", made_by(folder, of_op))
   if rows:
     (out / "benchmarks.md").write_text(benchmarks.markdown(rows), encoding="utf-8")
-    _write_csv(out / "benchmarks.csv", COLUMNS, rows)
+    results.write_csv(out / "benchmarks.csv", rows, COLUMNS)
   return bool(rows)
 
 

@@ -67,8 +67,9 @@ def save(figure: Figure, file: pathlib.Path, made_by: str = "") -> pathlib.Path:
 
 
 def logarithmic(axes: Axes, which: str, at: Sequence[float] | None = None) -> None:
-  """Makes the axis "x" or "y" logarithmic, with ticks `at` values that are given, but those that crowd;
-  else three or more."""
+  """Makes the axis "x" or "y" logarithmic.
+
+  Its ticks are those of `at` that are not too close to each other; without `at` they are three or more."""
   axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
   (axes.set_xscale if which == "x" else axes.set_yscale)("log")
   low, high = sorted(axis.get_view_interval())

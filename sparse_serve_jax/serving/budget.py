@@ -58,6 +58,11 @@ class Needs:
     )
 
 
+def kv_bytes(cfg: ModelConfig) -> int:
+  """Bytes of one token's keys and values, of all layers."""
+  return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * llama.dtype_of(cfg).itemsize
+
+
 def weight_bytes(cfg: ModelConfig, n_devices: int) -> int:
   """Of one device."""
   shapes, specs = llama.param_shapes(cfg), llama.param_specs(cfg, n_devices)

@@ -18,7 +18,7 @@ from sparse_serve_jax.workloads import WorkloadConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
+class MeasuredRun:
   """Iterations by which an engine served a workload, and what it was that ran."""
 
   config: EngineConfig
@@ -29,7 +29,7 @@ class Ran:
   iterations: Sequence[Iteration]
 
 
-def run_here(config: EngineConfig, model: Model, asked: Asked, repeats: int) -> Ran:
+def run_here(config: EngineConfig, model: Model, asked: Asked, repeats: int) -> MeasuredRun:
   """Serves a workload on this machine so many times; an iteration took what is `typical` of it.
 
   Raises:
@@ -44,10 +44,10 @@ def run_here(config: EngineConfig, model: Model, asked: Asked, repeats: int) -> 
   if len({len(one) for one in passes}) > 1:
     raise ValueError(f"the passes have different iterations, {[len(one) for one in passes]}: a request has failed")
   took = [one._replace(seconds=seconds) for one, seconds in zip(passes[0], typical(passes), strict=True)]
-  return Ran(config, model.config, model.name, jax.devices()[0].device_kind, asked.config, took)
+  return MeasuredRun(config, model.config, model.name, jax.devices()[0].device_kind, asked.config, took)
 
 
-def calibrate(ran: Sequence[Ran], reuse: Reuse, selections: str) -> Cost:
+def calibrate(ran: Sequence[MeasuredRun], reuse: Reuse, selections: str) -> Cost:
   """A cost that fits all iterations together.
 
   Args:
@@ -78,7 +78,7 @@ def calibrate(ran: Sequence[Ran], reuse: Reuse, selections: str) -> Cost:
   return Cost(about, found.seconds, reuse)
 
 
-def _blocks_read(of: Ran, iterations: Sequence[Iteration]) -> float:
+def _blocks_read(of: MeasuredRun, iterations: Sequence[Iteration]) -> float:
   """Mean blocks that a step of PSA reads of a KV head, in the layers where it may stop.
 
   Raises:

@@ -44,13 +44,13 @@ class Reuse:
         raise ValueError(f"Reuse.{key}={getattr(self, key)} is not in (0, 1)")
 
 
-def fit_reuse(overlap: Sequence[float], density: float, psa_blocks: float = 0.0) -> Reuse:
+def fit_reuse(overlap: Sequence[float], density: float) -> Reuse:
   """From the shares [w] of a selection that are in the 1 to w steps before, which must all be below 1."""
   left = 1 - np.asarray(overlap, np.float64)
   if len(left) < 2 or not ((left > 0) & (left < 1)).all():
     raise ValueError(f"two shares or more, all between 0 and 1, make a curve; got {list(overlap)}")
   slope, start = np.polyfit(np.log(np.arange(1, len(left) + 1)), np.log(left), 1)
-  return Reuse(min(float(np.exp(start)), 0.999), max(0.0, -float(slope)), density, psa_blocks)
+  return Reuse(min(float(np.exp(start)), 0.999), max(0.0, -float(slope)), density)
 
 
 class Blocks:

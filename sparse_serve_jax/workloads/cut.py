@@ -7,7 +7,7 @@ from sparse_serve_jax.tokenizing import Tokenizer
 
 
 def cut_middle(tokenizer: Tokenizer, text: str, max_tokens: int, add_special_tokens: bool = True) -> str:
-  """A text of more than `max_tokens` tokens as the texts of its first and its last half so many.
+  """A text of about `max_tokens` tokens: of a longer one the first half and the last half of as many.
 
   Tokenized again it can be a few tokens longer; nothing is cut a second time.
   """

@@ -49,7 +49,7 @@ Source = Callable[[Tokenizer, int], list[Item | Refused]]
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-  """A source of which it is known before there is a model that it refuses some rows."""
+  """A source that knows which rows it refuses before there is a model."""
 
   items: Source
   refused: tuple[Refused, ...]  # they are among the items too
