@@ -24,10 +24,10 @@ PROGRAM = '''"""Does what it is told.
   python program.py [WORD]
 """
 
-import ctypes, os, pathlib, signal, sys, time
+import ctypes, itertools, os, pathlib, signal, sys, time
 from absl import flags
 from sparse_serve_jax.commands import cli
-from sparse_serve_jax import results
+from sparse_serve_jax import processes, results
 
 _OUT = cli.define_out("Folder of rows.jsonl.", required=False)
 _VERBOSE = cli.define_verbose()
@@ -74,6 +74,15 @@ def main(word="none"):
     return 1
   if word == "compile":
     compile_for_seconds()
+  if word == "workers":
+    made = processes.ahead(len, itertools.repeat("abc"), 2)
+    print(next(made), flush=True)
+    time.sleep(30)
+  if word == "unread":
+    print("begun", flush=True)
+    sys.stdout = open(os.dup(1), "w")  # which keeps what is written, though PYTHONUNBUFFERED may be set
+    print("more")
+    time.sleep(30)
   if word == "finalizer":
     Finalized()
     time.sleep(30)
@@ -249,6 +258,25 @@ def test_an_interrupt_of_a_compilation_is_an_interrupt(program):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_an_interrupt_ends_worker_processes(program):
+  """Also those whose results are not being waited for."""
+  with begin(program, "workers") as process:
+    assert process.stdout and process.stdout.readline() == "3\n"
+    time.sleep(1)  # until all of them wait for work
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=25)
+  assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_an_interrupt_is_one_where_nobody_reads_the_output(program):
+  with begin(program, "unread") as process:
+    assert process.stdout and process.stderr and process.stdout.readline() == "begun\n"
+    process.stdout.close()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(timeout=25), process.stderr.read()) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("where", ["work", "cleanup"])

@@ -41,6 +41,17 @@ def test_a_command_takes_its_flags_and_says_its_name():
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nonsense" in done.stderr
 
 
+def test_an_interrupt_of_the_imports_is_a_line(monkeypatch, capsys):
+  def interrupted(name: str):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, "argv", ["sparse-serve", "run"])
+  with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+    patch.setattr(importlib, "import_module", interrupted)
+    commands.main()
+  assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_has_a_module(name):
   assert importlib.util.find_spec(f"sparse_serve_jax.commands.{name.replace('-', '_')}")

@@ -69,7 +69,11 @@ def main() -> NoReturn:
   if not any(name in commands for commands in COMMANDS.values()):
     print(f"error: {name!r} is no command; `sparse-serve --help` shows what there is", file=sys.stderr)
     sys.exit(2)
-  module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+  try:
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+  except KeyboardInterrupt:  # it takes a second
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
   sys.exit(module.command([f"sparse-serve {name}", *arguments]))
 
 

@@ -285,18 +285,20 @@ def endings(verbose: bool, interrupted: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leaving() -> Iterator[None]:
-  """Ends a process that was interrupted once its exit functions have run, and takes nothing down. An interrupt leaves a
-  program that is being compiled to XLA's threads, and Python would take JAX's client from under them: a segmentation
-  fault, whatever the status (jax 0.10.2).
+  """Ends a process that was interrupted as Python does, but takes nothing down. An interrupt leaves a program that is
+  being compiled to XLA's threads, and Python would take JAX's client from under them: a segmentation fault, whatever
+  the status (jax 0.10.2).
   """
   try:
     yield
   except SystemExit as end:
     if not _was_interrupted:
       raise
+    threading._shutdown()  # pyright: ignore  # ends worker processes, for which exit functions would wait
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(BrokenPipeError):
+        stream.flush()
     os._exit(end.code if isinstance(end.code, int) else 1)
 
 
