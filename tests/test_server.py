@@ -206,6 +206,8 @@ def test_a_client_that_goes_away_is_cancelled(server):
   while server.number("requests_running") and time.monotonic() < deadline:
     time.sleep(0.02)
   lines = server.http.get("/metrics").text
+  wrong = server.http.get("/v1/completions")
+  assert (wrong.status_code, wrong.headers["allow"], set(wrong.json()["error"])) == (405, "POST", ERROR)
   assert server.number("requests_running") == 0 and 'finish_reason="cancelled"} 1.0' in lines
   assert server.number("requests_total") == before + 1
 
@@ -318,6 +320,7 @@ def malformed() -> list[tuple[str, bytes]]:
     ("top_p", "NaN"),
     ("min_p", "NaN"),
     ("max_tokens", "NaN"),
+  rows += [("/v1/completions", '{"\\ud800": 3}')]  # half of a character
     ("seed", "9" * 4000),
     ("seed", "9" * 5000),  # more digits than Python reads
     ("max_tokens", "9" * 4000),
