@@ -234,6 +234,24 @@ def test_places_of_tokens_in_a_text_are_those_of_the_whole(monkeypatch):
   asyncio.run(run())
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_of_nothing_but_the_prompt(echo):
+  """It has the choices of the whole answer."""
+  body = {"prompt": [PROMPT, [40, 41]], "max_tokens": 0, "n": 2, "echo": echo}
+
+  async def run():
+    async with serving(one()) as http:
+      whole = (await http.post("/v1/completions", json=body)).json()["choices"]
+      answer = await http.post("/v1/completions", json=body | {"stream": True})
+      *events, done = [line[6:] for line in answer.text.splitlines() if line]
+      assert done == "[DONE]" and [choice for event in events for choice in json.loads(event)["choices"]] == whole
+      assert [(of["index"], of["text"], of["finish_reason"]) for of in whole[2:]] == [
+        (i, "()" * echo, "length") for i in (2, 3)
+      ]
+
+  asyncio.run(run())
+
+
 def test_an_output_without_a_text_ends_no_other(monkeypatch):
   """A tokenizer that fails at a token."""
   of, bad = one(), [9] * 9

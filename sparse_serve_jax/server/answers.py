@@ -121,7 +121,7 @@ class Answer:
     if self._asked.chat:
       return [bodies.role(i) for i in each]
     wants = self._asked.params.logprobs is not None
-    echoes = [self._prompts[i // n] for i in each if self._asked.echoes]
+    echoes = [self._prompts[i // n] for i in each if self._asked.echoes or not self._outputs]
     return [
       bodies.choice(i, text, bodies.logprobs(tokens) if wants else None, None)
       for i, (text, tokens) in enumerate(echoes)
