@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Bodies:
 
   def __post_init__(self):
     self._id, self._created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+    self._name = functools.cache(self._read_name)  # a long prompt has each of its tokens often
 
   def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
     kind = "chat.completion" if self.chat else "text_completion"
@@ -64,7 +66,7 @@ class Bodies:
       "text_offset": [offset for _, _, offset in tokens],
     }
 
-  def _name(self, token: int) -> str:
+  def _read_name(self, token: int) -> str:
     """Its text; of one that is no whole characters its bytes, as OpenAI writes them."""
     of = self.tokenizer.token_bytes(token)
     try:
