@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import functools
 from collections.abc import Sequence
 
 from sparse_serve_jax.tokenizing import Tokenizer
@@ -44,6 +47,13 @@ class Detokenizer:
     """Whether a stop string has come: there is no more text then."""
     return self._stop.found
 
+  @property
+  def offset(self) -> int:
+    """Where the newest token begins in the text of all, a stop string included: characters before it, or before the
+    one that it is a part of.
+    """
+    return self._pieces.offset
+
   def push(self, token: int) -> str:
     """Takes the next token. Returns the text that is certain now and was not before, often none."""
     self._n_tokens += 1
@@ -59,22 +69,49 @@ class Detokenizer:
     return piece
 
 
+def offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+  """Where each token begins in the text of all, in which special tokens stand too: see `Detokenizer.offset`."""
+  pieces, at = _Pieces(tokenizer, skip_special_tokens=False), list[int]()
+  for token in tokens:
+    pieces.push(token)
+    at.append(pieces.offset)
+  return at
+
+
 class _Pieces:
   """Pieces of `decode` of all tokens. Only the newest tokens are decoded with each that comes."""
 
-  def __init__(self, tokenizer: Tokenizer):
-    self._decode, self._probe = tokenizer.decode, _first_byte(tokenizer)
+  def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    self._decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    self._token_bytes, self._probe = tokenizer.token_bytes, _first_byte(tokenizer)
+    self._n, self._begun, self._newest = 0, 0, ""  # characters of all pieces, those before the newest, and this one
+    self._run = codecs.getincrementaldecoder("utf-8")("ignore")
+    self._n_run = 0  # whole characters of the run that goes on
     self._bytes: dict[int, bool] = {}  # token -> whether it may be part of a run of byte tokens
     self._window: list[int] = []  # the newest tokens
     self._told = 0  # characters of the window's text that are told
 
+  @property
+  def offset(self) -> int:
+    """As of `Detokenizer`. A half before the newest token may have become a character, or none, by it."""
+    with contextlib.suppress(UnicodeDecodeError):
+      text = self._token_bytes(self._window[-1]).decode()
+      if text and self._newest.endswith(text):
+        return self._n - len(text)
+    return self._begun
+
   def push(self, token: int) -> str:
     self._window.append(token)
+    self._begun, self._newest = self._n + self._n_run, ""
     if self._in_run(token):  # whose bytes are characters only if all of the run is
+      if self._n and self._decode([token, token]):  # a space that begins the text is none of it
+        self._n_run += len(self._run.decode(self._token_bytes(token)))
       return ""
+    self._run.reset()
     text = self._decode(self._window)
     whole = text[:-1] if text.endswith(_HALF) else text
     piece, self._told = whole[self._told :], max(self._told, len(whole))
+    self._n, self._n_run, self._newest = self._n + len(piece), 0, piece
     if whole is text and len(self._window) >= _WINDOW:
       self._shorten()
     return piece

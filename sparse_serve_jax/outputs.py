@@ -103,6 +103,11 @@ class Reading:
     """Whether a stop string has come: tokens that follow were on their way, and are not pushed."""
     return self._detokenizer is not None and self._detokenizer.stopped
 
+  @property
+  def offset(self) -> int:
+    """Where the newest token begins in the text, as of `Detokenizer`; 0 without pieces."""
+    return self._detokenizer.offset if self._detokenizer else 0
+
   def push(self, token: int) -> str:
     """Takes the next token. Returns the text that is certain now and was not before, often none."""
     self.n_tokens += 1

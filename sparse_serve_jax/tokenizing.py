@@ -34,6 +34,10 @@ class Tokenizer(Encoder, Protocol):
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
+  def token_bytes(self, token: int) -> bytes:
+    """UTF-8 of what a token is within a text. Of one that is a part of a character, that part."""
+    ...
+
   def apply_chat_template(
     self,
     messages: Sequence[Message],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from sparse_serve_jax.detokenizer import Detokenizer
+from sparse_serve_jax.detokenizer import Detokenizer, offsets
 from sparse_serve_jax.models.tokenizer import ByteTokenizer, FileTokenizer
 from sparse_serve_jax.tokenizing import Tokenizer
 
@@ -142,6 +143,42 @@ def test_text_comes_with_its_token(kind):
   pieces = pieces_of(tokenizer, ids)
   assert pieces[-1] == "" and "".join(pieces).lstrip() == "the cat sat on the mat"
   assert sum(not piece for piece in pieces[:-1]) <= 1  # a space that begins the text may be none of it
+
+
+@ALL_KINDS
+@given(text=st.text(max_size=60))
+def test_bytes_of_tokens_are_those_of_the_text(kind, text):
+  """And each token that is no part of a character stands in the text where it begins."""
+  tokenizer = tokenizer_of(kind)
+  ids = tokenizer.encode("The " + text)
+  whole, at = tokenizer.decode(ids, skip_special_tokens=False), offsets(tokenizer, ids)
+  parts = list(map(tokenizer.token_bytes, ids))
+  assert b"".join(parts).decode() in (whole, " " + whole)
+  assert at == sorted(at)
+  for part, begins in zip(parts[1:], at[1:], strict=True):
+    with contextlib.suppress(UnicodeDecodeError):
+      assert whole.startswith(part.decode(), begins)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "gpt-2", "llama-3", "qwen"])
+@given(data=st.data())
+def test_tokens_begin_where_they_stand(kind, data):
+  """Of any tokens: halves that become no character too."""
+  tokenizer = tokenizer_of(kind)
+  ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=60))
+  whole, at = tokenizer.decode(ids, skip_special_tokens=False), offsets(tokenizer, ids)
+  assert at == sorted(at)
+  for token, begins in zip(ids, at, strict=True):
+    with contextlib.suppress(UnicodeDecodeError):
+      assert whole.startswith(tokenizer.token_bytes(token).decode(), begins)
+
+
+@ALL_KINDS
+def test_every_token_has_bytes(kind):
+  tokenizer = tokenizer_of(kind)
+  for token in range(tokenizer.vocab_size + 2):
+    text = tokenizer.decode([65, token], skip_special_tokens=False)
+    assert tokenizer.token_bytes(token).decode(errors="replace") in (text, text[len(tokenizer.decode([65])) :])
 
 
 def test_a_character_of_four_tokens_comes_once_it_is_whole():

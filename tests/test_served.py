@@ -229,7 +229,25 @@ def test_places_of_tokens_in_a_text_are_those_of_the_whole(monkeypatch):
         async for line in answer.aiter_lines():
           choices = json.loads(line[6:])["choices"] if line.startswith("data: {") else []
           streamed += [at for choice in choices if choice["logprobs"] for at in choice["logprobs"]["text_offset"]]
-      assert streamed == whole == [0, 1, 2, 3, 4, 5]
+      assert streamed == whole == [0, 0, 1, 2, 3, 4]
+
+  asyncio.run(run())
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_of_nothing_but_the_prompt(echo):
+  """It has the choices of the whole answer."""
+  body = {"prompt": [PROMPT, [40, 41]], "max_tokens": 0, "n": 2, "echo": echo}
+
+  async def run():
+    async with serving(one()) as http:
+      whole = (await http.post("/v1/completions", json=body)).json()["choices"]
+      answer = await http.post("/v1/completions", json=body | {"stream": True})
+      *events, done = [line[6:] for line in answer.text.splitlines() if line]
+      assert done == "[DONE]" and [choice for event in events for choice in json.loads(event)["choices"]] == whole
+      assert [(of["index"], of["text"], of["finish_reason"]) for of in whole[2:]] == [
+        (i, "()" * echo, "length") for i in (2, 3)
+      ]
 
   asyncio.run(run())
 

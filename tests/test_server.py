@@ -89,6 +89,7 @@ def server(tmp_path_factory):
 PROMPT = "The quick brown fox jumps over the lazy dog. The quick brown"
 GREEDY = {"model": "reference", "temperature": 0, "max_tokens": 8}
 IGNORE = {"ignore_eos": True}
+LOGPROBS = ("text_offset", "tokens", "token_logprobs", "top_logprobs")
 
 
 def complete(server: Process, prompt=PROMPT, **options):
@@ -163,6 +164,36 @@ def test_a_chat_with_logprobs(server):
   assert "".join(piece.content or "" for piece in pieces) == whole.choices[0].message.content
 
 
+def test_tokens_stand_where_they_say(server):
+  """Drawn, so that many are parts of characters or special. Streamed they are the same; a chat's bytes are its text."""
+  prompt = "na\u00efve \u6f22\u5b57 \U0001f600 e\u0301 <end> said"
+  n_split = 0
+  for seed in range(4):
+    options = dict(echo=seed > 1, logprobs=seed, seed=seed, temperature=8.0, max_tokens=40)
+    (choice,) = complete(server, prompt, **options).choices
+    told = choice.logprobs
+    assert choice.text.startswith(prompt) == options["echo"]
+    assert told.text_offset == sorted(told.text_offset) and told.text_offset[-1] <= len(choice.text)
+    for at, token, own, top in zip(*map(told.model_dump().get, LOGPROBS), strict=True):
+      if token.startswith("bytes:"):
+        n_split += 1
+      elif token not in ("<begin>", "<end>"):
+        assert choice.text.startswith(token, at), (token, at, choice.text)
+      assert (own, top) == (None, None) or (top[token] == own and len(top) in (seed, seed + 1))
+    pieces = [c.choices[0] for c in complete(server, prompt, **options, stream=True)]
+    assert "".join(piece.text for piece in pieces) == choice.text
+    parts = [piece.logprobs.model_dump() for piece in pieces if piece.logprobs]
+    for name in LOGPROBS:
+      assert [of for part in parts for of in part[name]] == getattr(told, name)
+
+    asked = dict(model="reference", messages=[{"role": "user", "content": prompt}], temperature=8.0, seed=seed)
+    chat = server.client.chat.completions.create(**asked, max_tokens=40, logprobs=True, top_logprobs=2).choices[0]
+    n_split += sum(of.token.startswith("\\x") for of in chat.logprobs.content)
+    made = b"".join(bytes(of.bytes) for of in chat.logprobs.content if of.token not in ("<begin>", "<end>"))
+    assert made.decode(errors="replace") == chat.message.content
+  assert n_split > 20, n_split
+
+
 def test_errors_are_those_of_the_client(server):
   with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
     complete(server, model="other")
@@ -175,6 +206,8 @@ def test_errors_are_those_of_the_client(server):
   with pytest.raises(openai.AuthenticationError, match="wants an API key"):
     server.client.with_options(api_key="another").models.list()
   assert [model.id for model in server.client.models.list()] == ["reference"]
+  wrong = server.http.get("/v1/completions")
+  assert (wrong.status_code, wrong.headers["allow"], set(wrong.json()["error"])) == (405, "POST", ERROR)
 
 
 def test_no_more_wait_than_may(server):
@@ -287,6 +320,7 @@ def malformed() -> list[tuple[str, bytes]]:
     "add_special_tokens": [3, "a"],
   }
   rows = [("/v1/completions", json.dumps(good | {name: value})) for name, values in wrong.items() for value in values]
+  rows += [("/v1/completions", '{"\\ud800": 3}')]  # half of a character
   chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
   user = {"role": "user", "content": "a"}
   messages = [None, [], "a", {}, [1], [{}], [{"role": "user"}], [{"role": 3, "content": "a"}], [user | {"role": "usr"}]]

@@ -107,8 +107,15 @@ class ByteTokenizer(_Chatting):
     return [self.bos_token_id] * add_special_tokens + list(text.encode())
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    marks = {} if skip_special_tokens else {self.bos_token_id: b"<bos>", self.eos_token_ids[0]: b"<eos>"}
-    return b"".join(bytes([i]) if 0 <= i < 256 else marks.get(i, b"") for i in ids).decode(errors="replace")
+    of = self._byte if skip_special_tokens else self.token_bytes
+    return b"".join(map(of, ids)).decode(errors="replace")
+
+  def token_bytes(self, token: int) -> bytes:
+    marks = {self.bos_token_id: b"<bos>", self.eos_token_ids[0]: b"<eos>"}
+    return marks.get(token) or self._byte(token)
+
+  def _byte(self, token: int) -> bytes:
+    return bytes([token]) if 0 <= token < 256 else b""
 
   def turn_ends(self) -> dict[int, str]:
     return dict.fromkeys(self.eos_token_ids, "the byte tokenizer")
@@ -170,6 +177,17 @@ class FileTokenizer(_Chatting):
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
     return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+  def token_bytes(self, token: int) -> bytes:
+    # Twice, as what is first may lose a space before it.
+    text = self.decode([token, token], False)[len(self.decode([token], False)) :]
+    written = self._core.id_to_token(token) or ""
+    if "\ufffd" not in text:
+      return text.encode()
+    if re.fullmatch("<0x[0-9A-F]{2}>", written):
+      return bytes([int(written[3:5], 16)])
+    letters = _byte_letters()
+    return bytes(map(letters.__getitem__, written)) if letters.keys() >= set(written) else text.encode()
 
   def turn_ends(self) -> dict[int, str]:
     ends = {}
@@ -263,6 +281,9 @@ class NoTokenizer:
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
     return ""
 
+  def token_bytes(self, token: int) -> bytes:
+    return b""
+
   def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
     self._refuse()
 
@@ -328,6 +349,14 @@ def _variables(tools: Any, documents: Any, others: Mapping[str, Any]) -> dict[st
     if wrong:
       raise ValueError(f"{name} are a list of objects (JSON schemas, or title and text), got {wrong[0]!r:.80}")
   return {key: chat.plain(value, key) for key, value in {"tools": tools, "documents": documents, **others}.items()}
+
+
+@functools.cache
+def _byte_letters() -> Mapping[str, int]:
+  """The letters that byte-level vocabularies write bytes with: what is printable is itself, the rest is in order."""
+  letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  rest = iter(sorted({*range(256)} - {*map(ord, letters)}))
+  return {letter: ord(letter) if ord(letter) < 256 else next(rest) for letter in letters}
 
 
 def _as_text(typed: Typed) -> bool:

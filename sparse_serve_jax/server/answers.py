@@ -8,12 +8,14 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from sparse_serve_jax.detokenizer import offsets
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.server.asked import Asked
 from sparse_serve_jax.server.bodies import Bodies, Scored, usage
 from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.outputs import Output, Outputs, Piece
+from sparse_serve_jax.tokenizing import Tokenizer
 
 
 class Served(Protocol):
@@ -52,8 +54,9 @@ class Answer:
   async def score(self) -> None:
     """The prompts, if they are to be told."""
     with self._refusing():
-      if self._asked.echo:
-        self._prompts = [await self._echo(prompt) for prompt in self._asked.prompts]
+      if self._asked.echoes:
+        each = zip(self._asked.prompts, self._asked.echoes, strict=True)
+        self._prompts = [await self._echo(prompt, text) for prompt, text in each]
 
   @contextlib.contextmanager
   def _refusing(self):
@@ -72,10 +75,8 @@ class Answer:
     texts = [self._prompts[i // n][0] for i in range(len(self._prompts) * n)]
     tokens = [list(self._prompts[i // n][1]) for i in range(len(self._prompts) * n)]
     async for piece in self._pieces():
-      i = piece.output.index
-      texts[i] += piece.text
-      if piece.token is not None and piece.logprobs is not None:
-        tokens[i].append((piece.token, piece.logprobs))
+      texts[piece.output.index] += piece.text
+      tokens[piece.output.index] += self._scored(piece)
     wants = self._asked.params.logprobs is not None
     reasons = [output.finish_reason for output in self._outputs] or ["length"] * len(texts)
     choices = [
@@ -87,8 +88,7 @@ class Answer:
   async def events(self) -> AsyncIterator[bytes]:
     """Server-sent events. The first comes with the first piece, so that what is refused before it has a status."""
     empty = {"usage": None} if self._asked.usage else {}
-    bodies, n, begun = self._bodies, self._asked.params.n, False
-    wants, offsets = self._asked.params.logprobs is not None, dict[int, int]()
+    bodies, begun = self._bodies, False
     try:
       async for piece in self._pieces():
         if not begun:
@@ -96,13 +96,7 @@ class Answer:
           for choice in self._first():
             yield _event(bodies.chunk([choice], **empty))
         i, output = piece.output.index, piece.output
-        told = None
-        if wants and piece.token is not None:
-          if i not in offsets:
-            offsets[i] = sum(len(bodies.text_of(token)) for token, _ in self._prompts[i // n][1])
-          at = offsets[i]
-          told = bodies.logprobs([(piece.token, piece.logprobs)], at)
-          offsets[i] = at + len(bodies.text_of(piece.token))
+        told = bodies.logprobs(scored) if (scored := self._scored(piece)) else None
         if piece.text or told:
           yield _event(bodies.chunk([bodies.choice(i, piece.text, told, None, delta=True)], **empty))
         if output.ended and piece.token is None:
@@ -127,7 +121,7 @@ class Answer:
     if self._asked.chat:
       return [bodies.role(i) for i in each]
     wants = self._asked.params.logprobs is not None
-    echoes = [self._prompts[i // n] for i in each if self._asked.echo]
+    echoes = [self._prompts[i // n] for i in each if self._asked.echoes or not self._outputs]
     return [
       bodies.choice(i, text, bodies.logprobs(tokens) if wants else None, None)
       for i, (text, tokens) in enumerate(echoes)
@@ -149,20 +143,34 @@ class Answer:
           raise Refused(503, "the server ends and has cancelled this request")
       yield piece
 
-  async def _echo(self, prompt: list[int]) -> tuple[str, list[Scored]]:
-    text, n_top = self._model.tokenizer.decode(prompt, skip_special_tokens=False), self._asked.params.logprobs
+  def _scored(self, piece: Piece) -> list[Scored]:
+    """Its token, if log probabilities are wanted."""
+    if piece.token is None or piece.logprobs is None:
+      return []
+    before = self._prompts[piece.output.index // self._asked.params.n][0]
+    return [Scored(piece.token, piece.logprobs, len(before) + piece.offset)]
+
+  async def _echo(self, prompt: list[int], text: str) -> tuple[str, list[Scored]]:
+    n_top = self._asked.params.logprobs
     if n_top is None:
       return text, []
     if self._engines.config.tp > 1:
       raise Refused(400, "logprobs of a prompt (echo) take a model on one device, tp=1", "echo")
     told = await self._of_server.score(prompt, n_top)
-    return text, list(zip(prompt, told, strict=True))
+    at = await asyncio.to_thread(_places, self._model.tokenizer, prompt, text)
+    return text, [Scored(*of) for of in zip(prompt, told, at, strict=True)]
 
   def _usage(self) -> dict[str, Any]:
     requests = [output.stream.request for output in self._outputs if output.stream and output.stream.request]
     cached = sum(request.cached_tokens for request in requests[:: self._asked.params.n])
     prompt_tokens = sum(len(prompt) for prompt in self._asked.prompts)
     return usage(prompt_tokens, sum(output.reading.n_tokens for output in self._outputs), cached)
+
+
+def _places(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
+  """Where the tokens of a prompt begin in its text, in which special tokens that were put around it do not stand."""
+  before = max(0, tokenizer.decode(prompt, skip_special_tokens=False).find(text))
+  return [min(max(0, at - before), len(text)) for at in offsets(tokenizer, prompt)]
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -209,9 +209,9 @@ def _json(body: bytes) -> Any:
     raise Refused(400, f"the body is no JSON: {error}") from None
 
 
-def _refusal(server: Server, refused: Refused) -> Response:
+def _refusal(server: Server, refused: Refused, headers: Mapping[str, str] | None = None) -> Response:
   server.refused.labels(str(refused.status)).inc()
-  return JSONResponse(refused.body(), refused.status)
+  return JSONResponse(refused.body(), refused.status, headers)
 
 
 def _unforeseen(error: Exception) -> Refused:
@@ -277,9 +277,9 @@ def make_app(server: Server, version: str) -> Starlette:
       told |= {"version": version, **await asyncio.to_thread(server.numbers)}
     return JSONResponse(told, headers={"cache-control": "no-store"})
 
-  async def no_such(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    return _refusal(server, Refused(status, f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}"))
+  async def no_such(request: Request, error: Any) -> Response:
+    refused = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    return _refusal(server, refused, error.headers)  # which methods there are
 
   @contextlib.asynccontextmanager
   async def lifespan(_: Starlette):

@@ -58,7 +58,7 @@ class Asked:
   prompts: list[list[int]]  # token ids
   params: SamplingParams
   max_tokens: int  # 0: nothing but the prompt is wanted
-  echo: bool
+  echoes: list[str]  # texts of the prompts, if they are to be told; one that is given as ids is decoded
   stream: bool
   usage: bool  # a stream ends with one
 
@@ -101,7 +101,8 @@ def read(
   best_of = fields.get("best_of")
   if best_of is not None and best_of != params.n:
     raise Refused(400, f"best_of={best_of!r:.40} is not n={params.n}: no output is chosen among others", "best_of")
-  return Asked(chat, prompts, params, max_tokens, _truth(fields, "echo"), stream, _truth(options, "include_usage"))
+  echoes = _echoes(fields, prompts, tokenizer) if _truth(fields, "echo") else []
+  return Asked(chat, prompts, params, max_tokens, echoes, stream, _truth(options, "include_usage"))
 
 
 def check_model(fields: Mapping[str, Any], served: str) -> None:
@@ -124,9 +125,8 @@ def prompts_of(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[int
     raise Refused(400, f"add_special_tokens must be true or false, got {special!r:.80}", "add_special_tokens")
   if not prompt or not isinstance(prompt, str | list):
     raise Refused(400, f"{form}, got {prompt!r:.80}", "prompt")
-  several = isinstance(prompt, list) and not _is_id(prompt[0])
   found = list[list[int]]()
-  for one in prompt if several else [prompt]:
+  for one in _listed(prompt):
     if isinstance(one, str):
       found.append(prompting.encode_text(tokenizer, one, special is not False))
     elif isinstance(one, list) and all(_is_id(token) for token in one):
@@ -138,6 +138,15 @@ def prompts_of(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[int
     if wrong := [token for token in found[-1] if not 0 <= token < 2**31]:
       raise Refused(400, f"{wrong[0]} is no token id", "prompt")
   return found
+
+
+def _listed(prompt: str | list[Any]) -> list[Any]:
+  return prompt if isinstance(prompt, list) and not _is_id(prompt[0]) else [prompt]
+
+
+def _echoes(fields: Mapping[str, Any], prompts: Sequence[list[int]], tokenizer: Tokenizer) -> list[str]:
+  given = zip(_listed(fields["prompt"]), prompts, strict=True)
+  return [one if isinstance(one, str) else tokenizer.decode(ids, skip_special_tokens=False) for one, ids in given]
 
 
 def _is_id(value: object) -> bool:

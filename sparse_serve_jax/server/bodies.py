@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.tokenizing import Tokenizer
 
-Scored = tuple[int, TokenLogprobs | None]  # a token and what is told of it; None of the first of a prompt
+
+class Scored(NamedTuple):
+  """A token and what is told of it."""
+
+  token: int
+  told: TokenLogprobs | None  # None of the first of a prompt
+  offset: int  # where it begins in the text of its choice, in characters
 
 
 @dataclasses.dataclass
@@ -24,6 +31,7 @@ class Bodies:
 
   def __post_init__(self):
     self._id, self._created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+    self._name = functools.cache(self._read_name)  # a long prompt has each of its tokens often
 
   def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
     kind = "chat.completion" if self.chat else "text_completion"
@@ -47,29 +55,30 @@ class Bodies:
     """What begins an answer of a chat's stream."""
     return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-  def logprobs(self, tokens: Sequence[Scored], offset: int = 0) -> dict[str, Any]:
-    """In the form of a chat or of a completion, whose first token begins at character `offset`."""
+  def logprobs(self, tokens: Sequence[Scored]) -> dict[str, Any]:
+    """In the form of a chat or of a completion."""
     if self.chat:
-      return {"content": [self._entry(token, told) for token, told in tokens], "refusal": None}
-    offsets = list[int]()
-    for token, _ in tokens:
-      offsets.append(offset)
-      offset += len(self.text_of(token))
+      return {"content": [self._entry(token, told) for token, told, _ in tokens], "refusal": None}
     return {
-      "tokens": [self.text_of(token) for token, _ in tokens],
-      "token_logprobs": [told and told.logprob for _, told in tokens],
-      "top_logprobs": [told and self._top(told) for _, told in tokens],
-      "text_offset": offsets,
+      "tokens": [self._name(token) for token, _, _ in tokens],
+      "token_logprobs": [told and told.logprob for _, told, _ in tokens],
+      "top_logprobs": [told and self._top(token, told) for token, told, _ in tokens],
+      "text_offset": [offset for _, _, offset in tokens],
     }
 
-  def text_of(self, token: int) -> str:
-    return self.tokenizer.decode([token], skip_special_tokens=False)
+  def _read_name(self, token: int) -> str:
+    """Its text; of one that is no whole characters its bytes, as OpenAI writes them."""
+    of = self.tokenizer.token_bytes(token)
+    try:
+      return of.decode()
+    except UnicodeDecodeError:
+      return ("" if self.chat else "bytes:") + of.decode(errors="backslashreplace")
 
-  def _top(self, told: TokenLogprobs) -> dict[str, float]:
-    """Of tokens with the same text the most likely."""
+  def _top(self, token: int, told: TokenLogprobs) -> dict[str, float]:
+    """The token too, if it is none of the most likely. Of tokens with the same text the most likely."""
     top: dict[str, float] = {}
-    for token, logprob in told.top.items():
-      top.setdefault(self.text_of(token), logprob)
+    for of, logprob in (*told.top.items(), (token, told.logprob)):
+      top.setdefault(self._name(of), logprob)
     return top
 
   def _entry(self, token: int, told: TokenLogprobs | None) -> dict[str, Any]:
@@ -78,8 +87,7 @@ class Bodies:
     return self._named(token, told.logprob) | {"top_logprobs": top}
 
   def _named(self, token: int, logprob: float) -> dict[str, Any]:
-    text = self.text_of(token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": self._name(token), "logprob": logprob, "bytes": list(self.tokenizer.token_bytes(token))}
 
   def _head(self, kind: str) -> dict[str, Any]:
     return {"id": self._id, "object": kind, "created": self._created, "model": self.model}

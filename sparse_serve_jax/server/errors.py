@@ -19,4 +19,10 @@ class Refused(Exception):
 
   def body(self) -> dict[str, Any]:
     kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-    return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+    message, param = _whole(self.message), self.param and _whole(self.param)
+    return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+
+def _whole(text: str) -> str:
+  """Half of a character, which JSON can hold and UTF-8 cannot, written out."""
+  return text.encode(errors="backslashreplace").decode()

@@ -27,6 +27,7 @@ class Piece(NamedTuple):
   text: str
   token: int | None  # None at the end
   logprobs: TokenLogprobs | None
+  offset: int = 0  # where the token begins in the text of the output
 
 
 class Output:
@@ -57,7 +58,8 @@ class Output:
     elif not self.reading.stopped:
       assert self.stream is not None and self.stream.request is not None
       told = self.stream.request.logprobs[self.reading.n_tokens] if self._wants else None
-      self._news.put_nowait(Piece(self, self.reading.push(token), token, told))
+      text = self.reading.push(token)
+      self._news.put_nowait(Piece(self, text, token, told, self.reading.offset if self._wants else 0))
 
 
 class Outputs:
