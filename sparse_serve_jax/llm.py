@@ -73,7 +73,7 @@ class LLM:
     self.config = override(load_config(config), overrides)
     self.config.sparse.refuse_drawn("LLM")
     self.model = load_model_here(path_or_name, dtype=dtype)
-    self._abandoned: deque[tuple[Engine, str]] = deque()  # requests of streams that nobody reads any more
+    self._abandoned: deque[tuple[Engine, str]] = deque()  # requests that nobody reads any more
     self._n_streams = 0
     self.config = self.engine.config  # what does not fit is refused now; sizes stay as they have been derived
     self._weights = place_params(self.model, make_mesh(self.config.tp))  # the engine's, and those of the next one
@@ -224,7 +224,12 @@ class LLM:
     else:
       ids = self._encode(0, cast("Prompt", prompt), asked)
     self._n_streams += 1
-    return TextStream(self, _Output(self, f"stream-{self._n_streams}", ids, asked, text=True))
+    engine, name = self.engine, f"stream-{self._n_streams}"
+    try:
+      return TextStream(self, _Output(self, name, ids, asked, text=True))
+    except BaseException:
+      self._abandoned.append((engine, name))  # an interrupt may have come before anybody has it
+      raise
 
   def _encode(self, i: int, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
     if isinstance(prompt, str):
@@ -235,28 +240,35 @@ class LLM:
 
   def _prepare(self) -> None:
     if self.engine.failed:
-      del self.engine  # with its cache, before a new one is made
+      cast(JaxExecutor, self.engine.executor).drop()  # before a new one is made, whoever still has the engine
+      del self.engine
+    self._cancel_abandoned()
+
+  def _cancel_abandoned(self) -> None:
+    """What is interrupted here is left to the next time."""
     while self._abandoned:
-      engine, name = self._abandoned.popleft()
+      engine, name = self._abandoned[0]
       if not engine.failed:
         engine.cancel(name)
+      self._abandoned.popleft()
 
   def _run(
     self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], on_token: OnToken | None
   ) -> list[RequestOutput]:
     self._prepare()
-    engine, outputs = self.engine, list[list[_Output]]()
+    outputs = list[list[_Output]]()
+    names = [[f"text-{i}-{j}" if of.n > 1 else f"text-{i}" for j in range(of.n)] for i, of in enumerate(params)]
+    engine = self.engine
     try:
-      for i, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
+      for of, prompt, asked in zip(names, prompts, params, strict=True):
         outputs.append([])
-        for j in range(asked.n):
-          name = f"text-{i}-{j}" if asked.n > 1 else f"text-{i}"
-          outputs[i].append(_Output(self, name, prompt, asked.later(j), on_token=on_token))
+        for j, name in enumerate(of):
+          outputs[-1].append(_Output(self, name, prompt, asked.later(j), on_token=on_token))
       self._finish([output.request for of in outputs for output in of])
     except BaseException:
-      if not engine.failed:
-        for output in [output for of in outputs for output in of]:
-          engine.cancel(output.request.id)
+      # An interrupt may have come before `outputs` has one.
+      self._abandoned.extend([(engine, name) for of in names for name in of])
+      self._cancel_abandoned()
       raise
     for output in [output for of in outputs for output in of]:
       output.raise_of_callback()
@@ -283,7 +295,7 @@ class TextStream(Iterator[str]):
 
   def __init__(self, llm: LLM, output: _Output):
     self._engine, self._output, self._abandoned = output.engine, output, llm._abandoned  # pyright: ignore[reportPrivateUsage]
-    self._ended = False
+    self._n_told = 0  # characters of its text
 
   def __next__(self) -> str:
     """Waits for the next piece.
@@ -292,14 +304,11 @@ class TextStream(Iterator[str]):
       RuntimeError: the output ended with an error.
     """
     output = self._output
-    while not (output.pieces or output.request.ended):
+    while len(text := output.text()) == self._n_told and not output.request.ended:
       self._engine.step()
-    if output.pieces:
-      return output.pieces.popleft()
-    if not self._ended:
-      self._ended = True
-      if rest := output.finish():
-        return rest
+    if piece := text[self._n_told :]:
+      self._n_told += len(piece)
+      return piece
     if output.sample().error is not None:
       raise RuntimeError(output.sample().error) from output.request.error
     raise StopIteration
@@ -340,28 +349,38 @@ class _Output:
     on_token: OnToken | None = None,
     text: bool = False,
   ):
-    self._reading, self._on_token = Reading(llm.model.tokenizer, params, pieces=text), on_token
-    self._text, self.pieces = text, deque[str]()  # whether these are read; not empty ones, that are not read yet
-    self.engine = llm.engine
-    called = self._take if params.stop or text else on_token
+    self._begin = functools.partial(Reading, llm.model.tokenizer, params, pieces=text)
+    self._reading, self._torn, self._on_token = self._begin(), False, on_token
+    self.engine, self._reads = llm.engine, text or bool(params.stop)
+    called = self._take if self._reads else on_token
     self.request = self.engine.add_request(prompt, params=params, request_id=name, on_token=called)
     self.prompt_ids: list[int] = self.request.prompt.tolist()
 
   def _take(self, request: Request, token: int) -> None:
     if self._reading.stopped:
       return
-    piece = self._reading.push(token)
-    if piece and self._text:
-      self.pieces.append(piece)
+    self.text()
     if self._on_token is not None:
       self._on_token(request, token)
-    if self._reading.stopped:
+    if self._reading.stopped and not request.ended:
       self.engine.cancel(request.id, "stop")
 
-  def finish(self) -> str:
-    return self._reading.finish()
+  def text(self) -> str:
+    """That of all tokens so far, as far as it is certain. What an interrupt has torn is read anew."""
+    if self._torn:
+      self._reading = self._begin()
+    self._torn = True
+    for token in self.request.output_tokens[self._reading.n_tokens :]:
+      if not self._reading.stopped:
+        self._reading.push(token)
+    if self.request.ended:
+      self._reading.finish()
+    self._torn = False
+    return self._reading.text
 
   def sample(self) -> Sample:
+    if self._reads:
+      self.text()
     return self._reading.sample(self.request)
 
   def raise_of_callback(self) -> None:

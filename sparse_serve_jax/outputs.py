@@ -108,6 +108,11 @@ class Reading:
     """Where the newest token begins in the text, as of `Detokenizer`; 0 without pieces."""
     return self._detokenizer.offset if self._detokenizer else 0
 
+  @property
+  def text(self) -> str:
+    """That is certain, if it is wanted as it comes."""
+    return self._detokenizer.text if self._detokenizer else ""
+
   def push(self, token: int) -> str:
     """Takes the next token. Returns the text that is certain now and was not before, often none."""
     self.n_tokens += 1

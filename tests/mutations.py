@@ -449,6 +449,20 @@ MUTATIONS = [
     ("tests/test_failures.py::test_an_interrupt_in_a_callback_keeps_the_other_callbacks",),
   ),
   Mutation(
+    "an interrupt loses what a program has made",
+    "sparse_serve_jax/serving/executor.py",
+    "self._results.extend(itertools.starmap(program, [operands]))",
+    "self._results.append(program(*operands))",
+    ("tests/test_interrupts.py::test_wherever_a_dispatch_is_interrupted_its_results_are_kept",),
+  ),
+  Mutation(
+    "a save writes to a pool that is lost",
+    "sparse_serve_jax/memory/writer.py",
+    "    if self._pool_is_lost:\n",
+    "    if False:\n",
+    ("tests/test_interrupts.py::test_no_save_writes_to_a_pool_that_is_lost",),
+  ),
+  Mutation(
     "a preempted request goes to the end of the queue",
     "sparse_serve_jax/serving/scheduler.py",
     "self._waiting.appendleft(request)",

@@ -73,13 +73,13 @@ def _read() -> str | None:
 
 def _answer(llm: LLM, messages: Sequence[Message]) -> str | None:
   """Prints an answer as it comes and returns it, as far as it came; None if it ended with an error."""
-  stream, pieces = llm.stream(messages, _ASKED.params), list[str]()
+  pieces = list[str]()
   try:
+    stream = llm.stream(messages, _ASKED.params)
     for piece in stream:
       pieces.append(piece)
       print(piece, end="", flush=True)
   except KeyboardInterrupt:
-    stream.close()
     cli.go_on()
     print("\n[interrupted]", file=sys.stderr)
     return "".join(pieces)

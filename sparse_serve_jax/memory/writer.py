@@ -8,6 +8,7 @@ has been read, or when another slab follows: else a first token would wait for P
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ class Writer:
     self._host, self._slab_bytes = host, slab_bytes
     self._jobs: deque[_Job] = deque()  # not known to have landed
     self._thread = ThreadPoolExecutor(1, "save")
+    self._pool_is_lost = False
 
   def make_room(self, n_bytes: int) -> None:
     """Waits until a slab of so many bytes may be on its way too. All others are, from now on."""
@@ -72,14 +74,22 @@ class Writer:
     return min(iteration, self._jobs[0].iteration - 1) if self._jobs else iteration
 
   def drain(self) -> None:
-    """Waits until nothing is written any more; what failed is left to `landed`."""
+    """Waits until nothing is written any more; what failed is left to `landed`. Also for a job that is in no list, as
+    whoever gave it was interrupted.
+    """
     self._begin(self._jobs)
-    concurrent.futures.wait([job.placed for job in self._jobs])
+    with contextlib.suppress(RuntimeError):  # Python ends, and has waited for the thread
+      self._thread.submit(lambda: None).result()
 
   def forget(self) -> None:
     """Drains, and forgets what failed."""
     self.drain()
     self._jobs.clear()
+    self._pool_is_lost = False
+
+  def lose_pool(self) -> None:
+    """Places nothing until `forget`: the pool's memory may be another's from now on."""
+    self._pool_is_lost = True
 
   def _begin(self, jobs: Iterable[_Job]) -> None:
     for job in jobs:
@@ -93,6 +103,8 @@ class Writer:
   def _place(self, begin: threading.Event, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
     del alive
     begin.wait(_LONGEST_HELD)
+    if self._pool_is_lost:
+      return
     there = blocks >= 0
     kept = slice(len(blocks)) if there.all() else np.flatnonzero(there)
     shards = sorted(slab.addressable_shards, key=lambda shard: shard.index[0].start or 0)

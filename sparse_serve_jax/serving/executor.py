@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -174,6 +176,7 @@ class JaxExecutor:
     self._writer: Writer | None = None
     self._tables: dict[int, np.ndarray] = {}  # of lanes
     self._empty = True  # no plan has used the cache
+    self._results: deque[Any] = deque()  # of the program that was called last
     self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
@@ -209,8 +212,9 @@ class JaxExecutor:
     """Blocks until nothing runs any more; a process that ends before that aborts."""
     if self._writer is not None:
       self._writer.drain()
-    with contextlib.suppress(RuntimeError):  # arrays of an interrupted dispatch are gone
-      jax.block_until_ready(self.cache)  # None after a `reset` that failed
+    for array in jax.tree.leaves((self.cache, [*self._results])):
+      with contextlib.suppress(RuntimeError):  # a program has taken it, or has failed
+        array.block_until_ready()
 
   def forget(self, request_id: str) -> None:
     """Drops what is kept between segments of a prompt that was cancelled."""
@@ -219,10 +223,15 @@ class JaxExecutor:
 
   def reset(self) -> None:
     """After a failure: an empty cache, and nothing on its way. Raises if the device cannot go on."""
+    self.drop()  # whose memory is what the new one takes
+    self.cache = jax.block_until_ready(self._create())
+
+  def drop(self) -> None:
+    """Gives up the cache: only `reset` can follow, whoever still has this executor."""
     self._activations.clear()
     self.wait()  # threads write to the pool's memory until then
-    self.cache = None  # its memory is what the new one takes
-    self.cache = jax.block_until_ready(self._create())
+    self._results.clear()
+    self.cache = None
 
   def _create(self) -> KVCache:
     """An empty cache, whose pool the host knows if it takes part in moves."""
@@ -256,10 +265,13 @@ class JaxExecutor:
     self._follow_pool()
     self._admit(Admission(_NOTHING, 0, np.full(self.shape.N, -1, np.int32)))
     # XLA takes one core for most of a program, so several are compiled at a time; a call then finds what has been.
-    with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
+    try:
       compiling = [pool.submit(lowered.compile) for of in needed for lowered in self._lowered(of, audits)]
       for program in compiling:
         program.result()
+    finally:
+      pool.shutdown(cancel_futures=True)  # an interrupt waits for those alone that have begun
     for of in needed:
       if isinstance(of, PrefillProgram):
         self._prefill(self._no_prompts(of), iteration=0)
@@ -306,8 +318,21 @@ class JaxExecutor:
     parts = ((_pad(blocks[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1) for blocks in (freed, idle)) for i in starts)
     return [self._update_hot(self.programs.release, *part) for part in parts]
 
+  def _call(self, program: Any, *operands: Any) -> Any:
+    """Results of a program. An interrupt loses none once it has been compiled: no Python runs between the call and the
+    place where they are kept. `wait` finds them there, and threads their pool.
+    """
+    self._results.clear()
+    try:
+      self._results.extend(itertools.starmap(program, [operands]))
+    except BaseException:
+      if self._writer is not None:
+        self._writer.lose_pool()
+      raise
+    return self._results[0]
+
   def _update_hot(self, program, *args) -> jax.Array:
-    hot, done = program(self.cache.hot, *args)
+    hot, done = self._call(program, self.cache.hot, *args)
     self.cache = self.cache.replace(hot=hot)
     return done
 
@@ -325,7 +350,7 @@ class JaxExecutor:
       x = jnp.zeros((padded, self._d_model), self._dtype, device=NamedSharding(self.mesh, P()))
     if self._writer is not None:
       self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
-    self.cache, x, slab, output = self.programs.prefill(self.params, self.cache, x, batch, width)
+    self.cache, x, slab, output = self._call(self.programs.prefill, self.params, self.cache, x, batch, width)
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)
       self._writer.save(iteration, slab, layers, self._blocks_of(works), alive=self)
@@ -369,7 +394,7 @@ class JaxExecutor:
     self, rows: tuple[DecodeRow, ...], threshold: float | None = None, audit: AuditOf | None = None
   ) -> StepOutput:
     operands = self._decode_operands(rows, threshold, audit)
-    self.cache, output = self.programs.decode(self.params, self.cache, *operands)
+    self.cache, output = self._call(self.programs.decode, self.params, self.cache, *operands)
     return output
 
   def _decode_operands(
@@ -385,7 +410,7 @@ class JaxExecutor:
 
   def _measure(self, rows: tuple[DecodeRow, ...]) -> jax.Array:
     """Working sets of the rows."""
-    return self.programs.working_sets(self.cache.hot, *self._measure_operands(rows))
+    return self._call(self.programs.working_sets, self.cache.hot, *self._measure_operands(rows))
 
   def _measure_operands(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
     batch, width = self._decode_batch(rows)
