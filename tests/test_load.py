@@ -23,8 +23,8 @@ def test_a_server_under_load(streams, seconds, warm_seconds, more_rss):
   """The warm part compiles programs, whose code stays in memory: most of them if it is short, all if it is long."""
   told = load(streams, seconds, warm_seconds)
   print(told)
-  assert not told["wrong"] and told["whole"] > streams and told["left"] > 3
-  assert told["cancelled"] > 3 and told["iterations_to_cancel"] <= 1
+  assert not told["wrong"] and told["whole"] > streams and told["left"] > streams // 8
+  assert told["cancelled"] > streams // 8 and told["iterations_to_cancel"] <= 1
   assert told["healths"] > 20 * seconds and told["health_p99_s"] < 0.1
   before, after = told["before"], told["after"]
   assert (after["threads"], after["descriptors"]) == (before["threads"], before["descriptors"])
