@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -30,6 +31,12 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
     return
   context = multiprocessing.get_context("forkserver")  # a fork of a process that runs JAX may hang
   context.set_forkserver_preload([getattr(function, "func", function).__module__])  # imported once, not by every worker
+  resource_tracker.ensure_running()  # it would unblock what follows (Python 3.11)
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of the terminal: it is this process's to handle
+  try:
+    forkserver.ensure_running()  # which inherits that, as all workers do
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
   pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (function,))
   waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
   try:
@@ -46,7 +53,6 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
 def _start(function: Callable[[Any], Any]) -> None:
   global _function
   _function = function
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is the parent's to handle
   parent = multiprocessing.parent_process()
   assert parent is not None
 
