@@ -54,10 +54,10 @@ COMMANDS = {
 
 def main() -> NoReturn:
   """The console script `sparse-serve`."""
+  from sparse_serve_jax.commands import cli
+
   name, *arguments = sys.argv[1:] or ["--help"]
   if name in ("--help", "-h", "help"):
-    from sparse_serve_jax.commands import cli
-
     with cli.endings(False, ""):
       print(_help(), flush=True)
       sys.exit(0)
@@ -69,11 +69,12 @@ def main() -> NoReturn:
   if not any(name in commands for commands in COMMANDS.values()):
     print(f"error: {name!r} is no command; `sparse-serve --help` shows what there is", file=sys.stderr)
     sys.exit(2)
+  cli.watch_interrupts()
   try:
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
   except KeyboardInterrupt:  # it takes a second
     print("interrupted", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(cli.INTERRUPTED)
   sys.exit(module.command([f"sparse-serve {name}", *arguments]))
 
 

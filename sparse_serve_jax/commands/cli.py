@@ -39,7 +39,7 @@ from absl import flags
 flags.disclaim_key_flags()  # those that functions below define are their caller's
 
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
-_INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 128 + signal.SIGINT
 _HANDLED = b"\1"  # what an interrupt raised was handled, and the command goes on
 _wake: int | None = None  # the descriptor that these numbers are written to, once interrupts are watched
 _MOMENT = 0.5  # seconds: signals that are less apart are one interrupt
@@ -214,7 +214,7 @@ def run(
     argv: the command line, by default the process's; its first entry is the program.
   """
   argv = sys.argv if argv is None else argv
-  _watch_interrupts()
+  watch_interrupts()
   module = sys.modules[main.__module__]
   if _HELP & set(argv[1:]):
     with endings(False, ""):
@@ -273,7 +273,7 @@ def endings(verbose: bool, interrupted: str) -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     print(f"interrupted{interrupted}", file=sys.stderr)
-    sys.exit(_INTERRUPTED)
+    sys.exit(INTERRUPTED)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
     sys.exit(128 + signal.SIGPIPE)
@@ -323,14 +323,17 @@ def go_on() -> None:
     os.write(_wake, _HANDLED)
 
 
-def _watch_interrupts() -> None:
-  """From now on, an interrupt is raised once, and a second one ends the process at once.
+def watch_interrupts() -> None:
+  """From now on, an interrupt is raised once, and a second one ends the process at once. May be called again.
 
   Signals within a moment are one interrupt: `timeout` and some shells send two. Where Python drops the exception, as
   of a finalizer or a callback of garbage collection, it is raised again in what the main thread does next. Python
   raises only when the main thread runs its code, not while it waits for a device: so another thread counts the
   signals, of which the interpreter tells at once.
   """
+  global _wake
+  if _wake is not None:
+    return
   raised = first = -math.inf  # when: by `interrupt`; by the first signal of those that count
 
   def interrupt(*_: Any) -> None:
@@ -360,9 +363,8 @@ def _watch_interrupts() -> None:
       elif signal.SIGINT in told and first == -math.inf:
         first = time.monotonic()
       elif signal.SIGINT in told and time.monotonic() - first > _MOMENT:
-        os._exit(_INTERRUPTED)
+        os._exit(INTERRUPTED)
 
-  global _wake
   read, write = os.pipe()
   _wake = write
   os.set_blocking(write, False)
