@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -31,6 +31,7 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
     return
   context = multiprocessing.get_context("forkserver")  # a fork of a process that runs JAX may hang
   context.set_forkserver_preload([getattr(function, "func", function).__module__])  # imported once, not by every worker
+  resource_tracker.ensure_running()  # it would unblock what follows (Python 3.11)
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of the terminal: it is this process's to handle
   try:
     forkserver.ensure_running()  # which inherits that, as all workers do

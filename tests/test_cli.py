@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_serve_jax import processes
 from sparse_serve_jax.commands import COMMANDS, cli
 from tests.forks import start
 
@@ -268,6 +270,13 @@ def test_an_interrupt_ends_worker_processes(program):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=25)
   assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_no_worker_process_sees_an_interrupt():
+  """Of a terminal, which sends it to all of them, also while they begin."""
+  blocked = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)
+  (workers,) = processes.ahead(blocked, [()], 1)
+  assert signal.SIGINT in workers and signal.SIGINT not in blocked(())
 
 
 def test_an_interrupt_is_one_where_nobody_reads_the_output(program):
