@@ -188,7 +188,7 @@ class Buckets:
     by a program that runs nothing else."""
     return self.chunked or padded * self.n_layers <= self.allowance
 
-  def layers(self, n_tokens: int, start: int, first_layer: int = 0) -> int:
+  def layers(self, n_tokens: int, start: int, first_layer: int) -> int:
     """Layers of the next segment of a piece that is not cut."""
     if self.chunked:
       return self.n_layers

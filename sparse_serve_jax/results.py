@@ -8,7 +8,7 @@
 
 `run.json` of the folder holds under "setting" what decides that two runs are the same, and under "parts" what only
 informs, an entry for each time that somebody went on with it: time, command line, git commit, versions, device, and
-the sizes in bytes that were used where the setting says "auto".
+the sizes that were used where the setting leaves them open.
 """
 
 from __future__ import annotations

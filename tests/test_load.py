@@ -20,7 +20,10 @@ MiB = 1 << 20
   [(16, 5, 5, 128 * MiB), pytest.param(200, 120, 30, 32 * MiB, marks=pytest.mark.soak)],
 )
 def test_a_server_under_load(streams, seconds, warm_seconds, more_rss):
-  """The warm part compiles programs, whose code stays in memory: most of them if it is short, all if it is long."""
+  """The warm part compiles programs, whose code stays in memory: most of them if it is short, all if it is long.
+
+  How many clients leave or are cancelled grows with the streams: a slow machine has had three in the short part.
+  """
   told = load(streams, seconds, warm_seconds)
   print(told)
   assert not told["wrong"] and told["whole"] > streams and told["left"] > streams // 8

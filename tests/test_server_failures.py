@@ -133,7 +133,7 @@ def test_a_client_that_stops_reading_holds_nobody(planted, seconds):
       time.sleep(0.01)
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(SOON) == 128 + signal.SIGTERM and time.monotonic() - began < 10
+    assert server.process.wait(SOON) == 128 + signal.SIGTERM and time.monotonic() - began < 10  # it may drain for 300
 
 
 @pytest.mark.parametrize(
