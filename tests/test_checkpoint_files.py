@@ -269,6 +269,9 @@ def test_a_checkpoint_of_another_shape_says_the_cause_first(directory):
   said = "num_hidden_layers is 9, the tensors have 2; vocab_size is 97, the tensors have 96; intermediate_size is 44, "
   assert first.startswith(str(directory)) and said in first
   assert len(rest) == 11 and re.fullmatch(r"  and \d+ more", rest[-1])
+  file.write_text(json.dumps(raw | {"num_hidden_layers": 10**9}))  # says so at once
+  with pytest.raises(ValueError, match="num_hidden_layers is 1000000000, the tensors have 2"):
+    models.load_model(directory)
   file.write_text(json.dumps(raw))
   safetensors.numpy.save_file({"transformer.h.0.attn": np.zeros(3, np.float32)}, directory / "model.safetensors")
   with pytest.raises(ValueError, match=r"no tensor has a name that such a model has \(one is 'transformer.h.0.attn'"):
@@ -280,6 +283,8 @@ def test_hub_names_are_not_downloaded(tmp_path):
     models.load_model("meta-llama/Llama-3.2-1B")
   with pytest.raises(ValueError, match="has no config.json and no model.json"):
     models.load_model(tmp_path)
+  with pytest.raises(ValueError, match="a model is a directory, a GGUF file or random:<shape>, got None"):
+    models.load_model(None)  # type: ignore
   (tmp_path / "x").write_text("")
   with pytest.raises(ValueError, match="is a file: wanted is a directory"):
     models.load_model(tmp_path / "x")

@@ -125,7 +125,8 @@ def leaves(
   Raises:
     ValueError: tensors that are missing, unknown, misshapen or no floats: the cause, then ten of them.
   """
-  tensors = _tensors(cfg)
+  # One layer too many is enough to say so, where a wrong file says a billion.
+  tensors = _tensors(dataclasses.replace(cfg, n_layers=min(cfg.n_layers, len(found) + 1)))
   _check(where, cfg, tensors, found)
   parts: dict[str, dict[int, list[_Tensor]]] = {}
   for tensor in tensors:

@@ -70,6 +70,8 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str | None = None, seed:
   Raises:
     ValueError: nothing there, an unknown shape, a model this decoder does not compute, or tensors that do not fit.
   """
+  if not isinstance(name_or_path, str | pathlib.Path):
+    raise ValueError(f"a model is a directory, a GGUF file or random:<shape>, got {name_or_path!r:.80}")
   name = str(name_or_path)
   if name.startswith("random:"):
     cfg = _cast(read_config(ModelConfig, find_config("models", name.removeprefix("random:"))), dtype)
