@@ -112,6 +112,7 @@ def test_config_lists_and_resolves():
     ([], "which? there are dense, fifo, "),
     (["psa", "--list"], "--list shows all keys: it takes no name and no --set"),
     (["pso"], "did you mean 'psa'?"),
+    (["tests.json"], "tests.json is no file"),
     (["psa", "--set", "tpp=2"], "unknown key 'tpp'; the nearest is 'tp'"),
   ],
 )

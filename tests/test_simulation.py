@@ -222,7 +222,7 @@ def test_a_cost_is_read_as_it_was_written(tmp_path):
   file = tmp_path / "cost.json"
   file.write_text(json.dumps(dataclasses.asdict(cost())))
   assert read_cost(file) == cost()
-  with pytest.raises(ValueError, match=r"no such file: .*nowhere.json"):
+  with pytest.raises(ValueError, match=r"nowhere.json is no file"):
     read_cost(tmp_path / "nowhere.json")
 
 

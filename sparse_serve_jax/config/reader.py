@@ -39,7 +39,7 @@ def find_config(kind: Kind, name_or_path: str | Path) -> Path:
   """
   if str(name_or_path).endswith(".json"):
     if not Path(name_or_path).is_file():
-      raise ValueError(f"no such file: {name_or_path}")
+      raise ValueError(f"{name_or_path} is no file")
     return Path(name_or_path)
   files = shipped(kind)
   if str(name_or_path) not in files:
@@ -209,7 +209,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _assigned(leaves: Mapping[str, Any], assignments: str | Iterable[str]) -> dict[str, Any]:
   """Dotted name -> value of every "key=value"."""
   values = {}
-  for assignment in [assignments] if isinstance(assignments, str) else assignments:
+  listed = [assignments] if isinstance(assignments, str) or not isinstance(assignments, Iterable) else assignments
+  for assignment in listed:
+    if not isinstance(assignment, str):
+      raise ValueError(
+        f'overrides are assignments such as "tp=2", or a dict such as {{"tp": 2}}; got {assignment!r:.80}'
+      )
     key, equals, text = (part.strip() for part in assignment.partition("="))
     if not equals:
       raise ValueError(f"{assignment!r} is not of the form key=value")
@@ -252,6 +257,8 @@ def _read(cls: type, path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
   try:
     data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     base, data = _base(cls, data, path)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from None
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   return data if base is None else _merged(_read(cls, base, (*chain, path)), data)

@@ -130,7 +130,7 @@ def read_cost(file: str | pathlib.Path) -> Cost:
     ValueError: there is no such file, or something in it is wrong; names the file, the field and its value.
   """
   if not pathlib.Path(file).is_file():
-    raise ValueError(f"no such file: {file}")
+    raise ValueError(f"{file} is no file")
   return read_config(Cost, pathlib.Path(file))
 
 
