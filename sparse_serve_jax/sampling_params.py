@@ -117,13 +117,13 @@ class SamplingParams:
     ValueError: a value of the wrong type or size, or a name that there is not; the message has name and value.
   """
 
-  max_tokens: Setting[int, int] = Setting(128, "an integer of at least 1", _integer(1))
+  max_tokens: Setting[int, int] = Setting(128, "an integer of at least 1 and below 2**31", _integer(1))
   """Output tokens at most; the stop token is not counted."""
-  min_tokens: Setting[int, int] = Setting(0, "an integer of at least 0", _integer(0))
+  min_tokens: Setting[int, int] = Setting(0, "an integer of at least 0 and below 2**31", _integer(0))
   """No stop token is drawn, and no stop string looked for, before there are so many output tokens."""
   temperature: Setting[float, float] = Setting(0.0, "finite and at least 0", _number(lambda t: t >= 0))
   """Logits are divided by it before a token is drawn; 0 takes the most likely token."""
-  top_k: Setting[int, int] = Setting(0, "an integer of at least 0", _integer(0))
+  top_k: Setting[int, int] = Setting(0, "an integer of at least 0 and below 2**31", _integer(0))
   """Tokens are drawn from so many most likely ones; 0: from all."""
   top_p: Setting[float, float] = Setting(1.0, "above 0 and at most 1", _number(lambda p: 0 < p <= 1))
   """Of these, from the most likely ones that together have this share of the probability."""
@@ -137,7 +137,7 @@ class SamplingParams:
   """Tokens that end the output, besides the model's EOS tokens. They are not output."""
   ignore_eos: Setting[bool, bool] = Setting(False, "True or False", _truth)
   """The model's EOS tokens are output like others."""
-  n: Setting[int, int] = Setting(1, "an integer of at least 1", _integer(1))
+  n: Setting[int, int] = Setting(1, "an integer of at least 1 and below 2**31", _integer(1))
   """Outputs of one prompt."""
   logprobs: Setting[int | None, int | None] = Setting(
     None, f"an integer from 0 to {MAX_LOGPROBS}", _integer(0, MAX_LOGPROBS)

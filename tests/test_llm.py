@@ -87,8 +87,10 @@ def test_token_ids_are_taken_as_they_are(llm: LLM, expected):
   assert [output.token_ids for output in outputs] == expected[:2]
   for one in (ids, tuple(ids), np.asarray(ids)):
     assert generated(llm, one) == expected[:1]
-  with pytest.raises(ValueError, match=r"a prompt is a list of token ids, got <U"):
+  with pytest.raises(ValueError, match=r"a prompt is a list of token ids, got \['a'\]"):
     llm.generate([[1, 2, 3], ["a"]])  # pyright: ignore
+  with pytest.raises(ValueError, match=r"a prompt is a list of token ids, got \[\[1\], \[2, 3\]\]"):
+    llm.generate([[[1], [2, 3]]])  # pyright: ignore
 
 
 def test_without_a_tokenizer_token_ids_come_out(llm: LLM, expected, monkeypatch, tmp_path):

@@ -316,9 +316,15 @@ def test_half_a_character_is_that_rows_and_the_rest_runs(tmp_path):
     ('{"messages": "hi"}', 'a conversation is a list of messages such as [{"role'),
     ('{"messages": []}', "a conversation has at least one message"),
     ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "has as part 0 one of type 'image'"),
-    ('{"prompt": "a", "max_new_tokens": "9"}', "max_new_tokens must be an integer of at least 1, got '9'"),
-    ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be an integer of at least 1, got 0"),
-    ('{"prompt": "a", "max_new_tokens": true}', "max_new_tokens must be an integer of at least 1, got True"),
+    (
+      '{"prompt": "a", "max_new_tokens": "9"}',
+      "max_new_tokens must be an integer of at least 1 and below 2**31, got '9'",
+    ),
+    ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be an integer of at least 1 and below 2**31, got 0"),
+    (
+      '{"prompt": "a", "max_new_tokens": true}',
+      "max_new_tokens must be an integer of at least 1 and below 2**31, got True",
+    ),
     ('{"prompt": "a", "temperature": "0.7"}', "temperature must be finite and at least 0, got '0.7'"),
     ('{"prompt": "a", "temperature": NaN}', "temperature must be finite and at least 0, got nan"),
     ('{"prompt": "a", "top_p": 0}', "top_p must be above 0 and at most 1, got 0"),

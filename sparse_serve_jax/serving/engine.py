@@ -295,9 +295,12 @@ class Engine:
         self.cancel(request.id)
 
   def _checked_prompt(self, request_id: str, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
-    ids = np.asarray(prompt)
+    try:
+      ids = np.asarray(prompt)
+    except (ValueError, OverflowError):  # lists of several lengths
+      ids = np.empty((0, 0))
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-      raise ValueError(f"request {request_id!r}: a prompt is a list of token ids, got {ids.dtype} of shape {ids.shape}")
+      raise ValueError(f"request {request_id!r}: a prompt is a list of token ids, got {prompt!r:.80}")
     vocab = self._model.config.vocab_size
     outside = np.flatnonzero((ids < 0) | (ids >= vocab))
     if outside.size:
