@@ -129,6 +129,9 @@ def test_rungs_that_cannot_be_compared():
     ValueError, match="^sparse_serve: .* only 48 fit; cache.dram_bytes=50000 or scheduler.max_context=384 is"
   ):
     check(read("cache.hbm_bytes=2MiB", "cache.dram_bytes=50000"), model, items)
+  most = model.max_context
+  with pytest.raises(ValueError, match=f"only {most} fit; the model's context is {most} tokens"):
+    check(read("cache.hbm_bytes=1GiB", "cache.dram_bytes=1GiB", "scheduler.max_context=0"), model, [item("a", most, 1)])
   one, other = read("cache.hbm_bytes=1MiB"), read("cache.hbm_bytes=2MiB")
   with pytest.raises(
     ValueError, match="one cache.hbm_bytes, these have dense 1048576, sparse 2097152: set one for all"
@@ -356,6 +359,8 @@ def test_what_rungs_beside_each_other_are_compared_with_is_there_before(tmp_path
 
 
 def test_what_is_searched_between_no_rates_is_refused_at_once(tmp_path):
+  done = start("experiments.ladder", "--rates=", "--model=absent", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 2 and done.stderr.startswith("error: --rates has no rate")
   for flag in ("--goodput", "--overload"):
     done = start("experiments.ladder", "--rates=0", flag, "--model=absent", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and done.stderr.startswith("error: --goodput and --overload search between rates above")
@@ -365,6 +370,15 @@ def test_goodputs_search_ends_after_so_many_runs():
   tried: list[float] = []
   found = ladder.search(lambda rate: tried.append(rate) or rate < 1.5, [1, 100], most_runs=2)
   assert len(tried) == 4 and found == ladder.Goodput(1, pytest.approx(10**0.5))
+
+
+def test_a_slower_rung_is_told_as_slower():
+  cells = [
+    {"rung": rung, "rate": 2.0, "ttft_mean_s": ttft, "throughput_tok_s": speed}
+    for rung, ttft, speed in (("dense", 0.04, 200.0), ("psa", 0.1, 150.0))
+  ]
+  told = "psa at 2 requests/s: 2.50 times the mean TTFT of dense, 0.75 times its tokens/s"
+  assert ladder_report._against_first(cells) == [told]
 
 
 def test_goodput_in_words():

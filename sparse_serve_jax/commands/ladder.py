@@ -61,6 +61,8 @@ def main() -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
   configs, workload = rungs.read_rungs(_RUNGS.value, _SET.value, _varied()), _ASKED.read()
   rates = [workloads.checked_rate(rate) if rate else 0.0 for rate in cli.numbers(_RATES, float)]
+  if not rates:
+    raise ValueError("--rates has no rate, a ladder has one or more; 0 is all at once")
   if (_GOODPUT.value or _OVERLOAD.value) and not any(rates):
     raise ValueError(f"--goodput and --overload search between rates above 0, --rates has {_RATES.value}")
   source = workloads.read(workload)

@@ -117,7 +117,7 @@ def _against_first(cells: Sequence[Row]) -> list[str]:
     of = first.get(cell["rate"], cell)
     if of is not cell and all(c["ttft_mean_s"] and c["throughput_tok_s"] for c in (of, cell)):
       lines.append(
-        f"{cell['rung']} {_rate(cell)}: {of['ttft_mean_s'] / cell['ttft_mean_s']:.2f} times less mean TTFT than "
+        f"{cell['rung']} {_rate(cell)}: {cell['ttft_mean_s'] / of['ttft_mean_s']:.2f} times the mean TTFT of "
         f"{of['rung']}, {cell['throughput_tok_s'] / of['throughput_tok_s']:.2f} times its tokens/s"
       )
   return lines

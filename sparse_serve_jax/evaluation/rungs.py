@@ -88,6 +88,8 @@ def check(configs: Mapping[str, EngineConfig], model: ModelConfig, items: Sequen
 
 def _remedy(config: EngineConfig, model: ModelConfig, n_tokens: int) -> str:
   """What lets a rung serve a request of so many tokens: the least cache.hbm_bytes, if HBM is what it lacks."""
+  if n_tokens > model.max_context:
+    return f"the model's context is {model.max_context} tokens"
   config, vectors = host_pool.chosen(config), get_method(config.sparse.method).vectors
 
   def fits(hbm_bytes: int) -> bool:
