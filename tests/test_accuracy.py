@@ -248,6 +248,8 @@ def test_a_run_goes_on(model, tmp_path):
   def rows(name: str) -> list[dict]:
     return jsonl.read(out / name)
 
+  nothing = run("--parts=tasks", "--tasks=")
+  assert nothing.returncode == 2 and "nothing is measured: --parts, --tasks," in nothing.stderr and not out.exists()
   refused = run("--parts=tasks", "--thresholds=0.5", "--steps=8")
   assert refused.returncode == 2 and "8 decode steps end before" in refused.stderr.splitlines()[-1]
   first = run("--parts=tasks", "--thresholds=0.5")  # in the same folder, which has no rows

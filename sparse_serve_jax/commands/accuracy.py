@@ -112,6 +112,8 @@ def main() -> None:
   wanted = list(cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes, rests, max(asked, default=0)))
   shares = [cli.numbers(flag, float) for flag in (_SHARES, _PREFILL_THRESHOLDS)]
   wanted += list(prefill_cases([name for name in methods if name in METHODS], shares[0], shares[1], axes))
+  if not (cells := _cells(parts, text_lengths, lengths, names)):
+    raise ValueError("nothing is measured: --parts, --tasks, --lengths or --text_lengths chooses none")
   text = _corpus()
   out = results.make_folder(_OUT.value)
   runtime.configure()
@@ -119,7 +121,6 @@ def main() -> None:
   if too_long := [n for n in asked if n > model.config.max_context]:
     raise ValueError(f"the model's context is {model.config.max_context} tokens, too short for {too_long}")
   amounts = Amounts(_INSTANCES.value, _STEPS.value, _REQUESTS.value, _TRACE_STEPS.value, text)
-  cells = _cells(parts, text_lengths, lengths, names)
   study = _measured(model, out, wanted, amounts, cells)
   rows, prefill, reuse = (study.rows(name, cells) for name in ("results", "prefill", "reuse"))
   told = report.summary(rows, reuse, prefill)

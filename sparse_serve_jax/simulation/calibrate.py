@@ -40,7 +40,10 @@ def run_here(config: EngineConfig, model: Model, asked: Asked, repeats: int) -> 
       "costs are fitted to requests that all arrive at once, so that each pass plans the same: leave out --rate; "
       f"arrivals.process is {asked.config.arrivals.process}"
     )
-  passes = [one.iterations for one in serve_here(config, model, asked, repeats)]
+  served = serve_here(config, model, asked, repeats)
+  if not served[0].iterations:
+    raise ValueError(f"nothing was served: {served[0].served.refused} requests do not fit, `sparse-serve run` says why")
+  passes = [one.iterations for one in served]
   if len({len(one) for one in passes}) > 1:
     raise ValueError(f"the passes have different iterations, {[len(one) for one in passes]}: a request has failed")
   took = [one._replace(seconds=seconds) for one, seconds in zip(passes[0], typical(passes), strict=True)]
