@@ -17,7 +17,7 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 import httpx
 
-from tests.test_server import CODE, ERROR, KEY, PROMPT, ROOT, SOON, Process, complete, with_template
+from tests.test_server import CODE, ERROR, KEY, PROMPT, ROOT, SETTINGS, SOON, Process, complete, with_template
 
 # The device fails for good once a file is there; memory ends once another is; few bytes that nobody reads are kept.
 PLANTED = """
@@ -155,3 +155,12 @@ def test_what_cannot_begin_ends_in_one_line(arguments, key, said):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * SOON)
   (line,) = [line for line in done.stderr.splitlines() if not line.startswith("random:tiny would")]
   assert done.returncode == 2 and line.startswith("error: ") and said in line and not done.stdout
+
+
+def test_the_folder_one_is_in_has_a_name():
+  command = [sys.executable, "-c", CODE, "serve", ".", "--port=0", *(f"--set={of}" for of in SETTINGS)]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  at, out = ROOT / "models/reference", subprocess.PIPE
+  with subprocess.Popen(command, cwd=at, env=environment, stdout=out, text=True) as process:
+    assert process.stdout is not None and process.stdout.readline().startswith("serving reference at http://")
+    process.terminate()

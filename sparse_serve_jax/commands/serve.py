@@ -79,7 +79,7 @@ def main(model_path: str | None = None) -> int:
     model = load_model_here(model_path, dtype=_DTYPE.value)
     served_by = engines.One(Engine(JaxExecutor(config, model)), model, _STUCK.value)
   limits = Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value, _DRAIN.value)
-  served = _NAME.value or pathlib.Path(model_path).name
+  served = _NAME.value or pathlib.Path(model_path).name or model.name  # "." has no name
   return 0 if serve.serve(served_by, model, served, listener, limits, key) else 1
 
 
