@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -63,6 +64,19 @@ from sparse_serve_jax.step import (
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
 COMPILED_AT_ONCE = min(8, os.cpu_count() or 1)  # programs
 _NOTHING = "nothing"  # a request, for programs that run on none
+# By executor, also of one that nobody has any more: a result of its last program, and what that may call on the host.
+_LAST: dict[int, tuple[Any, HostPool | None]] = {}
+_NUMBERS = itertools.count()
+
+
+@atexit.register
+def _end() -> None:
+  """Waits for what still runs: a process that ends before that aborts. No finalizer of an executor could, as garbage
+  collection comes anywhere, also where its thread has a lock that the waiting needs.
+  """
+  for last, _ in list(_LAST.values()):
+    with contextlib.suppress(RuntimeError):  # it has failed
+      last.block_until_ready()
 
 
 @dataclasses.dataclass
@@ -177,6 +191,10 @@ class JaxExecutor:
     self._tables: dict[int, np.ndarray] = {}  # of lanes
     self._empty = True  # no plan has used the cache
     self._results: deque[Any] = deque()  # of the program that was called last
+    self._number = next(_NUMBERS)
+    for number, (last, _) in list(_LAST.items()):
+      if last.is_ready():
+        _LAST.pop(number, None)
     self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
@@ -209,7 +227,7 @@ class JaxExecutor:
     return step
 
   def wait(self) -> None:
-    """Blocks until nothing runs any more; a process that ends before that aborts."""
+    """Blocks until nothing runs any more."""
     if self._writer is not None:
       self._writer.drain()
     for array in jax.tree.leaves((self.cache, [*self._results])):
@@ -329,6 +347,7 @@ class JaxExecutor:
       if self._writer is not None:
         self._writer.lose_pool()
       raise
+    _LAST[self._number] = jax.tree.leaves(self._results[0])[-1], self._host
     return self._results[0]
 
   def _update_hot(self, program, *args) -> jax.Array:
