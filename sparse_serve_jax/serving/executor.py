@@ -71,8 +71,10 @@ _NUMBERS = itertools.count()
 
 @atexit.register
 def _end() -> None:
-  """Waits for what still runs: a process that ends before that aborts. No finalizer of an executor could, as garbage
-  collection comes anywhere, also where its thread has a lock that the waiting needs.
+  """Waits for what still runs: a process that ends before that aborts.
+
+  No finalizer of an executor could. Garbage collection comes anywhere: where its thread has a lock that the waiting
+  needs, or where JAX takes a traceback, which a call of JAX then breaks (a crash, later; jaxlib 0.10.2, Python 3.11).
   """
   for last, _ in list(_LAST.values()):
     with contextlib.suppress(RuntimeError):  # it has failed
