@@ -98,7 +98,7 @@ def test_what_min_tokens_bans():
   engine.run()
   banned = [{*range(MAX_BANNED - 1), 44}, {7}, set(), set()]
   for request, first in zip(added, banned, strict=True):
-    works = [work for plan in executor.plans for work in plan.prefill if work.request_id == request.id]
+    works = [work for plan in executor.plans for work in plan.works if work.request_id == request.id]
     rows = [row for plan in executor.plans for row in plan.decode if row.request_id == request.id]
     assert [set(work.sampling.banned) for work in works] == [first]
     assert [set(row.sampling.banned) for row in rows] == [first, set()][: len(rows)]
@@ -267,7 +267,7 @@ def test_the_observer_sees_every_plan_with_its_result_in_order():
   assert [plan.iteration for plan, *_ in seen] == list(range(1, len(seen) + 1))
   for plan, result, planned, dispatched, done, pool_blocks in seen:
     assert planned < dispatched < done and 0 <= pool_blocks <= executor.shape.M
-    ends = [work.request_id for work in plan.prefill if work.last]
+    ends = [work.request_id for work in plan.works if work.last]
     assert sorted(result.tokens) == sorted([*ends, *(row.request_id for row in plan.decode)])
     assert set(result.working_sets) == {row.request_id for row in plan.measure}
     assert result.stats.attended == 4 * len(plan.decode)
