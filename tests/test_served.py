@@ -222,6 +222,58 @@ def test_logits_that_are_not_finite_are_told_without_the_engines_name_of_the_req
   asyncio.run(run())
 
 
+@pytest.mark.parametrize("replicated", [False, True])
+def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
+  """A stop string may come with the last token, or while others are on their way."""
+  body = BODY | {"prompt": [33, 81, 88]}
+  tokens = continuation(body["prompt"], 5)
+  assert len({*tokens}) == 5
+  bodies = [body | {"stop": chr(tokens[4])}, body | {"stop": chr(tokens[1])}, body]
+
+  async def run(of: Any) -> None:
+    async with serving(of) as http:
+      answers = [(await http.post("/v1/completions", json=body)).json() for body in bodies]
+      assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "stop", "length"]
+      assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 2, 5]
+      told = (await http.get("/status")).json()
+      assert told["ended"] == {"stop": 2, "length": 1}
+      rows = [(row["state"], row["output_tokens"]) for row in told["requests"]]
+      assert rows == [("stop", 5), ("stop", 2), ("length", 5)]
+      lines = [line for line in (await http.get("/metrics")).text.splitlines() if line[0] != "#"]
+      for name, label, n in (
+        ("requests_total", 'finish_reason="stop"', 2),
+        ("requests_total", 'finish_reason="length"', 1),
+        ("output_tokens_total", "", 12),
+        ("time_between_tokens_seconds_count", "", 9),
+      ):
+        of_name = [line for line in lines if line.startswith(f"sparse_serve_{name}") and label in line]
+        assert [float(line.split()[-1]) for line in of_name] == [n], of_name
+
+  if not replicated:
+    return asyncio.run(run(one()))
+  with fleet(monkeypatch, 1, 20) as (of, *_):
+    asyncio.run(run(of))
+
+
+def test_a_replica_forgets_what_is_cancelled_after_its_end(monkeypatch):
+  with fleet(monkeypatch, 1, 20) as (of, ray, _):
+    n = 0
+
+    def late(stream: Any, token: int | None) -> None:
+      nonlocal n
+      n += 1
+      if n % 6 == 5:  # with the last token, when the replica has told the end too
+        of.cancel(stream)
+
+    for _ in range(20):
+      stream = of.submit(PROMPT, sink=late, params=SamplingParams(max_tokens=5, ignore_eos=True))
+      assert stream.result(20).output_tokens == continuation(PROMPT, 5)
+      of.ended(stream)
+    replica = ray.actors[0].of
+    until(lambda: not (replica._streams or replica._n_told))
+    assert not replica._gone and sum(replica.told().reasons.values()) == 20
+
+
 def test_of_a_request_that_is_refused_in_part_nothing_goes_on(monkeypatch):
   """The engine may fail between two of its outputs."""
   of = one()
