@@ -139,14 +139,14 @@ class Scheduler:
     """Raises ValueError if the request could never run."""
     n_prompt, n_output = len(request.prompt), request.max_new_tokens
     if not n_prompt:
-      raise ValueError(f"request {request.id!r}: the prompt is empty, at least one token is needed")
+      raise ValueError("the prompt is empty, at least one token is needed")
     if n_output < 1:
-      raise ValueError(f"request {request.id!r}: max_new_tokens must be at least 1, got {n_output}")
+      raise ValueError(f"max_new_tokens must be at least 1, got {n_output}")
     limit = self._shape.max_context
     if n_prompt + n_output > limit:
       raise ValueError(
-        f"request {request.id!r}: {n_prompt} prompt + {n_output} output tokens = {n_prompt + n_output}, but only "
-        f"{limit} tokens would fit (the context, or the pool of {self._shape.M} blocks of {self._shape.S})"
+        f"{n_prompt} prompt + {n_output} output tokens = {n_prompt + n_output}, but only {limit} tokens would fit (the "
+        f"context, or the pool of {self._shape.M} blocks of {self._shape.S})"
       )
 
   def add(self, request: Request) -> None:
@@ -204,7 +204,7 @@ class Scheduler:
         continue
       if request.id in result.not_finite:
         n = len(request.prompt) + len(request.output_tokens)
-        request.fail(FloatingPointError(f"request {request.id!r}: logits after {n} tokens are not finite"), now)
+        request.fail(FloatingPointError(f"logits after {n} tokens are not finite"), now)
       elif not had and request.receive(token := result.tokens[request.id], now):
         received.tokens.append((request, token))
       if request.ended:
