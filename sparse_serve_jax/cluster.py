@@ -22,8 +22,8 @@ _STORE_BYTES = 256 << 20  # of shared memory on this machine: prompts and rows t
 
 
 def connect() -> Any:
-  """The module `ray`, connected to the cluster that RAY_ADDRESS names or this machine is a part of; where there is
-  none, to one that is started here and ends with this process.
+  """The module `ray`, connected to the cluster that RAY_ADDRESS names or `ray start` made this machine a part of;
+  where there is none, to one that is started here, is this process's alone, and ends with it.
 
   Raises:
     ValueError: Ray is not installed, or the cluster cannot be reached.
@@ -34,13 +34,17 @@ def connect() -> Any:
   except ImportError as error:
     raise ValueError(f'this needs {error.name}: pip install "sparse-serve-jax[ray]"') from error
   if not ray.is_initialized():
-    of = {"logging_level": logging.ERROR, "log_to_driver": True}
-    try:
-      ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **of)
-    except ConnectionError as error:
-      if "RAY_ADDRESS" in os.environ:
-        raise ValueError(f"there is no Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
-      ray.init(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES, **of)
+    of: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
+    here = of | {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    try:  # not at "auto", which also takes one that another command has started, and will end
+      ray.init(**here)
+    except ValueError:  # there is a cluster, and it has its sizes
+      try:
+        ray.init(**of)
+      except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+          raise ValueError(f"there is no Ray cluster at RAY_ADDRESS={address}: {error}") from error
+        ray.init(address="local", **here)
     atexit.register(ray.shutdown)
   return ray
 

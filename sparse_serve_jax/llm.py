@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import numbers
 import pathlib
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Unpack, cast, overload
@@ -81,10 +80,7 @@ class LLM:
   @functools.cached_property
   def engine(self) -> Engine:
     """What serves the requests: for callbacks that cancel one."""
-    executor = JaxExecutor(self.config, self.model)
-    engine = Engine(executor)
-    weakref.finalize(engine, executor.wait)  # a stream leaves a step on its way, and a process that ends then aborts
-    return engine
+    return Engine(JaxExecutor(self.config, self.model))
 
   def generate(
     self,

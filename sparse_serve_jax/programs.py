@@ -1,4 +1,5 @@
-"""What a setup's steps are compiled to: per-device functions over a mesh, with the cache donated."""
+"""What a setup's steps are compiled to: per-device functions over a mesh, with the cache donated. And what is refused
+before."""
 
 from __future__ import annotations
 
@@ -6,10 +7,14 @@ import functools
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import Maps
+from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory import kv_cache
+from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.mesh import AXIS
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.step import Setup, StepOutput, decode_step, prefill_segment
@@ -77,3 +82,45 @@ def _and_done(f):
     return hot, hot.clock + 0
 
   return run
+
+
+def implementation_of(config: EngineConfig, head_dim: int) -> str:
+  """The implementation of kernels that a configuration asks for.
+
+  Raises:
+    NotImplementedError: it does not run here.
+  """
+  backend, name = jax.default_backend(), config.implementation
+  if name == "auto":
+    name = "triton" if backend == "gpu" else "xla"
+  if name == "triton" and backend != "gpu":
+    raise NotImplementedError(f"implementation='triton' needs an NVIDIA GPU, JAX runs on {backend}")
+  if name != "xla" and head_dim & (head_dim - 1):
+    raise NotImplementedError(f"{head_dim=} is not a power of two: only implementation='xla' can, in HBM")
+  if name == "xla" and config.cache.offload and backend == "gpu":
+    raise NotImplementedError(
+      "implementation='xla' cannot read a pool in host memory; use 'triton', or cache.offload=false"
+    )
+  return name
+
+
+def check_variants(config: EngineConfig, setup: Setup, shape: CacheShape) -> None:
+  """Raises ValueError if a variant's results have not the shape that they are read with."""
+  method, G = setup.attention.selector.method, setup.model.n_heads // setup.model.n_kv_heads
+  maps = jax.eval_shape(lambda: Maps.empty(shape.K, shape.L, shape.M, shape.P))
+  of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  keys, dtype = jax.ShapeDtypeStruct((2, shape.S, shape.D), setup.model.dtype), jnp.dtype(setup.model.dtype)
+  made = {
+    f"cache.eviction={config.cache.eviction}": (
+      jax.eval_shape(setup.eviction, maps, jax.ShapeDtypeStruct((), jnp.int32)),
+      jax.ShapeDtypeStruct((shape.P,), jnp.int32),
+    )
+  }
+  if config.selects:
+    digest = jax.ShapeDtypeStruct((2, method.vectors, shape.D), dtype)
+    made[f"the digest of sparse.method={config.sparse.method}"] = jax.eval_shape(method.summarize, keys), digest
+    scores = jax.eval_shape(method.score, of((G, shape.D)), of((3, method.vectors, shape.D)))
+    made[f"the score of sparse.method={config.sparse.method}"] = scores, of((G, 3))
+  for name, (actual, expected) in made.items():
+    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+      raise ValueError(f"{name} gives {actual.dtype}{list(actual.shape)}, not {expected.dtype}{list(expected.shape)}")

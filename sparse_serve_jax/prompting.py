@@ -11,6 +11,7 @@ from sparse_serve_jax import files
 from sparse_serve_jax.tokenizing import Message, Tokenizer, Typed
 
 FORM = '[{"role": "user", "content": "..."}]'
+_NO_VARIABLES = {"self", "messages", "add_generation_prompt", "special_tokens_in_text"}  # whose values come otherwise
 ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
 
 
@@ -97,4 +98,6 @@ def encode_chat(
 ) -> list[int]:
   """Token ids of a conversation, checked, with what begins an answer if `generate`; `options` are the template's."""
   messages = checked(messages)
+  if wrong := sorted(_NO_VARIABLES.intersection(options)):
+    raise ValueError(f"chat_template_kwargs cannot set {', '.join(wrong)}")
   return tokenizer.encode_chat(messages, generate, special_tokens_in_text=special_tokens_in_text, **options)

@@ -7,6 +7,7 @@ compiled the others of the session read from a folder.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import re
@@ -77,13 +78,39 @@ def pytest_configure(config: pytest.Config):
       os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
       os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+  if not hasattr(config, "workerinput"):
+    os.environ[ENDS] = tempfile.mkdtemp(prefix="ends-")
+    config.add_cleanup(functools.partial(shutil.rmtree, os.environ[ENDS], ignore_errors=True))
+
   import jax  # only now: it reads the environment
 
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+ENDS = "SPARSE_SERVE_TEST_ENDS"  # a folder where worker processes of a session tell why they ended before it
+LONGEST = 600  # seconds of a test; one that takes longer hangs
+_end = None
+
+
+def pytest_sessionstart(session: pytest.Session):
+  global _end
+  if worker := getattr(session.config, "workerinput", None):
+    _end = (Path(os.environ[ENDS]) / worker["workerid"]).open("w")
+    faulthandler.enable(_end)  # as pytest has enabled it, but not lost among the lines of a long session
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter):
+  for file in sorted(Path(os.environ[ENDS]).iterdir()):
+    told = file.read_text().splitlines()
+    if lines := [line for line in told if not re.search(r"/(pluggy|_pytest|xdist|execnet)/", line)]:
+      terminalreporter.section(f"how {file.name} ended")
+      terminalreporter.write_line("\n".join(lines))
+
+
 def pytest_runtest_setup(item: pytest.Item):
+  if _end and not item.get_closest_marker("soak"):
+    faulthandler.dump_traceback_later(LONGEST, exit=True, file=_end)
   if item.get_closest_marker("gpu"):
     import jax
 
@@ -99,6 +126,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
 
   XLA's programs on a CPU are a few memory maps each. Linux gives a process 65,530, and where they end XLA crashes.
   """
+  faulthandler.cancel_dump_traceback_later()
   maps = Path("/proc/self/maps")
   if nextitem and nextitem.path != item.path and maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
     import jax

@@ -115,7 +115,7 @@ class FakeExecutor:
       self.kept = {key: layers for key, layers in self.kept.items() if key[0] != name}
     self.tables |= {admission.lane: admission.table for admission in plan.admit}
     tokens = {}
-    for work in plan.prefill:
+    for work in plan.works:
       layers = slice(work.first_layer, work.first_layer + work.n_layers)
       assert self.kept.pop((work.request_id, work.start), 0) == work.first_layer
       if work.first_layer + work.n_layers < self.shape.L:

@@ -456,6 +456,13 @@ MUTATIONS = [
     ("tests/test_interrupts.py::test_wherever_a_dispatch_is_interrupted_its_results_are_kept",),
   ),
   Mutation(
+    "a process ends while a program runs",
+    "sparse_serve_jax/serving/executor.py",
+    "    _LAST[self._number] = jax.tree.leaves(self._results[0])[-1], self._host\n",
+    "",
+    ("tests/test_llm.py::test_a_process_ends_when_its_last_programs_have",),
+  ),
+  Mutation(
     "a save writes to a pool that is lost",
     "sparse_serve_jax/memory/writer.py",
     "    if self._pool_is_lost:\n",

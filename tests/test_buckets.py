@@ -25,7 +25,7 @@ from sparse_serve_jax.config import (
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Plan, Sampling, StepResult, StepStats, pieces
+from sparse_serve_jax.serving.plan import Plan, Sampling, StepResult, StepStats
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.scheduler import Scheduler
 from tests.tiny import config, prompt_of, tiny_model, with_slots
@@ -73,13 +73,13 @@ def planned(conf: EngineConfig, shape: CacheShape, prompts: list[int], n_output:
 
 
 def result_of(plan: Plan) -> StepResult:
-  names = [row.request_id for row in plan.decode] + [work.request_id for work in plan.prefill if work.last]
+  names = [row.request_id for row in plan.decode] + [work.request_id for work in plan.works if work.last]
   return StepResult(dict.fromkeys(names, 1), {row.request_id: 0 for row in plan.measure}, StepStats())
 
 
 def first_layer(plans: list[Plan]) -> list[tuple[int, int]]:
   """Tokens and start of the pieces that a prompt's first layer comes in."""
-  return [(len(work.tokens), work.start) for plan in plans for work in plan.prefill if work.first_layer == 0]
+  return [(len(work.tokens), work.start) for plan in plans for work in plan.works if work.first_layer == 0]
 
 
 def limit_and_piece(conf: EngineConfig, n_layers: int) -> tuple[int, int]:
@@ -145,8 +145,7 @@ def test_no_more_than_48_programs(mode: str, S: int):
 def programs_of(buckets: Buckets, plan: Plan) -> set[Program]:
   """The programs that a plan runs."""
   used: set[Program] = set()
-  for works in pieces(plan.prefill):
-    (program,) = {work.program for work in works}
+  for program, works in plan.prefill:
     used.add(program)
     assert program.packed == (len(works) > 1)
   if plan.decode:
@@ -184,8 +183,7 @@ def test_every_plan_has_its_programs(
   listed = set(buckets.programs()) & set(buckets.programs_of(prompts))
   for plan in planned(conf, sizes(n_layers, max_context, S), prompts, n_output=2):
     assert programs_of(buckets, plan) <= listed
-    for work in plan.prefill:
-      program = work.program
+    for program, work in ((of.program, work) for of in plan.prefill for work in of.works):
       assert len(work.tokens) <= program.tokens and work.start // S <= program.table
       assert prefix or program.packed or program.tokens <= 2048 or program.tokens <= 1.5 * len(work.tokens) + S
       assert work.n_layers == program.n_layers if program.fixed else work.n_layers <= program.n_layers
@@ -197,7 +195,7 @@ def test_a_full_chunk_that_another_follows_may_come_after_a_small_one():
   conf = EngineConfig(CacheConfig(save="staged", prefix=False), SparseConfig(token_budget=4096), scheduler)
   buckets, prompts = Buckets.of(conf, 2, max_context=320), [224, 32 + 256 + 1]
   plans = planned(conf, sizes(2, 320, 32), prompts)
-  works = [(len(work.tokens), work.start, work.program.saves) for plan in plans for work in plan.prefill]
+  works = [(len(work.tokens), work.start, of.saves) for plan in plans for of, (work,) in plan.prefill]
   assert works == [(224, 0, False), (32, 0, False), (256, 32, True), (1, 288, False)]
   reached = set().union(*(programs_of(buckets, plan) for plan in plans))
   assert reached <= set(buckets.programs()) & set(buckets.programs_of(prompts, shared=False))

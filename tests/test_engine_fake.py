@@ -98,7 +98,7 @@ def test_what_min_tokens_bans():
   engine.run()
   banned = [{*range(MAX_BANNED - 1), 44}, {7}, set(), set()]
   for request, first in zip(added, banned, strict=True):
-    works = [work for plan in executor.plans for work in plan.prefill if work.request_id == request.id]
+    works = [work for plan in executor.plans for work in plan.works if work.request_id == request.id]
     rows = [row for plan in executor.plans for row in plan.decode if row.request_id == request.id]
     assert [set(work.sampling.banned) for work in works] == [first]
     assert [set(row.sampling.banned) for row in rows] == [first, set()][: len(rows)]
@@ -127,10 +127,8 @@ def test_what_min_tokens_bans():
     ({"prompt": [1], "temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
     ({"prompt": [1], "temperature": float("nan")}, "got nan"),
     ({"prompt": [1], "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
-    (
-      {"prompt": [1], "min_tokens": -1},
-      "request 'request-0': min_tokens must be an integer of at least 0 and below 2\\*\\*31, got -1",
-    ),
+    ({"prompt": [1], "min_tokens": -1}, "^min_tokens must be an integer of at least 0 and below 2\\*\\*31, got -1"),
+    ({"prompt": [], "request_id": "b"}, "^request 'b': the prompt is empty, at least one token is needed"),
     ({"prompt": [1], "min_tokens": 4}, "at most max_tokens=3, got 4"),
     ({"prompt": [1], "top_q": 4}, "there is no sampling parameter 'top_q'; the nearest is 'top_"),
     ({"prompt": [1], "stop": "x"}, "stop and n are for LLM.generate"),
@@ -276,7 +274,7 @@ def test_the_observer_sees_every_plan_with_its_result_in_order():
   assert [plan.iteration for plan, *_ in seen] == list(range(1, len(seen) + 1))
   for plan, result, planned, dispatched, done, pool_blocks in seen:
     assert planned < dispatched < done and 0 <= pool_blocks <= executor.shape.M
-    ends = [work.request_id for work in plan.prefill if work.last]
+    ends = [work.request_id for work in plan.works if work.last]
     assert sorted(result.tokens) == sorted([*ends, *(row.request_id for row in plan.decode)])
     assert set(result.working_sets) == {row.request_id for row in plan.measure}
     assert result.stats.attended == 4 * len(plan.decode)

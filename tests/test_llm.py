@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import subprocess
+import sys
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -13,8 +16,10 @@ import pytest
 from sparse_serve_jax import LLM
 from sparse_serve_jax.models import ByteTokenizer, forward, place_params
 from sparse_serve_jax.models.tokenizer import NoTokenizer
+from sparse_serve_jax.serving import executor as executors
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
+from tests.forks import ROOT
 from tests.tiny import SMALL_SERVING
 
 N = 10
@@ -152,16 +157,42 @@ def test_tokens_are_streamed_as_they_come(llm: LLM, expected):
   assert [name for name, _ in seen] == ["text-0", "text-1", "text-2"] * N  # all began in one iteration
 
 
-def test_devices_are_waited_for_when_a_stream_is_left(monkeypatch):
-  """A process aborts that ends while a step is on its way."""
-  waited, wait = [], JaxExecutor.wait
-  monkeypatch.setattr(JaxExecutor, "wait", lambda self: (wait(self), waited.append(self)))
+def test_a_process_ends_when_its_last_programs_have(monkeypatch):
+  """Also those of an engine that nobody has any more. It aborts otherwise."""
+  monkeypatch.setattr(executors, "_LAST", {})
   left = LLM("random:tiny", overrides=SMALL_SERVING)
-  assert next(left.stream(TEXT, max_tokens=N)) and not waited
-  executor = left.engine._executor
-  del left
+  executor: Any = left.engine._executor
+  assert next(left.stream(TEXT, max_tokens=N))
+  last = Mock(is_ready=lambda: last.block_until_ready.called)
+  executor._call(lambda: last)
+  del left, executor
   gc.collect()
-  assert waited == [executor]
+  executors._end()
+  last.block_until_ready.assert_called_once_with()
+  LLM("random:tiny", overrides=SMALL_SERVING)
+  assert not executors._LAST
+
+
+DROPPED = """
+import concurrent.futures.thread, gc, weakref
+from sparse_serve_jax import LLM
+from tests.tiny import SMALL_SERVING
+
+gc.disable()
+llm = LLM("random:tiny", overrides=[*SMALL_SERVING, "cache.save=staged", "cache.hbm_bytes=2MiB"])
+assert next(llm.stream("The", max_tokens=8, ignore_eos=True))
+llm.itself, engine = llm, weakref.ref(llm.engine)
+del llm
+with concurrent.futures.thread._global_shutdown_lock:  # as within ThreadPoolExecutor.submit
+  gc.collect()
+assert engine() is None
+"""
+
+
+def test_garbage_collection_waits_for_nothing():
+  """It comes anywhere, also where its thread has a lock that waiting for a device needs."""
+  done = subprocess.run([sys.executable, "-c", DROPPED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])

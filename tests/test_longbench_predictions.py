@@ -57,9 +57,9 @@ class Script:
     pass
 
   def submit(self, plan: Plan):
-    for work in plan.prefill:
+    for work in plan.works:
       self.prompts[work.request_id] = self.prompts.get(work.request_id, "") + BYTES.decode(work.tokens.tolist())
-    tokens = {work.request_id: self._token(work, 0) for work in plan.prefill if work.last}
+    tokens = {work.request_id: self._token(work, 0) for work in plan.works if work.last}
     tokens |= {row.request_id: self._token(row, row.step + 1) for row in plan.decode}
     return types.SimpleNamespace(result=lambda: StepResult(tokens, {}, StepStats()))
 

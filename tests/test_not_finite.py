@@ -52,4 +52,4 @@ def test_weights_that_are_not_finite_end_every_request_at_once():
   requests = [engine.add_request(prompt_of(20, seed=i), 8) for i in range(3)]
   engine.run()
   assert [(request.finish_reason, request.output_tokens) for request in requests] == [("error", [])] * 3
-  assert str(requests[0].error) == "request 'request-0': logits after 20 tokens are not finite"
+  assert str(requests[0].error) == "logits after 20 tokens are not finite"

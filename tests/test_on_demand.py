@@ -124,11 +124,11 @@ def test_who_was_preempted_waits_for_its_results():
   scheduler = scheduler_of(("a", S, 40))
   first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
   scheduler._preempt(scheduler._decoding[0])
-  assert [work.request_id for work in scheduler.schedule(0.0).prefill] == []
+  assert [work.request_id for work in scheduler.schedule(0.0).works] == []
   scheduler.update(result(first, 20), 0.0)
-  assert [work.request_id for work in scheduler.schedule(0.0).prefill] == []
+  assert [work.request_id for work in scheduler.schedule(0.0).works] == []
   scheduler.update(result(second, 21), 0.0)
-  assert [work.tokens.tolist() for work in scheduler.schedule(0.0).prefill] == [[*range(S), 20, 21]]
+  assert [work.tokens.tolist() for work in scheduler.schedule(0.0).works] == [[*range(S), 20, 21]]
 
 
 def test_what_was_drawn_before_is_prefilled_or_given_again():
@@ -141,7 +141,7 @@ def test_what_was_drawn_before_is_prefilled_or_given_again():
       advance(scheduler, token)
     scheduler._preempt(scheduler._decoding[0])
     plan = advance(scheduler, 37)
-    prefilled = plan.prefill[0].tokens.tolist()
+    prefilled = plan.works[0].tokens.tolist()
     n_prefilled = 4 * S if policy == "topk" else n_prefilled
     assert prefilled == [*range(S), *range(20, 37)][:n_prefilled], policy
     given = [advance(scheduler, 38).decode[0].token for _ in range(20)]

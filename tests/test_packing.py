@@ -13,7 +13,7 @@ from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, override
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
-from sparse_serve_jax.serving.plan import Plan, StepStats, pieces
+from sparse_serve_jax.serving.plan import Plan, StepStats
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.simulation.cost import work_of
 from tests.test_buckets import planned, sizes
@@ -38,7 +38,7 @@ class Recording:
   @property
   def packs(self) -> list[list[str]]:
     """Names of the requests of each pack."""
-    found = [works for plan in self.plans for works in pieces(plan.prefill)]
+    found = [works for plan in self.plans for _, works in plan.prefill]
     return [[work.request_id for work in works] for works in found if len(works) > 1]
 
 
@@ -119,7 +119,7 @@ def test_what_is_packed():
     prompt = first + prompt_of(n - 64, seed=2) if name == "same" else prompt_of(n, seed=n)
     engine.add_request(first if name == "a" else prompt, 2, request_id=name)
   engine.run()
-  whole = [[work.request_id for work in works] for plan in executor.plans for works in pieces(plan.prefill)]
+  whole = [[work.request_id for work in works] for plan in executor.plans for _, works in plan.prefill]
   assert whole == [["a"], ["same"], ["b", "c", "d"], ["e", "f"]]
   assert executor.buckets.packed == 256 and executor.buckets.packed_rows == 4
 

@@ -21,7 +21,7 @@ class Run(NamedTuple):
 
   def chunks(self) -> list[int]:
     """Iterations that prefill the long prompt."""
-    return [i for i, (plan, _) in enumerate(self.steps) if any(work.request_id == "long" for work in plan.prefill)]
+    return [i for i, (plan, _) in enumerate(self.steps) if any(work.request_id == "long" for work in plan.works)]
 
   def loaded(self, last: int | None = None) -> int:
     """Blocks that its chunks, or the last ones of them, and the decode steps beside them read from the pool."""

@@ -292,8 +292,8 @@ def test_a_piece_begins_after_what_is_shared_and_has_a_program(scheduler: Schedu
   assert later.cached_tokens == 24
   buckets = Buckets.of(engine_config, shape.L, shape.max_context)
   programs = set(buckets.programs())
-  for work in [work for plan in plans for work in plan.prefill]:
-    assert work.program in programs & {*buckets.programs_of([64])}
+  for piece in [piece for plan in plans for piece in plan.prefill]:
+    assert piece.program in programs & {*buckets.programs_of([64])}
 
 
 def test_the_last_token_is_never_cached():

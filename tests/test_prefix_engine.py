@@ -115,7 +115,7 @@ def test_samples_share_a_prefill(inject: int):
   for request in requests:
     assert request.output_tokens == continuation(prompt, 5, request.sampling)
   assert [request.cached_tokens for request in requests] == [0, 32, 32, 32]
-  tokens = sum(len(work.tokens) * work.n_layers for plan in executor.plans for work in plan.prefill)
+  tokens = sum(len(work.tokens) * work.n_layers for plan in executor.plans for work in plan.works)
   assert tokens == (37 + 3 * 5) * executor.shape.L
 
 

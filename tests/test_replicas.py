@@ -79,6 +79,16 @@ def test_answers_are_those_of_one_engine_and_beginnings_have_a_replica(server):
   assert told["status"] == "ok" and [told["replicas"][name]["live"] for name in "01"] == [0, 0]
 
 
+def test_another_command_has_a_ray_of_its_own(server):
+  """Which ends with it, and not before."""
+  other = Process(MODEL, NAME, "--replicas=2")
+  try:
+    assert len(pids_of_replicas(other)) == 2 and complete(other).choices[0].text
+  finally:
+    assert other.close() == 0
+  assert complete(server).choices[0].text
+
+
 def test_errors_are_those_of_one_engine(server):
   with pytest.raises(openai.BadRequestError, match="a request can have 512"):
     complete(server, max_tokens=600)
@@ -131,10 +141,11 @@ def test_a_client_that_goes_away_is_cancelled(server):
     next(lines)
     assert sum(counted(server, "requests_running").values()) == 1
   deadline = time.monotonic() + SOON
-  while sum(counted(server, "requests_running").values()) and time.monotonic() < deadline:
+  while (after := counted(server, "requests_total")) == before and time.monotonic() < deadline:
     time.sleep(0.02)
+  assert sum(counted(server, "requests_running").values()) == 0
   assert 'finish_reason="cancelled"' in server.http.get("/metrics").text
-  assert sum(counted(server, "requests_total").values()) == sum(before.values()) + 1
+  assert sum(after.values()) == sum(before.values()) + 1
 
 
 def test_one_that_dies_ends_its_requests_and_comes_again(server):

@@ -37,14 +37,14 @@ def request(name: str, n_prompt: int, n_output: int = 4) -> Request:
 
 
 def result(plan: Plan, token: int = 1, working_sets: dict[str, int] | None = None) -> StepResult:
-  names = [row.request_id for row in plan.decode] + [work.request_id for work in plan.prefill if work.last]
+  names = [row.request_id for row in plan.decode] + [work.request_id for work in plan.works if work.last]
   return StepResult(
     dict.fromkeys(names, token), working_sets or {row.request_id: 0 for row in plan.measure}, StepStats()
   )
 
 
 def pieces(plan: Plan) -> list[tuple[str, int, int, int, int, bool]]:
-  return [(w.request_id, w.start, len(w.tokens), w.first_layer, w.n_layers, w.last) for w in plan.prefill]
+  return [(w.request_id, w.start, len(w.tokens), w.first_layer, w.n_layers, w.last) for w in plan.works]
 
 
 def advance(scheduler: Scheduler, token: int = 1) -> Plan:
@@ -192,7 +192,7 @@ def test_max_tokens_bounds_decode_rows_and_the_first_in_line_waits_for_them():
     scheduler.add(request(f"{i}", 1, 3))
   planned = [advance(scheduler) for _ in range(6)]
   assert [len(plan.decode) for plan in planned] == [0, 8, 8, 0, 1, 1]
-  assert [len(plan.prefill) for plan in planned] == [8, 0, 0, 1, 0, 0]
+  assert [len(plan.works) for plan in planned] == [8, 0, 0, 1, 0, 0]
 
 
 def test_a_chunked_prompt_needs_slots_for_all_its_chunks_and_waits_for_older_requests():
@@ -215,7 +215,7 @@ def test_two_chunked_prompts_of_one_iteration_share_the_slots():
     scheduler = Scheduler(config(chunked), shape_of(P=slots))
     for name in ("a", "b"):
       scheduler.add(request(name, 2 * S))
-    assert [work.request_id for work in scheduler.schedule(0.0).prefill] == expected
+    assert [work.request_id for work in scheduler.schedule(0.0).works] == expected
 
 
 @pytest.mark.parametrize(("control", "prefill"), [("none", "chunked"), ("working_set", "layer_segmented")])
@@ -224,7 +224,7 @@ def test_prefill_that_needs_no_slots_or_is_not_controlled_is_not_limited(control
   scheduler = Scheduler(config(settings), shape_of(P=1))
   decoding(scheduler, {"a": 2 * S})
   scheduler.add(request("b", 10 * S))
-  assert len(scheduler.schedule(0.0).prefill) == 1
+  assert len(scheduler.schedule(0.0).works) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- admission
@@ -235,13 +235,13 @@ def test_nobody_passes_the_head_that_waits_for_blocks():
   first, head, small = request("a", 29, 3), request("b", 28, 4), request("c", 2, 2)
   for each in (first, head, small):
     scheduler.add(each)
-  assert [work.request_id for work in advance(scheduler).prefill] == ["a"]
+  assert [work.request_id for work in advance(scheduler).works] == ["a"]
   assert (head.state, small.state) == (State.WAITING, State.WAITING)  # 4 + 4 > 6 though 4 + 1 would fit
   advance(scheduler), advance(scheduler)
   assert first.state is State.FINISHED
   released = advance(scheduler)  # a's blocks come free with this plan, so are given out by the next one
   assert released.release.size == 4 and not released.prefill
-  assert [work.request_id for work in advance(scheduler).prefill] == ["b", "c"]  # 4 + 1 blocks
+  assert [work.request_id for work in advance(scheduler).works] == ["b", "c"]  # 4 + 1 blocks
 
 
 def test_blocks_wait_for_the_last_plan_that_held_them_but_lanes_do_not():
@@ -253,15 +253,15 @@ def test_blocks_wait_for_the_last_plan_that_held_them_but_lanes_do_not():
   third = scheduler.schedule(0.0)
   assert third.release.tolist() == first.admit[0].table.tolist() and not third.prefill
   scheduler.update(result(second), 0.0)
-  assert [work.request_id for work in scheduler.schedule(0.0).prefill] == ["b"]
+  assert [work.request_id for work in scheduler.schedule(0.0).works] == ["b"]
 
 
 def test_a_lane_is_waited_for():
   scheduler = Scheduler(config(), shape_of(R=1))
   scheduler.add(request("a", 4, 1))
   scheduler.add(request("b", 4, 1))
-  assert len(advance(scheduler).prefill) == 1
-  assert [work.request_id for work in advance(scheduler).prefill] == ["b"]
+  assert len(advance(scheduler).works) == 1
+  assert [work.request_id for work in advance(scheduler).works] == ["b"]
 
 
 # -------------------------------------------------------------------------------------------------------------- decode
@@ -305,7 +305,7 @@ def decoding(scheduler: Scheduler, sizes: dict[str, int], n_output: int = 40) ->
   for name, n_prompt in sizes.items():
     scheduler.add(request(name, n_prompt, n_output))
   plan = advance(scheduler)
-  assert len(plan.prefill) == len(sizes)
+  assert len(plan.works) == len(sizes)
 
 
 def names(plan: Plan) -> list[str]:
@@ -397,5 +397,5 @@ def test_cancel_in_every_state_gives_everything_back():
   assert third.release.size == 2 + 3 and not third.decode and not third.prefill
   scheduler.update(result(second), 0.0)
   scheduler.add(request("d", 40, 8))  # all 6 blocks
-  assert len(scheduler.schedule(0.0).prefill) == 1
+  assert len(scheduler.schedule(0.0).works) == 1
   scheduler.update(result(third), 0.0)

@@ -46,13 +46,13 @@ class Watch:
     assert len(set(released)) == len(released) and set(released) <= self.dirty and not set(released) & live
     self._wait(plan)
     self.dirty -= set(released)  # to be had from the next plan on
-    assert {admission.request_id for admission in plan.admit} <= {work.request_id for work in plan.prefill}
+    assert {admission.request_id for admission in plan.admit} <= {work.request_id for work in plan.works}
     for admission in plan.admit:
       self._admit(admission.request_id, tuple(admission.table.tolist()))
     self._room(plan)
     self._decode(plan)  # before prefill: what ends its prompt now decodes from the next plan on
     self._prefill(plan)
-    held = [self.tables[of.request_id] for of in (*plan.decode, *plan.prefill)]
+    held = [self.tables[of.request_id] for of in (*plan.decode, *plan.works)]
     self.in_flight.append({block for table in held for block in table})
 
   def _wait(self, plan: Plan) -> None:
@@ -65,7 +65,7 @@ class Watch:
     for name in (partly or (waiting if free else []))[:1]:
       older = sum(self.left(other) for other in self.tables if other != name)
       waits, bound = self.waits.setdefault(name, (0, older))
-      waited = all(work.request_id != name for work in plan.prefill)
+      waited = all(work.request_id != name for work in plan.works)
       self.waits[name] = waits + waited, bound
       assert self.waits[name][0] <= bound
       assert plan.decode or not waited
@@ -73,14 +73,14 @@ class Watch:
   def _room(self, plan: Plan) -> None:
     """What was chosen fits tokens and slots; the oldest may exceed the slots, and then no other needs one."""
     scheduler, L = self.config.scheduler, self.shape.L
-    tokens = len(plan.decode) + sum(-(-len(work.tokens) * work.n_layers // L) for work in plan.prefill)
+    tokens = len(plan.decode) + sum(-(-len(work.tokens) * work.n_layers // L) for work in plan.works)
     assert tokens <= (scheduler.max_tokens or tokens)
     if scheduler.batch_control == "none" or not self.shape.P:
       return
     cold = lambda row: min(row.position // S, self.config.budget_blocks) * L * self.shape.K  # noqa: E731
     needs = [self.sizes.get(row.request_id, cold(row)) for row in plan.decode]
     if scheduler.prefill == "chunked":
-      needs += [(work.start + len(work.tokens)) // S * L * self.shape.K for work in plan.prefill]
+      needs += [(work.start + len(work.tokens)) // S * L * self.shape.K for work in plan.works]
     assert sum(needs) <= self.shape.P or not any(needs[1:])
 
   def _decode(self, plan: Plan) -> None:
@@ -108,7 +108,7 @@ class Watch:
 
   def _prefill(self, plan: Plan) -> None:
     cost = 0
-    for work in plan.prefill:
+    for work in plan.works:
       name, prompt = work.request_id, self.requests[work.request_id].prompt
       assert work.start % S == 0 and len(work.tokens)
       assert all(self.holds.get(block) == i for i, block in enumerate(self.shared.pop(name, ())))
@@ -133,8 +133,8 @@ class Watch:
     assert len(unfinished) <= 1
     settings_ = self.config.scheduler
     allowance = settings_.max_inject_tokens if settings_.prefill == "layer_segmented" else settings_.chunk_tokens
-    smallest = all(len(work.tokens) <= S and work.n_layers == 1 for work in plan.prefill)
-    assert cost <= allowance or (len(plan.prefill) == 1 and smallest)
+    smallest = all(len(work.tokens) <= S and work.n_layers == 1 for work in plan.works)
+    assert cost <= allowance or (len(plan.works) == 1 and smallest)
 
   def _admit(self, name: str, table: tuple[int, ...]) -> None:
     request = self.requests[name]
@@ -240,7 +240,7 @@ def test_whole_runs(run):
   # what was freed can be had again: a request as large as the pool allows is admitted in the first plan
   n_tokens = scheduler._shape.max_context
   scheduler.add(request("all", n_tokens - 1, 1))
-  assert len(scheduler.schedule(0.0).prefill) >= 1
+  assert len(scheduler.schedule(0.0).works) >= 1
 
 
 class Late:
@@ -264,10 +264,10 @@ class Late:
       assert not written & set(admission.table.tolist())
       self.tables[admission.request_id] = admission.table.tolist()
     assert not late & {row.request_id for row in plan.decode}
-    for work in plan.prefill:
+    for program, work in ((piece.program, work) for piece in plan.prefill for work in piece.works):
       before = [at for (name, start), at in self.writing.items() if name == work.request_id and start < work.start]
       assert all(at <= self.landed for at in before)
-      if not work.program.saves:
+      if not program.saves:
         self.writing[work.request_id, work.start] = plan.iteration
 
 

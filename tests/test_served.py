@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import re
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from sparse_serve_jax.server.engines import One
 from sparse_serve_jax.server.errors import Refused
 from sparse_serve_jax.server.pulse import Health
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.plan import Sampling, TokenLogprobs
+from sparse_serve_jax.serving.plan import MAX_BANNED, Sampling, TokenLogprobs
 from tests.fake_engine import EOS, MODEL_CONFIG, continuation, fake_executor
 from tests.fake_fleet import Model, fleet, serving
 from tests.fake_ray import until
@@ -179,6 +180,98 @@ def test_of_a_request_with_one_bad_prompt_nothing_is_served(wrong, says):
       assert sum((await http.get("/status")).json()["ended"].values()) == 0
 
   asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+  ("wrong", "param", "says"),
+  [
+    ({"best_of": True}, "best_of", "best_of=True is not n=1"),
+    ({"best_of": 1.0}, "best_of", "best_of=1.0 is not n=1"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options", "no parameter 'usage' of stream_options"),
+    ({"stream_options": []}, "stream_options", "must be an object, got []"),
+    ({"chat_template_kwargs": 0}, "chat_template_kwargs", "must be an object, got 0"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "chat_template_kwargs cannot set messages"),
+    ({"chat_template_kwargs": {"documents": 5}}, "messages", "documents are a list of objects"),
+    ({"stop_token_ids": [*range(MAX_BANNED + 1)], "min_tokens": 1}, None, "min_tokens=1 takes at most 8 stop tokens"),
+  ],
+)
+def test_mistakes_are_told_by_the_names_that_a_client_knows(wrong, param, says):
+  chat = "chat_template_kwargs" in wrong
+  body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5} if chat else BODY
+
+  async def run():
+    async with serving(one()) as http:
+      answer = await http.post("/v1/chat/completions" if chat else "/v1/completions", json=body | wrong)
+      error = answer.json()["error"]
+      assert (answer.status_code, error["param"]) == (400, param) and says in error["message"]
+      assert not re.search(r"argument|object is|request-\d", error["message"])
+
+  asyncio.run(run())
+
+
+def test_logits_that_are_not_finite_are_told_without_the_engines_name_of_the_request():
+  executor = fake_executor()
+  executor.not_finite.add("request-0")
+
+  async def run():
+    async with serving(One(Engine(executor), Model())) as http:  # type: ignore[arg-type]
+      answer = await http.post("/v1/completions", json=BODY)
+      said = answer.json()["error"]["message"]
+      assert answer.status_code == 500 and "logits after 20 tokens are not finite" in said and "request-0" not in said
+
+  asyncio.run(run())
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
+  """A stop string may come with the last token, or while others are on their way."""
+  body = BODY | {"prompt": [33, 81, 88]}
+  tokens = continuation(body["prompt"], 5)
+  assert len({*tokens}) == 5
+  bodies = [body | {"stop": chr(tokens[4])}, body | {"stop": chr(tokens[1])}, body]
+
+  async def run(of: Any) -> None:
+    async with serving(of) as http:
+      answers = [(await http.post("/v1/completions", json=body)).json() for body in bodies]
+      assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "stop", "length"]
+      assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 2, 5]
+      told = (await http.get("/status")).json()
+      assert told["ended"] == {"stop": 2, "length": 1}
+      rows = [(row["state"], row["output_tokens"]) for row in told["requests"]]
+      assert rows == [("stop", 5), ("stop", 2), ("length", 5)]
+      lines = [line for line in (await http.get("/metrics")).text.splitlines() if line[0] != "#"]
+      for name, label, n in (
+        ("requests_total", 'finish_reason="stop"', 2),
+        ("requests_total", 'finish_reason="length"', 1),
+        ("output_tokens_total", "", 12),
+        ("time_between_tokens_seconds_count", "", 9),
+      ):
+        of_name = [line for line in lines if line.startswith(f"sparse_serve_{name}") and label in line]
+        assert [float(line.split()[-1]) for line in of_name] == [n], of_name
+
+  if not replicated:
+    return asyncio.run(run(one()))
+  with fleet(monkeypatch, 1, 20) as (of, *_):
+    asyncio.run(run(of))
+
+
+def test_a_replica_forgets_what_is_cancelled_after_its_end(monkeypatch):
+  with fleet(monkeypatch, 1, 20) as (of, ray, _):
+    n = 0
+
+    def late(stream: Any, token: int | None) -> None:
+      nonlocal n
+      n += 1
+      if n % 6 == 5:  # with the last token, when the replica has told the end too
+        of.cancel(stream)
+
+    for _ in range(20):
+      stream = of.submit(PROMPT, sink=late, params=SamplingParams(max_tokens=5, ignore_eos=True))
+      assert stream.result(20).output_tokens == continuation(PROMPT, 5)
+      of.ended(stream)
+    replica = ray.actors[0].of
+    until(lambda: not (replica._streams or replica._n_told))
+    assert not replica._gone and sum(replica.told().reasons.values()) == 20
 
 
 def test_of_a_request_that_is_refused_in_part_nothing_goes_on(monkeypatch):

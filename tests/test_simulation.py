@@ -10,7 +10,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sparse_serve_jax.buckets import PrefillProgram
 from sparse_serve_jax.config import EngineConfig, ModelConfig, override
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import run
@@ -294,7 +293,7 @@ def test_misses_fall_with_steps_and_with_slots():
 def test_what_comes_before_a_piece_is_read_where_no_slot_has_it(changes, slots, loaded):
   """32 blocks, of 4 layers x 2 heads."""
   of = blocks("scheduler.chunk_tokens=256", *changes, slots=slots)
-  work = PrefillWork("a", 0, np.zeros(100, np.int32), 256, 0, 4, True, Sampling(), PrefillProgram(128, 64, 4))
+  work = PrefillWork("a", 0, np.zeros(100, np.int32), 256, 0, 4, True, Sampling())
   assert of.before_piece(work, 256) == loaded * 4 * 2
 
 
@@ -375,15 +374,13 @@ class Watch:
     self._decode(plan)
     self.sets, self.measured = self.sets | self.measured, result.working_sets
     chunked, cost = self.conf.scheduler.prefill == "chunked", 0
-    for work in plan.prefill:
+    for work in plan.works:
       cost += len(work.tokens) * (1 if chunked else work.n_layers)
       assert self.lanes[work.lane] == work.request_id
       if work.last:
         self.prefilled[work.request_id] = self.outputs[work.request_id] - 1
     assert cost <= self.conf.prefill_allowance(self.shape.L)
-    assert set(result.tokens) == {row.request_id for row in plan.decode} | {
-      w.request_id for w in plan.prefill if w.last
-    }
+    assert set(result.tokens) == {row.request_id for row in plan.decode} | {w.request_id for w in plan.works if w.last}
     assert result.stats.missed <= result.stats.attended and result.stats.slots_used <= self.shape.P
 
   def _admit(self, name: str, lane: int, table: np.ndarray) -> None:

@@ -345,9 +345,8 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
 def _variables(tools: Any, documents: Any, others: Mapping[str, Any]) -> dict[str, Any]:
   """What templates see besides messages. `tools` and `documents` are always there, as None if absent."""
   for name, values in (("tools", tools), ("documents", documents)):
-    wrong = [value for value in values or () if not isinstance(value, Mapping)]
-    if wrong:
-      raise ValueError(f"{name} are a list of objects (JSON schemas, or title and text), got {wrong[0]!r:.80}")
+    if values is not None and not (isinstance(values, Sequence) and all(isinstance(of, Mapping) for of in values)):
+      raise ValueError(f"{name} are a list of objects (JSON schemas, or title and text), got {values!r:.80}")
   return {key: chat.plain(value, key) for key, value in {"tools": tools, "documents": documents, **others}.items()}
 
 

@@ -77,9 +77,10 @@ def read(
   """
   fields = _known(body, _CHAT if chat else _COMPLETION)
   check_model(fields, served)
-  stream, options = _truth(fields, "stream"), fields.get("stream_options") or {}
-  if not isinstance(options, Mapping):
-    raise Refused(400, f"stream_options must be an object, got {options!r:.80}", "stream_options")
+  stream, options = _truth(fields, "stream"), _object(fields, "stream_options")
+  for name, value in options.items():
+    if value is not None and name != "include_usage":
+      raise Refused(400, f"there is no parameter {name!r:.80} of stream_options", "stream_options")
   if options and not stream:
     raise Refused(400, "stream_options is for stream=true", "stream_options")
   prompts = [_conversation(fields, tokenizer)] if chat else prompts_of(fields, tokenizer)
@@ -99,7 +100,7 @@ def read(
   if len(prompts) * params.n > MOST_OUTPUTS:
     raise Refused(400, f"{len(prompts)} prompts with n={params.n} are more than {MOST_OUTPUTS} outputs", "n")
   best_of = fields.get("best_of")
-  if best_of is not None and best_of != params.n:
+  if best_of is not None and not (_is_id(best_of) and best_of == params.n):
     raise Refused(400, f"best_of={best_of!r:.40} is not n={params.n}: no output is chosen among others", "best_of")
   echoes = _echoes(fields, prompts, tokenizer) if _truth(fields, "echo") else []
   return Asked(chat, prompts, params, max_tokens, echoes, stream, _truth(options, "include_usage"))
@@ -169,17 +170,16 @@ def _known(body: object, names: set[str]) -> Mapping[str, Any]:
 
 
 def _conversation(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-  options, goes_on = fields.get("chat_template_kwargs") or {}, _truth(fields, "continue_final_message")
+  options, goes_on = _object(fields, "chat_template_kwargs"), _truth(fields, "continue_final_message")
   typed = fields.get("special_tokens_in_text", "text")
-  if not isinstance(options, Mapping):
-    raise Refused(400, f"chat_template_kwargs must be an object, got {options!r:.80}", "chat_template_kwargs")
   if typed not in ("text", "token"):
     raise Refused(400, f"special_tokens_in_text must be text or token, got {typed!r:.80}", "special_tokens_in_text")
   given = {**options, **({"continue_final_message": True} if goes_on else {})}
   try:
     return prompting.encode_chat(tokenizer, fields.get("messages"), not goes_on, typed, given)
   except (TypeError, ValueError) as error:
-    raise Refused(400, str(error), "messages") from None
+    of = "chat_template_kwargs" if str(error).startswith("chat_template_kwargs ") else "messages"
+    raise Refused(400, str(error), of) from None
 
 
 def _max_tokens(fields: Mapping[str, Any], chat: bool) -> int | None:
@@ -212,6 +212,13 @@ def _logprobs(fields: Mapping[str, Any], chat: bool) -> int | None:
   if top and not wanted:
     raise Refused(400, f"top_logprobs={top} takes logprobs=true", "top_logprobs")
   return (top or 0) if wanted else None
+
+
+def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  value = fields.get(name, {})
+  if not isinstance(value, Mapping):
+    raise Refused(400, f"{name} must be an object, got {value!r:.80}", name)
+  return value
 
 
 def _truth(fields: Mapping[str, Any], name: str) -> bool:

@@ -50,7 +50,7 @@ class Engines(Protocol):
     ...
 
   def ended(self, stream: Stream) -> None:
-    """Counts a stream, once, after its end."""
+    """Counts a stream, once, after its end and as its request is now."""
     ...
 
   def health(self) -> Health: ...
@@ -96,19 +96,14 @@ class One:
 
   def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink, params: SamplingParams) -> Stream:
     self._check()
-
-    def told(stream: Stream, token: int | None) -> None:
-      if token is None:
-        self._status.ended(stream)
-      sink(stream, token)
-
-    return self._loop.submit(prompt, sink=told, params=params)
+    return self._loop.submit(prompt, sink=sink, params=params)
 
   def score(self, prompt: list[int], n_top: int) -> Future[Scores]:
     self._check()
     return self._loop.call(lambda: self._scorer(prompt, n_top))
 
   def ended(self, stream: Stream) -> None:
+    self._status.ended(stream)
     if stream.request is not None:
       self._measures.ended(stream.request)
 

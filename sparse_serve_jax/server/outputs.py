@@ -55,6 +55,9 @@ class Output:
     if token is None:
       self._news.put_nowait(Piece(self, self.reading.finish(), None, None))
       self.ended = True
+      request = self.stream.request if self.stream else None
+      if request and self.reading.stopped and request.finish_reason != "error":
+        request.cut(self.reading.n_tokens)
     elif not self.reading.stopped:
       assert self.stream is not None and self.stream.request is not None
       told = self.stream.request.logprobs[self.reading.n_tokens] if self._wants else None

@@ -94,7 +94,7 @@ class Replica:
     self._come: deque[tuple[int, Stream, int | None]] = deque()
     self._streams: dict[int, Stream] = {}
     self._n_told: Counter[int] = Counter()  # tokens
-    self._gone: set[int] = set()  # cancelled before they came: a long prompt is passed by its cancellation
+    self._gone: set[int] = set()  # cancelled before they came, as a long prompt is passed by its cancellation
     self._one = One(Engine(JaxExecutor(config, loaded, sharing)), loaded, stuck_s)
     return self._one.config, self._one.max_request_tokens
 
@@ -105,8 +105,7 @@ class Replica:
     except RuntimeError as error:  # the engine has failed or stands still; it may go on before `news` sees that
       return _Remote(name, prompt, params, sink).end(Ended(None, 0, error))
     with self._changed:
-      if not stream.ended:
-        self._streams[name] = stream
+      self._streams[name] = stream
       gone = name in self._gone
       self._gone.discard(name)
     if gone:
@@ -119,6 +118,16 @@ class Replica:
         self._gone.add(name)
     if stream is not None:
       self._one.cancel(stream, reason)
+
+  def ended(self, name: int, n_tokens: int | None) -> None:
+    """The front has heard the end of a request; `n_tokens` are all that it has if a stop string has ended it."""
+    with self._changed:
+      stream = self._streams.pop(name, None)
+      self._gone.discard(name)  # a cancellation that came after the end
+    if stream is not None:
+      if n_tokens is not None and stream.request is not None:
+        stream.request.cut(n_tokens)
+      self._one.ended(stream)
 
   def news(self) -> list[Happened]:
     """Waits for something to tell, or a moment. Raises RuntimeError: the engine has failed or is stuck, and all is
@@ -159,12 +168,10 @@ class Replica:
       n = self._n_told[name]
       self._n_told[name] += 1
       if token is None:
-        self._streams.pop(name, None)
         del self._n_told[name]
     if token is not None:
       assert request is not None
       return Happened(name, token, request.logprobs[n] if request.logprobs else None, None)
-    self._one.ended(stream)
     error = stream.error and (ValueError if isinstance(stream.error, ValueError) else RuntimeError)(str(stream.error))
     return Happened(
       name, None, None, Ended(request and request.finish_reason, request.cached_tokens if request else 0, error)
@@ -180,6 +187,7 @@ class _Remote(Stream):
   def __init__(self, name: int, prompt: np.ndarray, params: SamplingParams, sink: Sink):
     super().__init__(prompt, {"params": params, "arrival_time": time.monotonic()}, sink)
     self.name, self._mirror = name, Request(str(name), prompt, params.max_tokens, self.arrival_time)
+    self.actor: Any = None  # that serves it, or has; None: it is lost
 
   def take(self, told: Happened) -> None:
     if told.ended is not None:
@@ -230,8 +238,9 @@ class Fleet:
     self._ray, self._start = cluster.connect(), (model, dtype, stuck_s)
     self._stuck_s = stuck_s
     gpus = cluster.gpus_each(self._ray, n, config.tp)
-    # Notes, news and numbers have threads of their own: whoever asks for news waits, and scores take their time.
-    groups = {"notes": 1, "news": 1, "numbers": 1}
+    # Notes and news have threads of their own: whoever asks for news waits, and scores take their time. Who asks for
+    # numbers leaves a note too: they tell the ends that were noted before.
+    groups = {"notes": 1, "news": 1}
     of = dict(num_cpus=0, num_gpus=gpus, max_concurrency=4, concurrency_groups=groups, max_restarts=0)
     self._class = self._ray.remote(**of)(Replica)
     self._lock = threading.Lock()  # guards places and router
@@ -261,7 +270,7 @@ class Fleet:
     stream = _Remote(next(self._names), ids, params, sink)
     with self._lock:
       place = self._places[self._router.choose(chain, self._loads())]
-      place.live[stream.name] = stream
+      place.live[stream.name], stream.actor = stream, place.actor
       place.actor.submit.options(concurrency_group="notes").remote(stream.name, ids, params)
     return stream
 
@@ -277,7 +286,10 @@ class Fleet:
     return self._calls.submit(self._scored, actor.score.remote(np.asarray(prompt, np.int32), n_top))
 
   def ended(self, stream: Stream) -> None:
-    """The replica has counted it."""
+    request = stream.request
+    if isinstance(stream, _Remote) and stream.actor is not None:
+      n_tokens = len(request.output_tokens) if request and request.finish_reason == "stop" else None
+      stream.actor.ended.options(concurrency_group="notes").remote(stream.name, n_tokens)
 
   def health(self) -> Health:
     with self._lock:
@@ -324,7 +336,7 @@ class Fleet:
   def _asked(self, what: str) -> Iterator[tuple[_Place, Any]]:
     """What a call returns of each replica that serves and answers soon."""
     serve = [place for place in self._places if place.status == "ok"]
-    refs = [getattr(place.actor, what).options(concurrency_group="numbers").remote() for place in serve]
+    refs = [getattr(place.actor, what).options(concurrency_group="notes").remote() for place in serve]
     until = time.monotonic() + _TOLD_SOON
     for place, ref in zip(serve, refs, strict=True):
       with contextlib.suppress(OSError, RuntimeError):  # it is not there any more, or does not answer
@@ -388,6 +400,7 @@ class Fleet:
       self._router.forget(place.index)
     why = f"replica {place.index}{' has died' if isinstance(error, ChildProcessError) else f': {error}'}"
     for stream in lost.values():
+      stream.actor = None
       stream.end(Ended(None, 0, RuntimeError(f"{why}, and what it had to answer is lost")))
     if self._closing:
       return False

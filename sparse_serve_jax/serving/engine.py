@@ -131,33 +131,38 @@ class Engine:
       **options: fields of `SamplingParams`, but those for text and for several outputs: stop, add_special_tokens, n.
 
     Raises:
-      ValueError: the request could never run, or there is no such option; nothing has changed then.
+      ValueError: the request could never run, or there is no such option; nothing has changed then. The message names
+        a request that was given a name.
       RuntimeError: the engine has `failed`.
     """
     self._check_running()
-    if request_id is None:
-      request_id = next(name for name in self._names if name not in self._live)
-    if params is None:
-      params = _params_of(request_id, {"max_new_tokens": max_new_tokens, **options})
-    elif options or max_new_tokens is not None:
-      raise ValueError(f"request {request_id!r}: give params or single options, got both")
-    request = Request(
-      id=request_id,
-      prompt=self._checked_prompt(request_id, prompt),
-      max_new_tokens=params.max_tokens,
-      arrival_time=self.clock.now() if arrival_time is None else arrival_time,
-      sampling=_sampling(params),
-      stop_token_ids=self._stops(request_id, params),
-      min_tokens=params.min_tokens,
-      n_logprobs=params.logprobs or 0,
-      cache_salt=params.cache_salt,
-      on_token=on_token,
-    )
-    if request_id in self._live:
-      raise ValueError(f"request {request_id!r}: a request of this name has not ended yet")
-    with self._whole(expected=ValueError):
-      self._scheduler.add(request)
-      self._live[request_id] = request
+    name = next(of for of in self._names if of not in self._live) if request_id is None else request_id
+    try:
+      if params is None:
+        params = _params_of({"max_new_tokens": max_new_tokens, **options})
+      elif options or max_new_tokens is not None:
+        raise ValueError("give params or single options, got both")
+      if name in self._live:
+        raise ValueError("a request of this name has not ended yet")
+      request = Request(
+        id=name,
+        prompt=self._checked_prompt(prompt),
+        max_new_tokens=params.max_tokens,
+        arrival_time=self.clock.now() if arrival_time is None else arrival_time,
+        sampling=_sampling(params),
+        stop_token_ids=self._stops(params),
+        min_tokens=params.min_tokens,
+        n_logprobs=params.logprobs or 0,
+        cache_salt=params.cache_salt,
+        on_token=on_token,
+      )
+      with self._whole(expected=ValueError):
+        self._scheduler.add(request)
+        self._live[name] = request
+    except ValueError as error:
+      if request_id is None:
+        raise
+      raise ValueError(f"request {request_id!r}: {error}") from None
     return request
 
   def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
@@ -294,43 +299,38 @@ class Engine:
       if not request.ended:
         self.cancel(request.id)
 
-  def _checked_prompt(self, request_id: str, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+  def _checked_prompt(self, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
     try:
       ids = np.asarray(prompt)
     except (ValueError, OverflowError):  # lists of several lengths
       ids = np.empty((0, 0))
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-      raise ValueError(f"request {request_id!r}: a prompt is a list of token ids, got {prompt!r:.80}")
+      raise ValueError(f"a prompt is a list of token ids, got {prompt!r:.80}")
     vocab = self._model.config.vocab_size
     outside = np.flatnonzero((ids < 0) | (ids >= vocab))
     if outside.size:
       at = int(outside[0])
       raise ValueError(
-        f"request {request_id!r}: {outside.size} token ids are outside the vocabulary of {vocab}, the first is "
-        f"{int(ids[at])} at position {at}"
+        f"{outside.size} token ids are outside the vocabulary of {vocab}, the first is {int(ids[at])} at position {at}"
       )
     return ids.astype(np.int32)
 
-  def _stops(self, request_id: str, params: SamplingParams) -> frozenset[int]:
+  def _stops(self, params: SamplingParams) -> frozenset[int]:
     """Tokens that end a request, the model's EOS tokens included."""
     eos = () if params.ignore_eos else self._model.eos_token_ids
     vocab, min_tokens = self._model.config.vocab_size, params.min_tokens
     stops = frozenset(token for token in (*params.stop_token_ids, *eos) if 0 <= token < vocab)  # others never come
     if min_tokens and len(stops) > MAX_BANNED:
       raise ValueError(
-        f"request {request_id!r}: {min_tokens=} takes at most {MAX_BANNED} stop tokens, the model's EOS tokens "
-        f"included, got {len(stops)}"
+        f"{min_tokens=} takes at most {MAX_BANNED} stop tokens, the model's EOS tokens included, got {len(stops)}"
       )
     return stops
 
 
-def _params_of(request_id: str, options: dict[str, Any]) -> SamplingParams:
-  try:
-    params = SamplingParams(**options)
-  except ValueError as error:
-    raise ValueError(f"request {request_id!r}: {error}") from None
+def _params_of(options: dict[str, Any]) -> SamplingParams:
+  params = SamplingParams(**options)
   if params.stop or params.n > 1:
-    raise ValueError(f"request {request_id!r}: stop and n are for LLM.generate, an engine knows no text")
+    raise ValueError("stop and n are for LLM.generate, an engine knows no text")
   return params
 
 

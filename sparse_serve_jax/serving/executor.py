@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 from collections import deque
@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Maps
 from sparse_serve_jax.attention import drawn  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
@@ -33,7 +32,7 @@ from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import Model, llama, place_params
-from sparse_serve_jax.programs import programs
+from sparse_serve_jax.programs import check_variants, implementation_of, programs
 from sparse_serve_jax.serving import budget, sizes
 from sparse_serve_jax.serving.plan import (
   MAX_BANNED,
@@ -42,13 +41,13 @@ from sparse_serve_jax.serving.plan import (
   AuditOf,
   DecodeRow,
   Plan,
+  PrefillPiece,
   PrefillWork,
   Sampling,
   StepResult,
   StepStats,
   TokenLogprobs,
   blocks_saved,
-  pieces,
 )
 from sparse_serve_jax.step import (
   NOT_FINITE,
@@ -63,6 +62,21 @@ from sparse_serve_jax.step import (
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
 COMPILED_AT_ONCE = min(8, os.cpu_count() or 1)  # programs
 _NOTHING = "nothing"  # a request, for programs that run on none
+# By executor, also of one that nobody has any more: a result of its last program, and what that may call on the host.
+_LAST: dict[int, tuple[Any, HostPool | None]] = {}
+_NUMBERS = itertools.count()
+
+
+@atexit.register
+def _end() -> None:
+  """Waits for what still runs: a process that ends before that aborts.
+
+  No finalizer of an executor could. Garbage collection comes anywhere: where its thread has a lock that the waiting
+  needs, or where JAX takes a traceback, which a call of JAX then breaks (a crash, later; jaxlib 0.10.2, Python 3.11).
+  """
+  for last, _ in list(_LAST.values()):
+    with contextlib.suppress(RuntimeError):  # it has failed
+      last.block_until_ready()
 
 
 @dataclasses.dataclass
@@ -161,14 +175,14 @@ class JaxExecutor:
     config = host_pool.chosen(config)
     self.mesh = make_mesh(config.tp)
     cfg = model.config
-    implementation = _implementation(config, cfg.head_dim)
+    implementation = implementation_of(config, cfg.head_dim)
     cudnn = implementation == "triton" and cfg.dtype == "bfloat16"
     config = sizes.resolve_here(config, model, self.mesh, cudnn, sharing)
     self.config, self.model = config, model
     self.shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)
     self.buckets = Buckets.of(config, cfg.n_layers, self.shape.max_context)
     setup = Setup.of(cfg, config, implementation)
-    _check_variants(config, setup, self.shape)
+    check_variants(config, setup, self.shape)
     self.programs = programs(setup, self.mesh)
     budget.check(budget.Needs.of(cfg, config, self.shape, self.buckets, cudnn), model, self.mesh)
     self.params = place_params(model, self.mesh)
@@ -177,6 +191,10 @@ class JaxExecutor:
     self._tables: dict[int, np.ndarray] = {}  # of lanes
     self._empty = True  # no plan has used the cache
     self._results: deque[Any] = deque()  # of the program that was called last
+    self._number = next(_NUMBERS)
+    for number, (last, _) in list(_LAST.items()):
+      if last.is_ready():
+        _LAST.pop(number, None)
     self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
@@ -199,8 +217,8 @@ class JaxExecutor:
     step.done += self._release(plan.release, plan.idle)
     for admission in plan.admit:
       step.done.append(self._admit(admission))
-    for works in pieces(plan.prefill):
-      step.prefilled.append((works, self._prefill(works, plan.iteration)))
+    for piece in plan.prefill:
+      step.prefilled.append((piece.works, self._prefill(piece, plan.iteration)))
     if plan.measure:
       step.measured = plan.measure, self._measure(plan.measure)
     if plan.decode:
@@ -209,7 +227,7 @@ class JaxExecutor:
     return step
 
   def wait(self) -> None:
-    """Blocks until nothing runs any more; a process that ends before that aborts."""
+    """Blocks until nothing runs any more."""
     if self._writer is not None:
       self._writer.drain()
     for array in jax.tree.leaves((self.cache, [*self._results])):
@@ -295,13 +313,14 @@ class JaxExecutor:
     for audit in audits:
       yield self.programs.decode.lower(self.params, self.cache, *self._decode_operands(self._no_rows(of), audit=audit))
 
-  def _no_prompts(self, of: PrefillProgram) -> tuple[PrefillWork, ...]:
-    """Work of a prefill program on nothing."""
+  def _no_prompts(self, of: PrefillProgram) -> PrefillPiece:
+    """What a prefill program does on nothing."""
     size, sampling = self.shape.S, Sampling(temperature=float(of.sampled))
     lengths = (of.tokens - size, size) if of.packed else (of.tokens,)
     n_layers = of.n_layers if of.fixed else 0
     tokens = (np.zeros(n, np.int32) for n in lengths)
-    return tuple(PrefillWork(_NOTHING, 0, t, of.table * size, 0, n_layers, False, sampling, of) for t in tokens)
+    works = (PrefillWork(_NOTHING, 0, t, of.table * size, 0, n_layers, False, sampling) for t in tokens)
+    return PrefillPiece(of, tuple(works))
 
   def _no_rows(self, of: DecodeProgram) -> tuple[DecodeRow, ...]:
     """Rows of a decode program on nothing."""
@@ -329,6 +348,7 @@ class JaxExecutor:
       if self._writer is not None:
         self._writer.lose_pool()
       raise
+    _LAST[self._number] = jax.tree.leaves(self._results[0])[-1], self._host
     return self._results[0]
 
   def _update_hot(self, program, *args) -> jax.Array:
@@ -340,10 +360,9 @@ class JaxExecutor:
     self._tables[admission.lane] = admission.table
     return self._update_hot(self.programs.admit, np.int32(admission.lane), _pad(admission.table, self.shape.N, -1))
 
-  def _prefill(self, works: tuple[PrefillWork, ...], iteration: int) -> StepOutput:
-    """One piece: of a prompt, or whole short ones."""
-    work = works[0]
-    key, (batch, width) = (work.request_id, work.start), self._prefill_operands(works)
+  def _prefill(self, piece: PrefillPiece, iteration: int) -> StepOutput:
+    work = piece.works[0]
+    key, (batch, width) = (work.request_id, work.start), self._prefill_operands(piece)
     padded = len(batch.tokens)
     x = self._activations.pop(key, None)
     if x is None:
@@ -353,14 +372,15 @@ class JaxExecutor:
     self.cache, x, slab, output = self._call(self.programs.prefill, self.params, self.cache, x, batch, width)
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)
-      self._writer.save(iteration, slab, layers, self._blocks_of(works), alive=self)
+      self._writer.save(iteration, slab, layers, self._blocks_of(piece.works), alive=self)
     if work.first_layer + work.n_layers < self.shape.L:
       self._activations[key] = x
     return output
 
-  def _prefill_operands(self, works: tuple[PrefillWork, ...]) -> tuple[PrefillBatch, int]:
+  def _prefill_operands(self, piece: PrefillPiece) -> tuple[PrefillBatch, int]:
     """The batch of a piece, padded, and how many entries of a block table come before it."""
-    work, program, samplings = works[0], works[0].program, [w.sampling for w in works]
+    program, works = piece
+    work, samplings = works[0], [w.sampling for w in works]
     rows, tokens = self.buckets.packed_rows if program.packed else 1, np.zeros(program.tokens, np.int32)
     begins = [0, *np.cumsum([self.buckets.begun(len(w.tokens)) for w in works[:-1]])]
     for begin, w in zip(begins, works, strict=True):
@@ -434,48 +454,6 @@ class JaxExecutor:
       logprobs=any(r.sampling.logprobs for r in rows),
     )
     return batch, program.table
-
-
-def _check_variants(config: EngineConfig, setup: Setup, shape: CacheShape) -> None:
-  """Raises ValueError if a variant's results have not the shape that they are read with."""
-  method, G = setup.attention.selector.method, setup.model.n_heads // setup.model.n_kv_heads
-  maps = jax.eval_shape(lambda: Maps.empty(shape.K, shape.L, shape.M, shape.P))
-  of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  keys, dtype = jax.ShapeDtypeStruct((2, shape.S, shape.D), setup.model.dtype), jnp.dtype(setup.model.dtype)
-  made = {
-    f"cache.eviction={config.cache.eviction}": (
-      jax.eval_shape(setup.eviction, maps, jax.ShapeDtypeStruct((), jnp.int32)),
-      jax.ShapeDtypeStruct((shape.P,), jnp.int32),
-    )
-  }
-  if config.selects:
-    digest = jax.ShapeDtypeStruct((2, method.vectors, shape.D), dtype)
-    made[f"the digest of sparse.method={config.sparse.method}"] = jax.eval_shape(method.summarize, keys), digest
-    scores = jax.eval_shape(method.score, of((G, shape.D)), of((3, method.vectors, shape.D)))
-    made[f"the score of sparse.method={config.sparse.method}"] = scores, of((G, 3))
-  for name, (actual, expected) in made.items():
-    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-      raise ValueError(f"{name} gives {actual.dtype}{list(actual.shape)}, not {expected.dtype}{list(expected.shape)}")
-
-
-def _implementation(config: EngineConfig, head_dim: int) -> str:
-  """The implementation of kernels that a configuration asks for.
-
-  Raises:
-    NotImplementedError: it does not run here.
-  """
-  backend, name = jax.default_backend(), config.implementation
-  if name == "auto":
-    name = "triton" if backend == "gpu" else "xla"
-  if name == "triton" and backend != "gpu":
-    raise NotImplementedError(f"implementation='triton' needs an NVIDIA GPU, JAX runs on {backend}")
-  if name != "xla" and head_dim & (head_dim - 1):
-    raise NotImplementedError(f"{head_dim=} is not a power of two: only implementation='xla' can, in HBM")
-  if name == "xla" and config.cache.offload and backend == "gpu":
-    raise NotImplementedError(
-      "implementation='xla' cannot read a pool in host memory; use 'triton', or cache.offload=false"
-    )
-  return name
 
 
 def _pad(values: np.ndarray, n: int, fill: int) -> np.ndarray:

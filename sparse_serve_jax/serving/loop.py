@@ -300,8 +300,7 @@ class Loop:
       self._streams[request] = stream
 
   def _finish(self, request: Request) -> None:
-    error = request.error and _failed(f"request {request.id!r}", request.error)
-    self._end(self._streams.pop(request), error)
+    self._end(self._streams.pop(request), request.error and _failed("the request", request.error))
 
   def _end(self, stream: Stream, error: BaseException | None) -> None:
     with self._changed:

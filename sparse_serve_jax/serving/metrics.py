@@ -49,7 +49,7 @@ class Usage:
     self.decode_rows += len(plan.decode)
     self.decode_steps += bool(plan.decode)
     self.output_tokens += output_tokens
-    self._prefill_work += sum(len(work.tokens) * work.n_layers for work in plan.prefill)
+    self._prefill_work += sum(len(work.tokens) * work.n_layers for work in plan.works)
     if plan.prefill or plan.decode:  # others do not tell
       self._slots = stats.slots_used
     self.blocks_attended += stats.attended

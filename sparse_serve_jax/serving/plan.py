@@ -58,13 +58,18 @@ class PrefillWork:
   n_layers: int
   last: bool  # ends the prompt: its result holds the first output token
   sampling: Sampling
-  program: PrefillProgram  # that runs it
-  pack: int = -1  # whole prompts in a row with one number, in all layers, are one piece; -1: it is one alone
 
   @property
   def whole(self) -> bool:
     """Whether it is all of a prompt, of which nothing has been prefilled."""
     return self.start == 0 and self.first_layer == 0 and self.last
+
+
+class PrefillPiece(NamedTuple):
+  """What one call of a program runs: work of one prompt, or of whole short prompts that are packed."""
+
+  program: PrefillProgram
+  works: tuple[PrefillWork, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Plan:
   # int32, pool blocks freed since the last plan, or nobody's until this one: their residency is cleared.
   release: np.ndarray
   admit: tuple[Admission, ...]
-  prefill: tuple[PrefillWork, ...]
+  prefill: tuple[PrefillPiece, ...]
   decode: tuple[DecodeRow, ...]
   measure: tuple[DecodeRow, ...]  # requests whose working set is wanted, as it is before this iteration's decode
   await_saves: bool = False  # nothing can be done before saves that are out have landed: the result waits for them
@@ -107,25 +112,19 @@ class Plan:
   idle: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
   @property
+  def works(self) -> tuple[PrefillWork, ...]:
+    """Of all pieces."""
+    return tuple(work for piece in self.prefill for work in piece.works)
+
+  @property
   def empty(self) -> bool:
     work = self.prefill or self.decode or self.measure or self.preempt
     return not (self.release.size or work or self.await_saves)
 
 
-def pieces(prefill: Sequence[PrefillWork]) -> list[tuple[PrefillWork, ...]]:
-  """What runs together: packs, and all others alone."""
-  found: list[tuple[PrefillWork, ...]] = []
-  for work in prefill:
-    if found and found[-1][0].pack == work.pack != -1:
-      found[-1] += (work,)
-    else:
-      found.append((work,))
-  return found
-
-
 def blocks_saved(plan: Plan, shape: CacheShape) -> int:
   """Blocks of all layers and heads that a plan writes to the pool."""
-  full = sum(len(w.tokens) // shape.S * w.n_layers for w in plan.prefill)
+  full = sum(len(w.tokens) // shape.S * w.n_layers for w in plan.works)
   return (full + sum((r.position + 1) % shape.S == 0 for r in plan.decode) * shape.L) * shape.K
 
 

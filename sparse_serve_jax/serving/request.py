@@ -93,3 +93,10 @@ class Request:
     """Closes the request for `reason`: "stop", "length", "cancelled" or "error"."""
     self.state = {"cancelled": State.CANCELLED, "error": State.FAILED}.get(reason, State.FINISHED)
     self.finish_reason, self.finish_time, self.pool_blocks = reason, now, 0
+
+  def cut(self, n_tokens: int) -> None:
+    """After its end: a stop string has ended its text within so many tokens, and others were on their way."""
+    assert self.finish_time is not None
+    for of in (self.output_tokens, self.token_times, self.logprobs):
+      del of[n_tokens:]
+    self.end("stop", self.finish_time)

@@ -20,7 +20,7 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillWork, StepResult
+from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillPiece, PrefillWork, StepResult
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.resident import Resident, Room
 
@@ -139,14 +139,14 @@ class Scheduler:
     """Raises ValueError if the request could never run."""
     n_prompt, n_output = len(request.prompt), request.max_new_tokens
     if not n_prompt:
-      raise ValueError(f"request {request.id!r}: the prompt is empty, at least one token is needed")
+      raise ValueError("the prompt is empty, at least one token is needed")
     if n_output < 1:
-      raise ValueError(f"request {request.id!r}: max_new_tokens must be at least 1, got {n_output}")
+      raise ValueError(f"max_new_tokens must be at least 1, got {n_output}")
     limit = self._shape.max_context
     if n_prompt + n_output > limit:
       raise ValueError(
-        f"request {request.id!r}: {n_prompt} prompt + {n_output} output tokens = {n_prompt + n_output}, but only "
-        f"{limit} tokens would fit (the context, or the pool of {self._shape.M} blocks of {self._shape.S})"
+        f"{n_prompt} prompt + {n_output} output tokens = {n_prompt + n_output}, but only {limit} tokens would fit (the "
+        f"context, or the pool of {self._shape.M} blocks of {self._shape.S})"
       )
 
   def add(self, request: Request) -> None:
@@ -204,7 +204,7 @@ class Scheduler:
         continue
       if request.id in result.not_finite:
         n = len(request.prompt) + len(request.output_tokens)
-        request.fail(FloatingPointError(f"request {request.id!r}: logits after {n} tokens are not finite"), now)
+        request.fail(FloatingPointError(f"logits after {n} tokens are not finite"), now)
       elif not had and request.receive(token := result.tokens[request.id], now):
         received.tokens.append((request, token))
       if request.ended:
@@ -352,7 +352,7 @@ class Scheduler:
 
   # --------------------------------------------------------------------------------------------------------- prefill
 
-  def _plan_prefill(self, room: Room, now: float) -> tuple[tuple[PrefillWork, ...], list[Resident]]:
+  def _plan_prefill(self, room: Room, now: float) -> tuple[tuple[PrefillPiece, ...], list[Resident]]:
     """Returns pieces of prompts, oldest first, while allowance and room last, and the requests whose prompts end.
 
     The allowance counts token x layers when layer-segmented and tokens when chunked. Only a single piece of one block
@@ -360,43 +360,44 @@ class Scheduler:
     """
     left, n_all = self._allowance, self._shape.L
     of_token = 1 if self._config.prefill == "chunked" else n_all  # allowance that a token of the room is worth
-    works: list[PrefillWork] = []
+    pieces: list[PrefillPiece] = []
     ended = []
     while left > 0:
       resident = self._prefilling or self._next_in_line()
       if resident is None or (self._late and resident.read_from > self._landed):
         break
-      n_tokens, n_layers, cost = self._piece(resident, min(left, room.tokens * of_token), alone=not works)
+      n_tokens, n_layers, cost = self._piece(resident, min(left, room.tokens * of_token), alone=not pieces)
       tokens = -(-n_tokens * n_layers // n_all)
       if not tokens or not room.take(tokens, self._pinned(resident, n_tokens)):
         break
       if resident is not self._prefilling and not self._admit(resident, now):
         break
-      work = self._advance(resident, n_tokens, n_layers)
-      works.append(work)
+      pieces.append(self._advance(resident, n_tokens, n_layers))
       left -= cost
-      self._prefilling = None if work.last else resident
-      if work.last:
+      ends = pieces[-1].works[0].last
+      self._prefilling = None if ends else resident
+      if ends:
         ended.append(resident)
         self._decoding.append(resident)
         resident.request.state = State.DECODING
-    return self._packed(works), ended
+    return self._packed(pieces), ended
 
-  def _packed(self, works: list[PrefillWork]) -> tuple[PrefillWork, ...]:
-    """The works; whole prompts that follow each other are packed, as many as fit, where that pays."""
-    groups: list[list[PrefillWork]] = []
+  def _packed(self, pieces: list[PrefillPiece]) -> tuple[PrefillPiece, ...]:
+    """The pieces; whole prompts that follow each other are packed, as many as fit, where that pays."""
+    groups: list[list[PrefillPiece]] = []
     room = rows = 0
-    for work in works:
+    for piece in pieces:
+      (work,) = piece.works
       tokens, may = self._buckets.begun(len(work.tokens)), work.whole and len(work.tokens) <= self._whole_tokens
       if not (may and tokens <= room and rows):
         groups.append([])
         room, rows = (self._buckets.packed, self._buckets.packed_rows) if may else (0, 0)
-      groups[-1].append(work)
+      groups[-1].append(piece)
       room, rows = room - tokens, rows - 1
-    for number, group in enumerate(groups):
-      if len(group) > 1 and self._buckets.pays([len(work.tokens) for work in group]):
-        program = self._buckets.pack(sampled=not all(work.sampling.plain for work in group))
-        group[:] = [dataclasses.replace(work, program=program, pack=number) for work in group]
+    for group in groups:
+      works = tuple(work for piece in group for work in piece.works)
+      if len(group) > 1 and self._buckets.pays([len(work.tokens) for work in works]):
+        group[:] = [PrefillPiece(self._buckets.pack(not all(work.sampling.plain for work in works)), works)]
     return tuple(itertools.chain(*groups))
 
   def _piece(self, at: Resident, left: int, alone: bool) -> tuple[int, int, int]:
@@ -480,7 +481,7 @@ class Scheduler:
     self._admitted.append(resident)
     return True
 
-  def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillWork:
+  def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillPiece:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
     program = self._buckets.prefill(n_tokens, start, n_layers, rest=len(resident.tokens) - start - n_tokens)
@@ -493,4 +494,5 @@ class Scheduler:
       self._enter(resident, np.zeros(0, np.int32))
     tokens, last = resident.tokens[start : start + n_tokens], resident.layer == self._shape.L
     sampling = request.sampling_of(resident.steps)
-    return PrefillWork(request.id, resident.lane, tokens, start, layer, n_layers, last, sampling, program)
+    work = PrefillWork(request.id, resident.lane, tokens, start, layer, n_layers, last, sampling)
+    return PrefillPiece(program, (work,))

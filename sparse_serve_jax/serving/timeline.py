@@ -78,7 +78,7 @@ class Timeline:
         dispatched=seen.dispatched,
         done=seen.done,
         start=start,
-        prefill_tokens=sum(len(work.tokens) * work.n_layers for work in plan.prefill),
+        prefill_tokens=sum(len(work.tokens) * work.n_layers for work in plan.works),
         decode=tuple(row.request_id for row in plan.decode),
         preempted=plan.preempt,
         admitted=tuple(admission.request_id for admission in plan.admit),

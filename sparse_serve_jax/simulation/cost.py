@@ -19,7 +19,7 @@ import numpy as np
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import check_fields, read_config
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving.plan import Plan, StepStats, pieces
+from sparse_serve_jax.serving.plan import Plan, StepStats
 from sparse_serve_jax.simulation.reuse import Reuse
 
 
@@ -41,21 +41,20 @@ class Work(NamedTuple):
 def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -> Work:
   """The work of a plan, with the blocks that its result counts or, in a simulation, will count."""
   tokens = pairs = 0
-  together = pieces(plan.prefill)
-  for works in together:
-    piece, n = works[0], works[0].program.tokens
-    tokens += n * piece.n_layers
-    if piece.program.packed:
+  for program, works in plan.prefill:
+    first, n = works[0], program.tokens
+    tokens += n * first.n_layers
+    if program.packed:
       pairs += sum(len(work.tokens) ** 2 // 2 for work in works) * shape.L
     else:
-      pairs += n * (piece.start + n // 2) * piece.n_layers
+      pairs += n * (first.start + n // 2) * first.n_layers
   rows = width = 0
   if plan.decode:
     program = buckets.decode(len(plan.decode), max(row.position for row in plan.decode) // shape.S + 1)
     rows, width = program.rows, program.table
   return Work(
     iterations=1,
-    programs=len(together) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size or plan.idle.size),
+    programs=len(plan.prefill) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size or plan.idle.size),
     prefill_tokens=tokens,
     prefill_pairs=pairs,
     decodes=int(rows > 0),

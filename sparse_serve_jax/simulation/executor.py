@@ -69,7 +69,7 @@ class SimulatedExecutor:
     stats = self._stats(plan)
     start = max(self._clock.now(), self._done_at)
     self._done_at = start + self._seconds.of(work_of(plan, stats, self.shape, self.buckets))
-    tokens = {work.request_id: TOKEN for work in plan.prefill if work.last}
+    tokens = {work.request_id: TOKEN for work in plan.works if work.last}
     for row in plan.decode:
       tokens[row.request_id] = TOKEN
     working_sets = {row.request_id: self._blocks.working_set(row) for row in plan.measure}
@@ -92,7 +92,7 @@ class SimulatedExecutor:
     for admission in plan.admit:
       self._held[admission.lane] = 0
     before = 0
-    for work in plan.prefill:
+    for work in plan.works:
       before += self._blocks.before_piece(work, self.buckets.full)
       newest = min(len(work.tokens) // shape.S, self._blocks.newest)
       self._held[work.lane] += newest * work.n_layers * shape.K
