@@ -353,7 +353,7 @@ def test_a_cpu_computes_in_float32_and_says_so(caplog):
 
   assert load_model_here(model).config.dtype == "float32"
   assert [record.getMessage() for record in caplog.records] == [
-    "reference would run in bfloat16, which is slow on a CPU: it runs in float32; --dtype=bfloat16 (dtype= in Python) keeps it"
+    "reference, in bfloat16, would be slow on a CPU: it runs in float32; --dtype=bfloat16 (dtype= in Python) keeps it"
   ]
   caplog.clear()
   memory = {"cache.hbm_bytes": "16MiB", "cache.dram_bytes": "64MiB", "scheduler.max_context": 1024}

@@ -21,7 +21,7 @@ def load_model_here(name_or_path: str | pathlib.Path, dtype: str | None = None, 
   if dtype is not None or model.config.dtype != "bfloat16" or jax.default_backend() != "cpu":
     return model
   _LOG.warning(
-    "%s would run in bfloat16, which is slow on a CPU: it runs in float32; --dtype=bfloat16 (dtype= in Python) keeps it",
+    "%s, in bfloat16, would be slow on a CPU: it runs in float32; --dtype=bfloat16 (dtype= in Python) keeps it",
     model.name,
   )
   return load_model(name_or_path, "float32", seed)
