@@ -458,7 +458,7 @@ MUTATIONS = [
   Mutation(
     "a process ends while a program runs",
     "sparse_serve_jax/serving/executor.py",
-    "    _LAST[self._number] = jax.tree.leaves(self._results[0])[-1], self._host\n",
+    "    _LAST[self._number] = weakref.ref(self), jax.tree.leaves(self._results[0])[-1], self._host\n",
     "",
     ("tests/test_llm.py::test_a_process_ends_when_its_last_programs_have",),
   ),

@@ -165,7 +165,12 @@ def test_a_process_ends_when_its_last_programs_have(monkeypatch):
   assert next(left.stream(TEXT, max_tokens=N))
   last = Mock(is_ready=lambda: last.block_until_ready.called)
   executor._call(lambda: last)
-  del left, executor
+  with monkeypatch.context() as patch:
+    waited: list[JaxExecutor] = []
+    patch.setattr(JaxExecutor, "wait", lambda self: waited.append(self))
+    executors._end()
+  assert waited == [executor] and not last.block_until_ready.called
+  del left, executor, waited
   gc.collect()
   executors._end()
   last.block_until_ready.assert_called_once_with()

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,8 +63,8 @@ from sparse_serve_jax.step import (
 RELEASE_WIDTH = 1024  # blocks of one call of the release program
 COMPILED_AT_ONCE = min(8, os.cpu_count() or 1)  # programs
 _NOTHING = "nothing"  # a request, for programs that run on none
-# By executor, also of one that nobody has any more: a result of its last program, and what that may call on the host.
-_LAST: dict[int, tuple[Any, HostPool | None]] = {}
+# Of executors, also of those that nobody has any more: a result of the last program, and what that calls on the host.
+_LAST: dict[int, tuple[weakref.ref[JaxExecutor], Any, HostPool | None]] = {}
 _NUMBERS = itertools.count()
 
 
@@ -74,9 +75,9 @@ def _end() -> None:
   No finalizer of an executor could. Garbage collection comes anywhere: where its thread has a lock that the waiting
   needs, or where JAX takes a traceback, which a call of JAX then breaks (a crash, later; jaxlib 0.10.2, Python 3.11).
   """
-  for last, _ in list(_LAST.values()):
+  for executor, last, _ in _LAST.copy().values():
     with contextlib.suppress(RuntimeError):  # it has failed
-      last.block_until_ready()
+      last.block_until_ready() if (of := executor()) is None else of.wait()
 
 
 @dataclasses.dataclass
@@ -192,8 +193,8 @@ class JaxExecutor:
     self._empty = True  # no plan has used the cache
     self._results: deque[Any] = deque()  # of the program that was called last
     self._number = next(_NUMBERS)
-    for number, (last, _) in list(_LAST.items()):
-      if last.is_ready():
+    for number, (executor, last, _) in _LAST.copy().items():
+      if executor() is None and last.is_ready():
         _LAST.pop(number, None)
     self.cache: Any = self._create()
     self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
@@ -348,7 +349,7 @@ class JaxExecutor:
       if self._writer is not None:
         self._writer.lose_pool()
       raise
-    _LAST[self._number] = jax.tree.leaves(self._results[0])[-1], self._host
+    _LAST[self._number] = weakref.ref(self), jax.tree.leaves(self._results[0])[-1], self._host
     return self._results[0]
 
   def _update_hot(self, program, *args) -> jax.Array:
