@@ -36,15 +36,19 @@ def connect() -> Any:
   if not ray.is_initialized():
     of: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     here = of | {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    try:  # not at "auto", which also takes one that another command has started, and will end
-      ray.init(**here)
-    except ValueError:  # there is a cluster, and it has its sizes
+    if (address := os.environ.get("RAY_ADDRESS", "local")) not in ("", "local"):
       try:
         ray.init(**of)
       except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
-          raise ValueError(f"there is no Ray cluster at RAY_ADDRESS={address}: {error}") from error
-        ray.init(address="local", **here)
+        raise ValueError(f"there is no Ray cluster at RAY_ADDRESS={address}: {error}") from error
+    else:
+      try:  # not at "auto", which also takes one that another command has started, and will end
+        ray.init(**here)
+      except ValueError:  # there is one of `ray start`, and it has its sizes
+        try:
+          ray.init(**of)
+        except ConnectionError:  # there was
+          ray.init(address="local", **here)
     atexit.register(ray.shutdown)
   return ray
 

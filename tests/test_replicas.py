@@ -17,6 +17,7 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 import openai
 
+from sparse_serve_jax import cluster
 from tests.test_server import CODE, GREEDY, IGNORE, PROMPT, SOON, Process, complete
 
 MODEL, NAME = Path("random:tiny"), "--served_model_name=reference"
@@ -87,6 +88,22 @@ def test_another_command_has_a_ray_of_its_own(server):
   finally:
     assert other.close() == 0
   assert complete(server).choices[0].text
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://nowhere:10001", "nowhere:6379"])
+def test_a_cluster_that_is_named_and_not_there(monkeypatch, address):
+  """It has its sizes, which Ray may refuse in any way."""
+  given = []
+
+  def init(**options):
+    given.append(options)
+    raise ConnectionError("nobody answers")
+
+  monkeypatch.setenv("RAY_ADDRESS", address)
+  monkeypatch.setattr("ray.init", init)
+  with pytest.raises(ValueError, match=f"there is no Ray cluster at RAY_ADDRESS={address}: nobody answers"):
+    cluster.connect()
+  assert len(given) == 1 and "object_store_memory" not in given[0]
 
 
 def test_errors_are_those_of_one_engine(server):
