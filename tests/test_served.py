@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -253,6 +254,31 @@ def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
     return asyncio.run(run(one()))
   with fleet(monkeypatch, 1, 20) as (of, *_):
     asyncio.run(run(of))
+
+
+def test_a_replica_that_dies_after_a_stop_string_is_told(monkeypatch):
+  """Before it has told the end."""
+  prompt = [33, 81, 88]
+  tokens = continuation(prompt, 2)
+  with fleet(monkeypatch, 1, 20) as (of, ray, (device,)):
+    monkeypatch.setattr(of, "cancel", lambda *_: (ray.actors[0].die(), device.goes.set()))
+    execute, n_made = device.executor.execute, itertools.count(1)
+
+    def standing(plan: Any) -> Any:
+      if next(n_made) == 4:
+        device.goes.clear()
+      return execute(plan)
+
+    monkeypatch.setattr(device.executor, "execute", standing)
+
+    async def run():
+      async with serving(of) as http:
+        body = BODY | {"prompt": prompt, "max_tokens": 20, "stop": chr(tokens[1])}
+        answer = await http.post("/v1/completions", json=body)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "replica 0 has died, and what it had to answer is lost"
+
+    asyncio.run(run())
 
 
 def test_a_replica_forgets_what_is_cancelled_after_its_end(monkeypatch):

@@ -56,7 +56,7 @@ class Output:
       self._news.put_nowait(Piece(self, self.reading.finish(), None, None))
       self.ended = True
       request = self.stream.request if self.stream else None
-      if request and self.reading.stopped and request.finish_reason != "error":
+      if request and self.reading.stopped and request.finish_reason not in ("error", None):  # None: its engine is lost
         request.cut(self.reading.n_tokens)
     elif not self.reading.stopped:
       assert self.stream is not None and self.stream.request is not None
