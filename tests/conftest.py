@@ -89,7 +89,7 @@ def pytest_configure(config: pytest.Config):
 
 
 ENDS = "SPARSE_SERVE_TEST_ENDS"  # a folder where worker processes of a session tell why they ended before it
-LONGEST = 600  # seconds of a test; one that takes longer hangs
+LONGEST = 600  # seconds of a test with its fixtures; one that takes longer hangs
 _end = None
 
 
@@ -108,9 +108,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter):
       terminalreporter.write_line("\n".join(lines))
 
 
-def pytest_runtest_setup(item: pytest.Item):
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
   if _end and not item.get_closest_marker("soak"):
     faulthandler.dump_traceback_later(LONGEST, exit=True, file=_end)
+  try:
+    return (yield)
+  finally:
+    faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_runtest_setup(item: pytest.Item):
   if item.get_closest_marker("gpu"):
     import jax
 
@@ -126,7 +134,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
 
   XLA's programs on a CPU are a few memory maps each. Linux gives a process 65,530, and where they end XLA crashes.
   """
-  faulthandler.cancel_dump_traceback_later()
   maps = Path("/proc/self/maps")
   if nextitem and nextitem.path != item.path and maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
     import jax
