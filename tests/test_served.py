@@ -189,6 +189,7 @@ def test_of_a_request_with_one_bad_prompt_nothing_is_served(wrong, says):
     ({"best_of": True}, "best_of", "best_of=True is not n=1"),
     ({"best_of": 1.0}, "best_of", "best_of=1.0 is not n=1"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options", "no parameter 'usage' of stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "no parameter 'include_obf"),
     ({"stream_options": []}, "stream_options", "must be an object, got []"),
     ({"chat_template_kwargs": 0}, "chat_template_kwargs", "must be an object, got 0"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "chat_template_kwargs cannot set messages"),
@@ -206,6 +207,17 @@ def test_mistakes_are_told_by_the_names_that_a_client_knows(wrong, param, says):
       error = answer.json()["error"]
       assert (answer.status_code, error["param"]) == (400, param) and says in error["message"]
       assert not re.search(r"argument|object is|request-\d", error["message"])
+
+  asyncio.run(run())
+
+
+def test_a_client_may_want_no_obfuscation():
+  """There is none."""
+
+  async def run():
+    async with serving(one()) as http:
+      body = BODY | {"stream": True, "stream_options": {"include_obfuscation": False}}
+      assert (await http.post("/v1/completions", json=body)).status_code == 200
 
   asyncio.run(run())
 

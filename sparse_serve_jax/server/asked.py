@@ -79,7 +79,8 @@ def read(
   check_model(fields, served)
   stream, options = _truth(fields, "stream"), _object(fields, "stream_options")
   for name, value in options.items():
-    if value is not None and name != "include_usage":
+    nothing = value is None or (name == "include_obfuscation" and value is False)
+    if name != "include_usage" and not nothing:
       raise Refused(400, f"there is no parameter {name!r:.80} of stream_options", "stream_options")
   if options and not stream:
     raise Refused(400, "stream_options is for stream=true", "stream_options")
