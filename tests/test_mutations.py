@@ -19,7 +19,7 @@ OPTIONS = ("-q", "-rf", "--tb=no", "-p", "no:cacheprovider")
 
 
 def copy_source(to: Path) -> Path:
-  for name in ("pallas_kernels", "sparse_serve_jax", "tests"):
+  for name in ("pallas_kernels", "sparse_serve_jax", "tests", "configs"):
     ignored = shutil.ignore_patterns("__pycache__", "goldens")
     shutil.copytree(ROOT / name, to / name, ignore=ignored)
   shutil.copy(ROOT / "pyproject.toml", to)
