@@ -170,7 +170,8 @@ def test_a_process_ends_when_its_last_programs_have(monkeypatch):
     patch.setattr(JaxExecutor, "wait", lambda self: waited.append(self))
     executors._end()
   assert waited == [executor] and not last.block_until_ready.called
-  del left, executor, waited
+  waited.clear()
+  del left, executor
   gc.collect()
   executors._end()
   last.block_until_ready.assert_called_once_with()
