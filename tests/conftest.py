@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -126,16 +127,21 @@ def pytest_runtest_setup(item: pytest.Item):
       pytest.skip(f"needs a GPU, JAX runs on {jax.default_backend()}")
 
 
-MOST_MAPS = 20_000  # of memory of one process
+MOST_MAPS = 20_000, 40_000  # of memory of one process: after a file of tests, and within one
+_looked = 0.0
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
-  """Forgets compiled programs between files when there are many.
+  """Forgets compiled programs when there are many, rather between files than within one.
 
   XLA's programs on a CPU are a few memory maps each. Linux gives a process 65,530, and where they end XLA crashes.
   """
-  maps = Path("/proc/self/maps")
-  if nextitem and nextitem.path != item.path and maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
+  global _looked
+  maps, within = Path("/proc/self/maps"), nextitem is not None and nextitem.path == item.path
+  if not maps.exists() or (within and time.monotonic() - _looked < 5):  # seconds: to count takes some ms
+    return
+  _looked = time.monotonic()
+  if maps.read_text().count("\n") > MOST_MAPS[within]:
     import jax
 
     jax.clear_caches()
