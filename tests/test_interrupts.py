@@ -257,16 +257,38 @@ class Interrupt:
   """Interrupts the n-th time that Python looks for signals in some functions; `places` are those so far."""
 
   def __init__(self, functions: Sequence[Callable], n: int):
-    self._codes, self._n = {getattr(of, "__code__", None) for of in functions}, n
-    self.places: list[str] = []
+    self._codes = {code for of in functions if (code := getattr(of, "__code__", None))}  # C functions have none
+    self._n, self.places = n, list[str]()
 
   def __enter__(self) -> Interrupt:
-    self._before = sys.gettrace()
-    sys.settrace(self._called)
+    if sys.version_info < (3, 12):
+      self._before = sys.gettrace()
+      sys.settrace(self._called)
+      return self
+    of = sys.monitoring
+    of.use_tool_id(of.DEBUGGER_ID, "interrupts")
+    of.register_callback(of.DEBUGGER_ID, of.events.INSTRUCTION, self._at)
+    for code in self._codes:
+      of.set_local_events(of.DEBUGGER_ID, code, of.events.INSTRUCTION)
     return self
 
   def __exit__(self, *_: object) -> None:
-    sys.settrace(self._before)
+    if sys.version_info < (3, 12):
+      sys.settrace(self._before)
+      return
+    of = sys.monitoring
+    for code in self._codes:
+      of.set_local_events(of.DEBUGGER_ID, code, of.events.NO_EVENTS)
+    of.register_callback(of.DEBUGGER_ID, of.events.INSTRUCTION, None)
+    of.free_tool_id(of.DEBUGGER_ID)
+
+  def _at(self, code: types.CodeType, offset: int) -> None:
+    """Before each instruction."""
+    if offset in looks(code):
+      line = next(line for start, end, line in code.co_lines() if start <= offset < end)
+      self.places.append(f"{code.co_name}, line {line}")
+      if len(self.places) == self._n:
+        raise KeyboardInterrupt
 
   def _called(self, frame: types.FrameType, event: str, _: Any) -> Callable | None:
     if frame.f_code not in self._codes:
@@ -275,10 +297,8 @@ class Interrupt:
     return self._within
 
   def _within(self, frame: types.FrameType, event: str, _: Any) -> Callable:
-    if event == "opcode" and frame.f_lasti in looks(frame.f_code):
-      self.places.append(f"{frame.f_code.co_name}, line {frame.f_lineno}")
-      if len(self.places) == self._n:
-        raise KeyboardInterrupt
+    if event == "opcode":
+      self._at(frame.f_code, frame.f_lasti)
     return self._within
 
 
