@@ -43,8 +43,7 @@ class Programs:
 
       def run(*args):
         arrays, per_device = (args[:-1], functools.partial(f, args[-1])) if sized else (args, f)
-        mapped = jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return mapped(*arrays)
+        return _mapped(per_device, mesh, in_specs, out_specs, arrays)
 
       static = len(in_specs) if sized else ()
       # A pool in host memory stays there only if the result says so.
@@ -72,6 +71,22 @@ class Programs:
     self.admit = program(_and_done(kv_cache.admit), (specs.hot, whole, whole), *done, (0,))
     self.release = program(_and_done(kv_cache.release), (specs.hot, whole, whole), *done, (0,))
     self.working_sets = program(working_sets, (specs.hot, whole), whole, everywhere, sized=True)
+
+
+def _mapped(f, mesh: Mesh, in_specs, out_specs, arrays):
+  """f(*arrays) on each device's parts. Arrays of size 0 (the slots of a cache in HBM, the digests of a dense one) are
+  made within: jaxlib 0.11.2 crashes when it compiles for two devices and one of them is an operand."""
+  leaves, tree = jax.tree.flatten(arrays)
+  specs = jax.tree.leaves(jax.tree.broadcast(in_specs, arrays))
+  made = [None if x.size else NamedSharding(mesh, s).shard_shape(x.shape) for x, s in zip(leaves, specs, strict=True)]
+
+  def per_device(*parts):
+    parts = iter(parts)
+    whole = [next(parts) if s is None else jnp.zeros(s, x.dtype) for s, x in zip(made, leaves, strict=True)]
+    return f(*tree.unflatten(whole))
+
+  operands, in_specs = zip(*((x, s) for x, s in zip(leaves, specs, strict=True) if x.size), strict=True)
+  return jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
 def _and_done(f):

@@ -140,14 +140,14 @@ def spare_slots(engine: Engine) -> int:
   these are on their way back."""
   executor: Any = engine._executor
   executor.wait()
-  allocator, cache, tp = engine._scheduler._allocator, executor.cache, engine.config.tp
+  allocator, cache, maps = engine._scheduler._allocator, executor.cache, executor.cache.hot.maps
   alive = allocator._owners > 0
   alive[[*allocator._idle]] = True
-  parts = (np.split(np.asarray(x), tp) for x in (cache.pool, cache.hot.slots, cache.hot.maps.block_of))
+  # By shard: np.asarray of an array on two devices keeps its parts (jax 0.11 on a CPU), and a kept pool moves.
+  parts = [[np.asarray(x.data) for x in of.addressable_shards] for of in (cache.pool, cache.hot.slots, maps.block_of)]
   for pool, slots, block_of in zip(*parts, strict=True):
     at = np.flatnonzero((block_of >= 0) & alive[block_of % alive.shape[0]])
     np.testing.assert_array_equal(slots[at], pool.reshape(-1, *pool.shape[3:])[block_of[at]])
-  maps = cache.hot.maps
   return int((np.asarray(is_spare(maps.last_used, cache.hot.stamp(0))) & (maps.block_of >= 0)).sum())
 
 
