@@ -22,13 +22,14 @@ from pallas_kernels import triton
 from pallas_kernels.attend_xla import attend_xla
 from pallas_kernels.free import Free
 from pallas_kernels.maps import only
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels.partial import Partial
 from pallas_kernels.residency import Located
 from pallas_kernels.stop import LOG2_E, Stop, StopRule
 
 LEAST_HEADS = 16  # rows of the smallest matrix product of a tensor core; fewer query heads are padded with copies
 HIT_PROGRAMS = 512  # for the hits of all lists, if these are long enough: fill every SM several times over
-SPLIT_BLOCKS = 4  # of a list, for each of the programs that its hits are split over; shorter splits are not worth it
+CHUNK_BLOCKS = 4  # of a list, for each of the programs that its hits are cut for; fewer are not worth it
+MERGED = 16  # partial results that are merged at a time
 MISS_PROGRAMS = 64  # at most: keep PCIe busy and leave most SMs alone
 WARP_BYTES = 8 << 10  # of a block, keys and values, for each warp; from 2 to 8 warps
 
@@ -135,12 +136,13 @@ def _check(tails: Tails, located: Located, stop: Stop | None, implementation: st
 class Tiling:
   """How the work is cut into programs.
 
-  A (row, KV head) of a list that is read whole is cut into `splits` programs for its hits; its misses are the work of
-  one of `miss_programs`, few and first in line, so that PCIe is busy from the start without filling the SMs. A block is
-  two loads, keys and values: with 5 stages two blocks are on their way while one is multiplied.
+  Lists that are read whole are of any lengths, so their hits are cut into chunks of equal size, whichever list they are
+  of (`_Cut`), a program for each. Misses are the work of `miss_programs`, few and first in line, so that PCIe is busy
+  from the start without filling the SMs. A progressive list is one program's. A block is two loads, keys and values:
+  with 5 stages two blocks are on their way while one is multiplied.
   """
 
-  splits: int
+  chunks: int  # at most
   miss_programs: int
   num_warps: int
   num_stages: int = 5
@@ -150,12 +152,18 @@ class Tiling:
     """For `n_lists` = B x K lists of up to `n` blocks."""
     num_warps = min(8, max(2, block_bytes // WARP_BYTES))
     if progressive:  # each stop test needs all blocks before it
-      return cls(splits=1, miss_programs=0, num_warps=num_warps)
-    splits = max(1, min(-(-HIT_PROGRAMS // n_lists), -(-n // SPLIT_BLOCKS)))
-    return cls(splits=splits, miss_programs=min(MISS_PROGRAMS, n_lists) if has_slots else 0, num_warps=num_warps)
+      return cls(n_lists, 0, num_warps)
+    # The last chunk of each list may be shorter than the others.
+    chunks = min(HIT_PROGRAMS + n_lists, n_lists * -(-n // CHUNK_BLOCKS))
+    return cls(chunks, min(MISS_PROGRAMS, n_lists) if has_slots else 0, num_warps)
 
-  def grid(self, n_lists: int) -> int:
-    return self.miss_programs + n_lists * self.splits
+  @property
+  def programs(self) -> int:
+    return self.miss_programs + self.chunks
+
+  def parts(self, n_lists: int) -> int:
+    """Partial results: one of each chunk, then one of each list's misses."""
+    return self.chunks + (n_lists if self.miss_programs else 0)
 
 
 class _Refs(NamedTuple):
@@ -174,9 +182,9 @@ class _Refs(NamedTuple):
   tail: Any  # [K, L, R, 2, S, D]
   pool: Any  # [K, L, M, 2, S, D]
   held: Any  # [P, 2, S, D]
-  o: Any  # [parts, B, K, G, D], of each part of a list its own
-  m: Any  # [parts, B, K, G]
-  l: Any  # [parts, B, K, G]
+  o: Any  # [parts, G, D]
+  m: Any  # [parts, G]
+  l: Any  # [parts, G]
   attended: Any  # [B, K]
   known: Any  # [B, K, G]
   slots: Any  # [P, 2, S, D]
@@ -255,9 +263,9 @@ class _Program:
     b, k = jax.lax.div(i, n_heads), jax.lax.rem(i, n_heads)
     return _List(b, k, self.refs.q[b, k, self.of_head])
 
-  def close(self, of: _List, part: jax.Array | int, acc: _Acc) -> None:
+  def close(self, part: jax.Array, acc: _Acc) -> None:
     """Writes what is known of part of a list."""
-    at = part, of.b, of.k, self.of_head
+    at = part, self.of_head
     self.refs.o[at], self.refs.m[at] = acc.o, acc.m * (1 / LOG2_E)
     self.refs.l[at] = acc.l
 
@@ -326,47 +334,100 @@ class _Program:
     return jax.lax.fori_loop(first, end, body, acc)
 
 
-def _read_split(tiling: Tiling, program: _Program, i: jax.Array, read, n_of) -> None:
-  """Part `i mod splits` of the first `n_of` blocks of a list; the first part has the tail too."""
-  part, i = jax.lax.rem(i, tiling.splits), jax.lax.div(i, tiling.splits)
-  of = program.open(i)
-  n = n_of(of)
-  share = jax.lax.div(n + (tiling.splits - 1), tiling.splits)
-  first = part * share
-  end = jnp.minimum(first + share, n)
-  program.close(of, part, read(of, first, end, program.read_tail(of, program.zero, part == 0)))
+def _n_hits(tiling: Tiling, n_hits, length, b, k) -> jax.Array:
+  """Blocks of lists that are read in chunks: where there are no slots, all."""
+  return jnp.minimum(n_hits[b, k, 0], length[b, k]) if tiling.miss_programs else length[b, k]
 
 
-def _whole_from_pool(tiling: Tiling, *refs) -> None:
-  """Lists that are read whole, where there are no slots."""
-  refs = _Refs(*refs)
-  program = _Program(refs)
-  _read_split(tiling, program, pl.program_id(0), program.read_pool, lambda of: refs.length[of.b, of.k])
+class _Cut(NamedTuple):
+  """Chunks of lists, those of the first list first. Each list has one at least, which has the tail too."""
+
+  ends: jax.Array  # [n], n_lists or more: chunks of each list and of those before it
+  size: jax.Array  # blocks of a chunk
+
+  @classmethod
+  def of(cls, tiling: Tiling, n_hits, length) -> _Cut:
+    """By refs [B, K, 1] and [B, K]; every program computes it anew."""
+    n_lists = length.shape[0] * length.shape[1]
+    i = jnp.arange(pl.next_power_of_2(n_lists))
+    real, at = i < n_lists, jnp.minimum(i, n_lists - 1)
+    b, k = jax.lax.div(at, length.shape[1]), jax.lax.rem(at, length.shape[1])
+    n = jnp.where(real, _n_hits(tiling, n_hits, length, b, k), 0)
+    size = jnp.maximum(CHUNK_BLOCKS, jax.lax.div(jnp.sum(n) + (HIT_PROGRAMS - 1), HIT_PROGRAMS))
+    return cls(jnp.cumsum(jnp.where(real, jnp.maximum(1, jax.lax.div(n + (size - 1), size)), 0)), size)
+
+  def find(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which list a chunk is of, and which of the list's it is."""
+    before = self.ends <= chunk
+    return jnp.sum(before.astype(jnp.int32)), chunk - jnp.max(jnp.where(before, self.ends, 0))
+
+  def chunks(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first chunk of a list, and the first beyond them."""
+    at = jnp.arange(self.ends.shape[0])
+    return jnp.max(jnp.where(at < i, self.ends, 0)), jnp.max(jnp.where(at == i, self.ends, 0))
+
+
+def _read_chunk(tiling: Tiling, program: _Program, chunk: jax.Array) -> None:
+  refs, read = program.refs, program.read_hits if tiling.miss_programs else program.read_pool
+  cut = _Cut.of(tiling, refs.n_hits, refs.length)
+  i, part = cut.find(chunk)
+
+  @pl.when(i < refs.n_lists)
+  def _():
+    of, first = program.open(i), part * cut.size
+    end = jnp.minimum(first + cut.size, _n_hits(tiling, refs.n_hits, refs.length, of.b, of.k))
+    program.close(chunk, read(of, first, end, program.read_tail(of, program.zero, part == 0)))
 
 
 def _whole(tiling: Tiling, *refs) -> None:
-  """Lists that are read whole: the first programs have all the misses, the others the hits, split."""
+  """Lists that are read whole: the first programs have all the misses, the others a chunk of the hits each."""
   refs = _Refs(*refs)
   program, me = _Program(refs), pl.program_id(0)
-
-  def n_hits(of):
-    return jnp.minimum(refs.n_hits[of.b, of.k, 0], refs.length[of.b, of.k])
+  if not tiling.miss_programs:
+    return _read_chunk(tiling, program, me)
 
   @pl.when(me < tiling.miss_programs)
   def _():
     """The misses of every `miss_programs`-th list."""
 
     def body(j, _):
-      of = program.open(me + j * tiling.miss_programs)
+      i = me + j * tiling.miss_programs
+      of = program.open(i)
       misses = refs.n_hits[of.b, of.k, 0], refs.length[of.b, of.k]
-      program.close(of, tiling.splits, program.read_misses(of, *misses, program.zero))
+      program.close(tiling.chunks + i, program.read_misses(of, *misses, program.zero))
 
     left = refs.n_lists - me
     jax.lax.fori_loop(0, jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs), body, None)
 
   @pl.when(me >= tiling.miss_programs)
   def _():
-    _read_split(tiling, program, me - tiling.miss_programs, program.read_hits, n_hits)
+    _read_chunk(tiling, program, me - tiling.miss_programs)
+
+
+def _merge_chunks(tiling: Tiling, n_hits, length, o_parts, m_parts, l_parts, o_ref, m_ref, l_ref) -> None:
+  """A list: its chunks, and its misses if they are a part of their own."""
+  n_heads, n_group, depth = o_ref.shape[1:]
+  i = pl.program_id(0)
+  first, end = _Cut.of(tiling, n_hits, length).chunks(i)
+  head = jnp.minimum(jnp.arange(pl.next_power_of_2(n_group)), n_group - 1)
+  n = end - first + int(tiling.miss_programs > 0)
+
+  def body(j, acc):
+    nth = j * MERGED + jnp.arange(MERGED)
+    part = jnp.where(first + nth < end, first + nth, jnp.where(nth < n, tiling.chunks + i, first))
+    at = part[:, None], head[None]
+    m = jnp.where((nth < n)[:, None], m_parts[at], -jnp.inf)
+    top = jnp.maximum(acc.m, m.max(0))
+    reference = jnp.where(top == -jnp.inf, 0.0, top)
+    old, new = jnp.exp(acc.m - reference), jnp.exp(m - reference[None])
+    o = acc.o * old[:, None] + jnp.sum(o_parts[at] * new[:, :, None], 0)
+    return Partial(o, top, acc.l * old + jnp.sum(l_parts[at] * new, 0))
+
+  nothing = jnp.zeros(head.shape)
+  zero = Partial(jnp.zeros((*head.shape, depth)), nothing - jnp.inf, nothing)
+  acc = jax.lax.fori_loop(0, jax.lax.div(n + (MERGED - 1), MERGED), body, zero)
+  at = jax.lax.div(i, n_heads), jax.lax.rem(i, n_heads), head
+  o_ref[at], m_ref[at], l_ref[at] = acc.o, acc.m, acc.l
 
 
 def _progressive(untested: int, rule: StopRule, group: int, has_slots: bool, *refs) -> None:
@@ -398,7 +459,7 @@ def _progressive(untested: int, rule: StopRule, group: int, has_slots: bool, *re
   tail = program.read_tail(of, program.zero, True)
   start = jnp.int32(0), n, program.infinite, tail.o, tail.m, tail.l
   i, end, known, o, m, l = jax.lax.while_loop(lambda state: state[0] < state[1], body, start)
-  program.close(of, 0, _Acc(o, m, l, program.no_group()))
+  program.close(pl.program_id(0), _Acc(o, m, l, program.no_group()))
   # Triton's compiler fails on a loop of which a result is not used (3.6: RemoveLayoutConversions).
   refs.attended[of.b, of.k], refs.known[of.b, of.k, program.of_head] = jnp.minimum(i, end), known
 
@@ -409,13 +470,13 @@ def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking
   n_lists, has_slots = n_rows * n_heads, slots.shape[0] > 0
   block_bytes = math.prod(pool.shape[3:]) * pool.dtype.itemsize
   tiling = Tiling.of(n_lists, located.blocks.shape[2], block_bytes, has_slots, stop is not None)
-  parts = tiling.splits + (tiling.miss_programs > 0)
   if stop is not None:
     kernel = functools.partial(_progressive, stop.untested, stop.rule, located.group, has_slots)
   else:
-    kernel = functools.partial(_whole if has_slots else _whole_from_pool, tiling)
+    kernel = functools.partial(_whole, tiling)
   threshold = jnp.asarray(1.0 if stop is None else stop.threshold, jnp.float32)
   held = slots if has_slots else jnp.zeros((1, *slots.shape[1:]), slots.dtype)
+  n_parts = tiling.parts(n_lists)
 
   def float32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -428,20 +489,28 @@ def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking
   o, m, l, attended, _, held, *taken = triton.call(
     kernel,
     out_shape=(
-      float32(parts, n_rows, n_heads, n_group, depth),
-      float32(parts, n_rows, n_heads, n_group),
-      float32(parts, n_rows, n_heads, n_group),
+      float32(n_parts, n_group, depth),
+      float32(n_parts, n_group),
+      float32(n_parts, n_group),
       jax.ShapeDtypeStruct((n_rows, n_heads), jnp.int32),
       float32(n_rows, n_heads, n_group),
       *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (held, *taken)),
     ),
-    grid=(tiling.grid(n_lists),),
+    grid=(tiling.programs,),
     input_output_aliases={fields.index("held"): 5} | aliases,
     implementation=implementation,
     num_warps=tiling.num_warps,
     num_stages=tiling.num_stages,
     name="attend",
   )(jnp.reshape(layer, 1), threshold.reshape(1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held, *queue)
-  # Part by part, so that XLA makes one elementwise kernel of it.
-  partial = functools.reduce(merge, (Partial(o[i], m[i], l[i]) for i in range(parts)))
-  return partial, located.length if stop is None else attended, held if has_slots else slots, *taken
+  if stop is not None:
+    partial = Partial(o.reshape(q.shape), m.reshape(q.shape[:3]), l.reshape(q.shape[:3]))
+    return partial, attended, held if has_slots else slots, *taken
+  o, m, l = triton.call(
+    functools.partial(_merge_chunks, tiling),
+    out_shape=(float32(*q.shape), float32(*q.shape[:3]), float32(*q.shape[:3])),
+    grid=(n_lists,),
+    implementation=implementation,
+    name="merge_chunks",
+  )(located.n_hits, located.length, o, m, l)
+  return Partial(o, m, l), located.length, held if has_slots else slots, *taken

@@ -167,11 +167,18 @@ MUTATIONS = [
     (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[last_group-interpret]",),
   ),
   Mutation(
-    "a split of the hits leaves out its last block",
+    "a chunk of the hits leaves out its last block",
     "pallas_kernels/attend.py",
-    "jnp.minimum(first + share, n)",
-    "jnp.minimum(first + share, n) - 1",
-    (ATTEND_INTERPRET,),
+    "jnp.minimum(first + cut.size, _n_hits(",
+    "jnp.minimum(first + cut.size - 1, _n_hits(",
+    (f"{ATTEND}::test_attend_cuts_long_lists[interpret-7-None]",),
+  ),
+  Mutation(
+    "a list begins with the chunks of the one before",
+    "pallas_kernels/attend.py",
+    "jnp.where(at < i, self.ends, 0)",
+    "jnp.where(at < i - 1, self.ends, 0)",
+    (f"{ATTEND}::test_attend_cuts_long_lists[interpret-7-0]",),
   ),
   Mutation(
     "the misses of some lists are nobody's work",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from typing import NamedTuple
 
 import jax
@@ -256,11 +257,14 @@ def test_attend_without_slots_to_less_than_untested(implementation: str, thresho
 
 
 @pytest.mark.parametrize("n_slots", [None, 0])
+@pytest.mark.parametrize("programs", [512, 7])  # 512: a list has more chunks than are merged at a time
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_attend_cuts_long_lists(implementation: str, n_slots: int | None):
-  """Few long lists are cut into many programs, of which some have nothing to do."""
-  rows = [Row(38, 2), Row(40, 8, "hit"), Row(37, 1, "miss"), Row(5, 3, "hit"), Row(1, 0, "hit")]
-  check_attend(random_case(4, Shape(2, 8, 16), rows, 40, K=1), implementation, 0, 40, None, n_slots)
+def test_attend_cuts_long_lists(implementation: str, programs: int, n_slots: int | None, monkeypatch):
+  """Lists of any lengths are cut into chunks of one size; some programs have nothing to do."""
+  monkeypatch.setattr(sys.modules[kernels.attend.__module__], "HIT_PROGRAMS", programs)
+  depth = 16 if programs == 512 else 32  # programs are compiled by shapes
+  rows = [Row(78, 2), Row(80, 8, "hit"), Row(37, 1, "miss"), Row(5, 3, "hit"), Row(1, 0, "hit"), Row(0, 3)]
+  check_attend(random_case(4, Shape(2, 8, depth), rows, 80, K=1), implementation, 0, 80, None, n_slots)
 
 
 @pytest.mark.gpu

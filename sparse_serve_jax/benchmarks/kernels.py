@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -165,11 +165,18 @@ def as_one_group(located: kernels.Located) -> kernels.Located:
   return locate(np.asarray(located.blocks), at, np.sum(located.n_hits, -1, keepdims=True))
 
 
-def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any], rows: int, n: int) -> Row:
+def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any], lengths: Sequence[int]) -> Row:
   """A case of `attend`, whose functions it takes: the pool lies in device memory, and there are no slots."""
+  rows, n, total = len(lengths), max(lengths), sum(lengths)
   nowhere, no_hits = np.full((rows, b.heads, n), -1, np.int32), np.zeros((rows, b.heads, 1), np.int32)
-  variants = b.variants(lambda: inputs_of(rows, n, rows * n, nowhere, no_hits))
-  measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, rows * n))
+  length = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32)[:, None], (rows, b.heads))
+
+  def inputs():
+    q, located = inputs_of(rows, n, max(n, total), nowhere, no_hits)
+    return q, located._replace(length=length)
+
+  variants = b.variants(inputs)
+  measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, max(n, total)))
 
   def contiguous():
     kv = [b.random(rows, n * b.size, b.heads, b.depth) for _ in range(2)]
@@ -177,8 +184,9 @@ def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any
     attention = functools.partial(jax.nn.dot_product_attention, implementation=b.attention)
     return b.time(lambda state, kv, q: (state, attention(q, *kv)), queries, shared=kv)
 
-  moved = dict(hbm=rows * b.heads * (n + 1) * b.block_bytes)
-  return b.row(measured, moved, {f"{b.attention}, contiguous": contiguous})
+  moved = dict(hbm=b.heads * (total + rows) * b.block_bytes)
+  alike = min(lengths) == n
+  return b.row(measured, moved, {f"{b.attention}, contiguous": contiguous} if alike else {})
 
 
 def attend(b: Bench) -> Cases:
@@ -235,7 +243,11 @@ def attend(b: Bench) -> Cases:
   for rows, n, miss in b.pick([(64, 64, 0), (8, 64, 0), (64, 64, 0.02), (64, 64, 0.1), (64, 16, 1)], [(2, 8, 0.3)]):
     yield f"{rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss)
   for rows, n in b.pick([(8, 512)], [(2, 8)]):
-    yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, rows, n)
+    yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, [n] * rows)
+  # What a batch of 64 rows holds when 20 GiB of KV are in use: rows that are not, and one that is longer than others.
+  for lengths in b.pick([[1064, 530, 420, 350, *[200] * 12, *[0] * 48], [4000, *[0] * 7]], [[8, 3, 0]]):
+    name = f"dense, {sum(map(bool, lengths))} of {len(lengths)} rows, longest {max(lengths) * b.size} tokens"
+    yield name, functools.partial(dense_attend, b, run, inputs_of, lengths)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
     for rule, group in b.pick(STOPS, [(STOP_RULES[-1], 4)]):
       name = f"psa {rule.rest} {rule.when} groups of {group}"
