@@ -15,6 +15,7 @@ import pytest
 from sparse_serve_jax.benchmarks import kernels, prefill, step, timing
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
+from sparse_serve_jax.evaluation import floor
 from sparse_serve_jax.models import init_params
 from sparse_serve_jax.results import Rows
 from tests import jsonl
@@ -329,3 +330,25 @@ def test_kernels_of_a_trace():
   ]
   times = timing.kernel_times({"traceEvents": events}, without="evict")
   assert list(times.items()) == [("score", (2, 6.5)), ("attend", (1, 5.0)), ("memcpy", (1, 1.0))]
+
+
+def test_products_of_a_floor_are_all_made(monkeypatch):
+  """XLA drops what the next round overwrites, where it can tell: then twice a device's rate would be measured."""
+  dots: list[int] = []
+
+  def measure(op, variants, effort, *, state, shared):
+    def two_rounds(state, shared, variants):
+      for inputs in variants:
+        state, _ = op(state, shared, inputs)
+      return state
+
+    program = jax.jit(two_rounds).lower(state, shared, variants).compile()
+    dots.append(program.as_text().count(" dot("))
+    return Timing(1.0, 1.0, 0.0, 1), state, ()
+
+  with monkeypatch.context() as patched:
+    patched.setattr(prefill, "attention_us", lambda *_: 1.0)
+    patched.setattr(floor.Ceilings, "measure", lambda effort: CEILINGS)
+    patched.setattr(timing, "measure", measure)
+    floor.Rates.measure(read_config(ModelConfig, find_config("models", "tiny")))
+  assert dots == [2 * len(prefill.WEIGHTS)]
