@@ -143,7 +143,8 @@ def test_a_pool_takes_what_it_holds_and_gives_it_back():
   for sizes in ((2.2,), (4.4,), (1.1, 2.2)):
     held = [engine(gib) for gib in sizes]
     taken, wanted = resident_bytes() - before, sum(of.shape.pool_bytes for of in held)
-    assert 0.99 * wanted < taken < 1.02 * wanted + (32 << 20)
+    # What the process had needed to compile is given back meanwhile, or more of it is taken.
+    assert 0.99 * wanted - (32 << 20) < taken < 1.02 * wanted + (32 << 20)
     held.clear()
     gc.collect()
     assert resident_bytes() - before < 64 << 20
