@@ -18,6 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float32, Int32, UInt32
 
 import pallas_kernels as kernels
@@ -296,6 +297,8 @@ def prefill_segment(
     cache = cache.replace(pool=save_piece(setup.saving, cache.pool, new) if slab is None else cache.pool)
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")
+    # XLA may like another order of its axes better, and copies all tails before the layers and after them.
+    tail = with_layout_constraint(tail, Layout(tuple(range(tail.ndim))))
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
     return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + brought.sum() + read

@@ -172,11 +172,11 @@ def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any
   length = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32)[:, None], (rows, b.heads))
 
   def inputs():
-    q, located = inputs_of(rows, n, max(n, total), nowhere, no_hits)
+    q, located = inputs_of(rows, n, rows * n, nowhere, no_hits)
     return q, located._replace(length=length)
 
   variants = b.variants(inputs)
-  measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, max(n, total)))
+  measured, _, _ = run(rows, variants, b.blocks(0), b.blocks(b.heads, 1, rows * n))
 
   def contiguous():
     kv = [b.random(rows, n * b.size, b.heads, b.depth) for _ in range(2)]
