@@ -1,7 +1,7 @@
 """Shape buckets: the one place that decides which program shapes exist, and so how a prompt is cut.
 
-A decode batch is padded to one of `batches` rows and one of `tables` block-table widths; padding there costs little, so
-these are coarse. A piece of a prompt is padded to one of `whole` tokens if it begins its prompt, to one of `chunks` if
+A decode batch is padded to one of `batches` rows and one of `tables` block-table widths; padding costs little there, a
+tenth of a step where two rows of three are padding, so these are coarse. A piece of a prompt is padded to one of `whole` tokens if it begins its prompt, to one of `chunks` if
 it continues one, and several short prompts together to `packed`. What begins a prompt comes in as many sizes as
 MOST_PROGRAMS leaves: from 2k tokens on an octave has three to eight, equally spaced, so that over prompts of any length
 padding is 4 to 11 % of them. Programs are compiled on first use.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ class Buckets:
       packed=packed if packed >= 2 * size else 0,
       tables=tables,
       prefixes=(),
-      batches=tuple(sorted({8, _round_up(scheduler.max_batch, 8)})),  # matrix products want multiples of 8
+      batches=_batches(scheduler.max_batch),
       n_layers=n_layers,
       allowance=allowance,
       chunked=chunked,
@@ -136,9 +137,12 @@ class Buckets:
 
   def decode(self, n_rows: int, n_blocks: int, sampled: bool = False) -> DecodeProgram:
     """What runs a step of so many rows, whose longest block table has so many blocks."""
-    return DecodeProgram(
-      _fit(self.batches, n_rows, "batch of rows"), _fit(self.tables, n_blocks, "block table of"), sampled
-    )
+    rows = _fit(self.batches, n_rows, "batch of rows")
+    return DecodeProgram(rows, _fit(self._tables_of(rows), n_blocks, "block table of"), sampled)
+
+  def _tables_of(self, rows: int) -> tuple[int, ...]:
+    """Widths of block tables in programs of so many rows: between the least and the most one is enough."""
+    return self.tables if rows in (self.batches[0], self.batches[-1]) else self.tables[-1:]
 
   def prefill(self, n_tokens: int, start: int, n_layers: int, rest: int) -> PrefillProgram:
     """What runs so many layers of a piece that begins at `start` of a prompt, and that so many tokens follow.
@@ -223,15 +227,20 @@ class Buckets:
     return sorted(self._segments(padded) | at_once | ({1} if self.crowded else set()))
 
   @property
+  def measure(self) -> DecodeProgram:
+    """The shapes of what measures working sets: for so little work one program is enough."""
+    return DecodeProgram(self.batches[-1], self.tables[-1])
+
+  @property
   def most_at_once(self) -> int:
     """Token x layers of the largest piece that one iteration runs, padded."""
     return max(of.tokens * of.n_layers for of in self.programs() if isinstance(of, PrefillProgram))
 
   @property
   def n_programs(self) -> int:
-    """All that an engine can compile unless it tells log probabilities: `programs`, those that measure working sets,
-    one that admits a request and one that releases blocks."""
-    return len(self.programs()) + len(self.batches) * len(self.tables) + 2
+    """All that an engine can compile unless it tells log probabilities: `programs`, one that measures working sets, one
+    that admits a request and one that releases blocks."""
+    return len(self.programs()) + 3
 
   def programs(self) -> list[Program]:
     """Every decode and prefill program there can be. Those that also tell log probabilities are as many again."""
@@ -271,7 +280,8 @@ class Buckets:
     least = self.unit if self.chunked else self.full  # of a first piece
     cuts_after = cuts and (shared or longest > least + self.full)  # and is not the first itself
     of_any_depth = self.crowded and not self.chunked  # a segment may have room for fewer layers than all
-    found: list[Program] = [DecodeProgram(*of) for of in itertools.product(self.batches, self.tables, (False, True))]
+    widths = [(rows, table) for rows in self.batches for table in self._tables_of(rows)]
+    found: list[Program] = [DecodeProgram(*of, sampled) for of in widths for sampled in (False, True)]
     found += [self.pack(sampled) for sampled in (False, True) if packs]
     found += [PrefillProgram(n, 0, n_layers) for n in whole for n_layers in self._depths(n)]
     found += [PrefillProgram(self.full, 0, self.n_layers if self.chunked else 1, saves=True)] * cuts
@@ -289,6 +299,11 @@ def _sizes(size: int, largest: int, steps: int) -> list[int]:
   # Whole 32nds keep long pieces easy to cut into tiles.
   stepped = [_round_up(at + at * i // steps, max(size, at // 32)) for at in octaves for i in range(steps)]
   return sorted({*(s for s in (*(_round_up(s, size) for s in _SMALL), *stepped) if s < largest), largest})
+
+
+def _batches(most: int) -> tuple[int, ...]:
+  """Rows of decode programs: 8, all, and one between with equal ratios. Matrix products want multiples of 8."""
+  return tuple(sorted({8, _round_up(math.isqrt(8 * most), 8), _round_up(most, 8)}))
 
 
 def _round_up(n: int, multiple: int) -> int:

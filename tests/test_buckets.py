@@ -189,6 +189,18 @@ def test_every_plan_has_its_programs(
       assert work.n_layers == program.n_layers if program.fixed else work.n_layers <= program.n_layers
 
 
+def test_decode_programs_have_three_numbers_of_rows():
+  """Padding of two thirds at most beyond eight rows; between the least and the most one width of block tables."""
+  for max_batch, rows in ((1, {8}), (8, {8}), (9, {8, 16}), (32, {8, 16, 32}), (64, {8, 24, 64}), (256, {8, 48, 256})):
+    buckets = Buckets.of(engine_config("whole", 32, max_batch), 32, 32768)
+    decode = [program for program in buckets.programs() if isinstance(program, DecodeProgram) and not program.sampled]
+    assert {program.rows for program in decode} == rows
+    assert [program.table for program in decode if program.rows in sorted(rows)[1:-1]] == [1024] * (len(rows) - 2)
+    for n_rows, n_blocks in itertools.product(range(1, max_batch + 1), (1, 128, 129, 1024)):
+      assert (program := buckets.decode(n_rows, n_blocks)) in decode
+      assert n_rows <= program.rows <= max(8, 6 * n_rows) and n_blocks <= program.table
+
+
 def test_a_full_chunk_that_another_follows_may_come_after_a_small_one():
   """Which took what another prompt had left of its iteration."""
   scheduler = SchedulerConfig(prefill="chunked", chunk_tokens=256)
@@ -231,7 +243,7 @@ def test_a_workload_of_any_lengths_reaches_48_programs_at_most(prefill: str, pre
     reached |= programs_of(buckets, plan)
     if not plan.empty:
       scheduler.update(result_of(plan), 0.0)
-  others = len(buckets.batches) * len(buckets.tables) + 2
+  others = buckets.n_programs - len(buckets.programs())
   assert reached <= set(buckets.programs()) and len(reached) > 20 and len(reached) + others <= 48
 
 

@@ -286,7 +286,10 @@ class JaxExecutor:
     # XLA takes one core for most of a program, so several are compiled at a time; a call then finds what has been.
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
     try:
-      compiling = [pool.submit(lowered.compile) for of in needed for lowered in self._lowered(of, audits)]
+      nothing = self._measure_operands(self._no_rows(self.buckets.measure))
+      lowered = [self.programs.working_sets.lower(self.cache.hot, *nothing)]
+      lowered += [program for of in needed for program in self._lowered(of, audits)]
+      compiling = [pool.submit(program.compile) for program in lowered]
       for program in compiling:
         program.result()
     finally:
@@ -296,12 +299,12 @@ class JaxExecutor:
         self._prefill(self._no_prompts(of), iteration=0)
         self.forget(_NOTHING)
         continue
-      self._measure(self._no_rows(of))
       for audit in audits:
         self._decode(self._no_rows(of), audit=audit)
+    self._measure(self._no_rows(self.buckets.measure))
     self._update_hot(self.programs.release, *[np.full(RELEASE_WIDTH, -1, np.int32)] * 2)
     self.wait()
-    return len(needed) + 2 + (len(audits) - 1) * sum(isinstance(of, DecodeProgram) for of in needed)
+    return len(needed) + 3 + (len(audits) - 1) * sum(isinstance(of, DecodeProgram) for of in needed)
 
   def _lowered(self, of: Program, audits: Sequence[AuditOf | None]) -> Iterator[jax.stages.Lowered]:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
@@ -310,7 +313,6 @@ class JaxExecutor:
       x = jax.ShapeDtypeStruct((len(batch.tokens), self._d_model), self._dtype, sharding=NamedSharding(self.mesh, P()))
       yield self.programs.prefill.lower(self.params, self.cache, x, batch, width)
       return
-    yield self.programs.working_sets.lower(self.cache.hot, *self._measure_operands(self._no_rows(of)))
     for audit in audits:
       yield self.programs.decode.lower(self.params, self.cache, *self._decode_operands(self._no_rows(of), audit=audit))
 
@@ -421,7 +423,9 @@ class JaxExecutor:
   def _decode_operands(
     self, rows: tuple[DecodeRow, ...], threshold: float | None = None, audit: AuditOf | None = None
   ) -> tuple[DecodeBatch, int]:
-    batch, width = self._decode_batch(rows)
+    sampled = not all(r.sampling.plain for r in rows)
+    longest = max(r.position // self.shape.S + 1 for r in rows)
+    batch, width = self._decode_batch(rows, self.buckets.decode(len(rows), longest, sampled))
     sparse = self.config.sparse
     if sparse.policy == "psa":
       batch = batch.replace(threshold=np.float32(sparse.promise if threshold is None else threshold))
@@ -434,13 +438,11 @@ class JaxExecutor:
     return self._call(self.programs.working_sets, self.cache.hot, *self._measure_operands(rows))
 
   def _measure_operands(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
-    batch, width = self._decode_batch(rows)
-    return batch.replace(sampling=None, logprobs=False), width  # which it does not read
+    batch, width = self._decode_batch(rows, self.buckets.measure)
+    return batch.replace(logprobs=False), width  # which it does not read
 
-  def _decode_batch(self, rows: tuple[DecodeRow, ...]) -> tuple[DecodeBatch, int]:
+  def _decode_batch(self, rows: tuple[DecodeRow, ...], program: DecodeProgram) -> tuple[DecodeBatch, int]:
     """The batch, padded, and how many entries of block tables it looks at."""
-    sampled = not all(r.sampling.plain for r in rows)
-    program = self.buckets.decode(len(rows), max(r.position // self.shape.S + 1 for r in rows), sampled)
 
     def column(values, fill=0):
       return _pad(np.array(list(values), np.int32), program.rows, fill)
@@ -451,7 +453,7 @@ class JaxExecutor:
       steps=column(r.step for r in rows),
       fills=column((r.fills for r in rows), -1),
       tokens=column((r.token for r in rows), -1),
-      sampling=_sampling_rows([r.sampling for r in rows], program.rows) if sampled else None,
+      sampling=_sampling_rows([r.sampling for r in rows], program.rows) if program.sampled else None,
       logprobs=any(r.sampling.logprobs for r in rows),
     )
     return batch, program.table
