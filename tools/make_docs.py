@@ -29,10 +29,11 @@ from tools.decode_step import decode_step  # noqa: E402
 RESULTS = ROOT / "experiments" / "results"
 ASSETS = ROOT / "docs" / "assets"
 STEPS = RESULTS / "2026-11-26-h200" / "step.jsonl"
+BURSTS = RESULTS / "2026-11-29-ladder"
 REFERENCE = RESULTS / "2026-11-29-psa" / "reference" / "summary.json"
 BEFORE = RESULTS / "2026-11-26-reference" / "summary.json"  # of the rule of PSA's paper, and more methods
 ON_REFERENCE = "the reference model, 16,384 tokens; an H200, and four H100 (true mass, the paper's rule); jax 0.11.2"
-TASKS = ("single_noise", "multi_key", "question", "key_value", "key_value_uuid", "copy", "renumber")
+TASKS = ("multi_key", "key_value", "key_value_uuid", "copy", "renumber")
 CASES = {
   "dense 1": "dense",
   "cuboid_mean 512": "top-k, 512 tokens",
@@ -60,6 +61,28 @@ def accuracy_table() -> str:
     cells = [f"{of[case, task]['accuracy']:.1%} ({of[case, task]['blocks']:.0f})" for case in CASES]
     lines.append(f"| {task} | {' | '.join(cells)} |")
   return "\n".join(lines).replace("%", " %") + "\n"
+
+
+def bursts_table() -> str:
+  """What dense and sparse_serve make of requests that all come at once."""
+  names = {
+    "W1": "64 of 9k on average, 256 out",
+    "W2": "the same, 2,048 out",
+    "W3": "20 of 32k, 4,096 out",
+  }
+  lines = [
+    "| requests | seconds: dense | sparse_serve | tokens/s | mean TTFT, s | blocks that missed HBM | of the time, the floor |",
+    "|---|--:|--:|--:|--:|--:|--:|",
+  ]
+  for workload, name in names.items():
+    dense, sparse = _lines(BURSTS / workload / "cells.jsonl")
+    seconds = f"{dense['elapsed_s']:.1f} | {sparse['elapsed_s']:.1f}"
+    gain = f"{dense['throughput_tok_s']:,.0f}, {sparse['throughput_tok_s']:,.0f}: "
+    gain += f"{sparse['throughput_tok_s'] / dense['throughput_tok_s']:.2f}x"
+    ttft = f"{dense['ttft_mean_s']:.1f}, {sparse['ttft_mean_s']:.1f}"
+    floor = f"{dense['floor_share']:.2f}, {sparse['floor_share']:.2f}"
+    lines.append(f"| {name} | {seconds} | {gain} | {ttft} | {100 * sparse['missed_share']:.2f} % | {floor} |")
+  return "\n".join(lines) + "\n"
 
 
 def configuration_table() -> str:
@@ -127,6 +150,7 @@ def svg_of(figure: Figure) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
   "accuracy": accuracy_table,
+  "bursts": bursts_table,
   "configuration": configuration_table,
   "sparseserve": lambda: published.table("SparseServe"),
   "longbench": published.longbench_table,
