@@ -115,6 +115,12 @@ def test_a_stream_is_the_completion(server):
   assert chunks[-2].choices[0].finish_reason == "length"
 
 
+def test_a_stream_has_a_piece_for_every_token(server):
+  """Also where the text is held back, as half a character is, so that a client knows when a token came."""
+  chunks = [chunk.choices[0] for chunk in complete(server, seed=1, temperature=8.0, max_tokens=40, stream=True)]
+  assert len(chunks) == 40 + 1 and not all(chunk.text for chunk in chunks[:-1])
+
+
 def test_prompts_in_every_form(server):
   ids = server.http.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
   assert server.http.post("/detokenize", json={"tokens": ids}).json()["prompt"].endswith(PROMPT)

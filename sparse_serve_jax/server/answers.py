@@ -97,7 +97,7 @@ class Answer:
             yield _event(bodies.chunk([choice], **empty))
         i, output = piece.output.index, piece.output
         told = bodies.logprobs(scored) if (scored := self._scored(piece)) else None
-        if piece.text or told:
+        if piece.text or piece.token is not None:  # one whose text is held back is a token that came, too
           yield _event(bodies.chunk([bodies.choice(i, piece.text, told, None, delta=True)], **empty))
         if output.ended and piece.token is None:
           last = bodies.choice(i, "", None, output.finish_reason, delta=True)
