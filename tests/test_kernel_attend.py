@@ -267,6 +267,20 @@ def test_attend_cuts_long_lists(implementation: str, programs: int, n_slots: int
   check_attend(random_case(4, Shape(2, 8, depth), rows, 80, K=1), implementation, 0, 80, None, n_slots)
 
 
+@pytest.mark.parametrize("n_slots", [None, 0])
+@pytest.mark.parametrize("seed", range(4))
+def test_attend_cuts_any_lists(seed: int, n_slots: int | None, monkeypatch):
+  """Random lists, as many as are no power of two; few programs, small chunks, and few parts merged at a time."""
+  rng = np.random.default_rng(seed)
+  for name, value in dict(HIT_PROGRAMS=2 + 3 * seed, CHUNK_BLOCKS=1 + seed % 2, MERGED=2, MISS_PROGRAMS=4).items():
+    monkeypatch.setattr(sys.modules[kernels.attend.__module__], name, value)
+  n = 20 + seed  # programs are compiled by shapes
+  where = ("hit", "miss", "mixed", "homeless")
+  rows = [Row(int(rng.integers(n + 1)), int(rng.integers(9)), str(rng.choice(where))) for _ in range(3)]
+  rows += [Row(0, 0, padding=True), Row(n, 3)]
+  check_attend(random_case(seed, Shape(5, 8, 16), rows, n, K=3), "interpret", 0, n, None, n_slots)
+
+
 @pytest.mark.gpu
 def test_blocks_beyond_4_gib():
   """The last block of a pool in host memory, and the last slots, at offsets that 32 bits do not hold."""

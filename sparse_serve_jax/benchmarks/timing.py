@@ -86,7 +86,7 @@ def measure(op: Op, variants: Sequence[Any], effort: Effort, *, state: Any = (),
     variants: inputs that take turns, so that an op does not meet what the one before it left in a cache. Each is made
       to depend on the loop's counter and each result is kept, so that nothing is hoisted or dropped.
     effort: how long.
-    state: passes from one op to the next; donated.
+    state: passes from one op to the next; donated. XLA may drop what an op writes to it and the next overwrites unread.
     shared: goes to every op: arrays too large to come in variants, and pools in host memory.
   """
 

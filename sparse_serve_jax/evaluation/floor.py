@@ -39,13 +39,12 @@ class Rates:
 
   @classmethod
   def measure(cls, cfg: ModelConfig) -> Rates:
-    """Here and now, with layers of a model's shape: on a GPU some ten seconds, before its memory is taken."""
+    """Here and now, with one layer of a model's shape: on a GPU some ten seconds, before its memory is taken."""
     effort, n, n_attended = _ON_GPU if jax.default_backend() == "gpu" else _ON_CPU
     of = Ceilings.measure(effort)
-    layer, two = (dataclasses.replace(cfg, n_layers=n_layers, vocab_size=128) for n_layers in (1, 2))
-    # Of one layer there would be no loop, and products that others overwrite would be dropped.
-    flops = 2 * layer_weights(cfg) * two.n_layers * n
-    products = flops / prefill.products_us(two, step.random_params(two, make_mesh(1)), n, effort)
+    layer = dataclasses.replace(cfg, n_layers=1, vocab_size=128)
+    params = step.random_params(layer, make_mesh(1))
+    products = 2 * layer_weights(cfg) * n / prefill.products_us(layer, params, n, effort)
     attention = attention_flops(layer, n_attended, 0) / prefill.attention_us(layer, n_attended, 0, effort)
     return cls(1e6 * products, 1e6 * attention, of.hbm, of.h2d)
 
