@@ -1,10 +1,11 @@
 """Shape buckets: the one place that decides which program shapes exist, and so how a prompt is cut.
 
-A decode batch is padded to one of `batches` rows and one of `tables` block-table widths; padding costs little there, a
-tenth of a step where two rows of three are padding, so these are coarse. A piece of a prompt is padded to one of `whole` tokens if it begins its prompt, to one of `chunks` if
-it continues one, and several short prompts together to `packed`. What begins a prompt comes in as many sizes as
-MOST_PROGRAMS leaves: from 2k tokens on an octave has three to eight, equally spaced, so that over prompts of any length
-padding is 4 to 11 % of them. Programs are compiled on first use.
+A decode batch is padded to one of `batches` rows and one of `tables` block-table widths. Padding costs little there, a
+tenth of a step where two rows of three are padding, so these are coarse. A piece of a prompt is padded to one of
+`whole` tokens if it begins its prompt, to one of `chunks` if it continues one, and several short prompts together to
+`packed`. What begins a prompt comes in as many sizes as MOST_PROGRAMS leaves: from 2k tokens on an octave has three to
+eight, equally spaced, so that over prompts of any length padding is 4 to 11 % of them. Programs are compiled on first
+use.
 """
 
 from __future__ import annotations

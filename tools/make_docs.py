@@ -71,7 +71,7 @@ def bursts_table() -> str:
     "W3": "20 of 32k, 4,096 out",
   }
   lines = [
-    "| requests | seconds: dense | sparse_serve | tokens/s | mean TTFT, s | blocks that missed HBM | of the time, the floor |",
+    "| requests | seconds: dense | sparse_serve | tokens/s | mean TTFT, s | blocks that missed HBM | floor's share |",
     "|---|--:|--:|--:|--:|--:|--:|",
   ]
   for workload, name in names.items():
