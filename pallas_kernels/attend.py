@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import triton
 from pallas_kernels.attend_xla import attend_xla
+from pallas_kernels.chunks import Cut, merge_chunks, most_chunks, n_hits
 from pallas_kernels.free import Free
 from pallas_kernels.maps import only
 from pallas_kernels.partial import Partial
@@ -27,9 +28,6 @@ from pallas_kernels.residency import Located
 from pallas_kernels.stop import LOG2_E, Stop, StopRule
 
 LEAST_HEADS = 16  # rows of the smallest matrix product of a tensor core; fewer query heads are padded with copies
-HIT_PROGRAMS = 512  # for the hits of all lists, if these are long enough: fill every SM several times over
-CHUNK_BLOCKS = 4  # of a list, for each of the programs that its hits are cut for; fewer are not worth it
-MERGED = 16  # partial results that are merged at a time
 MISS_PROGRAMS = 64  # at most: keep PCIe busy and leave most SMs alone
 WARP_BYTES = 8 << 10  # of a block, keys and values, for each warp; from 2 to 8 warps
 
@@ -137,9 +135,9 @@ class Tiling:
   """How the work is cut into programs.
 
   Lists that are read whole are of any lengths, so their hits are cut into chunks of equal size, whichever list they are
-  of (`_Cut`), a program for each. Misses are the work of `miss_programs`, few and first in line, so that PCIe is busy
-  from the start without filling the SMs. A progressive list is one program's. A block is two loads, keys and values:
-  with 5 stages two blocks are on their way while one is multiplied.
+  of (`pallas_kernels.chunks`), a program for each. Misses are the work of `miss_programs`, few and first in line, so
+  that PCIe is busy from the start without filling the SMs. A progressive list is one program's. A block is two loads,
+  keys and values: with 5 stages two blocks are on their way while one is multiplied.
   """
 
   chunks: int  # at most
@@ -153,9 +151,7 @@ class Tiling:
     num_warps = min(8, max(2, block_bytes // WARP_BYTES))
     if progressive:  # each stop test needs all blocks before it
       return cls(n_lists, 0, num_warps)
-    # The last chunk of each list may be shorter than the others.
-    chunks = min(HIT_PROGRAMS + n_lists, n_lists * -(-n // CHUNK_BLOCKS))
-    return cls(chunks, min(MISS_PROGRAMS, n_lists) if has_slots else 0, num_warps)
+    return cls(most_chunks(n_lists, n), min(MISS_PROGRAMS, n_lists) if has_slots else 0, num_warps)
 
   @property
   def programs(self) -> int:
@@ -334,48 +330,15 @@ class _Program:
     return jax.lax.fori_loop(first, end, body, acc)
 
 
-def _n_hits(tiling: Tiling, n_hits, length, b, k) -> jax.Array:
-  """Blocks of lists that are read in chunks: where there are no slots, all."""
-  return jnp.minimum(n_hits[b, k, 0], length[b, k]) if tiling.miss_programs else length[b, k]
-
-
-class _Cut(NamedTuple):
-  """Chunks of lists, those of the first list first. Each list has one at least, which has the tail too."""
-
-  ends: jax.Array  # [n], n_lists or more: chunks of each list and of those before it
-  size: jax.Array  # blocks of a chunk
-
-  @classmethod
-  def of(cls, tiling: Tiling, n_hits, length) -> _Cut:
-    """By refs [B, K, 1] and [B, K]; every program computes it anew."""
-    n_lists = length.shape[0] * length.shape[1]
-    i = jnp.arange(pl.next_power_of_2(n_lists))
-    real, at = i < n_lists, jnp.minimum(i, n_lists - 1)
-    b, k = jax.lax.div(at, length.shape[1]), jax.lax.rem(at, length.shape[1])
-    n = jnp.where(real, _n_hits(tiling, n_hits, length, b, k), 0)
-    size = jnp.maximum(CHUNK_BLOCKS, jax.lax.div(jnp.sum(n) + (HIT_PROGRAMS - 1), HIT_PROGRAMS))
-    return cls(jnp.cumsum(jnp.where(real, jnp.maximum(1, jax.lax.div(n + (size - 1), size)), 0)), size)
-
-  def find(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which list a chunk is of, and which of the list's it is."""
-    before = self.ends <= chunk
-    return jnp.sum(before.astype(jnp.int32)), chunk - jnp.max(jnp.where(before, self.ends, 0))
-
-  def chunks(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first chunk of a list, and the first beyond them."""
-    at = jnp.arange(self.ends.shape[0])
-    return jnp.max(jnp.where(at < i, self.ends, 0)), jnp.max(jnp.where(at == i, self.ends, 0))
-
-
 def _read_chunk(tiling: Tiling, program: _Program, chunk: jax.Array) -> None:
   refs, read = program.refs, program.read_hits if tiling.miss_programs else program.read_pool
-  cut = _Cut.of(tiling, refs.n_hits, refs.length)
+  cut = Cut.of(refs.n_hits, refs.length, tiling.miss_programs > 0)
   i, part = cut.find(chunk)
 
   @pl.when(i < refs.n_lists)
   def _():
     of, first = program.open(i), part * cut.size
-    end = jnp.minimum(first + cut.size, _n_hits(tiling, refs.n_hits, refs.length, of.b, of.k))
+    end = jnp.minimum(first + cut.size, n_hits(refs.n_hits, refs.length, of.b, of.k, tiling.miss_programs > 0))
     program.close(chunk, read(of, first, end, program.read_tail(of, program.zero, part == 0)))
 
 
@@ -402,32 +365,6 @@ def _whole(tiling: Tiling, *refs) -> None:
   @pl.when(me >= tiling.miss_programs)
   def _():
     _read_chunk(tiling, program, me - tiling.miss_programs)
-
-
-def _merge_chunks(tiling: Tiling, n_hits, length, o_parts, m_parts, l_parts, o_ref, m_ref, l_ref) -> None:
-  """A list: its chunks, and its misses if they are a part of their own."""
-  n_heads, n_group, depth = o_ref.shape[1:]
-  i = pl.program_id(0)
-  first, end = _Cut.of(tiling, n_hits, length).chunks(i)
-  head = jnp.minimum(jnp.arange(pl.next_power_of_2(n_group)), n_group - 1)
-  n = end - first + int(tiling.miss_programs > 0)
-
-  def body(j, acc):
-    nth = j * MERGED + jnp.arange(MERGED)
-    part = jnp.where(first + nth < end, first + nth, jnp.where(nth < n, tiling.chunks + i, first))
-    at = part[:, None], head[None]
-    m = jnp.where((nth < n)[:, None], m_parts[at], -jnp.inf)
-    top = jnp.maximum(acc.m, m.max(0))
-    reference = jnp.where(top == -jnp.inf, 0.0, top)
-    old, new = jnp.exp(acc.m - reference), jnp.exp(m - reference[None])
-    o = acc.o * old[:, None] + jnp.sum(o_parts[at] * new[:, :, None], 0)
-    return Partial(o, top, acc.l * old + jnp.sum(l_parts[at] * new, 0))
-
-  nothing = jnp.zeros(head.shape)
-  zero = Partial(jnp.zeros((*head.shape, depth)), nothing - jnp.inf, nothing)
-  acc = jax.lax.fori_loop(0, jax.lax.div(n + (MERGED - 1), MERGED), body, zero)
-  at = jax.lax.div(i, n_heads), jax.lax.rem(i, n_heads), head
-  o_ref[at], m_ref[at], l_ref[at] = acc.o, acc.m, acc.l
 
 
 def _progressive(untested: int, rule: StopRule, group: int, has_slots: bool, *refs) -> None:
@@ -506,11 +443,5 @@ def _attend_kernel(implementation, q, tails, pool, slots, layer, located, taking
   if stop is not None:
     partial = Partial(o.reshape(q.shape), m.reshape(q.shape[:3]), l.reshape(q.shape[:3]))
     return partial, attended, held if has_slots else slots, *taken
-  o, m, l = triton.call(
-    functools.partial(_merge_chunks, tiling),
-    out_shape=(float32(*q.shape), float32(*q.shape[:3]), float32(*q.shape[:3])),
-    grid=(n_lists,),
-    implementation=implementation,
-    name="merge_chunks",
-  )(located.n_hits, located.length, o, m, l)
-  return Partial(o, m, l), located.length, held if has_slots else slots, *taken
+  partial = merge_chunks(Partial(o, m, l), q.shape, located.n_hits, located.length, tiling.chunks, implementation)
+  return partial, located.length, held if has_slots else slots, *taken

@@ -228,8 +228,7 @@ def decode_step(
 
 
 def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
-  n_lanes, size = hot.tail.shape[2], hot.tail.shape[4]
-  real = batch.lanes < n_lanes
+  real, size = batch.lanes < hot.tail.shape[2], hot.tail.shape[4]
   return Rows(
     lanes=batch.lanes,
     tables=hot.tables.at[batch.lanes].get(mode="clip")[:, :width],
@@ -242,8 +241,7 @@ def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
 
 def _append(tail: jax.Array, layer, batch: DecodeBatch, k, v) -> jax.Array:
   """Writes one token's k, v [B, K, D] to the tails."""
-  head = jnp.arange(k.shape[1])[:, None]
-  offset = batch.positions % tail.shape[4]
+  head, offset = jnp.arange(k.shape[1])[:, None], batch.positions % tail.shape[4]
   kv = jnp.stack([k, v], 2).swapaxes(0, 1)  # [K, B, 2, D]
   return tail.at[head, layer, batch.lanes, :, offset].set(kv, mode="drop")
 
@@ -297,8 +295,7 @@ def prefill_segment(
     cache = cache.replace(pool=save_piece(setup.saving, cache.pool, new) if slab is None else cache.pool)
     slab = slab if slab is None else slab.at[:, i - batch.first_layer].set(kv)
     tail = cache.hot.tail.at[:, i, batch.lanes].set(kv.at[:, last_blocks].get(mode="clip"), mode="drop")
-    # XLA may like another order of its axes better, and copies all tails before the layers and after them.
-    tail = with_layout_constraint(tail, Layout(tuple(range(tail.ndim))))
+    tail = with_layout_constraint(tail, Layout(tuple(range(tail.ndim))))  # else XLA may copy all tails for another
     x = llama.attention_out(lp, x, o, AXIS)
     x = _in_tiles(lambda x: llama.mlp(cfg, lp, x, AXIS), x)
     return x, cache.replace(hot=cache.hot.replace(tail=tail)), slab, given, loaded + brought.sum() + read

@@ -169,13 +169,13 @@ MUTATIONS = [
   Mutation(
     "a chunk of the hits leaves out its last block",
     "pallas_kernels/attend.py",
-    "jnp.minimum(first + cut.size, _n_hits(",
-    "jnp.minimum(first + cut.size - 1, _n_hits(",
+    "jnp.minimum(first + cut.size, n_hits(",
+    "jnp.minimum(first + cut.size - 1, n_hits(",
     (f"{ATTEND}::test_attend_cuts_long_lists[interpret-7-None]",),
   ),
   Mutation(
     "a list begins with the chunks of the one before",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/chunks.py",
     "jnp.where(at < i, self.ends, 0)",
     "jnp.where(at < i - 1, self.ends, 0)",
     (f"{ATTEND}::test_attend_cuts_long_lists[interpret-7-0]",),

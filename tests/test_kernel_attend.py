@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
+from pallas_kernels import chunks
 from pallas_kernels.residency import Located
 from tests.cases import DTYPES, IMPLEMENTATIONS, REAL, TOLERANCE, Shape, assert_rows_close, assert_same_bits
 
@@ -261,7 +262,7 @@ def test_attend_without_slots_to_less_than_untested(implementation: str, thresho
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attend_cuts_long_lists(implementation: str, programs: int, n_slots: int | None, monkeypatch):
   """Lists of any lengths are cut into chunks of one size; some programs have nothing to do."""
-  monkeypatch.setattr(sys.modules[kernels.attend.__module__], "HIT_PROGRAMS", programs)
+  monkeypatch.setattr(chunks, "HIT_PROGRAMS", programs)
   depth = 16 if programs == 512 else 32  # programs are compiled by shapes
   rows = [Row(78, 2), Row(80, 8, "hit"), Row(37, 1, "miss"), Row(5, 3, "hit"), Row(1, 0, "hit"), Row(0, 3)]
   check_attend(random_case(4, Shape(2, 8, depth), rows, 80, K=1), implementation, 0, 80, None, n_slots)
@@ -272,8 +273,9 @@ def test_attend_cuts_long_lists(implementation: str, programs: int, n_slots: int
 def test_attend_cuts_any_lists(seed: int, n_slots: int | None, monkeypatch):
   """Random lists, as many as are no power of two; few programs, small chunks, and few parts merged at a time."""
   rng = np.random.default_rng(seed)
-  for name, value in dict(HIT_PROGRAMS=2 + 3 * seed, CHUNK_BLOCKS=1 + seed % 2, MERGED=2, MISS_PROGRAMS=4).items():
-    monkeypatch.setattr(sys.modules[kernels.attend.__module__], name, value)
+  for name, value in dict(HIT_PROGRAMS=2 + 3 * seed, CHUNK_BLOCKS=1 + seed % 2, MERGED=2).items():
+    monkeypatch.setattr(chunks, name, value)
+  monkeypatch.setattr(sys.modules[kernels.attend.__module__], "MISS_PROGRAMS", 4)
   n = 20 + seed  # programs are compiled by shapes
   where = ("hit", "miss", "mixed", "homeless")
   rows = [Row(int(rng.integers(n + 1)), int(rng.integers(9)), str(rng.choice(where))) for _ in range(3)]

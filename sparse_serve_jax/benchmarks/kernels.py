@@ -165,6 +165,10 @@ def as_one_group(located: kernels.Located) -> kernels.Located:
   return locate(np.asarray(located.blocks), at, np.sum(located.n_hits, -1, keepdims=True))
 
 
+# Blocks of rows that 20 GiB of KV hold: some are longer than others, and some have none.
+RAGGED = [[1064, 530, 420, 350, *[200] * 12, *[0] * 48], [4000, *[0] * 7]]
+
+
 def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any], lengths: Sequence[int]) -> Row:
   """A case of `attend`, whose functions it takes: the pool lies in device memory, and there are no slots."""
   rows, n, total = len(lengths), max(lengths), sum(lengths)
@@ -187,6 +191,15 @@ def dense_attend(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any
   moved = dict(hbm=b.heads * (total + rows) * b.block_bytes)
   alike = min(lengths) == n
   return b.row(measured, moved, {f"{b.attention}, contiguous": contiguous} if alike else {})
+
+
+def dense_cases(b: Bench, run: Callable[..., Any], inputs_of: Callable[..., Any]) -> Cases:
+  """Lists of equal and of any lengths."""
+  for rows, n in b.pick([(8, 512)], [(2, 8)]):
+    yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, [n] * rows)
+  for lengths in b.pick(RAGGED, [[8, 3, 0]]):
+    name = f"dense, {sum(map(bool, lengths))} of {len(lengths)} rows, longest {max(lengths) * b.size} tokens"
+    yield name, functools.partial(dense_attend, b, run, inputs_of, lengths)
 
 
 def attend(b: Bench) -> Cases:
@@ -242,12 +255,7 @@ def attend(b: Bench) -> Cases:
 
   for rows, n, miss in b.pick([(64, 64, 0), (8, 64, 0), (64, 64, 0.02), (64, 64, 0.1), (64, 16, 1)], [(2, 8, 0.3)]):
     yield f"{rows}x{n} miss {miss:.0%}", functools.partial(sparse, rows, n, miss)
-  for rows, n in b.pick([(8, 512)], [(2, 8)]):
-    yield f"dense {rows}x{n * b.size} tokens", functools.partial(dense_attend, b, run, inputs_of, [n] * rows)
-  # What a batch of 64 rows holds when 20 GiB of KV are in use: rows that are not, and one that is longer than others.
-  for lengths in b.pick([[1064, 530, 420, 350, *[200] * 12, *[0] * 48], [4000, *[0] * 7]], [[8, 3, 0]]):
-    name = f"dense, {sum(map(bool, lengths))} of {len(lengths)} rows, longest {max(lengths) * b.size} tokens"
-    yield name, functools.partial(dense_attend, b, run, inputs_of, lengths)
+  yield from dense_cases(b, run, inputs_of)
   for rows, n, miss, threshold in b.pick([(64, 256, 0, 0.5), (64, 256, 0.02, 0.5)], [(2, 16, 0.3, 0.5)]):
     for rule, group in b.pick(STOPS, [(STOP_RULES[-1], 4)]):
       name = f"psa {rule.rest} {rule.when} groups of {group}"

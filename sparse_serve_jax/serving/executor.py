@@ -287,8 +287,8 @@ class JaxExecutor:
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
     try:
       nothing = self._measure_operands(self._no_rows(self.buckets.measure))
-      lowered = [self.programs.working_sets.lower(self.cache.hot, *nothing)]
-      lowered += [program for of in needed for program in self._lowered(of, audits)]
+      lowered = [program for of in needed for program in self._lowered(of, audits)]
+      lowered.append(self.programs.working_sets.lower(self.cache.hot, *nothing))
       compiling = [pool.submit(program.compile) for program in lowered]
       for program in compiling:
         program.result()
