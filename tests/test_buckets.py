@@ -190,7 +190,7 @@ def test_every_plan_has_its_programs(
 
 
 def test_decode_programs_have_three_numbers_of_rows():
-  """Padding of two thirds at most beyond eight rows; between the least and the most one width of block tables."""
+  """Beyond eight, rows are padded by equal ratios; between the least and the most there is one width of tables."""
   for max_batch, rows in ((1, {8}), (8, {8}), (9, {8, 16}), (32, {8, 16, 32}), (64, {8, 24, 64}), (256, {8, 48, 256})):
     buckets = Buckets.of(engine_config("whole", 32, max_batch), 32, 32768)
     decode = [program for program in buckets.programs() if isinstance(program, DecodeProgram) and not program.sampled]
