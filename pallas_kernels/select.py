@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,26 @@ SORTED_VALUES, SEARCHED_VALUES = 256, 1024  # for each warp to hold, while there
 LOWEST, HIGHEST = -(1 << 31), (1 << 31) - 1
 
 
+class Listed(NamedTuple):
+  """What the places of a row's scores stand for."""
+
+  tables: Int32[Array, "B N"]  # pool block of every logical block
+  n_blocks: Int32[Array, " B"]  # blocks that a row has: what comes after them is none
+
+
 def select(
-  scores: Float32[Array, "B K N"], k: int, *, implementation: str = "xla"
+  scores: Float32[Array, "B K N"], k: int, listed: Listed | None = None, *, implementation: str = "xla"
 ) -> tuple[Float32[Array, "B K {k}"], Int32[Array, "B K {k}"]]:
   """The k highest scores of every row, descending; ties to the lowest id.
 
   Args:
-    scores: no NaN.
+    scores: no NaN; -inf where a row has no block.
     k: at most N.
+    listed: what is selected from; without it the ids are.
     implementation: "xla", "triton" or "interpret".
 
   Returns:
-    The scores and their logical ids.
+    The scores and their logical ids, or the pool blocks that are `listed` there, -1 for none.
 
   Raises:
     ValueError: k is not in [1, N].
@@ -41,7 +50,10 @@ def select(
   n_padded, k_padded = pl.next_power_of_2(n), pl.next_power_of_2(k)
   if implementation == "xla":
     ranked, ids = jax.lax.top_k(scores, k)
-    return ranked, ids.astype(jnp.int32)
+    if listed is None:
+      return ranked, ids.astype(jnp.int32)
+    blocks = jnp.take_along_axis(listed.tables[:, None], ids, -1)
+    return ranked, jnp.where(ids < listed.n_blocks[:, None, None], blocks, -1)
 
   if not fits(n, k):
     raise NotImplementedError(
@@ -49,7 +61,8 @@ def select(
     )
   num_warps = max(1, min(32, max(n_padded // SEARCHED_VALUES, k_padded // SORTED_VALUES)))
 
-  def kernel(scores_ref, ranked_ref, ids_ref):
+  def kernel(scores_ref, *refs):
+    *listed_refs, ranked_ref, ids_ref = refs
     row = pl.program_id(0)
     if k_padded < n_padded:
       _write_highest(scores_ref, ids_ref, row, k)
@@ -63,6 +76,10 @@ def select(
     keys = jnp.where(exists, _key(scores_ref[row, jnp.minimum(ids, n - 1)]), LOWEST)
     keys, ids, rank = _sort(keys, ids, 32 * num_warps)
     triton.store(ranked_ref.at[row, rank], _score(keys), mask=rank < k)
+    if listed_refs:
+      tables_ref, n_blocks_ref = listed_refs
+      b = jax.lax.div(row, scores.shape[1])
+      ids = jnp.where(ids < n_blocks_ref[b], tables_ref[b, jnp.minimum(ids, n - 1)], -1)
     triton.store(ids_ref.at[row, rank], ids, mask=rank < k)
 
   rows = math.prod(scores.shape[:-1])
@@ -73,7 +90,7 @@ def select(
     implementation=implementation,
     num_warps=num_warps,
     name="select",
-  )(scores.reshape(rows, n))
+  )(scores.reshape(rows, n), *(listed or ()))
   return ranked.reshape(*scores.shape[:-1], k), ids.reshape(*scores.shape[:-1], k)
 
 

@@ -187,7 +187,7 @@ def decode_step(
   hot, turn = setup.turn(cache.hot, batch.lanes.shape[0])
   rows = _rows(hot, batch, width)
 
-  def layer(attention, i, carry):
+  def layer(attention, rows, i, carry):
     x, hot, counts, given, free, stopped = carry
     lp = llama.layer_params(params, i)
     q, k, v = llama.qkv(cfg, lp, x, cos_sin)
@@ -209,8 +209,9 @@ def decode_step(
     if first < end:
       if attention.selector.takes and hot.slots.shape[0]:
         free = kernels.Free.at_first(hot.maps, turn.victims, given)
+      run = functools.partial(layer, attention, attention.selector.lists_of(rows, hot.tail.shape[0]))
       carry = x, hot, counts, given, free, stopped
-      x, hot, counts, given, free, stopped = jax.lax.fori_loop(first, end, functools.partial(layer, attention), carry)
+      x, hot, counts, given, free, stopped = jax.lax.fori_loop(first, end, run, carry)
 
   # XLA copies a pool that is read and then written where nothing orders the two. Here x does: what attention gave.
   filled = jnp.where(jnp.isfinite(x).all(-1), batch.fills, -1)

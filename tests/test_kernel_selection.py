@@ -234,3 +234,13 @@ def test_select_breaks_ties_by_the_lowest_id(N: int, k: int, implementation: str
   expected = np.argsort(-scores, axis=-1, kind="stable")[..., :k].astype(np.int32)
   assert_same_bits(actual, expected)
   assert_same_bits(ranked, np.take_along_axis(scores, expected, -1))
+
+  # The blocks that stand there: of a row all, half of them (the others' scores are -inf), or none.
+  n_blocks = np.array([N, N // 2, 0], np.int32)
+  scores[1:] = np.where(np.arange(N) < n_blocks[1:, None, None], scores[1:], -np.inf)
+  tables = rng.permutation(3 * N).reshape(3, N).astype(np.int32)
+  listed = kernels.Listed(jnp.asarray(tables), jnp.asarray(n_blocks))
+  _, blocks = jax.jit(functools.partial(kernels.select, k=k, implementation=implementation))(scores, listed=listed)
+  ids = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+  of_row = np.arange(3)[:, None, None]
+  assert_same_bits(blocks, np.where(ids < n_blocks[:, None, None], tables[of_row, ids], -1).astype(np.int32))

@@ -130,7 +130,9 @@ def test_slots_are_vacated_for_any_number_of_blocks():
 @pytest.mark.parametrize(("n", "k"), [(321, 64), (N, N), (4096, 64), (16384, 64)])
 def test_select(n: int, k: int):
   scores = jax.ShapeDtypeStruct((B, K, n), jnp.float32)
-  assert 'name = "select"' in lower(functools.partial(kernels.select, k=k, **ON_GPU), scores)
+  listed = kernels.Listed(Int((B, n)), Int((B,)))
+  for of in (None, listed):
+    assert 'name = "select"' in lower(functools.partial(kernels.select, k=k, **ON_GPU), scores, listed=of)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])

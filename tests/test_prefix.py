@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sparse_serve_jax.attention.methods import METHODS, whole_budget
+from sparse_serve_jax.attention.methods import METHODS
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import EngineConfig, SchedulerConfig, override
 from sparse_serve_jax.memory.allocator import BlockAllocator
@@ -377,7 +377,7 @@ def test_no_output_is_shared_where_a_method_may_leave_out_what_the_budget_has_ro
 
 
 def test_methods_of_which_output_is_shared_attend_to_all_that_fits():
-  assert {name for name, method in METHODS.items() if method.budget is whole_budget} >= WHOLE_BUDGET
+  assert {name for name, method in METHODS.items() if method.budget is None} >= WHOLE_BUDGET
 
 
 def test_the_last_output_token_and_what_follows_a_stop_are_not_shared():

@@ -84,7 +84,7 @@ def selected(selector: Selector, scores: np.ndarray, n_blocks: int) -> tuple[lis
   column = lambda x: jnp.array([x], jnp.int32)  # noqa: E731
   at = Rows(column(0), jnp.asarray(TABLE[:, :n]), column(n_blocks), column(1), column(0))
   q = jnp.eye(G, dtype=jnp.float32)[None, None]
-  blocks, count = selector.select(q, hot, jnp.int32(1), at, "xla")
+  blocks, count = selector.select(q, hot, jnp.int32(1), selector.lists_of(at, 1), "xla")
   used = int(count[0, 0])
   assert (np.asarray(blocks)[0, 0, used:] == -1).all()
   return [TABLE[0].tolist().index(b) for b in blocks[0, 0, :used].tolist()], used

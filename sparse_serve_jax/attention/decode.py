@@ -29,6 +29,9 @@ class Rows(NamedTuple):
   tail_tokens: Int32[Array, " B"]  # tokens in the tail, the new one included; 0 for padding
   steps: Int32[Array, " B"]  # the request's own step number
   threshold: Float32[Array, ""] | None = None  # of the stop test, if lists are progressive
+  # Blocks of each list, before a method's own budget: `Selector.lists_of`. They are the same in all layers, and made
+  # before the first: within, XLA makes them together with the counts of a layer, and attention waits for both.
+  length: Int32[Array, "B K"] | None = None
 
 
 class Counts(NamedTuple):
@@ -107,27 +110,37 @@ class Selector:
     """Whether the test is made in the attention kernel, and a block that misses takes its slot when it is read."""
     return self.progressive and not self.host_loop
 
+  def listed(self, rows: Rows) -> int:
+    """Blocks that a list of these rows has room for."""
+    width = rows.tables.shape[1]
+    return width if self.limit is None else min(self.limit, width)
+
+  def lists_of(self, rows: Rows, n_heads: int) -> Rows:
+    """The rows with the lengths of what this selects for them."""
+    length = jnp.minimum(rows.n_blocks, self.listed(rows))
+    return rows._replace(length=jnp.broadcast_to(length[:, None], (len(length), n_heads)))
+
   def select(
     self, q: Float[Array, "B K G D"], hot: Hot, layer: Int32[Array, ""], rows: Rows, implementation: str
   ) -> tuple[Int32[Array, "B K n"], Int32[Array, "B K"]]:
     """Pool blocks in the order they are attended to, -1 beyond their list's length, and lengths."""
-    n_rows, n_heads = q.shape[:2]
-    width = rows.tables.shape[1]
+    n, length = self.listed(rows), rows.length
+    assert length is not None
     if self.limit is None:
-      ids = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (n_rows, n_heads, width))
-      length = jnp.broadcast_to(rows.n_blocks[:, None], (n_rows, n_heads))
+      blocks = jnp.broadcast_to(rows.tables[:, None], (*length.shape, n))
     else:
-      n = min(self.limit, width)
       ranking = kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window)
       runs_on = self.method.runs_on(implementation)
       scores = kernels.score(q, hot.digest, layer, rows.tables, rows.n_blocks, ranking, implementation=runs_on)
       if self.method.instead is not None:
         scores = self.method.instead(scores, layer, rows, hot.tail.shape[4])
-      ranked, ids = kernels.select(scores, n, implementation=implementation if fits(width, n) else "xla")
-      length = jnp.broadcast_to(jnp.minimum(rows.n_blocks, n)[:, None], (n_rows, n_heads))
+      runs_on = implementation if fits(rows.tables.shape[1], n) else "xla"
+      listed = kernels.Listed(rows.tables, rows.n_blocks)
+      ranked, blocks = kernels.select(scores, n, listed, implementation=runs_on)
+      if self.method.budget is None:
+        return blocks, length
       length = self.method.budget(ranked, length)
-    blocks = jnp.take_along_axis(rows.tables[:, None], ids, -1)
-    return jnp.where(jnp.arange(blocks.shape[-1])[None, None] < length[..., None], blocks, -1), length
+    return jnp.where(jnp.arange(n)[None, None] < length[..., None], blocks, -1), length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,12 +26,6 @@ TOP_P = 0.85
 _HIGHEST = jax.lax.Precision.HIGHEST  # as pallas_kernels.score
 
 
-def whole_budget(scores: jax.Array, length: jax.Array) -> jax.Array:
-  """Attends to every block the token budget has room for."""
-  del scores
-  return length
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
   """One selection method.
@@ -42,14 +36,14 @@ class Method:
     score: q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]; higher is read first.
     budget: ranked scores [B, K, n] (descending; +inf for sinks and window, -inf for none) and length [B, K], the blocks
       that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
-      length.
+      length. None: all of them.
     instead: of a decode step's scores [B, K, N], layer, `Rows` and S, what blocks are ranked by (`attention.drawn`).
   """
 
   vectors: int
   summarize: Callable[[jax.Array], jax.Array]
   score: Callable[[jax.Array, jax.Array], jax.Array]
-  budget: Callable[[jax.Array, jax.Array], jax.Array] = whole_budget
+  budget: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   instead: Callable[..., jax.Array] | None = None
 
   def runs_on(self, implementation: str) -> str:

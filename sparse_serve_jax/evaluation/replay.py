@@ -343,9 +343,9 @@ def _rank(program: _Program, setting: _Setting, layer, q, keys, n_blocks, by_blo
   ids = jnp.argsort(-scores, -1, stable=True)
   limit = jnp.where(layer < setting.dense_layers, ALL, setting.budget)
   count = jnp.broadcast_to(jnp.minimum(n_blocks, limit)[:, None], scores.shape[:2])
-  if program.method is not None:
+  if program.method is not None and (budget := program.method.budget) is not None:
     ordered = jnp.take_along_axis(scores, ids, -1)
-    counted = program.method.budget(jnp.where(block[None] < limit, ordered, -jnp.inf), count)
+    counted = budget(jnp.where(block[None] < limit, ordered, -jnp.inf), count)
     count = jnp.where(layer < setting.dense_layers, count, counted)
   if program.claims != "certified":
     return _Ranked(ids, count, None)
