@@ -29,7 +29,12 @@ from tools.decode_step import decode_step  # noqa: E402
 RESULTS = ROOT / "experiments" / "results"
 ASSETS = ROOT / "docs" / "assets"
 STEPS = RESULTS / "2026-11-26-h200" / "step.jsonl"
-BURSTS = RESULTS / "2026-11-29-ladder"
+BURSTS = {  # of a workload: its folder, and what it is
+  "W1": ("2026-11-29-ladder", "64 of 9k on average, 256 out"),
+  "W2": ("2026-11-29-ladder", "the same, 2,048 out"),
+  "W3": ("2026-11-30-ladder", "20 of 32k, 4,096 out"),
+  "W4": ("2026-11-30-ladder", "5 of 128k, 1,024 out"),
+}
 REFERENCE = RESULTS / "2026-11-29-psa" / "reference" / "summary.json"
 BEFORE = RESULTS / "2026-11-26-reference" / "summary.json"  # of the rule of PSA's paper, and more methods
 ON_REFERENCE = "the reference model, 16,384 tokens; an H200, and four H100 (true mass, the paper's rule); jax 0.11.2"
@@ -65,17 +70,12 @@ def accuracy_table() -> str:
 
 def bursts_table() -> str:
   """What dense and sparse_serve make of requests that all come at once."""
-  names = {
-    "W1": "64 of 9k on average, 256 out",
-    "W2": "the same, 2,048 out",
-    "W3": "20 of 32k, 4,096 out",
-  }
   lines = [
     "| requests | seconds: dense | sparse_serve | tokens/s | mean TTFT, s | blocks that missed HBM | floor's share |",
     "|---|--:|--:|--:|--:|--:|--:|",
   ]
-  for workload, name in names.items():
-    dense, sparse = _lines(BURSTS / workload / "cells.jsonl")
+  for workload, (folder, name) in BURSTS.items():
+    dense, sparse = _lines(RESULTS / folder / workload / "cells.jsonl")
     seconds = f"{dense['elapsed_s']:.1f} | {sparse['elapsed_s']:.1f}"
     gain = f"{dense['throughput_tok_s']:,.0f}, {sparse['throughput_tok_s']:,.0f}: "
     gain += f"{sparse['throughput_tok_s'] / dense['throughput_tok_s']:.2f}x"
