@@ -27,7 +27,6 @@ from pallas_kernels.partial import Partial
 from pallas_kernels.residency import Located
 from pallas_kernels.stop import LOG2_E, Stop, StopRule
 
-LEAST_HEADS = 16  # rows of the smallest matrix product of a tensor core; fewer query heads are padded with copies
 MISS_PROGRAMS = 64  # at most: keep PCIe busy and leave most SMs alone
 WARP_BYTES = 8 << 10  # of a block, keys and values, for each warp; from 2 to 8 warps
 
@@ -241,7 +240,7 @@ class _Program:
 
   def __init__(self, refs: _Refs, rule: StopRule | None = None):
     n_group, depth = refs.q.shape[2:]
-    heads = max(LEAST_HEADS, pl.next_power_of_2(n_group))
+    heads = max(triton.LEAST_TILE, pl.next_power_of_2(n_group))
     self.refs, self.layer, self.scale = refs, refs.layer[0], depth**-0.5
     self.of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
     self.least = rule is not None and rule.least

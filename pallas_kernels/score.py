@@ -8,13 +8,17 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import triton
 
-TILE_BYTES = 8 << 10  # of digests a program reads: 64 bytes of each of its 128 threads
 NUM_WARPS = 4
+TILE_BYTES = 8 << 10  # of digests that a program sums: 64 bytes of each of its 128 threads
+PRODUCT_BYTES = 32 << 10  # at most, of digests that a program takes as a matrix
+PRODUCT_BLOCKS = 64  # at most: rows of the smallest product that a group of four warps makes on Hopper
+LOWEST = float(np.finfo(np.float32).min)  # the largest score of no blocks; finite, so that differences are numbers
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -25,12 +29,13 @@ class Linear:
 
   The mean over query heads is then linear as well: one weight vector for all of them.
 
-  `weight(q, e)` is elementwise. XLA gives it q [..., D] and one e after the other; a kernel both as [E * D], the query
-  repeated for each vector. So `if e == 0` fails there: write `jnp.where(e == 0, ...)`.
+  `weight(q, e)` is elementwise. XLA gives it q [..., D] and one e after the other; a kernel both along [E * D], the
+  query repeated for each vector. So `if e == 0` fails there: write `jnp.where(e == 0, ...)`.
   """
 
   vectors: int  # E
   weight: Callable[[jax.Array, jax.Array | int], jax.Array]
+  exact: bool = False  # a weight is a value of q, its negative or 0, so that it loses nothing in the dtype of q
 
   def __call__(self, q: jax.Array, digests: jax.Array) -> jax.Array:
     """q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]."""
@@ -42,9 +47,9 @@ class Linear:
 
 
 # sum_d max(q_d upper_d, q_d lower_d): the largest dot product with a key of the box (Quest, ArkVale), as q+ u + q- l.
-box = Linear(2, lambda q, e: jnp.where(e == 0, jnp.maximum(q, 0), jnp.minimum(q, 0)))
+box = Linear(2, lambda q, e: jnp.where(e == 0, jnp.maximum(q, 0), jnp.minimum(q, 0)), exact=True)
 # The dot product with the one vector of the digest.
-dot = Linear(1, lambda q, e: q)
+dot = Linear(1, lambda q, e: q, exact=True)
 
 
 REDUCTIONS = {  # what the scores of a KV head's query heads become
@@ -125,57 +130,111 @@ def score(
     return _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation)
   k = jnp.arange(digest.shape[0])[None, :, None]
   gathered = digest[k, layer, tables[:, None, :]].astype(jnp.float32)  # [B, K, N, E, D]
-  return _reduced(rule(q.astype(jnp.float32), gathered), n_blocks, q.shape[-1], ranking)
-
-
-def _reduced(by_head, n_blocks, depth, ranking):
-  """[B, K, N] from [B, K, G, N]."""
-  block, last = jnp.arange(by_head.shape[-1])[None], n_blocks[:, None]
+  by_head = rule(q.astype(jnp.float32), gathered)  # [B, K, G, N]
+  block, last = jnp.arange(tables.shape[1])[None], n_blocks[:, None]
   exists, forced = block < last, ranking.forced(block, last)
-  scores = across_heads(by_head, (exists & ~forced)[:, None], depth, ranking.reduce)
+  scores = across_heads(by_head, (exists & ~forced)[:, None], q.shape[-1], ranking.reduce)
   return jnp.where(exists[:, None], jnp.where(forced[:, None], jnp.inf, scores), -jnp.inf)
 
 
 def _score_kernel(q, digest, layer, tables, n_blocks, ranking, implementation):
-  """One program scores one tile of a row's blocks against all query heads of one KV head.
+  (n_rows, n_heads, n_group, depth), rule, n = q.shape, ranking.rule, tables.shape[1]
+  width = rule.vectors * depth  # a digest's E vectors, contiguous
+  dtype = digest.dtype if rule.exact and q.dtype == digest.dtype else jnp.dtype(jnp.float32)  # of a matrix product
+  if ranking.reduce == "mean":
+    tile = min(pl.next_power_of_2(n), max(1, TILE_BYTES // (width * digest.dtype.itemsize)))
+  else:
+    tile = min(PRODUCT_BLOCKS, max(triton.LEAST_TILE, PRODUCT_BYTES // (width * dtype.itemsize)))
 
-  Shares of a head need its scores of all tiles: with "softmax" the kernel writes them, and XLA does the rest.
-  """
-  n_rows, n_heads, n_group, depth = q.shape
-  width = digest.shape[3] * depth  # a digest's E vectors, contiguous
-  n = tables.shape[1]
-  tile = min(pl.next_power_of_2(n), max(1, TILE_BYTES // (width * digest.dtype.itemsize)))
-  n_written = n_group if ranking.reduce == "softmax" else 1  # H
+  def float32(*shape):
+    return jax.ShapeDtypeStruct((n_rows, n_heads, *shape), jnp.float32)
 
-  def kernel(layer_ref, tables_ref, n_blocks_ref, q_ref, digest_ref, scores_ref):
-    k, b = pl.program_id(1), pl.program_id(2)
-    start, last = pl.program_id(0) * tile, n_blocks_ref[b]
-    i = jnp.minimum(start + jnp.arange(tile), n - 1)  # the last tile writes the last score several times
-    exists, forced = i < last, ranking.forced(i, last)
-    channel = jnp.arange(width)
-    heads = (q_ref[b, k, g, channel & (depth - 1)].astype(jnp.float32) for g in range(n_group))
-    weights = [ranking.rule.weight(head, channel // depth)[None] for head in heads]  # G times [1, E * D]
-
-    def products():  # H times [tile]
-      block = jnp.where(exists & ~forced, tables_ref[b, i], 0)  # any block that can be read: its score is not used
-      vectors = digest_ref[k, layer_ref[0], block].astype(jnp.float32)  # [tile, E * D]
-      if ranking.reduce == "mean":
-        return (jnp.sum(vectors * (sum(weights) / n_group), 1),)
-      scores = [jnp.sum(vectors * w, 1) for w in weights]
-      return tuple(scores) if ranking.reduce == "softmax" else (functools.reduce(jnp.maximum, scores),)
-
-    # Otherwise no block of the tile needs its digest.
-    ranked = (start < last - ranking.window) & (start + tile > ranking.sinks)
-    scores = jax.lax.cond(ranked, products, lambda: (jnp.zeros(tile, jnp.float32),) * n_written)
-    for g, of_head in enumerate(scores):
-      scores_ref[b, k, g, i] = jnp.where(exists, jnp.where(forced, jnp.inf, of_head), -jnp.inf)
-
-  by_head = triton.call(
-    kernel,
-    out_shape=jax.ShapeDtypeStruct((n_rows, n_heads, n_written, n), jnp.float32),
-    grid=(pl.cdiv(n, tile), n_heads, n_rows),
+  shares, n_tiles = ranking.reduce == "softmax", pl.cdiv(n, tile)
+  scores = triton.call(
+    functools.partial(_kernel, ranking, tile, dtype),
+    out_shape=(float32(n_group, n), *[float32(n_group, n_tiles)] * 2) if shares else float32(n),
+    grid=(n_tiles, n_heads, n_rows),
     implementation=implementation,
     num_warps=NUM_WARPS,
     name="score",
   )(jnp.reshape(layer, 1), tables, n_blocks, q, digest.reshape(*digest.shape[:3], width))
-  return _reduced(by_head, n_blocks, depth, ranking) if ranking.reduce == "softmax" else by_head[:, :, 0]
+  return _shares(*scores) if shares else scores
+
+
+def _kernel(
+  ranking: Ranking,
+  tile: int,
+  dtype: np.dtype,
+  layer_ref,  # [1]
+  tables_ref,  # [B, N]
+  n_blocks_ref,  # [B]
+  q_ref,  # [B, K, G, D]
+  digest_ref,  # [K, L, M, E * D]
+  scores_ref,  # [B, K, N], or for shares [B, K, G, N]: scaled products
+  *sums_refs,  # for shares, [B, K, G, tiles]: the largest product of a tile and the sum of exp(product - largest)
+):
+  """One tile of a row's blocks against all query heads of one KV head, as a matrix product in `dtype`.
+
+  For the mean there is one weight vector, by which digests are multiplied. Shares of a head need its products of all
+  tiles, so they are made afterwards.
+  """
+  (n_group, depth), width, n = q_ref.shape[2:], digest_ref.shape[3], tables_ref.shape[1]
+  t, k, b = (pl.program_id(axis) for axis in range(3))
+  start, last = t * tile, n_blocks_ref[b]
+  i = start + jnp.arange(tile)
+  exists = i < last
+  scored, instead = exists & ~ranking.forced(i, last), jnp.where(exists, jnp.inf, -jnp.inf)
+  head = jnp.arange(max(triton.LEAST_TILE, pl.next_power_of_2(n_group)))
+  if ranking.reduce == "mean":
+    channel = jnp.arange(width)
+    queries = (q_ref[b, k, g, channel & (depth - 1)].astype(jnp.float32) for g in range(n_group))
+    weights = [ranking.rule.weight(query, channel // depth)[None] for query in queries]  # G times [1, E * D]
+
+  def digests():  # [tile, E * D]
+    block = jnp.where(scored, tables_ref[b, jnp.minimum(i, n - 1)], 0)  # 0: any that can be read
+    return digest_ref[k, layer_ref[0], block]
+
+  def mean():  # [tile]
+    return jnp.sum(digests().astype(jnp.float32) * (sum(weights) / n_group), 1)
+
+  def by_head():  # [tile, heads]
+    channel, depths = jnp.arange(width)[None], jnp.full((1, width), depth)
+    of_head = jnp.minimum(head, n_group - 1)[:, None]  # the last head stands in for those that pad
+    queries = q_ref[b, k, of_head, jax.lax.rem(channel, depths)]  # [heads, E * D]; by `&` the loads would be narrow
+    vectors = digests().astype(dtype)  # on their way while the weights are made
+    weights = ranking.rule.weight(queries.astype(jnp.float32), jax.lax.div(channel, depths))
+    return triton.dot(vectors, weights.astype(dtype), trans_b=True)
+
+  def products(make, *shape):
+    ranked = (start < last - ranking.window) & (start + tile > ranking.sinks)  # else no block needs its digest
+    return jax.lax.cond(ranked, make, lambda: jnp.zeros(shape, jnp.float32))
+
+  if ranking.reduce != "softmax":
+    scores = products(mean if ranking.reduce == "mean" else lambda: by_head().max(1), tile)
+    return triton.store(scores_ref.at[b, k, i], jnp.where(scored, scores, instead), mask=i < n)
+  scores, counted, real = products(by_head, tile, *head.shape) * depth**-0.5, scored[:, None], head < n_group
+  high = jnp.where(counted, scores, LOWEST).max(0)  # [heads]
+  mass = jnp.where(counted, jnp.exp(scores - high[None]), 0.0).sum(0)
+  for ref, value in zip(sums_refs, (high, mass), strict=True):
+    triton.store(ref.at[b, k, head, t], value, mask=real)
+  scores, there = jnp.where(counted, scores, instead[:, None]), (i < n)[:, None] & real[None]
+  triton.store(scores_ref.at[b, k, head[None], i[:, None]], scores, mask=there)
+
+
+def _shares(
+  products: Float32[Array, "B K G N"], high: Float32[Array, "B K G tiles"], mass: Float32[Array, "B K G tiles"]
+) -> Float32[Array, "B K N"]:
+  """The log of the sum of shares from what the kernel writes: one reduction, then one elementwise pass.
+
+  Query head by query head, so that XLA fuses the pass into one kernel.
+  """
+
+  def merge(a, b):
+    high = jnp.maximum(a[0], b[0])
+    return high, a[1] * jnp.exp(a[0] - high) + b[1] * jnp.exp(b[0] - high)
+
+  high, mass = jax.lax.reduce((high, mass), (np.float32(LOWEST), np.float32(0)), merge, (3,))
+  log_mass = jnp.log(mass)
+  by_head = (products[:, :, g] - high[:, :, g, None] - log_mass[:, :, g, None] for g in range(products.shape[2]))
+  shares = functools.reduce(jnp.logaddexp, by_head)  # [B, K, N]
+  return jnp.where(jnp.isinf(products[:, :, 0]), products[:, :, 0], shares)  # what is infinite has no share

@@ -19,6 +19,8 @@ try:
 except ImportError:  # a jax without the backend: only XLA's implementations work
   plgpu: Any = None
 
+LEAST_TILE = 16  # rows, columns and channels of the smallest matrix product of a tensor core
+
 
 def check(implementation: str, **sizes: int) -> None:
   """Checks the implementation that an op is asked for. `sizes` are the dimensions that a kernel has as tiles.
@@ -55,7 +57,7 @@ def call(kernel: Callable[..., None], *, implementation: str, num_warps: int = 4
 
 def dot(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:
   """a [m, c] times b [c, n], or b [n, c] transposed, in float32; float32 operands by IEEE products, not TF32."""
-  if min(*a.shape, *b.shape) < 16:  # below the smallest tile of a tensor core
+  if min(*a.shape, *b.shape) < LEAST_TILE:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.sum(a[:, None] * b[None], 2) if trans_b else jnp.sum(a[:, :, None] * b[None], 1)
   dims = (((1,), (1 if trans_b else 0,)), ((), ()))

@@ -302,9 +302,30 @@ MUTATIONS = [
   Mutation(
     "the kernel scores another block's digest",
     "pallas_kernels/score.py",
-    "tables_ref[b, i], 0)",
-    "tables_ref[b, i] - 1, 0)",
+    "tables_ref[b, jnp.minimum(i, n - 1)], 0)",
+    "tables_ref[b, jnp.minimum(i, n - 1)] - 1, 0)",
     (f"{SELECTION}::test_score[box-mean-float32-interpret]",),
+  ),
+  Mutation(
+    "forced blocks count among the shares of the others",
+    "pallas_kernels/score.py",
+    "jnp.where(counted, jnp.exp(scores - high[None]), 0.0)",
+    "jnp.exp(scores - high[None])",
+    (f"{SELECTION}::test_score[box-softmax-float32-interpret]",),
+  ),
+  Mutation(
+    "shares of tiles are added whatever each is relative to",
+    "pallas_kernels/score.py",
+    "a[1] * jnp.exp(a[0] - high) + b[1] * jnp.exp(b[0] - high)",
+    "a[1] + b[1]",
+    (f"{SELECTION}::test_score[box-softmax-float32-interpret]",),
+  ),
+  Mutation(
+    "weights are rounded to the dtype of the digests",
+    "pallas_kernels/score.py",
+    "rule.exact and q.dtype == digest.dtype",
+    "True",
+    tuple(f"{SELECTION}::test_weights_are_not_rounded[{of}-max-interpret]" for of in ("q", "weights")),
   ),
   Mutation(
     "scores are read from another block's digest",

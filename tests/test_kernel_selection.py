@@ -141,6 +141,12 @@ def test_what_an_op_cannot_do_is_said():
     kernels.select(jnp.zeros((1, 1, 40000)), 40000, implementation="interpret")
 
 
+def log_shares(logits: np.ndarray) -> np.ndarray:
+  """[..., N] from float64 [..., G, N]."""
+  of_head = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+  return np.logaddexp.reduce(of_head, -2)
+
+
 def check_score(
   rule: str, reduce: str, implementation: str, dtype: str, dims: tuple[int, ...], n_blocks: list[int], window: int = 2
 ):
@@ -151,7 +157,7 @@ def check_score(
   M = sum(n_blocks) + 3
   digests = np.full((K, L, M, n_vectors, D), np.nan, DTYPES[dtype])
   tables = rng.choice([-1, 3, M, 1 << 30], size=(B, N)).astype(np.int32)
-  free = rng.permutation(M)
+  free = rng.permutation(np.arange(1, M))  # block 0 is none's
   q = rng.normal(size=(B, K, G, D)).astype(DTYPES[dtype])
   expected = np.full((B, K, N), -np.inf)
   for b, n in enumerate(n_blocks):
@@ -163,9 +169,7 @@ def check_score(
     each = q[b].astype(float)[:, :, None, None] * vectors.astype(float)[:, None]  # [K, G, n, E, D]
     by_head = each.max(-2).sum(-1)
     if reduce == "softmax":
-      logits = by_head[:, :, ~forced] * D**-0.5
-      shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-      expected[b, :, :n][:, ~forced] = np.log(shares.sum(1))
+      expected[b, :, :n][:, ~forced] = log_shares(by_head[:, :, ~forced] * D**-0.5)
     else:
       expected[b, :, :n] = by_head.max(1) if reduce == "max" else by_head.mean(1)
     expected[b, :, :n][:, forced] = np.inf
@@ -179,19 +183,75 @@ def check_score(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("reduce", "dtype"), [*((reduce, "float32") for reduce in REDUCTIONS), ("mean", "bfloat16")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("rule", ["box", "dot"])
 def test_score(rule: str, reduce: str, dtype: str, implementation: str):
   """Three tiles of a kernel and more; rows that end in the first, and one of sinks and window alone."""
-  tile = {"box": 1, "dot": 2}[rule] * {"bfloat16": 2, "float32": 1}[dtype] * 64  # of D = 64
+  tile = 64  # of D = 64
+  if reduce == "mean":
+    tile *= {"box": 1, "dot": 2}[rule] * {"bfloat16": 2, "float32": 1}[dtype]
   N = 3 * tile + 5
   check_score(rule, reduce, implementation, dtype, (1, 3, 64, N), [N, 50, 2, 0])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("G", "D"), [(1, 128), (7, 128), (8, 16)])
-def test_score_of_groups(G: int, D: int, implementation: str):
-  check_score("box", "mean", implementation, "bfloat16", (2, G, D, 9), [9, 4], window=0)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(
+  ("rule", "G", "D"),
+  [("box", 1, 128), ("box", 7, 128), ("box", 8, 16), ("dot", 2, 64), ("dot", 4, 16), ("dot", 20, 16)],
+)
+def test_score_of_groups(rule: str, G: int, D: int, reduce: str, implementation: str):
+  """Query heads that do not fill a matrix product of a tensor core, and more than one has rows."""
+  check_score(rule, reduce, implementation, "bfloat16", (2, G, D, 9), [9, 4], window=0)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_score_of_few_channels(reduce: str):
+  """Fewer than a matrix product of a tensor core takes."""
+  check_score("dot", reduce, "interpret", "bfloat16", (2, 4, 8, 70), [70, 4], window=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [2.0**-100, 1.0, 2.0**12, 2.0**100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shares_of_scores_of_any_size(dtype: str, scale: float, implementation: str):
+  """Products are exact here. Heads differ in size, and the later tiles' products are the larger ones."""
+  rng = np.random.default_rng(5)
+  B, K, G, D, N = 3, 1, 3, 64, 150
+  n_blocks = np.array([N, 70, 3])  # all of the last row's are forced
+  q = (scale * rng.integers(-3, 4, size=(B, K, G, D)) * 2.0 ** np.arange(G)[:, None]).astype(DTYPES[dtype])
+  later = 2.0 ** (np.arange(N) // 64)[:, None, None]
+  digests = (later * rng.integers(-3, 4, size=(K, 1, N, 1, D))).astype(DTYPES[dtype])
+  ranking = Ranking(dot, "softmax", sinks=1, window=2)
+  score = jax.jit(functools.partial(kernels.score, ranking=ranking, implementation=implementation))
+  actual = score(q, digests, np.int32(0), np.tile(np.arange(N, dtype=np.int32), (B, 1)), n_blocks.astype(np.int32))
+  logits = np.einsum("bkgd,knd->bkgn", q.astype(float), digests[:, 0, :, 0].astype(float)) * D**-0.5
+  expected = np.full((B, K, N), -np.inf)
+  for b, n in enumerate(n_blocks):
+    expected[b, :, :n] = np.inf
+    if n > 3:
+      expected[b, :, 1 : n - 2] = log_shares(logits[b, :, :, 1 : n - 2])
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+squares = Linear(2, lambda q, e: jnp.where(e == 0, q * q, q * -0.3))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("rule", "q_dtype"), [(box, "float32"), (squares, "bfloat16")], ids=["q", "weights"])
+def test_weights_are_not_rounded(rule: Linear, q_dtype: str, reduce: str, implementation: str):
+  """To the dtype of the digests, which does not hold these."""
+  rng = np.random.default_rng(6)
+  q = jnp.asarray(rng.normal(size=(1, 2, 3, 32)), q_dtype)
+  digests = jnp.asarray(rng.normal(size=(2, 1, 20, 2, 32)), jnp.bfloat16)
+  tables, n_blocks = jnp.arange(20, dtype=jnp.int32)[None], jnp.array([20], jnp.int32)
+  actual, expected = (
+    kernels.score(q, digests, 0, tables, n_blocks, Ranking(rule, reduce), implementation=way)
+    for way in (implementation, "xla")
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 # Every way with seven query heads, which are padded; of the other models one for each rule.

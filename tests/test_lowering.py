@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import pallas_kernels as kernels
 from pallas_kernels import digest
-from pallas_kernels.score import box
+from pallas_kernels.score import REDUCTIONS, box
 from pallas_kernels.stop import REST, WHEN
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.config import CacheConfig, EngineConfig, SparseConfig
@@ -135,13 +135,20 @@ def test_select(n: int, k: int):
     assert 'name = "select"' in lower(functools.partial(kernels.select, k=k, **ON_GPU), scores, listed=of)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
-@pytest.mark.parametrize("shape", [*REAL.values(), Shape(8, 64, 128)], ids=str)
-def test_score_and_digests(shape: Shape, reduce: str):
-  G, S, D = shape
-  digests = Array((K, L, M, 2, D))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("shape", [*REAL.values(), Shape(8, 64, 128), Shape(3, 16, 64), Shape(20, 8, 4)], ids=str)
+def test_score(shape: Shape, reduce: str, dtype: Any):
+  G, _, D = shape
   score = functools.partial(kernels.score, ranking=kernels.Ranking(box, reduce, sinks=2, window=2), **ON_GPU)
-  assert 'name = "score"' in lower(score, Array((B, K, G, D)), digests, Int(()), Int((B, N)), Int((B,)))
+  q, digests = Array((B, K, G, D), dtype=dtype), Array((K, L, M, 2, D), dtype=dtype)
+  assert 'name = "score"' in lower(score, q, digests, Int(()), Int((B, N)), Int((B,)))
+
+
+@pytest.mark.parametrize("shape", [*REAL.values(), Shape(8, 64, 128)], ids=str)
+def test_digests(shape: Shape):
+  _, S, D = shape
+  digests = Array((K, L, M, 2, D))
   for rule in (digest.cuboid_mean, digest.min_max):
     store = functools.partial(kernels.store_digests, rule=rule, **ON_GPU)
     source = Array((K, L, R, 2, S, D))

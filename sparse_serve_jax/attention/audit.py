@@ -59,8 +59,7 @@ def audit(
 ) -> tuple[Audit, Hot]:
   """Reads the whole list of the audited row and layer, after the step has saved its tails; the row's still stands."""
   (at, q, lse, attended), on = stopped, attention.implementation
-  of_rows = rows.lanes, rows.tables, rows.n_blocks, rows.tail_tokens, rows.steps
-  row, selector = Rows(*(jax.lax.dynamic_slice_in_dim(x, at.row, 1) for x in of_rows)), attention.dense.selector
+  row, selector = Rows(*(jax.lax.dynamic_slice_in_dim(x, at.row, 1) for x in rows[:5])), attention.dense.selector
   blocks, length = selector.select(q[None], hot, at.layer, selector.lists_of(row, q.shape[0]), on)
   located = kernels.find(hot.maps, at.layer, blocks, length, implementation=on)  # no miss has a place: none is kept
   tails = kernels.Tails(hot.tail, row.lanes, row.tail_tokens)

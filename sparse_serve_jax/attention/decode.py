@@ -29,8 +29,7 @@ class Rows(NamedTuple):
   tail_tokens: Int32[Array, " B"]  # tokens in the tail, the new one included; 0 for padding
   steps: Int32[Array, " B"]  # the request's own step number
   threshold: Float32[Array, ""] | None = None  # of the stop test, if lists are progressive
-  # Blocks of each list, before a method's own budget: `Selector.lists_of`. They are the same in all layers, and made
-  # before the first: within, XLA makes them together with the counts of a layer, and attention waits for both.
+  # Of each list, before a method's own budget. If a layer made them, XLA would add its counts, and attention wait.
   length: Int32[Array, "B K"] | None = None
 
 
@@ -110,37 +109,30 @@ class Selector:
     """Whether the test is made in the attention kernel, and a block that misses takes its slot when it is read."""
     return self.progressive and not self.host_loop
 
-  def listed(self, rows: Rows) -> int:
-    """Blocks that a list of these rows has room for."""
-    width = rows.tables.shape[1]
-    return width if self.limit is None else min(self.limit, width)
-
   def lists_of(self, rows: Rows, n_heads: int) -> Rows:
     """The rows with the lengths of what this selects for them."""
-    length = jnp.minimum(rows.n_blocks, self.listed(rows))
+    length = rows.n_blocks if self.limit is None else jnp.minimum(rows.n_blocks, self.limit)
     return rows._replace(length=jnp.broadcast_to(length[:, None], (len(length), n_heads)))
 
   def select(
     self, q: Float[Array, "B K G D"], hot: Hot, layer: Int32[Array, ""], rows: Rows, implementation: str
   ) -> tuple[Int32[Array, "B K n"], Int32[Array, "B K"]]:
     """Pool blocks in the order they are attended to, -1 beyond their list's length, and lengths."""
-    n, length = self.listed(rows), rows.length
+    (_, width), length = rows.tables.shape, rows.length
     assert length is not None
-    if self.limit is None:
-      blocks = jnp.broadcast_to(rows.tables[:, None], (*length.shape, n))
-    else:
+    blocks = jnp.broadcast_to(rows.tables[:, None], (*length.shape, width))
+    if self.limit is not None:
       ranking = kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window)
       runs_on = self.method.runs_on(implementation)
       scores = kernels.score(q, hot.digest, layer, rows.tables, rows.n_blocks, ranking, implementation=runs_on)
       if self.method.instead is not None:
         scores = self.method.instead(scores, layer, rows, hot.tail.shape[4])
-      runs_on = implementation if fits(rows.tables.shape[1], n) else "xla"
-      listed = kernels.Listed(rows.tables, rows.n_blocks)
-      ranked, blocks = kernels.select(scores, n, listed, implementation=runs_on)
+      listed, n = kernels.Listed(rows.tables, rows.n_blocks), min(self.limit, width)
+      ranked, blocks = kernels.select(scores, n, listed, implementation=implementation if fits(width, n) else "xla")
       if self.method.budget is None:
         return blocks, length
       length = self.method.budget(ranked, length)
-    return jnp.where(jnp.arange(n)[None, None] < length[..., None], blocks, -1), length
+    return jnp.where(jnp.arange(blocks.shape[2])[None, None] < length[..., None], blocks, -1), length
 
 
 @dataclasses.dataclass(frozen=True)
