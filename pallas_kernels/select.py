@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -60,43 +61,52 @@ def select(
       f"{k} best of {n}: a kernel takes {MAX_SORTED} of {MAX_SEARCHED}; use implementation='xla'"
     )
   num_warps = max(1, min(32, max(n_padded // SEARCHED_VALUES, k_padded // SORTED_VALUES)))
-
-  def kernel(scores_ref, *refs):
-    *listed_refs, ranked_ref, ids_ref = refs
-    row = pl.program_id(0)
-    if k_padded < n_padded:
-      _write_highest(scores_ref, ids_ref, row, k)
-      triton.barrier(implementation)  # every thread sees the ids that others wrote
-      at = jnp.arange(k_padded)
-      ids = jnp.where(at < k, ids_ref[row, jnp.minimum(at, k - 1)], HIGHEST)
-      triton.barrier(implementation)  # and has read them before they are written again
-    else:
-      ids = jnp.arange(n_padded)
-    exists = ids < n
-    keys = jnp.where(exists, _key(scores_ref[row, jnp.minimum(ids, n - 1)]), LOWEST)
-    keys, ids, rank = _sort(keys, ids, 32 * num_warps)
-    triton.store(ranked_ref.at[row, rank], _score(keys), mask=rank < k)
-    if listed_refs:
-      tables_ref, n_blocks_ref = listed_refs
-      b = jax.lax.div(row, scores.shape[1])
-      ids = jnp.where(ids < n_blocks_ref[b], tables_ref[b, jnp.minimum(ids, n - 1)], -1)
-    triton.store(ids_ref.at[row, rank], ids, mask=rank < k)
-
-  rows = math.prod(scores.shape[:-1])
+  rows, shape = math.prod(scores.shape[:-1]), (*scores.shape[:-1], k)
   ranked, ids = triton.call(
-    kernel,
+    functools.partial(_kernel, k, scores.shape[1], num_warps, implementation),
     out_shape=(jax.ShapeDtypeStruct((rows, k), jnp.float32), jax.ShapeDtypeStruct((rows, k), jnp.int32)),
     grid=(rows,),
     implementation=implementation,
     num_warps=num_warps,
     name="select",
   )(scores.reshape(rows, n), *(listed or ()))
-  return ranked.reshape(*scores.shape[:-1], k), ids.reshape(*scores.shape[:-1], k)
+  return ranked.reshape(shape), ids.reshape(shape)
 
 
 def fits(n: int, k: int) -> bool:
   """Whether a program's registers hold a row of `n` scores and its `k` best."""
   return pl.next_power_of_2(n) <= MAX_SEARCHED and pl.next_power_of_2(k) <= MAX_SORTED
+
+
+def _kernel(
+  k: int,
+  n_heads: int,
+  num_warps: int,
+  implementation: str,
+  scores_ref,  # [B * K, N]
+  *refs,  # what is listed, if anything is: tables [B, N] and n_blocks [B]; results [B * K, k]
+):
+  """One row."""
+  *listed_refs, ranked_ref, ids_ref = refs
+  row, n = pl.program_id(0), scores_ref.shape[1]
+  n_padded, k_padded = pl.next_power_of_2(n), pl.next_power_of_2(k)
+  if k_padded < n_padded:
+    _write_highest(scores_ref, ids_ref, row, k)
+    triton.barrier(implementation)  # every thread sees the ids that others wrote
+    at = jnp.arange(k_padded)
+    ids = jnp.where(at < k, ids_ref[row, jnp.minimum(at, k - 1)], HIGHEST)
+    triton.barrier(implementation)  # and has read them before they are written again
+  else:
+    ids = jnp.arange(n_padded)
+  exists = ids < n
+  keys = jnp.where(exists, _key(scores_ref[row, jnp.minimum(ids, n - 1)]), LOWEST)
+  keys, ids, rank = _sort(keys, ids, 32 * num_warps)
+  if listed_refs:
+    tables_ref, n_blocks_ref = listed_refs
+    b = jax.lax.div(row, n_heads)
+    ids = jnp.where(ids < n_blocks_ref[b], tables_ref[b, jnp.minimum(ids, n - 1)], -1)
+  triton.store(ranked_ref.at[row, rank], _score(keys), mask=rank < k)
+  triton.store(ids_ref.at[row, rank], ids, mask=rank < k)
 
 
 def _key(score: jax.Array) -> jax.Array:
