@@ -32,7 +32,7 @@ def select(
   """The k highest scores of every row, descending; ties to the lowest id.
 
   Args:
-    scores: no NaN; -inf where a row has no block.
+    scores: -inf where a row has no block. NaN is above all else.
     k: at most N.
     listed: what is selected from; without it the ids are.
     implementation: "xla", "triton" or "interpret".
@@ -50,7 +50,7 @@ def select(
     raise ValueError(f"{k=} of {n} scores")
   n_padded, k_padded = pl.next_power_of_2(n), pl.next_power_of_2(k)
   if implementation == "xla":
-    ranked, ids = jax.lax.top_k(scores, k)
+    ranked, ids = jax.lax.top_k(jnp.where(jnp.isnan(scores), jnp.nan, scores), k)  # -NaN is below -inf to XLA
     if listed is None:
       return ranked, ids.astype(jnp.int32)
     blocks = jnp.take_along_axis(listed.tables[:, None], ids, -1)

@@ -300,6 +300,13 @@ MUTATIONS = [
     (f"{COPIES}::test_load_blocks[rounds-interpret]",),
   ),
   Mutation(
+    "a kernel lists a place beyond a row's blocks",
+    "pallas_kernels/select.py",
+    "ids < n_blocks_ref[b]",
+    "ids <= n_blocks_ref[b]",
+    (f"{SELECTION}::test_select_breaks_ties_by_the_lowest_id[100-100-interpret]",),
+  ),
+  Mutation(
     "the kernel scores another block's digest",
     "pallas_kernels/score.py",
     "tables_ref[b, jnp.minimum(i, n - 1)], 0)",

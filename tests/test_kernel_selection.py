@@ -304,3 +304,16 @@ def test_select_breaks_ties_by_the_lowest_id(N: int, k: int, implementation: str
   ids = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
   of_row = np.arange(3)[:, None, None]
   assert_same_bits(blocks, np.where(ids < n_blocks[:, None, None], tables[of_row, ids], -1).astype(np.int32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("k", [4, 8])
+def test_a_list_of_scores_that_are_not_numbers_is_as_long_as_it_says(k: int, implementation: str):
+  """NaN of either sign, which a row that is not finite has, comes before what is no block."""
+  scores = np.full((2, 1, 8), -np.inf, np.float32)
+  scores[0, 0, :3], scores[1, 0, :3] = np.nan, -np.float32(np.nan)
+  listed = kernels.Listed(jnp.arange(10, 26, dtype=jnp.int32).reshape(2, 8), jnp.full(2, 3, jnp.int32))
+  select = jax.jit(functools.partial(kernels.select, k=k, implementation=implementation))
+  blocks = np.asarray(select(scores, listed=listed)[1])
+  assert [sorted(of[:3]) for of in blocks[:, 0].tolist()] == [[10, 11, 12], [18, 19, 20]]
+  assert (blocks[:, 0, 3:] == -1).all()
