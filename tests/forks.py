@@ -8,6 +8,7 @@ imports are tested, or that wait for signals, are started without it.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import importlib
 import json
@@ -77,6 +78,7 @@ def _become(module: str, arguments: list[str], folder: str, environment: dict[st
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   for stream, file in enumerate(out, 1):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+  faulthandler.enable()
   sys.path[0] = folder
   sys.argv = [module, *arguments]
   runpy.run_module(module, run_name="__main__", alter_sys=True)
