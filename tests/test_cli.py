@@ -203,6 +203,12 @@ def test_a_mistake_is_one_line(program, arguments, message):
   assert run(program, *arguments) == (2, "", f"error: {message}\n")
 
 
+def test_nan_is_no_number():
+  """No bound of a flag refuses it."""
+  done = start("sparse_serve_jax", "serve", "random:tiny", "--drain_seconds=nan")
+  assert (done.returncode, done.stderr) == (2, "error: --drain_seconds=nan is no number; --help shows what there is\n")
+
+
 def test_flags_that_must_be_given_are_named():
   done = start("sparse_serve_jax", "bench")
   told = "error: --url, --model, --tokenizer must be given; --help shows what there is\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,17 @@ def test_the_table_and_the_proposed_line_are_of_what_fits():
   assert {"llama3-8b", "llama-3.2-1b", "reference"} <= set(told["fits"])
   assert told["fits"]["reference"]["refused"] is None and told["fits"]["reference"]["max_context"] > 1024
   assert table[-1].endswith(told["command"])
-  words = told["command"].split()
+  words = shlex.split(told["command"])
   assert words[:4] == ["sparse-serve", "serve", "MODEL", "--config=psa"]
   proposed = override(load_config("psa"), [word for word in words[4:] if word != "--set"])
   assert isinstance(proposed.cache.hbm_bytes, int) and isinstance(proposed.cache.dram_bytes, int)
   assert proposed.sparse.threshold == 0.9 and proposed.scheduler.max_context >= 1024
+
+
+def test_the_proposed_line_can_be_pasted(tmp_path: Path):
+  (tmp_path / "my model").symlink_to(Path(__file__).resolve().parent.parent / "models" / "reference")
+  done = start("sparse_serve_jax", "doctor", str(tmp_path / "my model"))
+  assert shlex.split(json.loads(done.stdout.splitlines()[-1])["command"])[2] == str(tmp_path / "my model")
 
 
 def test_a_model_that_does_not_fit_is_told_with_numbers():

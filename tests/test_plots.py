@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,17 @@ def test_a_summary_is_drawn_where_rows_were_not_kept(drawn, tmp_path):
   summary["psa_by_head"] = [row for row in summary["psa_by_head"] if (row["group"], row["tokens"]) == ("text", 512)]
   (tmp_path / "summary.json").write_text(json.dumps(summary))
   assert {file.name for file in folder.draw(tmp_path, tmp_path)} == {"accuracy_global_16384.png", "psa_text_512.png"}
+
+
+def test_rows_without_their_instances_are_not_drawn(drawn, tmp_path):
+  """As those that are kept in the tree."""
+  source = ROOT / "experiments/results/2026-11-29-psa/reference"
+  shutil.copy(source / "results.jsonl", tmp_path)
+  with pytest.raises(ValueError, match="rows without 'each', the values of every instance, and no summary.json"):
+    folder.draw(tmp_path, tmp_path)
+  shutil.copy(source / "summary.json", tmp_path)  # of which only tables of documents are made
+  with pytest.raises(ValueError, match="nothing of results.jsonl, .*summary.json can be drawn"):
+    folder.draw(tmp_path, tmp_path)
 
 
 def test_a_folder_of_a_ladder_says_what_made_it(drawn, tmp_path):

@@ -224,6 +224,8 @@ def run(
     given = flags.FLAGS(list(argv))[1:]
     if len(given) > len(arguments):
       raise flags.Error(f"unexpected arguments: {' '.join(given[len(arguments) :])}")
+    if nan := [name for name, value in flags.FLAGS.flag_values_dict().items() if value != value]:
+      raise flags.Error(f"--{nan[0]}=nan is no number")
   except flags.Error as error:
     sys.exit(_mistake(f"{_asked_for(_in_a_line(error))}; --help shows what there is"))
   values = flags.FLAGS.flag_values_dict()

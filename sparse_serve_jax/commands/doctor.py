@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -132,8 +133,10 @@ def proposed(model: str, of: Fit) -> str:
   """A command line that serves within these sizes, whole MiB of them."""
   sized = {"hbm": of.hbm_bytes, "dram": of.dram_bytes}
   memory = [f"--set cache.{name}_bytes={n >> 20}MiB" for name, n in sized.items() if n]
-  given = [f"--config={_CONFIG.value}", *(f"--set {one}" for one in _SET.value if "_bytes" not in one)]
-  return " ".join(["sparse-serve serve", model, *given, *memory, f"--set scheduler.max_context={of.max_context}"])
+  given = [f"--config={_CONFIG.value}", *(f"--set {shlex.quote(one)}" for one in _SET.value if "_bytes" not in one)]
+  return " ".join(
+    ["sparse-serve serve", shlex.quote(model), *given, *memory, f"--set scheduler.max_context={of.max_context}"]
+  )
 
 
 def _models(given: str | None) -> dict[str, ModelConfig]:

@@ -30,7 +30,7 @@ def draw(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     The files that were written.
 
   Raises:
-    ValueError: the folder holds no such rows, or a line of them is no JSON object.
+    ValueError: the folder holds no such rows, or none that can be drawn, or a line of them is no JSON object.
   """
   if not folder.is_dir():
     raise ValueError(f"{folder} is no folder")
@@ -38,7 +38,10 @@ def draw(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
   found = {name: draw_rows for name, draw_rows in _DRAWN.items() if draw_rows(folder, out)}
   if not found:
     raise ValueError(f"{folder} has no rows of an experiment: none of {', '.join(_DRAWN)}")
-  return sorted(file for file in out.iterdir() if before.get(file) != file.stat().st_mtime_ns)
+  written = sorted(file for file in out.iterdir() if before.get(file) != file.stat().st_mtime_ns)
+  if not written:
+    raise ValueError(f"{folder}: nothing of {', '.join(found)} can be drawn")
+  return written
 
 
 def made_by(folder: pathlib.Path, rows: Sequence[Row] = ()) -> str:
@@ -84,13 +87,17 @@ def _draw_ladder(folder: pathlib.Path, out: pathlib.Path) -> bool:
 
 def _draw_accuracy(folder: pathlib.Path, out: pathlib.Path) -> bool:
   rows, prefill, reuse = ([row for row in _read(folder / name) if "op" not in row] for name in ACCURACY)
-  kept = (folder / "summary.json").is_file()
-  if rows or prefill or reuse:
+  kept, whole = (folder / "summary.json").is_file(), all("each" in row for row in (*rows, *prefill))
+  if whole and (rows or prefill or reuse):
     told = report.summary(rows, reuse, prefill)
     report.write(out, told)
     accuracy.write(out, told, reuse, made_by(folder))
-  elif kept:  # tables are made from rows, which were not kept
+  elif kept:  # tables are made from rows, which were not kept, or not whole
     accuracy.write(out, report.summary([], []) | read_json(folder / "summary.json"), [], made_by(folder))
+  elif not whole:
+    raise ValueError(
+      f"{folder}: rows without 'each', the values of every instance, and no summary.json: nothing to draw"
+    )
   return bool(rows or prefill or reuse or kept)
 
 
