@@ -317,11 +317,11 @@ def test_the_program_in_two_pieces(tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds max_context=320"),
-    ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, its weights 0, got Stage"),
-    ({"optimizer": {"learning_rate": -1.0}}, "learning_rate=-1.0"),
-    ({"stages": [{"tokens": 16, "sequences": 1, "steps": 1, "attention_loss": {"digest": -1.0}}]}, "digest=-1.0"),
-    ({"sources": {"text": 0}}, "one is more, got Sources"),
+    ({"stages": [{"tokens": 512, "sequences": 1, "steps": 1}]}, "a stage of 512 tokens exceeds model.max_context=320"),
+    ({"stages": [{"tokens": 16, "sequences": 0, "steps": 1}]}, "at least 1, weights 0, got .'tokens'"),
+    ({"optimizer": {"learning_rate": -1.0}}, "'learning_rate': -1.0"),
+    ({"stages": [{"tokens": 16, "sequences": 1, "steps": 1, "attention_loss": {"digest": -1.0}}]}, "'digest': -1.0"),
+    ({"sources": {"text": 0}}, "one is more, got .'text'"),
     ({"sources": {"tex": 1}}, "unknown key 'tex'"),
     ({"optimizer": {"warmup_steps": 3, "decay_steps": 3}}, "= 6 exceed the 5 steps"),
     ({"stage": []}, "unknown key 'stage'"),

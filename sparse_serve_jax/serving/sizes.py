@@ -164,7 +164,8 @@ def _sized(config: EngineConfig, model: ModelConfig, free: Free, cudnn: bool) ->
     raise ValueError(
       f"cache.hbm_bytes={cache.hbm_bytes} and cache.dram_bytes={cache.dram_bytes} leave sizes open, and nothing is "
       f"left for KV: {gib(needs.weights)} weights + {gib(needs.activations)} activations ({needs.text}) on each of {n} "
-      f"devices, and {where} {gib(there)} free; lower scheduler.max_context or max_batch, or the prefill's pieces"
+      f"devices, and {where} {gib(there)} free; lower scheduler.max_context, "
+      "scheduler.max_batch or the prefill's pieces"
     )
   if free.device is None:
     share = _steady(max(CPU_SHARE * room, min(CPU_LEAST, CPU_MOST * room)), 2)
