@@ -165,14 +165,20 @@ def tokenizer_json(**changes) -> bytes:
   return json.dumps(json.loads((GOLDENS / "tokenizer" / "tokenizer.json").read_text()) | changes).encode()
 
 
+WEIGHTS = (GOLDENS / "llama2" / "model.safetensors").read_bytes()
+HEADER_END = 8 + int.from_bytes(WEIGHTS[:8], "little")
 BEYOND = {"id": 99999, "content": "<n>"} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 @pytest.mark.parametrize(
   ("name", "content", "fault"),
   [
-    ("model.safetensors", (GOLDENS / "llama2" / "model.safetensors").read_bytes()[:-100], " is no safetensors file: "),
-    ("model.safetensors", b"", " is no safetensors file: "),
+    ("model.safetensors", WEIGHTS[:-100], f" is cut off: {len(WEIGHTS) - 100} bytes are there, {len(WEIGHTS)} or more"),
+    ("model.safetensors", WEIGHTS[:100], f" is cut off: 100 bytes are there, {HEADER_END} or more"),
+    ("model.safetensors", b"", " is cut off: 0 bytes are there, 10 or more"),
+    ("model.safetensors", b"nothing of the kind", " is no safetensors file: "),
+    ("model.safetensors", (9).to_bytes(8, "little") + b'{"a": 5}\n', " is no safetensors file: "),
+    ("model.safetensors", (9).to_bytes(8, "little") + b"{ broken!", " is no safetensors file: "),
     ("model.safetensors", None, " is no safetensors file: "),
     ("tokenizer.json", b"", " is no tokenizer: "),
     ("tokenizer.json", b"[1]", " is no tokenizer: "),
