@@ -34,8 +34,8 @@ DISAGREE = {
   "type + rope_type default": "rope_type is 'default' and type is 'yarn'",
   "original inside + outside": "original_max_position_embeddings beside it is 8 and its .* is 16",
   "llama3 original inside + outside": "original_max_position_embeddings beside it is 8 and its .* is 32",
-  "architectures mistral + model_type llama": "model_type 'llama', .*LlamaForCausalLM.* architectures is 'Mistral",
-  "architectures qwen2 + model_type qwen3": "model_type 'qwen3', .*Qwen3ForCausalLM.* architectures is 'Qwen2",
+  "architectures mistral + model_type llama": "model_type 'llama' is .*LlamaForCausalLM.* architectures is 'Mistral",
+  "architectures qwen2 + model_type qwen3": "model_type 'qwen3' is .*Qwen3ForCausalLM.* architectures is 'Qwen2",
   "dtype + torch_dtype": "dtype is 'float32' and torch_dtype is 'bfloat16'",
   "use_sliding_window + layer_types": "layer_types is .* and use_sliding_window with max_window_layers is 0",
 }

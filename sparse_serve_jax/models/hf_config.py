@@ -191,7 +191,7 @@ def _family(fields: _Fields) -> tuple[dict[str, Any], list[str]]:
     return (FAMILIES[kind], []) if kind else (FAMILIES["llama"], [f"no architectures (known: {known})"])
   if kind not in FAMILIES:
     return FAMILIES["llama"], [f"model_type {kind!r} (known: {', '.join(FAMILIES)})"]
-  fields.chosen(f"model_type {kind!r}, whose architecture", "architectures", FAMILIES[kind]["name"], name)
+  fields.chosen(f"the architecture of model_type {kind!r}", "architectures", FAMILIES[kind]["name"], name)
   return FAMILIES[kind], []
 
 
