@@ -64,8 +64,13 @@ def free_here(placed: bool = False, sharing: int = 1) -> Free:
 
 
 def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool, sharing: int = 1) -> EngineConfig:
-  """`resolve` on this machine, whose memory `sharing` processes share. A line of the log says what has been derived."""
+  """`resolve` on this machine, whose memory `sharing` processes share. A line of the log says what has been derived.
+
+  Raises:
+    ValueError: as `resolve` and `budget.check_pool` do.
+  """
   config = with_requests(config, gpu=jax.default_backend() == "gpu")
+  budget.check_pool(config, budget.host_bytes_free)
   if not is_open(config):
     return config
   if jax.process_count() > 1:
