@@ -51,7 +51,7 @@ SUMMARY = {
   "peak_hbm_kv_bytes",
   "peak_dram_kv_bytes",
 }
-OTHERS = {"docs/notebooks", "config/", "data/"}  # made by a command; of a LongBench directory
+OTHERS = {"docs/notebooks", "config/", "data/", "traces/TASK_16384_BUDGET.npz"}  # made by a command; LongBench's
 FIELDS = {
   f"{section.name}.{field.name}"
   for section in dataclasses.fields(EngineConfig)
@@ -60,6 +60,10 @@ FIELDS = {
 }
 pytestmark = pytest.mark.usefixtures("not_configured")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+OTHER_PAGES = [ROOT / name / "README.md" for name in ("pallas_kernels", "models/reference")]  # these name files too
+OTHER_PAGES += [ROOT / "CHANGELOG.md", *sorted((ROOT / "experiments").rglob("*.md"))]
+TEXTS |= {page: page.read_text(encoding="utf-8") for page in OTHER_PAGES}
+all_pages = pytest.mark.parametrize("page", PAGES + OTHER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
@@ -150,7 +154,7 @@ def test_the_experiment_runs(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-@pages
+@all_pages
 def test_every_link_works(page):
   """To a file, and to a heading of it."""
   for _, link in re.findall(r"(?<!`)\[([^\]]+)\]\(([^)\s]+)\)", TEXTS[page]):
@@ -162,12 +166,12 @@ def test_every_link_works(page):
       assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
 
 
-@pages
+@all_pages
 def test_every_path_exists(page):
-  """From the top, or within the package."""
+  """From the top, within the package, or beside the page."""
   for span in spans(page):
     if re.fullmatch(r"[\w.-]+(/[\w.*-]+)*/?", span) and re.search(r"/|\.(py|md|cff|toml)$", span):
-      found = [at for top in (ROOT, ROOT / "sparse_serve_jax", ROOT / "docs") for at in top.glob(span.rstrip("/"))]
+      found = [at for top in (ROOT, ROOT / "sparse_serve_jax", page.parent) for at in top.glob(span.rstrip("/"))]
       assert found or span in OTHERS, f"{page.name}: {span}"
 
 
