@@ -236,6 +236,28 @@ def test_logits_that_are_not_finite_are_told_without_the_engines_name_of_the_req
 
 
 @pytest.mark.parametrize("replicated", [False, True])
+def test_a_model_is_found_by_its_name(monkeypatch, replicated):
+  """Which may have a slash."""
+
+  async def run(of: Any) -> None:
+    async with serving(of, served="a/fake") as http:
+      (card,) = (await http.get("/v1/models")).json()["data"]
+      assert card["id"] == "a/fake" and card["max_model_len"] == 64
+      for path in ("a/fake", "a%2Ffake"):
+        answer = await http.get(f"/v1/models/{path}")
+        assert (answer.status_code, answer.json()) == (200, card)
+      answer = await http.get("/v1/models/fake")
+      error = {"param": "model", "code": "model_not_found", "type": "not_found_error"}
+      error["message"] = "there is no model 'fake'; this server has 'a/fake'"
+      assert (answer.status_code, answer.json()) == (404, {"error": error})
+
+  if not replicated:
+    return asyncio.run(run(one()))
+  with fleet(monkeypatch, 1, 20) as (of, *_):
+    asyncio.run(run(of))
+
+
+@pytest.mark.parametrize("replicated", [False, True])
 def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
   """A stop string may come with the last token, or while others are on their way."""
   body = BODY | {"prompt": [33, 81, 88]}

@@ -212,6 +212,9 @@ def test_errors_are_those_of_the_client(server):
   with pytest.raises(openai.AuthenticationError, match="wants an API key"):
     server.client.with_options(api_key="another").models.list()
   assert [model.id for model in server.client.models.list()] == ["reference"]
+  assert server.client.models.retrieve("reference") == server.client.models.list().data[0]
+  with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+    server.client.models.retrieve("other")
   wrong = server.http.get("/v1/completions")
   assert (wrong.status_code, wrong.headers["allow"], set(wrong.json()["error"])) == (405, "POST", ERROR)
 
