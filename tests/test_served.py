@@ -259,7 +259,7 @@ def test_a_model_is_found_by_its_name(monkeypatch, replicated):
 
 @pytest.mark.parametrize("replicated", [False, True])
 def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
-  """A stop string may come with the last token, or while others are on their way."""
+  """A stop string may come with the last token, or while others are on their way. Nothing is not 0."""
   body = BODY | {"prompt": [33, 81, 88]}
   tokens = continuation(body["prompt"], 5)
   assert len({*tokens}) == 5
@@ -267,7 +267,15 @@ def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
 
   async def run(of: Any) -> None:
     async with serving(of) as http:
+
+      async def hit_rates() -> tuple[float | None, float]:
+        lines = (await http.get("/metrics")).text.splitlines()
+        (rate,) = [float(line.split()[-1]) for line in lines if line.startswith("sparse_serve_hbm_hit_rate")]
+        return (await http.get("/status")).json()["since_start"]["hit_rate"], rate
+
+      assert repr(await hit_rates()) == "(None, nan)"
       answers = [(await http.post("/v1/completions", json=body)).json() for body in bodies]
+      assert len({*await hit_rates()}) == 1
       assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "stop", "length"]
       assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 2, 5]
       told = (await http.get("/status")).json()
