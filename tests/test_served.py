@@ -211,6 +211,27 @@ def test_mistakes_are_told_by_the_names_that_a_client_knows(wrong, param, says):
   asyncio.run(run())
 
 
+def test_an_empty_text_is_begin_of_text_alone():
+  """Where nothing begins a text, there is no prompt."""
+  executor = fake_executor(model=Model(dataclasses.replace(MODEL_CONFIG, vocab_size=264)))
+  bos, no_special = ByteTokenizer.bos_token_id, {"add_special_tokens": False}
+
+  async def run():
+    async with serving(One(Engine(executor), Model()), model=executor.model) as http:  # type: ignore[arg-type]
+      for prompt in ("", [""], [bos], [[bos]]):
+        choices = (await http.post("/v1/completions", json=BODY | {"prompt": prompt})).json()["choices"]
+        assert [of["text"] for of in choices] == [ByteTokenizer().decode(continuation([bos], 5))]
+      for wrong in ({"prompt": ""} | no_special, {"prompt": ["a", ""]} | no_special, {"prompt": [[]]}):
+        answer = await http.post("/v1/completions", json=BODY | wrong)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+        assert answer.json()["error"]["message"] == "the prompt is empty, at least one token is needed"
+      for special, tokens in ((True, [bos]), (False, [])):
+        body = {"prompt": "", "add_special_tokens": special}
+        assert (await http.post("/tokenize", json=body)).json()["tokens"] == tokens
+
+  asyncio.run(run())
+
+
 def test_a_client_may_want_no_obfuscation():
   """There is none."""
 

@@ -300,7 +300,7 @@ def malformed() -> list[tuple[str, bytes]]:
   """Path and body of 200 requests that cannot be answered."""
   good = {"prompt": "a", "max_tokens": 1}
   wrong: dict[str, list[object]] = {
-    "prompt": [None, 3, "", [], [[]], [1.5], [True], [-1], [10**9], [2**40], {"a": 1}, ["a", 1], [["a"]], "\ud800"],
+    "prompt": [None, 3, [], [[]], [1.5], [True], [-1], [10**9], [2**40], {"a": 1}, ["a", 1], [["a"]], "\ud800"],
     "max_tokens": [-1, "5", 1.5, True, [], {}, 2**40, 10**30, 5000],
     "temperature": [-1, "hot", True, [], {}, 10**400],
     "top_p": [0, -1, 2, "a", [], {}, True],

@@ -86,6 +86,8 @@ def read(
     raise Refused(400, "stream_options is for stream=true", "stream_options")
   prompts = [_conversation(fields, tokenizer)] if chat else prompts_of(fields, tokenizer)
   for prompt in prompts:
+    if not prompt:
+      raise Refused(400, "the prompt is empty, at least one token is needed", "messages" if chat else "prompt")
     check_ids(prompt, vocab_size, "prompt")
   longest = max(len(prompt) for prompt in prompts)
   most, default = _max_tokens(fields, chat), max(1, max_request_tokens - longest) if chat else COMPLETION_TOKENS
@@ -120,12 +122,12 @@ def object_of(body: object) -> Mapping[str, Any]:
 
 
 def prompts_of(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
-  """Token ids of `prompt`: a text, ids, or a list of either."""
+  """Token ids of `prompt`: a text, ids, or a list of either. A text may have none."""
   prompt, special = fields.get("prompt"), fields.get("add_special_tokens")
-  form = "prompt must be a text, a list of token ids, or a list of these, none empty"
+  form = "prompt must be a text, a list of token ids, or a list of these"
   if special not in (None, True, False):
     raise Refused(400, f"add_special_tokens must be true or false, got {special!r:.80}", "add_special_tokens")
-  if not prompt or not isinstance(prompt, str | list):
+  if not isinstance(prompt, str | list) or prompt == []:
     raise Refused(400, f"{form}, got {prompt!r:.80}", "prompt")
   found = list[list[int]]()
   for one in _listed(prompt):
@@ -135,8 +137,6 @@ def prompts_of(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[int
       found.append(one)
     else:
       raise Refused(400, f"{form}, got {one!r:.80}", "prompt")
-    if not found[-1]:
-      raise Refused(400, f"{form}, got one of 0 tokens", "prompt")
     if wrong := [token for token in found[-1] if not 0 <= token < 2**31]:
       raise Refused(400, f"{wrong[0]} is no token id", "prompt")
   return found
