@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from sparse_serve_jax.models import ByteTokenizer
+from sparse_serve_jax.models.tokenizer import NoTokenizer
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server import app, replicas
 from sparse_serve_jax.server.engines import One
@@ -228,6 +229,29 @@ def test_an_empty_text_is_begin_of_text_alone():
       for special, tokens in ((True, [bos]), (False, [])):
         body = {"prompt": "", "add_special_tokens": special}
         assert (await http.post("/tokenize", json=body)).json()["tokens"] == tokens
+
+  asyncio.run(run())
+
+
+def test_without_a_tokenizer_token_ids_are_served_and_texts_are_refused(tmp_path, caplog):
+  model = Model(tokenizer=NoTokenizer(tmp_path))  # type: ignore[arg-type]
+  text = BODY | {"prompt": "a"}
+  asked = [("v1/completions", text, "prompt"), ("v1/completions", BODY | {"prompt": ["a"]}, "prompt")]
+  asked += [("v1/completions", BODY | {"stop": "a"}, None), ("tokenize", {"prompt": "a"}, "prompt")]
+  asked += [("v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "messages")]
+  asked += [("detokenize", {"tokens": [1]}, "tokens")]
+
+  async def run():
+    async with serving(One(Engine(fake_executor()), model), model=model) as http:  # type: ignore[arg-type]
+      (said,) = [record.getMessage() for record in caplog.records]
+      assert said == "fake has no tokenizer: only token ids are served, texts and conversations are refused"
+      whole = (await http.post("/v1/completions", json=BODY)).json()
+      assert (whole["choices"][0]["text"], whole["usage"]["completion_tokens"]) == ("", 5)
+      for path, body, param in asked:
+        answer = await http.post(path, json=body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, param), path
+        assert "model has no tokenizer" in error["message"] and str(tmp_path) not in error["message"]
 
   asyncio.run(run())
 

@@ -149,6 +149,7 @@ class Server:
 
   async def detokenize(self, request: Request) -> Response:
     ids = asked.token_ids(asked.object_of(await self.body(request)))
+    asked.check_text(self.model.tokenizer, "tokens")
     asked.check_ids(ids, self.model.config.vocab_size, "tokens")
     return JSONResponse({"prompt": await self.threaded(self.model.tokenizer.decode, ids, False)})
 

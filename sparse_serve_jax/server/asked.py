@@ -115,6 +115,11 @@ def check_model(fields: Mapping[str, Any], served: str) -> None:
     raise Refused(404, f"there is no model {model!r:.80}; this server has {served!r}", "model", "model_not_found")
 
 
+def check_text(tokenizer: Tokenizer, param: str) -> None:
+  if not tokenizer.vocab_size:
+    raise Refused(400, "the model has no tokenizer, so it reads no texts: give /v1/completions token ids", param)
+
+
 def object_of(body: object) -> Mapping[str, Any]:
   if not isinstance(body, Mapping):
     raise Refused(400, f"a request is a JSON object, got {type(body).__name__}")
@@ -132,6 +137,7 @@ def prompts_of(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[int
   found = list[list[int]]()
   for one in _listed(prompt):
     if isinstance(one, str):
+      check_text(tokenizer, "prompt")
       found.append(prompting.encode_text(tokenizer, one, special is not False))
     elif isinstance(one, list) and all(_is_id(token) for token in one):
       found.append(one)
@@ -171,6 +177,7 @@ def _known(body: object, names: set[str]) -> Mapping[str, Any]:
 
 
 def _conversation(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+  check_text(tokenizer, "messages")
   options, goes_on = _object(fields, "chat_template_kwargs"), _truth(fields, "continue_final_message")
   typed = fields.get("special_tokens_in_text", "text")
   if typed not in ("text", "token"):

@@ -104,6 +104,8 @@ async def _serve(
 
   for number in (signal.SIGTERM, signal.SIGINT):
     events.add_signal_handler(number, ended, number)
+  if not model.tokenizer.vocab_size:
+    _LOG.warning("%s has no tokenizer: only token ids are served, texts and conversations are refused", server.served)
   gc.collect()
   gc.freeze()  # model and programs: nothing of them is looked through again
   host, port = listener.getsockname()[:2]
