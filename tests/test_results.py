@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +119,63 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(ValueError, match="cannot be written to"):
     results.make_folder(tmp_path)
+
+
+HOLDER = """
+import os, sys
+from sparse_serve_jax import results
+results.take_folder(sys.argv[1])
+results.take_folder(sys.argv[1])
+if sys.argv[2] == "forks" and not os.fork():  # a worker, which leaves the lock to this process
+  results.take_folder(sys.argv[1])
+  sys.exit()
+sys.argv[2] == "forks" and os.wait()
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(folder: Path, how: str = "alone") -> subprocess.Popen[str]:
+  command = [sys.executable, "-c", HOLDER, str(folder), how]
+  return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("how", ["alone", "forks"])
+def test_a_folder_is_one_process_s_at_a_time(how, tmp_path):
+  with holder(tmp_path, how) as other:
+    assert other.stdout and other.stdout.readline() == f"{other.pid}\n"
+    for take in (results.take_folder, lambda path: claim(path, {})):
+      with pytest.raises(ValueError) as error:
+        take(tmp_path)
+      assert str(error.value).startswith(f"{tmp_path} is in use by process {other.pid} on ")
+    assert results.make_folder(tmp_path) == tmp_path  # of who draws what is there
+    other.communicate()
+  assert not list(tmp_path.iterdir())
+  assert results.take_folder(tmp_path) == results.take_folder(tmp_path) == tmp_path
+
+
+def test_a_process_that_was_killed_has_no_folder(tmp_path):
+  with holder(tmp_path) as other:
+    assert other.stdout and other.stdout.readline()
+    other.kill()
+  assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+  claim(tmp_path, {})
+  assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path):
+  results.take_folder(tmp_path / "a")
+  shutil.rmtree(tmp_path / "a")
+  assert (results.take_folder(tmp_path / "a") / ".lock").exists()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+  def none(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+  monkeypatch.setattr(results.fcntl, "flock", none)
+  assert results.take_folder(tmp_path) == tmp_path
+  assert "cannot be locked, Function not implemented: let no other command write there" in capsys.readouterr().err
 
 
 def test_rows_are_read_back(tmp_path):

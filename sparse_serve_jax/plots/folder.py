@@ -16,6 +16,7 @@ from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selec
 Row = dict[str, Any]
 BENCHMARKS = ("kernels.jsonl", "step.jsonl", "prefill.jsonl")  # rows with an "op"
 COLUMNS = ("op", "case", "us", "best_us", "floor_us", "device", "commit")  # of their table
+WRITTEN = (".png", ".md", ".csv", ".json")  # rows that come while they are drawn are somebody else's
 ACCURACY = ("results.jsonl", "prefill.jsonl", "reuse.jsonl")
 
 
@@ -34,11 +35,15 @@ def draw(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
   """
   if not folder.is_dir():
     raise ValueError(f"{folder} is no folder")
-  before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+
+  def there() -> dict[pathlib.Path, int]:
+    return {file: file.stat().st_mtime_ns for file in out.iterdir() if file.suffix in WRITTEN}
+
+  before = there()
   found = {name: draw_rows for name, draw_rows in _DRAWN.items() if draw_rows(folder, out)}
   if not found:
     raise ValueError(f"{folder} has no rows of an experiment: none of {', '.join(_DRAWN)}")
-  written = sorted(file for file in out.iterdir() if before.get(file) != file.stat().st_mtime_ns)
+  written = sorted(file for file, when in there().items() if before.get(file) != when)
   if not written:
     raise ValueError(f"{folder}: nothing of {', '.join(found)} can be drawn")
   return written
