@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax import __version__
-from sparse_serve_jax.files import read_json, read_lines
+from sparse_serve_jax.files import read_json, read_lines, write_text, writing
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -200,13 +200,13 @@ def commit() -> str | None:
 def replace_json(file: pathlib.Path, value: Any) -> None:
   """Writes a JSON file in one piece: whenever the process ends, the old file or the new one is there."""
   partial = file.with_name(f"{file.name}.partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  write_text(partial, json.dumps(value, indent=2) + "\n")
   partial.replace(file)
 
 
 def write_csv(file: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
   """Writes a table: these columns, by default one for each key of the rows, in the order in which they come."""
-  with file.open("w", newline="", encoding="utf-8") as opened:
+  with writing(file), file.open("w", newline="", encoding="utf-8") as opened:
     heads = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(opened, heads, extrasaction="ignore")
     writer.writeheader()
@@ -232,7 +232,7 @@ class Rows:
     """Adds rows to the file, all in one piece, and to `all`."""
     if rows:
       data = b"".join(map(_line, rows))
-      with self.file.open("ab", buffering=0) as file:
+      with writing(self.file), self.file.open("ab", buffering=0) as file:
         before = file.tell()
         if file.write(data) != len(data):
           file.truncate(before)
@@ -243,7 +243,8 @@ class Rows:
     """Puts another row in the place of one. The file is written anew, in one piece."""
     self.all[index] = dict(row)
     partial = self.file.with_name(f"{self.file.name}.partial")
-    partial.write_bytes(b"".join(map(_line, self.all)))
+    with writing(partial):
+      partial.write_bytes(b"".join(map(_line, self.all)))
     partial.replace(self.file)
 
 

@@ -14,11 +14,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors
 
 import sparse_serve_jax
 from sparse_serve_jax import results
+from sparse_serve_jax.attention.traces import Trace
 from sparse_serve_jax.config import load_config, override
+from sparse_serve_jax.models import ByteTokenizer, hf, save_hf, weights
 from sparse_serve_jax.results import Rows, claim
+from sparse_serve_jax.serving.timeline import Timeline
+from tests.fake_engine import fake_executor
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -195,6 +201,41 @@ def test_a_row_is_replaced(tmp_path):
   rows.append({"i": 3})
   assert Rows(rows.file).all == rows.all == [{"i": i} for i in range(4)]
   assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+FULL = Path("/dev/full")
+WRITERS = {
+  "rows.jsonl": lambda file: Rows(file).append({"i": 0}),
+  "again.jsonl.partial": lambda file: Rows(file.with_suffix("")).replace(0, {"i": 1}),
+  "run.json.partial": lambda file: results.replace_json(file.with_suffix(""), {}),
+  "table.csv": lambda file: results.write_csv(file, [{"a": 1}]),
+  "timeline.json": lambda file: Timeline(fake_executor().shape).write(file),
+  "trace.npz": lambda file: Trace(np.ones((1, 1, 1, 1, 8), bool), np.ones(1, np.int32), 8, "", "", "").save(file),
+  "tokenizer_config.json": lambda file: ByteTokenizer().save(file.parent),
+  "config.json": lambda file: save_hf(tiny_model(), file.parent),
+}
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_told_with_the_file(name, tmp_path, monkeypatch):
+  (tmp_path / "again.jsonl").write_text('{"i": 0}\n')
+  (tmp_path / name).symlink_to(FULL)
+  monkeypatch.setattr(results, "_remove_unfinished_line", lambda _: None)  # there is no end of what can be read there
+  monkeypatch.setattr(results, "read_lines", lambda file: iter([(1, {"i": 0})]))
+  monkeypatch.setattr(weights, "_new_directory", lambda path: path)
+  with pytest.raises(OSError, match="No space left on device") as error:
+    WRITERS[name](tmp_path / name)
+  assert error.value.errno == errno.ENOSPC and str(error.value).endswith(f": '{tmp_path / name}'")
+
+
+def test_weights_that_a_disk_has_no_room_for_are_told_with_the_file(tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(hf.safetensors.numpy, "save_file", full)
+  with pytest.raises(OSError, match=r"hf/model-00001-of-00001\.safetensors: Error while serializing: .*No space left"):
+    save_hf(tiny_model(), tmp_path / "hf")
 
 
 def test_half_a_surrogate_pair_is_written_too(tmp_path):

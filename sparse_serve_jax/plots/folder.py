@@ -10,7 +10,7 @@ from typing import Any
 from sparse_serve_jax import results
 from sparse_serve_jax.evaluation import ladder as ladders
 from sparse_serve_jax.evaluation import ladder_folder, ladder_report, report
-from sparse_serve_jax.files import read_json, read_lines
+from sparse_serve_jax.files import read_json, read_lines, write_text
 from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selections
 
 Row = dict[str, Any]
@@ -74,7 +74,7 @@ def _write_markdown(file: pathlib.Path, rows: Sequence[Row]) -> None:
   for row in rows:
     values = ["" if row.get(head) is None else row[head] for head in heads]
     lines.append(f"| {' | '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)} |")
-  file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  write_text(file, "\n".join(lines) + "\n")
 
 
 def _read(file: pathlib.Path) -> list[Row]:
@@ -131,7 +131,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
     of_op = [row for row in rows if row["op"] == op]
     benchmarks.against_floors(of_op, out / f"bench_{op.replace(' ', '_')}.png", made_by(folder, of_op))
   if rows:
-    (out / "benchmarks.md").write_text(benchmarks.markdown(rows), encoding="utf-8")
+    write_text(out / "benchmarks.md", benchmarks.markdown(rows))
     results.write_csv(out / "benchmarks.csv", rows, COLUMNS)
   return bool(rows)
 
