@@ -1,4 +1,7 @@
-"""Text and JSON that people bring, in UTF-8 with or without a byte order mark. Errors name the file and the line."""
+"""Text and JSON that people bring, in UTF-8 with or without a byte order mark; and what is written.
+
+Errors name the file, of what is read the line too.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,27 @@ def read_rows(file: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any] | 
         yield number, _object(_decoded(line.removesuffix(b"\n"), file, number), file, number)
       except ValueError as error:
         yield number, ValueError(str(error).removeprefix(f"{file}:{number}: "))
+
+
+@contextlib.contextmanager
+def writing(file: str | pathlib.Path) -> Iterator[None]:
+  """Around what writes a file: an OSError that names none, as that of a full disk, names it."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None:
+      raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+    raise
+
+
+def write_text(file: str | pathlib.Path, text: str) -> None:
+  """Writes a file of UTF-8.
+
+  Raises:
+    OSError: it cannot be written, or not all of it; names the file.
+  """
+  with writing(file):
+    pathlib.Path(file).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

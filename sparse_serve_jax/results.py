@@ -1,6 +1,6 @@
 """A run's folder: what made it, and rows of results that stay readable whenever the run ends.
 
-  out = results.make_folder(path)  # at once, so that a wrong path is told before anything is loaded
+  out = results.take_folder(path)  # at once, so that a wrong path is told before anything is loaded
   results.claim(out, {"config": config, "model": model.config})
   rows = results.Rows(out / "requests.jsonl")
   done = {row["request_id"] for row in rows.all}  # by the runs before this one
@@ -9,14 +9,19 @@
 `run.json` of the folder holds under "setting" what decides that two runs are the same, and under "parts" what only
 informs, an entry for each time that somebody went on with it: time, command line, git commit, versions, device, and
 the sizes that were used where the setting leaves them open.
+
+One process at a time adds to a folder: `.lock` there says which, and is removed when that ends.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import csv
 import dataclasses
 import datetime
 import errno
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -28,11 +33,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax import __version__
-from sparse_serve_jax.files import read_json, read_lines
+from sparse_serve_jax.files import read_json, read_lines, write_text, writing
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 PACKAGES = ("jax", "jaxlib", "numpy")
 _ABSENT = object()
+_taken: dict[pathlib.Path, tuple[int, int]] = {}  # descriptor of its locked file, and process, by folder
 
 
 def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -55,13 +62,60 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   return folder
 
 
+def take_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+  """`make_folder` of a folder that no other process takes until this one ends, however that is. May be called again.
+
+  Who only reads, or draws what is there, does not take it.
+
+  Raises:
+    ValueError: another process has it, which is told; or `make_folder` refuses the path.
+  """
+  folder = make_folder(path)
+  file, key = folder / LOCK_FILE, folder.resolve()
+  if key in _taken and _is(_taken[key][0], file):
+    return folder
+  while True:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      holder = os.pread(descriptor, 300, 0).decode() or "another process"  # it may be about to write that
+      os.close(descriptor)
+      raise ValueError(f"{folder} is in use by {holder}: wait for its end, or choose another folder") from None
+    except OSError as error:  # some network file systems
+      print(f"{folder} cannot be locked, {error.strerror}: let no other command write there", file=sys.stderr)
+    if _is(descriptor, file):
+      break
+    os.close(descriptor)  # of a process that has just ended, and removed it
+  os.ftruncate(descriptor, 0)
+  os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+  _taken[key] = descriptor, os.getpid()
+  return folder
+
+
+def _is(descriptor: int, file: pathlib.Path) -> bool:
+  with contextlib.suppress(FileNotFoundError):
+    return os.path.samestat(os.fstat(descriptor), file.stat())
+  return False
+
+
+@atexit.register
+def _give_back() -> None:
+  """Removes the files; the kernel removes the locks."""
+  for folder, (descriptor, process) in _taken.items():
+    file = folder / LOCK_FILE
+    if process == os.getpid() and _is(descriptor, file):
+      with contextlib.suppress(OSError):
+        file.unlink()
+
+
 def claim(
   path: str | os.PathLike[str],
   setting: Mapping[str, Any],
   kept: Sequence[str] = ("*.jsonl",),
   device: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-  """Makes a folder hold the run of one setting only, and notes who went on with it now.
+  """Takes a folder for the run of one setting only, and notes who went on with it now.
 
   A folder without results is taken, and one of the same setting is gone on with.
 
@@ -76,9 +130,9 @@ def claim(
 
   Raises:
     ValueError: the folder holds results of another run (the difference is told, with both values), or of one that is
-      not known; or `make_folder` refuses the path.
+      not known; or `take_folder` refuses the path.
   """
-  folder, setting = make_folder(path), _plain(setting)
+  folder, setting = take_folder(path), _plain(setting)
   file, parts = folder / RUN_FILE, []
   found = [path.name for pattern in kept for path in folder.glob(pattern) if path.is_dir() or path.stat().st_size]
   if found and not file.exists():
@@ -146,13 +200,13 @@ def commit() -> str | None:
 def replace_json(file: pathlib.Path, value: Any) -> None:
   """Writes a JSON file in one piece: whenever the process ends, the old file or the new one is there."""
   partial = file.with_name(f"{file.name}.partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  write_text(partial, json.dumps(value, indent=2) + "\n")
   partial.replace(file)
 
 
 def write_csv(file: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
   """Writes a table: these columns, by default one for each key of the rows, in the order in which they come."""
-  with file.open("w", newline="", encoding="utf-8") as opened:
+  with writing(file), file.open("w", newline="", encoding="utf-8") as opened:
     heads = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(opened, heads, extrasaction="ignore")
     writer.writeheader()
@@ -178,7 +232,7 @@ class Rows:
     """Adds rows to the file, all in one piece, and to `all`."""
     if rows:
       data = b"".join(map(_line, rows))
-      with self.file.open("ab", buffering=0) as file:
+      with writing(self.file), self.file.open("ab", buffering=0) as file:
         before = file.tell()
         if file.write(data) != len(data):
           file.truncate(before)
@@ -189,7 +243,8 @@ class Rows:
     """Puts another row in the place of one. The file is written anew, in one piece."""
     self.all[index] = dict(row)
     partial = self.file.with_name(f"{self.file.name}.partial")
-    partial.write_bytes(b"".join(map(_line, self.all)))
+    with writing(partial):
+      partial.write_bytes(b"".join(map(_line, self.all)))
     partial.replace(self.file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -223,6 +224,19 @@ def test_output_that_nobody_reads_is_no_error(arguments):
     process.stdout.close()
     assert process.stderr.read() == ""
   assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_an_output_that_is_full_is_named(program):
+  command = [sys.executable, str(program)]
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      command,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    )
+  assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device: 'standard output'\n")
 
 
 def test_verbose_shows_where_an_error_comes_from(program):

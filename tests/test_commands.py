@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from sparse_serve_jax import __version__, commands
+from sparse_serve_jax import __version__, commands, results
 from sparse_serve_jax.config import EngineConfig, ModelConfig, describe, from_dict, load_config, override
 from tests import forks
+from tests.fake_endpoint import FakeEndpoint
+from tests.longbench import write_release
+from tests.test_simulation import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for group in commands.COMMANDS.values() for name in group]
@@ -69,6 +74,46 @@ def test_an_interrupt_of_the_imports_is_a_line():
   """Also one that comes within JAX's callback of garbage collection."""
   done = subprocess.run([sys.executable, "-c", IMPORTING], cwd=ROOT, capture_output=True, text=True, timeout=25)
   assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+# What a command needs to come as far as its folder of results.
+WRITING = {
+  "run": [],
+  "bench": ["--model=fake", "--tokenizer=random:tiny"],
+  "ladder": ["--model=random:tiny"],
+  "simulate": ["--model=random:tiny"],
+  "accuracy": ["--model=random:tiny"],
+  "longbench": [],
+  "selections": ["--traces=models/reference/traces/recite_16384_2048.npz"],
+  "bench-kernels": ["--smoke"],
+  "bench-step": ["--smoke"],
+  "bench-prefill": ["--smoke"],
+  "train-reference": [],
+}
+
+
+def test_what_writes_rows_is_known():
+  files = {name: ROOT / f"sparse_serve_jax/commands/{name.replace('-', '_')}.py" for name in NAMES}
+  texts = {name: file.read_text() for name, file in files.items()}
+  with_out = {name for name, text in texts.items() if "cli.define_out(" in text or "cli.define_benchmark(" in text}
+  assert with_out == {*WRITING, "plot"}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_no_two_commands_write_to_one_folder(name, tmp_path):
+  """The second one ends before it has done anything."""
+  more = list(WRITING[name])
+  if name == "simulate":
+    (tmp_path / "cost.json").write_text(json.dumps(dataclasses.asdict(cost())))
+    more += [f"--cost={tmp_path / 'cost.json'}"]
+  if name == "longbench":
+    more += [f"--longbench_dir={write_release(tmp_path / 'release', trec=2)}", "--tasks=trec"]
+  results.take_folder(out := tmp_path / "out")
+  with FakeEndpoint(lambda *_: []) as server:
+    done = start(name, *more, *([f"--url={server.url}"] if name == "bench" else []), f"--out={out}")
+  assert (done.returncode, done.stdout, [file.name for file in out.iterdir()]) == (2, "", [".lock"])
+  (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert told.startswith(f"error: {out} is in use by process {os.getpid()} on ")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -368,6 +368,9 @@ def test_the_command_warms_up_before_it_measures(tmp_path):
     asked_for = len(server.seen)
     done = bench(server, *asked)  # nothing is left to ask for
     assert done.returncode == 0 and len(server.seen) == asked_for and "warm-up" not in done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["requests"], told["output_tokens"]) == (3, 6) and told["throughput_tok_s"] is None
+    assert f"nothing is left to run: all 3 requests have rows in {tmp_path}" in done.stderr
     done = bench(server, *asked, "--nowarm_up")
     assert done.returncode == 2 and "warm_up was True and is False" in done.stderr
 

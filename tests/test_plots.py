@@ -215,6 +215,16 @@ def test_a_folder_of_a_ladder_says_what_made_it(drawn, tmp_path):
   assert "goodput of a: 2 requests/s; 4 is not served well" in (tmp_path / "results.md").read_text()
 
 
+def test_what_others_write_meanwhile_is_not_what_was_drawn(tmp_path, monkeypatch):
+  def drawn(source, out):
+    for name in ("requests.jsonl", ".lock", "requests.md"):
+      (out / name).write_text("{}\n")
+    return True
+
+  monkeypatch.setattr(folder, "_DRAWN", {"requests.jsonl": drawn})
+  assert folder.draw(tmp_path, tmp_path) == [tmp_path / "requests.md"]
+
+
 def test_a_folder_without_rows_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"has no rows of an experiment: none of cells\.jsonl"):
     folder.draw(tmp_path, tmp_path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors
 
 import sparse_serve_jax
 from sparse_serve_jax import results
+from sparse_serve_jax.attention.traces import Trace
 from sparse_serve_jax.config import load_config, override
+from sparse_serve_jax.models import ByteTokenizer, hf, save_hf, weights
 from sparse_serve_jax.results import Rows, claim
+from sparse_serve_jax.serving.timeline import Timeline
+from tests.fake_engine import fake_executor
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,6 +127,63 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     results.make_folder(tmp_path)
 
 
+HOLDER = """
+import os, sys
+from sparse_serve_jax import results
+results.take_folder(sys.argv[1])
+results.take_folder(sys.argv[1])
+if sys.argv[2] == "forks" and not os.fork():  # a worker, which leaves the lock to this process
+  results.take_folder(sys.argv[1])
+  sys.exit()
+sys.argv[2] == "forks" and os.wait()
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(folder: Path, how: str = "alone") -> subprocess.Popen[str]:
+  command = [sys.executable, "-c", HOLDER, str(folder), how]
+  return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("how", ["alone", "forks"])
+def test_a_folder_is_one_process_s_at_a_time(how, tmp_path):
+  with holder(tmp_path, how) as other:
+    assert other.stdout and other.stdout.readline() == f"{other.pid}\n"
+    for take in (results.take_folder, lambda path: claim(path, {})):
+      with pytest.raises(ValueError) as error:
+        take(tmp_path)
+      assert str(error.value).startswith(f"{tmp_path} is in use by process {other.pid} on ")
+    assert results.make_folder(tmp_path) == tmp_path  # of who draws what is there
+    other.communicate()
+  assert not list(tmp_path.iterdir())
+  assert results.take_folder(tmp_path) == results.take_folder(tmp_path) == tmp_path
+
+
+def test_a_process_that_was_killed_has_no_folder(tmp_path):
+  with holder(tmp_path) as other:
+    assert other.stdout and other.stdout.readline()
+    other.kill()
+  assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+  claim(tmp_path, {})
+  assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path):
+  results.take_folder(tmp_path / "a")
+  shutil.rmtree(tmp_path / "a")
+  assert (results.take_folder(tmp_path / "a") / ".lock").exists()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+  def none(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+  monkeypatch.setattr(results.fcntl, "flock", none)
+  assert results.take_folder(tmp_path) == tmp_path
+  assert "cannot be locked, Function not implemented: let no other command write there" in capsys.readouterr().err
+
+
 def test_rows_are_read_back(tmp_path):
   rows = Rows(tmp_path / "rows.jsonl")
   assert rows.all == [] and not rows.file.exists()
@@ -136,6 +201,41 @@ def test_a_row_is_replaced(tmp_path):
   rows.append({"i": 3})
   assert Rows(rows.file).all == rows.all == [{"i": i} for i in range(4)]
   assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+FULL = Path("/dev/full")
+WRITERS = {
+  "rows.jsonl": lambda file: Rows(file).append({"i": 0}),
+  "again.jsonl.partial": lambda file: Rows(file.with_suffix("")).replace(0, {"i": 1}),
+  "run.json.partial": lambda file: results.replace_json(file.with_suffix(""), {}),
+  "table.csv": lambda file: results.write_csv(file, [{"a": 1}]),
+  "timeline.json": lambda file: Timeline(fake_executor().shape).write(file),
+  "trace.npz": lambda file: Trace(np.ones((1, 1, 1, 1, 8), bool), np.ones(1, np.int32), 8, "", "", "").save(file),
+  "tokenizer_config.json": lambda file: ByteTokenizer().save(file.parent),
+  "config.json": lambda file: save_hf(tiny_model(), file.parent),
+}
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_told_with_the_file(name, tmp_path, monkeypatch):
+  (tmp_path / "again.jsonl").write_text('{"i": 0}\n')
+  (tmp_path / name).symlink_to(FULL)
+  monkeypatch.setattr(results, "_remove_unfinished_line", lambda _: None)  # there is no end of what can be read there
+  monkeypatch.setattr(results, "read_lines", lambda file: iter([(1, {"i": 0})]))
+  monkeypatch.setattr(weights, "_new_directory", lambda path: path)
+  with pytest.raises(OSError, match="No space left on device") as error:
+    WRITERS[name](tmp_path / name)
+  assert error.value.errno == errno.ENOSPC and str(error.value).endswith(f": '{tmp_path / name}'")
+
+
+def test_weights_that_a_disk_has_no_room_for_are_told_with_the_file(tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(hf.safetensors.numpy, "save_file", full)
+  with pytest.raises(OSError, match=r"hf/model-00001-of-00001\.safetensors: Error while serializing: .*No space left"):
+    save_hf(tiny_model(), tmp_path / "hf")
 
 
 def test_half_a_surrogate_pair_is_written_too(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from sparse_serve_jax.serving.clock import Virtual, Wall
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request
-from sparse_serve_jax.serving.run import Refusal, Served, row, serve
+from sparse_serve_jax.serving.run import Refusal, Served, row, serve, summary_of
 from sparse_serve_jax.workloads import Item, Refused
 from tests.fake_engine import VOCAB, FakeExecutor, FakeModel, continuation, fake_executor
 
@@ -64,6 +64,19 @@ def test_times_by_hand():
   assert served.elapsed_s == 13  # the last iteration only releases blocks
   assert (served.summary.requests, served.summary.ttft_mean_s, served.summary.tbt_mean_s) == (3, 1, 1)
   assert served.to_dict() == served.summary.to_dict() | {"refused": 0, "failed": 0, "elapsed_s": 13}
+
+
+def test_rows_tell_of_requests_what_the_run_does():
+  engine, _ = simulated(R=2)
+  items = [item("a", [1], 3), item("b", [2], 2), item("c", [3] * 5, 4), item("d", [1] * 10_000, 2)]
+  ends: list[Request | Refusal] = []
+  whole = serve(engine, items, [0.0, 0.5, 1.0, 2.0], ends.append).to_dict()
+  told = summary_of([row(end, 100.0) for end in ends])
+  assert {key: told[key] for key in whole if key in told} == {key: whole[key] for key in whole if key in told}
+  assert (told["requests"], told["refused"], told["failed"], told["output_tokens"]) == (3, 1, 0, 9)
+  assert (
+    whole.keys() - told.keys() >= {"throughput_tok_s", "iterations"} and told["scheduling_delay_mean_s"] is not None
+  )
 
 
 def test_arrivals_do_not_wait_for_the_engine():

@@ -201,6 +201,8 @@ def test_all_refused(tmp_path, capsys):
   summary = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (summary["requests"], summary["refused"], summary["hbm_hit_rate"]) == (0, 2, None)
   assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1  # nothing is left to do, and nothing was done
+  again = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert again.keys() == summary.keys() and (again["requests"], again["refused"], again["ttft_mean_s"]) == (0, 2, None)
 
 
 # ----------------------------------------------------------------------------------------------------- going on with it
@@ -240,8 +242,12 @@ def test_an_interrupted_run_keeps_its_rows_and_is_gone_on_with(tmp_path, capsys,
 
   whole = file.read_bytes()
   assert in_process(*command) == 0
-  said = capsys.readouterr()
-  assert file.read_bytes() == whole and json.loads(said.out.splitlines()[-1])["requests"] == 0
+  said, rows = capsys.readouterr(), rows_of(tmp_path)
+  assert file.read_bytes() == whole
+  told = json.loads(said.out.splitlines()[-1])
+  assert told["requests"] == 6 and told["output_tokens"] == sum(len(row["output_token_ids"]) for row in rows)
+  assert told["ttft_mean_s"] == pytest.approx(sum(row["first_token_s"] - row["arrival_s"] for row in rows) / 6)
+  assert told["score_mean"] == sum(row["score"] for row in rows) / 6 and told["throughput_tok_s"] is None
   assert f"nothing is left to run: all 6 requests have rows in {tmp_path}" in said.err
   assert not (tmp_path / "timeline-after-6.json").exists()
 

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_serve_jax.config import ModelConfig, read_config
+from sparse_serve_jax.config import ModelConfig, find_config, read_config
 from sparse_serve_jax.models import ByteTokenizer, Model, forward, init_params, load_model, save_hf
+from sparse_serve_jax.serving import budget
 from sparse_serve_jax.training import attention_losses, data, trainer
 from sparse_serve_jax.training.config import AttentionLossWeights, Optimizer, Sources, Stage, TrainConfig
+from sparse_serve_jax.training.run import Run, _check_memory
 from sparse_serve_jax.training.vocabulary import train_tokenizer
 from tests import forks, jsonl
 
@@ -312,6 +314,35 @@ def test_the_program_in_two_pieces(tmp_path):
   model = load_model(tmp_path / "run" / "hf")
   assert model.config.n_layers == 2 and model.eos_token_ids == (1,)
   assert model.tokenizer.decode(model.tokenizer.encode("a needle\n")) == "a needle\n"
+
+
+@pytest.mark.parametrize("stage", [Stage(64, 31, 1), Stage(512, 15, 1)], ids=("short", "long"))  # for one device
+@pytest.mark.parametrize("vocab_size", [1000, 4096])
+def test_the_memory_of_a_step_is_what_the_compiler_says(tmp_path, optimized, stage, vocab_size):
+  sizes = dict(d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=256, vocab_size=vocab_size)
+  cfg = dataclasses.replace(MODEL, max_context=512, **sizes)
+  of = trainer.Trainer(TrainConfig(cfg, (dataclasses.replace(stage, steps=300),), TOY.sources), tmp_path)
+  shape = stage.sequences, stage.tokens
+  batch = data.Batch(
+    np.zeros((shape[0], shape[1] + 1), np.int32), np.ones(shape, np.float32), np.zeros(shape[0], np.int32)
+  )
+  said = of._step.lower(of.state, batch, AttentionLossWeights()).compile().memory_analysis()
+  assert said and 0.75 < trainer.step_bytes(cfg, stage) / (said.temp_size_in_bytes + said.argument_size_in_bytes) < 1.25
+
+
+def test_a_run_that_does_not_fit_the_host_is_refused_before_it_begins(tmp_path, monkeypatch):
+  monkeypatch.setattr(budget, "host_bytes_free", lambda: 16 << 30)
+  config = read_config(TrainConfig, find_config("training", "reference"))
+  with pytest.raises(ValueError) as error:
+    Run(config, tmp_path / "out")
+  assert str(error.value).startswith(
+    "a step of 8 sequences of 16384 tokens needs some 803.23 GiB, and 16.00 GiB of the host are free: give a --config"
+  )
+  assert not (tmp_path / "out").exists()  # a smaller one takes it
+  last = shortened(Stage(64, 2**20, 3), Stage(16, 1, 3))
+  with pytest.raises(ValueError, match="a step of 1048576 sequences of 64 tokens"):
+    _check_memory(last, 2)
+  _check_memory(last, 3)  # what is over needs none
 
 
 @pytest.mark.parametrize(

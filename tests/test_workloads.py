@@ -40,6 +40,15 @@ def items_of(source: str, max_request_tokens: int = 4096, **changes: Any) -> lis
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
 
+@pytest.mark.parametrize("source", ["needle", "text"])
+def test_prompts_that_no_request_has_room_for_are_not_made(source):
+  with pytest.raises(
+    ValueError, match="^the shortest prompt has 1,000,000,000,000 tokens, and a request has room for 4,096$"
+  ):
+    items_of(source, limit=2, prompt_tokens=10**12, max_new_tokens=4)
+  assert len(items_of(source, limit=2, prompt_tokens=4096, max_new_tokens=4)) == 2  # the engine says what is left
+
+
 @pytest.mark.parametrize(
   ("config", "message"),
   [

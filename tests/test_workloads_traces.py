@@ -38,7 +38,7 @@ def azure(folder: Path, *lines: str, end: str = "\n") -> str:
 
 
 def items_of(source: str, tokenizer: Any = TOKENIZER, **changes: Any) -> list[Any]:
-  return workloads.read(WorkloadConfig(source, **changes))(tokenizer, 4096)
+  return workloads.read(WorkloadConfig(source, **changes))(tokenizer, 1 << 20)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

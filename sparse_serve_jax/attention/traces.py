@@ -10,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from sparse_serve_jax.files import writing
+
 # What numpy, zipfile and zlib raise for a file that is no trace, or a damaged one.
 _BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
@@ -44,7 +46,8 @@ class Trace:
     about = {key: getattr(self, key) for key in ("block_tokens", "case", "model", "task")}
     about["steps"] = self.selected.shape[1]
     packed = np.packbits(np.moveaxis(self.selected, 1, -1), -1)  # [R, L, K, N, n / 8]
-    np.savez_compressed(file, selected=packed, lengths=self.lengths, about=np.array(json.dumps(about)))
+    with writing(file):
+      np.savez_compressed(file, selected=packed, lengths=self.lengths, about=np.array(json.dumps(about)))
 
   @classmethod
   def load(cls, file: str | pathlib.Path) -> Trace:

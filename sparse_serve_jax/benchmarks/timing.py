@@ -271,12 +271,12 @@ def start(
     commit: what rows are stamped with; by default that of the checkout, if there is one.
 
   Raises:
-    ValueError: the folder of `file` cannot be written to.
+    ValueError: the folder of `file` cannot be written to, or another process writes there.
     NotImplementedError: there is no GPU, and `effort` is not SMOKE.
   """
   rows = None
   if file is not None:
-    results.make_folder(file.parent)
+    results.take_folder(file.parent)
     rows = results.Rows(file)
   runtime.configure()
   if effort != SMOKE and jax.default_backend() != "gpu":

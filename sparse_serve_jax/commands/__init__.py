@@ -64,8 +64,9 @@ def main() -> NoReturn:
   if name == "--version":
     from sparse_serve_jax import __version__
 
-    print(__version__)
-    sys.exit(0)
+    with cli.endings(False, ""):
+      print(__version__, flush=True)
+      sys.exit(0)
   if not any(name in commands for commands in COMMANDS.values()):
     print(f"error: {name!r} is no command; `sparse-serve --help` shows what there is", file=sys.stderr)
     sys.exit(2)

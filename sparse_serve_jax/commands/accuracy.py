@@ -115,7 +115,7 @@ def main() -> None:
   if not (cells := _cells(parts, text_lengths, lengths, names)):
     raise ValueError("nothing is measured: --parts, --tasks, --lengths or --text_lengths chooses none")
   text = _corpus()
-  out = results.make_folder(_OUT.value)
+  out = results.take_folder(_OUT.value)
   runtime.configure()
   model = (load_model_for_others if _RAY.value else load_model_here)(_MODEL.value, dtype=_DTYPE.value)
   if too_long := [n for n in asked if n > model.config.max_context]:

@@ -27,7 +27,7 @@ from absl import flags
 
 from sparse_serve_jax import progress, results, workloads
 from sparse_serve_jax.commands import cli
-from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_refused
+from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_before, tell_refused
 from sparse_serve_jax.config import override
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.models.tokenizer import load_tokenizer
@@ -107,11 +107,13 @@ def main() -> int:
       bar.update()
 
     rows = asking.serve(endpoint, items, arrivals, tokenizer, end, **limits)
-  scores = [row["score"] for row in rows if "score" in row]
-  numbers = asking.summarize(rows) | {"score_mean": sum(scores) / len(scores) if scores else None}
+  told = rows if items else before
+  scores = [row["score"] for row in told if "score" in row]
+  numbers = asking.summarize(told) | {"score_mean": sum(scores) / len(scores) if scores else None}
+  if before and not items:  # each part has times of its own
+    numbers |= {"throughput_tok_s": None, "most_in_flight": None}
   cli.end_with(metrics.table({_MODEL.value: numbers}), numbers)
-  if before:
-    print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
+  tell_before(out, len(before), len(items))
   return 1 if any("error" in row for row in [*before, *rows]) or not (before or rows) else 0
 
 

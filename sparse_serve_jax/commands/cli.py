@@ -38,9 +38,12 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from sparse_serve_jax.files import writing
+
 flags.disclaim_key_flags()  # those that functions below define are their caller's
 
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
+_OUTPUT = "standard output"
 INTERRUPTED = 128 + signal.SIGINT
 _HANDLED = b"\1"  # what an interrupt raised was handled, and the command goes on
 _wake: int | None = None  # the descriptor that these numbers are written to, once interrupts are watched
@@ -235,7 +238,8 @@ def run(
   told = interrupted.format(out=values["out"]) if values.get("out") else ""
   with _leaving(), endings(values.get("verbose", False), f"; {told}" if told else ""):
     status = main(*given) or 0
-    sys.stdout.flush()
+    with writing(_OUTPUT):
+      sys.stdout.flush()
     sys.exit(status)
 
 
@@ -264,8 +268,9 @@ def help_of(module: ModuleType) -> str:
 
 def end_with(table: str, result: Any) -> None:
   """Prints a table for people, and as the last line of stdout one JSON object for programs."""
-  print(table)
-  print(json.dumps(result), flush=True)
+  with writing(_OUTPUT):
+    print(table)
+    print(json.dumps(result), flush=True)
 
 
 @contextlib.contextmanager
@@ -280,12 +285,19 @@ def endings(verbose: bool, interrupted: str) -> Iterator[None]:
     print(f"interrupted{interrupted}", file=sys.stderr)
     sys.exit(INTERRUPTED)
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+    _drop_output()
     sys.exit(128 + signal.SIGPIPE)
   except (ValueError, NotImplementedError, OSError) as error:
+    if isinstance(error, OSError) and error.filename == _OUTPUT:
+      _drop_output()
     if verbose:
       raise
     sys.exit(_mistake(_in_a_line(error)))
+
+
+def _drop_output() -> None:
+  """Otherwise Python writes what is left of it when it ends."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ def main() -> int:
     raise ValueError(f"--goodput and --overload search between rates above 0, --rates has {_RATES.value}")
   source = workloads.read(workload)
   tell_refused(known := workloads.refused_by(source))
+  out = results.take_folder(_OUT.value)
   of_model = _MODEL.value, _DTYPE.value, _ASKED.seed
   model = (load_model_for_others if _RAY.value else load_model_here)(*of_model)
   shapes = rungs.shapes(configs, model.config)
@@ -78,7 +79,7 @@ def main() -> int:
   rungs.check(configs, model.config, asked)
   tp = max(config.tp for config in configs.values())
   device = cluster.once(results.provenance, tp)["device"] if _RAY.value else None
-  folder = ladder_folder.claim(_OUT.value, configs, model, workload, digest(workload), _ASKED.seed, device)
+  folder = ladder_folder.claim(out, configs, model, workload, digest(workload), _ASKED.seed, device)
 
   def arrivals(rate: float) -> np.ndarray:
     return workloads.times_of(at_rate(workload, rate), len(asked))

@@ -78,7 +78,7 @@ def _predict(release: longbench.Release, out: pathlib.Path) -> dict[str, str]:
   config = override(load_config(_CONFIG.value), _SET.value)
   config.sparse.refuse_drawn("LongBench")
   names = [name for given in _TASKS.value for name in longbench.NAMES.get(given, [given])]
-  results.make_folder(out)
+  results.take_folder(out)
   runtime.configure()
   # Scoring alone needs none of these.
   from sparse_serve_jax.models.here import load_model_here

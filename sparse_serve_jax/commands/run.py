@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from sparse_serve_jax import hosts, progress, results, runtime, workloads
 from sparse_serve_jax.commands import cli
-from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_refused
+from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell_before, tell_refused
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.here import load_model_here
@@ -81,8 +80,6 @@ def main() -> int:
   items, arrivals = left(workload, source(model.tokenizer, engine.max_request_tokens), before)
   if jax.process_count() > 1 and np.any(arrivals > 0):
     raise ValueError("several processes serve what comes all at once: no --rate, and no times of a trace")
-  if before and not items:
-    print(f"nothing is left to run: all {len(before)} requests have rows in {out}", file=sys.stderr)
   with progress.bar(total=len(before) + len(items), initial=len(before), unit="request") as bar:
     record = Record(model, timeline, rows, bar, clock.now(), {item.id: item for item in items}, known)
     try:
@@ -90,10 +87,13 @@ def main() -> int:
     finally:
       if out and items:
         timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
-  numbers = served.to_dict() | {"score_mean": record.score_mean}
+  numbers, scores = served.to_dict(), record.scores
+  if before and not items:  # of what is there
+    told, scores = run.summary_of(before), [row["score"] for row in before if "score" in row]
+    numbers = {key: told.get(key) for key in numbers}
+  numbers["score_mean"] = sum(scores) / len(scores) if scores else None
   cli.end_with(metrics.table({pathlib.Path(_CONFIG.value).stem: numbers}), numbers)
-  if before:
-    print(f"{len(before)} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
+  tell_before(out, len(before), len(items))
   bad = served.refused + served.failed + sum("error" in row for row in before)
   return 1 if bad or not (before or items) else 0
 
@@ -137,10 +137,6 @@ class Record:
     if self.rows is not None:
       self.rows.append(row)
     self.bar.update()
-
-  @property
-  def score_mean(self) -> float | None:
-    return sum(self.scores) / len(self.scores) if self.scores else None
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

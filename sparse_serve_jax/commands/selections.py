@@ -62,7 +62,7 @@ def main() -> None:
     raise ValueError("--model reads text of --text or --longbench_dir: both are needed, or neither")
   if not known and _MODEL.value is None:
     raise ValueError("--traces or --model is needed")
-  out = None if _OUT.value is None else results.make_folder(_OUT.value)
+  out = None if _OUT.value is None else results.take_folder(_OUT.value)
   runtime.configure()
   rows: list[dict[str, Any]] = []
   for name, trace in [*known.items(), *(_recorded(_MODEL.value, corpus, out) if _MODEL.value is not None else ())]:

@@ -30,6 +30,7 @@ from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import LadderFlag, WorkloadFlags, at_rate, digest
 from sparse_serve_jax.config import load_config, override, with_fixed_sizes
 from sparse_serve_jax.evaluation import ladder_folder
+from sparse_serve_jax.files import write_text
 from sparse_serve_jax.models import Model, load_model
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics
@@ -66,7 +67,7 @@ def main() -> int:
   out = _OUT.value and results.claim(_OUT.value, setting | about)
   served, rows = simulate(config, model, cost, asked)
   if out:
-    pathlib.Path(out, "requests.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_text(out / "requests.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
   told = served.to_dict()
   if _COMPARE.value:
     passes = serve_here(config, model, asked, _REPEATS.value)

@@ -40,7 +40,7 @@ _VERBOSE = cli.define_verbose()
 
 def main() -> None:
   config = read_config(TrainConfig, find_config("training", _CONFIG.value))
-  out = results.make_folder(_OUT.value)
+  out = results.take_folder(_OUT.value)
   if Run.is_in(out) and not _RESUME.value:
     raise ValueError(f"--out={out} has a run: --resume goes on with it")
   runtime.configure()

@@ -139,6 +139,18 @@ def tell_refused(rows: Iterable[Refused]) -> None:
     print(f"refused: {row}", file=sys.stderr)
 
 
+def tell_before(out: pathlib.Path | None, n_before: int, n_left: int) -> None:
+  """A line on stderr of which requests the numbers are, if a run before this one has served some."""
+  if n_before and n_left:
+    print(f"{n_before} requests had rows in {out} before; the numbers are of the others", file=sys.stderr)
+  elif n_before:
+    print(
+      f"nothing is left to run: all {n_before} requests have rows in {out}, and the numbers are of these; each part "
+      "of a run has a clock of its own, so there is no throughput",
+      file=sys.stderr,
+    )
+
+
 def at_rate(config: workloads.WorkloadConfig, rate: float) -> workloads.WorkloadConfig:
   """The workload, arriving at a mean rate in requests a second: by its own process if that has a rate, else Poisson. At
   a rate of 0 all at once.

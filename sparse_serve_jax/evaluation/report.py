@@ -29,6 +29,7 @@ from sparse_serve_jax.evaluation.cases import (
   RULES,
 )
 from sparse_serve_jax.evaluation.intervals import bootstrap, interval
+from sparse_serve_jax.files import write_text
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
 SOLVED = 0.5  # dense accuracy from which on a task counts as solved
@@ -252,7 +253,7 @@ def in_short(told: dict[str, list[Row]]) -> Row:
 
 def write(folder: pathlib.Path, told: dict[str, list[Row]]) -> None:
   """Writes a summary to summary.json and its tables to results.md."""
-  (folder / "results.md").write_text(markdown(told), encoding="utf-8")
+  write_text(folder / "results.md", markdown(told))
   results.replace_json(folder / "summary.json", told)
 
 

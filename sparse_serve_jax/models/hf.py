@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.files import read_json
+from sparse_serve_jax.files import read_json, write_text
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.models.leaves import FileStamp, Leaf, mismatches
 
@@ -171,12 +171,15 @@ def write_params(directory: pathlib.Path, cfg: ModelConfig, params: llama.Params
       view = tensor.view(part_of(tensor))
       tensors[tensor.name] = np.empty(tensor.shape, view.dtype)
       copy_strips(tensors[tensor.name].reshape(view.shape), view)
-    safetensors.numpy.save_file(tensors, directory / filename, metadata={"format": "pt"})
+    try:
+      safetensors.numpy.save_file(tensors, directory / filename, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # as of a full disk
+      raise OSError(f"{directory / filename}: {error}") from error
     (directory / filename).chmod(0o644)  # the library leaves it to its owner alone
     weight_map |= {tensor.name: filename for tensor in shard}
   total = sum(math.prod(tensor.shape) for tensor in _tensors(cfg)) * item_bytes
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+  write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 class _Parts:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import tokenizers
 
+from sparse_serve_jax.files import write_text
 from sparse_serve_jax.models import chat
 from sparse_serve_jax.models.tokenizer_files import check_ids, read_settings, read_special_tokens, read_templates
 from sparse_serve_jax.tokenizing import Message, Tokenizer, Typed
@@ -124,7 +125,7 @@ class ByteTokenizer(_Chatting):
     return f"tokenizer: UTF-8 bytes, {self.vocab_size} tokens\nbos_token: {self.bos_token_id}\nchat template: built in"
 
   def save(self, directory: pathlib.Path) -> None:
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByteTokenizer"}) + "\n")
+    write_text(directory / "tokenizer_config.json", json.dumps({"tokenizer_class": "ByteTokenizer"}) + "\n")
 
   def _added(self) -> dict[str, bool]:
     return {}
@@ -212,14 +213,14 @@ class FileTokenizer(_Chatting):
     return "\n".join([*lines, f"chat template: {template}"])
 
   def save(self, directory: pathlib.Path) -> None:
-    self._core.save(str(directory / "tokenizer.json"))
+    write_text(directory / "tokenizer.json", self._core.to_str(pretty=True))
     # The class by which transformers reads a tokenizer.json of any kind.
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self.special_tokens)
     if list(self._templates) == ["default"]:
       settings["chat_template"] = self._templates["default"]
     elif self._templates:
       settings["chat_template"] = [{"name": name, "template": text} for name, text in self._templates.items()]
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_text(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
   @functools.cached_property
   def _literal(self) -> tokenizers.Tokenizer:

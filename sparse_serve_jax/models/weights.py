@@ -104,7 +104,7 @@ def save_model(model: Model, path: str | pathlib.Path) -> None:
   model.tokenizer.save(directory)
   config = dataclasses.asdict(model.config)
   card = {"name": model.name, "eos_token_ids": list(model.eos_token_ids), "config": config}
-  (directory / _CARD).write_text(json.dumps(card, indent=2) + "\n")
+  files.write_text(directory / _CARD, json.dumps(card, indent=2) + "\n")
 
 
 def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) -> None:
@@ -116,8 +116,8 @@ def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) 
   raw = hf_config.config_to_hf(model.config)
   directory = _new_directory(path)
   eos = {"eos_token_id": list(model.eos_token_ids)}
-  (directory / "config.json").write_text(json.dumps(raw | eos, indent=2) + "\n")
-  (directory / "generation_config.json").write_text(json.dumps(eos, indent=2) + "\n")
+  files.write_text(directory / "config.json", json.dumps(raw | eos, indent=2) + "\n")
+  files.write_text(directory / "generation_config.json", json.dumps(eos, indent=2) + "\n")
   hf.write_params(directory, model.config, model.params, shard_bytes)
   model.tokenizer.save(directory)
 

@@ -10,12 +10,13 @@ from typing import Any
 from sparse_serve_jax import results
 from sparse_serve_jax.evaluation import ladder as ladders
 from sparse_serve_jax.evaluation import ladder_folder, ladder_report, report
-from sparse_serve_jax.files import read_json, read_lines
+from sparse_serve_jax.files import read_json, read_lines, write_text
 from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selections
 
 Row = dict[str, Any]
 BENCHMARKS = ("kernels.jsonl", "step.jsonl", "prefill.jsonl")  # rows with an "op"
 COLUMNS = ("op", "case", "us", "best_us", "floor_us", "device", "commit")  # of their table
+WRITTEN = (".png", ".md", ".csv", ".json")  # rows that come while they are drawn are somebody else's
 ACCURACY = ("results.jsonl", "prefill.jsonl", "reuse.jsonl")
 
 
@@ -34,11 +35,15 @@ def draw(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
   """
   if not folder.is_dir():
     raise ValueError(f"{folder} is no folder")
-  before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+
+  def there() -> dict[pathlib.Path, int]:
+    return {file: file.stat().st_mtime_ns for file in out.iterdir() if file.suffix in WRITTEN}
+
+  before = there()
   found = {name: draw_rows for name, draw_rows in _DRAWN.items() if draw_rows(folder, out)}
   if not found:
     raise ValueError(f"{folder} has no rows of an experiment: none of {', '.join(_DRAWN)}")
-  written = sorted(file for file in out.iterdir() if before.get(file) != file.stat().st_mtime_ns)
+  written = sorted(file for file, when in there().items() if before.get(file) != when)
   if not written:
     raise ValueError(f"{folder}: nothing of {', '.join(found)} can be drawn")
   return written
@@ -69,7 +74,7 @@ def _write_markdown(file: pathlib.Path, rows: Sequence[Row]) -> None:
   for row in rows:
     values = ["" if row.get(head) is None else row[head] for head in heads]
     lines.append(f"| {' | '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)} |")
-  file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  write_text(file, "\n".join(lines) + "\n")
 
 
 def _read(file: pathlib.Path) -> list[Row]:
@@ -126,7 +131,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
     of_op = [row for row in rows if row["op"] == op]
     benchmarks.against_floors(of_op, out / f"bench_{op.replace(' ', '_')}.png", made_by(folder, of_op))
   if rows:
-    (out / "benchmarks.md").write_text(benchmarks.markdown(rows), encoding="utf-8")
+    write_text(out / "benchmarks.md", benchmarks.markdown(rows))
     results.write_csv(out / "benchmarks.csv", rows, COLUMNS)
   return bool(rows)
 

@@ -14,6 +14,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sparse_serve_jax.files import writing
+
 # From dark to light and back, so that neighbours differ in grey too (Okabe and Ito's colors, which all people can tell
 # apart). Dashes and markers say the rest: with 8 colors, 4 dashes and 9 markers no two of 32 lines look alike.
 COLORS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#999999", "#009E73", "#CC79A7")
@@ -60,7 +62,7 @@ def save(figure: Figure, file: pathlib.Path, made_by: str = "") -> pathlib.Path:
       legend.set_frame_on(False)
   if made_by:
     figure.supxlabel(made_by, fontsize=6, color="0.4", x=0.01, ha="left")
-  with mpl.rc_context(LOOKS):
+  with mpl.rc_context(LOOKS), writing(file):
     figure.savefig(file)
   plt.close(figure)
   return file

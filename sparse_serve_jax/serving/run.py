@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sparse_serve_jax.serving.audit import AuditSummary
 from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.metrics import Summary, summarize
+from sparse_serve_jax.serving.metrics import Summary, distribution, gaps, summarize
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.workloads import Item, Refused
 
@@ -118,6 +118,30 @@ def row(end: Request | Refusal, start: float) -> dict[str, Any]:
     "finish_s": since(end.finish_time),
   }
   return made if end.error is None else made | {"error": str(end.error)}
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int | float | None]:
+  """What `row`s of one run or of several tell of their requests, under the names of `Served.to_dict`.
+
+  Not what depends on more than one of them, such as throughput: each run has a zero of its own.
+  """
+  finished = [row for row in rows if "error" not in row]
+  prompt_tokens, cached_tokens = (sum(row[key] for row in finished) for key in ("prompt_tokens", "cached_tokens"))
+  refused = sum(row["finish_reason"] == "refused" for row in rows)
+  gaps_of = [gaps(row["token_s"], len(row["output_token_ids"])) for row in finished]
+  return {
+    "requests": len(finished),
+    "refused": refused,
+    "failed": len(rows) - len(finished) - refused,
+    "prompt_tokens": prompt_tokens,
+    "cached_tokens": cached_tokens,
+    "cached_share": cached_tokens / prompt_tokens if finished else None,
+    "output_tokens": sum(len(row["output_token_ids"]) for row in finished),
+    **distribution("ttft", [row["first_token_s"] - row["arrival_s"] for row in finished]),
+    **distribution("tbt", np.concatenate([np.zeros(0), *gaps_of])),
+    **distribution("latency", [row["finish_s"] - row["arrival_s"] for row in finished]),
+    **distribution("scheduling_delay", [row["scheduled_s"] - row["arrival_s"] for row in finished]),
+  }
 
 
 def _add(engine: Engine, item: Item | Refused, arrival: float, ignore_eos: bool) -> Refusal | None:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from sparse_serve_jax.files import write_text
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.plan import Observed, StepStats
 from sparse_serve_jax.serving.request import Request
@@ -91,8 +91,8 @@ class Timeline:
     """Takes a request that has ended."""
     self._requests.append(request)
 
-  def write(self, file: str | os.PathLike[str]) -> None:
-    pathlib.Path(file).write_text(json.dumps(self.to_dict()), encoding="utf-8")
+  def write(self, file: str | pathlib.Path) -> None:
+    write_text(file, json.dumps(self.to_dict()))
 
   def to_dict(self) -> dict[str, Any]:
     """The trace in Chrome's format: times in microseconds after the first event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import shutil
 import time
@@ -10,6 +11,7 @@ from typing import Any
 from sparse_serve_jax import progress, results
 from sparse_serve_jax.models import Model, save_hf
 from sparse_serve_jax.models.tokenizer import Tokenizer, load_tokenizer
+from sparse_serve_jax.serving import budget
 from sparse_serve_jax.training import data, trainer
 from sparse_serve_jax.training.config import TrainConfig
 from sparse_serve_jax.training.vocabulary import END, train_tokenizer
@@ -32,8 +34,11 @@ class Run:
       start: a model whose weights and tokenizer a new run begins with.
 
     Raises:
-      ValueError: the folder holds a run of another configuration, or the tokenizer does not fit the vocabulary.
+      ValueError: the folder holds a run of another configuration, the tokenizer does not fit the vocabulary, or a new
+        run needs more memory than there is.
     """
+    if not self.is_in(folder):
+      _check_memory(config, 0)  # a folder that is claimed is this configuration's
     results.claim(folder, {"config": config}, kept=["checkpoints", "*.jsonl"])
     self._folder, self._tokenizer = folder, _tokenizer(config, folder, start)
     if not 0 < (size := self._tokenizer.vocab_size) <= config.model.vocab_size:
@@ -58,9 +63,13 @@ class Run:
       seconds: after which it stops.
       workers: processes that make training sequences; 0: this one does.
       log_every: steps of a row of metrics.jsonl.
+
+    Raises:
+      ValueError: a step of those left needs more memory than there is.
     """
     if self.step >= self._config.steps:
       return
+    _check_memory(self._config, self.step)
     began, seen = time.monotonic(), 0
     with progress.bar(total=self._config.steps, initial=self.step, unit="step") as bar:
 
@@ -86,6 +95,20 @@ class Run:
     save_hf(model, partial, SHARD_BYTES)
     shutil.rmtree(whole, ignore_errors=True)
     partial.rename(whole)
+
+
+def _check_memory(config: TrainConfig, step: int) -> None:
+  """Of the stages from a step on, where the devices are the host: there the system would kill the process."""
+  free = budget.host_bytes_free() if budget.device_bytes_free() is None else None
+  ends = itertools.accumulate(stage.steps for stage in config.stages)
+  needs = [
+    (trainer.step_bytes(config.model, of), of) for of, end in zip(config.stages, ends, strict=True) if end > step
+  ]
+  if free is not None and (most := max(needs, key=lambda of: of[0]))[0] > free:
+    raise ValueError(
+      f"a step of {most[1].sequences} sequences of {most[1].tokens} tokens needs some {budget.gib(most[0])}, and "
+      f"{budget.gib(free)} of the host are free: give a --config with fewer sequences or tokens in its stages"
+    )
 
 
 def _told(found: trainer.StepMetrics) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from sparse_serve_jax.tasks import text as texts
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads.config import WorkloadConfig
-from sparse_serve_jax.workloads.item import Item, Refused, Source
+from sparse_serve_jax.workloads.item import Item, Refused, Source, check_room
 from sparse_serve_jax.workloads.traces import HASH_TOKENS, read_trace
 
 
@@ -60,6 +60,7 @@ def read(config: WorkloadConfig) -> Source:
   asked = lengths(config)
 
   def items(tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
+    check_room(int(asked.prompt_tokens.min()), max_request_tokens)
     longest = int(asked.prompt_tokens.max()) if asked.hash_ids is None else HASH_TOKENS
     stream = _stream(np.random.default_rng(config.seed), 2 * longest, tokenizer)
     special = np.array(tokenizer.encode(""), np.int32)

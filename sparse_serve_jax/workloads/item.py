@@ -43,7 +43,18 @@ def unless_strict(row: Refused, strict: bool) -> Refused:
   return row
 
 
+def check_room(shortest: int, max_request_tokens: int) -> None:
+  """Comes before prompts of known lengths are made, which may take all memory.
+
+  Raises:
+    ValueError: the shortest has more tokens than a request may have.
+  """
+  if shortest > max_request_tokens:
+    raise ValueError(f"the shortest prompt has {shortest:,} tokens, and a request has room for {max_request_tokens:,}")
+
+
 # What makes the items once there is a model: takes its tokenizer, and the most tokens of prompt and output together.
+# Raises ValueError if not one prompt has room in these.
 Source = Callable[[Tokenizer, int], list[Item | Refused]]
 
 

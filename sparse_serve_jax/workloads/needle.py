@@ -7,7 +7,7 @@ import numpy as np
 from sparse_serve_jax import tasks
 from sparse_serve_jax.tokenizing import Tokenizer
 from sparse_serve_jax.workloads.config import WorkloadConfig
-from sparse_serve_jax.workloads.item import Item, Refused, Source
+from sparse_serve_jax.workloads.item import Item, Refused, Source, check_room
 
 MOST = 1 << 20  # prompts of a seed
 
@@ -29,6 +29,7 @@ def read(config: WorkloadConfig) -> Source:
     raise ValueError(f"there is no task {unknown[0]!r}, only {sorted(tasks.TASKS)}")
 
   def items(tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
+    check_room(config.prompt_tokens, max_request_tokens)
     return [_item(config, names[i % len(names)], i, tokenizer) for i in range(config.limit)]
 
   return items
