@@ -229,6 +229,12 @@ def test_the_readme_is_short():
   assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
 
 
+@pytest.mark.parametrize("folder", sorted((ROOT / "experiments/results").iterdir()), ids=lambda path: path.name)
+def test_results_say_how_they_were_made(folder):
+  told = (folder / "README.md").read_text()
+  assert re.search(r"experiments[./]\w|sparse-serve \w", told) and re.search(r"[AH]\d00|CPU", told)
+
+
 @pytest.mark.parametrize("page", make_docs.pages(), ids=lambda page: page.stem)
 def test_tables_are_what_the_code_makes(page):
   assert make_docs.filled(TEXTS[page]) == TEXTS[page], "`make docs` makes them anew"

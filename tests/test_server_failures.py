@@ -132,6 +132,9 @@ def test_a_client_that_stops_reading_holds_nobody(planted, seconds):
     until = time.monotonic() + SOON
     while httpx.get(f"{server.url}/health").status_code == 200 and time.monotonic() < until:
       time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)  # within a moment it is the same one: `timeout` sends two
+    with pytest.raises(subprocess.TimeoutExpired):
+      server.process.wait(0.7)
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(SOON) == 128 + signal.SIGTERM and time.monotonic() - began < 10  # it may drain for 300

@@ -27,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 _LOOK = 0.05  # seconds between looks at what is still to be answered, while the server ends
 _LAST = 5.0  # seconds in which clients take what was sent last, once there is nothing more to wait for
+_MOMENT = 0.5  # seconds: signals that are less apart are one, as `timeout` sends it to a process and to its group
 _CLOSED = 60.0  # seconds in which engines end
 
 
@@ -96,11 +97,15 @@ async def _serve(
     config.timeout_graceful_shutdown = math.ceil(_LAST + (0 if server.n_answers else max(0, until - time.monotonic())))
     http.should_exit = True
 
+  first = math.inf  # when the first signal came
+
   def ended(number: int) -> None:
-    if server.draining:
+    nonlocal first
+    if server.draining and time.monotonic() - first > _MOMENT:
       os._exit(128 + number)
-    server.draining = True
-    waits.add(asyncio.create_task(drain()))
+    if not server.draining:
+      server.draining, first = True, time.monotonic()
+      waits.add(asyncio.create_task(drain()))
 
   for number in (signal.SIGTERM, signal.SIGINT):
     events.add_signal_handler(number, ended, number)
