@@ -76,6 +76,32 @@ def test_an_interrupt_of_the_imports_is_a_line():
   assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+FIRST_IMPORT = """
+import os, signal, sys, time
+from sparse_serve_jax.commands import main
+
+
+class Interrupting:
+  def find_spec(self, name, *_):
+    if name == "sparse_serve_jax.commands.cli":
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(30)
+
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["sparse-serve", sys.argv[1]]
+main()
+"""
+
+
+@pytest.mark.parametrize("argument", ["run", "--help", "--version"])
+def test_an_interrupt_of_the_first_import_is_a_line(argument):
+  """Which comes before interrupts are watched."""
+  command = [sys.executable, "-c", FIRST_IMPORT, argument]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=25)
+  assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 # What a command needs to come as far as its folder of results.
 WRITING = {
   "run": [],

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -54,6 +56,8 @@ COMMANDS = {
 
 def main() -> NoReturn:
   """The console script `sparse-serve`."""
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end)
   from sparse_serve_jax.commands import cli
 
   name, *arguments = sys.argv[1:] or ["--help"]
@@ -70,13 +74,18 @@ def main() -> NoReturn:
   if not any(name in commands for commands in COMMANDS.values()):
     print(f"error: {name!r} is no command; `sparse-serve --help` shows what there is", file=sys.stderr)
     sys.exit(2)
-  cli.watch_interrupts()
-  try:
-    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-  except KeyboardInterrupt:  # it takes a second
-    print("interrupted", file=sys.stderr)
-    sys.exit(cli.INTERRUPTED)
+  module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+  if signal.getsignal(signal.SIGINT) is _end:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   sys.exit(module.command([f"sparse-serve {name}", *arguments]))
+
+
+def _end(*_: object) -> NoReturn:
+  """Of an interrupt while modules are imported, which takes a second. Some of JAX's make another error of an exception,
+  or abort.
+  """
+  os.write(2, b"interrupted\n")
+  os._exit(128 + signal.SIGINT)
 
 
 def _help() -> str:
