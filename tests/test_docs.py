@@ -109,6 +109,33 @@ def test_every_command_parses():
     assert done.returncode == 0, done.stderr
 
 
+def test_psa_can_stop_in_what_documents_measure():
+  """Before its first test it reads two groups: in a context of no more than these it is dense attention."""
+  least = 2 * EngineConfig().sparse.group_blocks * EngineConfig().cache.block_tokens
+  lengths = []
+  for page in PAGES:
+    for name, arguments, whole in commands(page):
+      given = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
+      if name == "accuracy" and whole and "thresholds" in given:
+        lengths += [int(n) for key in ("lengths", "text_lengths") for n in given.get(key, "").split(",") if n]
+  assert len(lengths) >= 2 and min(lengths) >= 2 * least
+
+
+@pytest.mark.slow
+def test_the_first_look_at_psa_runs(tmp_path):
+  """With fewer and shorter instances: it prints what is to be looked at, and PSA reads less than dense attention."""
+  (code,) = [code for code in blocks(ROOT / "docs" / "measuring.md") if "accuracy --model" in code]
+  command = shlex.split(code.replace("\\\n", " "))
+  done = start("sparse_serve_jax", *command[1:], "--lengths=2048", "--instances=2", f"--out={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  told = re.findall(r"Look at \*(.+?)\*", TEXTS[ROOT / "docs" / "measuring.md"])
+  assert len(told) == 3 and set(told) <= set(re.findall(r"^## (.+)", done.stdout, re.M))
+  read = dict(re.findall(r"^\| ([\w. ]+) \| [\d.]+% \((\d+)\) \|$", done.stdout, re.M))
+  assert 32 <= int(read["psa 0.8"]) <= int(read["psa 0.95"]) < 0.8 * int(read["dense 1"])
+  done = start("sparse_serve_jax", "plot", str(tmp_path))
+  assert done.returncode == 0 and list(tmp_path.glob("*.png")), done.stderr
+
+
 @pytest.mark.parametrize("line", ["--rates=1 --nonsense=2", "--set=cache.nonsense=1", "--model=random:nonsense"])
 def test_a_wrong_command_is_noticed(line):
   done = start("tests.parsed", "ladder", json.dumps([[line.split(), False]]))
