@@ -162,7 +162,7 @@ def optimizer_of(config: Optimizer, n_steps: int) -> optax.GradientTransformatio
 
 
 def step_bytes(cfg: ModelConfig, stage: Stage) -> int:
-  """About what a step needs where the devices are the host: within a fifth of what XLA's CPU compiler says (losses of
+  """About what a step needs where the devices are the host: within a quarter of what XLA's CPU compiler says (losses of
   attention not counted). Parameters, their gradients and two moments; and what the backward pass reads: scores and
   probabilities of all pairs of tokens, what layers keep, logits.
   """
