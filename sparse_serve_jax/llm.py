@@ -97,7 +97,8 @@ class LLM:
     like others; with `cache.prefix` all but the first share what it has made of the prompt.
 
     Args:
-      prompts: a text or a list of token ids, or several of them. A text that begins with BOS gets no other one.
+      prompts: a text or a list of token ids, or several of them. A text that begins with BOS gets no other one. An
+        empty text is BOS alone, or as wrong as an empty list where the tokenizer adds none.
       params: one for all or one for each prompt.
       on_token: called with the request and each output token, as it is read; `Detokenizer` makes text of them. What it
         raises ends all and is raised.

@@ -74,12 +74,12 @@ def fleet(monkeypatch: Any, n: int, stuck_s: float) -> Iterator[tuple[replicas.F
 
 @contextlib.asynccontextmanager
 async def serving(
-  engines: Engines, limits: Limits | None = None, signals: bool = True, model: Any = None
+  engines: Engines, limits: Limits | None = None, signals: bool = True, model: Any = None, served: str = "fake"
 ) -> AsyncIterator[httpx.AsyncClient]:
   """A client of a server, as `serve.serve` runs it. It has ended afterwards, by a signal unless the test sends one."""
   listener = serve.bind(("127.0.0.1", 0))
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that few bytes that nobody reads are kept
-  of: Any = engines, model or Model(), "fake", limits or Limits(), None
+  of: Any = engines, model or Model(), served, limits or Limits(), None
   task = asyncio.create_task(serve._serve(listener, *of))
   url = f"http://127.0.0.1:{listener.getsockname()[1]}"
   async with httpx.AsyncClient(base_url=url, timeout=20) as http:

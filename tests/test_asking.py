@@ -33,12 +33,19 @@ def test_generate_prints_the_text_and_why_it_ended(tmp_path: Path):
   assert again.returncode == 0 and again.stdout != done.stdout
 
 
+def test_an_empty_prompt_is_begin_of_text_alone():
+  expected = LLM("random:tiny", overrides=SMALL_SERVING).generate("", max_tokens=3)[0].text
+  for prompt in ([""], []):  # nothing stands on stdin
+    done = start("sparse_serve_jax", "generate", "random:tiny", *prompt, "--max_tokens=3", *SMALL)
+    assert (done.returncode, done.stdout) == (0, expected + "\n")
+    assert done.stderr == "[length: 1 prompt tokens (0 cached), 3 output tokens]\n"
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
     ([], "give a model: sparse-serve generate MODEL [PROMPT]"),
     (["random:tiny", "a", f"--prompt_file={__file__}"], "the prompt is given twice: as PROMPT and by --prompt_file"),
-    (["random:tiny"], "the prompt is empty"),
     (["random:tiny", "a", "--top_p=2"], "top_p must be above 0 and at most 1, got 2.0"),
     (["random:tony", "a"], "no models configuration 'tony'"),
     (["random:tiny", "a" * 400, *SMALL], "384"),

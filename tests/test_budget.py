@@ -51,6 +51,16 @@ def test_needs_of_an_8b_model():
   assert needs.weights / 2 < half.weights < 0.6 * needs.weights and half.kv == pytest.approx(needs.kv / 2, rel=0.01)
 
 
+@pytest.mark.parametrize("hbm", ["auto", "8MiB"])
+def test_a_pool_beyond_the_host_is_told_first(hbm, monkeypatch):
+  """And not that HBM is too small for its maps."""
+  model = load_model("random:tiny", dtype="float32")
+  monkeypatch.setattr(budget, "host_bytes_free", lambda: 21 << 30)
+  wanted = "cache.dram_bytes asks for 102400.00 GiB of the host, which has 21.00 GiB free: set it to less, or to auto"
+  with pytest.raises(ValueError, match=f"^{wanted}$"):
+    JaxExecutor(config(f"cache.hbm_bytes={hbm}", "cache.dram_bytes=100TiB"), model)
+
+
 def test_a_budget_beyond_the_device_is_refused_at_once(monkeypatch):
   model = load_model("random:tiny", dtype="float32")
   monkeypatch.setattr(budget, "device_bytes_free", lambda: 3 << 20)
@@ -63,8 +73,8 @@ def test_a_budget_beyond_the_device_is_refused_at_once(monkeypatch):
 
 def test_a_pool_beyond_the_host_is_refused_at_once(monkeypatch):
   monkeypatch.setattr(budget, "host_bytes_free", lambda: 1 << 30)
-  conf = config("cache.dram_bytes=2GiB", "cache.hbm_bytes=512MiB")
-  message = r"does not fit the host: .* \+ 2.00 GiB the pool \(cache.dram_bytes\) = .*, and 1.00 GiB are free"
+  conf = config("cache.dram_bytes=1023MiB", "cache.hbm_bytes=512MiB")
+  message = r"does not fit the host: .* \+ 1.00 GiB the pool \(cache.dram_bytes\) = .*, and 1.00 GiB are free"
   with pytest.raises(ValueError, match=message):
     JaxExecutor(conf, tiny_model())
 

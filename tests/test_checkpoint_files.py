@@ -34,8 +34,8 @@ DISAGREE = {
   "type + rope_type default": "rope_type is 'default' and type is 'yarn'",
   "original inside + outside": "original_max_position_embeddings beside it is 8 and its .* is 16",
   "llama3 original inside + outside": "original_max_position_embeddings beside it is 8 and its .* is 32",
-  "architectures mistral + model_type llama": "model_type 'llama', .*LlamaForCausalLM.* architectures is 'Mistral",
-  "architectures qwen2 + model_type qwen3": "model_type 'qwen3', .*Qwen3ForCausalLM.* architectures is 'Qwen2",
+  "architectures mistral + model_type llama": "model_type 'llama' is .*LlamaForCausalLM.* architectures is 'Mistral",
+  "architectures qwen2 + model_type qwen3": "model_type 'qwen3' is .*Qwen3ForCausalLM.* architectures is 'Qwen2",
   "dtype + torch_dtype": "dtype is 'float32' and torch_dtype is 'bfloat16'",
   "use_sliding_window + layer_types": "layer_types is .* and use_sliding_window with max_window_layers is 0",
 }
@@ -165,14 +165,20 @@ def tokenizer_json(**changes) -> bytes:
   return json.dumps(json.loads((GOLDENS / "tokenizer" / "tokenizer.json").read_text()) | changes).encode()
 
 
+WEIGHTS = (GOLDENS / "llama2" / "model.safetensors").read_bytes()
+HEADER_END = 8 + int.from_bytes(WEIGHTS[:8], "little")
 BEYOND = {"id": 99999, "content": "<n>"} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 @pytest.mark.parametrize(
   ("name", "content", "fault"),
   [
-    ("model.safetensors", (GOLDENS / "llama2" / "model.safetensors").read_bytes()[:-100], " is no safetensors file: "),
-    ("model.safetensors", b"", " is no safetensors file: "),
+    ("model.safetensors", WEIGHTS[:-100], f" is cut off: {len(WEIGHTS) - 100} bytes are there, {len(WEIGHTS)} or more"),
+    ("model.safetensors", WEIGHTS[:100], f" is cut off: 100 bytes are there, {HEADER_END} or more"),
+    ("model.safetensors", b"", " is cut off: 0 bytes are there, 10 or more"),
+    ("model.safetensors", b"nothing of the kind", " is no safetensors file: "),
+    ("model.safetensors", (9).to_bytes(8, "little") + b'{"a": 5}\n', " is no safetensors file: "),
+    ("model.safetensors", (9).to_bytes(8, "little") + b"{ broken!", " is no safetensors file: "),
     ("model.safetensors", None, " is no safetensors file: "),
     ("tokenizer.json", b"", " is no tokenizer: "),
     ("tokenizer.json", b"[1]", " is no tokenizer: "),
@@ -190,7 +196,7 @@ BEYOND = {"id": 99999, "content": "<n>"} | dict.fromkeys(("single_word", "lstrip
     ("model.json", b"[]", ":1: wanted is a JSON object, got list"),
     ("model.json", b"{}", " lacks 'name'"),
     ("model.json", b'{"name": "x"}', " lacks 'config'"),
-    ("model.json", b'{"name": "x", "config": 5}', ": .*expected an object for ModelConfig, got 5"),
+    ("model.json", b'{"name": "x", "config": 5}', ": .*expected an object, got 5"),
   ],
 )
 def test_a_file_of_another_kind_is_one_line(directory, name, content, fault):

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,18 @@ def test_config_lists_and_resolves():
 def test_config_refuses(arguments, message):
   done = start("config", *arguments)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr
+
+
+def test_what_a_model_is_warned_of_is_one_line_of_the_log(tmp_path):
+  """Neither file and line of this package, nor its source."""
+  goldens = ROOT / "tests" / "goldens"
+  for name in ("mistral", "tokenizer"):
+    shutil.copytree(goldens / name, tmp_path, dirs_exist_ok=True)
+  config = (goldens / "mistral" / "config.json").read_text()
+  (tmp_path / "config.json").write_text(config.replace("MistralForCausalLM", "LlamaForCausalLM"))
+  done = start("generate", str(tmp_path), "hi", "--max_tokens=2")
+  assert done.returncode == 0, done.stderr
+  lines = [line for line in done.stderr.splitlines() if "LlamaForCausalLM" in line]
+  told = "the architecture of model_type 'mistral' is 'MistralForCausalLM' and architectures is 'LlamaForCausalLM'; "
+  assert len(lines) == 1 and lines[0].startswith(f"{tmp_path / 'config.json'}: {told}")
+  assert ".py" not in done.stderr and "fields.chosen" not in done.stderr

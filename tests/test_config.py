@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,9 @@ LADDER = (
   "psa",
   "psa_host_loop",
 )
+STAGE = {"tokens": 8, "sequences": 1, "steps": 200}
 SHAPE = dict(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_context=512)
+RECIPE = {"model": SHAPE, "stages": [STAGE], "sources": {"text": 1.0}}
 
 
 def write(folder: Path, name: str, data: object) -> Path:
@@ -407,7 +410,7 @@ def test_override_refuses_what_is_no_text(changes, got: str):
     (lambda: SchedulerConfig(max_inject_tokens=-1), ["max_inject_tokens=-1"]),
     (lambda: EngineConfig(scheduler=SchedulerConfig(max_tokens=31)), ["max_tokens=31", "block of 32", "0 for no"]),
     (lambda: EngineConfig(tp=0), ["tp=0"]),
-    (lambda: EngineConfig(SparseConfig()), ["EngineConfig.cache", "CacheConfig"]),
+    (lambda: EngineConfig(SparseConfig()), ["section 'cache': expected an object"]),
     (lambda: EngineConfig(scheduler=SchedulerConfig(prefill="chunked", chunk_tokens=1000)), ["1000", "32"]),
   ],
 )
@@ -416,6 +419,43 @@ def test_dataclasses_refuse(make, words: list[str]):
     make()
   for word in words:
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    *("cache.lanes=-1", "cache.lanes=x", "cache.hbm_bytes=0", "cache.block_tokens=5", "tp=0"),
+    *("scheduler.max_batch=-1", "scheduler.max_tokens=31", "sparse.group_blocks=3", "sparse.sink_tokens=-1"),
+    *("sparse.threshold=2", "sparse.threshold=auto:2", "sparse.audit=1", "sparse.audit=0.1"),
+    *("sparse.prefill_share=2", "sparse.token_budget=31"),
+  ],
+)
+def test_an_error_names_the_key_that_was_set(change):
+  key = change.partition("=")[0]
+  with pytest.raises(ValueError, match=rf"^{re.escape(key)}[=:]") as error:
+    override(EngineConfig(), [change])
+  assert "Config" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("kind", "given", "message"),
+  [
+    (EngineConfig, {"cach": {}}, "unknown key 'cach' in the configuration; the nearest is 'cache'"),
+    (EngineConfig, {"cache": 5}, "section 'cache': expected an object, got 5 (int)"),
+    (ModelConfig, {"vocab_size": 5}, "the configuration lacks d_model, n_layers, "),
+    (WorkloadConfig, {"source": "text", "prompt_tokens": 1}, "prompt_tokens=1: a prompt whose middle"),
+    (WorkloadConfig, {"source": "text", "shortest": 2}, "shortest=2.0 is not"),
+    (WorkloadConfig, {"source": "text", "arrivals": {"seed": -1}}, "arrivals.seed=-1 must not"),
+    (TrainConfig, RECIPE | {"sources": {}}, "sources are shares of at least 0, and one is more, got {'text': 0.0"),
+    (TrainConfig, RECIPE | {"optimizer": {"learning_rate": 0}}, "optimizer: learning_rate is more than 0, "),
+    (TrainConfig, RECIPE | {"stages": [STAGE | {"steps": 0}]}, "stages: tokens, sequences and steps are at least 1, "),
+  ],
+)
+def test_an_error_names_no_class(kind, given, message):
+  with pytest.raises(ValueError) as error:
+    from_dict(kind, given)
+  assert str(error.value).startswith(message)
+  assert not re.search(r"Config|Stage|Sources|Optimizer", str(error.value))
 
 
 def test_blocks_round_up_for_sinks_and_down_for_the_budget():

@@ -51,7 +51,7 @@ SUMMARY = {
   "peak_hbm_kv_bytes",
   "peak_dram_kv_bytes",
 }
-OTHERS = {"docs/notebooks", "config/", "data/"}  # made by a command; of a LongBench directory
+OTHERS = {"docs/notebooks", "config/", "data/", "traces/TASK_16384_BUDGET.npz"}  # made by a command; LongBench's
 FIELDS = {
   f"{section.name}.{field.name}"
   for section in dataclasses.fields(EngineConfig)
@@ -60,6 +60,10 @@ FIELDS = {
 }
 pytestmark = pytest.mark.usefixtures("not_configured")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+OTHER_PAGES = [ROOT / name / "README.md" for name in ("pallas_kernels", "models/reference")]  # these name files too
+OTHER_PAGES += [ROOT / "CHANGELOG.md", *sorted((ROOT / "experiments").rglob("*.md"))]
+TEXTS |= {page: page.read_text(encoding="utf-8") for page in OTHER_PAGES}
+all_pages = pytest.mark.parametrize("page", PAGES + OTHER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
@@ -103,6 +107,33 @@ def test_every_command_parses():
   for name, lines in asked.items():
     done = start("tests.parsed", name, json.dumps(lines))
     assert done.returncode == 0, done.stderr
+
+
+def test_psa_can_stop_in_what_documents_measure():
+  """Before its first test it reads two groups: in a context of no more than these it is dense attention."""
+  least = 2 * EngineConfig().sparse.group_blocks * EngineConfig().cache.block_tokens
+  lengths = []
+  for page in PAGES:
+    for name, arguments, whole in commands(page):
+      given = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
+      if name == "accuracy" and whole and "thresholds" in given:
+        lengths += [int(n) for key in ("lengths", "text_lengths") for n in given.get(key, "").split(",") if n]
+  assert len(lengths) >= 2 and min(lengths) >= 2 * least
+
+
+@pytest.mark.slow
+def test_the_first_look_at_psa_runs(tmp_path):
+  """With fewer and shorter instances: it prints what is to be looked at, and PSA reads less than dense attention."""
+  (code,) = [code for code in blocks(ROOT / "docs" / "measuring.md") if "accuracy --model" in code]
+  command = shlex.split(code.replace("\\\n", " "))
+  done = start("sparse_serve_jax", *command[1:], "--lengths=2048", "--instances=2", f"--out={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  told = re.findall(r"Look at \*(.+?)\*", TEXTS[ROOT / "docs" / "measuring.md"])
+  assert len(told) == 3 and set(told) <= set(re.findall(r"^## (.+)", done.stdout, re.M))
+  read = dict(re.findall(r"^\| ([\w. ]+) \| [\d.]+% \((\d+)\) \|$", done.stdout, re.M))
+  assert 32 <= int(read["psa 0.8"]) <= int(read["psa 0.95"]) < 0.8 * int(read["dense 1"])
+  done = start("sparse_serve_jax", "plot", str(tmp_path))
+  assert done.returncode == 0 and list(tmp_path.glob("*.png")), done.stderr
 
 
 @pytest.mark.parametrize("line", ["--rates=1 --nonsense=2", "--set=cache.nonsense=1", "--model=random:nonsense"])
@@ -150,7 +181,7 @@ def test_the_experiment_runs(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-@pages
+@all_pages
 def test_every_link_works(page):
   """To a file, and to a heading of it."""
   for _, link in re.findall(r"(?<!`)\[([^\]]+)\]\(([^)\s]+)\)", TEXTS[page]):
@@ -162,12 +193,12 @@ def test_every_link_works(page):
       assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
 
 
-@pages
+@all_pages
 def test_every_path_exists(page):
-  """From the top, or within the package."""
+  """From the top, within the package, or beside the page."""
   for span in spans(page):
     if re.fullmatch(r"[\w.-]+(/[\w.*-]+)*/?", span) and re.search(r"/|\.(py|md|cff|toml)$", span):
-      found = [at for top in (ROOT, ROOT / "sparse_serve_jax", ROOT / "docs") for at in top.glob(span.rstrip("/"))]
+      found = [at for top in (ROOT, ROOT / "sparse_serve_jax", page.parent) for at in top.glob(span.rstrip("/"))]
       assert found or span in OTHERS, f"{page.name}: {span}"
 
 
@@ -223,6 +254,12 @@ def _source() -> str:
 
 def test_the_readme_is_short():
   assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "experiments/results").iterdir()), ids=lambda path: path.name)
+def test_results_say_how_they_were_made(folder):
+  told = (folder / "README.md").read_text()
+  assert re.search(r"experiments[./]\w|sparse-serve \w", told) and re.search(r"[AH]\d00|CPU", told)
 
 
 @pytest.mark.parametrize("page", make_docs.pages(), ids=lambda page: page.stem)

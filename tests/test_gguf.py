@@ -242,6 +242,19 @@ def test_what_is_no_gguf(tmp_path):
     models.load_model(tmp_path / "a.gguf")
 
 
+@pytest.mark.parametrize("quantized", [(), ("token_embd.weight",)])
+def test_a_file_that_is_cut_off_is_told_with_its_bytes(quantized, tmp_path):
+  file = write(tmp_path / "a.gguf", "llama2", quantized=quantized)
+  whole = file.read_bytes()
+  for there in (len(whole) // 2, len(whole) - 100):
+    file.write_bytes(whole[:there])
+    with pytest.raises(ValueError, match=rf"a.gguf is cut off: {there} bytes are there, {len(whole)} are expected$"):
+      models.load_model(file)
+  file.write_bytes(whole[:5000])  # within its header
+  with pytest.raises(ValueError, match="a.gguf, 5000 bytes, is no GGUF file or not all of one"):
+    models.load_model(file)
+
+
 # A real file, such as SmolLM2-135M-Instruct
 
 

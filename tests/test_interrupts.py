@@ -125,22 +125,33 @@ def test_a_stream_that_is_interrupted_goes_on_where_it_was(llm: LLM, expected, m
 
 
 CHAT = """
-import types
+import sys
+from sparse_serve_jax import llm
 from sparse_serve_jax.commands import chat
 
 class Model:
+  def __init__(self, *_, **__):
+    pass
+
+  def encode_chat(self, _):
+    pass
+
   def stream(self, *_):
     raise KeyboardInterrupt
 
-chat._ASKED = types.SimpleNamespace(params=None)
-assert chat._answer(Model(), []) == ""
+llm.LLM = Model
+chat.command(["chat", "model", *sys.argv[1:]])
 """
 
 
-def test_a_chat_goes_on_where_no_answer_has_begun():
+@pytest.mark.parametrize(
+  ("flags", "ends"), [([], (0, "", "\n[interrupted]\n")), (["--message=Hi"], (130, "\n", "interrupted\n"))]
+)
+def test_an_interrupt_ends_an_answer_and_the_command_that_has_one(flags, ends):
   """In a process of its own: commands define flags of the same names."""
-  done = subprocess.run([sys.executable, "-c", CHAT], cwd=ROOT, capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (0, "\n[interrupted]\n")
+  command = [sys.executable, "-c", CHAT, *flags]
+  done = subprocess.run(command, cwd=ROOT, input="Hi\n", capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr) == ends
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -364,6 +365,27 @@ def test_what_is_searched_between_no_rates_is_refused_at_once(tmp_path):
   for flag in ("--goodput", "--overload"):
     done = start("experiments.ladder", "--rates=0", flag, "--model=absent", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and done.stderr.startswith("error: --goodput and --overload search between rates above")
+
+
+MEASURED = """
+from types import SimpleNamespace
+from absl import flags
+from sparse_serve_jax.commands import ladder as command
+from sparse_serve_jax.evaluation.ladder import search
+
+flags.FLAGS(["ladder", "--goodput", "--most_runs=0", "--out=none"])
+ran = []
+cell = lambda rung, rate: ran.append((rung, rate)) or {"keeps_slo": rate < {"dense": 2, "psa": 9}[rung]}
+goodput = lambda rung, rates, runs: search(lambda rate: cell(rung, rate)["keeps_slo"], [r for r in rates if r], runs)
+command._measured(SimpleNamespace(rungs=["dense", "psa"], cell=cell, goodput=goodput), [0.0, 1.0, 2.0, 4.0], None, 1)
+print(ran)
+"""
+
+
+def test_goodputs_search_ends_at_the_first_rate_that_is_not_served_well():
+  done = subprocess.run([sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True)
+  dense, psa = [("dense", rate) for rate in (0.0, 1.0, 2.0)], [("psa", rate) for rate in (0.0, 1.0, 2.0, 4.0)]
+  assert done.stdout == f"{dense + psa}\n", done.stderr
 
 
 def test_goodputs_search_ends_after_so_many_runs():

@@ -98,6 +98,13 @@ def test_token_ids_are_taken_as_they_are(llm: LLM, expected):
     llm.generate([[[1], [2, 3]]])  # pyright: ignore
 
 
+def test_an_empty_text_is_begin_of_text_alone(llm: LLM):
+  assert generated(llm, "") == tokens_of(llm, [ByteTokenizer.bos_token_id])
+  for nothing, options in (([], {}), ("", {"add_special_tokens": False})):
+    with pytest.raises(ValueError, match="the prompt is empty, at least one token is needed"):
+      llm.generate([nothing], **options)
+
+
 def test_without_a_tokenizer_token_ids_come_out(llm: LLM, expected, monkeypatch, tmp_path):
   prompt = llm.model.tokenizer.encode(TEXT)
   monkeypatch.setattr(llm, "model", dataclasses.replace(llm.model, tokenizer=NoTokenizer(tmp_path)))

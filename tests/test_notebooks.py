@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 pytest.importorskip("nbformat")
+pytest.importorskip("matplotlib")
 
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+from tests.forks import start
+from tests.tiny import SMALL_SERVING
 from tools import render_notebooks
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
@@ -75,3 +81,46 @@ def test_faults_are_found():
   ):
     (told,) = faults({"cells": cells})
     assert fault in told
+
+
+def run_results(monkeypatch, mine: Path | None = None) -> dict[str, Any]:
+  """What notebook 03 defines, with MINE set."""
+  monkeypatch.chdir(NOTEBOOKS[0].parent)
+  cells = json.loads(Path("03_results.ipynb").read_text(encoding="utf-8"))["cells"]
+  code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+  assert code.count("\nMINE = None") == 1
+  with mpl.rc_context():
+    plt.switch_backend("agg")
+    exec(compile(code.replace("\nMINE = None", f"\nMINE = {mine and str(mine)!r}"), "03_results", "exec"), found := {})
+    plt.close("all")
+  return found
+
+
+def test_the_committed_ladder_is_drawn(monkeypatch):
+  """They lie a folder deeper than what a command writes; the one at several rates."""
+  found = run_results(monkeypatch)
+  assert found["ladder"].parent.name == "arrivals" and len(found["cells"]) == 7
+  assert found["rungs"] == ["dense", "sparse_serve"] and found["goodput"] == [pytest.approx(1.7889, abs=1e-3), 2.0]
+  assert list(found["kernels"]) == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+
+
+@pytest.mark.slow
+def test_what_commands_write_is_drawn(tmp_path, monkeypatch):
+  """In the folder of --out, or in one that holds several; a section without rows of one's own shows the others."""
+  small = [f"--set={change}" for change in SMALL_SERVING]
+  asked = "--model=random:tiny --rungs=sparse_serve --limit=2 --prompt_tokens=300 --max_new_tokens=3"
+  answers = "--model=random:tiny --parts=tasks --tasks=copy --lengths=512 --instances=2 --steps=130 --thresholds=0.9"
+  for name, *arguments in (
+    ("ladder", *asked.split(), "--rates=20,30", *small, f"--out={tmp_path / 'ladder'}"),
+    ("accuracy", *answers.split(), "--methods=cuboid_mean", "--budgets=64", f"--out={tmp_path / 'accuracy'}"),
+    ("bench_kernels", "--smoke", "--ops=score", f"--out={tmp_path / 'bench'}"),
+  ):
+    done = start(f"experiments.{name}", *arguments)
+    assert done.returncode == 0, done.stderr
+  found = run_results(monkeypatch, tmp_path)
+  assert found["ladder"] == tmp_path / "ladder" / "cells.jsonl" and len(found["cells"]) == 2
+  assert found["accuracies"] == json.loads((tmp_path / "accuracy" / "summary.json").read_text())["accuracies"]
+  assert list(found["kernels"]) == ["cpu"] and found["texts"] and found["steps"][0]["device"] == "NVIDIA H200"
+  found = run_results(monkeypatch, tmp_path / "ladder")
+  assert found["ladder"] == tmp_path / "ladder" / "cells.jsonl"
+  assert len(found["kernels"]) == 2 and len(found["accuracies"]) > 100

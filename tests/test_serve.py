@@ -104,25 +104,29 @@ def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
     {"request_id": "foreign", "prompt_token_ids": [1, 2, 99999]},
     {"prompt_token_ids": [5, 6, 7], "max_new_tokens": 40},
     {"request_id": "half", "prompt": "half \ud83d"},
+    {"request_id": "begin", "prompt": "", "max_new_tokens": 1},
+    {"request_id": "empty", "prompt": "", "add_special_tokens": False},
   ]
   file = jsonl.write(tmp_path / "in.txt", prompts, ensure_ascii=True)
   assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1
   said = capsys.readouterr()
   summary = json.loads(said.out.splitlines()[-1])
-  assert (summary["requests"], summary["refused"], summary["output_tokens"]) == (2, 3, 4 + 6)
+  assert (summary["requests"], summary["refused"], summary["output_tokens"]) == (3, 4, 4 + 6 + 1)
   rows = {row["request_id"]: row for row in rows_of(tmp_path / "out")}
-  assert set(rows) == {"long", "good", "foreign", "line-4", "half"}
-  assert [rows[name]["finish_reason"] for name in ("long", "foreign", "half")] == ["refused"] * 3
+  assert set(rows) == {"long", "good", "foreign", "line-4", "half", "begin", "empty"}
+  refused = ("half", "long", "foreign", "empty")
+  assert [rows[name]["finish_reason"] for name in refused] == ["refused"] * 4
   assert "501 prompt + 6 output tokens = 507, but only 384 tokens would fit" in rows["long"]["error"]
   assert (
     "99999 at position 2" in rows["foreign"]["error"]
     and f"{file}:5: 'prompt' has the lone surrogate" in rows["half"]["error"]
   )
   refusals = [line for line in said.err.splitlines() if line.startswith("refused: ")]
-  assert refusals == [f"refused: {rows[name]['error']}" for name in ("half", "long", "foreign")]  # each is told once
+  assert refusals == [f"refused: {rows[name]['error']}" for name in refused]  # each is told once
+  assert rows["begin"]["prompt_tokens"] == 1 and "the prompt is empty" in rows["empty"]["error"]
 
   config, model = override(load_config("sparse_serve"), SMALL_SERVING), load_model("random:tiny")
-  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1  # nothing is left, and three have no answer
+  assert in_process(f"--jsonl={file}", f"--out={tmp_path / 'out'}") == 1  # nothing is left, and four have no answer
 
   engine = Engine(JaxExecutor(config, model))
   request = engine.add_request(ByteTokenizer().encode("A good one."), 4, ignore_eos=True)

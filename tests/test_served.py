@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from sparse_serve_jax.models import ByteTokenizer
+from sparse_serve_jax.models.tokenizer import NoTokenizer
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server import app, replicas
 from sparse_serve_jax.server.engines import One
@@ -211,6 +212,50 @@ def test_mistakes_are_told_by_the_names_that_a_client_knows(wrong, param, says):
   asyncio.run(run())
 
 
+def test_an_empty_text_is_begin_of_text_alone():
+  """Where nothing begins a text, there is no prompt."""
+  executor = fake_executor(model=Model(dataclasses.replace(MODEL_CONFIG, vocab_size=264)))
+  bos, no_special = ByteTokenizer.bos_token_id, {"add_special_tokens": False}
+
+  async def run():
+    async with serving(One(Engine(executor), Model()), model=executor.model) as http:  # type: ignore[arg-type]
+      for prompt in ("", [""], [bos], [[bos]]):
+        choices = (await http.post("/v1/completions", json=BODY | {"prompt": prompt})).json()["choices"]
+        assert [of["text"] for of in choices] == [ByteTokenizer().decode(continuation([bos], 5))]
+      for wrong in ({"prompt": ""} | no_special, {"prompt": ["a", ""]} | no_special, {"prompt": [[]]}):
+        answer = await http.post("/v1/completions", json=BODY | wrong)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+        assert answer.json()["error"]["message"] == "the prompt is empty, at least one token is needed"
+      for special, tokens in ((True, [bos]), (False, [])):
+        body = {"prompt": "", "add_special_tokens": special}
+        assert (await http.post("/tokenize", json=body)).json()["tokens"] == tokens
+
+  asyncio.run(run())
+
+
+def test_without_a_tokenizer_token_ids_are_served_and_texts_are_refused(tmp_path, caplog):
+  model = Model(tokenizer=NoTokenizer(tmp_path))  # type: ignore[arg-type]
+  text = BODY | {"prompt": "a"}
+  asked = [("v1/completions", text, "prompt"), ("v1/completions", BODY | {"prompt": ["a"]}, "prompt")]
+  asked += [("v1/completions", BODY | {"stop": "a"}, None), ("tokenize", {"prompt": "a"}, "prompt")]
+  asked += [("v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "messages")]
+  asked += [("detokenize", {"tokens": [1]}, "tokens")]
+
+  async def run():
+    async with serving(One(Engine(fake_executor()), model), model=model) as http:  # type: ignore[arg-type]
+      (said,) = [record.getMessage() for record in caplog.records]
+      assert said == "fake has no tokenizer: only token ids are served, texts and conversations are refused"
+      whole = (await http.post("/v1/completions", json=BODY)).json()
+      assert (whole["choices"][0]["text"], whole["usage"]["completion_tokens"]) == ("", 5)
+      for path, body, param in asked:
+        answer = await http.post(path, json=body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, param), path
+        assert "model has no tokenizer" in error["message"] and str(tmp_path) not in error["message"]
+
+  asyncio.run(run())
+
+
 def test_a_client_may_want_no_obfuscation():
   """There is none."""
 
@@ -236,8 +281,30 @@ def test_logits_that_are_not_finite_are_told_without_the_engines_name_of_the_req
 
 
 @pytest.mark.parametrize("replicated", [False, True])
+def test_a_model_is_found_by_its_name(monkeypatch, replicated):
+  """Which may have a slash."""
+
+  async def run(of: Any) -> None:
+    async with serving(of, served="a/fake") as http:
+      (card,) = (await http.get("/v1/models")).json()["data"]
+      assert card["id"] == "a/fake" and card["max_model_len"] == 64
+      for path in ("a/fake", "a%2Ffake"):
+        answer = await http.get(f"/v1/models/{path}")
+        assert (answer.status_code, answer.json()) == (200, card)
+      answer = await http.get("/v1/models/fake")
+      error = {"param": "model", "code": "model_not_found", "type": "not_found_error"}
+      error["message"] = "there is no model 'fake'; this server has 'a/fake'"
+      assert (answer.status_code, answer.json()) == (404, {"error": error})
+
+  if not replicated:
+    return asyncio.run(run(one()))
+  with fleet(monkeypatch, 1, 20) as (of, *_):
+    asyncio.run(run(of))
+
+
+@pytest.mark.parametrize("replicated", [False, True])
 def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
-  """A stop string may come with the last token, or while others are on their way."""
+  """A stop string may come with the last token, or while others are on their way. Nothing is not 0."""
   body = BODY | {"prompt": [33, 81, 88]}
   tokens = continuation(body["prompt"], 5)
   assert len({*tokens}) == 5
@@ -245,7 +312,15 @@ def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
 
   async def run(of: Any) -> None:
     async with serving(of) as http:
+
+      async def hit_rates() -> tuple[float | None, float]:
+        lines = (await http.get("/metrics")).text.splitlines()
+        (rate,) = [float(line.split()[-1]) for line in lines if line.startswith("sparse_serve_hbm_hit_rate")]
+        return (await http.get("/status")).json()["since_start"]["hit_rate"], rate
+
+      assert repr(await hit_rates()) == "(None, nan)"
       answers = [(await http.post("/v1/completions", json=body)).json() for body in bodies]
+      assert len({*await hit_rates()}) == 1
       assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "stop", "length"]
       assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 2, 5]
       told = (await http.get("/status")).json()

@@ -212,6 +212,9 @@ def test_errors_are_those_of_the_client(server):
   with pytest.raises(openai.AuthenticationError, match="wants an API key"):
     server.client.with_options(api_key="another").models.list()
   assert [model.id for model in server.client.models.list()] == ["reference"]
+  assert server.client.models.retrieve("reference") == server.client.models.list().data[0]
+  with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+    server.client.models.retrieve("other")
   wrong = server.http.get("/v1/completions")
   assert (wrong.status_code, wrong.headers["allow"], set(wrong.json()["error"])) == (405, "POST", ERROR)
 
@@ -297,7 +300,7 @@ def malformed() -> list[tuple[str, bytes]]:
   """Path and body of 200 requests that cannot be answered."""
   good = {"prompt": "a", "max_tokens": 1}
   wrong: dict[str, list[object]] = {
-    "prompt": [None, 3, "", [], [[]], [1.5], [True], [-1], [10**9], [2**40], {"a": 1}, ["a", 1], [["a"]], "\ud800"],
+    "prompt": [None, 3, [], [[]], [1.5], [True], [-1], [10**9], [2**40], {"a": 1}, ["a", 1], [["a"]], "\ud800"],
     "max_tokens": [-1, "5", 1.5, True, [], {}, 2**40, 10**30, 5000],
     "temperature": [-1, "hot", True, [], {}, 10**400],
     "top_p": [0, -1, 2, "a", [], {}, True],

@@ -17,6 +17,7 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 import httpx
 
+from sparse_serve_jax.server import serve
 from tests.test_server import CODE, ERROR, KEY, PROMPT, ROOT, SETTINGS, SOON, Process, complete, with_template
 
 # The device fails for good once a file is there; memory ends once another is; few bytes that nobody reads are kept.
@@ -131,6 +132,9 @@ def test_a_client_that_stops_reading_holds_nobody(planted, seconds):
     until = time.monotonic() + SOON
     while httpx.get(f"{server.url}/health").status_code == 200 and time.monotonic() < until:
       time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)  # within a moment it is the same one: `timeout` sends two
+    with pytest.raises(subprocess.TimeoutExpired):
+      server.process.wait(0.7)
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(SOON) == 128 + signal.SIGTERM and time.monotonic() - began < 10  # it may drain for 300
@@ -139,7 +143,7 @@ def test_a_client_that_stops_reading_holds_nobody(planted, seconds):
 @pytest.mark.parametrize(
   ("arguments", "key", "said"),
   [
-    (["absent", "--port={port}"], "a", "Address already in use: 127.0.0.1, port "),  # before the model is looked for
+    (["absent", "--port={port}"], "a", "port {port} of 127.0.0.1 is in use"),  # before the model is looked for
     (["absent"], "a", "'absent' is no model"),
     (["random:tiny", "--api_key="], "a", "an API key has at least one character"),
     (["random:tiny"], "", "SPARSE_SERVE_API_KEY is empty"),
@@ -148,13 +152,36 @@ def test_a_client_that_stops_reading_holds_nobody(planted, seconds):
 )
 def test_what_cannot_begin_ends_in_one_line(arguments, key, said):
   with socket.create_server(("127.0.0.1", 0)) as taken:
-    arguments = [of.format(port=taken.getsockname()[1]) for of in arguments]
+    said, *arguments = [of.format(port=taken.getsockname()[1]) for of in (said, *arguments)]
     environment = {**os.environ, "SPARSE_SERVE_API_KEY": key}
     sizes = ["--set=cache.dram_bytes=2MiB", "--set=cache.hbm_bytes=2MiB"]
     command = [sys.executable, "-c", CODE, "serve", *arguments, *sizes]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * SOON)
   (line,) = [line for line in done.stderr.splitlines() if not line.startswith("random:tiny would")]
   assert done.returncode == 2 and line.startswith("error: ") and said in line and not done.stdout
+  assert "Errno" not in line
+
+
+def test_of_two_servers_that_start_at_once_one_has_the_port(monkeypatch):
+  """Both may have bound it before one of them listens."""
+  with serve.bind(("127.0.0.1", 0)) as first:
+    address = first.getsockname()
+    with pytest.raises(OSError, match=f"^port {address[1]} of 127.0.0.1 is in use$"):
+      serve.bind(address)
+
+  whole = socket.socket
+
+  class Late(whole):
+    def listen(self, *_: int) -> None:
+      with whole() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(self.getsockname())
+        other.listen()
+        super().listen()
+
+  monkeypatch.setattr(socket, "socket", Late)
+  with pytest.raises(OSError, match=f"^port {address[1]} of 127.0.0.1 is in use$"):
+    serve.bind(address)
 
 
 def test_the_folder_one_is_in_has_a_name():

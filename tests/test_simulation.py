@@ -195,12 +195,12 @@ def test_fit_refuses_too_few_iterations_and_no_time():
 @pytest.mark.parametrize(
   "where, value, told",
   [
-    (("seconds", "decodes"), -1.0, r"Seconds.decodes=-1.0 must not be negative"),
-    (("seconds", "decodes"), float("nan"), r"Seconds.decodes=nan"),
+    (("seconds", "decodes"), -1.0, r"seconds.decodes=-1.0 must not be negative"),
+    (("seconds", "decodes"), float("nan"), r"seconds.decodes=nan"),
     (("seconds", "decodes"), "fast", r"seconds.decodes: expected float, got 'fast'"),
     (("seconds", "decode"), 1.0, r"unknown key 'decode' .*'decodes'"),
-    (("reuse", "first"), 1.5, r"Reuse.first=1.5 is not in \(0, 1\)"),
-    (("about", "iterations"), 0, r"About.iterations=0 must be positive"),
+    (("reuse", "first"), 1.5, r"reuse.first=1.5 is not in \(0, 1\)"),
+    (("about", "iterations"), 0, r"about.iterations=0 must be positive"),
     (("seconds",), PRICES | dict.fromkeys(PRICES, 0.0), r"every value is 0"),
     (("reuse",), {"first": 0.5}, r"lacks decay, density"),
   ],

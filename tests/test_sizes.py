@@ -143,7 +143,9 @@ def test_what_cannot_be_derived_is_refused_with_numbers():
   )
   with pytest.raises(ValueError, match=numbers):
     resolved("llama3-8b", Free(10 * GIB, 48 * GIB))
-  with pytest.raises(ValueError, match=r"the host has 8.00 GiB free; lower scheduler.max_context or"):
+  with pytest.raises(
+    ValueError, match=r"the host has 8.00 GiB free; lower scheduler.max_context, scheduler.max_batch or"
+  ):
     resolved("llama3-8b", Free(None, 8 * GIB))
   with pytest.raises(ValueError, match="cache.hbm_bytes='auto' is derived where an engine is made"):
     CacheShape.of(model_of("tiny"), EngineConfig(CacheConfig(offload=False)), 2)

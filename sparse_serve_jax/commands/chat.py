@@ -4,8 +4,8 @@
   sparse-serve chat MODEL --message="Why is the sky blue?"
 
 MODEL is a model directory or a GGUF file that has a chat template. Each line is a message. /exit ends, and /new begins
-another conversation; an interrupt (Ctrl-C) ends an answer or, while a message is waited for, the command. Control
-tokens that are typed stay text.
+another conversation; an interrupt (Ctrl-C) ends an answer or, while a message is waited for or with --message, the
+command. Control tokens that are typed stay text.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(model: str | None = None) -> int:
   begin: list[Message] = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
   llm.encode_chat([*begin, {"role": "user", "content": "?"}])  # there is a template, and it takes such messages
   if _MESSAGE.value is not None:
-    return int(_answer(llm, [*begin, {"role": "user", "content": _MESSAGE.value}]) is None)
+    return int(_answer(llm, [*begin, {"role": "user", "content": _MESSAGE.value}], goes_on=False) is None)
   messages = [*begin]
   while (text := _read()) is not None:
     if text == "/new":
@@ -71,8 +71,10 @@ def _read() -> str | None:
   return None if text == "/exit" else text
 
 
-def _answer(llm: LLM, messages: Sequence[Message]) -> str | None:
-  """Prints an answer as it comes and returns it, as far as it came; None if it ended with an error."""
+def _answer(llm: LLM, messages: Sequence[Message], goes_on: bool = True) -> str | None:
+  """Prints an answer as it comes and returns it; None if it ended with an error. An interrupt ends a conversation that
+  `goes_on` no further than this answer, which is then what has come.
+  """
   pieces = list[str]()
   try:
     stream = llm.stream(messages, _ASKED.params)
@@ -80,6 +82,9 @@ def _answer(llm: LLM, messages: Sequence[Message]) -> str | None:
       pieces.append(piece)
       print(piece, end="", flush=True)
   except KeyboardInterrupt:
+    if not goes_on:
+      print(flush=True)
+      raise
     cli.go_on()
     print("\n[interrupted]", file=sys.stderr)
     return "".join(pieces)

@@ -102,6 +102,7 @@ def fit(config: EngineConfig, cfg: ModelConfig, free: sizes.Free) -> Fit:
   weights = n * budget.weight_bytes(cfg, n)
   try:
     config.check_model(cfg)
+    budget.check_pool(config, lambda: free.host)
     cudnn = gpu and cfg.dtype == "bfloat16"
     config = sizes.resolve(host_pool.chosen(config), cfg, free, cudnn)
     shape = CacheShape.of(cfg, config, get_method(config.sparse.method).vectors)

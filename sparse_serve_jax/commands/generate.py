@@ -5,8 +5,8 @@
   cat story.txt | sparse-serve generate MODEL
 
 MODEL is a model directory, a GGUF file, "reference", or random:<name in configs/models>. Without PROMPT and
---prompt_file the prompt is what comes on stdin. Why the output ended stands on stderr. `sparse-serve chat` takes a
-model's chat template.
+--prompt_file the prompt is what comes on stdin; an empty one is what the tokenizer puts before texts (BOS), and an
+error if that is nothing. Why the output ended stands on stderr. `sparse-serve chat` takes a model's chat template.
 """
 
 from __future__ import annotations
@@ -58,19 +58,15 @@ def _prompt(given: str | None) -> str:
   """What is to be continued.
 
   Raises:
-    ValueError: it is given twice, not at all, or as an empty text.
+    ValueError: it is given twice or not at all.
   """
   if given is not None and _FILE.value is not None:
     raise ValueError("the prompt is given twice: as PROMPT and by --prompt_file")
   if _FILE.value is not None:
-    given = files.read_text(_FILE.value)
-  elif given is None:
-    if sys.stdin.isatty():
-      raise ValueError("give a prompt: as an argument, by --prompt_file, or on stdin")
-    given = sys.stdin.read()
-  if not given:
-    raise ValueError("the prompt is empty")
-  return given
+    return files.read_text(_FILE.value)
+  if given is None and sys.stdin.isatty():
+    raise ValueError("give a prompt: as an argument, by --prompt_file, or on stdin")
+  return sys.stdin.read() if given is None else given
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -5,7 +5,8 @@
 A rung is a configuration; --set changes all of them, so that they obey one cache.hbm_bytes, and --vary makes a rung of
 each value: --vary=scheduler.max_batch=2,4,8. Each is compiled before it is timed. Goodput is the highest rate at which
 99 % of the times between tokens are at most 25 decode iterations (those that the first rung takes for one request
-alone), and requests wait at most 2 s on average before they are worked on: --goodput searches it between the rates.
+alone), and requests wait at most 2 s on average before they are worked on: --goodput runs each rung at the rates up to
+the first that it does not serve well, and searches between these two.
 --overload runs all rungs also a tenth above the rate at which the first one's requests begin to wait longer than that.
 
 The folder of --out gets cells.jsonl, a row for each rung and rate; iterations.jsonl, what each iteration did and took,
@@ -106,7 +107,9 @@ def _measured(
   found: dict[str, ladder.Goodput] = {}
 
   def measure(run: ladder.Ladder, rung: str) -> None:
-    for rate in rates + ([run.overload(rates, _RUNS.value)] if _OVERLOAD.value else []):
+    searched = [rate for rate in rates if rate and _GOODPUT.value]  # as far as they are served well
+    overload = [run.overload(rates, _RUNS.value)] if _OVERLOAD.value else []
+    for rate in [rate for rate in rates if rate not in searched] + overload:
       run.cell(rung, rate)
     if _GOODPUT.value:
       found[rung] = run.goodput(rung, rates, _RUNS.value)

@@ -16,6 +16,8 @@ class RopeConfig:
   positions by `factor`.
   """
 
+  SECTION = "rope"
+
   theta: float = 10000.0
   kind: Literal["default", "linear", "llama3", "yarn"] = "default"
   factor: float = 1.0
@@ -32,9 +34,10 @@ class RopeConfig:
     if self.kind in ("llama3", "yarn") and not self.original_context:
       raise ValueError(f"rope kind {self.kind!r} needs original_context, the tokens before scaling; it is 0")
     if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
-      raise ValueError(f"llama3 rope needs 0 < {self.low_freq_factor=} < {self.high_freq_factor=}")
+      low, high = self.low_freq_factor, self.high_freq_factor
+      raise ValueError(f"llama3 rope needs 0 < low_freq_factor={low} < high_freq_factor={high}")
     if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
-      raise ValueError(f"yarn rope needs 0 < {self.beta_slow=} < {self.beta_fast=}")
+      raise ValueError(f"yarn rope needs 0 < beta_slow={self.beta_slow} < beta_fast={self.beta_fast}")
 
 
 @dataclasses.dataclass(frozen=True)

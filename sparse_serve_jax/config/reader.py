@@ -76,7 +76,7 @@ def from_dict(cls: type[Config], data: Mapping[str, Any], section: str = "") -> 
   _check_keys(cls, data, section)
   missing = [field.name for field in dataclasses.fields(cls) if _required(field) and field.name not in data]
   if missing:
-    raise ValueError(f"section {section or cls.__name__!r} lacks {', '.join(missing)}")
+    raise ValueError(f"{_named(section)} lacks {', '.join(missing)}")
   return cls(**{key: _convert(hints[key], value, _dotted(section, key)) for key, value in data.items()})
 
 
@@ -166,16 +166,19 @@ def parse_bytes(text: str) -> int:
 
 
 def check_fields(config: Any, positive: Iterable[str] = (), not_negative: Iterable[str] = ()) -> None:
-  """Checks the type of every field, and the range of those named. Converts as `from_dict` does."""
-  name = type(config).__name__
+  """Checks the type of every field, and the range of those named. Converts as `from_dict` does.
+
+  Errors name keys as people set them: that of a section stands under its `SECTION`.
+  """
+  section = getattr(config, "SECTION", "")
   for key, hint in _hints(type(config)).items():
-    object.__setattr__(config, key, _convert(hint, getattr(config, key), f"{name}.{key}"))
+    object.__setattr__(config, key, _convert(hint, getattr(config, key), _dotted(section, key)))
   for key in positive:
     if not 0 < getattr(config, key) < math.inf:
-      raise ValueError(f"{name}.{key}={getattr(config, key)} must be positive")
+      raise ValueError(f"{_dotted(section, key)}={getattr(config, key)} must be positive")
   for key in not_negative:
     if not 0 <= getattr(config, key) < math.inf:
-      raise ValueError(f"{name}.{key}={getattr(config, key)} must not be negative")
+      raise ValueError(f"{_dotted(section, key)}={getattr(config, key)} must not be negative")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -301,14 +304,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_keys(cls: type, data: Any, section: str) -> None:
   """Refuses keys that `cls`, or a section in it, does not have."""
   if not isinstance(data, Mapping):
-    wrong = f"expected an object for {cls.__name__}, got {data!r} ({type(data).__name__})"
-    raise ValueError(f"section {section or cls.__name__!r}: {wrong}")
+    raise ValueError(f"{_named(section)}: expected an object, got {data!r} ({type(data).__name__})")
   hints = _hints(cls)
   for key, value in data.items():
     if key not in hints:
-      raise ValueError(
-        f"unknown key {key!r} in section {section or cls.__name__!r}; the nearest is {_nearest(str(key), hints)!r}"
-      )
+      raise ValueError(f"unknown key {key!r} in {_named(section)}; the nearest is {_nearest(str(key), hints)!r}")
     if _is_section(hints[key]) and not isinstance(value, hints[key]):
       _check_keys(hints[key], value, _dotted(section, key))
 
@@ -332,6 +332,10 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def _dotted(section: str, key: str) -> str:
   return f"{section}.{key}" if section else key
+
+
+def _named(section: str) -> str:
+  return f"section {section!r}" if section else "the configuration"
 
 
 def _required(field: dataclasses.Field) -> bool:

@@ -24,6 +24,8 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 class CacheConfig:
   """Where KV lives. Sizes are bytes over all devices; JSON may write "8GiB". "auto": what the devices have room for."""
 
+  SECTION = "cache"
+
   block_tokens: int = 32
   """Tokens of a block, S: 8, 16, 32, 64 or 128."""
   offload: bool = True
@@ -56,9 +58,9 @@ class CacheConfig:
     check_fields(self, positive=("block_tokens",), not_negative=("lanes",))
     for name in ("dram_bytes", "hbm_bytes"):
       if getattr(self, name) != AUTO and self.size(name) <= 0:
-        raise ValueError(f"CacheConfig.{name}={getattr(self, name)} must be positive")
+        raise ValueError(f"cache.{name}={getattr(self, name)} must be positive")
     if self.block_tokens not in BLOCK_SIZES:
-      raise ValueError(f"block_tokens={self.block_tokens} is not one of {BLOCK_SIZES}")
+      raise ValueError(f"cache.block_tokens={self.block_tokens} is not one of {BLOCK_SIZES}")
 
   def size(self, name: Literal["dram_bytes", "hbm_bytes"]) -> int:
     """A size in bytes, of a configuration that has a number for it.
@@ -75,6 +77,8 @@ class CacheConfig:
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
   """What a decode step attends to, and the queries of a prompt."""
+
+  SECTION = "sparse"
 
   policy: Literal["dense", "topk", "psa"] = "topk"
   """How many blocks a decode step attends to: all (dense), as many as a budget of tokens allows (topk), or those that
@@ -123,9 +127,9 @@ class SparseConfig:
     check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
     self._check_promise()
     if not 0 < self.prefill_share <= 1:
-      raise ValueError(f"prefill_share={self.prefill_share} is not in (0, 1]")
+      raise ValueError(f"sparse.prefill_share={self.prefill_share} is not in (0, 1]")
     if self.group_blocks & (self.group_blocks - 1):
-      raise ValueError(f"group_blocks={self.group_blocks} is not a power of two")
+      raise ValueError(f"sparse.group_blocks={self.group_blocks} is not a power of two")
 
   @property
   def drawn(self) -> bool:
@@ -169,21 +173,25 @@ class SparseConfig:
         promise = math.nan
       if not LEAST_PROMISE <= promise <= MOST_PROMISE:
         limits = f"[{LEAST_PROMISE:g}, {MOST_PROMISE}]"
-        raise ValueError(f"threshold={self.threshold!r} is neither a number in (0, 1] nor auto:P with P in {limits}")
+        told = f"sparse.threshold={self.threshold!r}"
+        raise ValueError(f"{told} is neither a number in (0, 1] nor auto:P with P in {limits}")
     elif not 0 < self.threshold <= 1:
-      raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
+      raise ValueError(f"sparse.threshold={self.threshold} is not in (0, 1]")
     if not 0 <= self.audit <= MOST_AUDIT:
-      raise ValueError(f"audit={self.audit} is not in [0, {MOST_AUDIT}]")
+      raise ValueError(f"sparse.audit={self.audit} is not in [0, {MOST_AUDIT}]")
     for name, given in (("threshold", self.moves), ("audit", self.audit > 0)):
       if given and self.policy != "psa":
         raise ValueError(
-          f"{name}={getattr(self, name)!r} is of progressive lists, it needs policy='psa', not {self.policy!r}"
+          f"sparse.{name}={getattr(self, name)!r} is of progressive lists, it needs sparse.policy='psa', not "
+          f"{self.policy!r}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
   """Who runs in an iteration."""
+
+  SECTION = "scheduler"
 
   max_batch: int = 64
   """The most decode rows of an iteration: R_max of Algorithm 1, SparseServe. 0: 64 on a GPU, 8 on a CPU, or `lanes` if
@@ -239,9 +247,9 @@ class EngineConfig:
     least = max(1, self.sink_blocks + self.window_blocks)
     if sparse.policy == "topk" and self.budget_blocks < least:
       raise ValueError(
-        f"token_budget={sparse.token_budget} is {self.budget_blocks} blocks of {size} tokens, but sinks "
+        f"sparse.token_budget={sparse.token_budget} is {self.budget_blocks} blocks of {size} tokens, but sinks "
         f"({sparse.sink_tokens} tokens: {self.sink_blocks} blocks) and window ({sparse.window_tokens} tokens: "
-        f"{self.window_blocks} blocks) need {least}: token_budget must be at least {least * size}"
+        f"{self.window_blocks} blocks) need {least}: sparse.token_budget must be at least {least * size}"
       )
     if sparse.policy == "psa" and sparse.stop == "kernel" and self.cache.load != "fused":
       raise ValueError(
@@ -252,11 +260,12 @@ class EngineConfig:
       raise ValueError("cache.save='staged' writes a pool in host memory: it needs cache.offload=true")
     if 0 < self.scheduler.max_tokens < size:
       raise ValueError(
-        f"max_tokens={self.scheduler.max_tokens} is below one block of {size} tokens, the least that is prefilled at "
-        f"once: it must be at least {size}, or 0 for no limit"
+        f"scheduler.max_tokens={self.scheduler.max_tokens} is below one block of {size} tokens, the least that is "
+        f"prefilled at once: it must be at least {size}, or 0 for no limit"
       )
     if self.scheduler.prefill == "chunked" and chunk % (8 * size if chunk > 8 * size else size):
-      raise ValueError(f"chunk_tokens={chunk} is not whole blocks of {size}, or beyond 8 not a multiple of 8 blocks")
+      wanted = f"whole blocks of {size}, or beyond 8 not a multiple of 8 blocks"
+      raise ValueError(f"scheduler.chunk_tokens={chunk} is not {wanted}")
 
   def check_model(self, model: ModelConfig) -> None:
     """Raises ValueError for what would be cut down to the model without a word."""

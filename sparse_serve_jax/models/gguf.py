@@ -6,7 +6,9 @@ Weights are dequantized when they are read. llama.cpp stores the rows of q and k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -66,7 +68,10 @@ def open_gguf(path: pathlib.Path, dtype: str | None) -> Opened:
   try:
     reader = gguf.GGUFReader(path)
   except (ValueError, IndexError, KeyError, OSError) as error:
-    raise ValueError(f"{path}, {path.stat().st_size} bytes, is no GGUF file or not all of one: {error}") from None
+    there, wanted = path.stat().st_size, _bytes_wanted(gguf, path)
+    if there < wanted:
+      raise ValueError(f"{path} is cut off: {there} bytes are there, {wanted} are expected") from None
+    raise ValueError(f"{path}, {there} bytes, is no GGUF file or not all of one: {error}") from None
   fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   _check_quantization(gguf, path, tensors)
@@ -92,6 +97,22 @@ def _package() -> Any:
   except ImportError:
     raise ValueError("a GGUF file is read by the package gguf: pip install 'sparse-serve-jax[gguf]'") from None
   return gguf
+
+
+def _bytes_wanted(gguf: Any, path: pathlib.Path) -> int:
+  """Bytes up to the end of the last tensor, by the header; 0 if that cannot be read."""
+  ends = [0]
+
+  class Header(gguf.GGUFReader):
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+      for field in fields:
+        *_, dims, kind, offset = field.parts
+        block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
+        ends.append(int(start_offs) + int(offset[0]) + math.prod(dims.tolist()) // block * n_bytes)
+
+  with contextlib.suppress(ValueError, IndexError, KeyError, OSError):
+    Header(path)
+  return max(ends)
 
 
 def _check_quantization(gguf: Any, path: pathlib.Path, tensors: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ _TENSORS = (
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # computed here
 _FLOATS = ("F64", "F32", "F16", "BF16")  # that tensors may be
 _STRIP_BYTES = 32 << 20  # of a tensor that are read at once
+_MOST_HEADER = 100 << 20  # bytes: more is no header (safetensors)
 _SHOWN = 10  # tensors that an error lists
 # Fields of config.json, and where a tensor shows them.
 _SIZES = (
@@ -244,7 +245,28 @@ def _open(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, "numpy")
   except (safetensors.SafetensorError, OSError) as error:
+    if path.is_file() and (there := path.stat().st_size) < (wanted := _bytes_wanted(path)):
+      raise ValueError(f"{path} is cut off: {there} bytes are there, {wanted} or more are expected") from error
     raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def _bytes_wanted(path: pathlib.Path) -> int:
+  """Bytes that a safetensors file has at least, by what is there of it: up to its last tensor, or to the end of its
+  header. 0: what is there is no header."""
+  with path.open("rb") as file:
+    told, header = file.read(8), file.read(_MOST_HEADER)
+  begin = len(told) + int.from_bytes(told, "little")
+  if len(told) < 8 or not header:
+    return 8 + len("{}")
+  if header[:1] != b"{" or begin > _MOST_HEADER:
+    return 0
+  if 8 + len(header) < begin:
+    return begin
+  try:
+    tensors = json.loads(header[: begin - 8])
+    return begin + max((of["data_offsets"][1] for name, of in tensors.items() if name != "__metadata__"), default=0)
+  except (ValueError, LookupError, TypeError, AttributeError):
+    return 0
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:

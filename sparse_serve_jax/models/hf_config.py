@@ -134,7 +134,7 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
   wanted = cfg.qkv_bias, cfg.qk_norm
   kind = next((k for k, family in FAMILIES.items() if (family["qkv_bias"], family["qk_norm"]) == wanted), None)
   if kind is None:
-    raise ValueError(f"no Hugging Face architecture has {cfg.qkv_bias=} with {cfg.qk_norm=}")
+    raise ValueError(f"no Hugging Face architecture has qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}")
   rope = cfg.rope
   scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
   if rope.kind in ("llama3", "yarn"):
@@ -191,7 +191,7 @@ def _family(fields: _Fields) -> tuple[dict[str, Any], list[str]]:
     return (FAMILIES[kind], []) if kind else (FAMILIES["llama"], [f"no architectures (known: {known})"])
   if kind not in FAMILIES:
     return FAMILIES["llama"], [f"model_type {kind!r} (known: {', '.join(FAMILIES)})"]
-  fields.chosen(f"model_type {kind!r}, whose architecture", "architectures", FAMILIES[kind]["name"], name)
+  fields.chosen(f"the architecture of model_type {kind!r}", "architectures", FAMILIES[kind]["name"], name)
   return FAMILIES[kind], []
 
 

@@ -56,7 +56,7 @@ class Server:
     self.registry.register(engines)  # pyright: ignore[reportArgumentType]  # whose class need not be its Collector
     self.outputs = Outputs(engines, model.tokenizer)
     self.encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
-    self.draining, self.n_answers = False, 0
+    self.draining, self.n_answers, self._started = False, 0, int(time.time())
 
   def health(self) -> Health:
     """What the engines say, and whether the server ends."""
@@ -130,6 +130,15 @@ class Server:
       self.n_answers -= 1
       raise
 
+  async def models(self, request: Request) -> Response:
+    """All, or the one that the path names."""
+    card = {"id": self.served, "object": "model", "created": self._started, "owned_by": "sparse-serve"}
+    card["max_model_len"] = self.max_request_tokens
+    if not (name := request.path_params.get("name")):
+      return JSONResponse({"object": "list", "data": [card]})
+    asked.check_model({"model": name}, self.served)
+    return JSONResponse(card)
+
   async def tokenize(self, request: Request) -> Response:
     fields = asked.object_of(await self.body(request))
     asked.check_model(fields, self.served)
@@ -140,6 +149,7 @@ class Server:
 
   async def detokenize(self, request: Request) -> Response:
     ids = asked.token_ids(asked.object_of(await self.body(request)))
+    asked.check_text(self.model.tokenizer, "tokens")
     asked.check_ids(ids, self.model.config.vocab_size, "tokens")
     return JSONResponse({"prompt": await self.threaded(self.model.tokenizer.decode, ids, False)})
 
@@ -254,10 +264,6 @@ def make_app(server: Server, version: str) -> Starlette:
   async def chat(request: Request) -> Response:
     return await server.answer(request, chat=True)
 
-  async def models(_: Request) -> Response:
-    card = {"id": server.served, "object": "model", "created": started, "owned_by": "sparse-serve"}
-    return JSONResponse({"object": "list", "data": [card | {"max_model_len": server.max_request_tokens}]})
-
   async def health(_: Request) -> Response:
     told = server.health()
     return JSONResponse(told.to_dict(), 200 if told.status == "ok" else 503)
@@ -288,13 +294,13 @@ def make_app(server: Server, version: str) -> Starlette:
     sampling.cancel()
     server.encoders.shutdown(wait=False, cancel_futures=True)
 
-  started = int(time.time())
   routes = [
     Route("/", endpoint(_page, key=False)),
     Route("/status", endpoint(status, key=False)),
     Route("/v1/completions", endpoint(completions), methods=["POST"]),
     Route("/v1/chat/completions", endpoint(chat), methods=["POST"]),
-    Route("/v1/models", endpoint(models)),
+    Route("/v1/models", endpoint(server.models)),
+    Route("/v1/models/{name:path}", endpoint(server.models)),  # a name may have a slash
     Route("/tokenize", endpoint(server.tokenize), methods=["POST"]),
     Route("/tokenizer_info", endpoint(server.tokenizer_info)),
     Route("/detokenize", endpoint(server.detokenize), methods=["POST"]),

@@ -86,6 +86,8 @@ def read(
     raise Refused(400, "stream_options is for stream=true", "stream_options")
   prompts = [_conversation(fields, tokenizer)] if chat else prompts_of(fields, tokenizer)
   for prompt in prompts:
+    if not prompt:
+      raise Refused(400, "the prompt is empty, at least one token is needed", "messages" if chat else "prompt")
     check_ids(prompt, vocab_size, "prompt")
   longest = max(len(prompt) for prompt in prompts)
   most, default = _max_tokens(fields, chat), max(1, max_request_tokens - longest) if chat else COMPLETION_TOKENS
@@ -113,6 +115,11 @@ def check_model(fields: Mapping[str, Any], served: str) -> None:
     raise Refused(404, f"there is no model {model!r:.80}; this server has {served!r}", "model", "model_not_found")
 
 
+def check_text(tokenizer: Tokenizer, param: str) -> None:
+  if not tokenizer.vocab_size:
+    raise Refused(400, "the model has no tokenizer, so it reads no texts: give /v1/completions token ids", param)
+
+
 def object_of(body: object) -> Mapping[str, Any]:
   if not isinstance(body, Mapping):
     raise Refused(400, f"a request is a JSON object, got {type(body).__name__}")
@@ -120,23 +127,22 @@ def object_of(body: object) -> Mapping[str, Any]:
 
 
 def prompts_of(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
-  """Token ids of `prompt`: a text, ids, or a list of either."""
+  """Token ids of `prompt`: a text, ids, or a list of either. A text may have none."""
   prompt, special = fields.get("prompt"), fields.get("add_special_tokens")
-  form = "prompt must be a text, a list of token ids, or a list of these, none empty"
+  form = "prompt must be a text, a list of token ids, or a list of these"
   if special not in (None, True, False):
     raise Refused(400, f"add_special_tokens must be true or false, got {special!r:.80}", "add_special_tokens")
-  if not prompt or not isinstance(prompt, str | list):
+  if not isinstance(prompt, str | list) or prompt == []:
     raise Refused(400, f"{form}, got {prompt!r:.80}", "prompt")
   found = list[list[int]]()
   for one in _listed(prompt):
     if isinstance(one, str):
+      check_text(tokenizer, "prompt")
       found.append(prompting.encode_text(tokenizer, one, special is not False))
     elif isinstance(one, list) and all(_is_id(token) for token in one):
       found.append(one)
     else:
       raise Refused(400, f"{form}, got {one!r:.80}", "prompt")
-    if not found[-1]:
-      raise Refused(400, f"{form}, got one of 0 tokens", "prompt")
     if wrong := [token for token in found[-1] if not 0 <= token < 2**31]:
       raise Refused(400, f"{wrong[0]} is no token id", "prompt")
   return found
@@ -171,6 +177,7 @@ def _known(body: object, names: set[str]) -> Mapping[str, Any]:
 
 
 def _conversation(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+  check_text(tokenizer, "messages")
   options, goes_on = _object(fields, "chat_template_kwargs"), _truth(fields, "continue_final_message")
   typed = fields.get("special_tokens_in_text", "text")
   if typed not in ("text", "token"):

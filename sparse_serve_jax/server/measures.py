@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from sparse_serve_jax.serving.engine import Engine
@@ -37,7 +39,7 @@ class Measures:
       ("blocks_attended", "Blocks that decode attended to since the start.", lambda: usage.blocks_attended),
       ("blocks_loaded", "Blocks loaded from DRAM since the start.", lambda: usage.blocks_loaded),
       ("blocks_saved", "Blocks saved to DRAM since the start.", lambda: usage.blocks_saved),
-      ("hbm_hit_rate", "Share of attended blocks that HBM held.", lambda: usage.hbm_hit_rate or 0.0),
+      ("hbm_hit_rate", "Share of attended blocks that HBM held; NaN of none.", lambda: _number(usage.hbm_hit_rate)),
       ("hbm_kv_bytes", "Bytes of KV and its tables in HBM now.", lambda: engine.held.hbm_kv_bytes),
       ("dram_kv_bytes", "Bytes of KV that requests own in DRAM now.", lambda: engine.held.dram_kv_bytes),
       ("hbm_kv_peak_bytes", "Most bytes of KV and its tables in HBM since the start.", lambda: usage.peak_hbm_kv_bytes),
@@ -62,6 +64,11 @@ class Measures:
       self._ttft.observe(time_to_first_token(request))
     for gap in times_between_tokens(request):
       self._tbt.observe(float(gap))
+
+
+def _number(value: float | None) -> float:
+  """NaN is how Prometheus writes what has no value yet."""
+  return math.nan if value is None else value
 
 
 def _waits(stream: Stream) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import math
@@ -26,14 +27,16 @@ _LOG = logging.getLogger(__name__)
 
 _LOOK = 0.05  # seconds between looks at what is still to be answered, while the server ends
 _LAST = 5.0  # seconds in which clients take what was sent last, once there is nothing more to wait for
+_MOMENT = 0.5  # seconds: signals that are less apart are one, as `timeout` sends it to a process and to its group
 _CLOSED = 60.0  # seconds in which engines end
 
 
 def bind(address: tuple[str, int]) -> socket.socket:
-  """A socket that has the address, host and port, and does not listen yet; port 0 takes a free one.
+  """A socket that listens at the address, host and port; port 0 takes a free one. From now on the address is nobody
+  else's, as one that is bound alone may be, and connections wait to be answered.
 
   Raises:
-    OSError: the address cannot be had.
+    OSError: the address cannot be had; the message names it.
   """
   family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
   # It is told its protocol, without which asyncio lets Nagle hold answers back for 40 ms.
@@ -41,9 +44,12 @@ def bind(address: tuple[str, int]) -> socket.socket:
   try:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(address)
+    listener.listen()
   except OSError as error:
     listener.close()
-    raise OSError(error.errno, f"{error.strerror}: {address[0]}, port {address[1]}") from error
+    host, port = address
+    in_use = error.errno == errno.EADDRINUSE
+    raise OSError(f"port {port} of {host} is in use" if in_use else f"{error.strerror}: {host}, port {port}") from error
   return listener
 
 
@@ -91,14 +97,20 @@ async def _serve(
     config.timeout_graceful_shutdown = math.ceil(_LAST + (0 if server.n_answers else max(0, until - time.monotonic())))
     http.should_exit = True
 
+  first = math.inf  # when the first signal came
+
   def ended(number: int) -> None:
-    if server.draining:
+    nonlocal first
+    if server.draining and time.monotonic() - first > _MOMENT:
       os._exit(128 + number)
-    server.draining = True
-    waits.add(asyncio.create_task(drain()))
+    if not server.draining:
+      server.draining, first = True, time.monotonic()
+      waits.add(asyncio.create_task(drain()))
 
   for number in (signal.SIGTERM, signal.SIGINT):
     events.add_signal_handler(number, ended, number)
+  if not model.tokenizer.vocab_size:
+    _LOG.warning("%s has no tokenizer: only token ids are served, texts and conversations are refused", server.served)
   gc.collect()
   gc.freeze()  # model and programs: nothing of them is looked through again
   host, port = listener.getsockname()[:2]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels.tiles import TILE
 from sparse_serve_jax.buckets import Buckets
-from sparse_serve_jax.config import EngineConfig, ModelConfig
+from sparse_serve_jax.config import AUTO, EngineConfig, ModelConfig
 from sparse_serve_jax.memory import pinned
 from sparse_serve_jax.memory.layout import ITEM_BYTES
 from sparse_serve_jax.memory.shape import CacheShape
@@ -112,12 +112,34 @@ def check(needs: Needs, model: Model, mesh: Mesh) -> None:
     _refuse(on_host, host_bytes_free, "the host", parts, "cache.dram_bytes, cache.hbm_bytes")
 
 
-def _refuse(needed: int, free: Callable[[], int | None], where: str, parts: dict[str, int], lower: str) -> None:
+def check_pool(config: EngineConfig, free: Callable[[], int | None]) -> None:
+  """Compares the pool that is asked for with what is free of the host, before anything else is derived of its size.
+
+  Raises:
+    ValueError: `cache.dram_bytes` is a number, and more than the host has; with both.
+  """
+  if not config.cache.offload or config.cache.dram_bytes == AUTO:
+    return
+  asked = config.cache.size("dram_bytes") // jax.process_count()
+  there = _short_of(asked, free)
+  if there is not None:
+    raise ValueError(
+      f"cache.dram_bytes asks for {gib(asked)} of the host, which has {gib(there)} free: set it to less, or to auto"
+    )
+
+
+def _short_of(needed: int, free: Callable[[], int | None]) -> int | None:
+  """What there is if that is less than needed; else None, also where nobody says what there is."""
   there = free()
   if there is not None and needed > there:
     gc.collect()  # an engine before this one may still lie there
     there = free()
-  if there is None or needed <= there:
+  return None if there is None or needed <= there else there
+
+
+def _refuse(needed: int, free: Callable[[], int | None], where: str, parts: dict[str, int], lower: str) -> None:
+  there = _short_of(needed, free)
+  if there is None:
     return
   sums = " + ".join(f"{gib(n)} {name}" for name, n in parts.items())
   raise ValueError(

@@ -64,8 +64,13 @@ def free_here(placed: bool = False, sharing: int = 1) -> Free:
 
 
 def resolve_here(config: EngineConfig, model: Model, mesh: Mesh, cudnn: bool, sharing: int = 1) -> EngineConfig:
-  """`resolve` on this machine, whose memory `sharing` processes share. A line of the log says what has been derived."""
+  """`resolve` on this machine, whose memory `sharing` processes share. A line of the log says what has been derived.
+
+  Raises:
+    ValueError: as `resolve` and `budget.check_pool` do.
+  """
   config = with_requests(config, gpu=jax.default_backend() == "gpu")
+  budget.check_pool(config, budget.host_bytes_free)
   if not is_open(config):
     return config
   if jax.process_count() > 1:
@@ -164,7 +169,8 @@ def _sized(config: EngineConfig, model: ModelConfig, free: Free, cudnn: bool) ->
     raise ValueError(
       f"cache.hbm_bytes={cache.hbm_bytes} and cache.dram_bytes={cache.dram_bytes} leave sizes open, and nothing is "
       f"left for KV: {gib(needs.weights)} weights + {gib(needs.activations)} activations ({needs.text}) on each of {n} "
-      f"devices, and {where} {gib(there)} free; lower scheduler.max_context or max_batch, or the prefill's pieces"
+      f"devices, and {where} {gib(there)} free; lower scheduler.max_context, "
+      "scheduler.max_batch or the prefill's pieces"
     )
   if free.device is None:
     share = _steady(max(CPU_SHARE * room, min(CPU_LEAST, CPU_MOST * room)), 2)

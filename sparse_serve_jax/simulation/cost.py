@@ -70,6 +70,8 @@ def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -
 class Seconds:
   """Seconds of each unit of `Work`, whose fields these are."""
 
+  SECTION = "seconds"
+
   iterations: float
   programs: float
   prefill_tokens: float
@@ -84,7 +86,7 @@ class Seconds:
   def __post_init__(self):
     check_fields(self, not_negative=Work._fields)
     if not any(self.prices):
-      raise ValueError("Seconds: every value is 0, so that no time would pass")
+      raise ValueError("seconds: every value is 0, so that no time would pass")
 
   @property
   def prices(self) -> tuple[float, ...]:
@@ -98,6 +100,8 @@ class Seconds:
 @dataclasses.dataclass(frozen=True)
 class About:
   """What a cost was fitted on."""
+
+  SECTION = "about"
 
   model: str
   dtype: str

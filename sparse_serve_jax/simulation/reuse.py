@@ -32,6 +32,8 @@ _LONGEST = 1 << 16  # steps: w of the largest window that is told from one witho
 class Reuse:
   """How selections of successive steps overlap, on average over layers and heads."""
 
+  SECTION = "reuse"
+
   first: float  # share of a selection that the step before it does not have
   decay: float  # power by which that share falls with the number of steps before
   density: float  # selected / full blocks where this was measured
@@ -41,7 +43,7 @@ class Reuse:
     check_fields(self, not_negative=("decay", "psa_blocks"))
     for key in ("first", "density"):
       if not 0 < getattr(self, key) < 1:
-        raise ValueError(f"Reuse.{key}={getattr(self, key)} is not in (0, 1)")
+        raise ValueError(f"reuse.{key}={getattr(self, key)} is not in (0, 1)")
 
 
 def fit_reuse(overlap: Sequence[float], density: float) -> Reuse:
@@ -58,7 +60,7 @@ class Blocks:
 
   def __init__(self, config: EngineConfig, shape: CacheShape, reuse: Reuse):
     if config.sparse.policy == "psa" and not reuse.psa_blocks:
-      raise ValueError(f"sparse.policy=psa: how many blocks a step reads is not known, got {reuse.psa_blocks=}")
+      raise ValueError(f"sparse.policy=psa: how many blocks a step reads is not known, psa_blocks={reuse.psa_blocks}")
     self._shape, self._reuse, self._window = shape, reuse, config.scheduler.working_set_steps
     self._dense_layers = min(config.sparse.dense_layers, shape.L)
     limits = {"dense": np.inf, "topk": config.budget_blocks, "psa": reuse.psa_blocks}

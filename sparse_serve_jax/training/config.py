@@ -79,15 +79,17 @@ class TrainConfig:
       raise ValueError("a run has one stage or more")
     for stage in self.stages:
       if min(stage.tokens, stage.sequences, stage.steps) < 1 or min(dataclasses.astuple(stage.attention_loss)) < 0:
-        raise ValueError(f"a stage's tokens, sequences and steps are at least 1, its weights 0, got {stage}")
+        told = dataclasses.asdict(stage)
+        raise ValueError(f"stages: tokens, sequences and steps are at least 1, weights 0, got {told}")
     if self.optimizer.learning_rate <= 0 or min(self.optimizer.warmup_steps, self.optimizer.decay_steps) < 0:
-      raise ValueError(f"learning_rate is more than 0, warmup_steps and decay_steps at least 0, got {self.optimizer}")
+      told = dataclasses.asdict(self.optimizer)
+      raise ValueError(f"optimizer: learning_rate is more than 0, warmup_steps and decay_steps at least 0, got {told}")
     if (needed := self.optimizer.warmup_steps + self.optimizer.decay_steps) > self.steps:
       raise ValueError(f"warmup_steps + decay_steps = {needed} exceed the {self.steps} steps of the run")
     shares = dataclasses.astuple(self.sources)
     if min(shares) < 0 or sum(shares) <= 0:
-      raise ValueError(f"sources are shares of at least 0, and one is more, got {self.sources}")
+      raise ValueError(f"sources are shares of at least 0, and one is more, got {dataclasses.asdict(self.sources)}")
     if not 0 <= self.context_weight < 1:
       raise ValueError(f"context_weight={self.context_weight} is not in [0, 1): 1 is an answer's")
     if longest := [stage.tokens for stage in self.stages if stage.tokens > self.model.max_context]:
-      raise ValueError(f"a stage of {max(longest)} tokens exceeds max_context={self.model.max_context}")
+      raise ValueError(f"a stage of {max(longest)} tokens exceeds model.max_context={self.model.max_context}")

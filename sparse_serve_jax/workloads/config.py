@@ -12,6 +12,8 @@ from sparse_serve_jax.config import check_fields, find_config, read_config
 class ArrivalConfig:
   """When requests arrive."""
 
+  SECTION = "arrivals"
+
   process: str = "all_at_once"  # of `arrivals.ARRIVALS`
   rate: float = 0.0  # requests a second; 0: not given
   seed: int = 0
@@ -43,9 +45,9 @@ class WorkloadConfig:
   def __post_init__(self):
     check_fields(self, not_negative=("limit", "prompt_tokens", "max_new_tokens", "seed"))
     if not 0 < self.shortest <= 1:
-      raise ValueError(f"WorkloadConfig.shortest={self.shortest} is not a share in (0, 1]")
+      raise ValueError(f"shortest={self.shortest} is not a share in (0, 1]")
     if self.prompt_tokens == 1:
-      raise ValueError("WorkloadConfig.prompt_tokens=1: a prompt whose middle is cut keeps 2 tokens or more")
+      raise ValueError("prompt_tokens=1: a prompt whose middle is cut keeps 2 tokens or more")
 
   def refuse(self, *names: str) -> None:
     """For a source: raises ValueError if a field that it does not read is set."""

@@ -4,6 +4,7 @@ A row has one of "prompt" (text), "prompt_token_ids" and "messages" (a conversat
 if wanted "request_id", and of `SamplingParams` "max_tokens" (or "max_new_tokens"), "min_tokens", "temperature",
 "top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "add_special_tokens" and "cache_salt"; not "stop",
 "n" and "logprobs". Null is as if not given, and other keys are the user's own, but none that is nearly one of these.
+An empty text is what the tokenizer puts before texts (BOS); without that, and of no token ids, it cannot be served.
 A row that is wrong is refused, with file and line, and the others are served.
 """
 

@@ -21,7 +21,8 @@ def read(config: WorkloadConfig) -> Source:
   config.refuse("path", "chat_template", "strict", "shortest")
   if not (0 < config.limit <= MOST and config.prompt_tokens > 0):
     raise ValueError(
-      f"needle takes limit, 1 to {MOST} prompts, and prompt_tokens, got {config.limit=} and {config.prompt_tokens=}"
+      f"needle takes limit, 1 to {MOST} prompts, and prompt_tokens, got limit={config.limit} and "
+      f"prompt_tokens={config.prompt_tokens}"
     )
   names = config.tasks or ("single_text",)
   if unknown := [name for name in names if name not in tasks.TASKS]:
