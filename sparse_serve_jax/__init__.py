@@ -1,7 +1,7 @@
 """LLM serving in JAX with dynamic sparse attention over a DRAM-HBM KV cache.
 
-Importing this package is quick and touches no device. The names below load their module at first use; those that need
-JAX configure it first (`runtime.configure`).
+Importing this package loads no other module of it: what comes before a command handles interrupts is short. The names
+below load their module at first use; those that need JAX configure it first (`runtime.configure`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from sparse_serve_jax import runtime
-from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
-
 if TYPE_CHECKING:
+  from sparse_serve_jax.config import EngineConfig, ModelConfig, load_config, override
   from sparse_serve_jax.detokenizer import Detokenizer
   from sparse_serve_jax.llm import LLM, TextStream
   from sparse_serve_jax.models import Model, load_model
@@ -41,7 +39,12 @@ __all__ = [
   "override",
 ]
 
+_CONFIG = "sparse_serve_jax.config"
 _HOMES = {
+  "EngineConfig": _CONFIG,
+  "ModelConfig": _CONFIG,
+  "load_config": _CONFIG,
+  "override": _CONFIG,
   "Detokenizer": "sparse_serve_jax.detokenizer",
   "RequestOutput": "sparse_serve_jax.outputs",
   "SamplingParams": "sparse_serve_jax.sampling_params",
@@ -58,5 +61,8 @@ _HOMES = {
 def __getattr__(name: str):
   if name not in _HOMES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  runtime.configure()
+  if _HOMES[name] != _CONFIG:
+    from sparse_serve_jax import runtime
+
+    runtime.configure()
   return getattr(importlib.import_module(_HOMES[name]), name)

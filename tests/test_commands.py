@@ -102,6 +102,14 @@ def test_an_interrupt_of_the_first_import_is_a_line(argument):
   assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_nothing_is_imported_before_interrupts_are_handled():
+  code = (
+    "import sys; from sparse_serve_jax.commands import main; print([m for m in sys.modules if 'sparse_serve' in m])"
+  )
+  said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  assert said == "['sparse_serve_jax', 'sparse_serve_jax.commands']\n"
+
+
 # What a command needs to come as far as its folder of results.
 WRITING = {
   "run": [],
