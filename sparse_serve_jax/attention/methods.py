@@ -38,6 +38,7 @@ class Method:
       that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
       length. None: all of them.
     instead: of a decode step's scores [B, K, N], layer, `Rows` and S, what blocks are ranked by (`attention.drawn`).
+    progressive: where selections are drawn, the method of lists with a stop test; None: it has none.
   """
 
   vectors: int
@@ -45,6 +46,7 @@ class Method:
   score: Callable[[jax.Array, jax.Array], jax.Array]
   budget: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   instead: Callable[..., jax.Array] | None = None
+  progressive: Method | None = None
 
   def runs_on(self, implementation: str) -> str:
     """Where digests and scores are made if `implementation` is asked for: a kernel cannot run any function."""

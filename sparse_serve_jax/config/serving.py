@@ -84,7 +84,8 @@ class SparseConfig:
   """How many blocks a decode step attends to: all (dense), as many as a budget of tokens allows (topk), or those that
   hold a share of the attention mass (psa)."""
   method: str = "cuboid_mean"
-  """How blocks are ranked: a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE."""
+  """How blocks are ranked: a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE[,FILE],
+  one trace of selections of a budget and one of PSA."""
   token_budget: int = 2048
   """topk: tokens attended to in a step, sinks and window included. Every policy: how much of the end of a prompt, or of
   each piece that a layer of it is cut into, enters slots; of a chunked prompt everything does, and of others with
