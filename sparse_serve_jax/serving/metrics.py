@@ -82,7 +82,7 @@ class Usage:
 
   @property
   def peak_hbm_kv_bytes(self) -> int:
-    """Bytes over all devices: the fixed part (digests, maps, tails, prefill slab) + most KV blocks held at a time.
+    """Bytes over all devices: `CacheShape.fixed_bytes` (all but slots and pool) + most KV blocks held at a time.
 
     With offload the blocks are those in slots, kept ones too: peak slots used x block bytes. Without, they are the
     pool's: peak pool blocks owned by requests x layers x KV heads x block bytes.
