@@ -19,7 +19,9 @@ A_TURN = 16  # copies of one turn of a loop
 
 
 def arrived(located: Located, slot: Int32[Array, "B K n"]) -> Located:
-  """With blocks in `slot`, -1: not copied. Of each group hits come first, then what was copied, then misses.
+  """The lists `located` when blocks have been copied to `slot`, -1: this one was not.
+
+  Of each group hits come first, then what was copied, then misses.
 
   A miss without a place may stand before one with a place: which places are taken decides.
   """
