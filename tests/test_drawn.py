@@ -147,12 +147,12 @@ def test_lists_end_where_recorded_ones_did(tmp_path: Path):
 
 @pytest.mark.parametrize("method", ["held:0.2", f"replay:{TRACE}"])
 def test_psa_needs_a_trace_of_psa(method: str):
-  with pytest.raises(ValueError, match="must replay a trace of lists that PSA ended"):
+  with pytest.raises(ValueError, match="stops by attention mass.*must replay a trace of PSA"):
     JaxExecutor(config("sparse.policy=psa", f"sparse.method={method}"), benchmarked())
 
 
 def test_one_trace_of_each_kind(tmp_path: Path):
-  with pytest.raises(ValueError, match="one trace of a budget and one of PSA, not .* two of topk"):
+  with pytest.raises(ValueError, match="one trace of a budget and one of PSA, not .* two of a kind"):
     get_method(f"replay:{TRACE},{TRACE}")
 
 

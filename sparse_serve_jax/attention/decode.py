@@ -72,17 +72,8 @@ class Selector:
         f"group_reduce='softmax' takes scores for products of queries and keys, and those of method {sparse.method!r} "
         "are none"
       )
-    method = get_method(sparse.method)
-    if sparse.policy == "psa" and sparse.drawn:
-      if method.progressive is None:
-        raise ValueError(
-          f"sparse.policy='psa' stops by attention mass, of which random weights know nothing: sparse.method="
-          f"{sparse.method!r} must replay a trace of lists that PSA ended (sparse-serve accuracy --parts=selections "
-          "--thresholds=0.9 records them)"
-        )
-      method = method.progressive
     return cls(
-      method=method,
+      method=get_method(sparse.method, sparse.policy),
       limit={"dense": None, "topk": config.budget_blocks, "psa": 1 << 30}[sparse.policy],
       sinks=config.sink_blocks,
       window=config.window_blocks,

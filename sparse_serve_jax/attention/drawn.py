@@ -84,27 +84,34 @@ def replay(trace: Trace, *, ends: bool = False) -> Drawn:
 
 
 @functools.cache  # an engine's programs are found by what it returns
-def _held(given: str) -> Method:
+def _held(given: str, policy: str) -> Method:
   try:
     share = float(given)
   except ValueError:
     share = math.nan
   if not 0 <= share < math.inf:
     raise ValueError(f"A of held:A must be a number, 0 or more, not {given!r}")
+  if policy == "psa":
+    raise _no_mass(f"held:{given}")
   return drawing(held(share))
 
 
 @functools.cache
-def _replay(given: str) -> Method:
+def _replay(given: str, policy: str) -> Method:
   traces = [Trace.load(file) for file in given.split(",")]
-  of = {trace.policy: trace for trace in traces}
+  of = {trace.policy == "psa": trace for trace in traces}
   if len(of) < len(traces):
-    raise ValueError(
-      f"replay:FILES takes one trace of a budget and one of PSA, not {given!r}, two of {traces[0].policy}"
-    )
-  drawn = drawing(replay(of.get("topk", traces[0])))
-  return (
-    dataclasses.replace(drawn, progressive=drawing(replay(of["psa"], ends=True), ends=True)) if "psa" in of else drawn
+    raise ValueError(f"replay:FILES takes one trace of a budget and one of PSA, not {given!r}: two of a kind")
+  ends = policy == "psa"
+  if ends and ends not in of:
+    raise _no_mass(f"replay:{given}")
+  return drawing(replay(of.get(ends, traces[0]), ends=ends), ends=ends)
+
+
+def _no_mass(name: str) -> ValueError:
+  return ValueError(
+    f"sparse.policy='psa' stops by attention mass, which random weights spread evenly: sparse.method={name!r} must "
+    "replay a trace of PSA (sparse-serve accuracy --parts=selections --thresholds=0.9 records one)"
   )
 
 

@@ -38,7 +38,6 @@ class Method:
       that exist and, for topk, fit the token budget -> how many of the ranked ones to attend to, [B, K] int32, at most
       length. None: all of them.
     instead: of a decode step's scores [B, K, N], layer, `Rows` and S, what blocks are ranked by (`attention.drawn`).
-    progressive: where selections are drawn, the method of lists with a stop test; None: it has none.
   """
 
   vectors: int
@@ -46,7 +45,6 @@ class Method:
   score: Callable[[jax.Array, jax.Array], jax.Array]
   budget: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   instead: Callable[..., jax.Array] | None = None
-  progressive: Method | None = None
 
   def runs_on(self, implementation: str) -> str:
     """Where digests and scores are made if `implementation` is asked for: a kernel cannot run any function."""
@@ -100,10 +98,18 @@ METHODS: dict[str, Method] = {
   "top_p": Method(2, digest.cuboid_mean, _scaled_box, _nucleus),  # Twilight
   "random": Method(1, lambda keys: keys.mean(-2, keepdims=True), _arbitrary),
 }
-MAKERS: dict[str, Callable[[str], Method]] = {}  # `attention.drawn` adds those of benchmarks
+MAKERS: dict[str, Callable[[str, str], Method]] = {}  # `attention.drawn` adds those of benchmarks
 
 
-def get_method(name: str) -> Method:
-  """The method of that name, or what a maker makes of what follows a colon; ValueError if there is none."""
+def get_method(name: str, policy: str = "topk") -> Method:
+  """The method of that name, or what a maker makes of what follows a colon.
+
+  Args:
+    name: in METHODS, or "held:A" or "replay:FILES" (`attention.drawn`).
+    policy: sparse.policy of the lists.
+
+  Raises:
+    ValueError: there is no such method, or none for lists of that policy.
+  """
   kind, _, given = name.partition(":")
-  return MAKERS[kind](given) if kind in MAKERS else variant(METHODS, name, "selection method")
+  return MAKERS[kind](given, policy) if kind in MAKERS else variant(METHODS, name, "selection method")
