@@ -259,6 +259,20 @@ def test_the_readme_is_short():
   assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
 
 
+def test_the_readme_begins_with_three_sentences_and_commands():
+  opening = re.split(r"^## .+\n", TEXTS[ROOT / "README.md"], flags=re.M)[:2]
+  assert len(re.findall(r"\.(?=\s)", opening[0])) == 3
+  assert {"make demo", "make test"} <= {line.partition("  #")[0].strip() for line in "".join(opening).splitlines()}
+
+
+def test_results_of_the_readme_have_their_command_beside_them():
+  results = re.split(r"^## ", TEXTS[ROOT / "README.md"].split("\n## Results\n")[1], flags=re.M)[0]
+  parts = re.split(r"^(?=\*\*)", results, flags=re.M)[1:]
+  assert len(parts) >= 4
+  for part in parts:
+    assert re.search(r"sparse-serve [^`]+--out=OUT", part), part
+
+
 @pytest.mark.parametrize("folder", sorted((ROOT / "experiments/results").iterdir()), ids=lambda path: path.name)
 def test_results_say_how_they_were_made(folder):
   told = (folder / "README.md").read_text()
