@@ -6,10 +6,12 @@ Of a flag that is given twice the last one counts, so these are appended. A comm
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,7 @@ RULES: dict[str, list[str] | str] = {
   r"(sparse-serve demo DIR|make demo)": "tests/test_experiments.py::test_the_demos_rungs",
   r"sparse-serve serve .+ --replicas=2 .+": "tests/test_replicas.py::test_a_signal_ends_it_after_what_it_has",
   r"(sparse-serve serve (?!.*--replicas)|sparse-serve bench |curl ).+": f"{HERE}::test_a_server_answers",
+  r"python -c .+": f"{HERE}::test_a_stop_rule_of_ones_own_is_measured",
   r"lm_eval .+": "tests/test_lm_eval.py::test_likelihoods_are_those_of_a_forward_pass",
   r"python -m tests\.load": "tests/test_load.py::test_a_server_under_load",
   r"make docs": "tests/test_docs.py::test_the_site_has_rendered_notebooks",
@@ -156,6 +159,23 @@ def test_the_first_question_has_the_answer_that_is_told():
   done = start("sparse_serve_jax", *shlex.split(line)[1:])
   assert done.returncode == 0, done.stderr
   assert done.stdout.split() == re.findall(r"^answers (\d+)\.", text, re.M)
+
+
+@pytest.mark.slow
+def test_a_stop_rule_of_ones_own_is_measured(tmp_path):
+  """By worker processes too, which do not know it."""
+  (example,) = blocks(ROOT / "docs" / "psa.md", "python")
+  *kept, _, _ = example.splitlines(keepends=True)
+  (tmp_path / "mine.py").write_text("".join(kept))
+  (line,) = [line for line in LINES if "import mine" in line]
+  _, *words = shlex.split(line.replace("OUT", str(tmp_path / "out")))
+  command = [sys.executable, *words, *ANSWERS, "--parts=tasks", "--workers=1"]
+  done = subprocess.run(
+    command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  cases = {row["case"] for row in jsonl.read(tmp_path / "out" / "results.jsonl")}
+  assert any("heaviest" in case for case in cases), cases
 
 
 @pytest.mark.slow
