@@ -206,6 +206,16 @@ def test_every_path_exists(page):
 
 
 @pages
+def test_every_flag_exists(page):
+  """Of some command, where it stands alone in a sentence; in a command `test_every_command_parses` looks for it."""
+  files = (ROOT / "sparse_serve_jax" / "commands").glob("*.py")
+  known = {name for file in files for name in re.findall(r'(?:DEFINE_\w+|define_out)\(\s*"(\w+)"', file.read_text())}
+  known |= {f"no{name}" for name in known} | {"hypothesis-profile", "model_args"}  # of pytest and lm_eval
+  told = {flag for span in spans(page) for flag in re.findall(r"(?:^| )--([\w-]+)", span) if span.startswith("--")}
+  assert told <= known, told - known
+
+
+@pages
 def test_every_key_of_the_configuration_exists(page):
   text = " ".join([*spans(page), *blocks(page), *blocks(page, "python")])
   keys = set(re.findall(r"(?<![\w./])((?:cache|sparse|scheduler)\.(?!py\b)[a-z]\w*)", text))
