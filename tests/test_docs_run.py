@@ -27,7 +27,7 @@ SERVED = [flag for flag in SMALL["ladder"] if flag.startswith(("--model", "--set
 ASKED = ["--limit=3", "--prompt_tokens=300", "--max_new_tokens=5"]
 ANSWERS = ["--model=random:tiny", "--lengths=640", "--text_lengths=640", "--instances=2", "--steps=128"]
 ANSWERS += ["--tasks=key_value", "--methods=cuboid_mean", "--budgets=128", "--thresholds=0.5", "--workers=0"]
-ANSWERS += ["--requests=1", "--trace_steps=40"]
+ANSWERS += ["--requests=1", "--trace_steps=40", "--prefill_shares=0.5", "--prefill_thresholds=0.8"]
 HELP = "tests/test_cli.py::test_every_command_has_help_in_sentences_and_groups"
 HERE = "tests/test_docs_run.py"
 
