@@ -77,7 +77,7 @@ def test_an_interrupt_of_the_imports_is_a_line():
 
 
 FIRST_IMPORT = """
-import os, signal, sys, time
+import os, runpy, signal, sys, time
 from sparse_serve_jax.commands import main
 
 
@@ -89,12 +89,14 @@ class Interrupting:
 
 
 sys.meta_path.insert(0, Interrupting())
+if sys.argv[1] == "experiments":
+  runpy.run_module("experiments.accuracy", run_name="__main__")
 sys.argv = ["sparse-serve", sys.argv[1]]
 main()
 """
 
 
-@pytest.mark.parametrize("argument", ["run", "--help", "--version"])
+@pytest.mark.parametrize("argument", ["run", "--help", "--version", "experiments"])
 def test_an_interrupt_of_the_first_import_is_a_line(argument):
   """Which comes before interrupts are watched."""
   command = [sys.executable, "-c", FIRST_IMPORT, argument]
@@ -157,10 +159,11 @@ def test_every_command_has_a_module(name):
 
 def test_every_module_under_experiments_is_a_command():
   for file in (ROOT / "experiments").glob("[!_]*.py"):
-    (line,) = [line for line in file.read_text().splitlines() if line.startswith("from ")]
-    module = line.split()[1].rpartition(".")[2]
-    assert line == f"from sparse_serve_jax.commands.{module} import command"
-    assert module.replace("_", "-") in NAMES
+    docstring, code = file.read_text().split("\n", 1)
+    name = docstring.split("`")[1].removeprefix("sparse-serve ")
+    assert name in NAMES
+    start = f'if __name__ == "__main__":\n  main("{name}")\n'
+    assert code == f"\nfrom sparse_serve_jax.commands import main\n\n{start}"
 
 
 def test_every_key_of_a_configuration_is_described():
