@@ -68,14 +68,20 @@ def take_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   Who only reads, or draws what is there, does not take it.
 
   Raises:
-    ValueError: another process has it, which is told; or `make_folder` refuses the path.
+    ValueError: another process has it, which is told; its lock cannot be opened; or `make_folder` refuses the path.
   """
   folder = make_folder(path)
   file, key = folder / LOCK_FILE, folder.resolve()
   if key in _taken and _is(_taken[key][0], file):
     return folder
   while True:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:  # another user's, say
+      raise ValueError(
+        f"{file} cannot be opened: {error.strerror}; it says who uses {folder}: if nobody does any more, remove it, "
+        "or choose another folder"
+      ) from None
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -169,6 +169,21 @@ def test_a_process_that_was_killed_has_no_folder(tmp_path):
   assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+  """As of another user, whose process was killed."""
+
+  def denied(file, *_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
+
+  with monkeypatch.context() as patch, pytest.raises(ValueError) as error:
+    patch.setattr(results.os, "open", denied)
+    results.take_folder(tmp_path)
+  assert str(error.value) == (
+    f"{tmp_path}/.lock cannot be opened: Permission denied; it says who uses {tmp_path}: if nobody does any more, "
+    "remove it, or choose another folder"
+  )
+
+
 def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path):
   results.take_folder(tmp_path / "a")
   shutil.rmtree(tmp_path / "a")
