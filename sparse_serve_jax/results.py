@@ -159,6 +159,11 @@ def note(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
   replace_json(folder / RUN_FILE, run)
 
 
+def noted(folder: pathlib.Path, key: str) -> Any:
+  """What was noted last under a key, now or when somebody else went on with the folder; None if nothing was."""
+  return next((part[key] for part in reversed(read_json(folder / RUN_FILE)["parts"]) if key in part), None)
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """What differs between two settings, by dotted names in order, with both values."""
   was, now = _leaves(before), _leaves(now)
