@@ -21,7 +21,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
 import math
 import os
 import pathlib
@@ -31,13 +30,13 @@ import sys
 import textwrap
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import flags
 
+from sparse_serve_jax import progress
 from sparse_serve_jax.files import writing
 
 flags.disclaim_key_flags()  # those that functions below define are their caller's
@@ -220,7 +219,7 @@ def run(
   """
   argv = sys.argv if argv is None else argv
   watch_interrupts()
-  _log_warnings()
+  progress.log_warnings()
   module = sys.modules[main.__module__]
   if _HELP & set(argv[1:]):
     with endings(False, ""):
@@ -317,19 +316,6 @@ def _leaving() -> Iterator[None]:
       with contextlib.suppress(BrokenPipeError):
         stream.flush()
     os._exit(end.code if isinstance(end.code, int) else 1)
-
-
-def _log_warnings() -> None:
-  """From now on, warnings for users are lines of the log, as all else that is told beside results."""
-  shown = warnings.showwarning
-
-  def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    if issubclass(category, UserWarning):
-      logging.getLogger(__name__).warning("%s", message)
-    else:
-      shown(message, category, *where, **more)
-
-  warnings.showwarning = show
 
 
 def _mistake(text: str) -> int:
