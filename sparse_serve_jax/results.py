@@ -166,7 +166,7 @@ def noted(folder: pathlib.Path, key: str) -> Any:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """What differs between two settings, by dotted names in order, with both values."""
-  was, now = _leaves(before), _leaves(now)
+  was, now = leaves(before), leaves(now)
 
   def show(value: Any) -> str:
     return "absent" if value is _ABSENT else repr(value)
@@ -215,13 +215,31 @@ def replace_json(file: pathlib.Path, value: Any) -> None:
   partial.replace(file)
 
 
-def write_csv(file: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-  """Writes a table: these columns, by default one for each key of the rows, in the order in which they come."""
-  with writing(file), file.open("w", newline="", encoding="utf-8") as opened:
-    heads = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
+def write_table(
+  file: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = (), markdown: str | None = None
+) -> None:
+  """Writes a table for readers and for programs.
+
+  Args:
+    file: their name, to which .md and .csv are added.
+    rows: a line each.
+    columns: some of their keys, by default all in the order in which they come.
+    markdown: the text for readers, by default these columns with numbers of four digits.
+  """
+  heads = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
+  if markdown is None:
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *([_shown(row.get(head)) for head in heads] for row in rows)]
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+  write_text(file.with_name(f"{file.name}.md"), markdown)
+  table = file.with_name(f"{file.name}.csv")
+  with writing(table), table.open("w", newline="", encoding="utf-8") as opened:
     writer = csv.DictWriter(opened, heads, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
+
+
+def _shown(value: Any) -> str:
+  return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class Rows:
@@ -279,8 +297,8 @@ def _plain(value: Any) -> Any:
   return json.loads(json.dumps(value, default=lambda other: dataclasses.asdict(other)))
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
   """Dotted name -> value of everything in nested objects; an empty object is a value."""
   if not isinstance(value, Mapping) or (path and not value):
     return {path: value}
-  return {k: v for key, part in value.items() for k, v in _leaves(part, f"{path}.{key}" if path else key).items()}
+  return {k: v for key, part in value.items() for k, v in leaves(part, f"{path}.{key}" if path else key).items()}
