@@ -298,7 +298,7 @@ def test_a_run_goes_on(model, tmp_path):
   for wrong, message in {
     "--methods=cuboid": "--methods: no cuboid; there are cuboid_mean",
     "--lengths=2048": "the model's context is 1024 tokens, too short for [2048]",
-    "--budgets=many": "--budgets: many are not numbers",
+    "--budgets=many": "--budgets: 'many' is no integer",
     "--text=none.txt": "none.txt is missing",
     "--text_chat": "--text_chat is of texts of --text or --longbench_dir",
     "--rules=most": "--rules: no most; there are least",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import importlib.util
@@ -202,6 +203,47 @@ def test_config_lists_and_resolves():
 def test_config_refuses(arguments, message):
   done = start("config", *arguments)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["demo", ""], "'' is no model: it has no config.json and no model.json"),
+    (
+      ["generate", "random:tiny", "a", "--max_tokens=1e9"],
+      "--max_tokens=1e9 is no integer; --help shows what there is",
+    ),
+    (["run", "--rate=abc"], "--rate=abc is no number; --help shows what there is"),
+    (["ladder", "--rates=1,a", "--out=o"], "--rates: 'a' is no number"),
+    (
+      ["generate", "random:tiny", "a", "--config=16.json"],
+      "16.json:1: not UTF-8: its byte order mark is that of UTF-16",
+    ),
+    (
+      ["generate", "random:tiny", "a", "--set", "tp=3"],
+      "tp=3 asks for 3 devices, and there are 1: give tp=1 up to tp=1",
+    ),
+    (["selections", "--traces=16.json"], "16.json is no trace of selections: it is no .npz file"),
+    (["selections", "--traces=absent"], "absent is no trace of selections: No such file or directory"),
+    (["longbench", "--score_only=absent"], "--score_only: absent is no folder"),
+    (["config", "--set", "tp=2", "pso"], "configs/serving has no 'pso'; there are: dense"),
+    (["calibrate", "--cost=a.txt"], "--cost: a.txt is the JSON file to write: its name must end in .json"),
+  ],
+)
+def test_careless_input_is_one_plain_line(tmp_path, arguments, message):
+  (tmp_path / "16.json").write_bytes("{}".encode("utf-16"))
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  done = _elsewhere().run("sparse_serve_jax", *arguments, folder=tmp_path, environment=environment)
+  assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+  assert done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+  assert not (tmp_path / "o").exists()
+
+
+@functools.cache
+def _elsewhere() -> forks.Forks:
+  made = forks.Forks(forks.OUR_OWN, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+  atexit.register(made.close)
+  return made
 
 
 def test_what_a_model_is_warned_of_is_one_line_of_the_log(tmp_path):

@@ -288,8 +288,8 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, mo
   ("arguments", "message"),
   [
     (["--set=sparse.token_bugdet=64"], "unknown key 'sparse.token_bugdet'; the nearest is 'sparse.token_budget'"),
-    (["--config=spars_serve"], "no serving configuration 'spars_serve'; there are: dense"),
-    (["--workload=needles"], "no workloads configuration 'needles'; there are: jsonl"),
+    (["--config=spars_serve"], "configs/serving has no 'spars_serve'; there are: dense"),
+    (["--workload=needles"], "configs/workloads has no 'needles'; there are: jsonl"),
     (["--workload=longbench"], "a workload of longbench needs --longbench_dir"),
     (["--workload=longbench", "--longbench_dir=absent"], "dataset2prompt.json is missing"),
     (["--workload=jsonl"], "a workload of jsonl needs --jsonl"),
@@ -316,7 +316,7 @@ def test_mistakes_end_in_one_line_before_a_model_is_loaded(arguments, message, c
   ("arguments", "message"),
   [
     (["--set=cache.hbm_bytes=100"], "cache.hbm_bytes=100 is below the minimum of"),
-    (["--model=random:huge"], "no models configuration 'huge'; there are:"),
+    (["--model=random:huge"], "configs/models has no 'huge'; there are:"),
     (["--model=absent"], "'absent' is no model"),
     (
       ["--model=meta-llama/Llama-3.2-1B"],

@@ -193,10 +193,13 @@ def numbers(flag: flags.FlagHolder[Any], kind: type[int] | type[float]) -> list[
   Raises:
     ValueError: they are none.
   """
-  try:
-    return sorted({kind(text) for text in flag.value})
-  except ValueError:
-    raise ValueError(f"--{flag.name}: {','.join(flag.value)} are not numbers") from None
+  made = set()
+  for text in flag.value:
+    try:
+      made.add(kind(text))
+    except ValueError:
+      raise ValueError(f"--{flag.name}: {text!r} is no {'integer' if kind is int else 'number'}") from None
+  return sorted(made)
 
 
 # ---------------------------------------------------------------------------------------------------------- beginnings
@@ -324,7 +327,9 @@ def _mistake(text: str) -> int:
 
 
 def _asked_for(text: str) -> str:
-  """With names of flags that have to be given in place of what absl says of them."""
+  """With names of flags that have to be given, and with what is no number, in place of what absl says of them."""
+  if wrong := re.match(r"flag (--\w+=.*): (invalid literal for int|could not convert string to float)", text):
+    return f"{wrong[1]} is no {'integer' if 'int' in wrong[2] else 'number'}"
   missing = re.findall(r"Flag (--\w+) must have a value other than None", text)
   return f"{', '.join(missing)} must be given" if missing else text
 
