@@ -17,14 +17,19 @@ INSTALLED_GPU := $(VENV)/.installed-gpu
 CONSTRAINTS = $$(n=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor)'); \
   while ! test -f constraints/py3$$n.txt; do n=$$((n - 1)); test $$n -gt 10 || exit 1; done; echo constraints/py3$$n.txt)
 
-.PHONY: help demo test soak test-gpu notebooks docs lint format constraints clean
+# What the notebooks show is a function of these; a rendered copy that is older than one of them is made anew.
+READ := $(shell find pallas_kernels sparse_serve_jax models/reference experiments/results -type f -not -name '*.pyc')
+RENDERED := $(patsubst notebooks/%.ipynb,docs/notebooks/%.md,$(wildcard notebooks/*.ipynb))
+
+.PHONY: help demo gpu test soak test-gpu notebooks docs lint format constraints clean
 help:
 	@echo 'make demo         the rungs of the ladder side by side on the reference model'
+	@echo 'make gpu          the environment for an NVIDIA GPU: adds CUDA to $(VENV)'
 	@echo 'make test         ruff, pyright and every test that needs no GPU'
 	@echo 'make soak         thousands of requests while devices fail, and mutations: some minutes'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
-	@echo 'make notebooks    runs notebooks/ and writes them with their plots to docs/notebooks'
-	@echo 'make docs         tables, pictures and the site of docs/, in build/site; fails on a broken link'
+	@echo 'make notebooks    runs what changed of notebooks/ and writes it with its plots to docs/notebooks'
+	@echo 'make docs         that, tables, pictures and the site of docs/, in build/site; fails on a broken link'
 	@echo 'make format       lays out the code as `make test` wants it'
 	@echo 'make constraints  renews the pinned versions: PYTHON=python3.12 [JAX=0.11.2]'
 	@echo 'make clean        removes the virtual environment and caches'
@@ -32,6 +37,8 @@ help:
 demo: $(INSTALLED)
 	@echo 'Serving four times, which takes some minutes on a CPU: python -m experiments.demo'
 	@$(BIN)/python -m experiments.demo
+
+gpu: $(INSTALLED_GPU)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m 'not gpu and not soak' $(PYTEST_FLAGS) tests
@@ -42,10 +49,12 @@ soak: $(INSTALLED)
 test-gpu: $(INSTALLED_GPU)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) tests
 
-notebooks: $(INSTALLED)
-	$(BIN)/python tools/render_notebooks.py docs/notebooks
+notebooks: $(RENDERED)
 
-docs: $(INSTALLED)
+docs/notebooks/%.md: notebooks/%.ipynb tools/render_notebooks.py $(READ) | $(INSTALLED)
+	$(BIN)/python tools/render_notebooks.py docs/notebooks $<
+
+docs: $(INSTALLED) notebooks
 	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	$(BIN)/python tools/make_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,7 +2,8 @@
 
 `score` and `select` choose blocks, `propose` says where they are, `attend` reads them there, the copies move them.
 Rules for digests and scores are in `pallas_kernels.digest` and `pallas_kernels.score`. Every op takes `implementation`:
-"xla", jnp on any backend; "triton", the GPU's path; "interpret", its kernels run anywhere, slowly.
+"xla", jnp on any backend; "triton", the GPU's path; "interpret", its kernels run anywhere, slowly. Another name is a
+ValueError, and what a kernel cannot take (S, D or E that is no power of two) a NotImplementedError, of every op.
 """
 
 from pallas_kernels.ahead import arrived, compact, load_each, store_each

@@ -6,6 +6,8 @@ the kernel that otherwise copies a whole list, and only blocks that are wanted t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -13,9 +15,13 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.copy import load_blocks, store_blocks
 from pallas_kernels.residency import Located
 
+A_TURN = 16  # copies of one turn of a loop
+
 
 def arrived(located: Located, slot: Int32[Array, "B K n"]) -> Located:
-  """With blocks in `slot`, -1: not copied. Of each group hits come first, then what was copied, then misses.
+  """The lists `located` when blocks have been copied to `slot`, -1: this one was not.
+
+  Of each group hits come first, then what was copied, then misses.
 
   A miss without a place may stand before one with a place: which places are taken decides.
   """
@@ -46,16 +52,16 @@ def load_each(
 ) -> Float[Array, "P 2 S D"]:
   """What `load_blocks` does, by one copy a block."""
   (n_heads, n_layers), shape = pool.shape[:2], pool.shape[2:]
+  by_layer = pool.reshape(1, n_heads * n_layers, *shape)
   of_head = jnp.broadcast_to(jnp.arange(n_heads, dtype=jnp.int32)[None, :, None] * n_layers + layer, blocks.shape)
   at, count = compact(((blocks >= 0) & (slot >= 0)).ravel())
-  entries = jnp.stack([of_head, blocks, slot], -1).reshape(-1, 3).at[at].get(mode="clip")
-  by_layer = pool.reshape(1, n_heads * n_layers, *shape)
+  copies = jnp.stack([of_head, blocks, slot], -1).reshape(-1, 3).at[at].get(mode="fill", fill_value=-1)
 
-  def copy(i, slots):
-    of, block, to = jnp.reshape(entries[i], (3, 1, 1, 1))
-    return load_blocks(by_layer, slots, of.ravel()[0], block, to, implementation=implementation)
+  def copy(slots, of, block, to):
+    block, to = (x.reshape(1, 1, 1) for x in (block, to))
+    return load_blocks(by_layer, slots, of, block, to, implementation=implementation)
 
-  return jax.lax.fori_loop(0, count, copy, slots)
+  return _one_by_one(copy, copies, count, slots)
 
 
 def store_each(
@@ -69,18 +75,39 @@ def store_each(
 ) -> Float[Array, "K L M 2 S D"]:
   """What `store_blocks` does, by one copy a block."""
   (n_heads, n_layers), (of_source, n_source) = pool.shape[:2], source.shape[1:3]
-  at, count = compact(blocks >= 0)
-  copies = n_heads * of_source  # of each block id
+  by_layer = pool.reshape(1, n_heads * n_layers, *pool.shape[2:])
   one_list = source.reshape(1, 1, -1, *source.shape[3:])
+  head, j = jnp.arange(n_heads, dtype=jnp.int32)[:, None], jnp.arange(of_source, dtype=jnp.int32)
+  at, count = compact(blocks >= 0)
+  id, block = (x.at[at].get(mode="fill", fill_value=-1)[:, None, None] for x in (source_ids, blocks))  # [n, 1, 1]
+  of, start = head * n_layers + layer + j[None], (head * of_source + j[None]) * n_source  # [K, Ls]
+  copies = jnp.stack(jnp.broadcast_arrays(of[None], start[None] + id, block), -1).reshape(-1, 3)
 
-  def copy(i, pool):
-    which, head, j = at[i // copies], i % copies // of_source, i % of_source
-    of, id = head * n_layers + layer + j, (head * of_source + j) * n_source + source_ids[which]
-    wrote = store_blocks(pool, one_list, of, id[None], blocks[which][None], implementation=implementation)
+  def copy(pool, of, id, block):
+    wrote = store_blocks(pool, one_list, of, id[None], block[None], implementation=implementation)
     return _typed_as(pool, wrote)
 
-  by_layer = pool.reshape(1, n_heads * n_layers, *pool.shape[2:])
-  return jax.lax.fori_loop(0, count * copies, copy, by_layer).reshape(pool.shape)
+  return _one_by_one(copy, copies, count * n_heads * of_source, by_layer).reshape(pool.shape)
+
+
+def _one_by_one(
+  copy: Callable[..., jax.Array], copies: Int32[Array, "n 3"], count: Int32[Array, ""], out: jax.Array
+) -> jax.Array:
+  """`out` after copy(out, *copies[i]) for each i below count; the last turn also takes some of what follows them.
+
+  On a GPU a loop whose length is not known looks at its counter on the host, which waits for the device: some 40 us a
+  turn, ten times a copy.
+  """
+  n_turns = -(-copies.shape[0] // A_TURN)
+  turns = jnp.pad(copies, ((0, n_turns * A_TURN - copies.shape[0]), (0, 0)), constant_values=-1)
+  turns = turns.reshape(n_turns, A_TURN, 3)
+
+  def turn(i, out):
+    for each in turns[i]:
+      out = copy(out, *each)
+    return out
+
+  return jax.lax.fori_loop(0, (count + A_TURN - 1) // A_TURN, turn, out) if n_turns else out
 
 
 def _typed_as(like: jax.Array, array: jax.Array) -> jax.Array:

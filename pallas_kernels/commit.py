@@ -24,11 +24,19 @@ def commit(
   *,
   implementation: str = "xla",
 ) -> Maps:
-  """Maps after attention read the first `attended` blocks of the lists; in place when donated.
+  """Maps after attention read the first blocks of the lists; in place when donated.
 
   A hit that has a place was copied there by a load, whether it was read or not. Any other block beyond `attended` was
-  neither read nor copied, so its slot still holds what it held. `stamp` is like `layer`;
-  `step` is each request's own step number.
+  neither read nor copied, so its slot still holds what it held.
+
+  Args:
+    maps: of one device.
+    layer: of the lists, or of each of their ranks.
+    located: the lists, as attention read them.
+    attended: how many blocks of each list were read, the first ones.
+    stamp: time of use, or that of each rank.
+    step: each request's own step number.
+    implementation: "xla", "triton" or "interpret".
   """
   triton.check(implementation)
   if implementation == "xla":

@@ -27,7 +27,7 @@ class Rule:
   vectors: Callable[[jax.Array], tuple[jax.Array, ...]]  # a tuple, since a kernel cannot stack what it writes
 
   def __call__(self, keys: jax.Array) -> jax.Array:
-    """Digests [..., E, D] of keys [..., S, D], of the same dtype."""
+    """Digests [..., E, D] of keys [..., S, D], of the same dtype. Raises ValueError if `vectors` makes no tuple."""
     vectors = self.vectors(keys.astype(jnp.float32))
     if not isinstance(vectors, tuple):
       raise ValueError(f"Rule.vectors returns a tuple of E vectors, not a {type(vectors).__name__}")

@@ -44,7 +44,7 @@ class Free(NamedTuple):
     return cls(jnp.zeros((zero.shape[0], n), jnp.int32), zero, zero, _of_zones(victims, given))
 
   def take(self, wanting: Bool[Array, "B K n"], zone: Int32[Array, "rows ranks"]) -> tuple[Int32[Array, "B K n"], Free]:
-    """Slots for those that want one, -1 where there is none any more; what is left.
+    """Slots for those that are `wanting` one, -1 where there is none any more; what is left.
 
     Turns go rank by rank, in each zone apart. `zone` is that of every row [B, 1], of every rank [1, n], or of all
     [1, 1]; those of different rows or ranks are distinct.

@@ -26,6 +26,8 @@ SPARE = -(1 << 29)  # what comes into a slot that nobody needs is stamped so muc
 
 
 class Maps(NamedTuple):
+  """Which block is in which slot, when each was used: of one device, -1 where there is none."""
+
   slot_of: Int32[Array, "K L M"]
   block_of: Int32[Array, " P"]
   last_used: Int32[Array, " P"]
@@ -34,7 +36,7 @@ class Maps(NamedTuple):
 
   @classmethod
   def empty(cls, n_heads: int, n_layers: int, n_pool: int, n_slots: int) -> Maps:
-    """Of K, L, M and P: nothing is in a slot, nothing has been selected."""
+    """Of K = `n_heads`, L = `n_layers`, M = `n_pool` and P = `n_slots`: nothing is in a slot or has been selected."""
     of_block = functools.partial(jnp.full, (n_heads, n_layers, n_pool), dtype=jnp.int32)
     of_slot = functools.partial(jnp.full, n_slots, dtype=jnp.int32)
     return cls(of_block(-1), of_slot(-1), of_slot(-1), of_slot(-1), of_block(NEVER))
@@ -90,7 +92,8 @@ def since_entry(maps: Maps, since: Int32[Array, ""]) -> Int32[Array, " P"]:
 
 
 def victims(key: Int32[Array, " P"], since: Int32[Array, ""], n_zones: int = 1) -> Victims:
-  """The order of a step whose stamps begin at `since`: the smallest `key` of a zone first, ties to the lowest slot."""
+  """The order of a step whose stamps begin at `since`: the smallest `key` first in each of
+  `n_zones` equal parts of the slots, ties to the lowest slot."""
   ids = jnp.arange(key.shape[0], dtype=jnp.int32)
   if n_zones > 1:
     key, ids = (x.reshape(n_zones, -1) for x in (key, ids))
@@ -112,12 +115,13 @@ def release(maps: Maps, freed: Int32[Array, " n"]) -> Maps:
 
 
 def touch(maps: Maps, blocks: Int32[Array, " n"], stamp: Int32[Array, ""]) -> Maps:
-  """Counts as used what slots hold of the DRAM blocks (-1: nothing) in all layers and heads."""
+  """Counts as used at `stamp` what slots hold of the DRAM blocks (-1: nothing) in all layers and heads."""
   return maps._replace(last_used=maps.last_used.at[_slots_of(maps, blocks)].set(stamp, mode="drop"))
 
 
 def renew(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Maps:
-  """Of the DRAM blocks (-1: nothing), those that lie in spare slots, in all layers and heads, as if they came now."""
+  """Of the DRAM blocks (-1: nothing), those that lie in spare slots, in all layers and heads, as if they came now, in
+  the step that begins with `since`."""
   slots = _slots_of(maps, blocks)
   spare = is_spare(maps.last_used.at[slots].get(mode="clip"), since)
   slots = only(spare, slots, maps.last_used.shape[0])
@@ -126,7 +130,10 @@ def renew(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Ma
 
 
 def rest(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Maps:
-  """Nobody needs the slots of the DRAM blocks (-1: nothing) any more: they are spare, in the order there was."""
+  """Nobody needs the slots of the DRAM blocks (-1: nothing) any more: they are spare, in the order there was.
+
+  `since` is the first stamp of the step: slots that are spare then stay as they are.
+  """
   slots = _slots_of(maps, blocks)
   spare = is_spare(maps.last_used.at[slots].get(mode="clip"), since)
   slots = only(~spare, slots, maps.last_used.shape[0])

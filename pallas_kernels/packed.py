@@ -15,15 +15,15 @@ class Packed(NamedTuple):
   n_tokens: Int32[Array, " B"]  # 0 where there is no prompt
 
   def row(self, at: Int32[Array, " C"]) -> Int32[Array, " C"]:
-    """Of which prompt, or behind which, tokens of the piece are."""
+    """Of which prompt, or behind which, the tokens `at` these places of the piece are."""
     return (at[:, None] >= self.begins[None]).sum(1, dtype=jnp.int32) - 1
 
   def nth(self, at: Int32[Array, " C"]) -> Int32[Array, " C"]:
-    """How many tokens of the prompt come before them in the piece."""
+    """How many tokens of their prompt come before those `at` these places in the piece."""
     return at - self.begins[self.row(at)]
 
   def own(self, at: Int32[Array, " C"]) -> Bool[Array, " C"]:
-    """Whether they are of a prompt."""
+    """Whether those `at` these places are of a prompt."""
     return self.nth(at) < self.n_tokens[self.row(at)]
 
   def blocks(

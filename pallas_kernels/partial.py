@@ -34,7 +34,7 @@ class Partial(NamedTuple):
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-  """The partial result over the union of two disjoint sets of keys."""
+  """The partial result over the union of the disjoint sets of keys of `a` and `b`."""
   m = jnp.maximum(a.m, b.m)
   reference = jnp.where(m == -jnp.inf, 0.0, m)  # -inf - -inf would be NaN
   wa, wb = jnp.exp(a.m - reference), jnp.exp(b.m - reference)
@@ -42,7 +42,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def merge_along(parts: Partial, axis: int) -> Partial:
-  """Merges the partial results along an axis of `m` and `l`."""
+  """Merges partial results of disjoint sets of keys: those of `parts` along `axis`, which is one of `m` and `l`."""
   m = parts.m.max(axis)
   reference = jnp.where(m == -jnp.inf, 0.0, m)
   weight = jnp.exp(parts.m - jnp.expand_dims(reference, axis))

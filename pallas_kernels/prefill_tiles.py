@@ -22,7 +22,11 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-  """How a program, of one tile of queries and one query head, goes through its list."""
+  """How a program, of one tile of queries and one query head, goes through its list.
+
+  Raises:
+    ValueError: `turn_tokens` is no power of two.
+  """
 
   turn_tokens: int = 64  # keys that are multiplied before the output is rescaled; whole blocks
   num_warps: int = 4
@@ -33,6 +37,7 @@ class Tiling:
       raise ValueError(f"turn_tokens={self.turn_tokens} is no power of two, as tiles are, which turns must divide")
 
   def turn_blocks(self, block_tokens: int) -> int:
+    """Blocks of `block_tokens` that are multiplied at a time."""
     return max(1, self.turn_tokens // block_tokens)
 
 

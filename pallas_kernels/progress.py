@@ -35,7 +35,9 @@ class Rounds:
   size: int  # blocks of a group
   stop: Stop
 
-  def read(self, tail: Partial, blocks: Int32[Array, "B K n"], length: Int32[Array, "B K"], read: Callable, state: Any):
+  def read(
+    self, tail: Partial, blocks: Int32[Array, "B K n"], length: Int32[Array, "B K"], read: Callable, state: Any
+  ) -> tuple[Partial, Any]:
     """Reads lists until all have stopped.
 
     Args:

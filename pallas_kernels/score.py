@@ -61,7 +61,7 @@ REDUCTIONS = {  # what the scores of a KV head's query heads become
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-  """How blocks are ranked."""
+  """How blocks are ranked. A `reduce` that there is not is a ValueError."""
 
   # q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]: for a kernel a `Linear`, for XLA any function.
   rule: Callable[[jax.Array, jax.Array], jax.Array]
@@ -74,7 +74,7 @@ class Ranking:
       raise ValueError(f"reduce={self.reduce!r} is none of {', '.join(REDUCTIONS)}")
 
   def forced(self, block: Int32[Array, "*#b"], n_blocks: Int32[Array, "*#b"]) -> Bool[Array, "*any"]:
-    """Whether blocks of a row of `n_blocks` are sinks or in the window."""
+    """Whether the `block`s, by their places in a row of `n_blocks`, are sinks or in the window."""
     return (block < self.sinks) | (block >= n_blocks - self.window)
 
 

@@ -70,7 +70,7 @@ WHEN = {  # what must exceed the threshold
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-  """How a claim is made of masses, and a decision of claims."""
+  """How a claim is made of masses, and a decision of claims. A name that there is not is a ValueError."""
 
   rest: str = "last_two_groups"  # a name in REST
   when: str = "every_head"  # a name in WHEN
@@ -90,7 +90,8 @@ class StopRule:
     return self.entry.of == "least"
 
   def of_group(self, masses: Float[Array, "... size G"], read: Bool[Array, "... size"]) -> Float32[Array, "... G"]:
-    """Log of the least or the mean mass of a group's blocks, as `claim` wants it, from logs; all of a group is read."""
+    """Log of the least or the mean mass of a group's blocks, as `claim` wants it, from logs `masses`; all that there is
+    of a group has been `read`."""
     here = read[..., None]
     if self.least:
       return jnp.where(here, masses, jnp.inf).min(-2)
@@ -126,7 +127,8 @@ class StopRule:
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-  """A stop test, made after each group of a list."""
+  """A stop test, made after each group of a list. A threshold that is not in (0, 1], or untested blocks below 0, are a
+  ValueError."""
 
   threshold: float | Float32[Array, ""]  # epsilon, in (0, 1]; an array where one program serves many of them
   untested: int  # the first blocks of a list, read without a test (sinks and window); whole groups
@@ -141,6 +143,15 @@ class Stop:
   def after(
     self, before: jax.Array, group: jax.Array, start: jax.Array, seen: jax.Array, left: jax.Array, n_heads: int
   ) -> tuple[jax.Array, jax.Array]:
-    """Whether to stop after the group that began with block `start`, and what the next call needs; as `claim`."""
+    """Whether to stop after a group, and what the next call needs: `claim`, then `passes`.
+
+    Args:
+      before: as of `claim`.
+      group: as of `claim`, whether it is ranked or not.
+      start: the block of the list that the group began with.
+      seen: as of `claim`.
+      left: as of `claim`.
+      n_heads: query heads whose claims count.
+    """
     claims, known = self.rule.claim(before, jnp.where(start >= self.untested, group, jnp.inf), seen, left)
     return self.rule.passes(claims, self.threshold, n_heads), known

@@ -23,7 +23,11 @@ BY = ("top_k", "threshold")
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """How a piece of a prompt is cut."""
+  """How a piece of a prompt is cut.
+
+  Raises:
+    ValueError: a tile is no power of two or less than a block, or a piece is not whole blocks.
+  """
 
   n_tokens: int  # C
   block_tokens: int  # S
@@ -38,10 +42,12 @@ class Tiles:
 
   @classmethod
   def of(cls, n_tokens: int, block_tokens: int) -> Tiles:
+    """Tiles of TILE queries; of fewer for a piece whose `n_tokens` are fewer. `block_tokens` is S."""
     return cls(n_tokens, block_tokens, min(TILE, pl.next_power_of_2(n_tokens)))
 
   @property
   def count(self) -> int:
+    """Tiles of the piece."""
     return -(-self.n_tokens // self.tile)
 
   @property
@@ -55,11 +61,11 @@ class Tiles:
     return self.count * self.tile - self.n_tokens
 
   def padded(self, x: jax.Array) -> jax.Array:
-    """Of tokens [C, ...], zeros after them: whole tiles."""
+    """Of tokens `x` [C, ...], zeros after them: whole tiles."""
     return jnp.pad(x, [(0, self.padding), *[(0, 0)] * (x.ndim - 1)]) if self.padding else x
 
   def mean(self, q: Float[Array, "C K G D"], n_tokens: Int32[Array, ""] | int) -> Float32[Array, "t K G D"]:
-    """The mean query of each tile, over the first `n_tokens` of the piece; 0 of a tile that has none."""
+    """The mean of the queries `q` of each tile, over the first `n_tokens` of the piece; 0 of a tile that has none."""
     real = (jnp.arange(self.n_tokens) < n_tokens).reshape(-1, *[1] * (q.ndim - 1))
     q = self.padded(jnp.where(real, q.astype(jnp.float32), 0.0)).reshape(self.count, self.tile, *q.shape[1:])
     n = jnp.clip(n_tokens - self.tile * jnp.arange(self.count), 1, self.tile)
@@ -86,6 +92,9 @@ class TileRule:
 
   "top_k": a share of them. "threshold": the best, until their estimated attention mass is that share of the mass of
   all; a head that looks at little reads little. Sinks and window are read first and count. A share of 1 reads all.
+
+  Raises:
+    ValueError: a `by` that is not in BY, a share that is not in (0, 1], or a negative number of blocks.
   """
 
   by: str  # a name in BY
@@ -100,11 +109,11 @@ class TileRule:
       raise ValueError(f"share={self.share} is not in (0, 1], or {self.sinks} sinks or {self.window} blocks of window")
 
   def most(self, n: int) -> int:
-    """Of n blocks, the most that are read."""
+    """Of `n` blocks, the most that are read."""
     return n if self.by == "threshold" else min(n, max(int(self.counts(n)[-1]), self.sinks + self.window))
 
   def counts(self, n: int) -> np.ndarray:
-    """int32 [n + 1]: the share of 0, 1, ..., n blocks, rounded up, but for what a product of floats is off by."""
+    """int32 [`n` + 1]: the share of 0, 1, ..., n blocks, rounded up, but for what a product of floats is off by."""
     return np.ceil(self.share * np.arange(n + 1) - 1e-6).astype(np.int32)
 
 

@@ -68,6 +68,10 @@ class LLM:
       config: a name in configs/serving, a JSON file, a dict of what such a file holds, or the configuration itself.
       overrides: assignments such as "cache.hbm_bytes=8GiB", or a dict such as {"cache.hbm_bytes": "8GiB"}.
       dtype: "float32" or "bfloat16"; None keeps the model's own, but on a CPU float32 takes the place of bfloat16.
+
+    Raises:
+      ValueError: as of `load_model` and `load_config`, or the configuration does not fit model and devices.
+      NotImplementedError: as of `JaxExecutor`.
     """
     self.config = override(load_config(config), overrides)
     self.config.sparse.refuse_drawn("LLM")
@@ -189,6 +193,9 @@ class LLM:
       chat_template_kwargs: other variables of the template, such as {"enable_thinking": False}.
       continue_final_message: the model goes on with the last message instead of answering it.
       special_tokens_in_text: control tokens that somebody typed into a message stay "text", or become a "token".
+
+    Raises:
+      ValueError: it is no conversation, or the template refuses it.
     """
     given = {"tools": tools, "documents": documents, "continue_final_message": continue_final_message or None}
     given |= chat_template_kwargs or {}

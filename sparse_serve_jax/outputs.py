@@ -48,6 +48,7 @@ class Usage:
 
   @property
   def total_tokens(self) -> int:
+    """Of prompt and outputs."""
     return self.prompt_tokens + self.output_tokens
 
 
@@ -60,30 +61,37 @@ class RequestOutput:
 
   @property
   def text(self) -> str:
+    """Of the first sample."""
     return self.samples[0].text
 
   @property
   def token_ids(self) -> list[int]:
+    """Of the first sample."""
     return self.samples[0].token_ids
 
   @property
   def finish_reason(self) -> FinishReason:
+    """Of the first sample."""
     return self.samples[0].finish_reason
 
   @property
   def logprobs(self) -> list[TokenLogprobs] | None:
+    """Of the first sample; None unless asked for."""
     return self.samples[0].logprobs
 
   @property
   def times(self) -> Times:
+    """Of the first sample."""
     return self.samples[0].times
 
   @property
   def error(self) -> str | None:
+    """Of the first sample: what ended it, None if nothing did."""
     return self.samples[0].error
 
   @property
   def usage(self) -> Usage:
+    """Tokens of the prompt and of all samples."""
     n_output = sum(len(sample.token_ids) for sample in self.samples)
     return Usage(len(self.prompt_token_ids), n_output, self.samples[0].cached_tokens)
 

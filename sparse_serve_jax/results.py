@@ -153,7 +153,7 @@ def claim(
 
 
 def note(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
-  """Adds to what `claim` noted of this time what was not known yet, such as sizes that were derived."""
+  """Adds `about`, what was not known yet, such as sizes that were derived, to what `claim` noted of this time."""
   run = read_json(folder / RUN_FILE)
   run["parts"][-1] |= _plain(about)
   replace_json(folder / RUN_FILE, run)
@@ -165,7 +165,7 @@ def noted(folder: pathlib.Path, key: str) -> Any:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  """What differs between two settings, by dotted names in order, with both values."""
+  """What differs between the settings `before` and `now`, by dotted names in order, with both values."""
   was, now = leaves(before), leaves(now)
 
   def show(value: Any) -> str:
@@ -209,7 +209,7 @@ def commit() -> str | None:
 
 
 def replace_json(file: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file in one piece: whenever the process ends, the old file or the new one is there."""
+  """Writes a `value` as a JSON file, in one piece: whenever the process ends, the old or the new one is there."""
   partial = file.with_name(f"{file.name}.partial")
   write_text(partial, json.dumps(value, indent=2) + "\n")
   partial.replace(file)
@@ -258,7 +258,7 @@ class Rows:
       self.all = [row for _, row in read_lines(file)]
 
   def append(self, *rows: Mapping[str, Any]) -> None:
-    """Adds rows to the file, all in one piece, and to `all`."""
+    """Adds rows to the file, all in one piece, and to `all`; OSError and none of them where there is no room."""
     if rows:
       data = b"".join(map(_line, rows))
       with writing(self.file), self.file.open("ab", buffering=0) as file:
@@ -269,7 +269,7 @@ class Rows:
       self.all += map(dict, rows)
 
   def replace(self, index: int, row: Mapping[str, Any]) -> None:
-    """Puts another row in the place of one. The file is written anew, in one piece."""
+    """Puts a `row` in the place of that of `index`. The file is written anew, in one piece."""
     self.all[index] = dict(row)
     partial = self.file.with_name(f"{self.file.name}.partial")
     with writing(partial):
@@ -298,7 +298,7 @@ def _plain(value: Any) -> Any:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-  """Dotted name -> value of everything in nested objects; an empty object is a value."""
+  """Dotted name, after `path` if it is given, -> value of everything in nested objects; an empty one is a value."""
   if not isinstance(value, Mapping) or (path and not value):
     return {path: value}
   return {k: v for key, part in value.items() for k, v in leaves(part, f"{path}.{key}" if path else key).items()}

@@ -166,7 +166,7 @@ class SamplingParams:
       raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
 
   def later(self, draws: int) -> SamplingParams:
-    """The same with the seed that comes so many after this one; after 2**31 - 1 comes 0."""
+    """The same with the seed that comes `draws` after this one; after 2**31 - 1 comes 0."""
     return dataclasses.replace(self, seed=(self.seed + draws) % 2**31) if draws else self
 
 

@@ -68,7 +68,7 @@ class Setup:
 
   @classmethod
   def of(cls, model: ModelConfig, config: EngineConfig, implementation: str) -> Setup:
-    """Raises ValueError if the configuration names a variant that there is not."""
+    """For `model`, with kernels in `implementation`. ValueError if `config` names a variant that there is not."""
     cache, selector = host_pool.chosen(config).cache, Selector.of(config)
     pins = cache.offload and config.scheduler.prefill == "chunked"
     saving = Saving(
@@ -109,6 +109,8 @@ class Setup:
 
 
 class SamplingRows(flax.struct.PyTreeNode):
+  """How each row's token is drawn: `models.sampling.sample`."""
+
   temperature: Float32[Array, " B"]  # 0 is greedy
   top_p: Float32[Array, " B"]
   seeds: UInt32[Array, " B"]
@@ -182,7 +184,18 @@ class StepOutput(NamedTuple):
 def decode_step(
   setup: Setup, width: int, params: llama.Params, cache: KVCache, batch: DecodeBatch
 ) -> tuple[KVCache, StepOutput]:
-  """One token for every row; the first `width` entries of block tables are looked at."""
+  """One token for every row, by dynamic sparse attention (SparseServe, section 3; PSA, section 2.2).
+
+  Args:
+    setup: what is compiled in.
+    width: entries of block tables that are looked at: no row has more full blocks.
+    params: one device's shard of the weights, see `llama.param_specs`.
+    cache: one device's part; updated in place where it is donated.
+    batch: the rows.
+
+  Returns:
+    The cache after the step, and what the host is told.
+  """
   cfg, pool = setup.model, cache.pool
   hot, turn = setup.turn(cache.hot, batch.lanes.shape[0])
   rows = _rows(hot, batch, width)
@@ -256,14 +269,14 @@ def _next(hot: Hot, lanes: jax.Array, tokens: jax.Array) -> Hot:
 def prefill_segment(
   setup: Setup, width: int, params: llama.Params, cache: KVCache, x: jax.Array, batch: PrefillBatch
 ) -> tuple[KVCache, jax.Array, jax.Array | None, StepOutput]:
-  """Runs some layers of a piece.
+  """Runs some layers of a piece, which `batch` names; `setup`, `params` and `cache` are as of `decode_step`.
 
   `x` [C, d] are the activations the piece's previous segment returned; layer 0 ignores them and embeds the tokens.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
-    The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; the tokens that follow the
-    prompts, which are meant if the last layer was run: a branch would make the host wait.
+    The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; what the host is told, the tokens
+    that follow the prompts with it: they are meant if the last layer was run, as a branch would make the host wait.
   """
   cfg, size = setup.model, cache.hot.tail.shape[4]
   x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)

@@ -14,7 +14,9 @@ Typed = Literal["token", "text"]  # what a special token that stands in a text b
 class Encoder(Protocol):
   """What measures a length. Special tokens that `encode` adds are part of it."""
 
-  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of `text`; with `add_special_tokens` what the tokenizer puts around texts, such as BOS."""
+    ...
 
 
 @runtime_checkable
@@ -28,11 +30,22 @@ class Tokenizer(Encoder, Protocol):
     """By name: "bos_token" -> "<s>"."""
     ...
 
-  def encode(
-    self, text: str, add_special_tokens: bool = True, special_tokens_in_text: Typed = "token"
-  ) -> list[int]: ...
+  def encode(self, text: str, add_special_tokens: bool = True, special_tokens_in_text: Typed = "token") -> list[int]:
+    """Token ids of a text.
 
-  def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    Args:
+      text: any, an empty one too.
+      add_special_tokens: with what the tokenizer puts around texts, such as BOS.
+      special_tokens_in_text: special tokens that stand in the text become a "token", or stay "text".
+
+    Raises:
+      ValueError: `special_tokens_in_text` is neither, or the model has no tokenizer.
+    """
+    ...
+
+  def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """The text of token ids; `skip_special_tokens` leaves special ones out."""
+    ...
 
   def token_bytes(self, token: int) -> bytes:
     """UTF-8 of what a token is within a text. Of one that is a part of a character, that part."""
@@ -93,5 +106,5 @@ class Tokenizer(Encoder, Protocol):
     ...
 
   def save(self, directory: pathlib.Path) -> None:
-    """Writes what `models.tokenizer.load_tokenizer` reads."""
+    """Writes into `directory` what `models.tokenizer.load_tokenizer` reads."""
     ...

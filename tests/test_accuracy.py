@@ -293,7 +293,14 @@ def test_a_run_goes_on(model, tmp_path):
   by_head = "psa_retrieval_640", "psa_text_600", "psa_least_mean_of_heads_text_600"
   for name in (*by_head, "accuracy_retrieval_640", "reuse_recite_640", "reuse_renumber_640", "equal_bytes_text_600"):
     assert (out / f"{name}.png").stat().st_size > 10_000
-  assert selections.Trace.load(out / "traces" / "recite_640_128.npz").selected.shape == (2, 40, 2, 2, 20)
+  traces = {file.stem: selections.Trace.load(file) for file in (out / "traces").iterdir()}
+  at = "128", "0.5", "0.9"
+  assert sorted(traces) == sorted(f"{task}_640_{of}" for task in ("recite", "renumber") for of in at)
+  assert {trace.selected.shape for trace in traces.values()} == {(2, 40, 2, 2, 20)}
+  assert {name: trace.case for name, trace in traces.items() if "recite" in name} == {
+    f"recite_640_{of}": case for of, case in zip(at, ("cuboid_mean 128", "psa 0.5", "psa 0.9"), strict=True)
+  }
+  assert traces["recite_640_128"].policy == "topk" and traces["recite_640_0.5"].policy == "psa"
 
   for wrong, message in {
     "--methods=cuboid": "--methods: no cuboid; there are cuboid_mean",

@@ -8,8 +8,11 @@ import functools
 import importlib
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +35,7 @@ from tests.forks import start
 from tests.parsed import NAMES
 from tests.test_timeline import check_form
 from tests.tiny import config, prompt_of, serve, tiny_model, with_slots
-from tools import make_docs, site
+from tools import make_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "CONTRIBUTING.md", *make_docs.pages()]
@@ -51,7 +54,7 @@ SUMMARY = {
   "peak_hbm_kv_bytes",
   "peak_dram_kv_bytes",
 }
-OTHERS = {"docs/notebooks", "config/", "data/", "traces/TASK_16384_BUDGET.npz"}  # made by a command; LongBench's
+OTHERS = {"docs/notebooks", "config/", "data/", "traces/TASK_16384_BUDGET.npz", "mine.py"}  # made, or not ours
 FIELDS = {
   f"{section.name}.{field.name}"
   for section in dataclasses.fields(EngineConfig)
@@ -203,6 +206,16 @@ def test_every_path_exists(page):
 
 
 @pages
+def test_every_flag_exists(page):
+  """Of some command, where it stands alone in a sentence; in a command `test_every_command_parses` looks for it."""
+  files = (ROOT / "sparse_serve_jax" / "commands").glob("*.py")
+  known = {name for file in files for name in re.findall(r'(?:DEFINE_\w+|define_out)\(\s*"(\w+)"', file.read_text())}
+  known |= {f"no{name}" for name in known} | {"hypothesis-profile", "model_args"}  # of pytest and lm_eval
+  told = {flag for span in spans(page) for flag in re.findall(r"(?:^| )--([\w-]+)", span) if span.startswith("--")}
+  assert told <= known, told - known
+
+
+@pages
 def test_every_key_of_the_configuration_exists(page):
   text = " ".join([*spans(page), *blocks(page), *blocks(page, "python")])
   keys = set(re.findall(r"(?<![\w./])((?:cache|sparse|scheduler)\.(?!py\b)[a-z]\w*)", text))
@@ -256,6 +269,20 @@ def test_the_readme_is_short():
   assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
 
 
+def test_the_readme_begins_with_three_sentences_and_commands():
+  opening = re.split(r"^## .+\n", TEXTS[ROOT / "README.md"], flags=re.M)[:2]
+  assert len(re.findall(r"\.(?=\s)", opening[0])) == 3
+  assert {"make demo", "make test"} <= {line.partition("  #")[0].strip() for line in "".join(opening).splitlines()}
+
+
+def test_results_of_the_readme_have_their_command_beside_them():
+  results = re.split(r"^## ", TEXTS[ROOT / "README.md"].split("\n## Results\n")[1], flags=re.M)[0]
+  parts = re.split(r"^(?=\*\*)", results, flags=re.M)[1:]
+  assert len(parts) >= 4
+  for part in parts:
+    assert re.search(r"sparse-serve [^`]+--out=OUT", part), part
+
+
 @pytest.mark.parametrize("folder", sorted((ROOT / "experiments/results").iterdir()), ids=lambda path: path.name)
 def test_results_say_how_they_were_made(folder):
   told = (folder / "README.md").read_text()
@@ -282,13 +309,39 @@ def test_a_changed_result_changes_a_page(monkeypatch):
   assert make_docs.filled(readme) != readme and "| other |" in make_docs.filled(readme)
 
 
-def test_the_menu_has_what_is_there(tmp_path):
-  """And all that is stored is in it."""
-  nav = [{"A": "a.md"}, {"B": [{"C": "b/c.md"}]}]
-  (tmp_path / "a.md").touch()
-  assert site.there(nav, tmp_path) == [{"A": "a.md"}]
-  menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-  assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w/]+\.md", menu))
+def test_the_menu_has_every_page_and_notebook():
+  menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+  made = [f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")]
+  assert sorted(menu) == sorted([*made, *(page.name for page in (ROOT / "docs").glob("*.md"))])
+
+
+def test_the_site_has_rendered_notebooks(tmp_path):
+  """`make docs` renders one that is not there, or is older than the notebook or what that reads."""
+  for name in ("Makefile", "pyproject.toml"):
+    shutil.copy(ROOT / name, tmp_path)
+  read = [tmp_path / folder / "file" for folder in ("experiments/results/run", "models/reference", "sparse_serve_jax")]
+  read += [tmp_path / "pallas_kernels" / "file", tmp_path / "tools" / "render_notebooks.py"]
+  notebooks = [tmp_path / "notebooks" / f"{name}.ipynb" for name in "ab"]
+  made = [tmp_path / "docs" / "notebooks" / f"{name}.md" for name in "ab"]
+
+  def rendered() -> str:
+    left = {name: of for name, of in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(["make", "-n", "docs"], cwd=tmp_path, env=left, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.index("mkdocs build --strict")
+    return "".join(re.findall(r"render_notebooks.py docs/notebooks notebooks/(.)", done.stdout[:last]))
+
+  for file in (*read, *notebooks, *made):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    os.utime(file, (2e9, 2e9) if file in made else (1e9, 1e9))
+  assert rendered() == ""
+  for file in (*read, *notebooks):
+    os.utime(file, (3e9, 3e9))
+    assert rendered() == (file.stem if file in notebooks else "ab"), file
+    os.utime(file, (1e9, 1e9))
+  made[0].unlink()
+  assert rendered() == "a"
 
 
 # -------------------------------------------------------------------------------------------------------------- python

@@ -110,12 +110,22 @@ def test_a_replayed_trace_misses_as_the_recorded_one():
     assert misses(ids, slots) == pytest.approx(misses(recorded, slots), abs=0.003)
 
 
-@pytest.mark.parametrize(("method", "policy"), [("held:0.2", "psa"), ("replay", "topk")])
+def of_both(folder: Path) -> str:
+  """A method of two traces, of a budget and of PSA; in the second, step t of head k reads 1 + (t + k) % 3 blocks."""
+  trace, ends = small_trace(), np.zeros((2, 6, 1, 2, 12), bool)
+  for r, t, k in np.ndindex(2, 6, 2):
+    ends[r, t, 0, k, 2 : 3 + (t + k) % 3] = True
+  trace.save(folder / "trace.npz")
+  dataclasses.replace(trace, selected=ends, policy="psa").save(folder / "ends.npz")
+  return f"replay:{folder / 'trace.npz'},{folder / 'ends.npz'}"
+
+
+@pytest.mark.parametrize(("method", "policy"), [("held:0.2", "topk"), ("replay", "topk"), ("replay", "psa")])
 def test_both_implementations_select_alike(method: str, policy: str, tmp_path: Path):
   if method == "replay":
-    small_trace().save(tmp_path / "trace.npz")
-    method = f"replay:{tmp_path / 'trace.npz'}"
+    method = of_both(tmp_path)
   changes = [f"sparse.policy={policy}", "sparse.token_budget=48", "sparse.group_blocks=2", f"sparse.method={method}"]
+  changes += ["sparse.threshold=1"] if policy == "psa" else []
   found = []
   for of in ("implementation=xla", "implementation=interpret", "tp=2"):
     tokens, engine = serve(config(*changes, of), benchmarked(), [prompt_of(120), prompt_of(90, 1)], 6)
@@ -123,6 +133,27 @@ def test_both_implementations_select_alike(method: str, policy: str, tmp_path: P
   assert found[0] == found[1] and found[0][:2] == found[2][:2]
   if policy == "topk":
     assert found[0][1] == 2 * 2 * 2 * 5 * 6  # layers, heads, requests, steps, blocks
+
+
+def test_lists_end_where_recorded_ones_did(tmp_path: Path):
+  """The stop test never passes; sinks and window are read besides."""
+  method = f"sparse.method={of_both(tmp_path)}"
+  more = ["sparse.policy=psa", "sparse.threshold=1", "sparse.group_blocks=1"]
+  small = ["sparse.sink_tokens=8", "sparse.window_tokens=8"]
+  _, engine = serve(config(*more, *small, method), benchmarked(), [prompt_of(8 * 10 + 1)], 5)
+  read = 1 + np.mean([(t + k) % 3 for t in range(4) for k in range(2)])
+  assert engine.usage.blocks_attended == 2 * 2 * 4 * (2 + read)  # layers, heads, steps
+
+
+@pytest.mark.parametrize("method", ["held:0.2", f"replay:{TRACE}"])
+def test_psa_needs_a_trace_of_psa(method: str):
+  with pytest.raises(ValueError, match="stops by attention mass.*must replay a trace of PSA"):
+    JaxExecutor(config("sparse.policy=psa", f"sparse.method={method}"), benchmarked())
+
+
+def test_one_trace_of_each_kind(tmp_path: Path):
+  with pytest.raises(ValueError, match="one trace of a budget and one of PSA, not .* two of a kind"):
+    get_method(f"replay:{TRACE},{TRACE}")
 
 
 def test_only_random_weights_have_drawn_selections():

@@ -19,7 +19,8 @@ from tests.forks import start
 from tests.tiny import SMALL_SERVING
 from tools import render_notebooks
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS, RENDERED = sorted((ROOT / "notebooks").glob("*.ipynb")), ROOT / "docs" / "notebooks"
 
 
 def faults(notebook: dict[str, Any]) -> list[str]:
@@ -52,15 +53,15 @@ def test_notebooks_are_stored_bare_and_say_what_to_see(path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_and_show_their_plots(path: Path, tmp_path: Path, optimized):
-  """Rendered as the site has them. A cell that raises ends the test."""
-  text = render_notebooks.render(path, tmp_path).read_text(encoding="utf-8")
+def test_notebooks_run_and_show_their_plots(path: Path, optimized):
+  """Rendered where the site has them, so `make docs` need not do it again. A cell that raises ends the test."""
+  text = render_notebooks.render(path, RENDERED).read_text(encoding="utf-8")
   shown = re.findall(r"!\[png\]\((.+?)\)", text)
   cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
   sources = ["".join(cell["source"]) for cell in cells]
   always = sum(bool(re.search(r"^plt\.show\(\)", source, re.M)) for source in sources)
   assert 4 <= always <= len(shown) == len(set(shown)) <= sum("plt.show()" in source for source in sources)
-  assert all((tmp_path / file).stat().st_size > 5_000 for file in shown)
+  assert all((RENDERED / file).stat().st_size > 5_000 for file in shown)
   assert "Warning" not in text
 
 

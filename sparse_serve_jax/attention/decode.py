@@ -73,7 +73,7 @@ class Selector:
         "are none"
       )
     return cls(
-      method=get_method(sparse.method),
+      method=get_method(sparse.method, sparse.policy),
       limit={"dense": None, "topk": config.budget_blocks, "psa": 1 << 30}[sparse.policy],
       sinks=config.sink_blocks,
       window=config.window_blocks,

@@ -5,7 +5,7 @@ Here scores are replaced by numbers that do not depend on what the model compute
 head, the block in its request's own order, the request (its length before the first decode step) and the position. The
 real scores are still made, so a step costs what it costs without, and somewhat more.
 
-Who imports this module may name the methods `held:A` and `replay:FILE`.
+Who imports this module may name the methods `held:A` and `replay:FILES`, a trace, or one of a budget and one of PSA.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def held(share: float) -> Drawn:
   return scores
 
 
-def replay(trace: Trace) -> Drawn:
+def replay(trace: Trace, *, ends: bool = False) -> Drawn:
   """Scores of 1 to 2 for the blocks that a trace selects, of 0 to 1 for all others, fixed for a block.
 
   Its layers and heads repeat; a repetition, and a request of another length, takes the trace's next request. Its blocks
   are spread evenly over those before the first decode step (if these are fewer, so many of the trace's stand for all);
   later ones are the same in both. Its steps go forth and back: reversed ones are reused alike.
+
+  If lists end where those of the trace did, all others have -1; a request of another length reads as many blocks.
   """
   n_requests, n, n_layers, n_heads, width = trace.selected.shape
   packed, lengths = np.packbits(trace.selected, -1), trace.lengths // trace.block_tokens
@@ -75,29 +77,51 @@ def replay(trace: Trace) -> Drawn:
     of_trace = jnp.where(there, of_trace, 0)
     bits = jnp.asarray(packed)[request, step, at.layer % n_layers, heads % n_heads, of_trace // 8]
     selected = (bits >> (7 - of_trace % 8).astype(jnp.uint8)) & 1
-    return jnp.where(there, selected, 0).astype(jnp.float32) + _uniform(_hash(*_cells(at), block))
+    selected, of_block = there & (selected > 0), _uniform(_hash(*_cells(at), block))
+    return jnp.where(selected, 1 + of_block, -1.0 if ends else of_block)
 
   return scores
 
 
 @functools.cache  # an engine's programs are found by what it returns
-def _held(given: str) -> Method:
+def _held(given: str, policy: str) -> Method:
   try:
     share = float(given)
   except ValueError:
     share = math.nan
   if not 0 <= share < math.inf:
     raise ValueError(f"A of held:A must be a number, 0 or more, not {given!r}")
+  if policy == "psa":
+    raise _no_mass(f"held:{given}")
   return drawing(held(share))
 
 
 @functools.cache
-def _replay(given: str) -> Method:
-  return drawing(replay(Trace.load(given)))
+def _replay(given: str, policy: str) -> Method:
+  traces = [Trace.load(file) for file in given.split(",")]
+  of = {trace.policy == "psa": trace for trace in traces}
+  if len(of) < len(traces):
+    raise ValueError(f"replay:FILES takes one trace of a budget and one of PSA, not {given!r}: two of a kind")
+  ends = policy == "psa"
+  if ends and ends not in of:
+    raise _no_mass(f"replay:{given}")
+  return drawing(replay(of.get(ends, traces[0]), ends=ends), ends=ends)
 
 
-def drawing(drawn: Drawn) -> Method:
-  """The default method, whose scores in decode steps are replaced where a block is neither forced nor absent."""
+def _no_mass(name: str) -> ValueError:
+  return ValueError(
+    f"sparse.policy='psa' stops by attention mass, which random weights spread evenly: sparse.method={name!r} must "
+    "replay a trace of PSA (sparse-serve accuracy --parts=selections --thresholds=0.9 records one)"
+  )
+
+
+def drawing(drawn: Drawn, *, ends: bool = False) -> Method:
+  """The default method, whose scores in decode steps are replaced where a block is neither forced nor absent.
+
+  Args:
+    drawn: the scores.
+    ends: lists end before the blocks whose scores are negative.
+  """
 
   def instead(scores: jax.Array, layer: jax.Array, rows: Rows, block_tokens: int) -> jax.Array:
     n_heads, n_blocks = scores.shape[1:]
@@ -106,7 +130,10 @@ def drawing(drawn: Drawn) -> Method:
     at = Where(layer, heads, position - rows.steps, position, block_tokens, n_blocks)
     return jnp.where(jnp.isfinite(scores), drawn(at), scores)
 
-  return dataclasses.replace(METHODS["cuboid_mean"], instead=instead)
+  def budget(ranked: jax.Array, length: jax.Array) -> jax.Array:
+    return jnp.minimum((ranked >= 0).sum(-1, dtype=jnp.int32), length)
+
+  return dataclasses.replace(METHODS["cuboid_mean"], instead=instead, budget=budget if ends else None)
 
 
 MAKERS |= {"held": _held, "replay": _replay}

@@ -98,10 +98,18 @@ METHODS: dict[str, Method] = {
   "top_p": Method(2, digest.cuboid_mean, _scaled_box, _nucleus),  # Twilight
   "random": Method(1, lambda keys: keys.mean(-2, keepdims=True), _arbitrary),
 }
-MAKERS: dict[str, Callable[[str], Method]] = {}  # `attention.drawn` adds those of benchmarks
+MAKERS: dict[str, Callable[[str, str], Method]] = {}  # `attention.drawn` adds those of benchmarks
 
 
-def get_method(name: str) -> Method:
-  """The method of that name, or what a maker makes of what follows a colon; ValueError if there is none."""
+def get_method(name: str, policy: str = "topk") -> Method:
+  """The method of that name, or what a maker makes of what follows a colon.
+
+  Args:
+    name: in METHODS, or "held:A" or "replay:FILES" (`attention.drawn`).
+    policy: sparse.policy of the lists.
+
+  Raises:
+    ValueError: there is no such method, or none for lists of that policy.
+  """
   kind, _, given = name.partition(":")
-  return MAKERS[kind](given) if kind in MAKERS else variant(METHODS, name, "selection method")
+  return MAKERS[kind](given, policy) if kind in MAKERS else variant(METHODS, name, "selection method")

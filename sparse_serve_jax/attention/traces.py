@@ -30,6 +30,7 @@ class Trace:
   case: str  # such as "cuboid_mean 2048"
   model: str
   task: str
+  policy: str = "topk"  # sparse.policy; of "psa" all that was read before the stop test passed is selected
 
   def ids(self) -> np.ndarray:
     """Block ids [n, L, R, K, C], ascending; C is the most that a step selects, and -1 stands beyond a count.
@@ -43,7 +44,7 @@ class Trace:
     return np.where(np.arange(ids.shape[-1]) < count[..., None], ids, dtype(-1))
 
   def save(self, file: str | pathlib.Path) -> None:
-    about = {key: getattr(self, key) for key in ("block_tokens", "case", "model", "task")}
+    about = {key: getattr(self, key) for key in ("block_tokens", "case", "model", "task", "policy")}
     about["steps"] = self.selected.shape[1]
     packed = np.packbits(np.moveaxis(self.selected, 1, -1), -1)  # [R, L, K, N, n / 8]
     with writing(file):

@@ -14,6 +14,9 @@ class RopeConfig:
 
   `kind` "llama3" and "yarn" follow the Hugging Face `rope_scaling` entries of the same names; "linear" divides
   positions by `factor`.
+
+  Raises:
+    ValueError: a value of the wrong type or size, or one that `kind` needs and that is not given.
   """
 
   SECTION = "rope"
@@ -42,7 +45,11 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape of a llama-family decoder; the letters beside the fields are `docs/glossary.md`'s."""
+  """Shape of a llama-family decoder; the letters beside the fields are `docs/glossary.md`'s.
+
+  Raises:
+    ValueError: a value of the wrong type or size, query heads that are no multiple of KV heads, or an odd head_dim.
+  """
 
   KIND = "models"
 

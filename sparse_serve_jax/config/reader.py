@@ -37,7 +37,12 @@ Kind = Literal["serving", "models", "training", "workloads"]  # the folders of c
 def find_config(kind: Kind, name_or_path: str | Path) -> Path:
   """The file of a configuration, in a checkout or in an installed package.
 
-  What ends in ".json" is a path; anything else is a name in configs/<kind>.
+  Args:
+    kind: the folder of configs.
+    name_or_path: what ends in ".json" is a path; anything else is a name in configs/<kind>.
+
+  Raises:
+    ValueError: there is no such file or name; the nearest name is told.
   """
   if str(name_or_path).endswith(".json"):
     if not Path(name_or_path).is_file():
@@ -54,7 +59,13 @@ def find_config(kind: Kind, name_or_path: str | Path) -> Path:
 def read_config(cls: type[Config], source: Path | Mapping[str, Any]) -> Config:
   """Reads a JSON file strictly, or the values that such a file would hold.
 
-  "extends": "other" takes other.json as the base, to any depth: of the same folder, else of configs/<cls.KIND>.
+  Args:
+    cls: what it is a configuration of.
+    source: the file, or its values. "extends": "other" takes other.json as the base, to any depth: of the same folder,
+      else of configs/<cls.KIND>.
+
+  Raises:
+    ValueError: no JSON, "extends" that names nothing or runs in a circle, or as of `from_dict`; names the file.
   """
   if isinstance(source, Mapping):
     base, data = _base(cls, source, None)
@@ -69,7 +80,11 @@ def read_config(cls: type[Config], source: Path | Mapping[str, Any]) -> Config:
 def from_dict(cls: type[Config], data: Mapping[str, Any], section: str = "") -> Config:
   """Builds a configuration dataclass from JSON values.
 
-  An integer will do for a float, and text such as "8GiB" for a field in bytes; nothing else is converted.
+  Args:
+    cls: the dataclass.
+    data: its values. An integer will do for a float, and text such as "8GiB" for a field in bytes; nothing else is
+      converted.
+    section: what errors call it.
 
   Raises:
     ValueError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
@@ -89,6 +104,9 @@ def override(config: Config, changes: str | Iterable[str] | Mapping[str, Any]) -
     config: is not changed.
     changes: assignments such as "sparse.token_budget=4096" or "cache.hbm_bytes=8GiB", or a dict of the same:
       {"sparse.token_budget": 4096} or {"sparse": {"token_budget": 4096}}.
+
+  Raises:
+    ValueError: an unknown key (the nearest is told), what is no assignment, or a wrong value.
   """
   leaves = _leaves(type(config))
   values = _flat(leaves, changes) if isinstance(changes, Mapping) else _assigned(leaves, changes)
@@ -102,7 +120,7 @@ def override(config: Config, changes: str | Iterable[str] | Mapping[str, Any]) -
 
 
 def to_json(config: Any) -> str:
-  """The JSON that `from_dict` reads back to an equal configuration."""
+  """The JSON that `from_dict` reads back to a configuration equal to `config`."""
   return json.dumps(dataclasses.asdict(config), indent=2)
 
 
@@ -160,7 +178,11 @@ _UNITS = {"B": 1} | {
 
 
 def parse_bytes(text: str) -> int:
-  """Bytes in "8GiB" (1024s), "1.5GB" (1000s) or "4096B"; a fraction of a byte is dropped."""
+  """Bytes in a `text` such as "8GiB" (1024s), "1.5GB" (1000s) or "4096B"; a fraction of a byte is dropped.
+
+  Raises:
+    ValueError: it is no number with such a unit.
+  """
   match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
   if not match or match[2] not in _UNITS:
     raise ValueError(f"{text!r} is not a size: write a number of bytes, or a number with one of {', '.join(_UNITS)}")
@@ -168,9 +190,15 @@ def parse_bytes(text: str) -> int:
 
 
 def check_fields(config: Any, positive: Iterable[str] = (), not_negative: Iterable[str] = ()) -> None:
-  """Checks the type of every field, and the range of those named. Converts as `from_dict` does.
+  """Checks the type of every field, and the range of those named. Converts as `from_dict` does, in place.
 
-  Errors name keys as people set them: that of a section stands under its `SECTION`.
+  Args:
+    config: a dataclass that is being made.
+    positive: names of fields that must be above 0, and finite.
+    not_negative: names of fields that must not be below 0, and finite.
+
+  Raises:
+    ValueError: a wrong type or range. It names keys as people set them: that of a section stands under its `SECTION`.
   """
   section = getattr(config, "SECTION", "")
   for key, hint in _hints(type(config)).items():

@@ -22,7 +22,11 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)  # S: powers of two, for kernels
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-  """Where KV lives. Sizes are bytes over all devices; JSON may write "8GiB". "auto": what the devices have room for."""
+  """Where KV lives. Sizes are bytes over all devices; JSON may write "8GiB". "auto": what the devices have room for.
+
+  Raises:
+    ValueError: a value of the wrong type or size.
+  """
 
   SECTION = "cache"
 
@@ -63,7 +67,7 @@ class CacheConfig:
       raise ValueError(f"cache.block_tokens={self.block_tokens} is not one of {BLOCK_SIZES}")
 
   def size(self, name: Literal["dram_bytes", "hbm_bytes"]) -> int:
-    """A size in bytes, of a configuration that has a number for it.
+    """The size `name`, in bytes, of a configuration that has a number for it.
 
     Raises:
       ValueError: it is "auto", which stands for no number before an engine is made.
@@ -76,7 +80,11 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-  """What a decode step attends to, and the queries of a prompt."""
+  """What a decode step attends to, and the queries of a prompt.
+
+  Raises:
+    ValueError: a value of the wrong type or size, or a `threshold` or an `audit` that `policy` does not read.
+  """
 
   SECTION = "sparse"
 
@@ -84,7 +92,8 @@ class SparseConfig:
   """How many blocks a decode step attends to: all (dense), as many as a budget of tokens allows (topk), or those that
   hold a share of the attention mass (psa)."""
   method: str = "cuboid_mean"
-  """How blocks are ranked: a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE."""
+  """How blocks are ranked: a name in attention.methods.METHODS; in benchmarks also held:A, replay:FILE[,FILE],
+  one trace of selections of a budget and one of PSA."""
   token_budget: int = 2048
   """topk: tokens attended to in a step, sinks and window included. Every policy: how much of the end of a prompt, or of
   each piece that a layer of it is cut into, enters slots; of a chunked prompt everything does, and of others with
@@ -155,7 +164,7 @@ class SparseConfig:
 
   @property
   def fixed_threshold(self) -> float:
-    """The threshold, of a configuration that has one and keeps it."""
+    """The threshold, of a configuration that keeps it. Raises ValueError if it moves."""
     if isinstance(self.threshold, str):
       raise ValueError(f"sparse.threshold={self.threshold!r} moves while an engine serves; here it must be a number")
     return self.threshold
@@ -229,6 +238,9 @@ class EngineConfig:
 
   Every field is checked where it is made, so that a wrong value is met at once and with its numbers, not ten layers
   down.
+
+  Raises:
+    ValueError: a value of the wrong type or size, or fields that exclude each other.
   """
 
   KIND = "serving"
@@ -277,7 +289,8 @@ class EngineConfig:
         raise ValueError(f"{key}={value} is beyond the model's {limit}")
 
   def prefill_allowance(self, n_layers: int) -> int:
-    """What one iteration may prefill: token x layers when layer-segmented, tokens (through all layers) when chunked.
+    """What one iteration may prefill: token x layers when layer-segmented, tokens (through all layers) when chunked;
+    `n_layers` are the model's.
 
     It is also the most tokens that are prefilled at once. Under `max_tokens` a chunk is at most that long; it shrinks
     when decode rows run. The pieces of a layer-segmented prompt are the same in every layer, so they cannot shrink:
@@ -301,16 +314,18 @@ class EngineConfig:
 
   @property
   def sink_blocks(self) -> int:
+    """Blocks that hold the sinks, rounded up."""
     return math.ceil(self.sparse.sink_tokens / self.cache.block_tokens)
 
   @property
   def window_blocks(self) -> int:
+    """Full blocks that the window is, rounded up."""
     return math.ceil(self.sparse.window_tokens / self.cache.block_tokens)
 
 
 def with_requests(config: EngineConfig, gpu: bool) -> EngineConfig:
-  """The configuration with numbers of lanes and decode rows where it says 0. A GPU has time for many rows while it
-  reads the weights; a CPU has not."""
+  """The configuration with numbers of lanes and decode rows where it says 0. A GPU (`gpu`) has time for many rows
+  while it reads the weights; a CPU has not."""
   cache, scheduler = config.cache, config.scheduler
   if cache.lanes and scheduler.max_batch:
     return config
@@ -343,6 +358,9 @@ def load_config(source: str | Path | Mapping[str, Any] | EngineConfig) -> Engine
   Args:
     source: a name ("psa": configs/serving/psa.json), a JSON file's path, the values that such a file would hold
       ({"extends": "psa", "tp": 2}), or the configuration itself.
+
+  Raises:
+    ValueError: no such name or file, no JSON, an unknown key, or a wrong value; names the file, and the nearest key.
   """
   if isinstance(source, EngineConfig):
     return source

@@ -68,7 +68,7 @@ class Step:
 
 
 class Watch:
-  """An executor that keeps what it sees: `steps`, and what the engine tells of its `iterations`. See `watch`."""
+  """An `Executor` that keeps what it sees: `steps`, and what the engine tells of its `iterations`. See `watch`."""
 
   def __init__(self, executor: JaxExecutor, opens: Callable[[DecodeRow], bool]):
     self.steps: list[Step] = []
@@ -78,7 +78,7 @@ class Watch:
     self._tables: dict[int, np.ndarray] = {}  # of lanes
 
   def of(self, request_id: str) -> list[Step]:
-    """The steps of one request."""
+    """The steps of the request `request_id`."""
     return [step for step in self.steps if step.request_id == request_id]
 
   def submit(self, plan: Plan) -> Dispatched:
@@ -263,7 +263,7 @@ def claims(opened: Opened, config: EngineConfig) -> tuple[np.ndarray, np.ndarray
 
 
 def found(opened: Opened, n: int) -> np.ndarray:
-  """Of the n blocks with most attention mass, the share that is among the n of best score, sinks and window like all
+  """Of the `n` blocks with most attention mass, the share that is among the n of best score, sinks and window like all
   others: float64 [L, K].
   """
   by_mass, by_score = (np.argsort(-x, -1, kind="stable")[..., :n] for x in (opened.shares.mean(2), opened.scores))
@@ -287,6 +287,9 @@ def hit_rates(steps: Sequence[Step], slots: Sequence[int], skip: int = 0) -> np.
 
   Returns:
     float64 [slots]. Blocks that one layer reads in an iteration count as read at the same time.
+
+  Raises:
+    ValueError: `skip` leaves no iteration.
   """
   width = max(step.selected.shape[-1] for step in steps)
   lane = {name: i for i, name in enumerate(dict.fromkeys(step.request_id for step in steps))}

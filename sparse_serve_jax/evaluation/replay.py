@@ -111,7 +111,7 @@ class Prefill(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(cfg: ModelConfig, params: llama.Params, tokens: jax.Array) -> Prefill:
-  """Runs tokens [B, T] densely."""
+  """Runs tokens [B, T] int32 densely through the model `cfg`, whose `params` are arrays."""
   cos_sin = llama.rope(cfg, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
 
   def layer(x, lp):
@@ -152,6 +152,8 @@ def sparse_prefill(
   cfg: ModelConfig, params: llama.Params, config: EngineConfig, tokens: np.ndarray, start: np.ndarray
 ) -> Prefill:
   """Runs prompts tokens[b, :start[b]], each in one piece; what follows one is as padding to it.
+
+  `cfg` and `params` are as of `prefill`; `config.sparse` says what is read.
 
   Raises:
     ValueError: `config.sparse.prefill` is dense.

@@ -6,6 +6,7 @@ the overlap of a step's selection with those of the w steps before, and the work
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ def measure(model: Model, params: Any, sample: Sample, wanted: Sequence[Case]) -
   for case in wanted:
     selected = np.stack([of[:n] for of in parts[case.name]])
     before = np.concatenate(lengths).astype(np.int32)
-    yield case, Trace(selected, before, case.config.cache.block_tokens, case.name, model.name, sample.task)
+    conf = case.config
+    yield case, Trace(selected, before, conf.cache.block_tokens, case.name, model.name, sample.task, conf.sparse.policy)
 
 
 def reuse(trace: Trace) -> Row:
@@ -185,7 +187,7 @@ def fit(trace: Trace, steps: int = 128) -> dict[str, float]:
     "by_overlap": the A of the same overlap with the step before; "by_misses": the one of SHARES whose logarithms of
     misses are nearest.
   """
-  first = Trace(trace.selected[:, :steps], trace.lengths, trace.block_tokens, trace.case, trace.model, trace.task)
+  first = dataclasses.replace(trace, selected=trace.selected[:, :steps])
   told, found = in_short(first), [in_short(drawn_like(f"held:{share}", held(share), first)) for share in SHARES]
 
   def logs(row: Row) -> np.ndarray:

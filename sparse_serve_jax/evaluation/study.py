@@ -18,7 +18,7 @@ import numpy as np
 from sparse_serve_jax import results, tasks
 from sparse_serve_jax.evaluation import accuracy, selections
 from sparse_serve_jax.evaluation.accuracy import TEXT, Row, Sample
-from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, RULES, Case
+from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, PSA, RULES, Case
 from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.tasks import text as texts
@@ -94,7 +94,7 @@ class Bench:
 
   def measure(self, cell: Cell, wanted: Sequence[Case]) -> list[tuple[Case, Row, selections.Trace | None]]:
     """What each setting answers of a generated task, or predicts of ordinary text. For "reuse" what it selects while
-    answers of a task are decoded, and of each budget a trace.
+    answers of a task are decoded, and a trace of each budget and of PSA at each threshold.
     """
     _, task, n_tokens = cell
     sample = self._sample(task, n_tokens)
@@ -107,7 +107,7 @@ class Bench:
       (
         case,
         selections.reuse(trace) | dict(requests=of.requests, traced=trace.selected.shape[1]),
-        None if case.stops else trace,
+        trace if case.series in (DEFAULT_METHOD, PSA) else None,
       )
       for case, trace in selections.measure(self._model, self._params, sample, wanted)
     ]

@@ -38,7 +38,7 @@ class Hot(flax.struct.PyTreeNode):
   pool_id: Int32[Array, " parts"] | None = None
 
   def stamp(self, layer: jax.Array | int) -> jax.Array:
-    """Time of use, ascending through layers and steps."""
+    """Time of use of a `layer` in the step that begins now, ascending through layers and steps."""
     return self.clock * self.tail.shape[1] + layer
 
 
@@ -61,7 +61,7 @@ def cache_specs() -> KVCache:
 
 
 def cache_shardings(mesh: Mesh, offload: bool) -> KVCache:
-  """The sharding of every array of the cache, with the memory kind of an offloaded pool."""
+  """The sharding of every array of the cache, with the memory kind of a pool where it is an `offload`ed one."""
   shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs())
   kind = host_pool.memory_kind() if offload else None
   return shardings.replace(pool=NamedSharding(mesh, P(AXIS), memory_kind=kind))

@@ -39,10 +39,12 @@ class CacheShape:
 
   @property
   def layout(self) -> BlockLayout:
+    """Of a block's bytes."""
     return BlockLayout(self.S, self.D, self.dtype)
 
   @property
   def block_bytes(self) -> int:
+    """K and V of one KV head and layer: 2 S D values."""
     return self.layout.bytes
 
   @property
@@ -57,10 +59,12 @@ class CacheShape:
 
   @property
   def pool_bytes(self) -> int:
+    """Of the pool, wherever it lies."""
     return self.M * self.K * self.L * self.block_bytes
 
   @property
   def saving_bytes(self) -> int:
+    """HBM of slabs that leave for the pool."""
     return self.K * -(-self.saving_tokens // self.S) * self.block_bytes
 
   @property
@@ -77,7 +81,9 @@ class CacheShape:
 
   @classmethod
   def of(cls, model: ModelConfig, config: EngineConfig, vectors: int) -> CacheShape:
-    """Divides the byte budgets of `config.cache`; `vectors` is E of the selection method, unused when all is dense.
+    """Divides the byte budgets of `config.cache` for a model.
+
+    `vectors` is E of the selection method, unused when all is dense.
 
     Raises:
       ValueError: a budget is "auto", or below what one slot of every zone and device, or one block of a request, needs;

@@ -15,7 +15,7 @@ from sparse_serve_jax.models.leaves import Leaf
 
 
 def init_params(cfg: ModelConfig, seed: int) -> llama.Params:
-  """Random host arrays, a function of the shape and `seed` alone.
+  """Random host arrays, a function of the shape `cfg` and `seed` alone.
 
   They keep the residual stream near unit size, give attention scores a spread of about 2 (so that it matters which
   tokens are attended) and logits a spread of about 4 (so that greedy ties are rare).

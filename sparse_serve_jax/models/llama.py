@@ -10,6 +10,9 @@ the caller's: a layer is
 
 `forward` does that with plain causal attention and no cache: it is what everything else is compared with.
 
+In all of them `cfg` is the model's shape, `params` the tree of `param_shapes`, `lp` one layer of it (`layer_params`),
+`x` [*B, d] the residual stream; `q` [..., K, G, D], `k` and `v` [..., K, D] are a layer's queries, keys and values.
+
 Arithmetic: norms, rope, softmax and SiLU in float32, products in the model's dtype, those of float32 at HIGHEST
 precision.
 """
@@ -37,6 +40,7 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 
 def dtype_of(cfg: ModelConfig) -> np.dtype:
+  """Of the weights and of the residual stream."""
   return _DTYPES[cfg.dtype]
 
 
@@ -94,7 +98,7 @@ def layer_params(params: Params, layer: Int[Array, ""] | int) -> Params:
 
 
 def embed(params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B d"]:
-  """The residual stream that token ids begin."""
+  """The residual stream that `tokens`, ids, begin; one out of range is the nearest id."""
   return jnp.take(params["embed"], tokens, axis=0, mode="clip")
 
 
@@ -121,7 +125,7 @@ def qkv(
 def attention_out(
   lp: Params, x: Float[Array, "*B d"], o: Float[Array, "*B K G D"], axis: str | None
 ) -> Float[Array, "*B d"]:
-  """x plus the output projection of what attention made of the queries."""
+  """x plus the output projection of `o`, what attention made of the queries."""
   return x + _psum(_matmul(o.astype(x.dtype), lp["wo"], 3), axis)
 
 
@@ -166,9 +170,17 @@ def logits(cfg: ModelConfig, params: Params, x: Float[Array, "*B d"], axis: str 
 def forward(
   cfg: ModelConfig, params: Params, tokens: Int[Array, " T"], *, axis: str | None = None, hidden: bool = False
 ) -> Float[Array, "T V"] | tuple[Float[Array, "T V"], Float[Array, "states T d"]]:
-  """Logits in float32, by dense causal attention without a cache.
+  """Logits by dense causal attention without a cache.
 
-  With `hidden` also the residual stream's L + 1 states: the embeddings, then the output of every layer.
+  Args:
+    cfg: the model's shape.
+    params: arrays, or one device's shard of them.
+    tokens: one sequence of ids.
+    axis: of the mesh; None: one device has all.
+    hidden: also the residual stream's L + 1 states are returned: the embeddings, then the output of every layer.
+
+  Returns:
+    Logits in float32; with `hidden`, logits and states in the model's dtype.
   """
   n = tokens.shape[0]
   positions = jnp.arange(n, dtype=jnp.int32)
@@ -213,7 +225,8 @@ def rope_frequencies(cfg: ModelConfig) -> Float[np.ndarray, " half"]:
 
 
 def rope_amplitude(rope: RopeConfig) -> float:
-  """YaRN's attention factor: it scales q and k alike, through cos and sin."""
+  """YaRN's attention factor of `rope` (arXiv 2309.00071, section 3.4); 1 of others. It scales q and k alike, through
+  cos and sin."""
   if rope.kind != "yarn":
     return 1.0
   return rope.attention_factor or (0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0)

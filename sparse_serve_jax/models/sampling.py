@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int, UInt
 
 
 def greedy(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-  """The most likely token of every row, int32; ties to the lowest id."""
+  """The most likely token of every row of `logits`, int32; ties to the lowest id."""
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def ban(logits: Float[Array, "B V"], banned: Int[Array, "B X"]) -> Float[Array, "B V"]:
-  """Logits with -inf at each row's `banned` token ids; -1 is none."""
+  """The `logits` with -inf at each row's `banned` token ids; -1 is none."""
   token = jnp.arange(logits.shape[1], dtype=banned.dtype)[None, None]
   return jnp.where((token == banned[:, :, None]).any(1), -jnp.inf, logits)
 
@@ -21,7 +21,8 @@ def ban(logits: Float[Array, "B V"], banned: Int[Array, "B X"]) -> Float[Array, 
 def logprobs(
   logits: Float[Array, "B V"], tokens: Int[Array, " B"], n: int
 ) -> tuple[Float[Array, " B"], Int[Array, "B n"], Float[Array, "B n"]]:
-  """Log probabilities: of one token of each row; then the `n` most likely tokens of each, and theirs."""
+  """Natural log probabilities by `logits`: those of `tokens`, one of each row; then the `n` most likely tokens of each
+  row, and theirs."""
   of_all = jax.nn.log_softmax(logits)
   top, ids = jax.lax.top_k(of_all, n)
   return jnp.take_along_axis(of_all, tokens[:, None], 1, mode="clip")[:, 0], ids.astype(jnp.int32), top

@@ -85,9 +85,9 @@ class _Chatting:
 
 
 class ByteTokenizer(_Chatting):
-  """A token is a UTF-8 byte; then begin and end of text. Any ids decode: what is no byte is skipped or replaced.
+  """A `Tokenizer` whose tokens are UTF-8 bytes, then begin and end of text.
 
-  No text becomes a special token.
+  Any ids decode: what is no byte is skipped or replaced. No text becomes a special token.
   """
 
   vocab_size = 264  # 256 bytes, two specials, and six that stand for nothing: a multiple of 8

@@ -110,8 +110,14 @@ def save_model(model: Model, path: str | pathlib.Path) -> None:
 def save_hf(model: Model, path: str | pathlib.Path, shard_bytes: int = 4 << 30) -> None:
   """Writes a Hugging Face directory: config.json, sharded safetensors, generation_config.json, tokenizer.
 
+  Args:
+    model: loaded, or one with arrays.
+    path: of the directory.
+    shard_bytes: of a file of weights, at most, unless one tensor has more.
+
   Raises:
     ValueError: the directory exists and is not empty, or no architecture there has this shape.
+    OSError: a file could not be written whole.
   """
   raw = hf_config.config_to_hf(model.config)
   directory = _new_directory(path)

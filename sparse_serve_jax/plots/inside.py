@@ -36,7 +36,8 @@ def rows_by_head(axes: Axes, values: np.ndarray, mark: int | None = None, **opti
 
 
 def numbers_by_head(axes: Axes, values: np.ndarray, form: str = "{:.0f}", **options: Any) -> AxesImage:
-  """An image of `values` [L, K] with the numbers in it: a column for each layer."""
+  """An image of `values` [L, K] with the numbers in it, in the format `form`: a column for each layer. `options` are as
+  of imshow."""
   image = axes.imshow(values.T, **options)
   middle = (image.norm.vmin + image.norm.vmax) / 2  # pyright: ignore[reportOperatorIssue]  an image has both
   for (layer, head), value in np.ndenumerate(values):

@@ -49,14 +49,17 @@ def use() -> None:
 
 
 def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.5, 4.5)) -> tuple[Figure, Any]:
-  """A figure in the style, of so many inches, and its axes as of `plt.subplots`: for a file, not for a screen."""
+  """A figure in the style, its `size` in inches, and its axes, `rows` x `columns`, as of `plt.subplots`.
+
+  It is for a file, not for a screen.
+  """
   with mpl.rc_context(LOOKS):
     figure = Figure(figsize=size)
     return figure, figure.subplots(rows, columns)
 
 
 def save(figure: Figure, file: pathlib.Path, made_by: str = "") -> pathlib.Path:
-  """Writes a figure, with a line below it on what made its numbers."""
+  """Writes a figure to a `file`, with a line below it, `made_by`, on what made its numbers. Returns the file."""
   for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)):
     if legend is not None:
       legend.set_frame_on(False)
@@ -69,7 +72,7 @@ def save(figure: Figure, file: pathlib.Path, made_by: str = "") -> pathlib.Path:
 
 
 def logarithmic(axes: Axes, which: str, at: Sequence[float] | None = None) -> None:
-  """Makes the axis "x" or "y" logarithmic.
+  """Makes the axis `which`, "x" or "y", logarithmic.
 
   Its ticks are those of `at` that are not too close to each other; without `at` they are three or more."""
   axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
@@ -94,7 +97,10 @@ def _apart(values: Sequence[float], least: float) -> list[float]:
 
 
 def bars(axes: Axes, values: Mapping[str, float], label: str, told: Mapping[str, str] | None = None) -> None:
-  """A bar for each name, told apart by hatches and colors, with its value above, or what is `told` of it."""
+  """A bar for each name of `values`, told apart by hatches and colors, with its value above, or what is `told` of it.
+
+  The axis has the `label`.
+  """
   for i, (name, value) in enumerate(values.items()):
     bar = axes.bar(name, value, color=COLORS[i % 8], hatch=HATCHES[i // 8 % 8], edgecolor="white")
     axes.bar_label(bar, [told[name] if told else f"{value:.3g}"], fontsize=7)

@@ -87,6 +87,7 @@ class Engine:
 
   @property
   def has_work(self) -> bool:
+    """Whether requests live, or have ended and no step has returned them."""
     return self._scheduler.has_work or bool(self._ended or self._to_call)
 
   @property
@@ -166,8 +167,8 @@ class Engine:
     return request
 
   def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
-    """Ends a request for `reason`, "cancelled" or "stop"; the next step returns it. False if there is none of this
-    name, so also if it has ended.
+    """Ends the request `request_id` for `reason`, "cancelled" or "stop"; the next step returns it. False if there is
+    none of this name, so also if it has ended; RuntimeError if there is one and the engine has `failed`.
     """
     request = self._live.get(request_id)
     if request is None:
@@ -186,7 +187,17 @@ class Engine:
       self.cancel(name)
 
   def step(self) -> list[Request]:
-    """Plans and dispatches one iteration, then reads the one before. Returns the requests that ended."""
+    """Plans and dispatches one iteration, then reads the one before; all that are on their way, if there is no plan.
+
+    A device that fails ends requests with their `error`, and no step with an exception.
+
+    Returns:
+      The requests that ended since the last step returned, cancelled and failed ones included.
+
+    Raises:
+      RuntimeError: the engine has `failed` before.
+      BaseException: what the observer raised; or an interrupt, after which `failed` says whether the engine can go on.
+    """
     with self._whole():
       plan = self._scheduler.schedule(self.clock.now())
       self._submit(plan)

@@ -163,7 +163,8 @@ class JaxExecutor:
   Raises:
     ValueError: a byte budget is too small or does not fit, `tp` does not divide the model or exceeds the devices there
       are, or the configuration names a variant that there is not, or one whose results have a wrong shape.
-    NotImplementedError: the implementation does not run here, or cannot read where the pool lies.
+    NotImplementedError: the implementation does not run here, or cannot read where the pool lies; or loads or saves are
+      staged, and JAX has several processes.
   """
 
   def __init__(self, config: EngineConfig, model: Model, sharing: int = 1):
@@ -209,7 +210,7 @@ class JaxExecutor:
     self._empty = True
 
   def submit(self, plan: Plan) -> DispatchedStep:
-    """Dispatches the plan and returns at once."""
+    """Dispatches the plan and returns at once. Raises what JAX does, after which only `reset` can follow."""
     self._empty = False
     step = DispatchedStep(plan.iteration, blocks_saved(plan, self.shape), self._writer, plan.await_saves)
     self._follow_pool()
@@ -236,7 +237,7 @@ class JaxExecutor:
         array.block_until_ready()
 
   def forget(self, request_id: str) -> None:
-    """Drops what is kept between segments of a prompt that was cancelled."""
+    """Drops what is kept between segments of the prompt of `request_id`, which was cancelled."""
     for key in [k for k in self._activations if k[0] == request_id]:
       del self._activations[key]
 

@@ -31,6 +31,7 @@ class Stream:
   """Output tokens of one request, as they come. Threads may share it: each token goes to one of them."""
 
   def __init__(self, prompt: Sequence[int] | np.ndarray, options: dict[str, Any], sink: Sink | None = None):
+    """For `Loop.submit`, whose `prompt`, `options` and `sink` these are."""
     self._prompt, self._options, self._sink = prompt, options, sink
     self._tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
     self._request: Request | None = None  # the engine's, once it has taken it
@@ -57,6 +58,7 @@ class Stream:
 
   @property
   def ended(self) -> bool:
+    """Whether there will be no more tokens."""
     return self._ended.is_set()
 
   @property
@@ -71,6 +73,7 @@ class Stream:
 
   @property
   def prompt_tokens(self) -> int:
+    """Of the prompt, as it was submitted."""
     return len(self._prompt)
 
   @property
@@ -160,8 +163,16 @@ class Loop:
       return list(self._live)
 
   def submit(self, prompt: Sequence[int] | np.ndarray, *, sink: Sink | None = None, **options: Any) -> Stream:
-    """Queues token ids and returns at once. `options` go to `Engine.add_request`, which may refuse them: the stream
-    then ends with its ValueError. With a `sink` tokens go there, and the stream need not be read.
+    """Queues token ids and returns at once.
+
+    Args:
+      prompt: token ids, copied.
+      sink: called by the engine's thread with the stream and each token, then with None at its end; tokens go there and
+        not to readers. It must return at once and call nothing of the loop.
+      **options: as of `Engine.add_request`, but on_token. It may refuse them: the stream then ends with its ValueError.
+
+    Returns:
+      The stream of its output tokens, which need not be read.
 
     Raises:
       RuntimeError: the loop is draining or closed, or its engine has failed.

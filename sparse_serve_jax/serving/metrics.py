@@ -44,7 +44,7 @@ class Usage:
     self._peak_pool = 0
 
   def count_step(self, plan: Plan, stats: StepStats, output_tokens: int) -> None:
-    """Takes an iteration that has run, and how many tokens it brought to requests."""
+    """Takes an iteration that has run, and how many `output_tokens` it brought to requests."""
     self.iterations += 1
     self.decode_rows += len(plan.decode)
     self.decode_steps += bool(plan.decode)
@@ -59,11 +59,11 @@ class Usage:
     self._peak_slots = max(self._peak_slots, stats.slots_used)
 
   def count_pool(self, blocks_in_use: int) -> None:
-    """Takes the pool blocks that requests own at the moment."""
+    """Takes the pool's `blocks_in_use`, those that requests own at the moment."""
     self._peak_pool = max(self._peak_pool, blocks_in_use)
 
   def held(self, owned: int, kept: int) -> Held:
-    """What the cache holds when requests own so many pool blocks and the prefix cache keeps so many others.
+    """What the cache holds when `owned` pool blocks are requests' and the prefix cache has `kept` others.
 
     Slots are as the last iteration that ran left them, less those of blocks that are nobody's since then.
     """
@@ -82,7 +82,7 @@ class Usage:
 
   @property
   def peak_hbm_kv_bytes(self) -> int:
-    """Bytes over all devices: the fixed part (digests, maps, tails, prefill slab) + most KV blocks held at a time.
+    """Bytes over all devices: `CacheShape.fixed_bytes` (all but slots and pool) + most KV blocks held at a time.
 
     With offload the blocks are those in slots, kept ones too: peak slots used x block bytes. Without, they are the
     pool's: peak pool blocks owned by requests x layers x KV heads x block bytes.
@@ -140,6 +140,7 @@ class Summary:
   peak_dram_kv_bytes: int
 
   def to_dict(self) -> dict[str, int | float | None]:
+    """The fields by their names."""
     return dataclasses.asdict(self)
 
 
@@ -195,7 +196,11 @@ def throughput(requests: Sequence[Request]) -> float | None:
 
 
 def summarize(requests: Sequence[Request], usage: Usage) -> Summary:
-  """Sums up the finished ones of `requests`; the cancelled count only in `usage`.
+  """Sums up a run.
+
+  Args:
+    requests: of which the finished ones count; others count only in `usage`.
+    usage: of the engine that served them.
 
   ttft (to the first token), latency (from arrival to finish) and scheduling_delay are over requests; tbt (between
   tokens) is over all gaps of all requests, so a long request weighs more. Percentiles are linear between ranks.
@@ -245,7 +250,7 @@ def keeps_slo(summary: Mapping[str, Any], iteration_s: float) -> bool:
 
 
 def table(columns: Mapping[str, Mapping[str, int | float | str | None]]) -> str:
-  """Renders one column of values under each name, rows in order of the first column's keys."""
+  """Text with one of the `columns` under each name, rows in order of the first one's keys; "-" is None or absent."""
   names = list(columns)
   keys = list(columns[names[0]]) if names else []
   rows = [["", *names]] + [[key, *(_shown(columns[name].get(key)) for name in names)] for key in keys]
@@ -258,7 +263,8 @@ def table(columns: Mapping[str, Mapping[str, int | float | str | None]]) -> str:
 
 
 def distribution(name: str, seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-  """Mean and percentiles, linear between ranks, as fields of `Summary`; None of nothing."""
+  """Mean and percentiles of `seconds`, linear between ranks, as fields of `Summary` that begin with `name`; None of
+  nothing."""
   percentiles = {f"{name}_p{p}_s": _percentile(seconds, p) for p in (50, 90, 99)}
   return {f"{name}_mean_s": _mean(seconds), **percentiles}
 

@@ -63,6 +63,7 @@ class Request:
 
   @property
   def ended(self) -> bool:
+    """Whether it is finished, cancelled or failed."""
     return self.state in (State.FINISHED, State.CANCELLED, State.FAILED)
 
   def sampling_of(self, index: int) -> Sampling:
@@ -72,7 +73,7 @@ class Request:
     return dataclasses.replace(self.sampling, banned=self.stop_token_ids)
 
   def receive(self, token: int, now: float) -> bool:
-    """Takes the next token. Returns whether it is an output token, so not a stop token."""
+    """Takes the next token, at the time `now`. Returns whether it is an output token, so not a stop token."""
     if self.first_token_time is None:
       self.first_token_time = now
     if token in self.stop_token_ids:
@@ -85,17 +86,17 @@ class Request:
     return True
 
   def fail(self, error: Exception, now: float) -> None:
-    """Closes the request because of `error`; it keeps the tokens it has."""
+    """Closes the request at the time `now` because of `error`; it keeps the tokens it has."""
     self.error = error
     self.end("error", now)
 
   def end(self, reason: str, now: float) -> None:
-    """Closes the request for `reason`: "stop", "length", "cancelled" or "error"."""
+    """Closes the request at the time `now` for `reason`: "stop", "length", "cancelled" or "error"."""
     self.state = {"cancelled": State.CANCELLED, "error": State.FAILED}.get(reason, State.FINISHED)
     self.finish_reason, self.finish_time, self.pool_blocks = reason, now, 0
 
   def cut(self, n_tokens: int) -> None:
-    """After its end: a stop string has ended its text within so many tokens, and others were on their way."""
+    """After its end: a stop string has ended its text within `n_tokens`, and others were on their way."""
     assert self.finish_time is not None
     for of in (self.output_tokens, self.token_times, self.logprobs):
       del of[n_tokens:]

@@ -60,6 +60,9 @@ def serve(
     on_end: is given each request when it ends, and a refusal of what cannot run when it is due.
     ignore_eos: the model's EOS tokens are output like others, if an item does not say otherwise.
 
+  Returns:
+    The summary; tokens and times stand in what `on_end` was given.
+
   Raises:
     ValueError: there is not one arrival for each item, or they do not ascend.
   """
@@ -92,7 +95,7 @@ def serve(
 
 
 def row(end: Request | Refusal, start: float) -> dict[str, Any]:
-  """What became of an item, as JSON values; times are seconds since `start`."""
+  """What became of an item, its `end`, as JSON values; times are seconds since `start`, which is one of the clock."""
   if isinstance(end, Refusal):
     return {
       "request_id": end.id,
@@ -121,7 +124,7 @@ def row(end: Request | Refusal, start: float) -> dict[str, Any]:
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int | float | None]:
-  """What `row`s of one run or of several tell of their requests, under the names of `Served.to_dict`.
+  """What `rows`, made by `row` in one run or in several, tell of requests, under the names of `Served.to_dict`.
 
   Not what depends on more than one of them, such as throughput: each run has a zero of its own.
   """

@@ -30,10 +30,15 @@ class Asked:
     self.config, self._source = config, workloads.read(config)
 
   def items(self, model: Model, max_request_tokens: int) -> list[Item | Refused]:
+    """The requests, as token ids of the model; none has more than `max_request_tokens`, prompt and output.
+
+    Raises:
+      ValueError: not one prompt has room in these.
+    """
     return self._source(model.tokenizer, max_request_tokens)
 
   def without_text(self, model: Model, max_request_tokens: int) -> list[Item | Refused]:
-    """The same requests with prompts of zeros, which take no memory and share nothing; or by the ids of a trace."""
+    """Those of `items` with prompts of zeros, which take no memory and share nothing; or by the ids of a trace."""
 
     def bare(name: str, n_prompt: int, n_output: int) -> Item:
       return Item(name, np.broadcast_to(np.int32(0), (n_prompt,)), n_output, {"cache_salt": name})
@@ -91,7 +96,7 @@ class Pass(NamedTuple):
 
 
 def serve_here(config: EngineConfig, model: Model, asked: Asked, repeats: int) -> list[Pass]:
-  """Serves a workload on this machine, so many times after once to compile."""
+  """Serves a workload on this machine: `repeats` times that are returned, after once to compile."""
   executor, passes = JaxExecutor(config, model), []
   items = asked.items(model, executor.shape.max_context)
   arrivals = workloads.times_of(asked.config, len(items))

@@ -39,10 +39,11 @@ class Instance:
 
   @property
   def text(self) -> str:
+    """Prompt and completion."""
     return self.prompt + self.completion
 
   def encode(self, tokenizer: Encoder) -> tuple[list[int], int]:
-    """The tokens of `text`, and with how many of them those of the prompt alone agree.
+    """By `tokenizer`: the tokens of `text`, and with how many of them those of the prompt alone agree.
 
     The completion is not encoded by itself: some tokenizers write a space before whatever they are given.
     """
@@ -72,11 +73,17 @@ def make(
   text: texts.Text = texts.sentences,
   n_more: int = 0,
 ) -> Instance:
-  """Makes an instance whose prompt and completion together are at most, and close to, `length` tokens.
+  """Makes an instance. What is made depends on nothing but the arguments.
 
-  Close: no more is left than 2 % or one unit of the content (a sentence, a line). What is made depends on nothing but
-  the arguments. The ordinary text between needles comes from `text`. Up to n_more further questions about the same
-  context are beyond `length`; some tasks have none.
+  Args:
+    task: a name in TASKS.
+    length: tokens of prompt and completion together, at most; no more is left than 2 % or one unit of the content (a
+      sentence, a line).
+    seed: not negative.
+    tokenizer: measures lengths, special tokens included.
+    split: "train" or "eval", which share no instance.
+    text: makes the ordinary text between needles.
+    n_more: further questions about the same context, at most; they are beyond `length`, and some tasks have none.
 
   Raises:
     ValueError: no such task or split, a negative seed, or a length that even the smallest instance exceeds.

@@ -51,7 +51,13 @@ WORKLOADS: dict[str, Callable[[WorkloadConfig], Source]] = {
 
 
 def read(config: WorkloadConfig) -> Source:
-  """Reads and checks all that needs no model. The source that it returns makes the items.
+  """Reads and checks all that needs no model.
+
+  Args:
+    config: what is served; `load_workload` reads one.
+
+  Returns:
+    What makes the items once there is a model: source(tokenizer, most tokens of prompt and output together).
 
   Raises:
     ValueError: no such source or arrival process, or what they say is wrong; in a file with its line.
@@ -62,7 +68,7 @@ def read(config: WorkloadConfig) -> Source:
 
 
 def times_of(config: WorkloadConfig, n: int) -> np.ndarray:
-  """When n requests of a workload arrive: `arrival_times`, where a trace that has no path is that of the prompts.
+  """When `n` requests of a workload arrive: `arrival_times`, where a trace that has no path is that of the prompts.
 
   Raises:
     ValueError: as `arrival_times` does.

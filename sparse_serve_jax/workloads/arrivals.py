@@ -14,21 +14,32 @@ from sparse_serve_jax.workloads.traces import read_trace, rescaled
 
 
 def all_at_once(n: int, rate: float, seed: int) -> np.ndarray:
+  """Zeros for all `n`; `seed` is not read.
+
+  Raises:
+    ValueError: `rate` is not 0.
+  """
   if rate:
     raise ValueError(f"requests that arrive all at once have no rate of arrivals, got {rate}; poisson has")
   return np.zeros(n)
 
 
 def poisson(n: int, rate: float, seed: int) -> np.ndarray:
-  """A Poisson process: gaps are exponential with mean 1 / rate, and not clipped."""
+  """A Poisson process of `n` requests: gaps are exponential with mean 1 / rate seconds, and not clipped.
+
+  The times of one `seed` differ between rates by a factor only.
+  """
   return np.cumsum(np.random.default_rng(seed).exponential(1 / checked_rate(rate), n))
 
 
 def gamma(n: int, rate: float, seed: int, *, cv: float = 1.0) -> np.ndarray:
-  """Gaps are gamma-distributed with mean 1 / rate, and not clipped: bursts.
+  """Gaps are gamma-distributed with mean 1 / rate, and not clipped: bursts. `n`, `rate` and `seed` are as of `poisson`.
 
   Args:
     cv: standard deviation of the gaps / their mean, 0.01 to 100. 1 is a Poisson process, more comes in bursts.
+
+  Raises:
+    ValueError: a `cv` or a rate beyond these.
   """
   if type(cv) not in (int, float) or not 0.01 <= cv <= 100:
     raise ValueError(f"cv, standard deviation / mean of the gaps, is a number from 0.01 to 100, got {cv!r}")
@@ -36,7 +47,13 @@ def gamma(n: int, rate: float, seed: int, *, cv: float = 1.0) -> np.ndarray:
 
 
 def trace(n: int, rate: float, seed: int, *, path: str) -> np.ndarray:
-  """The first times of a trace, the file `path`. A rate that is not 0 becomes the mean rate of the whole trace."""
+  """The first `n` times of a trace, the file `path`. A `rate` that is not 0 becomes the mean rate of the whole trace.
+
+  `seed` is not read.
+
+  Raises:
+    ValueError: the trace cannot be read, has fewer times, or none that a rate could change.
+  """
   if not isinstance(path, str):
     raise ValueError(f"path is the file of a trace, got {path!r}")
   recorded = read_trace(path)
@@ -62,7 +79,11 @@ def checked_rate(rate: float) -> float:
 
 
 def arrival_times(config: ArrivalConfig, n: int) -> np.ndarray:
-  """When n requests arrive, in seconds after the start, float64 [n] ascending.
+  """When requests arrive, in seconds after the start, float64 [n] ascending.
+
+  Args:
+    config: names the process, and has its rate, seed and options.
+    n: requests.
 
   Raises:
     ValueError: no such process, or a rate or options that it does not take.

@@ -25,7 +25,11 @@ class ArrivalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WorkloadConfig:
-  """Where prompts come from and when they arrive. A source refuses fields that it does not read."""
+  """Where prompts come from and when they arrive. A source refuses fields that it does not read.
+
+  Raises:
+    ValueError: a value of the wrong type or size.
+  """
 
   KIND = "workloads"
 
@@ -50,12 +54,19 @@ class WorkloadConfig:
       raise ValueError("prompt_tokens=1: a prompt whose middle is cut keeps 2 tokens or more")
 
   def refuse(self, *names: str) -> None:
-    """For a source: raises ValueError if a field that it does not read is set."""
+    """For a source: raises ValueError if one of the fields `names`, which it does not read, is set."""
     for field in dataclasses.fields(self):
       if field.name in names and (value := getattr(self, field.name)) != field.default:
         raise ValueError(f"a workload of {self.source} has no {field.name}, got {value!r}")
 
 
 def load_workload(name_or_path: str | Path) -> WorkloadConfig:
-  """Reads a configuration by its name in configs/workloads, or from a path that ends in ".json"."""
+  """Reads a configuration.
+
+  Args:
+    name_or_path: a name in configs/workloads, or a path that ends in ".json".
+
+  Raises:
+    ValueError: no such file, or a key or a value that is wrong.
+  """
   return read_config(WorkloadConfig, find_config("workloads", name_or_path))

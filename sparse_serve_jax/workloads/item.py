@@ -66,6 +66,7 @@ class FileSource:
   refused: tuple[Refused, ...]  # they are among the items too
 
   def __call__(self, tokenizer: Tokenizer, max_request_tokens: int) -> list[Item | Refused]:
+    """The items, each of at most `max_request_tokens` of prompt and output, and what is refused."""
     return self.items(tokenizer, max_request_tokens)
 
 
