@@ -1,6 +1,6 @@
 """`sparse-serve accuracy`: sparse_serve_jax/commands/accuracy.py."""
 
-from sparse_serve_jax.commands.accuracy import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("accuracy")

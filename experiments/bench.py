@@ -1,6 +1,6 @@
 """`sparse-serve bench`: sparse_serve_jax/commands/bench.py."""
 
-from sparse_serve_jax.commands.bench import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("bench")

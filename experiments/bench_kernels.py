@@ -1,6 +1,6 @@
 """`sparse-serve bench-kernels`: sparse_serve_jax/commands/bench_kernels.py."""
 
-from sparse_serve_jax.commands.bench_kernels import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("bench-kernels")

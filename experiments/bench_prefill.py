@@ -1,6 +1,6 @@
 """`sparse-serve bench-prefill`: sparse_serve_jax/commands/bench_prefill.py."""
 
-from sparse_serve_jax.commands.bench_prefill import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("bench-prefill")

@@ -1,6 +1,6 @@
 """`sparse-serve calibrate`: sparse_serve_jax/commands/calibrate.py."""
 
-from sparse_serve_jax.commands.calibrate import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("calibrate")

@@ -1,6 +1,6 @@
 """`sparse-serve demo`: sparse_serve_jax/commands/demo.py."""
 
-from sparse_serve_jax.commands.demo import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("demo")

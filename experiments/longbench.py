@@ -1,6 +1,6 @@
 """`sparse-serve longbench`: sparse_serve_jax/commands/longbench.py."""
 
-from sparse_serve_jax.commands.longbench import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("longbench")

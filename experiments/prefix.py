@@ -1,6 +1,6 @@
 """`sparse-serve prefix`: sparse_serve_jax/commands/prefix.py."""
 
-from sparse_serve_jax.commands.prefix import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("prefix")

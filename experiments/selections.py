@@ -1,6 +1,6 @@
 """`sparse-serve selections`: sparse_serve_jax/commands/selections.py."""
 
-from sparse_serve_jax.commands.selections import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("selections")

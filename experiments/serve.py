@@ -1,6 +1,6 @@
 """`sparse-serve run`: sparse_serve_jax/commands/run.py."""
 
-from sparse_serve_jax.commands.run import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("run")

@@ -1,6 +1,6 @@
 """`sparse-serve train-reference`: sparse_serve_jax/commands/train_reference.py."""
 
-from sparse_serve_jax.commands.train_reference import command
+from sparse_serve_jax.commands import main
 
 if __name__ == "__main__":
-  command()
+  main("train-reference")

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from sparse_serve_jax import runtime
+from sparse_serve_jax import progress, runtime
 
 Item = TypeVar("Item")
 Call = Callable[..., Any]  # of a method of an object elsewhere, by its name; raises what the method does
@@ -137,6 +137,7 @@ class _Made:
   """What runs in the processes of `spread`."""
 
   def __init__(self, make: Callable[[], Any]):
+    progress.log_warnings()
     runtime.configure()
     self._made = make()
 

@@ -16,7 +16,7 @@ def make_mesh(n: int) -> Mesh:
   """
   devices = jax.devices()
   if not 0 < n <= len(devices):
-    raise ValueError(f"tp={n} is not within the {len(devices)} devices that there are")
+    raise ValueError(f"tp={n} asks for {n} devices, and there are {len(devices)}: give tp=1 up to tp={len(devices)}")
   if jax.process_count() > 1 and n < len(devices):
     raise ValueError(f"tp={n}: {jax.process_count()} processes have {len(devices)} devices, and split over all of them")
   return jax.make_mesh((n,), (AXIS,), (AxisType.Auto,), devices=devices[:n])

@@ -1,10 +1,12 @@
-"""How far a command is, on stderr: a bar on a terminal, elsewhere a line now and then."""
+"""What is told beside results, on stderr: how far a command is, by a bar on a terminal or lines elsewhere; warnings."""
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
+import warnings
 from typing import Any
 
 from tqdm import tqdm
@@ -39,3 +41,16 @@ def write(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
   else:
     print(text, file=sys.stderr, flush=True)
+
+
+def log_warnings() -> None:
+  """From now on, this process's warnings for users are lines of the log."""
+  shown = warnings.showwarning
+
+  def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if issubclass(category, UserWarning):
+      logging.getLogger(__name__).warning("%s", message)
+    else:
+      shown(message, category, *where, **more)
+
+  warnings.showwarning = show

@@ -68,14 +68,20 @@ def take_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   Who only reads, or draws what is there, does not take it.
 
   Raises:
-    ValueError: another process has it, which is told; or `make_folder` refuses the path.
+    ValueError: another process has it, which is told; its lock cannot be opened; or `make_folder` refuses the path.
   """
   folder = make_folder(path)
   file, key = folder / LOCK_FILE, folder.resolve()
   if key in _taken and _is(_taken[key][0], file):
     return folder
   while True:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:  # another user's, say
+      raise ValueError(
+        f"{file} cannot be opened: {error.strerror}; it says who uses {folder}: if nobody does any more, remove it, "
+        "or choose another folder"
+      ) from None
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,9 +159,14 @@ def note(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
   replace_json(folder / RUN_FILE, run)
 
 
+def noted(folder: pathlib.Path, key: str) -> Any:
+  """What was noted last under a key, now or when somebody else went on with the folder; None if nothing was."""
+  return next((part[key] for part in reversed(read_json(folder / RUN_FILE)["parts"]) if key in part), None)
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """What differs between the settings `before` and `now`, by dotted names in order, with both values."""
-  was, now = _leaves(before), _leaves(now)
+  was, now = leaves(before), leaves(now)
 
   def show(value: Any) -> str:
     return "absent" if value is _ABSENT else repr(value)
@@ -204,13 +215,31 @@ def replace_json(file: pathlib.Path, value: Any) -> None:
   partial.replace(file)
 
 
-def write_csv(file: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-  """Writes a table to `file`: these columns, by default one for each key of the rows, in the order of their coming."""
-  with writing(file), file.open("w", newline="", encoding="utf-8") as opened:
-    heads = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
+def write_table(
+  file: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = (), markdown: str | None = None
+) -> None:
+  """Writes a table for readers and for programs.
+
+  Args:
+    file: their name, to which .md and .csv are added.
+    rows: a line each.
+    columns: some of their keys, by default all in the order in which they come.
+    markdown: the text for readers, by default these columns with numbers of four digits.
+  """
+  heads = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
+  if markdown is None:
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *([_shown(row.get(head)) for head in heads] for row in rows)]
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+  write_text(file.with_name(f"{file.name}.md"), markdown)
+  table = file.with_name(f"{file.name}.csv")
+  with writing(table), table.open("w", newline="", encoding="utf-8") as opened:
     writer = csv.DictWriter(opened, heads, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
+
+
+def _shown(value: Any) -> str:
+  return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class Rows:
@@ -268,8 +297,8 @@ def _plain(value: Any) -> Any:
   return json.loads(json.dumps(value, default=lambda other: dataclasses.asdict(other)))
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-  """Dotted name -> value of everything in nested objects; an empty object is a value."""
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+  """Dotted name, after `path` if it is given, -> value of everything in nested objects; an empty one is a value."""
   if not isinstance(value, Mapping) or (path and not value):
     return {path: value}
-  return {k: v for key, part in value.items() for k, v in _leaves(part, f"{path}.{key}" if path else key).items()}
+  return {k: v for key, part in value.items() for k, v in leaves(part, f"{path}.{key}" if path else key).items()}

@@ -29,8 +29,9 @@ OUR_OWN = ("jax.numpy", "absl.app", "sparse_serve_jax.serving.engine", "sparse_s
 class Forks:
   """Runs modules one after another, in forks of one process."""
 
-  def __init__(self, imported: Sequence[str], environment: Mapping[str, str] = os.environ):
-    command = [sys.executable, __file__, *imported]
+  def __init__(self, imported: Sequence[str], environment: Mapping[str, str] = os.environ, root: Path = ROOT):
+    """`root`: where the packages are."""
+    command = [sys.executable, __file__, str(root), *imported]
     self._process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment)
     )
@@ -86,8 +87,8 @@ def _become(module: str, arguments: list[str], folder: str, environment: dict[st
 
 def main() -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle, which then ends the input
-  sys.path[0] = str(ROOT)
-  for name in sys.argv[1:]:
+  sys.path[0] = sys.argv[1]
+  for name in sys.argv[2:]:
     importlib.import_module(name)
   for line in sys.stdin:
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
@@ -279,6 +280,14 @@ def test_a_run_goes_on(model, tmp_path):
   whole = json.loads((out / "summary.json").read_text())
   dense = [entry["accuracy"] for entry in whole["accuracies"] if entry["series"] == "dense"]
   assert told == {"dense": {"retrieval 640": dense[0]}, "rows": len(after) + 6, "out": str(out)}
+  with (out / "results.csv").open(encoding="utf-8", newline="") as opened:
+    table = list(csv.DictReader(opened))
+  of_files = {"results": after, "prefill": of_prefill, "reuse": rows("reuse.jsonl")}
+  keys = "task", "case", "accuracy"
+  lines = sorted((line["file"], *(line[key] for key in keys)) for line in table)
+  told_of = [(name, row) for name, of in of_files.items() for row in of]
+  assert lines == sorted((name, *(str(row.get(key, "")) for key in keys)) for name, row in told_of)
+  assert float(table[-1]["working_set.2"]) > 0 and "each.accuracy" not in table[0]
   made = json.loads((out / "run.json").read_text())
   assert made["setting"]["model"]["dtype"] == "float32" and len(made["parts"]) == 2
   by_head = "psa_retrieval_640", "psa_text_600", "psa_least_mean_of_heads_text_600"
@@ -296,7 +305,7 @@ def test_a_run_goes_on(model, tmp_path):
   for wrong, message in {
     "--methods=cuboid": "--methods: no cuboid; there are cuboid_mean",
     "--lengths=2048": "the model's context is 1024 tokens, too short for [2048]",
-    "--budgets=many": "--budgets: many are not numbers",
+    "--budgets=many": "--budgets: 'many' is no integer",
     "--text=none.txt": "none.txt is missing",
     "--text_chat": "--text_chat is of texts of --text or --longbench_dir",
     "--rules=most": "--rules: no most; there are least",

@@ -47,7 +47,7 @@ def test_an_empty_prompt_is_begin_of_text_alone():
     ([], "give a model: sparse-serve generate MODEL [PROMPT]"),
     (["random:tiny", "a", f"--prompt_file={__file__}"], "the prompt is given twice: as PROMPT and by --prompt_file"),
     (["random:tiny", "a", "--top_p=2"], "top_p must be above 0 and at most 1, got 2.0"),
-    (["random:tony", "a"], "no models configuration 'tony'"),
+    (["random:tony", "a"], "configs/models has no 'tony'"),
     (["random:tiny", "a" * 400, *SMALL], "384"),
   ],
 )

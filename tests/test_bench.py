@@ -160,7 +160,7 @@ def test_bench_step(tmp_path):
     ("bench_prefill", "--cases=1x300000", "a prompt of 300000 tokens and one more exceed the model's context, 262144"),
     ("bench_step", "--cases=2x128,2x16", "2x16 has no full block of 32 tokens"),
     ("bench_step", "--smoke --dense_batches=0", "--dense_batches: '0' is no number of rows"),
-    ("bench_step", "--smoke --model=llama", "no models configuration 'llama'; there are: "),
+    ("bench_step", "--smoke --model=llama", "configs/models has no 'llama'; there are: "),
     ("bench_step", "--misses=0,abc", "--misses: 'abc' is no share in [0, 1]"),
     ("bench_step", "--misses=nan", "--misses: 'nan' is no share in [0, 1]"),
     ("bench_step", "--smoke --set=sparse.policy=dense", "sparse.policy cannot be set: every row has its own"),

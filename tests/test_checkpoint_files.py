@@ -217,7 +217,7 @@ def test_a_card_without_parameters_is_one_line(directory):
   (directory / "model.json").write_text(json.dumps({"name": "x", "eos_token_ids": [1], "config": cfg}))
   with pytest.raises(ValueError) as error:
     models.load_model(directory)
-  one_line(error, f"^{re.escape(str(directory / 'params'))} holds no parameters")
+  one_line(error, f"^{re.escape(str(directory / 'params'))} is no whole checkpoint: it has no _METADATA")
 
 
 def test_an_end_that_never_comes_is_named(directory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import importlib.util
@@ -77,7 +78,7 @@ def test_an_interrupt_of_the_imports_is_a_line():
 
 
 FIRST_IMPORT = """
-import os, signal, sys, time
+import os, runpy, signal, sys, time
 from sparse_serve_jax.commands import main
 
 
@@ -89,12 +90,14 @@ class Interrupting:
 
 
 sys.meta_path.insert(0, Interrupting())
+if sys.argv[1] == "experiments":
+  runpy.run_module("experiments.accuracy", run_name="__main__")
 sys.argv = ["sparse-serve", sys.argv[1]]
 main()
 """
 
 
-@pytest.mark.parametrize("argument", ["run", "--help", "--version"])
+@pytest.mark.parametrize("argument", ["run", "--help", "--version", "experiments"])
 def test_an_interrupt_of_the_first_import_is_a_line(argument):
   """Which comes before interrupts are watched."""
   command = [sys.executable, "-c", FIRST_IMPORT, argument]
@@ -157,10 +160,11 @@ def test_every_command_has_a_module(name):
 
 def test_every_module_under_experiments_is_a_command():
   for file in (ROOT / "experiments").glob("[!_]*.py"):
-    (line,) = [line for line in file.read_text().splitlines() if line.startswith("from ")]
-    module = line.split()[1].rpartition(".")[2]
-    assert line == f"from sparse_serve_jax.commands.{module} import command"
-    assert module.replace("_", "-") in NAMES
+    docstring, code = file.read_text().split("\n", 1)
+    name = docstring.split("`")[1].removeprefix("sparse-serve ")
+    assert name in NAMES
+    start = f'if __name__ == "__main__":\n  main("{name}")\n'
+    assert code == f"\nfrom sparse_serve_jax.commands import main\n\n{start}"
 
 
 def test_every_key_of_a_configuration_is_described():
@@ -199,6 +203,47 @@ def test_config_lists_and_resolves():
 def test_config_refuses(arguments, message):
   done = start("config", *arguments)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["demo", ""], "'' is no model: it has no config.json and no model.json"),
+    (
+      ["generate", "random:tiny", "a", "--max_tokens=1e9"],
+      "--max_tokens=1e9 is no integer; --help shows what there is",
+    ),
+    (["run", "--rate=abc"], "--rate=abc is no number; --help shows what there is"),
+    (["ladder", "--rates=1,a", "--out=o"], "--rates: 'a' is no number"),
+    (
+      ["generate", "random:tiny", "a", "--config=16.json"],
+      "16.json:1: not UTF-8: its byte order mark is that of UTF-16",
+    ),
+    (
+      ["generate", "random:tiny", "a", "--set", "tp=3"],
+      "tp=3 asks for 3 devices, and there are 1: give tp=1 up to tp=1",
+    ),
+    (["selections", "--traces=16.json"], "16.json is no trace of selections: it is no .npz file"),
+    (["selections", "--traces=absent"], "absent is no trace of selections: No such file or directory"),
+    (["longbench", "--score_only=absent"], "--score_only: absent is no folder"),
+    (["config", "--set", "tp=2", "pso"], "configs/serving has no 'pso'; there are: dense"),
+    (["calibrate", "--cost=a.txt"], "--cost: a.txt is the JSON file to write: its name must end in .json"),
+  ],
+)
+def test_careless_input_is_one_plain_line(tmp_path, arguments, message):
+  (tmp_path / "16.json").write_bytes("{}".encode("utf-16"))
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  done = _elsewhere().run("sparse_serve_jax", *arguments, folder=tmp_path, environment=environment)
+  assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+  assert done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+  assert not (tmp_path / "o").exists()
+
+
+@functools.cache
+def _elsewhere() -> forks.Forks:
+  made = forks.Forks(forks.OUR_OWN, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+  atexit.register(made.close)
+  return made
 
 
 def test_what_a_model_is_warned_of_is_one_line_of_the_log(tmp_path):

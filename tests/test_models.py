@@ -168,7 +168,9 @@ def test_a_mesh_has_devices_that_there_are():
   n = len(jax.devices())
   assert make_mesh(1) == make_mesh(1) and make_mesh(n).size == n and make_mesh(1).axis_names == (AXIS,)
   for wrong in (0, n + 1):
-    with pytest.raises(ValueError, match=f"tp={wrong} is not within the {n} devices"):
+    with pytest.raises(
+      ValueError, match=f"tp={wrong} asks for {wrong} devices, and there are {n}: give tp=1 up to tp={n}"
+    ):
       make_mesh(wrong)
 
 

@@ -169,6 +169,21 @@ def test_a_process_that_was_killed_has_no_folder(tmp_path):
   assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+  """As of another user, whose process was killed."""
+
+  def denied(file, *_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
+
+  with monkeypatch.context() as patch, pytest.raises(ValueError) as error:
+    patch.setattr(results.os, "open", denied)
+    results.take_folder(tmp_path)
+  assert str(error.value) == (
+    f"{tmp_path}/.lock cannot be opened: Permission denied; it says who uses {tmp_path}: if nobody does any more, "
+    "remove it, or choose another folder"
+  )
+
+
 def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path):
   results.take_folder(tmp_path / "a")
   shutil.rmtree(tmp_path / "a")
@@ -208,7 +223,8 @@ WRITERS = {
   "rows.jsonl": lambda file: Rows(file).append({"i": 0}),
   "again.jsonl.partial": lambda file: Rows(file.with_suffix("")).replace(0, {"i": 1}),
   "run.json.partial": lambda file: results.replace_json(file.with_suffix(""), {}),
-  "table.csv": lambda file: results.write_csv(file, [{"a": 1}]),
+  "table.csv": lambda file: results.write_table(file.with_suffix(""), [{"a": 1}]),
+  "table.md": lambda file: results.write_table(file.with_suffix(""), [{"a": 1}]),
   "timeline.json": lambda file: Timeline(fake_executor().shape).write(file),
   "trace.npz": lambda file: Trace(np.ones((1, 1, 1, 1, 8), bool), np.ones(1, np.int32), 8, "", "", "").save(file),
   "tokenizer_config.json": lambda file: ByteTokenizer().save(file.parent),

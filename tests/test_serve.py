@@ -241,6 +241,7 @@ def test_an_interrupted_run_keeps_its_rows_and_is_gone_on_with(tmp_path, capsys,
   assert len(json.loads((tmp_path / "run.json").read_text())["parts"]) == 2
 
   whole = file.read_bytes()
+  monkeypatch.setattr(serve, "load_model_here", None)  # nothing is loaded for this
   assert in_process(*command) == 0
   said, rows = capsys.readouterr(), rows_of(tmp_path)
   assert file.read_bytes() == whole
@@ -250,6 +251,14 @@ def test_an_interrupted_run_keeps_its_rows_and_is_gone_on_with(tmp_path, capsys,
   assert told["score_mean"] == sum(row["score"] for row in rows) / 6 and told["throughput_tok_s"] is None
   assert f"nothing is left to run: all 6 requests have rows in {tmp_path}" in said.err
   assert not (tmp_path / "timeline-after-6.json").exists()
+
+  monkeypatch.undo()
+  run = json.loads((tmp_path / "run.json").read_text())
+  for part in run["parts"]:  # as before it was noted how many there are
+    part.pop("requests", None)
+  (tmp_path / "run.json").write_text(json.dumps(run))
+  assert in_process(*command) == 0
+  assert json.loads(capsys.readouterr().out.splitlines()[-1]) == told and file.read_bytes() == whole
 
 
 def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, monkeypatch):
@@ -279,8 +288,8 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path, capsys, mo
   ("arguments", "message"),
   [
     (["--set=sparse.token_bugdet=64"], "unknown key 'sparse.token_bugdet'; the nearest is 'sparse.token_budget'"),
-    (["--config=spars_serve"], "no serving configuration 'spars_serve'; there are: dense"),
-    (["--workload=needles"], "no workloads configuration 'needles'; there are: jsonl"),
+    (["--config=spars_serve"], "configs/serving has no 'spars_serve'; there are: dense"),
+    (["--workload=needles"], "configs/workloads has no 'needles'; there are: jsonl"),
     (["--workload=longbench"], "a workload of longbench needs --longbench_dir"),
     (["--workload=longbench", "--longbench_dir=absent"], "dataset2prompt.json is missing"),
     (["--workload=jsonl"], "a workload of jsonl needs --jsonl"),
@@ -307,7 +316,7 @@ def test_mistakes_end_in_one_line_before_a_model_is_loaded(arguments, message, c
   ("arguments", "message"),
   [
     (["--set=cache.hbm_bytes=100"], "cache.hbm_bytes=100 is below the minimum of"),
-    (["--model=random:huge"], "no models configuration 'huge'; there are:"),
+    (["--model=random:huge"], "configs/models has no 'huge'; there are:"),
     (["--model=absent"], "'absent' is no model"),
     (
       ["--model=meta-llama/Llama-3.2-1B"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import sys
 
 import pytest
 
@@ -73,3 +75,34 @@ def test_the_ladder_has_the_same_rows(tmp_path):
 def test_what_goes_wrong_elsewhere_is_told_in_a_line(tmp_path):
   done = forks.start("experiments.accuracy", *SWEEP, f"--out={tmp_path}", "--parts=tasks", "--steps=8", "--ray")
   assert done.returncode == 2 and "8 decode steps end before" in done.stderr.splitlines()[-1]
+
+
+WARNING = """
+import time, warnings
+from sparse_serve_jax import cluster
+from sparse_serve_jax.server import replicas
+
+def warn(*_, **__):
+  warnings.warn("a word to the user")
+
+def start():
+  warnings.showwarning = warnings._showwarning_orig  # as in a process of its own
+  replicas.runtime.configure, replicas.load_model_here = warn, lambda *_, **__: 1 / 0
+  try:
+    replicas.Replica().start(None, "", None, 1.0, 1)
+  except ZeroDivisionError:
+    pass
+
+cluster.once(warn)
+cluster.once(start)
+time.sleep(1)  # until what they told is here
+"""
+
+
+@pytest.mark.slow
+def test_warnings_of_other_processes_are_lines_of_the_log():
+  """Neither file and line of this package, nor its source."""
+  done = subprocess.run([sys.executable, "-c", WARNING], cwd=forks.ROOT, capture_output=True, text=True)
+  told = [line for line in (done.stdout + done.stderr).splitlines() if "a word to the user" in line]
+  assert done.returncode == 0 and len(told) == 2, done.stderr
+  assert all(re.search(r"\(\w+ pid=\d+\)\S* a word to the user$", line) for line in told), told

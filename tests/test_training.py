@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
+import os
+import re
 import shutil
 import subprocess
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -238,6 +243,46 @@ def test_what_a_failure_leaves(tmp_path):
   with pytest.raises(OSError, match="no more"):
     run.run(batches(), 1000)
   assert trainer.Trainer(config, tmp_path).step == 3
+
+
+@pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt", "array_metadatas/process_0", "ocdbt.process_0/d/*"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_checkpoint_that_is_damaged_is_one_line(tmp_path, capfd, file, gone):
+  trainer.Trainer(TOY, tmp_path).save()
+  checkpoint = tmp_path / "checkpoints" / "0" / "default"
+  damaged = max(checkpoint.glob(file), key=lambda file: file.stat().st_size)
+  if not gone:
+    os.truncate(damaged, damaged.stat().st_size // 2)
+  elif damaged.parent.name != "array_metadatas":  # which may be missing
+    damaged.unlink()
+  else:
+    os.truncate(damaged, 0)
+  capfd.readouterr()
+  with pytest.raises(ValueError, match=f"^{checkpoint}") as error:
+    trainer.Trainer(TOY, tmp_path)
+  assert "\n" not in str(error.value) and re.search("cannot be read|not JSON|no whole checkpoint", str(error.value))
+  assert capfd.readouterr().err == ""
+
+
+def test_a_checkpoint_that_a_disk_has_no_room_for_is_one_line(tmp_path, monkeypatch, caplog):
+  run = trainer.Trainer(TOY, tmp_path)
+
+  def full(*_, **__):
+    logging.getLogger("absl").error("Traceback (most recent call last), of a thread")
+    late = RuntimeError("Event loop is closed")
+    sys.unraisablehook(types.SimpleNamespace(exc_type=RuntimeError, exc_value=late, exc_traceback=None, object=None))
+    raise ValueError(
+      'RESOURCE_EXHAUSTED: Error writing "params.embed/0.0" in OCDBT database at local file "/tmp/d/": Failed writing: '
+      "\"/tmp/d/2dda\": Failed to write 9 bytes to file 4: No space left on device [os_error_code='28'] [source='x']"
+    )
+
+  with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+    patch.setattr(run._checkpoints, "save", full)
+    run.save()
+  assert str(error.value) == f"{tmp_path / 'checkpoints' / '0'} cannot be written: No space left on device"
+  assert not caplog.records
+  run.save()
+  assert trainer.Trainer(TOY, tmp_path).step == 0
 
 
 def test_a_run_starts_from_parameters(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -334,6 +335,32 @@ def test_orbax_restores_the_model(tmp_path):
     models.load_model(path)
   for line in ("missing: lm_head ", "missing: layers.bqkv ", "unknown: layers.q_norm ", "shape: layers.w_down is "):
     assert line in str(error.value)
+
+
+def largest(directory: pathlib.Path) -> pathlib.Path:
+  return max(directory.rglob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
+
+
+# What may be damaged, and what is told then of the folder of parameters. Half of a file is left, or nothing.
+DAMAGED = {
+  "_METADATA": (lambda params: params / "_METADATA", "/_METADATA:1: not JSON", " is no whole checkpoint: it has no _M"),
+  "manifest": (lambda params: params / "manifest.ocdbt", " cannot be read, .*manifest", " is no whole .* no manifest"),
+  "index": (lambda params: next((params / "d").iterdir()), " cannot be read, the check", " cannot be read, the check"),
+  "values": (largest, r": [\w.]+ cannot be read, the checkpoint is", r": [\w.]+ cannot be read, the checkpoint is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_orbax_s_damaged_directories_are_one_line(tmp_path, what, capfd):
+  models.save_model(models.load_model("random:tiny"), tmp_path)
+  find, *told = DAMAGED[what]
+  file = find(params := tmp_path / "params")
+  for damage, message in zip((lambda: os.truncate(file, file.stat().st_size // 2), file.unlink), told, strict=True):
+    damage()
+    with pytest.raises(ValueError, match=f"^{params}{message}") as error:
+      jax.tree.map(np.asarray, models.load_model(tmp_path).params)
+    assert "\n" not in str(error.value)
+  assert capfd.readouterr().err == ""  # threads of orbax's have nothing to tell
 
 
 # Shapes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from sparse_serve_jax.commands import COMMANDS
+from tests import forks
+from tests.test_simulation import cost
 
 pytest.importorskip("hatchling")
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +50,9 @@ def test_what_is_in_it(wheel: Path):
   assert inside | configs <= set(names)
 
 
+SMALL = ["--set=cache.hbm_bytes=8MiB", "--set=cache.dram_bytes=64MiB", "--set=scheduler.max_context=512"]
+
+
 def test_commands_run_from_it_in_another_folder(wheel: Path, tmp_path: Path):
   site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
   with zipfile.ZipFile(wheel) as opened:
@@ -50,21 +60,36 @@ def test_commands_run_from_it_in_another_folder(wheel: Path, tmp_path: Path):
   elsewhere.mkdir()
   environment = {name: value for name, value in os.environ.items() if name != "SPARSE_SERVE_REFERENCE"}
   environment |= {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "XDG_DATA_HOME": str(tmp_path / "data")}
-
-  def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sparse_serve_jax", *arguments]
-    return subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, env=environment)
-
   code = "import sparse_serve_jax; print(sparse_serve_jax.__file__)"
   where = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, env=environment)
   assert where.stdout.startswith(str(site))
-  for arguments, line in (
-    (["--help"], "sparse-serve COMMAND [FLAGS]"),
-    (["config", "--list"], "cache.hbm_bytes  size or auto"),
-    (["config", "psa"], '"policy": "psa"'),
-  ):
-    done = run(*arguments)
-    assert (done.returncode, done.stderr) == (0, "") and line in done.stdout
-  done = run("generate", "reference", "Hi")
-  assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-  assert f"copy it to {tmp_path / 'data' / 'sparse_serve_jax' / 'reference'}" in done.stderr
+
+  made = forks.Forks(forks.OUR_OWN, environment, site)
+  run = functools.partial(made.run, "sparse_serve_jax", folder=elsewhere, environment=environment)
+  try:
+    names = [name for of in COMMANDS.values() for name in of]
+    for arguments, line in (
+      (["--help"], "sparse-serve COMMAND [FLAGS]"),
+      *(([name, "--help"], f"sparse-serve {name}") for name in names),
+      (["config", "--list"], "cache.hbm_bytes  size or auto"),
+      (["config", "psa"], '"policy": "psa"'),
+    ):
+      done = run(*arguments)
+      assert (done.returncode, done.stderr) == (0, "") and line in done.stdout, done.stderr
+    (elsewhere / "trace.jsonl").write_text(
+      '{"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [0, 1]}\n'
+    )
+    (elsewhere / "cost.json").write_text(json.dumps(dataclasses.asdict(cost())))
+    asked = ["--limit=2", "--prompt_tokens=300", "--max_new_tokens=2", *SMALL]
+    for arguments, line in (
+      (["generate", "random:tiny", "Hi", "--max_tokens=2", *SMALL], ""),
+      (["prefix", "--trace=trace.jsonl"], '"all"'),
+      (["simulate", "--cost=cost.json", *asked], '"requests": 2,'),
+    ):
+      done = run(*arguments)
+      assert done.returncode == 0 and line in done.stdout, done.stderr
+    done = run("generate", "reference", "Hi")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"copy it to {tmp_path / 'data' / 'sparse_serve_jax' / 'reference'}" in done.stderr
+  finally:
+    made.close()

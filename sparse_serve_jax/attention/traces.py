@@ -63,4 +63,5 @@ class Trace:
         selected = np.unpackbits(arrays["selected"], axis=-1, count=about.pop("steps")).astype(bool)
         return cls(np.moveaxis(selected, -1, 1), arrays["lengths"], **about)
     except _BROKEN as error:
-      raise ValueError(f"{file} is no trace of selections: {error}") from error
+      what = "it is no .npz file" if "pickle" in str(error) else getattr(error, "strerror", None) or error
+      raise ValueError(f"{file} is no trace of selections: {what}") from error

@@ -54,13 +54,13 @@ COMMANDS = {
 }
 
 
-def main() -> NoReturn:
-  """The console script `sparse-serve`."""
+def main(name: str | None = None) -> NoReturn:
+  """The console script `sparse-serve`, or with a name, one of its commands as a program."""
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _end)
   from sparse_serve_jax.commands import cli
 
-  name, *arguments = sys.argv[1:] or ["--help"]
+  name, *arguments = (sys.argv[1:] or ["--help"]) if name is None else [name, *sys.argv[1:]]
   if name in ("--help", "-h", "help"):
     with cli.endings(False, ""):
       print(_help(), flush=True)

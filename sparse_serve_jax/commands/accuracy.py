@@ -18,9 +18,9 @@ There are four parts, of which --parts chooses:
 Settings are those of --methods, --budgets and --thresholds, and dense. --axes adds variations.
 
 The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts, prefill.jsonl and
-reuse.jsonl of the others, traces/*.npz, and made of these results.md, summary.json and plots. What is there is not run
-again. With --ray each task and length is one process's. The last line of stdout is one JSON object: how many rows there
-are, and what dense attention answers.
+reuse.jsonl of the others, traces/*.npz, and made of these results.md, results.csv, summary.json and plots. What is
+there is not run again. With --ray each task and length is one process's. The last line of stdout is one JSON object:
+how many rows there are, and what dense attention answers.
 """
 
 from __future__ import annotations
@@ -123,8 +123,7 @@ def main() -> None:
   amounts = Amounts(_INSTANCES.value, _STEPS.value, _REQUESTS.value, _TRACE_STEPS.value, text)
   study = _measured(model, out, wanted, amounts, cells)
   rows, prefill, reuse = (study.rows(name, cells) for name in ("results", "prefill", "reuse"))
-  told = report.summary(rows, reuse, prefill)
-  report.write(out, told)
+  told = report.write(out, rows, reuse, prefill)
   try:
     from sparse_serve_jax.plots import accuracy as plots  # slow to import
     from sparse_serve_jax.plots.folder import made_by

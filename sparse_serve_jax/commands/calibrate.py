@@ -74,7 +74,7 @@ def _run_here() -> MeasuredRun:
 def _check_writable(file: pathlib.Path) -> None:
   """Before anything is measured."""
   if file.suffix != ".json":
-    raise ValueError(f"--cost: {file} is to be a JSON file, its name ends in .json")
+    raise ValueError(f"--cost: {file} is the JSON file to write: its name must end in .json")
   if file.is_dir():
     raise ValueError(f"--cost: {file} is a directory, a file is wanted")
   results.make_folder(file.parent)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
 import math
 import os
 import pathlib
@@ -31,13 +30,13 @@ import sys
 import textwrap
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import flags
 
+from sparse_serve_jax import progress
 from sparse_serve_jax.files import writing
 
 flags.disclaim_key_flags()  # those that functions below define are their caller's
@@ -194,10 +193,13 @@ def numbers(flag: flags.FlagHolder[Any], kind: type[int] | type[float]) -> list[
   Raises:
     ValueError: they are none.
   """
-  try:
-    return sorted({kind(text) for text in flag.value})
-  except ValueError:
-    raise ValueError(f"--{flag.name}: {','.join(flag.value)} are not numbers") from None
+  made = set()
+  for text in flag.value:
+    try:
+      made.add(kind(text))
+    except ValueError:
+      raise ValueError(f"--{flag.name}: {text!r} is no {'integer' if kind is int else 'number'}") from None
+  return sorted(made)
 
 
 # ---------------------------------------------------------------------------------------------------------- beginnings
@@ -220,7 +222,7 @@ def run(
   """
   argv = sys.argv if argv is None else argv
   watch_interrupts()
-  _log_warnings()
+  progress.log_warnings()
   module = sys.modules[main.__module__]
   if _HELP & set(argv[1:]):
     with endings(False, ""):
@@ -319,26 +321,15 @@ def _leaving() -> Iterator[None]:
     os._exit(end.code if isinstance(end.code, int) else 1)
 
 
-def _log_warnings() -> None:
-  """From now on, warnings for users are lines of the log, as all else that is told beside results."""
-  shown = warnings.showwarning
-
-  def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    if issubclass(category, UserWarning):
-      logging.getLogger(__name__).warning("%s", message)
-    else:
-      shown(message, category, *where, **more)
-
-  warnings.showwarning = show
-
-
 def _mistake(text: str) -> int:
   print(f"error: {text}", file=sys.stderr)
   return 2
 
 
 def _asked_for(text: str) -> str:
-  """With names of flags that have to be given in place of what absl says of them."""
+  """With names of flags that have to be given, and with what is no number, in place of what absl says of them."""
+  if wrong := re.match(r"flag (--\w+=.*): (invalid literal for int|could not convert string to float)", text):
+    return f"{wrong[1]} is no {'integer' if 'int' in wrong[2] else 'number'}"
   missing = re.findall(r"Flag (--\w+) must have a value other than None", text)
   return f"{', '.join(missing)} must be given" if missing else text
 

@@ -84,7 +84,7 @@ class Questions:
 def main(directory: str | None = None, of: Questions | None = None) -> None:
   of = of or Questions()
   runtime.configure()
-  model = load_model(directory or "reference", dtype="float32")
+  model = load_model("reference" if directory is None else directory, dtype="float32")
   made = workloads.read(of.workload)(model.tokenizer, of.max_context)
   items = [dataclasses.replace(item, options={"ignore_eos": True}) for item in made if isinstance(item, Item)]
   configs = rungs.read_rungs(of.rungs, of.changes(model.config))

@@ -51,6 +51,8 @@ def main() -> int:
   """Predicts unless --score_only, then scores."""
   if _SCORE_ONLY.value is not None:
     folder, unread = pathlib.Path(_SCORE_ONLY.value), {}
+    if not folder.is_dir():
+      raise ValueError(f"--score_only: {folder} is no folder")
   elif _OUT.value is None or _LONGBENCH.value is None:
     raise ValueError("--longbench_dir and --out are needed, or --score_only")
   else:

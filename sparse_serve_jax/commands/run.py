@@ -58,15 +58,15 @@ def main() -> int:
   if out:
     results.claim(out, _setting(config, workload))
     rows = results.Rows(out / "requests.jsonl")
-  before = hosts.agreed(rows.all[:] if rows else [])
+  before, of_all = hosts.agreed([rows.all[:] if rows else [], results.noted(out, "requests") if out else None])
   done, known = {row["request_id"] for row in before}, {row.id: row for row in workloads.refused_by(source)}
   tell_refused(row for name, row in known.items() if name not in done)
   # All that is wrong with the command line, files or the folder is told by now.
+  if before and len(before) == of_all:
+    return _nothing_left(out, before)
   model = load_model_here(_MODEL.value, dtype=_DTYPE.value, seed=_ASKED.seed)
   clock = Wall()
   executor = JaxExecutor(config, model)
-  if out:
-    results.note(out, {"sizes": sizes.used(executor.config, executor.shape)})
   timeline = Timeline(executor.shape)
   audits = f"audits-after-{len(before)}.jsonl" if before else "audits.jsonl"  # each part begins its own
   found = results.Rows(out / audits) if out and config.sparse.audit_share else None
@@ -78,6 +78,11 @@ def main() -> int:
 
   engine = Engine(executor, clock=clock, observer=observe)
   items, arrivals = left(workload, source(model.tokenizer, engine.max_request_tokens), before)
+  if out:
+    used = sizes.used(executor.config, executor.shape)
+    results.note(out, {"sizes": used, "requests": len(before) + len(items)})
+  if before and not items:
+    return _nothing_left(out, before)
   if jax.process_count() > 1 and np.any(arrivals > 0):
     raise ValueError("several processes serve what comes all at once: no --rate, and no times of a trace")
   with progress.bar(total=len(before) + len(items), initial=len(before), unit="request") as bar:
@@ -87,15 +92,24 @@ def main() -> int:
     finally:
       if out and items:
         timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
-  numbers, scores = served.to_dict(), record.scores
-  if before and not items:  # of what is there
-    told, scores = run.summary_of(before), [row["score"] for row in before if "score" in row]
-    numbers = {key: told.get(key) for key in numbers}
-  numbers["score_mean"] = sum(scores) / len(scores) if scores else None
-  cli.end_with(metrics.table({pathlib.Path(_CONFIG.value).stem: numbers}), numbers)
+  _tell(served.to_dict(), record.scores)
   tell_before(out, len(before), len(items))
   bad = served.refused + served.failed + sum("error" in row for row in before)
-  return 1 if bad or not (before or items) else 0
+  return 1 if bad or not items else 0
+
+
+def _nothing_left(out: pathlib.Path | None, before: list[dict[str, Any]]) -> int:
+  """Ends a run that has rows of all requests."""
+  of_rows = run.summary_of(before)
+  names = [*(field.name for field in dataclasses.fields(metrics.Summary)), "refused", "failed", "elapsed_s"]
+  _tell({name: of_rows.get(name) for name in names}, [row["score"] for row in before if "score" in row])
+  tell_before(out, len(before), 0)
+  return int(any("error" in row for row in before))
+
+
+def _tell(numbers: dict[str, Any], scores: Sequence[float]) -> None:
+  numbers["score_mean"] = sum(scores) / len(scores) if scores else None
+  cli.end_with(metrics.table({pathlib.Path(_CONFIG.value).stem: numbers}), numbers)
 
 
 def _setting(config: EngineConfig, workload: workloads.WorkloadConfig) -> dict[str, Any]:

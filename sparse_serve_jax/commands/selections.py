@@ -6,7 +6,7 @@
 A model's decode steps are the last tokens of pieces of text, run over dense keys and values. Of each source a row: the
 blocks of a selection, its overlap with the step before, what 12 steps select, and what exact LRU misses by its slots;
 drawn selections have the shape of the source above them. The folder of --out gets traces/*.npz, which the method
-replay:FILE of benchmarks takes, selections.csv and selections.json.
+replay:FILE of benchmarks takes, the table as selections.md and selections.csv, and selections.json.
 
 The table goes to stdout, and as its last line one JSON object with the same numbers.
 """
@@ -76,7 +76,7 @@ def main() -> None:
   flat = [_flat(row) for row in rows]
   if out is not None:
     results.replace_json(out / "selections.json", {"rows": rows, "made": results.provenance()})
-    results.write_csv(out / "selections.csv", flat)
+    results.write_table(out / "selections", flat)
   columns = {}
   for row in flat:
     source, like = row.pop("source"), row.pop("like")

@@ -23,6 +23,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
+from sparse_serve_jax.files import read_text
+
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
 
@@ -50,7 +52,7 @@ def find_config(kind: Kind, name_or_path: str | Path) -> Path:
   if str(name_or_path) not in files:
     near = difflib.get_close_matches(str(name_or_path), files, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no {kind} configuration {str(name_or_path)!r}; there are: {', '.join(files) or 'none'}{hint}")
+    raise ValueError(f"configs/{kind} has no {str(name_or_path)!r}; there are: {', '.join(files) or 'none'}{hint}")
   return files[str(name_or_path)]
 
 
@@ -285,8 +287,9 @@ def _read(cls: type, path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
   if path in chain:
     circle = " -> ".join(p.stem for p in (*chain, path))
     raise ValueError(f"{path}: 'extends' runs in a circle: {circle}")
+  text = read_text(path)
   try:
-    data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    data = json.loads(text, object_pairs_hook=_no_duplicates)
     base, data = _base(cls, data, path)
   except json.JSONDecodeError as error:
     raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from None

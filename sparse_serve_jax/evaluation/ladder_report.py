@@ -10,7 +10,6 @@ from typing import Any
 from sparse_serve_jax import results
 from sparse_serve_jax.evaluation.ladder import Goodput
 from sparse_serve_jax.evaluation.ladder_folder import Row
-from sparse_serve_jax.files import write_text
 
 # Head of a column, the key of a cell, and what its number is shown with.
 _COLUMNS = (
@@ -72,8 +71,7 @@ def markdown(cells: Sequence[Row], found: Mapping[str, Goodput]) -> str:
 
 def write(folder: pathlib.Path, cells: Sequence[Row], found: Mapping[str, Goodput]) -> None:
   """Writes results.md, and results.csv with every key of the cells."""
-  write_text(folder / "results.md", markdown(cells, found))
-  results.write_csv(folder / "results.csv", cells)
+  results.write_table(folder / "results", cells, markdown=markdown(cells, found))
 
 
 def in_short(cells: Sequence[Row], found: Mapping[str, Goodput]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from sparse_serve_jax.evaluation.cases import (
   RULES,
 )
 from sparse_serve_jax.evaluation.intervals import bootstrap, interval
-from sparse_serve_jax.files import write_text
 
 LEVELS = (0.98, 0.99)  # shares of dense accuracy; PSA's evaluation asks for 98 % (arXiv 2503.00392)
 SOLVED = 0.5  # dense accuracy from which on a task counts as solved
@@ -251,10 +250,19 @@ def in_short(told: dict[str, list[Row]]) -> Row:
   return {"dense": {f"{entry['group']} {entry['tokens']}": round(entry["accuracy"], 4) for entry in dense}}
 
 
-def write(folder: pathlib.Path, told: dict[str, list[Row]]) -> None:
-  """Writes a summary to summary.json and its tables to results.md."""
-  write_text(folder / "results.md", markdown(told))
+def write(
+  folder: pathlib.Path, rows: Sequence[Row], reuse: Sequence[Row], prefill: Sequence[Row] = ()
+) -> dict[str, list[Row]]:
+  """Writes the summary of these rows to summary.json, its tables to results.md, and to results.csv a line for each row,
+  with all of its numbers but lists, under "file" where it is from. Returns the summary.
+  """
+  told = summary(rows, reuse, prefill)
+  of_files = {"results": rows, "prefill": prefill, "reuse": told["reuse"]}
+  lines = [{"file": name, **results.leaves(row)} for name, of in of_files.items() for row in of]
+  lines = [{key: value for key, value in line.items() if not isinstance(value, list)} for line in lines]
+  results.write_table(folder / "results", lines, markdown=markdown(told))
   results.replace_json(folder / "summary.json", told)
+  return told
 
 
 # Tables

@@ -10,7 +10,7 @@ from typing import Any
 from sparse_serve_jax import results
 from sparse_serve_jax.evaluation import ladder as ladders
 from sparse_serve_jax.evaluation import ladder_folder, ladder_report, report
-from sparse_serve_jax.files import read_json, read_lines, write_text
+from sparse_serve_jax.files import read_json, read_lines
 from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selections
 
 Row = dict[str, Any]
@@ -68,15 +68,6 @@ def _by(part: Mapping[str, Any], endpoint: Mapping[str, str] | None = None) -> s
   return f"{where}; commit {part['commit']}; {command[:160]}"
 
 
-def _write_markdown(file: pathlib.Path, rows: Sequence[Row]) -> None:
-  heads = list(dict.fromkeys(key for row in rows for key in row))
-  lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-  for row in rows:
-    values = ["" if row.get(head) is None else row[head] for head in heads]
-    lines.append(f"| {' | '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)} |")
-  write_text(file, "\n".join(lines) + "\n")
-
-
 def _read(file: pathlib.Path) -> list[Row]:
   return [row for _, row in read_lines(file)] if file.is_file() else []
 
@@ -94,8 +85,7 @@ def _draw_accuracy(folder: pathlib.Path, out: pathlib.Path) -> bool:
   rows, prefill, reuse = ([row for row in _read(folder / name) if "op" not in row] for name in ACCURACY)
   kept, whole = (folder / "summary.json").is_file(), all("each" in row for row in (*rows, *prefill))
   if whole and (rows or prefill or reuse):
-    told = report.summary(rows, reuse, prefill)
-    report.write(out, told)
+    told = report.write(out, rows, reuse, prefill)
     accuracy.write(out, told, reuse, made_by(folder))
   elif kept:  # tables are made from rows, which were not kept, or not whole
     accuracy.write(out, report.summary([], []) | read_json(folder / "summary.json"), [], made_by(folder))
@@ -110,9 +100,7 @@ def _draw_requests(folder: pathlib.Path, out: pathlib.Path) -> bool:
   rows = _read(folder / "requests.jsonl")
   if rows:
     requests.draw(rows, out / "requests.png", made_by(folder))
-    told = requests.table(rows)
-    results.write_csv(out / "requests.csv", told)
-    _write_markdown(out / "requests.md", told)
+    results.write_table(out / "requests", requests.table(rows))
   return bool(rows)
 
 
@@ -121,7 +109,7 @@ def _draw_selections(folder: pathlib.Path, out: pathlib.Path) -> bool:
   if rows:
     made = folder / "selections.json"
     selections.draw(rows, out / "selections.png", _by(read_json(made)["made"]) if made.is_file() else "")
-    _write_markdown(out / "selections.md", rows)
+    results.write_table(out / selections.TABLE, rows)
   return bool(rows)
 
 
@@ -131,8 +119,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
     of_op = [row for row in rows if row["op"] == op]
     benchmarks.against_floors(of_op, out / f"bench_{op.replace(' ', '_')}.png", made_by(folder, of_op))
   if rows:
-    write_text(out / "benchmarks.md", benchmarks.markdown(rows))
-    results.write_csv(out / "benchmarks.csv", rows, COLUMNS)
+    results.write_table(out / "benchmarks", rows, COLUMNS, benchmarks.markdown(rows))
   return bool(rows)
 
 

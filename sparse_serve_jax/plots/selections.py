@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from sparse_serve_jax.plots import style
 
 Row = dict[str, str]
+TABLE = "selections"  # the file of the table of all of them, with suffixes
 _MISSES = "misses at "  # before slots, in units of one step's selection
 
 
 def read(folder: pathlib.Path) -> list[Row]:
-  """Rows of all tables of selections in a folder."""
+  """Rows of all tables of selections in a folder; of rows of one name the other tables' count before those of TABLE."""
   rows: list[Row] = []
-  for file in sorted(folder.glob("*.csv")):
+  for file in sorted(folder.glob("*.csv"), key=lambda file: (file.stem != TABLE, file)):
     with file.open(newline="", encoding="utf-8") as source:
       table = csv.DictReader(source)
       if {"source", "like"} <= set(heads := table.fieldnames or ()) and any(head.startswith(_MISSES) for head in heads):
         rows += table
-  return rows
+  return list({(row["source"], row["like"]): row for row in rows}.values())
 
 
 def draw(rows: Sequence[Row], file: pathlib.Path, made_by: str = "") -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from sparse_serve_jax import cluster, runtime
+from sparse_serve_jax import cluster, progress, runtime
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.prefix import hash_chain
 from sparse_serve_jax.models.here import load_model_here
@@ -87,6 +87,7 @@ class Replica:
     Raises:
       ValueError: the model is none, or the engine does not fit.
     """
+    progress.log_warnings()
     runtime.configure()
     loaded = load_model_here(model, dtype=dtype)
     self._look = min(_LOOK, stuck_s / 4)

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.models import llama
+from sparse_serve_jax.models import llama, orbax
 from sparse_serve_jax.training.attention_losses import LOSSES
 from sparse_serve_jax.training.config import AttentionLossWeights, Optimizer, Stage, TrainConfig
 from sparse_serve_jax.training.data import SOURCES, Batch
@@ -180,13 +180,18 @@ class Trainer:
   """
 
   def __init__(self, config: TrainConfig, directory: str | pathlib.Path, start_from: llama.Params | None = None):
-    """`start_from`: parameters to begin a new run with, instead of random ones. They may be a loaded model's."""
+    """`start_from`: parameters to begin a new run with, instead of random ones. They may be a loaded model's.
+
+    Raises:
+      ValueError: the checkpoint to go on from is damaged, or `start_from` is of another model.
+    """
     import orbax.checkpoint as ocp  # slow to import
 
     self.config = config
     self._args = ocp.args
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    self._checkpoints = ocp.CheckpointManager(pathlib.Path(directory).resolve() / "checkpoints", options=options)
+    self._folder = pathlib.Path(directory).resolve() / "checkpoints"
+    self._checkpoints = ocp.CheckpointManager(self._folder, options=options)
     optimizer = optimizer_of(config.optimizer, config.steps)
     count = math.gcd(jax.device_count(), *(stage.sequences for stage in config.stages))
     mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
@@ -212,7 +217,9 @@ class Trainer:
     else:
       # With a sharding of now, otherwise a checkpoint asks for the devices that it was made on.
       like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(anew))
-      restored: Any = self._checkpoints.restore(last, args=ocp.args.StandardRestore(like))
+      orbax.check(self._folder / str(last) / "default", values=True)
+      with orbax.reading(str(self._folder / str(last))):
+        restored: Any = self._checkpoints.restore(last, args=ocp.args.StandardRestore(like))
       self.state = TrainState(*restored)
 
   @property
@@ -251,10 +258,11 @@ class Trainer:
         self.save()
 
   def save(self) -> None:
-    """Writes a checkpoint of where the run is, unless there is one."""
+    """Writes a checkpoint of where the run is, unless there is one. Raises OSError, which names it: it cannot be."""
     if self._checkpoints.latest_step() != self.step:
-      self._checkpoints.save(self.step, args=self._args.StandardSave(self.state))
-      self._checkpoints.wait_until_finished()
+      with orbax.saving(self._folder / str(self.step)):
+        self._checkpoints.save(self.step, args=self._args.StandardSave(self.state))
+        self._checkpoints.wait_until_finished()
 
   def params(self) -> llama.Params:
     """The parameters on the host, in the model's dtype."""
