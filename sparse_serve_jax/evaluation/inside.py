@@ -6,7 +6,9 @@
   watch.steps[0].opened.shares   # of the attention mass, by layer, KV head, query head and block
 
 A watch changes nothing that is served. It costs time, since the host reads maps from the device after every iteration.
-Where several requests share a block and select it in one iteration, it shows this for one of them: maps hold no more.
+Maps hold of a block the number of the step that selected it last, and not whose that was. So where several requests
+share a block and select it in one iteration, a watch shows this for one of them; and a block that an earlier request
+selected last, in its step of the same number, counts as selected.
 """
 
 from __future__ import annotations
@@ -89,6 +91,8 @@ class Watch:
     entering = [self._entering(row) if self._opens(row) else None for row in plan.decode]
     dispatched = self._executor.submit(plan)
     for row, there, before in zip(plan.decode, resident, entering, strict=True):
+      if row.fills >= 0:  # on demand a table grows, by the steps that fill a block
+        self._tables[row.lane] = np.append(self._table(row), row.fills)
       selected = self._by_layer("last_selected", row) == row.step
       opened = None if before is None else self._open(row, before, selected)
       at = row.request_id, plan.iteration, row.step, row.position
