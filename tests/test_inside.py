@@ -133,12 +133,17 @@ def test_hit_rates_by_hand():
   assert inside.hit_rates(both, [3, 4, 6]).tolist() == [0, 9 / 16, 10 / 16]
   with pytest.raises(ValueError, match="leaves none of 4 iterations"):
     inside.hit_rates(steps, [2], skip=4)
+  with pytest.raises(ValueError, match="leaves none of 1 iterations"):
+    inside.hit_rates([_step(0)], [2])
+  with pytest.raises(ValueError, match="there are no steps"):
+    inside.hit_rates([], [2])
 
 
 def test_working_sets_by_hand():
   steps = [_step(0, 0, 1), _step(1, 1, 2), _step(2, 2, 3), _step(3, 0, 3)]
   assert inside.working_sets(steps, 1).tolist() == [2, 2, 2, 2]
   assert inside.working_sets(steps, 3).tolist() == [2, 3, 4, 4]
+  assert inside.working_sets([], 3).tolist() == []
 
 
 @pytest.mark.parametrize("served", ["topk"], indirect=True)

@@ -276,6 +276,8 @@ def found(opened: Opened, n: int) -> np.ndarray:
 
 def working_sets(steps: Sequence[Step], w: int) -> np.ndarray:
   """Blocks over all layers and heads that a request's last `w` steps selected, int64 [steps]."""
+  if not steps:
+    return np.zeros(0, int)
   width = steps[-1].selected.shape[-1]
   selected = np.stack([_padded(step.selected, width) for step in steps])
   return np.array([selected[max(0, t - w + 1) : t + 1].any(0).sum() for t in range(len(steps))])
@@ -291,7 +293,12 @@ def hit_rates(steps: Sequence[Step], slots: Sequence[int], skip: int = 0) -> np.
 
   Returns:
     float64 [slots]. Blocks that one layer reads in an iteration count as read at the same time.
+
+  Raises:
+    ValueError: no step after those that are skipped attended to a block.
   """
+  if not steps:
+    raise ValueError("there are no steps")
   width = max(step.selected.shape[-1] for step in steps)
   lane = {name: i for i, name in enumerate(dict.fromkeys(step.request_id for step in steps))}
   n_layers, n_heads = steps[0].selected.shape[:2]
@@ -310,9 +317,9 @@ def hit_rates(steps: Sequence[Step], slots: Sequence[int], skip: int = 0) -> np.
         distances.append(np.where(stamps < 0, np.iinfo(np.int64).max, distance))
       last[layer][read] = now
       now += 1
-  if not distances:
-    raise ValueError(f"{skip=} leaves none of {i + 1} iterations to count" if steps else "there are no steps")
-  of_all = np.concatenate(distances)
+  of_all = np.concatenate([np.zeros(0, int), *distances])
+  if not of_all.size:
+    raise ValueError(f"{skip=} leaves none of {i + 1} iterations that attends to a block")
   return np.array([(of_all <= n).mean() for n in slots])
 
 
