@@ -146,6 +146,21 @@ def test_working_sets_by_hand():
   assert inside.working_sets([], 3).tolist() == []
 
 
+def test_an_interrupt_ends_a_watch_and_the_llm_goes_on(monkeypatch):
+  llm = LLM("random:tiny", overrides=SMALL_SERVING)
+  expected, watch = llm.generate([PROMPT], max_tokens=4), inside.watch(llm)
+
+  def interrupted(plan):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(watch, "submit", interrupted)
+    llm.generate([PROMPT], max_tokens=4)
+  assert llm.engine.failed
+  assert [of.token_ids for of in llm.generate([PROMPT], max_tokens=4)] == [of.token_ids for of in expected]
+  assert not watch.steps and inside.watch(llm) is not watch
+
+
 @pytest.mark.parametrize("served", ["topk"], indirect=True)
 def test_what_cannot_be_watched_is_refused(served):
   llm, *_ = served

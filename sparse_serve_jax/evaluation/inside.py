@@ -111,6 +111,9 @@ class Watch:
   def reset(self) -> None:
     self._executor.reset()
 
+  def drop(self) -> None:
+    self._executor.drop()
+
   def _table(self, row: DecodeRow) -> np.ndarray:
     """[N], the pool's block of each full block."""
     return self._tables[row.lane][: row.position // self.shape.S]
@@ -139,7 +142,8 @@ class Watch:
 
 
 def watch(llm: LLM, opens: Callable[[DecodeRow], bool] = lambda row: False) -> Watch:
-  """Records what an LLM does from now on, by giving it a new engine over the same cache.
+  """Records what an LLM does from now on, by giving it a new engine over the same cache. When that has failed, as by an
+  interrupt, the LLM's next engine is not watched.
 
   Args:
     llm: is idle.
