@@ -15,6 +15,7 @@ from pallas_kernels.packed import Packed
 from pallas_kernels.partial import Partial, merge
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+QUERY_TILE = 256  # queries whose scores XLA's attention holds at a time, at most
 CLEARED_TOKENS = 512  # after the prefix; cuDNN's tiles of keys are shorter, and it reads none that begins after the end
 
 
@@ -164,7 +165,7 @@ def _ragged(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Arr
   return o.reshape(q.shape)
 
 
-def _prefill_attention_xla(q, k, v, earlier, n_earlier, row=None, q_tile: int = 256) -> jax.Array:
+def _prefill_attention_xla(q, k, v, earlier, n_earlier, row=None) -> jax.Array:
   """Attention to `earlier`, keys and values [N * S, K, D] of which `n_earlier` count, or None; and to k and v, of the
   same `row` [C] if there are several."""
   tokens, n_heads, n_group, depth = q.shape
@@ -178,7 +179,7 @@ def _prefill_attention_xla(q, k, v, earlier, n_earlier, row=None, q_tile: int = 
   place = jnp.arange(k.shape[1])
   v = jnp.where(((place < n_earlier) | (place >= before))[None, :, None], v, 0.0)  # 0 * NaN is NaN
   k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-  tile = math.gcd(tokens, q_tile)
+  tile = math.gcd(tokens, QUERY_TILE)
 
   def one(start):
     queries = jax.lax.dynamic_slice_in_dim(q, start, tile, 0)  # [tile, K, G, D]

@@ -68,6 +68,13 @@ def test_errors_and_nats_at_equal_bytes(rows):
   assert heads == {len(equal_bytes.HEAD)}
 
 
+def test_of_a_case_that_reads_no_block_there_is_no_ratio(rows):
+  """As of contexts that are shorter than a block."""
+  told = {entry["case"]: entry for entry in equal_bytes.compared([r | {"blocks": 0.0} for r in rows])}
+  assert told["psa 0.9"]["fewer_for_nats"] is told["psa 0.9"]["fewer_for_error_interval"] is None
+  assert told["psa 0.9"]["error_ratio"] is not None
+
+
 def test_how_much_less_is_read_for_the_same_nats(rows):
   """By the budgets' means, 1/128 to 1/640 of numbers that vary: where they rise, the least before counts."""
   told = {entry["case"]: entry for entry in equal_bytes.compared(rows)}

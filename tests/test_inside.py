@@ -12,7 +12,7 @@ from sparse_serve_jax.evaluation import inside
 from sparse_serve_jax.evaluation import replay as replays
 from tests.tiny import SMALL_SERVING
 
-S, N_NEW = 8, 14
+S, N_NEW = 8, 24  # two more blocks than a table has when its request is admitted
 PROMPT = np.random.default_rng(0).integers(0, 256, 203).tolist()
 POLICIES = {
   "topk": ["sparse.token_budget=80", "scheduler.batch_control=working_set", "scheduler.working_set_steps=4"],
@@ -53,7 +53,7 @@ def test_what_is_resident_hits(served):
 def test_an_opened_step_gives_the_engines_token(served):
   _, watch, tokens = served
   opened = [step for step in watch.steps if step.opened is not None]
-  assert [step.step for step in opened] == [1, 4, 7, 10]
+  assert [step.step for step in opened] == [1, 4, 7, 10, 13, 16, 19, 22]
   for step in opened:
     assert step.opened.token == tokens[step.step + 1]
     np.testing.assert_allclose(step.opened.shares.sum(-1) + step.opened.tail, 1, rtol=1e-5)
@@ -71,7 +71,7 @@ def test_scores_rank_as_the_engine_did(served):
 def test_masses_are_those_of_a_replay(served):
   llm, watch, tokens = served
   params, cfg = llm.engine.executor._executor.params, llm.model.config
-  sequence = np.zeros((1, 224), np.int32)
+  sequence = np.zeros((1, 232), np.int32)
   sequence[0, : len(PROMPT) + N_NEW] = PROMPT + tokens
   dense = replays.prefill(cfg, params, jnp.asarray(sequence))
   found = replays.replay(cfg, params, llm.config, dense, np.array([len(PROMPT)], np.int32), N_NEW - 1)
@@ -133,12 +133,32 @@ def test_hit_rates_by_hand():
   assert inside.hit_rates(both, [3, 4, 6]).tolist() == [0, 9 / 16, 10 / 16]
   with pytest.raises(ValueError, match="leaves none of 4 iterations"):
     inside.hit_rates(steps, [2], skip=4)
+  with pytest.raises(ValueError, match="leaves none of 1 iterations"):
+    inside.hit_rates([_step(0)], [2])
+  with pytest.raises(ValueError, match="there are no steps"):
+    inside.hit_rates([], [2])
 
 
 def test_working_sets_by_hand():
   steps = [_step(0, 0, 1), _step(1, 1, 2), _step(2, 2, 3), _step(3, 0, 3)]
   assert inside.working_sets(steps, 1).tolist() == [2, 2, 2, 2]
   assert inside.working_sets(steps, 3).tolist() == [2, 3, 4, 4]
+  assert inside.working_sets([], 3).tolist() == []
+
+
+def test_an_interrupt_ends_a_watch_and_the_llm_goes_on(monkeypatch):
+  llm = LLM("random:tiny", overrides=SMALL_SERVING)
+  expected, watch = llm.generate([PROMPT], max_tokens=4), inside.watch(llm)
+
+  def interrupted(plan):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(watch, "submit", interrupted)
+    llm.generate([PROMPT], max_tokens=4)
+  assert llm.engine.failed
+  assert [of.token_ids for of in llm.generate([PROMPT], max_tokens=4)] == [of.token_ids for of in expected]
+  assert not watch.steps and inside.watch(llm) is not watch
 
 
 @pytest.mark.parametrize("served", ["topk"], indirect=True)

@@ -75,6 +75,16 @@ def test_what_was_not_measured_is_not_compared():
   assert "not measured" in line and "none reaches it" not in line
 
 
+def test_what_reads_nothing_has_no_ratios():
+  """Of contexts that are shorter than a block."""
+  dense, psa = row("a", "dense", 1, 1.0, 0), stop("psa", 0.9, 1.0, 0)
+  first, *_ = report.psa_against_fixed([dense, psa])
+  assert first["psa"]["blocks"] == 0 and first["dense_by_psa"] is None
+  rules = [stop("certified", 0.9, 1.0, 8), stop("psa, min_max", 0.9, 1.0, 0)]
+  assert [entry["cost"] for entry in report.stop_rules(rules)] == [None]
+  assert report.markdown(report.summary([dense, psa, *rules], []))
+
+
 def test_levels_are_reached_in_spite_of_rounding():
   rows = [row("a", "dense", 1, 0.5, 32), row("a", "psa", 0.9, 0.98 * 0.5 - 1e-12, 8)]
   assert next(report.psa_against_fixed(rows))["psa"]["at"] == 0.9

@@ -32,8 +32,8 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
     break their promise, both None where nothing stops. Against the fixed budget at equal bytes: "fixed_error",
     "error_ratio" with "ratio_interval", and "nats_more_than_fixed" with "nats_interval", None where there is no such
     budget, or the case is one, or dense. "fewer_for_nats" and "fewer_for_error" are blocks of a fixed budget that has
-    as much, by the case's, each with an "_interval"; None where no budget of those there are has as much. Intervals are
-    95 % ones of the paired bootstrap over instances.
+    as much, by the case's, each with an "_interval"; None where no budget of those there are has as much, or the case
+    reads no block. Intervals are 95 % ones of the paired bootstrap over instances.
   """
   cases = of_all_tasks(rows)
   fixed = sorted((ours for ours in cases if ours[0]["series"] == DEFAULT_METHOD), key=_bytes)
@@ -70,9 +70,9 @@ def _against(ours: Sequence[Row], fixed: Sequence[Sequence[Row]]) -> Row:
 def _fewer(ours: Sequence[Row], curves: Mapping[str, Curve]) -> Row:
   """How many times the case's blocks a fixed budget needs, for its nats and for its error."""
   told: Row = {}
+  blocks = float(np.mean([row["blocks"] for row in ours]))
   for key in ("nats", "error"):
-    found = curves[key].blocks_for(_each(ours, key)) if key in curves else None
-    blocks = float(np.mean([row["blocks"] for row in ours]))
+    found = curves[key].blocks_for(_each(ours, key)) if key in curves and blocks else None
     told[f"fewer_for_{key}"] = None if found is None else found[0] / blocks
     told[f"fewer_for_{key}_interval"] = None if found is None else tuple(at / blocks for at in found[1])
   return told

@@ -6,7 +6,9 @@
   watch.steps[0].opened.shares   # of the attention mass, by layer, KV head, query head and block
 
 A watch changes nothing that is served. It costs time, since the host reads maps from the device after every iteration.
-Where several requests share a block and select it in one iteration, it shows this for one of them: maps hold no more.
+Maps hold of a block the number of the step that selected it last, and not whose that was. So where several requests
+share a block and select it in one iteration, a watch shows this for one of them; and a block that an earlier request
+selected last, in its step of the same number, counts as selected.
 """
 
 from __future__ import annotations
@@ -89,6 +91,8 @@ class Watch:
     entering = [self._entering(row) if self._opens(row) else None for row in plan.decode]
     dispatched = self._executor.submit(plan)
     for row, there, before in zip(plan.decode, resident, entering, strict=True):
+      if row.fills >= 0:  # on demand a table grows, by the steps that fill a block
+        self._tables[row.lane] = np.append(self._table(row), row.fills)
       selected = self._by_layer("last_selected", row) == row.step
       opened = None if before is None else self._open(row, before, selected)
       at = row.request_id, plan.iteration, row.step, row.position
@@ -106,6 +110,9 @@ class Watch:
 
   def reset(self) -> None:
     self._executor.reset()
+
+  def drop(self) -> None:
+    self._executor.drop()
 
   def _table(self, row: DecodeRow) -> np.ndarray:
     """[N], the pool's block of each full block."""
@@ -135,7 +142,8 @@ class Watch:
 
 
 def watch(llm: LLM, opens: Callable[[DecodeRow], bool] = lambda row: False) -> Watch:
-  """Records what an LLM does from now on, by giving it a new engine over the same cache.
+  """Records what an LLM does from now on, by giving it a new engine over the same cache. When that has failed, as by an
+  interrupt, the LLM's next engine is not watched.
 
   Args:
     llm: is idle.
@@ -272,6 +280,8 @@ def found(opened: Opened, n: int) -> np.ndarray:
 
 def working_sets(steps: Sequence[Step], w: int) -> np.ndarray:
   """Blocks over all layers and heads that a request's last `w` steps selected, int64 [steps]."""
+  if not steps:
+    return np.zeros(0, int)
   width = steps[-1].selected.shape[-1]
   selected = np.stack([_padded(step.selected, width) for step in steps])
   return np.array([selected[max(0, t - w + 1) : t + 1].any(0).sum() for t in range(len(steps))])
@@ -289,8 +299,10 @@ def hit_rates(steps: Sequence[Step], slots: Sequence[int], skip: int = 0) -> np.
     float64 [slots]. Blocks that one layer reads in an iteration count as read at the same time.
 
   Raises:
-    ValueError: `skip` leaves no iteration.
+    ValueError: there are no steps, or none after those that are skipped attended to a block.
   """
+  if not steps:
+    raise ValueError("there are no steps")
   width = max(step.selected.shape[-1] for step in steps)
   lane = {name: i for i, name in enumerate(dict.fromkeys(step.request_id for step in steps))}
   n_layers, n_heads = steps[0].selected.shape[:2]
@@ -309,9 +321,9 @@ def hit_rates(steps: Sequence[Step], slots: Sequence[int], skip: int = 0) -> np.
         distances.append(np.where(stamps < 0, np.iinfo(np.int64).max, distance))
       last[layer][read] = now
       now += 1
-  if not distances:
-    raise ValueError(f"{skip=} leaves none of {i + 1} iterations to count" if steps else "there are no steps")
-  of_all = np.concatenate(distances)
+  of_all = np.concatenate([np.zeros(0, int), *distances])
+  if not of_all.size:
+    raise ValueError(f"{skip=} leaves none of {i + 1} iterations that attends to a block")
   return np.array([(of_all <= n).mean() for n in slots])
 
 

@@ -241,7 +241,9 @@ def _each_accuracy(rows: Sequence[Row], case: str) -> list[list[float]]:
 
 
 def _ratios(one: Row | None, other: Row | None, keys: Sequence[str] = ("blocks", "bytes")) -> dict[str, float] | None:
-  return None if one is None or other is None else {key: one[key] / other[key] for key in keys}
+  if one is None or other is None or not all(other[key] for key in keys):  # nothing is read where no block is full
+    return None
+  return {key: one[key] / other[key] for key in keys}
 
 
 def in_short(told: dict[str, list[Row]]) -> Row:

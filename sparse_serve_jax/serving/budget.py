@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from pallas_kernels.prefill import QUERY_TILE
 from pallas_kernels.tiles import TILE
 from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import AUTO, EngineConfig, ModelConfig
@@ -25,7 +26,6 @@ from sparse_serve_jax.models import Model, is_placed, llama
 from sparse_serve_jax.step import MLP_TILE
 
 _LOGIT_ARRAYS = 8  # float32 [B, V] that a step which draws tokens holds at once: sorts of all logits
-_QUERY_TILE = 256  # queries whose scores XLA's prefill attention holds at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _layer_bytes(cfg: ModelConfig, piece: int, context: int, n_devices: int, cud
   item, n_heads, n_kv = ITEM_BYTES[cfg.dtype], cfg.n_heads // n_devices, cfg.n_kv_heads // n_devices
   attention = piece * cfg.head_dim * ((n_heads + 2 * n_kv) * item + n_heads * (4 + item))  # q, k, v; o twice
   if not cudnn:  # keys and values in float32, and the scores of a tile of queries
-    attention += 4 * context * (2 * n_kv * cfg.head_dim + n_heads * _QUERY_TILE)
+    attention += 4 * context * (2 * n_kv * cfg.head_dim + n_heads * QUERY_TILE)
   mlp = min(piece, MLP_TILE) * (cfg.d_ff // n_devices) * (2 * item + 4 + item)  # gate and up, SiLU, their product
   return attention + mlp
 
