@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
 
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.models.tokenizer import NoTokenizer
@@ -341,6 +342,32 @@ def test_what_is_counted_is_what_clients_get(monkeypatch, replicated):
     return asyncio.run(run(one()))
   with fleet(monkeypatch, 1, 20) as (of, *_):
     asyncio.run(run(of))
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_what_only_rises_is_a_counter(monkeypatch, replicated):
+  """Rates of gauges are wrong after a restart, and names of counters end in _total."""
+
+  async def run(of: Any, engine: Engine) -> None:
+    async with serving(of) as http:
+      for n in (1, 3):
+        assert (await http.post("/v1/completions", json=BODY | {"n": n, "max_tokens": 40})).status_code == 200
+        families = {family.name: family for family in parse((await http.get("/metrics")).text)}
+        rises = ("iterations", "decode_steps", "decode_rows", "blocks_attended", "blocks_missed", "blocks_loaded")
+        for name in (*rises, "blocks_saved"):
+          (sample,) = families[f"sparse_serve_{name}"].samples
+          assert families[f"sparse_serve_{name}"].type == "counter" and sample.name == f"sparse_serve_{name}_total"
+          assert sample.value == getattr(engine.usage, name)
+        batch = families["sparse_serve_decode_batch"]
+        assert (batch.type, [sample.value for sample in batch.samples]) == ("gauge", [engine.usage.last_rows])
+        assert n == 3 or engine.usage.last_rows == 1
+      assert engine.usage.blocks_attended > 0 and engine.usage.decode_rows > engine.usage.decode_steps
+
+  if not replicated:
+    of = one()
+    return asyncio.run(run(of, of._loop._engine))
+  with fleet(monkeypatch, 1, 20) as (of, ray, _):
+    asyncio.run(run(of, ray.actors[0].of._one._loop._engine))
 
 
 def test_a_replica_that_dies_after_a_stop_string_is_told(monkeypatch):
