@@ -68,7 +68,9 @@ class Answer:
   def close(self) -> None:
     for output in self._outputs:
       if not output.ended:
-        self._of_server.cancel(output)
+        self._of_server.leave(output)
+    while not self._news.empty():  # pieces have their outputs, which have the queue
+      self._news.get_nowait()
 
   async def whole(self) -> dict[str, Any]:
     n = self._asked.params.n

@@ -99,9 +99,10 @@ class Outputs:
     finally:
       del self._scores[told]
 
-  def cancel(self, output: Output) -> None:
-    if output.stream is not None:
-      self._engines.cancel(output.stream)
+  def leave(self, output: Output) -> None:
+    """Nobody waits for it any more: ends it, and what still comes of it is not read."""
+    output.ended = True
+    self._cancel(output)
 
   def give_up(self, why: Refused) -> None:
     """Ends all outputs and scores that live for their clients, whatever their engines do."""
@@ -113,8 +114,12 @@ class Outputs:
         self._give_up(output, why)
 
   def _give_up(self, output: Output, why: Refused) -> None:
-    self.cancel(output)
+    self._cancel(output)
     output.end(why)
+
+  def _cancel(self, output: Output) -> None:
+    if output.stream is not None:
+      self._engines.cancel(output.stream)
 
   def _sink(self, stream: Stream, token: int | None) -> None:
     """Called by an engine's thread."""

@@ -300,6 +300,7 @@ class Loop:
       self._streams[request] = stream
 
   def _finish(self, request: Request) -> None:
+    request.on_token = None  # the stream's, which has the request: both would stay until the collector comes
     self._end(self._streams.pop(request), request.error and _failed("the request", request.error))
 
   def _end(self, stream: Stream, error: BaseException | None) -> None:
