@@ -354,7 +354,7 @@ def test_usage_tells_how_much_of_each_prompt_the_cache_held():
         usage = json.loads(last.removeprefix("data: "))["usage"]
         assert usage["prompt_tokens_details"] == {"cached_tokens": held}, more
       families = {family.name: family for family in parse((await http.get("/metrics")).text)}
-      (counted, _) = families["sparse_serve_cached_tokens"].samples
+      (counted,) = families["sparse_serve_cached_tokens"].samples
       assert counted.value == 0 + 16 + 16 + 0 + 24 + 3 * 16
 
   asyncio.run(run())
