@@ -23,14 +23,17 @@ import httpx
 
 from sparse_serve_jax.models import ByteTokenizer
 from sparse_serve_jax.models.tokenizer import NoTokenizer
+from sparse_serve_jax.outputs import Reading
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server import app, replicas, serve
 from sparse_serve_jax.server.engines import One
 from sparse_serve_jax.server.errors import Refused
+from sparse_serve_jax.server.limits import Limits
 from sparse_serve_jax.server.pulse import Health
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.plan import TokenLogprobs
 from tests.fake_engine import continuation, fake_executor
-from tests.fake_fleet import Model, fleet, serving
+from tests.fake_fleet import Model, Standing, fleet, serving
 from tests.fake_ray import until
 from tests.test_served import BODY, one
 from tests.test_served import PROMPT as IDS
@@ -369,3 +372,106 @@ def test_a_sample_that_fails_ends_no_watch(monkeypatch, caplog):
   with pytest.raises(asyncio.CancelledError):
     asyncio.run(app.Server.sample(of))  # type: ignore[arg-type]
   assert [refused.status for refused in given_up] == [500] and "no such file" in caplog.text
+
+
+def test_scores_that_an_engine_owes_when_it_fails_are_told_as_an_error():
+  """Of the prompt that broke it, and of one that waits."""
+  of, go = one(), threading.Event()
+  calls, body = of._loop._calls, {"prompt": IDS, "max_tokens": 0, "echo": True, "logprobs": 0}
+
+  def breaks(prompt: list[int], n_top: int) -> Any:
+    go.wait(SOON)
+    raise SystemExit("from far below")
+
+  vars(of)["_scorer"] = breaks
+
+  async def run():
+    async with serving(of) as http:
+      asking = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(2)]
+      async with asyncio.timeout(SOON):
+        while not calls:
+          await asyncio.sleep(0.01)
+      go.set()
+      for answer in await asyncio.gather(*asking):
+        assert answer.status_code == 500 and "from far below" in answer.json()["error"]["message"]
+
+  asyncio.run(run())
+
+
+def test_prompts_that_wait_for_their_scores_wait_too():
+  """As outputs do, of which only so many may."""
+  of, begun, go = one(), threading.Event(), threading.Event()
+  body = {"prompt": [IDS, IDS], "max_tokens": 0, "echo": True, "logprobs": 0}
+
+  def slow(prompt: list[int], n_top: int) -> Any:
+    begun.set()
+    go.wait(SOON)
+    return [None, *[TokenLogprobs(-1.0, {})] * (len(prompt) - 1)]
+
+  vars(of)["_scorer"] = slow
+
+  async def run():
+    async with serving(of, Limits(max_waiting=5)) as http:
+      asking = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(3)]
+      await asyncio.to_thread(begun.wait, SOON)
+      done, _ = await asyncio.wait(asking, timeout=SOON, return_when=asyncio.FIRST_COMPLETED)
+      assert [task.result().status_code for task in done] == [429]
+      go.set()
+      assert sorted(answer.status_code for answer in await asyncio.gather(*asking)) == [200, 200, 429]
+      assert (await http.post("/v1/completions", json=body)).status_code == 200
+
+  asyncio.run(run())
+
+
+def test_what_comes_after_all_was_given_up_is_refused():
+  """A body that was on its way when the server began to end, and comes when it waits no longer."""
+  executor = fake_executor()
+  of, device = One(Engine(executor), Model()), Standing(executor)  # type: ignore[arg-type]
+  device.goes.clear()
+  body = json.dumps(BODY).encode()
+
+  async def run():
+    async with serving(of, Limits(drain_seconds=0.2), signals=False) as http:
+      reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
+      writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body[:5]))
+      await http.get("/health")
+      os.kill(os.getpid(), signal.SIGTERM)
+      await asyncio.sleep(1)
+      writer.write(body[5:])
+      answer = await asyncio.wait_for(reader.read(), SOON)
+      device.goes.set()
+      assert answer.startswith(b"HTTP/1.1 503") and b"the server ends" in answer
+      writer.close()
+
+  try:
+    asyncio.run(run())
+  finally:
+    device.goes.set()
+
+
+@pytest.mark.parametrize(
+  ("wrong", "param"),
+  [
+    ({"stop": [f"zz{i}" for i in range(129)]}, "stop"),
+    ({"stop_token_ids": [*range(97), *range(928)]}, "stop_token_ids"),
+  ],
+)
+def test_stops_that_would_hold_up_everybody_are_refused(wrong, param):
+  """Each is looked for with each token, in the thread that answers everybody."""
+
+  async def run():
+    async with serving(one()) as http:
+      answer = await http.post("/v1/completions", json=BODY | wrong)
+      assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+      fits = {param: wrong[param][1:]}
+      assert (await http.post("/v1/completions", json=BODY | fits)).status_code == 200
+
+  asyncio.run(run())
+
+
+def test_a_long_stop_string_holds_up_nobody():
+  """Of one that cannot end in a short text only its beginning is looked for."""
+  stop = "(" * (1 << 20)
+  reading = Reading(ByteTokenizer(), SamplingParams(stop=[stop]), pieces=True)
+  began = time.monotonic()
+  assert "".join(reading.push(token) for token in [65, 40, 40, 65, 40]) == "A((A" and time.monotonic() - began < 5

@@ -93,7 +93,7 @@ async def _serve(
     until = time.monotonic() + limits.drain_seconds
     while server.n_answers and time.monotonic() < until and engines.health().status != "stuck":
       await asyncio.sleep(_LOOK)
-    server.outputs.give_up(Refused(503, "the server ends, and this request is given up"))
+    server.outputs.close(Refused(503, "the server ends, and this request is given up"))
     # Connections whose clients do not read are closed then.
     config.timeout_graceful_shutdown = math.ceil(_LAST + (0 if server.n_answers else max(0, until - time.monotonic())))
     http.should_exit = True
