@@ -168,7 +168,9 @@ class _Stop:
     if ends:
       self.found, self._held = True, ""
       return text[: min(ends)[1]]
-    n_held = max((n for of in self._stop for n in range(1, len(of)) if text.endswith(of[:n])), default=0)
+    n_held = max(
+      (n for of in self._stop for n in range(1, min(len(of), len(text) + 1)) if text.endswith(of[:n])), default=0
+    )
     self._held = text[len(text) - n_held :]
     return text[: len(text) - n_held]
 

@@ -47,11 +47,14 @@ class Seen:
 
 class FakeEndpoint:
   """`with FakeEndpoint(script) as server: ...`: what `script` gives for a request's number, from 0, and what came, is
-  its answer. It lists MODELS."""
+  its answer. It lists MODELS, and has no /metrics unless they are given."""
 
-  def __init__(self, script: Callable[[int, Seen], Iterable[Step]], models: bytes | None = None):
+  def __init__(
+    self, script: Callable[[int, Seen], Iterable[Step]], models: bytes | None = None, metrics: list[bytes] | None = None
+  ):
     self._script = script
     self._models = models or response("200 OK", json.dumps(MODELS))
+    self._metrics = list(metrics or ())
     self.seen: list[Seen] = []
     self.live = self.most_live = 0
     self._ready = threading.Event()
@@ -81,8 +84,9 @@ class FakeEndpoint:
       headers = {key.lower(): value for key, _, value in (line.partition(": ") for line in lines)}
       body = await reader.readexactly(int(headers.get("content-length", 0)))
       path = first.split()[1]
-      if path == "/v1/models":
-        writer.write(self._models)
+      if path in ("/v1/models", "/metrics"):
+        none = response("404 Not Found", "")
+        writer.write(self._models if path == "/v1/models" else self._metrics.pop(0) if self._metrics else none)
         return await writer.drain()
       seen = Seen(path, headers, json.loads(body), time.monotonic())
       self.seen.append(seen)

@@ -74,15 +74,22 @@ def fleet(monkeypatch: Any, n: int, stuck_s: float) -> Iterator[tuple[replicas.F
 
 @contextlib.asynccontextmanager
 async def serving(
-  engines: Engines, limits: Limits | None = None, signals: bool = True, model: Any = None, served: str = "fake"
+  engines: Engines,
+  limits: Limits | None = None,
+  signals: bool = True,
+  model: Any = None,
+  served: str = "fake",
+  host: str = "127.0.0.1",
+  key: str | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
   """A client of a server, as `serve.serve` runs it. It has ended afterwards, by a signal unless the test sends one."""
-  listener = serve.bind(("127.0.0.1", 0))
+  listener = serve.bind((host, 0))
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that few bytes that nobody reads are kept
-  of: Any = engines, model or Model(), served, limits or Limits(), None
+  of: Any = engines, model or Model(), served, limits or Limits(), key
   task = asyncio.create_task(serve._serve(listener, *of))
   url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-  async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+  headers = {"authorization": f"Bearer {key}"} if key else {}
+  async with httpx.AsyncClient(base_url=url, headers=headers, timeout=20) as http:
     while not await _answers(http):
       await asyncio.sleep(0.01)
     yield http

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -34,6 +35,10 @@ SETTINGS = (
   "scheduler.max_context=256",
 )  # fmt: skip
 WORDS = "the quick brown fox and a lazy dog once upon time of day they went home with small red balls to play".split()
+# glibc raises its threshold to the size of what is freed, and from then on keeps up to twice as much of a step's
+# temporaries in the arena of each thread that ever made some. What is freed shall not count as held.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+_NUMBERS = 64  # requests for /metrics at once, so that the threads that answer them are all there
 PROBE_GAP = 0.02  # seconds between answers and requests of /health
 
 
@@ -73,19 +78,30 @@ def answers(llm: Any, bodies: list[dict[str, Any]]) -> list[list[tuple[str, str]
 
 def serve(model: str, seed: int, expected: str) -> None:
   """Writes what is expected, serves until a signal, then looks whether anything is still held and prints what it saw of
-  cancellations.
+  cancellations, and how many programs were compiled while it served.
   """
+  from jax import monitoring
+
   from sparse_serve_jax import LLM, runtime
   from sparse_serve_jax.server import engines
   from sparse_serve_jax.server import serve as serving
   from sparse_serve_jax.server.limits import Limits
+  from sparse_serve_jax.server.pulse import _COMPILES
+  from sparse_serve_jax.serving import executor
   from sparse_serve_jax.serving.loop import Loop, Stream
+  from sparse_serve_jax.serving.plan import Sampling
   from tests.tiny import check_nothing_is_held
 
   runtime.configure()
   llm = LLM(model, overrides=SETTINGS)
   engine = llm.engine
   Path(expected).write_text(json.dumps(answers(llm, kinds(seed))))
+  # A program is some MiB that stay, and `compile` knows none that tells log probabilities.
+  assert isinstance(engine.executor, executor.JaxExecutor)
+  for logprobs in (False, True):
+    executor.Sampling = functools.partial(Sampling, logprobs=logprobs)  # type: ignore[misc]
+    engine.executor.compile(range(1, engine.max_request_tokens), sampled=True)
+  executor.Sampling = Sampling  # type: ignore[misc]
   asked, late = dict[Stream, int](), list[int]()
   loop_cancel, engine_cancel = Loop.cancel, engine.cancel
 
@@ -94,18 +110,21 @@ def serve(model: str, seed: int, expected: str) -> None:
     loop_cancel(loop, stream, reason)
 
   def cancel(name: str, reason: str = "cancelled") -> bool:
-    (stream,) = [stream for stream in asked if stream.request and stream.request.id == name]
+    (stream,) = [stream for stream in list(asked) if stream.request and stream.request.id == name]
     late.append(engine.usage.iterations - asked.pop(stream))
-    for ended in [stream for stream in asked if stream.ended]:
+    for ended in [stream for stream in list(asked) if stream.ended]:
       del asked[ended]
     return engine_cancel(name, reason)
 
   Loop.cancel, engine.cancel = ask, cancel  # type: ignore[method-assign]
+  compiled = list[str]()
+  monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: compiled.append(event))
   served_by, limits = engines.One(engine, llm.model), Limits(max_waiting=2000)
   assert serving.serve(served_by, llm.model, "reference", serving.bind(("127.0.0.1", 0)), limits, None)
   check_nothing_is_held(engine)
   assert not engine.has_work and not engine.failed and not engine._live
-  print(json.dumps({"cancelled": len(late), "iterations_to_cancel": max(late, default=0)}), flush=True)
+  told = {"cancelled": len(late), "iterations_to_cancel": max(late, default=0)}
+  print(json.dumps(told | {"compiled": compiled.count(_COMPILES)}), flush=True)
 
 
 def resources(pid: int) -> dict[str, int]:
@@ -206,6 +225,7 @@ def load(streams: int, seconds: float, warm_seconds: float, seed: int = 0) -> di
     expected = f"{folder}/expected.json"
     command = [sys.executable, "-m", "tests.load", "--serve", str(with_template(Path(folder))), expected, str(seed)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    environment |= RETURNED
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -214,6 +234,7 @@ def load(streams: int, seconds: float, warm_seconds: float, seed: int = 0) -> di
       url = line.split()[-1]
       clients = Clients(url, kinds(seed), json.loads(Path(expected).read_text()), random.Random(seed))
       asyncio.run(clients.run(streams, warm_seconds))
+      asyncio.run(_all_threads(url))
       before = _at_rest(url, process.pid)
       command = [sys.executable, "-m", "tests.load", "--probe", url]
       probing = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -229,6 +250,12 @@ def load(streams: int, seconds: float, warm_seconds: float, seed: int = 0) -> di
   health = {f"health_p{p}_s": took[int(len(took) * p / 100)] for p in (50, 99)} | {"health_max_s": took[-1]}
   counts = {"whole": clients.whole, "left": clients.left, "wrong": clients.wrong, "healths": len(took)}
   return counts | health | {"before": before, "after": after} | json.loads(told)
+
+
+async def _all_threads(url: str) -> None:
+  """Has the server start the threads of its pools, each of which starts one when none of its own is idle."""
+  async with httpx.AsyncClient(timeout=SOON) as http:
+    await asyncio.gather(*(http.get(f"{url}/metrics") for _ in range(_NUMBERS)))
 
 
 def _at_rest(url: str, pid: int) -> dict[str, int]:

@@ -299,3 +299,58 @@ def test_the_devices_are_used_from_the_thread():
   with Loop(new_engine(config(), model)) as loop:
     streams = [loop.submit(prompt, max_new_tokens=6, ignore_eos=True) for prompt in prompts]
     assert [list(stream) for stream in streams] == [greedy("gqa2", tuple(prompt), 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_sink_that_raises_ends_its_own_stream_alone(at_end):
+  """With a token the request ends by it; at the end nothing is left to end."""
+
+  def sink(stream, token):
+    if at_end == (token is None):
+      raise OSError("nobody takes it")
+
+  with Loop(fake_engine()[0]) as loop:
+    bad, good = loop.submit([1], max_new_tokens=3, sink=sink), loop.submit([2], max_new_tokens=30)
+    if at_end:
+      assert bad.result(SOON).output_tokens == continuation([1], 3)
+    else:
+      with pytest.raises(RuntimeError, match="the request has failed: .*nobody takes it"):
+        bad.result(SOON)
+    assert list(good) == continuation([2], 30) and not loop.failed
+    assert list(loop.submit([4], max_new_tokens=3)) == continuation([4], 3)
+
+
+def test_calls_are_told_that_the_engine_has_failed():
+  """The one that broke it, and those that wait: whoever waits for them would do so for ever, or be cancelled."""
+  engine, _ = fake_engine()
+  go = threading.Event()
+
+  def breaks():
+    assert go.wait(SOON)
+    raise SystemExit("from far below")
+
+  loop = Loop(engine)
+  calls = [loop.call(breaks), loop.call(lambda: 5)]
+  go.set()
+  for call in calls:
+    with pytest.raises(RuntimeError, match="the engine has failed: .*from far below"):
+      call.result(SOON)
+  with pytest.raises(RuntimeError, match="the engine has failed"):
+    loop.call(lambda: 5)
+  loop.close()
+
+
+def test_calls_that_wait_are_told_that_the_loop_is_closed():
+  begun, go = threading.Event(), threading.Event()
+  loop = Loop(fake_engine()[0])
+  first, *others = [loop.call(lambda: (begun.set(), go.wait(SOON))), *(loop.call(lambda: 5) for _ in range(3))]
+  assert begun.wait(SOON)
+  closing = threading.Thread(target=loop.close)
+  closing.start()
+  while not loop._closing:
+    time.sleep(0.001)
+  go.set()
+  closing.join(SOON)
+  assert first.result(SOON)
+  with pytest.raises(RuntimeError, match="this loop is closed"):
+    others[-1].result(SOON)

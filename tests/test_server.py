@@ -37,7 +37,7 @@ ERROR = {"message", "type", "param", "code"}
 class Process:
   """A server in a process of its own."""
 
-  def __init__(self, model: Path, *flags: str, before: str = ""):
+  def __init__(self, model: Path | str, *flags: str, before: str = ""):
     """`before`: Python that the process runs first."""
     command = [sys.executable, "-c", f"{before}\n{CODE}", "serve", str(model), "--port=0"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_SERVE_API_KEY": KEY}
@@ -46,7 +46,7 @@ class Process:
     self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
-    assert line.startswith("serving reference at http://127.0.0.1:"), line
+    assert re.match(r"serving \S+ at http://127.0.0.1:", line), line
     self.url = line.split()[-1]
     self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=SOON)
     self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)

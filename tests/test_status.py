@@ -34,12 +34,10 @@ class Served:
     self.engine, self.executor = fake_engine()
     self.one = One(self.engine, FakeModel())  # type: ignore[arg-type]  # which scores no prompts
     self.outputs = Outputs(self.one, ByteTokenizer())
-    self.all: list[Output] = []
 
   def add(self, n: int = 1, prompt: list[int] = PROMPT, max_tokens: int = 4) -> list[Output]:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    self.all += (made := [self.outputs.add(i, prompt, params, asyncio.Queue()) for i in range(n)])
-    return made
+    return [self.outputs.add(i, prompt, params, asyncio.Queue()) for i in range(n)]
 
   def body(self) -> dict[str, Any]:
     return status.body(self.one.told())
@@ -58,7 +56,7 @@ class Served:
 
   async def ended(self) -> None:
     async with asyncio.timeout(30):
-      while not all(output.ended for output in self.all):
+      while self.outputs._of:
         await asyncio.sleep(0.001)
 
 
@@ -93,7 +91,7 @@ async def test_a_request_from_its_arrival_to_its_end(of: Served):
   assert (row["id"], row["state"], row["output_tokens"], row["pool_blocks"]) == ("request-0", "length", 4, 0)
   request = output.stream.request
   assert row["times"] == [
-    of.all[0].stream.arrival_time,
+    output.stream.arrival_time,
     request.scheduled_time,
     request.first_token_time,
     request.finish_time,
@@ -136,7 +134,7 @@ async def test_each_way_to_end(of: Served):
     of.executor.not_finite.add("request-0")
     of.add()
     (gone,) = of.add()
-    of.outputs.cancel(gone)
+    of.outputs.leave(gone)
     of.add(prompt=[10**6])
     of.add(prompt=PROMPT * 10)
     of.add()

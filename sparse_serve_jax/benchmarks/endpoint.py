@@ -6,9 +6,11 @@ Needs httpx2 (`pip install '.[client]'`). The server may be any that streams /v1
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,19 @@ from sparse_serve_jax.workloads import Item, Refused
 Row = dict[str, Any]
 SENT = {"ids": "completions", "text": "completions", "chat": "chat/completions"}  # how prompts are sent -> to where
 CONNECT_S = 30.0  # until a connection stands
+# Of a server of ours -> the counter that tells it, or None: a quotient of two.
+_ENGINE = {
+  "iterations": "iterations",
+  "decode_batch_mean": None,
+  "hbm_hit_rate": None,
+  "blocks_attended": "blocks_attended",
+  "blocks_loaded": "blocks_loaded",
+  "blocks_saved": "blocks_saved",
+  "server_requests": "requests",
+  "server_prompt_tokens": "prompt_tokens",
+  "server_cached_tokens": "cached_tokens",
+  "server_output_tokens": "output_tokens",
+}
 _TOLD = 300  # characters of an answer that an error tells
 # Of a warm-up: tokens by which lengths are told apart, lengths at most, then requests at once and tokens of each.
 _APART, _LENGTHS, _AT_ONCE, _TOKENS = 64, 32, 16, 16
@@ -43,9 +58,14 @@ class Endpoint:
     if self.send not in SENT:
       raise ValueError(f"prompts are sent as {', '.join(SENT)}, not as {self.send!r}")
 
+  @property
+  def server(self) -> str:
+    """Its address without the API's."""
+    return self.url.rstrip("/").removesuffix("/v1")
+
   def path(self, name: str) -> str:
     """The address of a part of the API, such as "models"."""
-    return f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{name}"
+    return f"{self.server}/v1/{name}"
 
   @property
   def headers(self) -> dict[str, str]:
@@ -86,6 +106,38 @@ def look_up(endpoint: Endpoint) -> Mapping[str, Any]:
   if endpoint.model not in models:
     raise ValueError(f"{endpoint.url} has no model {endpoint.model!r}, only {', '.join(models) or 'none'}")
   return models[endpoint.model]
+
+
+def counted(endpoint: Endpoint) -> Mapping[str, float]:
+  """Counters of a server of ours, each with its labels, as its /metrics has them now; nothing of any other."""
+  try:
+    response = httpx2.get(f"{endpoint.server}/metrics", headers=endpoint.headers, timeout=CONNECT_S)
+  except httpx2.HTTPError:
+    return {}
+  lines = response.text.splitlines() if response.status_code == 200 else []
+  told = dict(line.rsplit(" ", 1) for line in lines if re.match(r"sparse_serve_\w+_total[ {]", line))
+  return {name: float(value) for name, value in told.items()}
+
+
+def engine_numbers(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float | None]:
+  """What a server counted between two looks of `counted`, over its replicas, whoever asked for it.
+
+  iterations, hbm_hit_rate and blocks are those of `serving.metrics`; decode_batch_mean is rows of decode steps / decode
+  steps. The others are of outputs that ended. None: the server tells no such numbers, or began anew in between.
+  """
+  sums = collections.defaultdict[str, float](float)
+  for name, value in after.items():
+    sums[name.partition("{")[0].removeprefix("sparse_serve_").removesuffix("_total")] += value - before.get(name, 0)
+  anew = sums["replica_restarts"] or any(after.get(name, -1) < value for name, value in before.items())
+  if anew or not (before and after):
+    return dict.fromkeys(_ENGINE)
+  attended, steps = sums["blocks_attended"], sums["decode_steps"]
+  numbers: dict[str, float | None] = {name: int(sums[of]) if of else None for name, of in _ENGINE.items()}
+  if attended:
+    numbers["hbm_hit_rate"] = 1 - sums["blocks_missed"] / attended
+  if steps:
+    numbers["decode_batch_mean"] = sums["decode_rows"] / steps
+  return numbers
 
 
 def serve(

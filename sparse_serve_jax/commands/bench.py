@@ -6,7 +6,8 @@ The same requests at the same times as those of `sparse-serve run`, and the same
 between tokens, throughput. The table goes to stdout, and as its last line one JSON object with the same numbers. The
 folder of --out gets requests.jsonl, a row for each request as it ends, and run.json, what the run was made by; the same
 command goes on with a run that was interrupted. The key of OPENAI_API_KEY is sent, if it is set. The status is 1 if a
-request was refused or failed.
+request was refused or failed. A server of ours is asked for /metrics before and after: the table has what its engine
+did meanwhile, whoever asked, and what it counted.
 
 A server may compile when it first meets a length. So there is a warm-up first, which is not measured: a request of each
 prompt length, one by one, and then 16 of the requests together. Their tokens are in another order, so that no prefix
@@ -106,10 +107,12 @@ def main() -> int:
         kept.append(row)
       bar.update()
 
+    counted = asking.counted(endpoint)
     rows = asking.serve(endpoint, items, arrivals, tokenizer, end, **limits)
+    engine = asking.engine_numbers(counted, asking.counted(endpoint) if items else {})
   told = rows if items else before
   scores = [row["score"] for row in told if "score" in row]
-  numbers = asking.summarize(told) | {"score_mean": sum(scores) / len(scores) if scores else None}
+  numbers = asking.summarize(told) | {"score_mean": sum(scores) / len(scores) if scores else None, **engine}
   if before and not items:  # each part has times of its own
     numbers |= {"throughput_tok_s": None, "most_in_flight": None}
   cli.end_with(metrics.table({_MODEL.value: numbers}), numbers)

@@ -37,10 +37,12 @@ class Answer:
     self._news: asyncio.Queue[Piece] = asyncio.Queue()
     self._outputs: list[Output] = []
     self._prompts: list[tuple[str, list[Scored]]] = [("", [])] * len(asked.prompts)  # text and tokens of echoes
+    self._n_to_score = 0
 
   def submit(self) -> None:
     """All outputs, at once, or none."""
     asked = self._asked
+    self._await_scores(0 if asked.params.logprobs is None else len(asked.echoes))
     try:
       with self._refusing():
         for i, prompt in enumerate(asked.prompts if asked.max_tokens else []):
@@ -57,6 +59,12 @@ class Answer:
       if self._asked.echoes:
         each = zip(self._asked.prompts, self._asked.echoes, strict=True)
         self._prompts = [await self._echo(prompt, text) for prompt, text in each]
+        self._await_scores(0)
+
+  def _await_scores(self, n: int) -> None:
+    """So many prompts are to be scored from now on."""
+    self._of_server.n_to_score += n - self._n_to_score
+    self._n_to_score = n
 
   @contextlib.contextmanager
   def _refusing(self):
@@ -66,9 +74,12 @@ class Answer:
       raise Refused(500 if self._engines.failed else 503, str(error)) from error
 
   def close(self) -> None:
+    self._await_scores(0)
     for output in self._outputs:
       if not output.ended:
-        self._of_server.cancel(output)
+        self._of_server.leave(output)
+    while not self._news.empty():  # pieces have their outputs, which have the queue
+      self._news.get_nowait()
 
   async def whole(self) -> dict[str, Any]:
     n = self._asked.params.n

@@ -17,6 +17,7 @@ from sparse_serve_jax.tokenizing import Tokenizer
 
 COMPLETION_TOKENS = 16  # max_tokens of a completion that says nothing, as of OpenAI
 MOST_OUTPUTS = 128  # of one request: prompts x n
+_MOST_STOPS = {"stop": 128, "stop_token_ids": 1024}  # each stop string is looked for with each token
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos")
 _EXTENSIONS = ("cache_salt", "n", "max_tokens")
@@ -204,6 +205,9 @@ def _max_tokens(fields: Mapping[str, Any], chat: bool) -> int | None:
 def _params(fields: Mapping[str, Any], chat: bool, max_tokens: int) -> SamplingParams:
   """As OpenAI's defaults are: temperature 1, and a seed that nobody knows."""
   given = {name: fields[name] for name in (*_SAMPLING, "cache_salt", "n") if name in fields}
+  for name, most in _MOST_STOPS.items():
+    if isinstance(given.get(name), list) and len(given[name]) > most:
+      raise Refused(400, f"{name} has {len(given[name])} entries; it can have {most}", name)
   given = {"temperature": 1.0, "seed": random.getrandbits(31)} | given
   try:
     return SamplingParams(max_tokens=max(1, max_tokens), logprobs=_logprobs(fields, chat), **given)

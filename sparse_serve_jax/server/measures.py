@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.loop import Loop, Stream
@@ -27,32 +29,42 @@ class Measures:
     self._prompt = Counter("prompt_tokens", "Tokens of prompts of outputs that ended.", **of)
     self._cached = Counter("cached_tokens", "Of these, tokens that the cache held.", **of)
     self._output = Counter("output_tokens", "Tokens of outputs that ended.", **of)
-    usage, shape = engine.usage, engine.executor.shape
+    self._engine, self._loop = engine, loop
+    self.registry.register(self)  # pyright: ignore[reportArgumentType]  # whose class need not be its Collector
+
+  def collect(self) -> Iterator[Metric]:
+    """What engine and loop count themselves: it only rises in counters. Waits for no device."""
+    usage, held, shape = self._engine.usage, self._engine.held, self._engine.executor.shape
+    live = self._loop.live
+    waiting = sum(map(_waits, live))
     for name, about, value in (
-      ("requests_waiting", "Outputs that have no token yet.", lambda: sum(_waits(stream) for stream in loop.live)),
-      (
-        "requests_running",
-        "Outputs that have a token and go on.",
-        lambda: sum(not _waits(stream) for stream in loop.live),
-      ),
-      ("iterations", "Iterations of the engine since its start.", lambda: usage.iterations),
-      ("blocks_attended", "Blocks that decode attended to since the start.", lambda: usage.blocks_attended),
-      ("blocks_loaded", "Blocks loaded from DRAM since the start.", lambda: usage.blocks_loaded),
-      ("blocks_saved", "Blocks saved to DRAM since the start.", lambda: usage.blocks_saved),
-      ("hbm_hit_rate", "Share of attended blocks that HBM held; NaN of none.", lambda: _number(usage.hbm_hit_rate)),
-      ("hbm_kv_bytes", "Bytes of KV and its tables in HBM now.", lambda: engine.held.hbm_kv_bytes),
-      ("dram_kv_bytes", "Bytes of KV that requests own in DRAM now.", lambda: engine.held.dram_kv_bytes),
-      ("hbm_kv_peak_bytes", "Most bytes of KV and its tables in HBM since the start.", lambda: usage.peak_hbm_kv_bytes),
-      ("dram_kv_peak_bytes", "Most bytes of KV in DRAM since the start.", lambda: usage.peak_dram_kv_bytes),
-      ("slots_used", "Slots of HBM that hold a block now.", lambda: engine.held.slots),
-      ("slots", "Slots of HBM.", lambda: shape.P),
-      ("pool_blocks_owned", "Blocks of the pool that requests own now.", lambda: engine.held.owned),
-      ("pool_blocks_kept", "Blocks of the pool that only the prefix cache keeps now.", lambda: engine.held.kept),
-      ("pool_blocks", "Blocks of the pool.", lambda: shape.M),
-      ("hbm_capacity_bytes", "Bytes of the cache in HBM.", lambda: shape.hbm_bytes),
-      ("dram_capacity_bytes", "Bytes of the pool in DRAM.", lambda: shape.pool_bytes if shape.offload else 0),
+      ("iterations", "Iterations of the engine.", usage.iterations),
+      ("decode_steps", "Iterations that decoded.", usage.decode_steps),
+      ("decode_rows", "Rows of all decode steps.", usage.decode_rows),
+      ("blocks_attended", "Blocks that decode attended to.", usage.blocks_attended),
+      ("blocks_missed", "Of these, blocks that HBM did not hold.", usage.blocks_missed),
+      ("blocks_loaded", "Blocks loaded from DRAM.", usage.blocks_loaded),
+      ("blocks_saved", "Blocks saved to DRAM.", usage.blocks_saved),
     ):
-      Gauge(name, about, **of).set_function(value)
+      yield CounterMetricFamily(f"sparse_serve_{name}", about, value)
+    for name, about, value in (
+      ("requests_waiting", "Outputs that have no token yet.", waiting),
+      ("requests_running", "Outputs that have a token and go on.", len(live) - waiting),
+      ("decode_batch", "Rows of the last decode step.", usage.last_rows),
+      ("hbm_hit_rate", "Share of attended blocks that HBM held since the start; NaN of none.", usage.hbm_hit_rate),
+      ("hbm_kv_bytes", "Bytes of KV and its tables in HBM now.", held.hbm_kv_bytes),
+      ("dram_kv_bytes", "Bytes of KV that requests own in DRAM now.", held.dram_kv_bytes),
+      ("hbm_kv_peak_bytes", "Most bytes of KV and its tables in HBM since the start.", usage.peak_hbm_kv_bytes),
+      ("dram_kv_peak_bytes", "Most bytes of KV in DRAM since the start.", usage.peak_dram_kv_bytes),
+      ("slots_used", "Slots of HBM that hold a block now.", held.slots),
+      ("slots", "Slots of HBM.", shape.P),
+      ("pool_blocks_owned", "Blocks of the pool that requests own now.", held.owned),
+      ("pool_blocks_kept", "Blocks of the pool that only the prefix cache keeps now.", held.kept),
+      ("pool_blocks", "Blocks of the pool.", shape.M),
+      ("hbm_capacity_bytes", "Bytes of the cache in HBM.", shape.hbm_bytes),
+      ("dram_capacity_bytes", "Bytes of the pool in DRAM.", shape.pool_bytes if shape.offload else 0),
+    ):
+      yield GaugeMetricFamily(f"sparse_serve_{name}", about, math.nan if value is None else value)
 
   def ended(self, request: Request) -> None:
     """Counts an output, once."""
@@ -64,11 +76,6 @@ class Measures:
       self._ttft.observe(time_to_first_token(request))
     for gap in times_between_tokens(request):
       self._tbt.observe(float(gap))
-
-
-def _number(value: float | None) -> float:
-  """NaN is how Prometheus writes what has no value yet."""
-  return math.nan if value is None else value
 
 
 def _waits(stream: Stream) -> bool:

@@ -76,13 +76,17 @@ class Outputs:
     self._woken = False
     self._of: dict[Stream, Output] = {}
     self._scores: dict[asyncio.Future[Scores], Refused | None] = {}  # and why one was given up
+    self._closed: Refused | None = None
+    self.n_to_score = 0  # prompts
 
   @property
   def n_waiting(self) -> int:
-    return sum(output.reading.n_tokens == 0 for output in self._of.values())
+    """Outputs without a token, and prompts that are to be scored."""
+    return sum(output.reading.n_tokens == 0 for output in self._of.values()) + self.n_to_score
 
   def add(self, index: int, prompt: list[int], params: SamplingParams, news: asyncio.Queue[Piece]) -> Output:
-    """Raises RuntimeError: no engine takes it."""
+    """Raises RuntimeError: no engine takes it; Refused: all is given up."""
+    self._check()
     output = Output(index, self._tokenizer, params, news)
     output.stream = self._engines.submit(prompt, sink=self._sink, params=params)
     self._of[output.stream] = output
@@ -90,6 +94,7 @@ class Outputs:
 
   async def score(self, prompt: list[int], n_top: int) -> Scores:
     """As `Engines.score`. Raises Refused: it was given up."""
+    self._check()
     told = asyncio.wrap_future(self._engines.score(prompt, n_top))
     self._scores[told] = None
     try:
@@ -99,9 +104,10 @@ class Outputs:
     finally:
       del self._scores[told]
 
-  def cancel(self, output: Output) -> None:
-    if output.stream is not None:
-      self._engines.cancel(output.stream)
+  def leave(self, output: Output) -> None:
+    """Nobody waits for it any more: ends it, and what still comes of it is not read."""
+    output.ended = True
+    self._cancel(output)
 
   def give_up(self, why: Refused) -> None:
     """Ends all outputs and scores that live for their clients, whatever their engines do."""
@@ -112,9 +118,22 @@ class Outputs:
       if not output.ended:
         self._give_up(output, why)
 
+  def close(self, why: Refused) -> None:
+    """Gives up all that lives, and what comes."""
+    self._closed = why
+    self.give_up(why)
+
+  def _check(self) -> None:
+    if self._closed is not None:
+      raise self._closed
+
   def _give_up(self, output: Output, why: Refused) -> None:
-    self.cancel(output)
+    self._cancel(output)
     output.end(why)
+
+  def _cancel(self, output: Output) -> None:
+    if output.stream is not None:
+      self._engines.cancel(output.stream)
 
   def _sink(self, stream: Stream, token: int | None) -> None:
     """Called by an engine's thread."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import ipaddress
 import logging
 import math
 import os
@@ -92,7 +93,7 @@ async def _serve(
     until = time.monotonic() + limits.drain_seconds
     while server.n_answers and time.monotonic() < until and engines.health().status != "stuck":
       await asyncio.sleep(_LOOK)
-    server.outputs.give_up(Refused(503, "the server ends, and this request is given up"))
+    server.outputs.close(Refused(503, "the server ends, and this request is given up"))
     # Connections whose clients do not read are closed then.
     config.timeout_graceful_shutdown = math.ceil(_LAST + (0 if server.n_answers else max(0, until - time.monotonic())))
     http.should_exit = True
@@ -114,6 +115,8 @@ async def _serve(
   gc.collect()
   gc.freeze()  # model and programs: nothing of them is looked through again
   host, port = listener.getsockname()[:2]
+  if api_key is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+    _LOG.warning("whoever reaches %s, port %d, is served: other machines may, and no API key is asked for", host, port)
   print(f"serving {server.served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
   try:
     await http.serve(sockets=[listener])

@@ -24,6 +24,7 @@ from sparse_serve_jax.serving.request import Request
 
 _LOG = logging.getLogger(__name__)
 
+_CLOSED = "this loop is closed"
 _END = object()  # the last entry of every stream's queue
 
 
@@ -108,7 +109,10 @@ class Stream:
     self._ended.set()
     self._tokens.put(_END)
     if self._sink is not None:
-      self._sink(self, None)
+      try:
+        self._sink(self, None)
+      except Exception:  # other streams are to end too
+        _LOG.exception("a sink raised at the end of its stream")
 
 
 # Called by the engine's thread with each token of a stream, and with None when it has ended. It must return at once and
@@ -196,7 +200,8 @@ class Loop:
         self._changed.notify_all()
 
   def call(self, what: Callable[[], Any]) -> Future[Any]:
-    """Has the thread call `what` between two iterations, which wait for it. Returns its result, to come.
+    """Has the thread call `what` between two iterations, which wait for it. Returns its result, to come: a RuntimeError
+    if the engine fails or the loop is closed before it.
 
     Raises:
       RuntimeError: the loop is closed, or its engine has failed.
@@ -205,7 +210,7 @@ class Loop:
     with self._changed:
       self._check_failure()
       if self._closing:
-        raise RuntimeError("this loop is closed")
+        raise RuntimeError(_CLOSED)
       self._calls.append((what, future))
       self._changed.notify_all()
     return future
@@ -267,7 +272,8 @@ class Loop:
         stream._end(_failed("the engine", error))
       self._live.clear()
       for _, future in self._calls:
-        future.cancel()
+        if future.set_running_or_notify_cancel():
+          future.set_exception(_failed("the engine", error) if error else RuntimeError(_CLOSED))
       self._calls.clear()
       self._changed.notify_all()
     self._engine.wait()
@@ -311,6 +317,7 @@ class Loop:
       self._streams[request] = stream
 
   def _finish(self, request: Request) -> None:
+    request.on_token = None  # the stream's, which has the request: both would stay until the collector comes
     self._end(self._streams.pop(request), request.error and _failed("the request", request.error))
 
   def _end(self, stream: Stream, error: BaseException | None) -> None:
@@ -326,6 +333,9 @@ def _answer(what: Callable[[], Any], future: Future[Any]) -> None:
       future.set_result(what())
     except Exception as error:
       future.set_exception(error)
+    except BaseException as error:  # ends the engine; in an event loop it would end that too
+      future.set_exception(_failed("the engine", error))
+      raise
 
 
 def _failed(what: str, error: BaseException | None) -> RuntimeError:

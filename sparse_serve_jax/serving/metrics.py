@@ -37,6 +37,7 @@ class Usage:
     self.blocks_saved = 0
     self.decode_rows = 0
     self.decode_steps = 0  # iterations that decode
+    self.last_rows = 0  # of the last of them
     self.output_tokens = 0
     self._prefill_work = 0  # tokens x layers
     self._slots = 0  # slots used after the last iteration that told
@@ -46,8 +47,10 @@ class Usage:
   def count_step(self, plan: Plan, stats: StepStats, output_tokens: int) -> None:
     """Takes an iteration that has run, and how many `output_tokens` it brought to requests."""
     self.iterations += 1
-    self.decode_rows += len(plan.decode)
-    self.decode_steps += bool(plan.decode)
+    if plan.decode:
+      self.last_rows = len(plan.decode)
+      self.decode_rows += self.last_rows
+      self.decode_steps += 1
     self.output_tokens += output_tokens
     self._prefill_work += sum(len(work.tokens) * work.n_layers for work in plan.works)
     if plan.prefill or plan.decode:  # others do not tell
