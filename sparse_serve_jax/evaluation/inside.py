@@ -112,6 +112,7 @@ class Watch:
     self._executor.reset()
 
   def drop(self) -> None:
+    """As that of `JaxExecutor`."""
     self._executor.drop()
 
   def _table(self, row: DecodeRow) -> np.ndarray:
