@@ -244,7 +244,7 @@ class LLM:
 
   def _prepare(self) -> None:
     if self.engine.failed:
-      cast(JaxExecutor, self.engine.executor).drop()  # before a new one is made, whoever still has the engine
+      self.engine.executor.drop()  # before a new one is made, whoever still has the engine
       del self.engine
     self._cancel_abandoned()
 

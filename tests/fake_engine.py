@@ -92,6 +92,9 @@ class FakeExecutor:
     self.outstanding: list[int] = []
     self.resets += 1
 
+  def drop(self) -> None:
+    """The next `reset` makes all anew."""
+
   def begin(self) -> None:
     """A block that a plan does not write before it is read would show anyway."""
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -324,6 +325,42 @@ def test_a_run_goes_on(model, tmp_path):
 def test_what_does_not_fit_the_memory_is_refused(monkeypatch):
   model, wanted = load_model("random:tiny"), list(accuracy.cases([], [], []))
   monkeypatch.setattr(accuracy, "bytes_free", lambda: 2**30)
-  # 8 sequences x 8 heads x 16384^2 scores in float32, twice, and 4 layers x 2 heads x 16 channels of keys and values.
-  with pytest.raises(ValueError, match=r"8 sequences of 16384 tokens .* 0.1 GiB .* 128.0 GiB .* 1.0 GiB are free"):
+  # 8 heads x 16384^2 scores in float32, twice, and 4 layers x 2 heads x 16 channels of keys and values.
+  with pytest.raises(ValueError, match=r"a sequence of 16384 tokens .* 0.0 GiB .* 16.0 GiB .* 1.0 GiB are free"):
     next(accuracy.measure(model, model.params, accuracy.Sample("text", 16384, 9, 8, 96), wanted))
+  monkeypatch.setattr(accuracy, "bytes_free", lambda: 40 * 2**30)
+  assert accuracy.most_at_once(model.config, 16384) == 1  # two leave no room for the rest
+  assert accuracy.most_at_once(model.config, 8192) == 7
+
+
+def test_as_many_at_once_as_fit(model, monkeypatch):
+  """With the values of larger batches."""
+  sample, wanted = accuracy.Sample("text", 640, 3, 3, 48), list(accuracy.cases([], [], []))
+  sizes = []
+
+  def rows() -> list[dict]:
+    sizes.append([len(batch.tokens) for batch, _, _ in accuracy.replays(model, model.params, sample, wanted)])
+    return [row for _, row in accuracy.measure(model, model.params, sample, wanted)]
+
+  whole = rows()
+  one = 640 * accuracy.kv_bytes(CFG) + 2 * 4 * CFG.n_heads * 640**2
+  monkeypatch.setattr(accuracy, "bytes_free", lambda: 2.6 * one)
+  assert rows()[0]["nats"] == pytest.approx(whole[0]["nats"], rel=1e-5) and sizes == [[3], [2, 1]]
+
+
+def test_a_length_that_does_not_fit_is_refused_before_the_first_is_measured(model, tmp_path):
+  save_hf(model, tmp_path / "model")
+  asked = ["--parts=text", "--text_lengths=640,1024", "--methods=", "--budgets=", "--instances=2", "--steps=48"]
+  asked += [f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
+  least = 1024 * accuracy.kv_bytes(CFG) + 2 * 4 * CFG.n_heads * 1024**2
+  code = f"""
+from sparse_serve_jax.evaluation import accuracy
+from sparse_serve_jax.commands import accuracy as command
+accuracy.bytes_free = lambda: {least - 1}
+command.command({["accuracy", *asked]})
+"""
+  refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert refused.returncode == 2 and "a sequence of 1024 tokens takes" in refused.stderr.splitlines()[-1], (
+    refused.stderr
+  )
+  assert not (tmp_path / "out" / "results.jsonl").exists()

@@ -91,7 +91,9 @@ with cli.group("How much"):
   _TRACE_STEPS = flags.DEFINE_integer(
     "trace_steps", 256, "Most decode steps of a long answer, for the part selections.", lower_bound=selections.MOST + 1
   )
-  _TOKENS = flags.DEFINE_integer("tokens_at_once", 1 << 17, "Tokens of a batch of instances.", lower_bound=1)
+  _TOKENS = flags.DEFINE_integer(
+    "tokens_at_once", 1 << 17, "Most tokens of a batch of instances; fewer if memory is short.", lower_bound=1
+  )
   _WORKERS = flags.DEFINE_integer("workers", 4, "Processes that make instances.", lower_bound=0)
 _RAY = cli.define_ray()
 _OUT = cli.define_out("Folder of results.")
@@ -152,6 +154,8 @@ def _measured(model: Model, out: pathlib.Path, wanted: list[Case], amounts: Amou
   how = amounts, _TOKENS.value, _WORKERS.value
   if not _RAY.value:
     study, bench = Study(model, out, wanted, amounts), Bench(model, *how)
+    for cell in filter(study.left, cells):
+      bench.check(cell)
     for cell in cells:
       study.measure(cell, bench.measure)
     return study

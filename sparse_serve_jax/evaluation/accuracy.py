@@ -30,6 +30,7 @@ from sparse_serve_jax.serving.budget import bytes_free, kv_bytes
 from sparse_serve_jax.tasks import text as texts
 
 STEP_BUCKETS = (48, 96)  # steps are padded to one of these, or to the most there may be
+LEAVES = 0.8  # of the free memory is for keys, values and scores; projections and the replay need some
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over tokens
 TEXT = "text"
 LEAST_TOKENS = 32  # of a context: less than a block leaves nothing to select from
@@ -118,7 +119,7 @@ class Sample(NamedTuple):
   task: str  # a name in `tasks.TASKS`, or TEXT
   tokens: int  # of prompt and answer
   instances: int  # of the evaluation split, from its first on
-  at_once: int  # of a batch
+  at_once: int  # of a batch; fewer where memory is short
   steps: int  # decode steps at most; a longer answer is judged by its beginning
   text: tuple[str, ...] = ()  # files that the sentences of tasks are taken from; none: they are generated
   pieces: np.ndarray | None = None  # [instances, tokens] of TEXT, as `Corpus.pieces`; None: it is generated
@@ -137,7 +138,7 @@ def replays(
   model: Model, params: Any, sample: Sample, wanted: Sequence[Case], workers: int = 0
 ) -> Iterator[tuple[Instances, Case, replay.Replay]]:
   """Yields, for each batch of instances, the replay of each case, on the device. Arguments as those of `measure`."""
-  _check_fits(model.config, min(sample.at_once, sample.instances), sample.tokens)
+  sample = sample._replace(at_once=min(sample.at_once, most_at_once(model.config, sample.tokens)))
   firsts = range(0, sample.instances, sample.at_once)
   batches = processes.ahead(functools.partial(sample.batch, model.tokenizer), firsts, workers)
   name = f"{sample.task} {sample.tokens}"
@@ -149,18 +150,24 @@ def replays(
         bar.update()
 
 
-def _check_fits(cfg: ModelConfig, n_sequences: int, n_tokens: int) -> None:
-  """Raises ValueError if a prefill needs more memory than there is: nothing is tiled in `llama.causal_attention`."""
-  kv = n_sequences * n_tokens * kv_bytes(cfg)
+def most_at_once(cfg: ModelConfig, n_tokens: int) -> int:
+  """How many sequences of `n_tokens` a prefill has memory for: nothing is tiled in `llama.causal_attention`.
+
+  Raises:
+    ValueError: for none.
+  """
+  kv = n_tokens * kv_bytes(cfg)
   # float32, of one layer: before the softmax and after it.
-  scores = 0 if llama.attends_fused(cfg) else 2 * 4 * n_sequences * cfg.n_heads * n_tokens**2
+  scores = 0 if llama.attends_fused(cfg) else 2 * 4 * cfg.n_heads * n_tokens**2
   free = bytes_free()
-  if free is not None and kv + scores > free:
+  if free is None:
+    return 1 << 30
+  if kv + scores > free:
     raise ValueError(
-      f"{n_sequences} sequences of {n_tokens} tokens at once take {kv / 2**30:.1f} GiB for keys and values and "
-      f"{scores / 2**30:.1f} GiB for the scores of a layer, and {free / 2**30:.1f} GiB are free: lower "
-      "--tokens_at_once or the lengths"
+      f"a sequence of {n_tokens} tokens takes {kv / 2**30:.1f} GiB for keys and values and {scores / 2**30:.1f} GiB "
+      f"for the scores of a layer, and {free / 2**30:.1f} GiB are free: take shorter ones"
     )
+  return max(1, int(LEAVES * free / (kv + scores)))
 
 
 def replayed(model: Model, params: Any, case: Case, dense: replay.Prefill, batch: Instances) -> replay.Replay:

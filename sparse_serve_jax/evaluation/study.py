@@ -92,6 +92,10 @@ class Bench:
     self._files = amounts.files()
     self._params = place_params(model)
 
+  def check(self, cell: Cell) -> None:
+    """Raises ValueError if not even one sequence of a cell fits into memory."""
+    accuracy.most_at_once(self._model.config, cell.n_tokens)
+
   def measure(self, cell: Cell, wanted: Sequence[Case]) -> list[tuple[Case, Row, selections.Trace | None]]:
     """What each setting answers of a generated task, or predicts of ordinary text. For "reuse" what it selects while
     answers of a task are decoded, and a trace of each budget and of PSA at each threshold.
@@ -154,10 +158,14 @@ class Study:
     self._tables = {name: Table(folder / f"{name}.jsonl") for name in ("results", "prefill", "reuse")}
     self._folder, self._wanted = folder, wanted
 
+  def left(self, cell: Cell) -> Sequence[Case]:
+    """The settings of a cell that have no row."""
+    return self._tables[cell.table].left(cell.task, cell.n_tokens, cell.of(self._wanted))
+
   def measure(self, cell: Cell, measure: Callable[[Cell, Sequence[Case]], Any]) -> None:
     """Adds the rows of a cell that are not there, as `Bench.measure` tells them."""
     table = self._tables[cell.table]
-    if left := table.left(cell.task, cell.n_tokens, cell.of(self._wanted)):
+    if left := self.left(cell):
       for case, row, trace in measure(cell, left):
         if trace is not None:
           (self._folder / "traces").mkdir(exist_ok=True)

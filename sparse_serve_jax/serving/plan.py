@@ -225,6 +225,10 @@ class Executor(Protocol):
     """Drops what is kept between segments of a prompt that was cancelled."""
     ...
 
+  def drop(self) -> None:
+    """Gives up the cache, for another executor's; only `reset` can follow."""
+    ...
+
   def reset(self) -> None:
     """After a failure: an empty cache, and nothing on its way. Raises if the device cannot go on."""
     ...

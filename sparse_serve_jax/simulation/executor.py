@@ -82,6 +82,9 @@ class SimulatedExecutor:
   def forget(self, request_id: str) -> None:
     """Nothing is kept between segments of a prompt."""
 
+  def drop(self) -> None:
+    """Nothing is held that another would need."""
+
   def reset(self) -> None:
     """An empty cache, and nothing on its way."""
     self._done_at = self._clock.now()
