@@ -330,13 +330,36 @@ def test_calls_are_told_that_the_engine_has_failed():
     raise SystemExit("from far below")
 
   loop = Loop(engine)
-  calls = [loop.call(breaks), loop.call(lambda: 5)]
+  calls, failed = [loop.call(breaks), loop.call(lambda: 5)], list[bool]()
+  for call in calls:
+    call.add_done_callback(lambda _: failed.append(loop.failed))
   go.set()
   for call in calls:
     with pytest.raises(RuntimeError, match="the engine has failed: .*from far below"):
       call.result(SOON)
+  assert failed == [True, True], "when they were told"
   with pytest.raises(RuntimeError, match="the engine has failed"):
     loop.call(lambda: 5)
+  loop.close()
+
+
+def test_a_call_is_told_if_what_comes_before_it_breaks_the_engine():
+  engine, _ = fake_engine()
+  begun, go = threading.Event(), threading.Event()
+
+  def breaks(*_):
+    raise OSError("device gone")
+
+  loop = Loop(engine)
+  stream = loop.submit([1], max_new_tokens=40)
+  loop.call(lambda: (begun.set(), go.wait(SOON)))
+  assert begun.wait(SOON)
+  engine.cancel = breaks
+  loop.cancel(stream)
+  late = loop.call(lambda: 5)
+  go.set()
+  with pytest.raises(RuntimeError, match="the engine has failed: .*device gone"):
+    late.result(SOON)
   loop.close()
 
 

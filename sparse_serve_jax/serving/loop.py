@@ -272,7 +272,7 @@ class Loop:
         stream._end(_failed("the engine", error))
       self._live.clear()
       for _, future in self._calls:
-        if future.set_running_or_notify_cancel():
+        if future.running() or future.set_running_or_notify_cancel():
           future.set_exception(_failed("the engine", error) if error else RuntimeError(_CLOSED))
       self._calls.clear()
       self._changed.notify_all()
@@ -297,14 +297,19 @@ class Loop:
       notes, self._notes = self._notes, deque()
       call = self._calls.popleft() if self._calls else None  # one in an iteration: tokens wait for it
       closing = self._closing
-    for what, stream in notes:
-      if what == "submit":
-        self._add(stream)
-      elif stream._request and not stream._request.ended:
-        self._engine.cancel(stream._request.id, what)
-    if call is not None:
-      _answer(*call)
-      self._still = time.monotonic(), n
+    try:
+      for what, stream in notes:
+        if what == "submit":
+          self._add(stream)
+        elif stream._request and not stream._request.ended:
+          self._engine.cancel(stream._request.id, what)
+      if call is not None:
+        _answer(*call)
+        self._still = time.monotonic(), n
+    except BaseException:  # ends the engine: its caller is told when that is so, as all others are
+      with self._changed:
+        self._calls.extendleft([call] if call else [])
+      raise
     return not closing
 
   def _add(self, stream: Stream) -> None:
@@ -333,9 +338,6 @@ def _answer(what: Callable[[], Any], future: Future[Any]) -> None:
       future.set_result(what())
     except Exception as error:
       future.set_exception(error)
-    except BaseException as error:  # ends the engine; in an event loop it would end that too
-      future.set_exception(_failed("the engine", error))
-      raise
 
 
 def _failed(what: str, error: BaseException | None) -> RuntimeError:
