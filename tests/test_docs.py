@@ -416,7 +416,7 @@ def test_an_eviction(added):
   """Slots of layer 0 go last."""
   keep = added("docs/extending.md", "An eviction")["keep_layer_0"]
   maps = Maps.empty(2, 3, 4, 5)._replace(block_of=jnp.array([0, 5, -1, 12, 23]), last_used=jnp.array([1, 7, -1, 2, 4]))
-  assert jnp.argsort(keep(maps, 9)).tolist() == [2, 4, 1, 0, 3]  # blocks 0 and 12 are of layer 0
+  assert jnp.argsort(keep(maps, jnp.int32(9))).tolist() == [2, 4, 1, 0, 3]  # blocks 0 and 12 are of layer 0
   assert EVICTIONS["keep_layer_0"] is keep
 
 
