@@ -47,8 +47,8 @@ class CacheConfig:
   load: str = "fused"
   """How blocks move from DRAM to the devices: a name in memory.loads.LOADS."""
   save: str = "auto"
-  """How finished blocks move to DRAM: a name in memory.saves.SAVES. "auto": staged if DRAM is memory of another kind,
-  else direct."""
+  """How finished blocks move to DRAM: a name in memory.saves.SAVES. "auto": staged if DRAM is memory of another kind
+  and JAX has one process, else direct."""
   eviction: str = "lru"
   """Which slot a block that was read from DRAM may take: a name in memory.eviction.EVICTIONS."""
   zones: Literal["shared", "layer", "lane"] = "shared"
