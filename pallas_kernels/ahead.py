@@ -84,8 +84,7 @@ def store_each(
   copies = jnp.stack(jnp.broadcast_arrays(of[None], start[None] + id, block), -1).reshape(-1, 3)
 
   def copy(pool, of, id, block):
-    wrote = store_blocks(pool, one_list, of, id[None], block[None], implementation=implementation)
-    return _typed_as(pool, wrote)
+    return store_blocks(pool, one_list, of, id[None], block[None], implementation=implementation)
 
   return _one_by_one(copy, copies, count * n_heads * of_source, by_layer).reshape(pool.shape)
 
@@ -102,15 +101,12 @@ def _one_by_one(
   turns = jnp.pad(copies, ((0, n_turns * A_TURN - copies.shape[0]), (0, 0)), constant_values=-1)
   turns = turns.reshape(n_turns, A_TURN, 3)
 
-  def turn(i, out):
+  def turn(i, before):
+    after = before
     for each in turns[i]:
-      out = copy(out, *each)
-    return out
+      after = copy(after, *each)
+    # A kernel's result is typed as device memory, wherever it lies; the carry of a loop keeps its type.
+    space = jax.typeof(before).memory_space
+    return after if jax.typeof(after).memory_space == space else jax.device_put(after, space)
 
   return jax.lax.fori_loop(0, (count + A_TURN - 1) // A_TURN, turn, out) if n_turns else out
-
-
-def _typed_as(like: jax.Array, array: jax.Array) -> jax.Array:
-  """A kernel's result is typed as device memory, wherever it lies; the carry of a loop keeps its type."""
-  space = jax.typeof(like).memory_space
-  return array if jax.typeof(array).memory_space == space else jax.device_put(array, space)
