@@ -79,4 +79,7 @@ def test_numbers_of_replicas_are_added_and_those_of_one_that_began_anew_are_none
   assert (told["hbm_hit_rate"], told["server_requests"]) == (None, 0)
   for other in ({}, after | at(iterations=[4.0]), after | at(replica_restarts=[1.0]), at(iterations=[9.0])):
     assert set(asking.engine_numbers(before, other).values()) == {None}
-  assert set(asking.engine_numbers({}, after).values()) == {None}
+  silent = at(iterations=[5.0], decode_rows=[9.0], decode_steps=[4.0], replica_restarts=[0.0, 1.0])
+  for other in ({}, silent):  # a replica that did not answer in time has counted since its start
+    assert set(asking.engine_numbers(other, after).values()) == {None}
+  assert set(asking.engine_numbers(silent, silent).values()) == {None}

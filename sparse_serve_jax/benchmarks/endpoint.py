@@ -123,13 +123,14 @@ def engine_numbers(before: Mapping[str, float], after: Mapping[str, float]) -> d
   """What a server counted between two looks of `counted`, over its replicas, whoever asked for it.
 
   iterations, hbm_hit_rate and blocks are those of `serving.metrics`; decode_batch_mean is rows of decode steps / decode
-  steps. The others are of outputs that ended. None: the server tells no such numbers, or began anew in between.
+  steps. The others are of outputs that ended. None: the server tells no such numbers or began anew in between, or a
+  replica of it did not answer a look.
   """
   sums = collections.defaultdict[str, float](float)
   for name, value in after.items():
     sums[name.partition("{")[0].removeprefix("sparse_serve_").removesuffix("_total")] += value - before.get(name, 0)
   anew = sums["replica_restarts"] or any(after.get(name, -1) < value for name, value in before.items())
-  if anew or not (before and after):
+  if anew or not (before and after and _is_whole(before) and _is_whole(after)):
     return dict.fromkeys(_ENGINE)
   attended, steps = sums["blocks_attended"], sums["decode_steps"]
   numbers: dict[str, float | None] = {name: int(sums[of]) if of else None for name, of in _ENGINE.items()}
@@ -138,6 +139,12 @@ def engine_numbers(before: Mapping[str, float], after: Mapping[str, float]) -> d
   if steps:
     numbers["decode_batch_mean"] = sums["decode_rows"] / steps
   return numbers
+
+
+def _is_whole(told: Mapping[str, float]) -> bool:
+  """Whether every replica told its counters. Restarts are counted of all of them, those that do not answer too."""
+  kinds = collections.Counter(name.partition("{")[0] for name in told)
+  return kinds["sparse_serve_replica_restarts_total"] in (0, kinds["sparse_serve_iterations_total"])
 
 
 def serve(
