@@ -286,27 +286,29 @@ def test_a_replica_that_dies_after_a_stop_string_is_told(monkeypatch):
     asyncio.run(run())
 
 
-def test_of_a_request_that_is_refused_in_part_nothing_goes_on(monkeypatch):
-  """The engine may fail between two of its outputs."""
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError("no replica serves"), 503), (KeyError("a mistake"), 500)])
+def test_of_a_request_that_is_refused_in_part_nothing_goes_on(monkeypatch, error, status):
+  """The engine may fail between two of its outputs. Its prompts wait for no scores then."""
   of = one()
   submit, calls = of.submit, []
 
   def failing(*given: Any, **options: Any) -> Any:
     calls.append(given)
     if len(calls) == 2:
-      raise RuntimeError("no replica serves now")
+      raise error
     return submit(*given, **options)
 
   monkeypatch.setattr(of, "submit", failing)
 
   async def run():
-    async with serving(of) as http:
-      answer = await http.post("/v1/completions", json=BODY | {"n": 3, "max_tokens": 40})
-      assert answer.status_code == 503
+    async with serving(of, Limits(max_waiting=3)) as http:
+      body = BODY | {"n": 3, "max_tokens": 40, "echo": True, "logprobs": 0}
+      assert (await http.post("/v1/completions", json=body)).status_code == status
       async with asyncio.timeout(20):
         while not (ended := (await http.get("/status")).json()["ended"]):
           await asyncio.sleep(0.01)
       assert ended == {"cancelled": 1}
+      assert (await http.post("/v1/completions", json=BODY | {"n": 3})).status_code == 200
 
   asyncio.run(run())
 

@@ -49,7 +49,7 @@ class Answer:
           for j in range(asked.params.n):
             params = asked.params_of(i, j)
             self._outputs.append(self._of_server.add(i * asked.params.n + j, prompt, params, self._news))
-    except Refused:
+    except BaseException:
       self.close()
       raise
 
