@@ -264,6 +264,19 @@ def test_a_checkpoint_that_is_damaged_is_one_line(tmp_path, capfd, file, gone):
   assert capfd.readouterr().err == ""
 
 
+def test_a_checkpoint_that_memory_has_no_room_for_is_not_called_damaged(tmp_path, monkeypatch):
+  import orbax.checkpoint as ocp  # slow to import
+
+  trainer.Trainer(TOY, tmp_path).save()
+
+  def full(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+  monkeypatch.setattr(ocp.CheckpointManager, "restore", full)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="^RESOURCE_EXHAUSTED"):
+    trainer.Trainer(TOY, tmp_path)
+
+
 def test_a_checkpoint_that_a_disk_has_no_room_for_is_one_line(tmp_path, monkeypatch, caplog):
   run = trainer.Trainer(TOY, tmp_path)
 

@@ -81,6 +81,8 @@ def reading(what: str) -> Iterator[None]:
   """Around what reads files of orbax's: what is wrong with them is one ValueError, which begins with `what`."""
   try:
     yield
+  except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine or its devices
+    raise
   except Exception as error:
     if str(error).startswith(what):  # more was told already
       raise
