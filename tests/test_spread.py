@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_what_goes_wrong_elsewhere_is_told_in_a_line(tmp_path):
 
 
 WARNING = """
-import time, warnings
+import select, sys, warnings
 from sparse_serve_jax import cluster
 from sparse_serve_jax.server import replicas
 
@@ -95,14 +96,23 @@ def start():
 
 cluster.once(warn)
 cluster.once(start)
-time.sleep(1)  # until what they told is here
+select.select([sys.stdin], [], [], 30)  # until what they told is here
 """
 
 
 @pytest.mark.slow
 def test_warnings_of_other_processes_are_lines_of_the_log():
   """Neither file and line of this package, nor its source."""
-  done = subprocess.run([sys.executable, "-c", WARNING], cwd=forks.ROOT, capture_output=True, text=True)
-  told = [line for line in (done.stdout + done.stderr).splitlines() if "a word to the user" in line]
-  assert done.returncode == 0 and len(told) == 2, done.stderr
+  command, told = [sys.executable, "-c", WARNING], list[str]()
+  environment = os.environ | {"RAY_DEDUP_LOGS": "0"}  # otherwise Ray keeps the second for seconds
+  with subprocess.Popen(
+    command, cwd=forks.ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    text=True,
+  ) as process:  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    for line in process.stdout:
+      told += [line.rstrip()] * ("a word to the user" in line)
+      if len(told) == 2:
+        process.stdin.close()
+  assert process.returncode == 0 and len(told) == 2
   assert all(re.search(r"\(\w+ pid=\d+\)\S* a word to the user$", line) for line in told), told
