@@ -57,6 +57,7 @@ RULES: dict[str, list[str] | str] = {
   r"sparse-serve ladder .+ --ray": "tests/test_spread.py::test_the_ladder_has_the_same_rows",
   r"sparse-serve accuracy .+ --ray": "tests/test_spread.py::test_accuracy_is_that_of_one_process_and_goes_on",
   r"sparse-serve accuracy .*--out=/tmp/accuracy .+": "tests/test_docs.py::test_the_first_look_at_psa_runs",
+  r"sparse-serve accuracy .*--parts=selections .+": "tests/test_accuracy.py::test_a_run_goes_on",  # traces of PSA too
   r"sparse-serve accuracy --model=models/reference --out=OUT": f"{HERE}::test_a_block_runs",  # that of DIR
   r"sparse-serve accuracy --(parts=prefill|methods=NAME)": f"{HERE}::test_a_block_runs",  # a part of it
   r"sparse-serve plot DIR": "tests/test_docs.py::test_the_first_look_at_psa_runs",

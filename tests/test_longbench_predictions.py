@@ -404,7 +404,7 @@ def test_predictions_of_v1_are_not_written_where_they_are_read_as_e(tmp_path):
   [
     ([], "--longbench_dir and --out are needed, or --score_only"),
     (["--score_only=absent", "--out="], "flag --out=: a folder needs a name"),
-    (["--score_only=absent"], "absent holds no predictions"),
+    (["--score_only=absent"], "--score_only: absent is no folder"),
     (["--longbench_dir=absent", "--out=absent"], "dataset2prompt.json is missing"),
   ],
 )
