@@ -111,7 +111,7 @@ def test_stop_rules():
   assert (both["psa"]["pairs"], both["psa"]["violations"]) == (2000, 100)
   other = [*ROWS, *(stop("psa, last_group, every_head", 0.5, 0.9, 5, 40, task=task) for task in "ab")]
   lines = report.markdown(report.summary(other, [])).splitlines()
-  assert "| psa 0.5 | 4.0 | 0.900 | 2,000 | 80.0% | 0.510 | 0.490 | 200 | 6.2% | 12.5% |  |" in lines
+  assert "| psa 0.5 | 4.0 | 0.900 | 2,000 | 80.0% | 0.510 | 0.490 | 200 | 6.2% | 12.5% |" in lines
   assert any(line.startswith("| psa, last_group, every_head 0.5 | 5.0 |") for line in lines)
 
 
@@ -198,12 +198,22 @@ def test_sparse_prefill_beside_dense():
   )
 
 
+def test_what_no_line_says_has_no_column_and_plain_tables_come_first():
+  rows = [row("text", series, at, 0.3, blocks, "text") for series, at, blocks in (("dense", 1, 32), ("mean", 64, 2))]
+  lines = report.markdown(report.summary(rows, [])).splitlines()
+  assert lines[0].startswith("A setting is ")
+  assert next(line for line in lines if line.startswith("## ")) == "## Ordinary text"
+  heads = [line for line in lines if line.startswith("| setting |")]
+  assert heads[1] == "| setting | blocks | KiB | mass | error | nats vs dense | agreement |"
+  assert {line.count("|") for line in lines if line.startswith("| mean 64 |")} == {head.count("|") for head in heads}
+
+
 def test_every_part_of_a_summary_has_a_table():
   reuse = selections.reuse(drifting()) | dict(task="recite", tokens=1024, case="psa 0.9", requests=2, traced=44)
   rows = [*ROWS, row("text", "dense", 1, 0.3, 32, "text")]
   told = report.summary(rows, [reuse], [prefill_row("dense prefill", 1, [1.0, 2.0, 4.0], 1.0)])
   assert all(told.values()) and json.loads(json.dumps(told)) == json.loads(json.dumps(told, allow_nan=False))
-  assert report.markdown(told).count("\n## ") == len(told) - 1
+  assert report.markdown(told).count("\n## ") == len(told)
   overlap = np.array(reuse["overlap"])[..., 11]
   assert overlap.min() < told["reuse"][0]["overlap"]["12"] < overlap.max()
   assert report.nearest_threshold([0.5, 0.9, 0.98]) == 0.98  # 0.95 by default

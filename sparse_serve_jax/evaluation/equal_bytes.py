@@ -145,12 +145,12 @@ def _each(ours: Sequence[Row], key: str) -> list[list[float]]:
 # Of the table in `report`.
 TITLE = (
   f"At equal bytes: settings against {DEFAULT_METHOD} with a fixed budget\n"
-  "KiB are those of a step and layer, digests included. Error: the mean over query heads and layers of |o - o_dense| / "
-  "|o_dense| of a head's output. Ratio: the error by that of a fixed budget of as many bytes, and the nats more than "
-  "its; between budgets its values are interpolated for each instance. Fewer than fixed: blocks of a budget with the "
-  "same nats, or the same error, by the setting's. Intervals are 95 % ones of the paired bootstrap over instances. "
-  "Below threshold: of the pairs of a token and a query head that stopped, those with less true mass; broken stops: of "
-  "those of a KV head, the ones with such a head, or whose mean is below if means are tested."
+  "KiB are those of a step and layer, digests included. Ratio: the error by that of a fixed budget of as many bytes, "
+  "and the nats more than its; between budgets its values are interpolated for each instance. Fewer than fixed: "
+  "blocks of a budget with the same nats, or the same error, by the setting's. Intervals are 95 % ones of the paired "
+  "bootstrap over instances. Below threshold: of the pairs of a token and a query head that stopped, those with "
+  "less true mass; broken stops: of those of a KV head, the ones with such a head, or whose mean is below if means "
+  "are tested."
 )
 HEAD = (
   *("setting", "blocks", "KiB", "mass", "error", "of fixed", "ratio", "interval"),

@@ -38,14 +38,14 @@ WINDOWS = (1, 2, 4, 8, 12, 16, 32)  # steps w that are shown of working sets; 12
 def summary(rows: Sequence[Row], reuse: Sequence[Row], prefill: Sequence[Row] = ()) -> dict[str, list[Row]]:
   """Everything but the rows themselves; each entry says what it is."""
   return {
-    "equal_bytes": list(_of_groups(equal_bytes.compared, rows)),
     "accuracies": list(accuracies(rows)),
     "by_task": list(by_task(rows)),
+    "text": list(likelihoods(rows)),
+    "equal_bytes": list(_of_groups(equal_bytes.compared, rows)),
     "psa_against_fixed": list(psa_against_fixed(rows)),
     "stop_rules": list(stop_rules(rows)),
     "certified": list(certified(rows)),
     "psa_by_head": list(psa_by_head(rows)),
-    "text": list(likelihoods(rows)),
     "prefill": list(_of_groups(prefill_report.compared, prefill)),
     "reuse": [reused(row) for row in reuse],
   }
@@ -273,12 +273,12 @@ def write(
 def markdown(told: dict[str, list[Row]]) -> str:
   """The tables of a summary."""
   parts = [_section(told[key], *of) for key, of in _SECTIONS.items() if told[key]]
-  return "\n\n".join(parts) + "\n"
+  return "\n\n".join([_LEGEND, *parts]) + "\n"
 
 
 def _section(entries: list[Row], title: str, head: Any, split: Sequence[str], cells: Any) -> str:
   """A title, what is to be known of it in its further lines, and a table of entries for each combination of the values
-  under `split`; `head` may depend on them.
+  under `split`; `head` may depend on them. Columns of which no line says anything are left out.
   """
   title, *about = title.split("\n")
   parts = [f"## {title}", *about]
@@ -288,6 +288,8 @@ def _section(entries: list[Row], title: str, head: Any, split: Sequence[str], ce
     named = zip(split, values, strict=True)
     name = ", ".join(f"{value} tokens" if key == "tokens" else str(value) for key, value in named)
     names = head if isinstance(head, tuple) else head(chosen)
+    said = [any(column) for column in zip(*lines, strict=True)]
+    names, *lines = (list(itertools.compress(line, said)) for line in (names, *lines))
     rule = "|".join(["---", *["--:"] * (len(names) - 1)])
     table = [f"| {' | '.join(names)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
     parts += [f"### {name}", "\n".join(table)] if name else ["\n".join(table)]
@@ -357,9 +359,15 @@ def _reuse_cells(of: Row, _: list[Row]) -> Iterator[list[str]]:
   yield [*cells, *(f"{of['working_set'][str(w)]:.2f}" for w in WINDOWS[1:])]
 
 
+_LEGEND = (
+  "A setting is a selection method and its budget in tokens, or a stop rule (psa) and its threshold. Blocks: those "
+  "that a step attends to, of a layer and KV head. Bytes of dense: their bytes and those of all digests, by the "
+  "bytes of all blocks. Mass: the share of the attention that is theirs. Error: the mean over query heads and layers "
+  "of |o - o_dense| / |o_dense| of a head's output."
+)
+
 # Of each key of a summary: title, head of the tables, what there is a table for, lines of an entry.
 _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
-  "equal_bytes": (equal_bytes.TITLE, equal_bytes.HEAD, ("tokens", "group"), equal_bytes.cells),
   "accuracies": (
     "Accuracy by setting\n"
     "Means over tasks, and the difference from dense attention with its 95 % interval. Where no instance differs the "
@@ -369,6 +377,17 @@ _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
     _accuracy_cells,
   ),
   "by_task": ("Accuracy of each task\nIn brackets: blocks attended to.", _task_head, ("tokens", "group"), _task_cells),
+  "text": (
+    "Ordinary text\nNats a token, and the difference from dense attention; how often the most likely next token is "
+    "that of dense attention. Intervals are 95 % ones of the paired bootstrap over texts.",
+    (
+      *("setting", "nats", "vs dense", "interval", "next token right", "that of dense", "interval"),
+      *("blocks", "bytes of dense", "mass", "error"),
+    ),
+    ("tokens",),
+    _text_cells,
+  ),
+  "equal_bytes": (equal_bytes.TITLE, equal_bytes.HEAD, ("tokens", "group"), equal_bytes.cells),
   "psa_against_fixed": (
     f"PSA against {DEFAULT_METHOD} with a fixed budget\n"
     "For a share of the accuracy of dense attention: the cheapest PSA threshold and the cheapest budget (in tokens) "
@@ -410,16 +429,6 @@ _SECTIONS: dict[str, tuple[str, Any, tuple[str, ...], Any]] = {
     ("setting", "layer", "mean", "least head", "most", *(f"{q:.0%}" for q in QUANTILES)),
     ("tokens", "group"),
     _head_cells,
-  ),
-  "text": (
-    "Ordinary text\nNats a token, and the difference from dense attention; how often the most likely next token is "
-    "that of dense attention. Intervals are 95 % ones of the paired bootstrap over texts.",
-    (
-      *("setting", "nats", "vs dense", "interval", "next token right", "that of dense", "interval"),
-      *("blocks", "bytes of dense", "mass", "error"),
-    ),
-    ("tokens",),
-    _text_cells,
   ),
   "prefill": (prefill_report.TITLE, prefill_report.HEAD, ("tokens", "group"), prefill_report.cells),
   "reuse": (
