@@ -132,12 +132,16 @@ def test_one_request():
 
 def test_table():
   shown = metrics.table(
-    {"a": {"count": 12345, "rate": 0.123456, "x": None}, "long": {"count": 1, "rate": 2.0, "x": "y"}}
+    {
+      "a": {"count": 12345, "rate": 0.123456, "ms": 11183.5, "x": None},
+      "long": {"count": 1, "rate": 2.0, "ms": 999.96, "x": "y"},
+    }
   )
   assert shown.split("\n") == [
     "            a  long",
     "count  12,345     1",
     "rate   0.1235     2",
+    "ms     11,184  1000",
     "x           -     y",
   ]
 

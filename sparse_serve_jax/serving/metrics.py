@@ -284,5 +284,5 @@ def _shown(value: int | float | str | None) -> str:
   if value is None:
     return "-"
   if isinstance(value, float):
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
   return f"{value:,}" if isinstance(value, int) else value
