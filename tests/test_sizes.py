@@ -139,14 +139,15 @@ def test_a_size_that_is_given_stays():
 
 def test_what_cannot_be_derived_is_refused_with_numbers():
   numbers = (
-    r"14.96 GiB weights \+ \d+\.\d\d GiB activations \(pieces of .*\) on each of 1 devices, and each has 10.00 GiB"
+    r"14.96 GiB weights \+ \d+\.\d\d GiB activations \(pieces of .*\) on each of 1 devices, and each has 10.00 GiB "
+    r"free; the weights alone do not fit$"
   )
   with pytest.raises(ValueError, match=numbers):
     resolved("llama3-8b", Free(10 * GIB, 48 * GIB))
   with pytest.raises(
-    ValueError, match=r"the host has 8.00 GiB free; lower scheduler.max_context, scheduler.max_batch or"
+    ValueError, match=r"the host has 15.00 GiB free; lower scheduler.max_context, scheduler.max_batch or"
   ):
-    resolved("llama3-8b", Free(None, 8 * GIB))
+    resolved("llama3-8b", Free(None, 15 * GIB))
   with pytest.raises(ValueError, match="cache.hbm_bytes='auto' is derived where an engine is made"):
     CacheShape.of(model_of("tiny"), EngineConfig(CacheConfig(offload=False)), 2)
   with pytest.raises(ValueError, match="cache.lanes=0 and scheduler.max_batch=0: 0 is derived where an engine is made"):

@@ -166,11 +166,13 @@ def _sized(config: EngineConfig, model: ModelConfig, free: Free, cudnn: bool) ->
   room = free.host - n * taken if free.device is None else free.device - taken
   if room <= 0:
     where, there = ("the host has", free.host) if free.device is None else ("each has", free.device)
+    help = "lower scheduler.max_context, scheduler.max_batch or the prefill's pieces"
+    if not free.placed and there <= (n if free.device is None else 1) * needs.weights:
+      help = "the weights alone do not fit"
     raise ValueError(
       f"cache.hbm_bytes={cache.hbm_bytes} and cache.dram_bytes={cache.dram_bytes} leave sizes open, and nothing is "
       f"left for KV: {gib(needs.weights)} weights + {gib(needs.activations)} activations ({needs.text}) on each of {n} "
-      f"devices, and {where} {gib(there)} free; lower scheduler.max_context, "
-      "scheduler.max_batch or the prefill's pieces"
+      f"devices, and {where} {gib(there)} free; {help}"
     )
   if free.device is None:
     share = _steady(max(CPU_SHARE * room, min(CPU_LEAST, CPU_MOST * room)), 2)
