@@ -13,7 +13,7 @@ from tests import forks, jsonl
 pytest.importorskip("matplotlib")
 
 from sparse_serve_jax.evaluation.ladder import Goodput
-from sparse_serve_jax.plots import benchmarks, folder, ladder, style
+from sparse_serve_jax.plots import accuracy, benchmarks, folder, ladder, style
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = dict(best_us=9.0, floor_us=8.0, device="card", commit="abc", spread=0.0)
@@ -188,6 +188,14 @@ def test_a_summary_is_drawn_where_rows_were_not_kept(drawn, tmp_path):
   summary["psa_by_head"] = [row for row in summary["psa_by_head"] if (row["group"], row["tokens"]) == ("text", 512)]
   (tmp_path / "summary.json").write_text(json.dumps(summary))
   assert {file.name for file in folder.draw(tmp_path, tmp_path)} == {"accuracy_global_16384.png", "psa_text_512.png"}
+
+
+def test_layers_of_a_model_that_has_few_and_reads_all(drawn, tmp_path):
+  of_psa = {"series": "psa", "threshold": 0.95, "group": "text", "tokens": 2048, "mean": [[62.6] * 2] * 4}
+  accuracy.blocks_by_head(of_psa | {"quantiles": [[[n] * 2] * 4 for n in (62, 62, 63, 63, 63)]}, tmp_path / "a.png")
+  by_layer = next(axes for figure, _ in drawn for axes in figure.axes if axes.get_xlabel() == "layer")
+  assert all(at == round(at) for at in by_layer.get_xticks())  # there is no layer 0.5
+  assert by_layer.get_ylim()[1] >= 64  # no line on the edge
 
 
 def test_rows_without_their_instances_are_not_drawn(drawn, tmp_path):

@@ -78,7 +78,8 @@ def blocks_by_head(of_psa: Row, file: pathlib.Path, made_by: str = "") -> None:
       np.arange(quantiles.shape[1]), quantiles[low], quantiles[high], alpha=0.25, color=style.COLORS[2]
     )
   right.plot(quantiles[2])
-  right.set(xlabel="layer", ylabel="blocks: median, 50 % and 90 % of tokens", ylim=(0, None))
+  right.set(xlabel="layer", ylabel="blocks: median, 50 % and 90 % of tokens", ylim=(0, 1 + quantiles.max()))
+  right.locator_params("x", integer=True)
   figure.suptitle(f"{of_psa['series']} {of_psa['threshold']:g}: {of_psa['group']}, {of_psa['tokens']} tokens")
   style.save(figure, file, made_by)
 
