@@ -81,7 +81,7 @@ def test_broken_and_absent_templates(directory):
     tokenizer = with_settings(directory, chat_template="{{ 1 }}\n{% for %}")
   with pytest.raises(ValueError, match="does not render"):
     tokenizer.apply_chat_template(CHAT)
-  with pytest.raises(ValueError, match="no chat template"):
+  with pytest.raises(ValueError, match="no chat template; it continues texts: `sparse-serve generate`"):
     with_settings(directory).apply_chat_template(CHAT)
 
 

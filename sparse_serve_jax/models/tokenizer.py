@@ -69,7 +69,9 @@ class _Chatting:
   def _template(self, tools: Any) -> str:
     """The template for a conversation with or without tools."""
     if not self._templates:
-      raise ValueError("this model's tokenizer has no chat template: write the prompt out")
+      raise ValueError(
+        "this model's tokenizer has no chat template; it continues texts: `sparse-serve generate`, /v1/completions"
+      )
     for name in ("tool_use", "default"):
       if name in self._templates and (name == "default" or tools is not None):
         return self._templates[name]
