@@ -19,6 +19,8 @@ from sparse_serve_jax.mesh import AXIS
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.step import Setup, StepOutput, decode_step, prefill_segment
 
+COMPILES = "/jax/core/compile/backend_compile_duration"  # JAX tells its begin and its end, an error's too
+
 
 @functools.lru_cache(maxsize=32)
 def programs(setup: Setup, mesh: Mesh) -> Programs:

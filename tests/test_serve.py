@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -132,6 +135,19 @@ def test_what_cannot_run_is_refused_and_the_rest_runs(tmp_path, capsys):
   request = engine.add_request(ByteTokenizer().encode("A good one."), 4, ignore_eos=True)
   engine.run()
   assert rows["good"]["output_token_ids"] == request.output_tokens
+
+
+def test_compiling_is_told_where_it_is_in_the_times(capsys, monkeypatch):
+  monkeypatch.setattr(serve, "TOLD_S", 0.0)
+  with serve._compiling_told():
+    jax.jit(lambda x: x * 16.0 + 11.0)(np.ones(7)).block_until_ready()
+  assert re.fullmatch(
+    r"times hold \d+\.\d s in which 1 programs were compiled, or found compiled\n", capsys.readouterr().err
+  )
+  monkeypatch.setattr(serve, "TOLD_S", 1e-9)
+  with serve._compiling_told():
+    pass
+  assert not capsys.readouterr().err
 
 
 def test_answers_are_judged_where_there_is_a_judge(tmp_path, capsys, monkeypatch):

@@ -101,7 +101,7 @@ def test_compilation_is_no_hang_unless_it_takes_ten_times_as_long():
     return execute(plan)
 
   def begins(event, *_, **__):
-    if event == pulse._COMPILES:
+    if event == pulse.COMPILES:
       begun.set()
       go.wait()
 
@@ -127,13 +127,13 @@ def test_of_programs_that_are_compiled_at_a_time_one_that_ends_ends_no_other():
   """Events of JAX, as threads that compile cause them."""
   of = Pulse(SimpleNamespace(still_since=time.monotonic()), STUCK)  # type: ignore[arg-type]
   try:
-    monitoring.record_event_duration_secs(pulse._COMPILES, 0.0)  # of one that began before
+    monitoring.record_event_duration_secs(pulse.COMPILES, 0.0)  # of one that began before
     for _ in range(2):
-      monitoring.record_scalar(pulse._COMPILES, 0.0)
-    monitoring.record_event_duration_secs(pulse._COMPILES, 0.0)
+      monitoring.record_scalar(pulse.COMPILES, 0.0)
+    monitoring.record_event_duration_secs(pulse.COMPILES, 0.0)
     time.sleep(3 * STUCK)
     assert of.still() is None
-    monitoring.record_event_duration_secs(pulse._COMPILES, 0.0)
+    monitoring.record_event_duration_secs(pulse.COMPILES, 0.0)
     until(lambda: of.still() is not None, pulse.COMPILING * STUCK / 2)
   finally:
     of.close()

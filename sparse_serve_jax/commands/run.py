@@ -10,14 +10,16 @@ by. The same command goes on with a run that was interrupted. The status is 1 if
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from absl import flags, logging
+from jax import monitoring
 from tqdm import tqdm
 
 from sparse_serve_jax import hosts, progress, results, runtime, workloads
@@ -26,6 +28,7 @@ from sparse_serve_jax.commands.workload import WorkloadFlags, digest, left, tell
 from sparse_serve_jax.config import EngineConfig, load_config, override
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.here import load_model_here
+from sparse_serve_jax.programs import COMPILES
 from sparse_serve_jax.serving import audit, metrics, run, sizes
 from sparse_serve_jax.serving.clock import Wall
 from sparse_serve_jax.serving.engine import Engine
@@ -44,6 +47,7 @@ _STRICT = cli.define_strict()
 _HOSTS = cli.HostsFlags()
 _OUT = cli.define_out("Folder for requests.jsonl, timeline.json and run.json.", required=False)
 _VERBOSE = cli.define_verbose()
+TOLD_S = 1.0  # seconds of compilation from which on they are told
 
 
 def main() -> int:
@@ -88,7 +92,8 @@ def main() -> int:
   with progress.bar(total=len(before) + len(items), initial=len(before), unit="request") as bar:
     record = Record(model, timeline, rows, bar, clock.now(), {item.id: item for item in items}, known)
     try:
-      served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
+      with _compiling_told():
+        served = run.serve(engine, items, arrivals, record, ignore_eos=_IGNORE_EOS.value)
     finally:
       if out and items:
         timeline.write(out / (f"timeline-after-{len(before)}.json" if before else "timeline.json"))
@@ -96,6 +101,24 @@ def main() -> int:
   tell_before(out, len(before), len(items))
   bad = served.refused + served.failed + sum("error" in row for row in before)
   return 1 if bad or not items else 0
+
+
+@contextlib.contextmanager
+def _compiling_told() -> Iterator[None]:
+  """Says at the end how long it took to compile, or to find compiled, what requests were the first to need."""
+  took: list[float] = []
+
+  def ends(event: str, duration_secs: float, **_: object) -> None:
+    if event == COMPILES:
+      took.append(duration_secs)
+
+  monitoring.register_event_duration_secs_listener(ends)
+  try:
+    yield
+  finally:
+    monitoring.unregister_event_duration_listener(ends)
+  if sum(took) >= TOLD_S:
+    progress.write(f"times hold {sum(took):.1f} s in which {len(took)} programs were compiled, or found compiled")
 
 
 def _nothing_left(out: pathlib.Path | None, before: list[dict[str, Any]]) -> int:

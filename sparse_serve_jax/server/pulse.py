@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from jax import monitoring
 
+from sparse_serve_jax.programs import COMPILES
 from sparse_serve_jax.serving.loop import Loop
 
 COMPILING = 10  # as many times `stuck_s` may pass while a program is compiled, or a replica starts
-_COMPILES = "/jax/core/compile/backend_compile_duration"  # JAX tells its begin and its end, an error's too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,6 @@ class Pulse:
     self._compiles(event, -1)
 
   def _compiles(self, event: str, more: int) -> None:
-    if event == _COMPILES:
+    if event == COMPILES:
       with self._lock:  # one may end whose begin was told before anybody listened
         self._compiling, self._told = max(0, self._compiling + more), time.monotonic()
