@@ -86,7 +86,7 @@ def serve(model: str, seed: int, expected: str) -> None:
   from sparse_serve_jax.server import engines
   from sparse_serve_jax.server import serve as serving
   from sparse_serve_jax.server.limits import Limits
-  from sparse_serve_jax.server.pulse import _COMPILES
+  from sparse_serve_jax.programs import COMPILES
   from sparse_serve_jax.serving import executor
   from sparse_serve_jax.serving.loop import Loop, Stream
   from sparse_serve_jax.serving.plan import Sampling
@@ -124,7 +124,7 @@ def serve(model: str, seed: int, expected: str) -> None:
   check_nothing_is_held(engine)
   assert not engine.has_work and not engine.failed and not engine._live
   told = {"cancelled": len(late), "iterations_to_cancel": max(late, default=0)}
-  print(json.dumps(told | {"compiled": compiled.count(_COMPILES)}), flush=True)
+  print(json.dumps(told | {"compiled": compiled.count(COMPILES)}), flush=True)
 
 
 def resources(pid: int) -> dict[str, int]:
