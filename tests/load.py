@@ -83,10 +83,10 @@ def serve(model: str, seed: int, expected: str) -> None:
   from jax import monitoring
 
   from sparse_serve_jax import LLM, runtime
+  from sparse_serve_jax.programs import COMPILES
   from sparse_serve_jax.server import engines
   from sparse_serve_jax.server import serve as serving
   from sparse_serve_jax.server.limits import Limits
-  from sparse_serve_jax.programs import COMPILES
   from sparse_serve_jax.serving import executor
   from sparse_serve_jax.serving.loop import Loop, Stream
   from sparse_serve_jax.serving.plan import Sampling
