@@ -379,7 +379,7 @@ def test_programs_hold_no_second_cache(policy: str, dense_layers: int, segments:
 
 
 # Kinds of prefill programs: how they are told to come; the prompts, those of a list at once; rows and blocks before the
-# piece of each program. Prompts begin with the same 64 tokens. Where a load is named, one decode step follows.
+# piece of each program. Prompts begin with the same 64 tokens. (8, 16) is a decode step that follows.
 CHUNKED, HYBRID = ["scheduler.prefill=chunked", "scheduler.chunk_tokens=32"], ["scheduler.max_inject_tokens=64"]
 SPARSE = ["sparse.prefill=threshold", "sparse.prefill_share=0.9", "sparse.dense_layers=1"]
 SEGMENTS = ["scheduler.max_inject_tokens=256", "sparse.prefill=top_k", "scheduler.max_context=256", "cache.lanes=2048"]
@@ -396,7 +396,8 @@ PIECES = {
   "after what is shared": ([], [[96], [90]], CUT),
   "segments after what is shared": (SEGMENTS, [[192], [180]], {(1, 0), (1, 32)}),  # a tile of 128 tokens
   "packed": (["cache.prefix=false"], [[30, 40]], {(2, 0)}),
-  "whole without offload": (["cache.offload=false"], [[96]], {(1, 0)}),
+  "whole without offload": (["cache.offload=false"], [[96]], {(1, 0), (8, 16)}),
+  "dense": (["cache.offload=false", "sparse.policy=dense"], [[96]], {(1, 0), (8, 16)}),
 }
 
 
@@ -411,7 +412,7 @@ def test_pieces_of_prompts_hold_no_second_cache(kind: str, device: str, monkeypa
     for n in at_once:
       n_alike = 128 if n > 128 else 64
       prompt = prompt_of(n_alike)[:n] + prompt_of(max(0, n - n_alike), n)
-      engine.add_request(prompt, 1 + (programs == DECODED))
+      engine.add_request(prompt, 1 + ((8, 16) in programs))
     engine.run()
   assert {(rows, width) for _, rows, width, *_ in compiled} == programs
   for program in compiled.values():

@@ -118,7 +118,7 @@ def test_activations_are_what_programs_take(name: str, context: int, prefill: st
   shardings = cache_shardings(mesh, True)
   hot = jax.eval_shape(functools.partial(empty_hot, shape))
   hot = jax.tree.map(lambda x, sharding: array(x.shape, x.dtype, sharding), hot, shardings.hot.replace(pool_id=None))
-  pool = array((shape.K, shape.L, shape.M, *shape.layout.shape), jnp.bfloat16, shardings.pool)
+  pool = array(shape.pool_shape, jnp.bfloat16, shardings.pool)
   zero, row, one = np.int32(0), np.zeros(1, np.int32), np.zeros(1, np.float32)
   sampling = SamplingRows(one, one, np.zeros(1, np.uint32), np.zeros((1, 8), np.int32), np.zeros(1, np.int32), one)
   batch = PrefillBatch(np.zeros(context, np.int32), zero, row, row, zero, zero, row, sampling)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -136,12 +137,14 @@ def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | Non
   return shape
 
 
-def random(seed: int, shape: Sequence[int], dtype: Any, sharding: Any, scale: float = 1) -> jax.Array:
-  """Normal values; stacks are made one of the first axis at a time, as that takes more memory than they do."""
-  n = shape[0] if len(shape) > 2 else 1
+def random(
+  seed: int, shape: Sequence[int], dtype: Any, sharding: Any, scale: float = 1, *, stacked: int = 1
+) -> jax.Array:
+  """Normal values; stacks are made one of the first `stacked` axes at a time, as that takes more memory than they do."""
+  n, one_of = (math.prod(shape[:stacked]), shape[stacked:]) if len(shape) > 2 else (1, shape)
 
   def one(key):
-    return jax.random.normal(key, (shape[0] // n, *shape[1:]), dtype) * jnp.asarray(scale, dtype)
+    return jax.random.normal(key, one_of, dtype) * jnp.asarray(scale, dtype)
 
   def make(key):
     return lax.map(one, jax.random.split(key, n)).reshape(shape)
@@ -164,15 +167,16 @@ def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> llama.Params:
 
 
 def filled_cache(shape: CacheShape, mesh: jax.sharding.Mesh) -> KVCache:
-  """An empty cache but for random digests and tails, and a pool in which random blocks repeat."""
-  cache, shardings = create(shape, mesh), kv_cache.cache_shardings(mesh, shape.offload)
+  """An empty cache but for random digests and tails, and a random pool: in host memory, random blocks repeat."""
+  shardings, pool = kv_cache.cache_shardings(mesh, shape.offload), None
+  if not shape.offload:
+    # First, and once: freed and made anew it may find no gap of its size among the other arrays.
+    pool = random(0, shape.pool_shape, shape.dtype, shardings.pool, stacked=2)
+  cache = create(shape, mesh, pool)
   pool, hot = cache.pool, cache.hot
   del cache  # frees what is made anew
   if shape.offload:
     timing.fill_pool(pool)
-  else:
-    dims, pool = pool.shape, None
-    pool = random(0, dims, shape.dtype, shardings.pool)
   digest, tail = hot.digest.shape, hot.tail.shape
   hot = hot.replace(digest=None, tail=None)
   make = functools.partial(random, dtype=shape.dtype, sharding=shardings.hot.tail)  # digests are split like tails

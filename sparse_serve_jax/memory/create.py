@@ -16,14 +16,15 @@ from sparse_serve_jax.memory.pinned import pinned_array
 from sparse_serve_jax.memory.shape import CacheShape
 
 
-def create(shape: CacheShape, mesh: Mesh) -> KVCache:
-  """An empty cache on a mesh.
+def create(shape: CacheShape, mesh: Mesh, pool: jax.Array | None = None) -> KVCache:
+  """An empty cache on a mesh, or around a given pool.
 
   Raises:
     MemoryError: the host has not enough pinned memory for the pool.
   """
   shardings = cache_shardings(mesh, shape.offload)
-  pool = _create_pool((shape.K, shape.L, shape.M, *shape.layout.shape), shape.dtype, shardings.pool)
+  if pool is None:
+    pool = _create_pool(shape.pool_shape, shape.dtype, shardings.pool)
   return KVCache(pool, jax.jit(functools.partial(empty_hot, shape), out_shardings=shardings.hot)())
 
 

@@ -48,6 +48,11 @@ class CacheShape:
     return self.layout.bytes
 
   @property
+  def pool_shape(self) -> tuple[int, ...]:
+    """[K, L, M, *block]"""
+    return self.K, self.L, self.M, *self.layout.shape
+
+  @property
   def per_pool_block_bytes(self) -> int:
     """HBM that one block id of the pool takes in digests and in two maps, all layers and heads."""
     return self.K * self.L * (self.E * self.layout.vector_bytes + 2 * INT)
