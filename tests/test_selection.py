@@ -105,6 +105,14 @@ def test_topk_takes_sinks_and_window_then_the_best():
   assert selected(topk(5), ONE_HEAD, 0)[0] == []
 
 
+@pytest.mark.parametrize("limit", [8, 9])
+def test_what_a_table_holds_at_most_is_not_ranked(limit: int):
+  """Nor are digests read, here NaN."""
+  assert selected(topk(limit), np.full((1, 8), np.nan), 7)[0] == list(range(7))
+  unlike = lambda ranked, length: length - 1  # noqa: E731  but by a method with a budget of its own
+  assert selected(topk(limit, method=dataclasses.replace(BY_NUMBER, budget=unlike)), ONE_HEAD, 8)[1] == 7
+
+
 def test_dense_takes_every_block_in_order():
   config_ = config("sparse.token_budget=40", "sparse.dense_layers=1")
   dense = Selector.of(config_).dense
@@ -136,7 +144,8 @@ def test_a_head_with_a_large_query_counts_no_more_than_another_by_shares():
 
 def test_shares_too_small_for_float32_keep_their_order():
   scores = np.array([[0.0, -400.0, 9.0, -500.0, -300.0]])
-  assert selected(topk(5, sinks=0, window=0, reduce="softmax"), scores, 5)[0] == [2, 0, 4, 1, 3]
+  psa = topk(5, sinks=0, window=0, reduce="softmax", progressive=True)
+  assert selected(psa, scores, 5)[0] == [2, 0, 4, 1, 3]
 
 
 # ------------------------------------------------------------------------------- a new method, from outside the package

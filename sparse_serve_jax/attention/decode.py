@@ -114,6 +114,11 @@ class Selector:
     length = rows.n_blocks if self.limit is None else jnp.minimum(rows.n_blocks, self.limit)
     return rows._replace(length=jnp.broadcast_to(length[:, None], (len(length), n_heads)))
 
+  def ranks(self, width: int) -> bool:
+    """Whether blocks of tables of that width are ranked: not if all of them are attended to, in whatever order."""
+    all_of_them = self.limit is None or (self.limit >= width and not self.progressive and self.method.budget is None)
+    return not all_of_them
+
   def select(
     self, q: Float[Array, "B K G D"], hot: Hot, layer: Int32[Array, ""], rows: Rows, implementation: str
   ) -> tuple[Int32[Array, "B K n"], Int32[Array, "B K"]]:
@@ -121,13 +126,13 @@ class Selector:
     (_, width), length = rows.tables.shape, rows.length
     assert length is not None
     blocks = jnp.broadcast_to(rows.tables[:, None], (*length.shape, width))
-    if self.limit is not None:
+    if self.ranks(width):
       ranking = kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window)
       runs_on = self.method.runs_on(implementation)
       scores = kernels.score(q, hot.digest, layer, rows.tables, rows.n_blocks, ranking, implementation=runs_on)
       if self.method.instead is not None:
         scores = self.method.instead(scores, layer, rows, hot.tail.shape[4])
-      listed, n = kernels.Listed(rows.tables, rows.n_blocks), min(self.limit, width)
+      listed, n = kernels.Listed(rows.tables, rows.n_blocks), min(self.limit or width, width)
       ranked, blocks = kernels.select(scores, n, listed, implementation=implementation if fits(width, n) else "xla")
       if self.method.budget is None:
         return blocks, length
