@@ -35,9 +35,11 @@ BURSTS = {  # of a workload: its folder, and what it is
   "W3": ("2026-11-30-ladder", "20 of 32k, 4,096 out"),
   "W4": ("2026-11-30-ladder", "5 of 128k, 1,024 out"),
 }
+RUNGS = RESULTS / "2026-11-30-rungs"
 REFERENCE = RESULTS / "2026-11-29-psa" / "reference" / "summary.json"
 BEFORE = RESULTS / "2026-11-26-reference" / "summary.json"  # of the rule of PSA's paper, and more methods
 ON_REFERENCE = "the reference model, 16,384 tokens; an H200, and four H100 (true mass, the paper's rule); jax 0.11.2"
+ON_RUNGS = "one NVIDIA H200, the 8B shape, jax 0.11.2, commit c872f66"
 TASKS = ("multi_key", "key_value", "key_value_uuid", "copy", "renumber")
 CASES = {
   "dense 1": "dense",
@@ -138,6 +140,39 @@ def accuracy_plot() -> Figure:
   return figure
 
 
+def batches_plot() -> Figure:
+  """Tokens/s and blocks loaded by the largest batch, with and without control by working sets."""
+  cells = _lines(RUNGS / "batches" / "cells.jsonl")
+  figure, all_axes = style.subplots(1, 2, size=(7.2, 2.8))
+  for axes, (key, name) in zip(
+    all_axes, {"throughput_tok_s": "tokens/s", "loaded_an_iteration": "blocks loaded an iteration"}.items(), strict=True
+  ):
+    for way, label in (("none", "no control"), ("working_set", "by working sets")):
+      found = (re.fullmatch(rf"sparse_serve batch_control={way} max_batch=(\d+)", cell["rung"]) for cell in cells)
+      line = [(int(at[1]), cell[key]) for at, cell in zip(found, cells, strict=True) if at]
+      axes.plot(*zip(*line, strict=True), label=label)
+    axes.set(xlabel="largest batch", title=name, ylim=(0, None))
+  all_axes[0].legend(loc="lower right")
+  figure.supxlabel(ON_RUNGS, fontsize=7, color="0.4")
+  return figure
+
+
+def rates_plot() -> Figure:
+  """Mean TTFT and tokens/s by the rate at which requests come, a line for each rung."""
+  cells = [cell for cell in _lines(RUNGS / "goodput" / "cells.jsonl") if cell["rate"]]
+  figure, all_axes = style.subplots(1, 2, size=(7.2, 2.8))
+  for axes, (key, name) in zip(
+    all_axes, {"ttft_mean_s": "mean TTFT, s", "throughput_tok_s": "tokens/s"}.items(), strict=True
+  ):
+    for rung in dict.fromkeys(cell["rung"] for cell in cells):
+      line = sorted((cell["rate"], cell[key]) for cell in cells if cell["rung"] == rung)
+      axes.plot(*zip(*line, strict=True), label=rung)
+    axes.set(xlabel="requests a second", title=name, ylim=(0, None))
+  all_axes[1].legend(loc="lower right", ncols=2, fontsize=8)
+  figure.supxlabel(ON_RUNGS, fontsize=7, color="0.4")
+  return figure
+
+
 def svg_of(figure: Figure) -> str:
   """A figure as text that is the same in each run."""
   with mpl.rc_context({**style.LOOKS, "svg.hashsalt": "docs", "svg.fonttype": "none"}):
@@ -159,6 +194,8 @@ TABLES: dict[str, Callable[[], str]] = {
 PICTURES: dict[str, Callable[[], str]] = {
   "decode_step.svg": decode_step,
   "step.svg": lambda: svg_of(step_plot()),
+  "batches.svg": lambda: svg_of(batches_plot()),
+  "rates.svg": lambda: svg_of(rates_plot()),
   "accuracy.svg": lambda: svg_of(accuracy_plot()),
 }
 
