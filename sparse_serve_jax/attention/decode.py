@@ -114,25 +114,23 @@ class Selector:
     length = rows.n_blocks if self.limit is None else jnp.minimum(rows.n_blocks, self.limit)
     return rows._replace(length=jnp.broadcast_to(length[:, None], (len(length), n_heads)))
 
-  def ranks(self, width: int) -> bool:
-    """Whether blocks of tables of that width are ranked: not if all of them are attended to, in whatever order."""
-    all_of_them = self.limit is None or (self.limit >= width and not self.progressive and self.method.budget is None)
-    return not all_of_them
-
   def select(
     self, q: Float[Array, "B K G D"], hot: Hot, layer: Int32[Array, ""], rows: Rows, implementation: str
   ) -> tuple[Int32[Array, "B K n"], Int32[Array, "B K"]]:
-    """Pool blocks in the order they are attended to, -1 beyond their list's length, and lengths."""
+    """Pool blocks in the order they are attended to, -1 beyond their list's length, and lengths.
+
+    A table that the limit holds whole is not ranked, unless the order matters.
+    """
     (_, width), length = rows.tables.shape, rows.length
     assert length is not None
     blocks = jnp.broadcast_to(rows.tables[:, None], (*length.shape, width))
-    if self.ranks(width):
+    if self.limit is not None and (self.limit < width or self.progressive or self.method.budget is not None):
       ranking = kernels.Ranking(self.method.score, self.reduce, self.sinks, self.window)
       runs_on = self.method.runs_on(implementation)
       scores = kernels.score(q, hot.digest, layer, rows.tables, rows.n_blocks, ranking, implementation=runs_on)
       if self.method.instead is not None:
         scores = self.method.instead(scores, layer, rows, hot.tail.shape[4])
-      listed, n = kernels.Listed(rows.tables, rows.n_blocks), min(self.limit or width, width)
+      listed, n = kernels.Listed(rows.tables, rows.n_blocks), min(self.limit, width)
       ranked, blocks = kernels.select(scores, n, listed, implementation=implementation if fits(width, n) else "xla")
       if self.method.budget is None:
         return blocks, length
