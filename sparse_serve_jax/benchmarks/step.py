@@ -140,7 +140,7 @@ def cache_shape(cfg: ModelConfig, cases: Mapping[str, Case]) -> CacheShape | Non
 def random(
   seed: int, shape: Sequence[int], dtype: Any, sharding: Any, scale: float = 1, *, stacked: int = 1
 ) -> jax.Array:
-  """Normal values; stacks are made one of the first `stacked` axes at a time, as that takes more memory than they do."""
+  """Normal values; stacks are made one of the first `stacked` axes at a time, as that takes more memory than they."""
   n, one_of = (math.prod(shape[:stacked]), shape[stacked:]) if len(shape) > 2 else (1, shape)
 
   def one(key):
