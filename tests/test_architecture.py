@@ -46,11 +46,12 @@ RANKS = {
   f"{PACKAGE}.server": 8,
   f"{PACKAGE}.training": 8,
   f"{PACKAGE}.evaluation": 9,
+  f"{PACKAGE}.ladder": 10,
   f"{PACKAGE}.benchmarks": 9,
-  f"{PACKAGE}.plots": 10,
-  f"{PACKAGE}.commands": 11,
-  f"{PACKAGE}.__main__": 12,
-  "experiments": 12,
+  f"{PACKAGE}.plots": 11,
+  f"{PACKAGE}.commands": 12,
+  f"{PACKAGE}.__main__": 13,
+  "experiments": 13,
 }
 
 # Scheduling runs without a device, so that a simulator can stand in for it.

@@ -15,7 +15,7 @@ import pytest
 from sparse_serve_jax.benchmarks import kernels, prefill, step, timing
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
 from sparse_serve_jax.config import ModelConfig, find_config, read_config
-from sparse_serve_jax.evaluation import floor
+from sparse_serve_jax.ladder import floor
 from sparse_serve_jax.models import init_params
 from sparse_serve_jax.results import Rows
 from tests import jsonl

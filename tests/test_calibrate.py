@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax.config import override
-from sparse_serve_jax.evaluation.ladder_folder import LadderFolder, claim, read_rung
+from sparse_serve_jax.ladder.folder import LadderFolder, claim, read_rung
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving import run
 from sparse_serve_jax.serving.clock import Virtual

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from sparse_serve_jax.config import ModelConfig, load_config, override
-from sparse_serve_jax.evaluation import floor, ladder, ladder_report
-from sparse_serve_jax.evaluation.rungs import check, read_rungs, shapes
+from sparse_serve_jax.ladder import floor, report
+from sparse_serve_jax.ladder.cells import ALONE_TOKENS, Ladder, share_equal
+from sparse_serve_jax.ladder.goodput import Goodput, passing, search
+from sparse_serve_jax.ladder.rungs import check, read_rungs, shapes
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving.engine import Engine
@@ -167,7 +169,7 @@ def test_every_rungs_minimum_is_told_and_exact(name):
 
 def test_what_follows_an_answer_is_not_compared(tmp_path):
   items = [item("a", 10, 4, answer_tokens=2), item("b", 10, 4)]
-  made = ladder.Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
+  made = Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), items, np.zeros, tmp_path)
   tokens = {"dense": [[1, 2, 3, 4], [5, 6, 7, 8]], "psa": [[1, 2, 9, 9], [5, 6, 9, 9]]}
   for rung, answers in tokens.items():
     for name, answer in zip("ab", answers, strict=True):
@@ -180,7 +182,7 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   """So that no time of it is in a cell."""
   rungs = read_rungs(["sparse_serve"], [*SMALL_SERVING, "sparse.group_blocks=8", "scheduler.working_set_steps=7"])
   items = [item("a", 100, 8, options=options)]
-  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(1), tmp_path)
+  made = Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(1), tmp_path)
   jax.clear_caches()
   made._serve.__self__.compiled("sparse_serve")
   after = compiled()
@@ -196,15 +198,15 @@ def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, 
   rungs = read_rungs(["sparse_serve"], SMALL_SERVING)
   lengths = [(20, 40), (382, 2), (383, 1)]
   items = [Item(str(n), np.arange(n, dtype=np.int32) % 250, output, options) for n, output in lengths]
-  made = ladder.Ladder(load_model("random:tiny"), rungs, items, np.zeros, tmp_path)
+  made = Ladder(load_model("random:tiny"), rungs, items, np.zeros, tmp_path)
   row = made.alone("sparse_serve")
-  assert row["iteration_s"] > 0 and row["prompt_tokens"] + ladder.ALONE_TOKENS <= 384
+  assert row["iteration_s"] > 0 and row["prompt_tokens"] + ALONE_TOKENS <= 384
 
 
 def test_what_no_rung_can_serve_is_held_against_none(tmp_path, monkeypatch):
   rungs = read_rungs(["sparse_serve"], SMALL_SERVING)
   items = [item("a", 20, 4), item("nobody", 1000, 1)]
-  made = ladder.Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
+  made = Ladder(load_model("random:tiny"), rungs, items, lambda rate: np.zeros(2), tmp_path)
   monkeypatch.setattr(made, "alone", lambda rung: {"iteration_s": 1e3})
   cell = made.cell("sparse_serve", 1.0)
   assert (cell["requests"], cell["refused"], cell["keeps_slo"]) == (1, 1, True)
@@ -312,12 +314,12 @@ def test_goodputs_search(capacity):
     tried.append(rate)
     return rate <= capacity
 
-  found = ladder.search(serves_well, [4, 1, 2, 8], most_runs=8)
+  found = search(serves_well, [4, 1, 2, 8], most_runs=8)
   assert tried[: len(tried)] == list(dict.fromkeys(tried))  # none twice
   if capacity < 1:
-    assert found == ladder.Goodput(None, 1) and tried == [1]
+    assert found == Goodput(None, 1) and tried == [1]
   elif capacity > 8:
-    assert found == ladder.Goodput(8, None) and tried == [1, 2, 4, 8]
+    assert found == Goodput(8, None) and tried == [1, 2, 4, 8]
   else:
     assert found.rate and found.fails_at and found.rate <= capacity < found.fails_at <= 1.1 * found.rate
 
@@ -329,16 +331,16 @@ def test_the_rate_at_which_requests_begin_to_wait():
     tried.append(rate)
     return 2.0 * (rate / 3.0) ** 8
 
-  assert ladder.passing(delay, [0, 1, 4], most_runs=8) == pytest.approx(3, rel=0.02)
+  assert passing(delay, [0, 1, 4], most_runs=8) == pytest.approx(3, rel=0.02)
   assert 0 not in tried and min(rate for rate in tried if rate > 3) <= 1.1 * max(rate for rate in tried if rate < 3)
   with pytest.raises(ValueError, match="the mean delay is below 2 s at all of the rates 1, 2: add one"):
-    ladder.passing(delay, [1, 2], most_runs=8)
+    passing(delay, [1, 2], most_runs=8)
   with pytest.raises(ValueError, match="at none of the rates 5: add one"):
-    ladder.passing(delay, [5], most_runs=8)
+    passing(delay, [5], most_runs=8)
 
 
 def test_the_rate_of_overload_is_told_by_cells_of_the_first_rung(tmp_path, monkeypatch):
-  made = ladder.Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
+  made = Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
   delays = {1.0: 0.0, 2.0: 1.0, 4.0: 3.0}
 
   def cell(rung: str, rate: float) -> dict[str, float]:
@@ -351,7 +353,7 @@ def test_the_rate_of_overload_is_told_by_cells_of_the_first_rung(tmp_path, monke
 
 def test_what_rungs_beside_each_other_are_compared_with_is_there_before(tmp_path, monkeypatch):
   """Else each of them would time the first rung alone, while others use it."""
-  made = ladder.Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
+  made = Ladder(load_model("random:tiny"), read_rungs(["dense", "psa"]), [], np.zeros, tmp_path)
   ran: list[tuple[str, float]] = []
   monkeypatch.setattr(made, "cell", lambda *of: ran.append(of))
   for rates in ([0.0, 1.0, 2.0], [0.0]):
@@ -371,7 +373,7 @@ MEASURED = """
 from types import SimpleNamespace
 from absl import flags
 from sparse_serve_jax.commands import ladder as command
-from sparse_serve_jax.evaluation.ladder import search
+from sparse_serve_jax.ladder.goodput import Goodput, search
 
 flags.FLAGS(["ladder", "--goodput", "--most_runs=0", "--out=none"])
 ran = []
@@ -390,8 +392,8 @@ def test_goodputs_search_ends_at_the_first_rate_that_is_not_served_well():
 
 def test_goodputs_search_ends_after_so_many_runs():
   tried: list[float] = []
-  found = ladder.search(lambda rate: tried.append(rate) or rate < 1.5, [1, 100], most_runs=2)
-  assert len(tried) == 4 and found == ladder.Goodput(1, pytest.approx(10**0.5))
+  found = search(lambda rate: tried.append(rate) or rate < 1.5, [1, 100], most_runs=2)
+  assert len(tried) == 4 and found == Goodput(1, pytest.approx(10**0.5))
 
 
 def test_a_slower_rung_is_told_as_slower():
@@ -400,21 +402,19 @@ def test_a_slower_rung_is_told_as_slower():
     for rung, ttft, speed in (("dense", 0.04, 200.0), ("psa", 0.1, 150.0))
   ]
   told = "psa at 2 requests/s: 2.50 times the mean TTFT of dense, 0.75 times its tokens/s"
-  assert ladder_report._against_first(cells) == [told]
+  assert report._against_first(cells) == [told]
 
 
 def test_goodput_in_words():
-  told = ladder_report._goodputs(
-    {"a": ladder.Goodput(None, 1), "b": ladder.Goodput(8, None), "c": ladder.Goodput(1, 2)}
-  )
-  told_of = {"dense": ladder.Goodput(1, 2), "sparse": ladder.Goodput(1.5, 2), "mine": ladder.Goodput(3, None)}
-  assert ladder_report._goodputs(told_of)[1:] == [
+  told = report._goodputs({"a": Goodput(None, 1), "b": Goodput(8, None), "c": Goodput(1, 2)})
+  told_of = {"dense": Goodput(1, 2), "sparse": Goodput(1.5, 2), "mine": Goodput(3, None)}
+  assert report._goodputs(told_of)[1:] == [
     "goodput of sparse: 1.5 requests/s; 2 is not served well; 1.50 times dense, 1.50 in all; the paper has 1.13 "
     "(Llama3-8B), 1.20 (LWM-7B)",
     "goodput of mine: 3 requests/s or more, the highest rate that was tried; 2.00 times sparse, 3.00 in all",
   ]
-  skips = {"dense": ladder.Goodput(1, 2), "sparse_offload": ladder.Goodput(1.5, 2)}  # of the paper's steps one
-  assert "1.50 times dense" in ladder_report._goodputs(skips)[1] and "paper" not in ladder_report._goodputs(skips)[1]
+  skips = {"dense": Goodput(1, 2), "sparse_offload": Goodput(1.5, 2)}  # of the paper's steps one
+  assert "1.50 times dense" in report._goodputs(skips)[1] and "paper" not in report._goodputs(skips)[1]
   assert told == [
     "goodput of a: below 1 requests/s, the lowest rate that was tried",
     "goodput of b: 8 requests/s or more, the highest rate that was tried",
@@ -423,8 +423,8 @@ def test_goodput_in_words():
 
 
 def test_tokens_up_to_where_they_part():
-  assert ladder.share_equal([([1, 2, 3], [1, 2, 4]), ([5], [5, 6]), ([], [])]) == 3 / 5
-  assert ladder.share_equal([([], [])]) is None
+  assert share_equal([([1, 2, 3], [1, 2, 4]), ([5], [5, 6]), ([], [])]) == 3 / 5
+  assert share_equal([([], [])]) is None
 
 
 def test_rows_that_are_refused_are_told_before_a_model_is_loaded(tmp_path):

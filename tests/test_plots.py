@@ -12,7 +12,7 @@ from tests import forks, jsonl
 
 pytest.importorskip("matplotlib")
 
-from sparse_serve_jax.evaluation.ladder import Goodput
+from sparse_serve_jax.ladder.goodput import Goodput
 from sparse_serve_jax.plots import accuracy, benchmarks, folder, ladder, style
 
 ROOT = Path(__file__).resolve().parent.parent

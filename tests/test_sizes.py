@@ -20,7 +20,7 @@ from sparse_serve_jax.config import (
   read_config,
   with_fixed_sizes,
 )
-from sparse_serve_jax.evaluation.rungs import read_rungs
+from sparse_serve_jax.ladder.rungs import read_rungs
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import budget, sizes
 from sparse_serve_jax.serving.sizes import Free

@@ -27,7 +27,8 @@ from sparse_serve_jax.attention.traces import Trace
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import LadderFlag, WorkloadFlags
 from sparse_serve_jax.config import load_config, override, with_fixed_sizes
-from sparse_serve_jax.evaluation import ladder_folder, selections
+from sparse_serve_jax.evaluation import selections
+from sparse_serve_jax.ladder.folder import read_rung
 from sparse_serve_jax.models import reference
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics
@@ -57,7 +58,7 @@ def main() -> None:
   folders, file = _LADDER.read(), pathlib.Path(_COST.value)
   _check_writable(file)
   reuse = selections.mean_reuse([Trace.load(reference.file(of)) for of in _SELECTIONS.value])
-  ran = [ladder_folder.read_rung(folder, _CONFIG.value).ran for folder in folders] or [_run_here()]
+  ran = [read_rung(folder, _CONFIG.value).ran for folder in folders] or [_run_here()]
   cost = calibrate(ran, reuse, ",".join(pathlib.Path(of).name for of in _SELECTIONS.value))
   results.replace_json(file, dataclasses.asdict(cost))
   told = {key: getattr(cost.about, key) for key in ("iterations", "mean_error", "total_error")}

@@ -20,7 +20,8 @@ import numpy as np
 from sparse_serve_jax import runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import ModelConfig
-from sparse_serve_jax.evaluation import ladder, rungs
+from sparse_serve_jax.ladder import rungs
+from sparse_serve_jax.ladder.cells import Ladder
 from sparse_serve_jax.models import load_model
 from sparse_serve_jax.serving import budget, metrics
 from sparse_serve_jax.workloads import Item
@@ -90,7 +91,7 @@ def main(directory: str | None = None, of: Questions | None = None) -> None:
   configs = rungs.read_rungs(of.rungs, of.changes(model.config))
   rungs.check(configs, model.config, items)
   with tempfile.TemporaryDirectory() as folder:
-    run = ladder.Ladder(model, configs, items, lambda _: np.zeros(len(items)), pathlib.Path(folder))
+    run = Ladder(model, configs, items, lambda _: np.zeros(len(items)), pathlib.Path(folder))
     cells = {rung: run.cell(rung, 0.0) for rung in of.rungs}  # at no rate: all at once
   rows = {rung: {name: _scaled(cell[key], by) for name, (key, by) in ROWS.items()} for rung, cell in cells.items()}
   asked = f"{of.n_prompts} questions about texts of {of.prompt_tokens} tokens ({', '.join(TASKS)})"

@@ -29,7 +29,9 @@ from sparse_serve_jax import cluster, results, runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, at_rate, digest, tell_refused
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.evaluation import ladder, ladder_folder, ladder_report, rungs
+from sparse_serve_jax.ladder import cells, report, rungs
+from sparse_serve_jax.ladder import folder as folders
+from sparse_serve_jax.ladder.goodput import Goodput
 from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 from sparse_serve_jax.workloads import Item, Refused
 
@@ -80,15 +82,15 @@ def main() -> int:
   rungs.check(configs, model.config, asked)
   tp = max(config.tp for config in configs.values())
   device = cluster.once(results.provenance, tp)["device"] if _RAY.value else None
-  folder = ladder_folder.claim(out, configs, model, workload, digest(workload), _ASKED.seed, device)
+  folder = folders.claim(out, configs, model, workload, digest(workload), _ASKED.seed, device)
 
   def arrivals(rate: float) -> np.ndarray:
     return workloads.times_of(at_rate(workload, rate), len(asked))
 
-  make = functools.partial(_bench, of_model, configs, asked) if _RAY.value else None
-  run = ladder.Ladder(model, configs, asked, arrivals, folder)
+  make = functools.partial(_engines, of_model, configs, asked) if _RAY.value else None
+  run = cells.Ladder(model, configs, asked, arrivals, folder)
   found = _measured(run, rates, make, tp)
-  ladder_report.write(folder, run.cells, found)
+  report.write(folder, run.cells, found)
   try:
     from sparse_serve_jax.plots import ladder as plots  # slow to import
     from sparse_serve_jax.plots.folder import made_by
@@ -96,17 +98,17 @@ def main() -> int:
     print(f"no plots, they need the packages of '.[eval]': {error}", file=sys.stderr)
   else:
     plots.write(folder, run.cells, found, made_by(folder))
-  cli.end_with(ladder_report.text(run.cells, found), ladder_report.in_short(run.cells, found))
+  cli.end_with(report.text(run.cells, found), report.in_short(run.cells, found))
   return int(len(asked) < len(items))
 
 
 def _measured(
-  run: ladder.Ladder, rates: list[float], make: Callable[[], ladder.Bench] | None, tp: int
-) -> dict[str, ladder.Goodput]:
+  run: cells.Ladder, rates: list[float], make: Callable[[], cells.Engines] | None, tp: int
+) -> dict[str, Goodput]:
   """Runs all cells; with `make`, rungs beside each other. Returns what --goodput finds, by rung."""
-  found: dict[str, ladder.Goodput] = {}
+  found: dict[str, Goodput] = {}
 
-  def measure(run: ladder.Ladder, rung: str) -> None:
+  def measure(run: cells.Ladder, rung: str) -> None:
     searched = [rate for rate in rates if rate and _GOODPUT.value]  # as far as they are served well
     overload = [run.overload(rates, _RUNS.value)] if _OVERLOAD.value else []
     for rate in [rate for rate in rates if rate not in searched] + overload:
@@ -114,7 +116,7 @@ def _measured(
     if _GOODPUT.value:
       found[rung] = run.goodput(rung, rates, _RUNS.value)
 
-  def elsewhere(call: cluster.Call) -> ladder.Ladder:
+  def elsewhere(call: cluster.Call) -> cells.Ladder:
     return run.served_by(functools.partial(call, "serve"))
 
   if make is None:
@@ -138,8 +140,10 @@ def _varied() -> dict[str, list[str]]:
   return varied
 
 
-def _bench(of_model: tuple[str, str | None, int], configs: dict[str, EngineConfig], items: list[Item]) -> ladder.Bench:
-  return ladder.Bench(load_model_here(*of_model), configs, items)
+def _engines(
+  of_model: tuple[str, str | None, int], configs: dict[str, EngineConfig], items: list[Item]
+) -> cells.Engines:
+  return cells.Engines(load_model_here(*of_model), configs, items)
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

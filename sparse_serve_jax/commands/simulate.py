@@ -29,8 +29,8 @@ from sparse_serve_jax import results, runtime
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import LadderFlag, WorkloadFlags, at_rate, digest
 from sparse_serve_jax.config import load_config, override, with_fixed_sizes
-from sparse_serve_jax.evaluation import ladder_folder
 from sparse_serve_jax.files import write_text
+from sparse_serve_jax.ladder.folder import read_rung
 from sparse_serve_jax.models import Model, load_model
 from sparse_serve_jax.models.here import load_model_here
 from sparse_serve_jax.serving import metrics
@@ -86,7 +86,7 @@ def _check_cost(cost: Cost, model: Model) -> None:
 def _cells(cost: Cost, folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
   """Of each cell what is simulated, with how far that is off, and what was measured."""
   columns = {}
-  for folder, of in [(folder, ladder_folder.read_rung(folder, _CONFIG.value)) for folder in folders]:
+  for folder, of in [(folder, read_rung(folder, _CONFIG.value)) for folder in folders]:
     model = load_model(of.ran.model_name, of.ran.model.dtype, of.seed)
     _check_cost(cost, model)
     for rate, cell in of.cells.items():

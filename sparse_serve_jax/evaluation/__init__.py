@@ -4,7 +4,5 @@ replay -> accuracy -> report  many settings answer the same instances; rows of e
 selections                    which blocks successive steps select: traces, overlap, working sets
 study                         rows of accuracy and selections in a folder; those that are there are not measured again
 inside                        what a serving engine selects, holds in slots and leaves out, step by step
-rungs -> ladder               configurations that can be compared; these at rates of arrival, goodput
-ladder_folder, ladder_report  what a ladder leaves, for itself and for simulations; tables of it
 longbench -> scorers          LongBench's prompts, predictions and official scores
 """

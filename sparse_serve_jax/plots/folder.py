@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax import results
-from sparse_serve_jax.evaluation import ladder as ladders
-from sparse_serve_jax.evaluation import ladder_folder, ladder_report, report
+from sparse_serve_jax.evaluation import report
 from sparse_serve_jax.files import read_json, read_lines
+from sparse_serve_jax.ladder import folder as ladders
+from sparse_serve_jax.ladder import report as ladder_report
+from sparse_serve_jax.ladder.goodput import goodputs
 from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selections
 
 Row = dict[str, Any]
@@ -73,9 +75,9 @@ def _read(file: pathlib.Path) -> list[Row]:
 
 
 def _draw_ladder(folder: pathlib.Path, out: pathlib.Path) -> bool:
-  cells = ladder_folder.read_cells(folder)
+  cells = ladders.read_cells(folder)
   if cells:
-    found = ladders.goodputs(cells) if len({cell["rate"] for cell in cells}) > 1 else {}
+    found = goodputs(cells) if len({cell["rate"] for cell in cells}) > 1 else {}
     ladder_report.write(out, cells, found)
     ladder.write(out, cells, found, made_by(folder, cells))
   return bool(cells)
@@ -124,7 +126,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
 
 
 _DRAWN: Mapping[str, Callable[[pathlib.Path, pathlib.Path], bool]] = {
-  ladder_folder.CELLS: _draw_ladder,
+  ladders.CELLS: _draw_ladder,
   "results.jsonl, prefill.jsonl, reuse.jsonl, summary.json": _draw_accuracy,
   "requests.jsonl": _draw_requests,
   "kernels.jsonl, step.jsonl": _draw_benchmarks,

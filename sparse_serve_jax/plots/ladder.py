@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparse_serve_jax.evaluation.ladder import Goodput
-from sparse_serve_jax.evaluation.ladder_folder import Row
+from sparse_serve_jax.ladder.folder import Row
+from sparse_serve_jax.ladder.goodput import Goodput
 from sparse_serve_jax.plots import style
 
 TIMES = {  # key of a cell -> what it is

@@ -1,7 +1,7 @@
-"""The ladder: rungs, which are configurations, serve the same requests at the same rates, one after the other.
+"""Rungs, which are configurations, serve the same requests at the same rates, one after the other.
 
-A cell is a rung at a rate; at a rate of 0 all requests come at once. What the folder (`ladder_folder`) has is not run
-again. Programs are compiled before any are timed.
+A cell is a rung at a rate; at a rate of 0 all requests come at once. What the folder has is not run again. Programs are
+compiled before any are timed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 
 from sparse_serve_jax import progress
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.evaluation import floor
-from sparse_serve_jax.evaluation.ladder_folder import LadderFolder, Row
-from sparse_serve_jax.evaluation.rungs import shapes
+from sparse_serve_jax.ladder import floor
+from sparse_serve_jax.ladder.folder import LadderFolder, Row
+from sparse_serve_jax.ladder.goodput import Goodput, passing, search
+from sparse_serve_jax.ladder.rungs import shapes
 from sparse_serve_jax.memory.prefix import begin_alike
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.serving import metrics, run
@@ -32,16 +33,7 @@ from sparse_serve_jax.simulation.measure import Iteration, Stopwatch
 from sparse_serve_jax.workloads import Item
 
 ALONE_TOKENS = 32  # decode steps by which a decode iteration is timed
-CLOSE = 1.1  # the search for goodput ends where the rates around it are within this factor
 OVERLOAD = 1.1  # times the rate at which requests begin to wait
-
-
-@dataclasses.dataclass(frozen=True)
-class Goodput:
-  """The highest rate at which a rung serves well: `metrics.keeps_slo`."""
-
-  rate: float | None  # requests a second, measured; None: not even the lowest rate that was tried
-  fails_at: float | None  # the lowest rate above it that was tried; None: the highest that was tried serves well too
 
 
 Ends = dict[str, Request | run.Refusal]  # by the names of requests
@@ -59,8 +51,8 @@ class Measured(NamedTuple):
 Serve = Callable[[str, Sequence[Item], np.ndarray], Measured]
 
 
-class Bench:
-  """Serves requests, one rung's engine in memory at a time."""
+class Engines:
+  """Of the rungs: one is in memory at a time, and serves."""
 
   def __init__(self, model: Model, configs: Mapping[str, EngineConfig], items: Sequence[Item]):
     """Arguments as those of `Ladder`."""
@@ -129,11 +121,11 @@ class Ladder:
     self.rungs = list(configs)
     self._model, self._configs, self._items, self._arrivals = model, configs, items, arrivals
     self._folder = LadderFolder(folder)
-    self._serve: Serve = Bench(model, configs, items).serve
+    self._serve: Serve = Engines(model, configs, items).serve
 
   def served_by(self, serve: Serve) -> Ladder:
-    """The same ladder, with the same rows, whose requests something else serves, as `Bench.serve` does. Several of them
-    may run cells of different rungs at once, after `begin`.
+    """The same ladder, with the same rows, whose requests something else serves, as `Engines.serve` does. Several
+    of them may run cells of different rungs at once, after `begin`.
     """
     other = copy.copy(self)
     other._serve = serve
@@ -189,7 +181,7 @@ class Ladder:
 
   def goodput(self, rung: str, rates: Sequence[float], most_runs: int) -> Goodput:
     """Searches the highest rate at which a rung serves well: `rates` first, ascending, then between them by halves of
-    their ratio until they are within `CLOSE` or `most_runs` more cells have been run.
+    their ratio until they are within `goodput.CLOSE` or `most_runs` more cells have been run.
     """
     return search(lambda rate: self.cell(rung, rate)["keeps_slo"], [rate for rate in rates if rate], most_runs)
 
@@ -254,41 +246,3 @@ def share_equal(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float |
     differs = np.flatnonzero(np.not_equal(ours[:n], theirs[:n]))
     alike += int(differs[0]) if differs.size else n
   return alike / total if total else None
-
-
-def search(serves_well: Callable[[float], bool], rates: Sequence[float], most_runs: int) -> Goodput:
-  """The highest rate that serves well below the first that does not; see `Ladder.goodput`."""
-  good: float | None = None
-  bad: float | None = None
-  for rate in sorted(rates):
-    if not serves_well(rate):
-      bad = rate
-      break
-    good = rate
-  while good is not None and bad is not None and bad / good > CLOSE and most_runs:
-    middle, most_runs = math.sqrt(good * bad), most_runs - 1
-    good, bad = (middle, bad) if serves_well(middle) else (good, middle)
-  return Goodput(good, bad)
-
-
-def passing(delay: Callable[[float], float], rates: Sequence[float], most_runs: int) -> float:
-  """The rate at which the mean delay passes what goodput allows; see `Ladder.overload`."""
-  found = search(lambda rate: delay(rate) <= metrics.MOST_DELAY_S, [rate for rate in rates if rate], most_runs)
-  if found.rate is None or found.fails_at is None:
-    all_or_none = "none" if found.rate is None else "all"
-    told = ", ".join(f"{rate:g}" for rate in sorted(rates) if rate)
-    raise ValueError(
-      f"the mean delay is below {metrics.MOST_DELAY_S:g} s at {all_or_none} of the rates {told}: add one"
-    )
-  low, high = delay(found.rate), delay(found.fails_at)
-  share = (metrics.MOST_DELAY_S - low) / (high - low) if math.isfinite(high) else 0
-  return float(f"{found.rate * (found.fails_at / found.rate) ** share:.3g}")
-
-
-def goodputs(cells: Sequence[Row]) -> dict[str, Goodput]:
-  """Of each rung, by the cells that there are with a rate."""
-  found = {}
-  for rung in dict.fromkeys(cell["rung"] for cell in cells if cell["rate"]):
-    serves_well = {cell["rate"]: cell["keeps_slo"] for cell in cells if cell["rung"] == rung and cell["rate"]}
-    found[rung] = search(serves_well.__getitem__, list(serves_well), most_runs=0)
-  return found

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from sparse_serve_jax import results
 from sparse_serve_jax.config import EngineConfig, ModelConfig, from_dict
-from sparse_serve_jax.evaluation.rungs import shapes
 from sparse_serve_jax.files import read_json, read_lines
+from sparse_serve_jax.ladder.rungs import shapes
 from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.simulation.calibrate import MeasuredRun

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_serve_jax import results
-from sparse_serve_jax.evaluation.ladder import Goodput
-from sparse_serve_jax.evaluation.ladder_folder import Row
+from sparse_serve_jax.ladder.folder import Row
+from sparse_serve_jax.ladder.goodput import Goodput
 
 # Head of a column, the key of a cell, and what its number is shown with.
 _COLUMNS = (
