@@ -286,22 +286,36 @@ def test_addresses_and_keys():
     Endpoint("http://h", "m", "words")
 
 
+LISTED, TWO = (
+  response("200 OK", json.dumps({"data": [{"id": name} for name in names]})) for names in (["b"], ["b", "c"])
+)
+
+
 @pytest.mark.parametrize(
-  ("models", "expected"),
+  ("named", "models", "expected"),
   [
-    (response("404 Not Found", "no"), {}),
-    (response("401 Unauthorized", json.dumps({"error": {"message": "which key?"}})), r"answers HTTP 401: which key\?"),
-    (response("200 OK", json.dumps({"data": [{"id": "b"}, {"id": "c"}]})), "no model 'fake', only b, c"),
-    (response("200 OK", "welcome"), "does not answer with a list of models: welcome"),
+    ("fake", response("404 Not Found", "no"), {}),
+    ("b", LISTED, {"id": "b"}),
+    ("", LISTED, {"id": "b"}),
+    (
+      "fake",
+      response("401 Unauthorized", json.dumps({"error": {"message": "which key?"}})),
+      r"answers HTTP 401: which key\?",
+    ),
+    ("fake", TWO, "no model 'fake', only b, c"),
+    ("", TWO, "has 2 models, name one of b, c"),
+    ("", response("404 Not Found", "no"), "answers HTTP 404: no"),
+    ("fake", response("200 OK", "welcome"), "does not answer with a list of models: welcome"),
   ],
 )
-def test_what_an_endpoint_says_of_its_models(models, expected):
+def test_what_an_endpoint_says_of_its_models(named, models, expected):
   with FakeEndpoint(lambda *_: [], models) as server:
     if isinstance(expected, dict):
-      assert asking.look_up(Endpoint(server.url, "fake")) == expected
+      found = Endpoint(server.url, expected.get("id", named))
+      assert asking.look_up(Endpoint(server.url, named)) == (found, expected)
     else:
       with pytest.raises(ValueError, match=expected):
-        asking.look_up(Endpoint(server.url, "fake"))
+        asking.look_up(Endpoint(server.url, named))
 
 
 # -------------------------------------------------------------------------------------------------------------- command

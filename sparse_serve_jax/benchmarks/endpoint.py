@@ -47,7 +47,7 @@ class Endpoint:
   """Where requests go and how."""
 
   url: str  # http://host:port, also with a path, which may end in /v1
-  model: str  # its name there
+  model: str  # its name there; "" until `look_up` has found the only one
   send: str = "ids"  # prompts as token ids, as text, or as the one message of a conversation
   key: str | None = dataclasses.field(default=None, repr=False)
   timeout_s: float = 3600.0  # that a request may take
@@ -84,28 +84,30 @@ class Answer:
   error: str | None = None
 
 
-def look_up(endpoint: Endpoint) -> Mapping[str, Any]:
-  """What the endpoint says of its model; nothing if it lists none.
+def look_up(endpoint: Endpoint) -> tuple[Endpoint, Mapping[str, Any]]:
+  """The endpoint with the name of its model, and what it says of that; nothing if it lists none.
 
   Raises:
-    ValueError: nothing answers there, or it has other models.
+    ValueError: nothing answers there, it has other models, or several where none is named.
   """
   address = endpoint.path("models")
   try:
     response = httpx2.get(address, headers=endpoint.headers, timeout=CONNECT_S)
   except (httpx2.HTTPError, httpx2.InvalidURL) as error:
     raise ValueError(f"no answer from {address}: {_said(error)}") from None
-  if response.status_code in (404, 405, 501):  # it can do without
-    return {}
+  if response.status_code in (404, 405, 501) and endpoint.model:  # it can do without
+    return endpoint, {}
   if response.status_code != 200:
     raise ValueError(f"{address} answers {_refusal(response.status_code, response.text)}")
   try:
     models = {entry["id"]: entry for entry in response.json()["data"]}
   except (ValueError, KeyError, TypeError):
     raise ValueError(f"{address} does not answer with a list of models: {_first_line(response.text)}") from None
-  if endpoint.model not in models:
-    raise ValueError(f"{endpoint.url} has no model {endpoint.model!r}, only {', '.join(models) or 'none'}")
-  return models[endpoint.model]
+  name = endpoint.model or (next(iter(models)) if len(models) == 1 else "")
+  if name not in models:
+    wanted = f"no model {name!r}, only" if name else f"{len(models)} models, name one of"
+    raise ValueError(f"{endpoint.url} has {wanted} {', '.join(models) or 'none'}")
+  return dataclasses.replace(endpoint, model=name), models[name]
 
 
 def counted(endpoint: Endpoint) -> Mapping[str, float]:

@@ -1,6 +1,6 @@
 """Drives an OpenAI endpoint, ours or another, with a workload, and measures it by the client's clock.
 
-  sparse-serve bench --url=http://127.0.0.1:8000 --model=NAME --tokenizer=DIR --workload=text --rate=2 --out=/tmp/bench
+  sparse-serve bench --url=http://127.0.0.1:8000 --tokenizer=DIR --workload=text --rate=2 --out=/tmp/bench
 
 The same requests at the same times as those of `sparse-serve run`, and the same metrics: times to the first token and
 between tokens, throughput. The table goes to stdout, and as its last line one JSON object with the same numbers. The
@@ -40,7 +40,7 @@ ANY_LENGTH = 2**31 - 1  # tokens of a request, where the endpoint does not say h
 
 with cli.group("The endpoint"):
   _URL = flags.DEFINE_string("url", None, "http://host:port of the server.", required=True)
-  _MODEL = flags.DEFINE_string("model", None, "The name of the model there.", required=True)
+  _MODEL = flags.DEFINE_string("model", "", "The name of the model there. By default the only one that it has.")
   _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
@@ -81,11 +81,10 @@ def main() -> int:
   known = {row.id: row for row in workloads.refused_by(source)}
   tokenizer = _tokenizer(_TOKENIZER.value)
   key = os.environ.get("OPENAI_API_KEY")
-  endpoint = asking.Endpoint(_URL.value, _MODEL.value, _SEND.value, key, _TIMEOUT.value)
-  served = asking.look_up(endpoint)
+  endpoint, served = asking.look_up(asking.Endpoint(_URL.value, _MODEL.value, _SEND.value, key, _TIMEOUT.value))
   out, kept = _OUT.value and pathlib.Path(_OUT.value), None
   if out:
-    results.claim(out, _setting(workload, served))
+    results.claim(out, _setting(endpoint.model, workload, served))
     kept = results.Rows(out / "requests.jsonl")
   before = kept.all[:] if kept else []
   done = {row["request_id"] for row in before}
@@ -115,7 +114,7 @@ def main() -> int:
   numbers = asking.summarize(told) | {"score_mean": sum(scores) / len(scores) if scores else None, **engine}
   if before and not items:  # each part has times of its own
     numbers |= {"throughput_tok_s": None, "most_in_flight": None}
-  cli.end_with(metrics.table({_MODEL.value: numbers}), numbers)
+  cli.end_with(metrics.table({endpoint.model: numbers}), numbers)
   tell_before(out, len(before), len(items))
   return 1 if any("error" in row for row in [*before, *rows]) or not (before or rows) else 0
 
@@ -132,11 +131,11 @@ def _tokenizer(name: str) -> Tokenizer:
   return load_tokenizer(path) if path.is_dir() else load_model(name).tokenizer
 
 
-def _setting(workload: workloads.WorkloadConfig, served: Mapping[str, Any]) -> dict[str, Any]:
+def _setting(model: str, workload: workloads.WorkloadConfig, served: Mapping[str, Any]) -> dict[str, Any]:
   """What rows of one folder have in common."""
   told = {key: served[key] for key in ("owned_by", "max_model_len") if served.get(key) is not None}
   return {
-    "endpoint": {"url": _URL.value, "model": _MODEL.value, "send": _SEND.value, **told},
+    "endpoint": {"url": _URL.value, "model": model, "send": _SEND.value, **told},
     "tokenizer": _TOKENIZER.value,
     "workload": workload,
     "prompts": digest(workload),
