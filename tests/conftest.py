@@ -91,13 +91,13 @@ def pytest_configure(config: pytest.Config):
 
 ENDS = "SPARSE_SERVE_TEST_ENDS"  # a folder where worker processes of a session tell why they ended before it
 LONGEST = 600  # seconds of a test with its fixtures; one that takes longer hangs
-_end = None
+_end = 0  # a file descriptor of a worker process
 
 
 def pytest_sessionstart(session: pytest.Session):
   global _end
   if worker := getattr(session.config, "workerinput", None):
-    _end = (Path(os.environ[ENDS]) / worker["workerid"]).open("w")
+    _end = os.open(Path(os.environ[ENDS]) / worker["workerid"], os.O_CREAT | os.O_WRONLY)  # for the worker's life
     faulthandler.enable(_end)  # as pytest has enabled it, but not lost among the lines of a long session
 
 
