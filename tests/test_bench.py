@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,10 @@ import pytest
 
 from sparse_serve_jax.benchmarks import kernels, prefill, step, timing
 from sparse_serve_jax.benchmarks.timing import Ceilings, Effort, Report, Timing
-from sparse_serve_jax.config import ModelConfig, find_config, read_config
+from sparse_serve_jax.config import ModelConfig, find_config, override, read_config
 from sparse_serve_jax.ladder import floor
+from sparse_serve_jax.memory import create
+from sparse_serve_jax.mesh import make_mesh
 from sparse_serve_jax.models import init_params
 from sparse_serve_jax.results import Rows
 from tests import jsonl
@@ -122,6 +126,35 @@ def test_rows_of_a_step_are_called_by_their_load():
 
 
 POLICIES = ("topk", 0), ("topk", 50.5), ("psa", 0)
+
+
+def test_a_random_pool_in_hbm_is_made_once(monkeypatch):
+  """Freed and made anew it may find no gap of its size."""
+  cfg = read_config(ModelConfig, find_config("models", "tiny"))
+  cases = step.Case.all_of(cfg, {"1x64": (1, 64)}, step.SMOKE_CHANGES)
+  shape = step.cache_shape(cfg, {name: case.densely() for name, case in cases.items()})
+  assert shape is not None
+  monkeypatch.setattr(create, "_create_pool", lambda *_: pytest.fail("a pool is made beside the random one"))
+  cache = step.filled_cache(shape, make_mesh(1))
+  assert cache.pool.shape == shape.pool_shape and 0.9 < float(cache.pool.std()) < 1.1
+
+
+@pytest.mark.parametrize(("budget", "read"), [(64, True), (128, False)])
+def test_digests_are_counted_where_tables_are_ranked(budget: int, read: bool):
+  cfg = read_config(ModelConfig, find_config("models", "tiny"))
+  changes = [*step.SMOKE_CHANGES, f"sparse.token_budget={budget}"]
+  cases = step.Case.all_of(cfg, {"2x128": (2, 128)}, changes)
+  shape = step.cache_shape(cfg, cases)
+  assert shape is not None
+  report = SimpleNamespace(ceilings=SimpleNamespace(floor_us=lambda **moved: sum(moved.values())))
+  bench = step.Bench(cfg, {}, make_mesh(1), shape, report)  # type: ignore[arg-type]
+  of = {policy: _with(cases["2x128"], policy) for policy in ("topk", "psa")}
+  floors = {policy: bench.row(case, Timing.of([1.0], 1), 10, 0)["floors_us"] for policy, case in of.items()}
+  assert (floors["topk"]["digests"] > 0) == read and floors["psa"]["digests"] > 0
+
+
+def _with(case: step.Case, policy: str) -> step.Case:
+  return dataclasses.replace(case, config=override(case.config, [f"sparse.policy={policy}"]))
 
 
 def test_bench_step(tmp_path):

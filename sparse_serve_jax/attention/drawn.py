@@ -3,7 +3,7 @@
 The selections of random weights hardly overlap, so all that is cached for them is useless; a trained model's come back.
 Here scores are replaced by numbers that do not depend on what the model computes, but on where it is: the layer, the KV
 head, the block in its request's own order, the request (its length before the first decode step) and the position. The
-real scores are still made, so a step costs what it costs without, and somewhat more.
+real scores are still made where a table is ranked, so a step costs what it costs without, and somewhat more.
 
 Who imports this module may name the methods `held:A` and `replay:FILES`, a trace, or one of a budget and one of PSA.
 """

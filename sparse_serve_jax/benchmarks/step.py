@@ -283,7 +283,7 @@ class Bench:
 
   def run(self, case: Case, changes: Sequence[str], share: float, n: int, profile: bool) -> Row:
     """Times n steps by difference: evictions and steps, less evictions alone; and one by one by the host's clock."""
-    config = override(case.config, changes)
+    case = dataclasses.replace(case, config=(config := override(case.config, changes)))
     decode: Any = programs(Setup.of(self.cfg, config, self.report.implementation), self.mesh).decode
     cache, (batch, tables, evict) = self.cache or filled_cache(self.shape, self.mesh), self.inputs(case)
     self.cache = None  # until it is whole again
@@ -319,7 +319,9 @@ class Bench:
 
   def row(self, case: Case, timed: Timing, attended: float, missed: float) -> Row:
     """With the floor of what has to move. HBM and PCIe overlap within a part; misses are also written to HBM."""
-    full_blocks = case.n_rows * (case.n_blocks - 1)
+    # Digests are read where tables are ranked.
+    ranked = case.config.sparse.policy == "psa" or case.padded(self.cfg)[1] > case.config.budget_blocks
+    full_blocks = case.n_rows * (case.n_blocks - 1) if ranked else 0
     parts = step_bytes(self.cfg, self.shape, case.n_rows, full_blocks, attended, missed)
     floors = {name: self.report.ceilings.floor_us(**part) for name, part in parts.items()}
     moved = {way: sum(part.get(way, 0) for part in parts.values()) for way in ("hbm", "h2d")}

@@ -29,8 +29,9 @@ from sparse_serve_jax import cluster, results, runtime, workloads
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.commands.workload import WorkloadFlags, at_rate, digest, tell_refused
 from sparse_serve_jax.config import EngineConfig
-from sparse_serve_jax.ladder import cells, report, rungs
-from sparse_serve_jax.ladder import folder as folders
+from sparse_serve_jax.ladder import report, rungs
+from sparse_serve_jax.ladder.cells import Engines, Ladder
+from sparse_serve_jax.ladder.folder import claim
 from sparse_serve_jax.ladder.goodput import Goodput
 from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 from sparse_serve_jax.workloads import Item, Refused
@@ -82,13 +83,13 @@ def main() -> int:
   rungs.check(configs, model.config, asked)
   tp = max(config.tp for config in configs.values())
   device = cluster.once(results.provenance, tp)["device"] if _RAY.value else None
-  folder = folders.claim(out, configs, model, workload, digest(workload), _ASKED.seed, device)
+  folder = claim(out, configs, model, workload, digest(workload), _ASKED.seed, device)
 
   def arrivals(rate: float) -> np.ndarray:
     return workloads.times_of(at_rate(workload, rate), len(asked))
 
   make = functools.partial(_engines, of_model, configs, asked) if _RAY.value else None
-  run = cells.Ladder(model, configs, asked, arrivals, folder)
+  run = Ladder(model, configs, asked, arrivals, folder)
   found = _measured(run, rates, make, tp)
   report.write(folder, run.cells, found)
   try:
@@ -102,13 +103,11 @@ def main() -> int:
   return int(len(asked) < len(items))
 
 
-def _measured(
-  run: cells.Ladder, rates: list[float], make: Callable[[], cells.Engines] | None, tp: int
-) -> dict[str, Goodput]:
+def _measured(run: Ladder, rates: list[float], make: Callable[[], Engines] | None, tp: int) -> dict[str, Goodput]:
   """Runs all cells; with `make`, rungs beside each other. Returns what --goodput finds, by rung."""
   found: dict[str, Goodput] = {}
 
-  def measure(run: cells.Ladder, rung: str) -> None:
+  def measure(run: Ladder, rung: str) -> None:
     searched = [rate for rate in rates if rate and _GOODPUT.value]  # as far as they are served well
     overload = [run.overload(rates, _RUNS.value)] if _OVERLOAD.value else []
     for rate in [rate for rate in rates if rate not in searched] + overload:
@@ -116,7 +115,7 @@ def _measured(
     if _GOODPUT.value:
       found[rung] = run.goodput(rung, rates, _RUNS.value)
 
-  def elsewhere(call: cluster.Call) -> cells.Ladder:
+  def elsewhere(call: cluster.Call) -> Ladder:
     return run.served_by(functools.partial(call, "serve"))
 
   if make is None:
@@ -140,10 +139,8 @@ def _varied() -> dict[str, list[str]]:
   return varied
 
 
-def _engines(
-  of_model: tuple[str, str | None, int], configs: dict[str, EngineConfig], items: list[Item]
-) -> cells.Engines:
-  return cells.Engines(load_model_here(*of_model), configs, items)
+def _engines(of_model: tuple[str, str | None, int], configs: dict[str, EngineConfig], items: list[Item]) -> Engines:
+  return Engines(load_model_here(*of_model), configs, items)
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -52,7 +52,7 @@ Serve = Callable[[str, Sequence[Item], np.ndarray], Measured]
 
 
 class Engines:
-  """Of the rungs: one is in memory at a time, and serves."""
+  """The rungs' engines, of which one at a time is in memory."""
 
   def __init__(self, model: Model, configs: Mapping[str, EngineConfig], items: Sequence[Item]):
     """Arguments as those of `Ladder`."""

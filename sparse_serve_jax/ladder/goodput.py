@@ -1,4 +1,4 @@
-"""The highest rate that a rung serves well, by trying rates."""
+"""Rates that are found by trying: goodput, and where requests begin to wait."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import Any
 from sparse_serve_jax import results
 from sparse_serve_jax.evaluation import report
 from sparse_serve_jax.files import read_json, read_lines
-from sparse_serve_jax.ladder import folder as ladders
 from sparse_serve_jax.ladder import report as ladder_report
+from sparse_serve_jax.ladder.folder import CELLS, read_cells
 from sparse_serve_jax.ladder.goodput import goodputs
 from sparse_serve_jax.plots import accuracy, benchmarks, ladder, requests, selections
 
@@ -75,7 +75,7 @@ def _read(file: pathlib.Path) -> list[Row]:
 
 
 def _draw_ladder(folder: pathlib.Path, out: pathlib.Path) -> bool:
-  cells = ladders.read_cells(folder)
+  cells = read_cells(folder)
   if cells:
     found = goodputs(cells) if len({cell["rate"] for cell in cells}) > 1 else {}
     ladder_report.write(out, cells, found)
@@ -126,7 +126,7 @@ def _draw_benchmarks(folder: pathlib.Path, out: pathlib.Path) -> bool:
 
 
 _DRAWN: Mapping[str, Callable[[pathlib.Path, pathlib.Path], bool]] = {
-  ladders.CELLS: _draw_ladder,
+  CELLS: _draw_ladder,
   "results.jsonl, prefill.jsonl, reuse.jsonl, summary.json": _draw_accuracy,
   "requests.jsonl": _draw_requests,
   "kernels.jsonl, step.jsonl": _draw_benchmarks,
