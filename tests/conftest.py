@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import os
 import re
 import shutil
@@ -60,6 +61,9 @@ def pytest_configure(config: pytest.Config):
   """Sets the environment, which processes that tests start inherit."""
   if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what runs behind it; processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+  gc.set_threshold(
+    100_000, 20, 50
+  )  # tracing makes many objects; by default a tenth of its time is to look through them
   on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
   flags = os.environ.get("XLA_FLAGS", "").split()
   given = {flag.partition("=")[0] for flag in flags}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import os
@@ -90,6 +91,7 @@ def main() -> None:
   sys.path[0] = sys.argv[1]
   for name in sys.argv[2:]:
     importlib.import_module(name)
+  gc.freeze()  # what has been imported stays, and is not looked through in each fork
   for line in sys.stdin:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # no thread of jax has begun
