@@ -50,7 +50,8 @@ def main(model: str | None = None) -> int:
     cli.end_with(_table(rows), {"machine": dataclasses.asdict(here), "trouble": here.trouble})
     return 1
   free, rates = sizes.free_here(), machine.rates()
-  rows["device memory"] = "the host's" if free.device is None else f"{budget.gib(free.device)} free on each"
+  of_jax = "JAX takes 75 % of a device unless XLA_PYTHON_CLIENT_MEM_FRACTION says another share"
+  rows["device memory"] = "the host's" if free.device is None else f"{budget.gib(free.device)} free on each; {of_jax}"
   pinned = "none: a CPU needs none" if free.device is None else budget.gib(int(sizes.PINNED_SHARE * free.host))
   rows |= {"host memory": f"{budget.gib(free.host)} free", "can be pinned": pinned}
   rows |= {name: f"{rate / 1e9:.1f} GB/s" for name, rate in rates.items()}
