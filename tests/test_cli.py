@@ -212,7 +212,7 @@ def test_nan_is_no_number():
 
 def test_flags_that_must_be_given_are_named():
   done = start("sparse_serve_jax", "bench")
-  told = "error: --url, --model, --tokenizer must be given; --help shows what there is\n"
+  told = "error: --url, --tokenizer must be given; --help shows what there is\n"
   assert (done.returncode, done.stderr) == (2, told)
 
 
