@@ -125,9 +125,6 @@ def test_rows_of_a_step_are_called_by_their_load():
   }
 
 
-POLICIES = ("topk", 0), ("topk", 50.5), ("psa", 0)
-
-
 def test_a_random_pool_in_hbm_is_made_once(monkeypatch):
   """Freed and made anew it may find no gap of its size."""
   cfg = read_config(ModelConfig, find_config("models", "tiny"))
@@ -139,22 +136,28 @@ def test_a_random_pool_in_hbm_is_made_once(monkeypatch):
   assert cache.pool.shape == shape.pool_shape and 0.9 < float(cache.pool.std()) < 1.1
 
 
-@pytest.mark.parametrize(("budget", "read"), [(64, True), (128, False)])
-def test_digests_are_counted_where_tables_are_ranked(budget: int, read: bool):
+@pytest.mark.parametrize(
+  ("change", "read"),
+  [
+    ("sparse.token_budget=64", True),
+    ("sparse.token_budget=128", False),  # as much as a table holds
+    ("sparse.policy=psa", True),
+    ("sparse.method=top_p", True),  # it has a budget of its own
+    ("sparse.policy=dense", False),
+  ],
+)
+def test_digests_are_counted_where_tables_are_ranked(change: str, read: bool):
   cfg = read_config(ModelConfig, find_config("models", "tiny"))
-  changes = [*step.SMOKE_CHANGES, f"sparse.token_budget={budget}"]
-  cases = step.Case.all_of(cfg, {"2x128": (2, 128)}, changes)
+  cases = step.Case.all_of(cfg, {"2x128": (2, 128)}, [*step.SMOKE_CHANGES, "sparse.token_budget=128"])
   shape = step.cache_shape(cfg, cases)
   assert shape is not None
   report = SimpleNamespace(ceilings=SimpleNamespace(floor_us=lambda **moved: sum(moved.values())))
   bench = step.Bench(cfg, {}, make_mesh(1), shape, report)  # type: ignore[arg-type]
-  of = {policy: _with(cases["2x128"], policy) for policy in ("topk", "psa")}
-  floors = {policy: bench.row(case, Timing.of([1.0], 1), 10, 0)["floors_us"] for policy, case in of.items()}
-  assert (floors["topk"]["digests"] > 0) == read and floors["psa"]["digests"] > 0
+  case = dataclasses.replace(cases["2x128"], config=override(cases["2x128"].config, [change]))
+  assert (bench.row(case, Timing.of([1.0], 1), 10, 0)["floors_us"]["digests"] > 0) == read
 
 
-def _with(case: step.Case, policy: str) -> step.Case:
-  return dataclasses.replace(case, config=override(case.config, [f"sparse.policy={policy}"]))
+POLICIES = ("topk", 0), ("topk", 50.5), ("psa", 0)
 
 
 def test_bench_step(tmp_path):

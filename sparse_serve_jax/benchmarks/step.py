@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as kernels
 from sparse_serve_jax.attention import drawn, get_method  # noqa: F401  benchmarks may name its methods
+from sparse_serve_jax.attention.decode import Selector
 from sparse_serve_jax.benchmarks import timing
 from sparse_serve_jax.benchmarks.timing import Report, Row, Timing
 from sparse_serve_jax.buckets import Buckets
@@ -319,9 +320,10 @@ class Bench:
 
   def row(self, case: Case, timed: Timing, attended: float, missed: float) -> Row:
     """With the floor of what has to move. HBM and PCIe overlap within a part; misses are also written to HBM."""
-    # Digests are read where tables are ranked.
-    ranked = case.config.sparse.policy == "psa" or case.padded(self.cfg)[1] > case.config.budget_blocks
-    full_blocks = case.n_rows * (case.n_blocks - 1) if ranked else 0
+    (_, width), of = case.padded(self.cfg), Selector.of(case.config)
+    # Digests are read where tables are ranked: `Selector.select`.
+    unranked = of.limit is None or (of.limit >= width and not of.progressive and of.method.budget is None)
+    full_blocks = 0 if unranked else case.n_rows * (case.n_blocks - 1)
     parts = step_bytes(self.cfg, self.shape, case.n_rows, full_blocks, attended, missed)
     floors = {name: self.report.ceilings.floor_us(**part) for name, part in parts.items()}
     moved = {way: sum(part.get(way, 0) for part in parts.values()) for way in ("hbm", "h2d")}
