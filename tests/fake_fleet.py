@@ -16,7 +16,7 @@ import httpx
 
 from sparse_serve_jax import runtime
 from sparse_serve_jax.models import ByteTokenizer
-from sparse_serve_jax.server import replicas, serve
+from sparse_serve_jax.server import engines, replicas, serve
 from sparse_serve_jax.server.engines import Engines
 from sparse_serve_jax.server.limits import Limits
 from tests.fake_engine import FakeExecutor, FakeModel, fake_executor
@@ -58,7 +58,7 @@ def fleet(monkeypatch: Any, n: int, stuck_s: float) -> Iterator[tuple[replicas.F
 
   monkeypatch.setattr(replicas.cluster, "connect", lambda: ray)
   monkeypatch.setattr(replicas, "load_model_here", lambda *_, **__: Model())
-  monkeypatch.setattr(replicas, "JaxExecutor", executor)
+  monkeypatch.setattr(engines, "JaxExecutor", executor)
   monkeypatch.setattr(replicas.Replica, "where", lambda of: ("here", id(of)))
   monkeypatch.setattr(replicas.cluster, "end_process", lambda _, node, process: ray.ended.append(process))
   monkeypatch.setattr(replicas, "_PAUSE", 0.01)

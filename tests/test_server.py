@@ -22,8 +22,15 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 import httpx
 import openai
+from jax import monitoring
 
+from sparse_serve_jax import SamplingParams
+from sparse_serve_jax.config import load_config, override
+from sparse_serve_jax.models import load_model
+from sparse_serve_jax.programs import COMPILES
+from sparse_serve_jax.server.engines import One
 from sparse_serve_jax.server.errors import Refused
+from tests.tiny import SMALL_SERVING
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -256,6 +263,26 @@ def test_a_refusal_is_the_same_from_another_process():
   refused = pickle.loads(pickle.dumps(Refused(400, "give a shorter prompt", "prompt")))
   assert (refused.status, str(refused)) == (400, "give a shorter prompt")
   assert refused.body() == Refused(400, "give a shorter prompt", "prompt").body()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_it_compiles_before_it_serves_is_all(compiled):
+  # Executors of one shape share their programs.
+  small = [*SMALL_SERVING, "cache.lanes=2", "scheduler.max_batch=2", "cache.prefix=false"]
+  config = override(load_config("sparse_serve"), [*small, f"scheduler.max_context={96 if compiled else 104}"])
+  of = One.start(config, load_model("random:tiny"), compiled=compiled)
+  late = list[str]()
+  tell = lambda event, _, **about: late.append(event) if event == COMPILES else None  # noqa: E731
+  monitoring.register_event_duration_secs_listener(tell)
+  try:
+    for n, temperature in ((5, 0), (40, 1), (80, 0)):
+      params = SamplingParams(max_tokens=12, temperature=temperature, ignore_eos=True)
+      stream = of.submit(list(range(n)), sink=lambda *_: None, params=params)
+      assert len(stream.result(SOON).output_tokens) == 12
+  finally:
+    monitoring.unregister_event_duration_listener(tell)
+    of.close()
+  assert bool(late) != compiled
 
 
 def test_the_page_needs_no_key_and_its_data_do(server):

@@ -90,7 +90,7 @@ def start():
   warnings.showwarning = warnings._showwarning_orig  # as in a process of its own
   replicas.runtime.configure, replicas.load_model_here = warn, lambda *_, **__: 1 / 0
   try:
-    replicas.Replica().start(None, "", None, 1.0, 1)
+    replicas.Replica().start(None, "", None, 1.0, False, 1)
   except ZeroDivisionError:
     pass
 

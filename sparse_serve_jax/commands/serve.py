@@ -22,8 +22,6 @@ from sparse_serve_jax.commands import cli
 from sparse_serve_jax.config import load_config, override
 from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 from sparse_serve_jax.server.limits import STUCK_S, Limits
-from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.executor import JaxExecutor
 
 KEY = "SPARSE_SERVE_API_KEY"
 
@@ -35,6 +33,9 @@ with cli.group("The server"):
   _REPLICAS = flags.DEFINE_integer("replicas", 1, "Engines, in processes of their own if several.", lower_bound=1)
   _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is all of the machine's.")
   _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one.", lower_bound=0, upper_bound=65535)
+  _COMPILE = flags.DEFINE_bool(
+    "compile", False, "Compile all programs before requests are taken, and not when one first needs them."
+  )
   _API_KEY = flags.DEFINE_string("api_key", None, f"Key that clients must give; {KEY} is better, as others see flags.")
   _BODY = flags.DEFINE_integer("max_body_bytes", Limits.max_body_bytes, "Bytes of a request at most.", lower_bound=1)
   _WAITING = flags.DEFINE_integer(
@@ -74,10 +75,10 @@ def main(model_path: str | None = None) -> int:
     from sparse_serve_jax.server.replicas import Fleet
 
     model = load_model_for_others(model_path, _DTYPE.value)
-    served_by = Fleet(_REPLICAS.value, config, model_path, _DTYPE.value, _STUCK.value)
+    served_by = Fleet(_REPLICAS.value, config, model_path, _DTYPE.value, _STUCK.value, compiled=_COMPILE.value)
   else:
     model = load_model_here(model_path, dtype=_DTYPE.value)
-    served_by = engines.One(Engine(JaxExecutor(config, model)), model, _STUCK.value)
+    served_by = engines.One.start(config, model, _STUCK.value, compiled=_COMPILE.value)
   limits = Limits(_BODY.value, _WAITING.value, _BODY_SECONDS.value, _DRAIN.value)
   served = _NAME.value or pathlib.Path(model_path).name or model.name  # "." has no name
   return 0 if serve.serve(served_by, model, served, listener, limits, key) else 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -20,10 +22,12 @@ from sparse_serve_jax.server.pulse import Health, Pulse
 from sparse_serve_jax.server.scoring import Scorer
 from sparse_serve_jax.server.status import Status, Told
 from sparse_serve_jax.serving.engine import Engine
+from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.loop import Loop, Sink, Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
 
 Scores = list[TokenLogprobs | None]  # of the tokens of a prompt
+_LOG = logging.getLogger(__name__)
 
 
 class Engines(Protocol):
@@ -83,6 +87,22 @@ class One:
     self._measures, self._status = Measures(engine, self._loop), Status(engine, self._loop)
     self.cancel = self._loop.cancel
     self.collect, self.sample = self._measures.registry.collect, self._status.sample
+
+  @classmethod
+  def start(
+    cls, config: EngineConfig, model: Model, stuck_s: float = STUCK_S, *, compiled: bool = False, sharing: int = 1
+  ) -> One:
+    """Makes the engine, one of `sharing` on this host; `compiled`: with its programs for requests of all lengths.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    executor = JaxExecutor(config, model, sharing)
+    if compiled:
+      begun = time.monotonic()
+      n = executor.compile(range(1, executor.shape.max_context), sampled=True)
+      _LOG.warning("%d programs compiled in %.0f s", n, time.monotonic() - begun)
+    return cls(Engine(executor), model, stuck_s)
 
   @property
   def failed(self) -> bool:

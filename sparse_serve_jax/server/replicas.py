@@ -34,8 +34,6 @@ from sparse_serve_jax.server.limits import STUCK_S
 from sparse_serve_jax.server.pulse import COMPILING, Health, ReplicaHealth
 from sparse_serve_jax.server.routing import Router
 from sparse_serve_jax.server.status import Told
-from sparse_serve_jax.serving.engine import Engine
-from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.loop import Sink, Stream
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.serving.request import Request
@@ -77,9 +75,9 @@ class Replica:
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
   def start(
-    self, config: EngineConfig, model: str, dtype: str | None, stuck_s: float, sharing: int
+    self, config: EngineConfig, model: str, dtype: str | None, stuck_s: float, compiled: bool, sharing: int
   ) -> tuple[EngineConfig, int]:
-    """Makes the engine. `sharing` replicas take memory of this host alike; `stuck_s` is as of `pulse.Pulse`.
+    """Makes the engine as `One.start` does. `stuck_s` is as of `pulse.Pulse`.
 
     Returns:
       The configuration with its sizes, and the most tokens of a request.
@@ -96,7 +94,7 @@ class Replica:
     self._streams: dict[int, Stream] = {}
     self._n_told: Counter[int] = Counter()  # tokens
     self._gone: set[int] = set()  # cancelled before they came, as a long prompt is passed by its cancellation
-    self._one = One(Engine(JaxExecutor(config, loaded, sharing)), loaded, stuck_s)
+    self._one = One.start(config, loaded, stuck_s, compiled=compiled, sharing=sharing)
     return self._one.config, self._one.max_request_tokens
 
   def submit(self, name: int, prompt: np.ndarray, params: SamplingParams) -> None:
@@ -228,7 +226,16 @@ class _Place:
 class Fleet:
   """Replicas behind one front; see `engines.Engines`."""
 
-  def __init__(self, n: int, config: EngineConfig, model: str, dtype: str | None, stuck_s: float = STUCK_S):
+  def __init__(
+    self,
+    n: int,
+    config: EngineConfig,
+    model: str,
+    dtype: str | None,
+    stuck_s: float = STUCK_S,
+    *,
+    compiled: bool = False,
+  ):
     """Starts `n` replicas and waits for them. Each has config.tp GPUs where Ray's cluster has any, and an equal part of
     what `auto` takes of its host. One that does not answer for `stuck_s` seconds has died.
 
@@ -236,7 +243,7 @@ class Fleet:
       ValueError: Ray is not there, it has too few GPUs, or as of `Replica.start`.
       ChildProcessError: a replica ended while it started.
     """
-    self._ray, self._start = cluster.connect(), (model, dtype, stuck_s)
+    self._ray, self._start = cluster.connect(), (model, dtype, stuck_s, compiled)
     self._stuck_s = stuck_s
     gpus = cluster.gpus_each(self._ray, n, config.tp)
     # Notes and news have threads of their own: whoever asks for news waits, and scores take their time. Who asks for
