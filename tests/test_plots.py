@@ -200,7 +200,7 @@ def test_layers_of_a_model_that_has_few_and_reads_all(drawn, tmp_path):
 
 def test_rows_without_their_instances_are_not_drawn(drawn, tmp_path):
   """As those that are kept in the tree."""
-  source = ROOT / "experiments/results/2026-11-29-psa/reference"
+  source = ROOT / "experiments/results/2026-11-30-accuracy/reference"
   shutil.copy(source / "results.jsonl", tmp_path)
   with pytest.raises(ValueError, match="rows without 'each', the values of every instance, and no summary.json"):
     folder.draw(tmp_path, tmp_path)

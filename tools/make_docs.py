@@ -36,7 +36,7 @@ BURSTS = {  # of a workload: its folder, and what it is
   "W4": ("2026-11-30-ladder", "5 of 128k, 1,024 out"),
 }
 RUNGS = RESULTS / "2026-11-30-rungs"
-REFERENCE = RESULTS / "2026-11-29-psa" / "reference" / "summary.json"
+REFERENCE = RESULTS / "2026-11-30-accuracy" / "reference" / "summary.json"
 BEFORE = RESULTS / "2026-11-26-reference" / "summary.json"  # of the rule of PSA's paper, and more methods
 ON_REFERENCE = "the reference model, 16,384 tokens; an H200, and four H100 (true mass, the paper's rule); jax 0.11.2"
 ON_RUNGS = "one NVIDIA H200, the 8B shape, jax 0.11.2, commit c872f66"
