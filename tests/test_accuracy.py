@@ -280,7 +280,9 @@ def test_a_run_goes_on(model, tmp_path):
   told = json.loads(second.stdout.splitlines()[-1])
   whole = json.loads((out / "summary.json").read_text())
   dense = [entry["accuracy"] for entry in whole["accuracies"] if entry["series"] == "dense"]
-  assert told == {"dense": {"retrieval 640": dense[0]}, "rows": len(after) + 6, "out": str(out)}
+  (nats,) = [entry["nats"] for entry in whole["text"] if entry["series"] == "dense"]
+  dense = {"dense": {"retrieval 640": dense[0]}, "dense_nats": {"text 600": pytest.approx(nats, abs=1e-4)}}
+  assert told == dense | {"rows": len(after) + 6, "out": str(out)}
   with (out / "results.csv").open(encoding="utf-8", newline="") as opened:
     table = list(csv.DictReader(opened))
   of_files = {"results": after, "prefill": of_prefill, "reuse": rows("reuse.jsonl")}

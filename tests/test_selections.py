@@ -48,6 +48,12 @@ def test_a_file_holds_all_of_a_trace(tmp_path):
       Trace.load(tmp_path / f"{name}.npz")
 
 
+def test_a_trace_of_nothing_is_refused(tmp_path):
+  trace_of(np.zeros((1, 8, 2, 2, 16), bool)).save(tmp_path / "nothing.npz")
+  with pytest.raises(ValueError, match=r"nothing.npz is a trace of nothing: of shape \(1, 8, 2, 2, 16\)"):
+    Trace.load(tmp_path / "nothing.npz")
+
+
 def test_ids():
   trace = drifting()
   ids = trace.ids()

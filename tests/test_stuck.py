@@ -248,6 +248,22 @@ def test_a_replica_that_hangs_is_taken_out_and_started_anew(monkeypatch, how):
     assert again.result(20).output_tokens == continuation([40] * 20, 5)
 
 
+def test_a_sink_that_raises_ends_its_own_stream_alone(monkeypatch):
+  """As `Loop`'s do. The thread that hands out what a replica tells goes on."""
+
+  def sink(stream, token):
+    raise OSError("nobody takes it")
+
+  with fleet(monkeypatch, 1, 20) as (of, ray, _):
+    bad, good = (of.submit([40 + i] * 20, sink=[sink, ignored][i], params=PARAMS) for i in range(2))
+    assert good.result(20).output_tokens == continuation([41] * 20, 5)
+    with pytest.raises(RuntimeError, match="the request has failed: .*nobody takes it"):
+      bad.result(20)
+    again = of.submit([40] * 20, sink=ignored, params=PARAMS)
+    assert again.result(20).output_tokens == continuation([40] * 20, 5)
+    assert of.health().replicas["0"] == ReplicaHealth("ok", 0, 0) and len(ray.actors) == 1
+
+
 def test_a_replica_that_does_not_answer_gets_no_new_requests_while_another_does(monkeypatch):
   monkeypatch.setattr(replicas, "_LOOK", 0.2)
   with fleet(monkeypatch, 2, 20) as (of, ray, _):

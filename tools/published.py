@@ -389,7 +389,9 @@ CLAIMS = (
     BATCHES,
     _batch(LOADED, "working_set max_batch=12", "none max_batch=12", "{:.1f}x less", 52.78),
   ),
-  Claim("SparseServe", "ablation", "mean TTFT, layer segments against chunks of 2,048", "8.68x less", SEGMENTS, _segments),
+  Claim(
+    "SparseServe", "ablation", "mean TTFT, layer segments against chunks of 2,048", "8.68x less", SEGMENTS, _segments
+  ),
   Claim("SparseServe", "ablation", "attention of a chunked prefill, chunks of 512", "1.51x slower", CHUNKS, _chunks),
   Claim(
     "SparseServe", "appendix", "accuracy with 2,048 tokens, of full attention's", "99 % on all datasets", LONGBENCH_RUN

@@ -55,13 +55,16 @@ class Trace:
     """Reads a file that `save` wrote.
 
     Raises:
-      ValueError: it is no such file.
+      ValueError: it is no such file, or nothing is selected in it.
     """
     try:
       with open(file, "rb") as opened, np.load(opened) as arrays:
         about = json.loads(str(arrays["about"]))
         selected = np.unpackbits(arrays["selected"], axis=-1, count=about.pop("steps")).astype(bool)
-        return cls(np.moveaxis(selected, -1, 1), arrays["lengths"], **about)
+        trace = cls(np.moveaxis(selected, -1, 1), arrays["lengths"], **about)
     except _BROKEN as error:
       what = "it is no .npz file" if "pickle" in str(error) else getattr(error, "strerror", None) or error
       raise ValueError(f"{file} is no trace of selections: {what}") from error
+    if not trace.selected.any():
+      raise ValueError(f"{file} is a trace of nothing: of shape {trace.selected.shape}, and no block is selected")
+    return trace

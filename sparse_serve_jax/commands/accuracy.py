@@ -20,7 +20,7 @@ Settings are those of --methods, --budgets and --thresholds, and dense. --axes a
 The folder of --out gets rows for each task, length and setting, results.jsonl of the first two parts, prefill.jsonl and
 reuse.jsonl of the others, traces/*.npz, and made of these results.md, results.csv, summary.json and plots. What is
 there is not run again. With --ray each task and length is one process's. The last line of stdout is one JSON object:
-how many rows there are, and what dense attention answers.
+how many rows there are, what dense attention answers, and its loss on text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ PARTS = ("tasks", "text", "prefill", "selections")
 _MODEL, _DTYPE = cli.define_model()
 with cli.group("What is asked"):
   _PARTS = flags.DEFINE_list("parts", ["all"], f"Some of {', '.join(PARTS)}; all.")
-  _TASKS = flags.DEFINE_list("tasks", ["all"], "Names of generated tasks, for the part tasks; all.")
+  _TASKS = flags.DEFINE_list(
+    "tasks",
+    ["all"],
+    "Names of generated tasks, for the parts tasks and prefill; all. (Selections are of those with long answers.)",
+  )
   _LENGTHS = flags.DEFINE_list("lengths", ["16384"], "Tokens of prompt and answer.")
   _TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Tokens, for the part text.")
   _TEXT = flags.DEFINE_list(

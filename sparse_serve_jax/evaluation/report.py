@@ -22,6 +22,7 @@ from sparse_serve_jax.evaluation.cases import (
   CERTIFIED,
   DEFAULT_METHOD,
   DENSE,
+  DENSE_PREFILL,
   IN_GROUPS,
   PSA,
   PSA_MIN_MAX,
@@ -185,7 +186,7 @@ def likelihoods(rows: Sequence[Row]) -> Iterator[Row]:
     dense = next((row for row in chosen if row["series"] == DENSE), None)
     if group == TEXT and dense is not None:
       for row in chosen:
-        told = {key: row[key] for key in ("tokens", "case", *_OF_TEXT)}
+        told = {key: row[key] for key in ("tokens", "case", "series", *_OF_TEXT)}
         more = interval([row["each"]["nats"]], [dense["each"]["nats"]])
         agreement = interval([row["each"]["agreement"]], [[0.0] * len(row["each"]["agreement"])])
         yield told | {"more": row["nats"] - dense["nats"], "interval": more, "agreement_interval": agreement}
@@ -247,9 +248,16 @@ def _ratios(one: Row | None, other: Row | None, keys: Sequence[str] = ("blocks",
 
 
 def in_short(told: dict[str, list[Row]]) -> Row:
-  """What fits a line: under "dense" the accuracy of dense attention by group and length."""
-  dense = [entry for entry in told["accuracies"] if entry["series"] == DENSE]
-  return {"dense": {f"{entry['group']} {entry['tokens']}": round(entry["accuracy"], 4) for entry in dense}}
+  """What fits a line: under "dense" the accuracy of dense attention by group and length, prefilled densely too; under
+  "dense_nats" its loss a token of text by length. None is empty."""
+  answers = {f"{of['group']} {of['tokens']}": of["accuracy"] for of in told["accuracies"] if of["series"] == DENSE}
+  nats = {f"{TEXT} {of['tokens']}": of["nats"] for of in told["text"] if of["series"] == DENSE}
+  for of in told["prefill"]:
+    if of["series"] == DENSE_PREFILL:
+      to, key = (nats, "nats") if of["group"] == TEXT else (answers, "accuracy")
+      to.setdefault(f"{of['group']} {of['tokens']}", of[key])
+  told_of = {"dense": answers, "dense_nats": nats}
+  return {name: {key: round(x, 4) for key, x in of.items()} for name, of in told_of.items() if of}
 
 
 def write(

@@ -187,10 +187,13 @@ class _Remote(Stream):
     super().__init__(prompt, {"params": params, "arrival_time": time.monotonic()}, sink)
     self.name, self._mirror = name, Request(str(name), prompt, params.max_tokens, self.arrival_time)
     self.actor: Any = None  # that serves it, or has; None: it is lost
+    self.broken: Exception | None = None  # what its sink has raised with a token: it gets no others
 
   def take(self, told: Happened) -> None:
     if told.ended is not None:
       return self.end(told.ended)
+    if self.broken is not None:  # and its end is on its way
+      return None
     assert told.token is not None
     self._request = self._mirror
     if told.logprobs is not None:
@@ -203,7 +206,8 @@ class _Remote(Stream):
       self._request = self._mirror
       self._mirror.cached_tokens = ended.cached_tokens
       self._mirror.end(ended.reason, time.monotonic())
-    self._end(ended.error)
+    broken = self.broken and RuntimeError(f"the request has failed: {self.broken!r}")
+    self._end(broken or ended.error)
 
 
 @dataclasses.dataclass
@@ -393,7 +397,11 @@ class Fleet:
       for one in told:
         with self._lock:
           stream = place.live[one.name] if one.ended is None else place.live.pop(one.name)
-        stream.take(one)
+        try:
+          stream.take(one)
+        except Exception as error:  # its own stream ends by it alone, as in a `Loop`
+          stream.broken = error
+          self.cancel(stream)
 
   def _end(self, place: _Place, error: Exception) -> None:
     """Ends the process of a replica that is lost. Ray only asks it to end, which one that hangs does not hear."""
