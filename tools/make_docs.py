@@ -38,6 +38,23 @@ BURSTS = {  # of a workload: its folder, and what it is
 RUNGS = RESULTS / "2026-11-30-rungs"
 REFERENCE = RESULTS / "2026-11-30-accuracy" / "reference" / "summary.json"
 BEFORE = RESULTS / "2026-11-26-reference" / "summary.json"  # of the rule of PSA's paper, and more methods
+PREFILLS = RESULTS / "2026-11-29-h200" / "prefill.jsonl"
+SPARSE_PREFILLS = RESULTS / "2026-11-30-accuracy" / "prefill" / "prefill.jsonl"
+PREFIXES = RESULTS / "2026-11-30-prefix" / "shares.jsonl"
+WAYS = {  # of bench-prefill
+  "chunked": "dense, in chunks of 2,048",
+  "layer_segmented": "dense, layer-segmented",
+  "quarter": "a quarter of the earlier blocks",
+  "eighth": "an eighth",
+  "cached": "dense, 15/16 in the cache",
+}
+READ = {  # cases of sparse prefill
+  "top_k, cuboid_mean 0.125": "an eighth",
+  "top_k, cuboid_mean 0.25": "a quarter",
+  "top_k, cuboid_mean 0.5": "a half",
+  "threshold, cuboid_mean 0.8": "`threshold` 0.8",
+  "threshold, cuboid_mean 0.95": "`threshold` 0.95",
+}
 ON_REFERENCE = "the reference model, 16,384 tokens; an H200, and four H100 (true mass, the paper's rule); jax 0.11.2"
 ON_RUNGS = "one NVIDIA H200, the 8B shape, jax 0.11.2, commit c872f66"
 TASKS = ("multi_key", "key_value", "key_value_uuid", "copy", "renumber")
@@ -88,6 +105,31 @@ def bursts_table() -> str:
     floor = f"{dense['floor_share']:.2f}, {sparse['floor_share']:.2f}"
     missed = f"{100 * sparse['missed_share']:.2f} %"
     lines.append(f"| {name} | {seconds} | {gain} | {ttft} | {apart} | {latency} | {missed} | {floor} |")
+  return "\n".join(lines) + "\n"
+
+
+def prefill_table() -> str:
+  """Milliseconds to the first token by length and way."""
+  rows = {row["case"]: row for row in _lines(PREFILLS)}
+  lengths = [tokens for tokens in (2048, 8192, 32000, 131000) if f"1x{tokens} layer_segmented" in rows]
+  lines = [f"| tokens | {' | '.join(f'{tokens:,}' for tokens in lengths)} |", "|---|" + "--:|" * len(lengths)]
+  floors = (rows[f"1x{tokens} layer_segmented"]["floor_us"] for tokens in lengths)
+  lines.append(f"| products and cuDNN, timed alone | {' | '.join(f'{us / 1e3:,.0f}' for us in floors)} |")
+  for way, name in WAYS.items():
+    cases = (f"1x{tokens} {way}" for tokens in lengths)
+    cells = (f"{rows[case]['ttft_ms']:,.0f}" if case in rows else "not run" for case in cases)
+    lines.append(f"| {name} | {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def sparse_prefill_table() -> str:
+  """Points of accuracy that a sparse prefill adds to a dense one, by task; in brackets percent of the blocks read."""
+  of = {(row["task"], row["case"].removeprefix("prefill ")): row for row in _lines(SPARSE_PREFILLS)}
+  lines = [f"| task | dense, % | {' | '.join(READ.values())} |", "|---|" + "--:|" * (len(READ) + 1)]
+  for task in dict.fromkeys(task for task, _ in of if task != "text"):
+    dense = of[task, "dense prefill 1"]["accuracy"]
+    cells = [f"{100 * (of[task, case]['accuracy'] - dense):+.1f} ({100 * of[task, case]['read']:.0f})" for case in READ]
+    lines.append(f"| {task} | {100 * dense:.1f} | {' | '.join(cells)} |".replace("+0.0", "0").replace("-0.0", "0"))
   return "\n".join(lines) + "\n"
 
 
@@ -177,6 +219,20 @@ def rates_plot() -> Figure:
   return figure
 
 
+def prefix_plot() -> Figure:
+  """The share of prompts' blocks that a prefix cache holds, by the tokens of its pool."""
+  figure, axes = style.subplots(size=(5.4, 2.8))
+  rows = _lines(PREFIXES)
+  for trace in dict.fromkeys(row["trace"] for row in rows):
+    of = {row["pool_tokens"]: row["share"] for row in rows if row["trace"] == trace}
+    most = of.pop(None)
+    axes.plot(*zip(*sorted(of.items()), strict=True), label=trace.removesuffix("_trace.jsonl"))
+    axes.axhline(most, color="0.6", linewidth=1, linestyle=":", marker="")
+  axes.set(xlabel="tokens in the pool (dotted: without bound)", ylabel="share of blocks", xscale="log", ylim=(0, None))
+  axes.legend(loc="upper left")
+  return figure
+
+
 def svg_of(figure: Figure) -> str:
   """A figure as text that is the same in each run."""
   with mpl.rc_context({**style.LOOKS, "svg.hashsalt": "docs", "svg.fonttype": "none"}):
@@ -191,6 +247,8 @@ TABLES: dict[str, Callable[[], str]] = {
   "accuracy": accuracy_table,
   "bursts": bursts_table,
   "configuration": configuration_table,
+  "prefill": prefill_table,
+  "sparse_prefill": sparse_prefill_table,
   "sparseserve": lambda: published.table("SparseServe"),
   "longbench": published.longbench_table,
   "psa": lambda: published.table("PSA"),
@@ -201,6 +259,7 @@ PICTURES: dict[str, Callable[[], str]] = {
   "batches.svg": lambda: svg_of(batches_plot()),
   "rates.svg": lambda: svg_of(rates_plot()),
   "accuracy.svg": lambda: svg_of(accuracy_plot()),
+  "prefix.svg": lambda: svg_of(prefix_plot()),
 }
 
 
