@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results"
 KERNELS = "2026-11-26-h200/kernels.jsonl"
-PREFILL_KERNELS = "2026-11-30-prefill/kernels.jsonl"
+PREFILL_KERNELS = "2026-11-30-h200/kernels.jsonl", "2026-11-30-prefill/kernels.jsonl"
 LADDER = "2026-11-30-ladder"
 BURSTS = "2026-11-29-ladder"
 FIRST_RUNGS, RUNGS, MORE_RUNGS = "2026-11-30-goodput", "2026-11-30-rungs", "2026-11-30-more-rungs"
@@ -231,17 +231,18 @@ def _saves() -> Found:
 
 
 def _chunks() -> Found:
-  """How many times longer attention of a prompt takes in chunks of 512 than whole."""
-  (row,) = [row for row in _rows(PREFILL_KERNELS) if row["case"] == "16384 in chunks of 512"]
-  return Found(row["times_whole"], "{:.2f}x slower", 1.51, f"{row['device']}, 16,384 tokens")
+  """How many times longer attention of a prompt takes in chunks of 512 than whole, on two cards."""
+  rows = [row for file in PREFILL_KERNELS for row in _rows(file) if row["case"] == "16384 in chunks of 512"]
+  ends = sorted(row["times_whole"] for row in rows)
+  return Found((ends[0], ends[-1]), "{:.2f}x slower", 1.51, f"{rows[0]['device']}, two cards, 16,384 tokens")
 
 
 def _segments() -> Found:
-  """How many times sooner first tokens come with layer segments than with chunks, by rate."""
+  """How many times later first tokens come with layer segments than with chunks, by rate."""
   chunked, segmented = (_cells(f"{MORE_RUNGS}/segments", f"sparse_serve prefill={way}") for way in KINDS_OF_PREFILL)
-  ends = sorted(chunked[rate]["ttft_mean_s"] / segmented[rate]["ttft_mean_s"] for rate in chunked)
+  ends = sorted(segmented[rate]["ttft_mean_s"] / chunked[rate]["ttft_mean_s"] for rate in chunked)
   device = f"NVIDIA H200, the 8B shape, {' and '.join(f'{rate:g}' for rate in chunked)} requests/s"
-  return Found((ends[0], ends[-1]), "{:.2f}x less", 8.68, device)
+  return Found((ends[0], ends[-1]), "{:.2f}x more", 1 / 8.68, device)
 
 
 def _fewer(key: str, wanted: float, group: str, file: str) -> Callable[[], Found]:
@@ -390,7 +391,13 @@ CLAIMS = (
     _batch(LOADED, "working_set max_batch=12", "none max_batch=12", "{:.1f}x less", 52.78),
   ),
   Claim(
-    "SparseServe", "ablation", "mean TTFT, layer segments against chunks of 2,048", "8.68x less", SEGMENTS, _segments
+    "SparseServe",
+    "ablation",
+    "mean TTFT, layer segments against chunks of 2,048",
+    "8.68x less",
+    SEGMENTS,
+    _segments,
+    True,
   ),
   Claim("SparseServe", "ablation", "attention of a chunked prefill, chunks of 512", "1.51x slower", CHUNKS, _chunks),
   Claim(
