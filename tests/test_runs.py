@@ -100,8 +100,9 @@ def test_a_run(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name, line in FOLDERS.items() if line[0] == "ladder"])
 def test_every_rung_has_room_for_the_longest_request(name):
   """On the machine that a run is meant for, of which no run takes more than 89 GiB of the host, but on four GPUs."""
-  line, lines = FOLDERS[name], (ROOT / "experiments" / "workloads" / "8b.flags").read_text().splitlines()
-  given = [*(lines if any("flagfile" in argument for argument in line) else []), *line]
+  line = FOLDERS[name]
+  files = [argument.partition("=")[2] for argument in line if argument.startswith("--flagfile=")]
+  given = [*(flag for file in files for flag in (ROOT / file).read_text().splitlines()), *line]
   changes = [argument.removeprefix("--set=") for argument in given if argument.startswith("--set=")]
   values = dict(
     argument[2:].split("=", 1) for argument in given if re.match("--(model|rungs|prompt_tokens|max_new)", argument)

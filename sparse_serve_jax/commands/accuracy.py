@@ -54,7 +54,7 @@ with cli.group("What is asked"):
   _TASKS = flags.DEFINE_list(
     "tasks",
     ["all"],
-    "Names of generated tasks, for the parts tasks and prefill; all. (Selections are of those with long answers.)",
+    "Names of generated tasks, for the parts tasks and prefill; all. Selections are of those with long answers.",
   )
   _LENGTHS = flags.DEFINE_list("lengths", ["16384"], "Tokens of prompt and answer.")
   _TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Tokens, for the part text.")
