@@ -47,12 +47,15 @@ class Standing:
 
 
 @contextlib.contextmanager
-def fleet(monkeypatch: Any, n: int, stuck_s: float) -> Iterator[tuple[replicas.Fleet, Ray, list[Standing]]]:
+def fleet(
+  monkeypatch: Any, n: int, stuck_s: float, compiled: bool = False
+) -> Iterator[tuple[replicas.Fleet, Ray, list[Standing]]]:
   """Replicas, their Ray, and the devices of all that were ever started."""
   ray, devices = Ray(), list[Standing]()
 
   def executor(*_: object) -> FakeExecutor:
     made = fake_executor()
+    made.compile = lambda *_, **__: 0  # type: ignore[attr-defined]
     devices.append(Standing(made))
     return made
 
@@ -63,7 +66,7 @@ def fleet(monkeypatch: Any, n: int, stuck_s: float) -> Iterator[tuple[replicas.F
   monkeypatch.setattr(replicas.cluster, "end_process", lambda _, node, process: ray.ended.append(process))
   monkeypatch.setattr(replicas, "_PAUSE", 0.01)
   monkeypatch.setattr(runtime, "configure", lambda: None)
-  made = replicas.Fleet(n, fake_executor().config, "", None, stuck_s)
+  made = replicas.Fleet(n, fake_executor().config, "", None, stuck_s, compiled=compiled)
   try:
     yield made, ray, devices
   finally:

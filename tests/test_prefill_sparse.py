@@ -13,7 +13,7 @@ import pytest
 import pallas_kernels as kernels
 from pallas_kernels.digest import cuboid_mean
 from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector
-from sparse_serve_jax.config import EngineConfig
+from sparse_serve_jax.config import EngineConfig, override
 from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.shape import CacheShape
@@ -113,7 +113,8 @@ def test_the_engines_tokens_are_the_replays(device, rule: str):
   for row, prompt, answer in zip(rows, PROMPTS, tokens, strict=True):
     row[: len(prompt) + N] = prompt + answer
   start = np.array([len(p) for p in PROMPTS], np.int32)
-  prefilled = replay.sparse_prefill(model.config, model.params, conf, rows, start)
+  by_xla = override(conf, ["implementation=xla"])
+  prefilled = replay.sparse_prefill(model.config, model.params, by_xla, rows, start)
   found = replay.replay(model.config, model.params, conf, prefilled, start, N - 1)
   assert np.asarray(found.right).all()
   read = np.asarray(found.read)

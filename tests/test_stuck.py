@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax import monitoring
 
+from sparse_serve_jax.buckets import MOST_PROGRAMS
 from sparse_serve_jax.sampling_params import SamplingParams
 from sparse_serve_jax.server import app, pulse, replicas, serve
 from sparse_serve_jax.server.engines import One
@@ -262,6 +263,28 @@ def test_a_sink_that_raises_ends_its_own_stream_alone(monkeypatch):
     again = of.submit([40] * 20, sink=ignored, params=PARAMS)
     assert again.result(20).output_tokens == continuation([40] * 20, 5)
     assert of.health().replicas["0"] == ReplicaHealth("ok", 0, 0) and len(ray.actors) == 1
+
+
+def test_no_stream_is_left_when_replicas_are_closed(monkeypatch):
+  for _ in range(3):  # which of them were told before the thread ended is chance
+    with fleet(monkeypatch, 1, 20) as (of, _, (device,)):
+      device.goes.clear()
+      streams = [of.submit([40 + i] * 20, sink=ignored, params=PARAMS) for i in range(8)]
+      assert device.stands.wait(20)
+      threading.Timer(0.3, device.goes.set).start()
+      of.close()
+      assert all(stream.ended for stream in streams) and not any(place.live for place in of._places)
+
+
+def test_a_start_that_compiles_may_take_longer(monkeypatch):
+  """As long as a program may, for each of them."""
+  waited = list[float | None]()
+  with fleet(monkeypatch, 1, 20, compiled=True) as (of, ray, _):
+    get = of._get
+    monkeypatch.setattr(of, "_get", lambda ref, timeout=None: (waited.append(timeout), get(ref, timeout))[1])
+    ray.actors[0].die()
+    until(lambda: of.health().replicas["0"] == ReplicaHealth("ok", 0, 1))
+  assert pulse.COMPILING * 20 * MOST_PROGRAMS in waited
 
 
 def test_a_replica_that_does_not_answer_gets_no_new_requests_while_another_does(monkeypatch):

@@ -34,7 +34,9 @@ with cli.group("The server"):
   _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is all of the machine's.")
   _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one.", lower_bound=0, upper_bound=65535)
   _COMPILE = flags.DEFINE_bool(
-    "compile", False, "Compile all programs before requests are taken, and not when one first needs them."
+    "compile",
+    False,
+    "Compile all programs but those of log probabilities before requests are taken, not when one needs them.",
   )
   _API_KEY = flags.DEFINE_string("api_key", None, f"Key that clients must give; {KEY} is better, as others see flags.")
   _BODY = flags.DEFINE_integer("max_body_bytes", Limits.max_body_bytes, "Bytes of a request at most.", lower_bound=1)

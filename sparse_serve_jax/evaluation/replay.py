@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 import pallas_kernels as kernels
-from pallas_kernels import StopRule
+from pallas_kernels import StopRule, triton
 from pallas_kernels.score import across_heads
 from pallas_kernels.stop import LOG2_E
 from sparse_serve_jax.attention.decode import Selector
@@ -163,8 +163,8 @@ def sparse_prefill(
   if selector is None:
     raise ValueError(f"sparse.prefill={sparse.prefill!r} selects nothing")
   # XLA's masks what a tile does not read, and takes as long as if it read all: 5 s for 8 prompts of 16k tokens.
-  by_kernel = jax.default_backend() == "gpu" and cfg.head_dim & (cfg.head_dim - 1) == 0
-  implementation = "triton" if by_kernel else "xla"
+  by_kernel = jax.default_backend() == "gpu" and config.implementation != "xla" and triton.plgpu is not None
+  implementation = "triton" if by_kernel and cfg.head_dim & (cfg.head_dim - 1) == 0 else "xla"
   tiled = _Tiled(selector, sparse.dense_layers, config.cache.block_tokens, implementation)
   return _sparse_prefill(cfg, tiled, params, tokens, start)
 

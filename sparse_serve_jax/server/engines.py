@@ -92,7 +92,8 @@ class One:
   def start(
     cls, config: EngineConfig, model: Model, stuck_s: float = STUCK_S, *, compiled: bool = False, sharing: int = 1
   ) -> One:
-    """Makes the engine, one of `sharing` on this host; `compiled`: with its programs for requests of all lengths.
+    """Makes the engine, one of `sharing` on this host; `compiled`: with its programs for requests of all
+    lengths, but those that tell log probabilities.
 
     Raises:
       ValueError: it does not fit.

@@ -25,6 +25,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from sparse_serve_jax import cluster, progress, runtime
+from sparse_serve_jax.buckets import MOST_PROGRAMS
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.prefix import hash_chain
 from sparse_serve_jax.models.here import load_model_here
@@ -206,8 +207,11 @@ class _Remote(Stream):
       self._request = self._mirror
       self._mirror.cached_tokens = ended.cached_tokens
       self._mirror.end(ended.reason, time.monotonic())
-    broken = self.broken and RuntimeError(f"the request has failed: {self.broken!r}")
-    self._end(broken or ended.error)
+    error = ended.error
+    if self.broken is not None:
+      error = RuntimeError(f"the request has failed: {self.broken!r}")
+      error.__cause__ = self.broken
+    self._end(error)
 
 
 @dataclasses.dataclass
@@ -248,7 +252,8 @@ class Fleet:
       ChildProcessError: a replica ended while it started.
     """
     self._ray, self._start = cluster.connect(), (model, dtype, stuck_s, compiled)
-    self._stuck_s = stuck_s
+    # A program that is compiled may take `COMPILING` times as long: so may each of those that a start compiles.
+    self._stuck_s, self._n_compiled = stuck_s, MOST_PROGRAMS if compiled else 1
     gpus = cluster.gpus_each(self._ray, n, config.tp)
     # Notes and news have threads of their own: whoever asks for news waits, and scores take their time. Who asks for
     # numbers leaves a note too: they tell the ends that were noted before.
@@ -343,6 +348,11 @@ class Fleet:
       self._ray.kill(place.actor)
     for thread in self._watching:
       thread.join(_CLOSED_SOON)
+    for place in self._places:  # a thread ends before it has told all that happened
+      with self._lock:
+        left, place.live = place.live, {}
+      for stream in left.values():
+        stream.end(Ended(None, 0, RuntimeError("the engines end, and this request is given up")))
     self._calls.shutdown(wait=False)
 
   def _asked(self, what: str) -> Iterator[tuple[_Place, Any]]:
@@ -396,10 +406,13 @@ class Fleet:
       place.heard = time.monotonic()
       for one in told:
         with self._lock:
-          stream = place.live[one.name] if one.ended is None else place.live.pop(one.name)
+          stream = place.live.get(one.name) if one.ended is None else place.live.pop(one.name, None)
+        if stream is None:  # `close` has ended it
+          continue
         try:
           stream.take(one)
         except Exception as error:  # its own stream ends by it alone, as in a `Loop`
+          _LOG.exception("a sink raised with a token, and its request ends")
           stream.broken = error
           self.cancel(stream)
 
@@ -430,7 +443,7 @@ class Fleet:
       try:
         place.where = self._get(place.actor.where.remote(), COMPILING * self._stuck_s)
         starting = place.actor.start.remote(self.config, *self._start, 1)  # its sizes stand since the first start
-        self._get(starting, COMPILING * self._stuck_s)
+        self._get(starting, COMPILING * self._stuck_s * self._n_compiled)
       except Exception as again:
         error = again
         _LOG.error("replica %d cannot be started: %s", place.index, again)
