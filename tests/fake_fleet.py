@@ -35,6 +35,7 @@ class Standing:
     self.executor = executor
     self.goes, self.stands, execute = threading.Event(), threading.Event(), executor.execute
     self.goes.set()
+    self.compiled = threading.Event()
 
     def call(plan: Any) -> Any:
       if not self.goes.is_set():
@@ -55,8 +56,8 @@ def fleet(
 
   def executor(*_: object) -> FakeExecutor:
     made = fake_executor()
-    made.compile = lambda *_, **__: 0  # type: ignore[attr-defined]
-    devices.append(Standing(made))
+    devices.append(device := Standing(made))
+    made.compile = lambda *_, **__: device.compiled.set() or 1  # type: ignore[attr-defined, func-returns-value]
     return made
 
   monkeypatch.setattr(replicas.cluster, "connect", lambda: ray)

@@ -285,6 +285,19 @@ def test_what_it_compiles_before_it_serves_is_all(compiled):
   assert bool(late) != compiled
 
 
+def test_the_command_compiles_if_it_is_told():
+  sets = [f"--set={of}" for of in (*SMALL_SERVING, "scheduler.max_context=96", "cache.prefix=false")]
+  command = [sys.executable, "-c", CODE, "serve", "random:tiny", "--port=0", "--compile", *sets]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  process = subprocess.Popen(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout is not None and process.stdout.readline().startswith("serving random:tiny at")
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=SOON)
+  assert process.returncode == 0 and re.search(r"\d+ programs compiled in \d+ s", said), said
+
+
 def test_the_page_needs_no_key_and_its_data_do(server):
   """Without the key there is only what /health tells; prompts are nowhere."""
   page = httpx.get(server.url)

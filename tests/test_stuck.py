@@ -277,13 +277,14 @@ def test_no_stream_is_left_when_replicas_are_closed(monkeypatch):
 
 
 def test_a_start_that_compiles_may_take_longer(monkeypatch):
-  """As long as a program may, for each of them."""
+  """As long as a program may, for each of them. The one that takes the place of another compiles too."""
   waited = list[float | None]()
-  with fleet(monkeypatch, 1, 20, compiled=True) as (of, ray, _):
+  with fleet(monkeypatch, 1, 20, compiled=True) as (of, ray, devices):
     get = of._get
     monkeypatch.setattr(of, "_get", lambda ref, timeout=None: (waited.append(timeout), get(ref, timeout))[1])
     ray.actors[0].die()
     until(lambda: of.health().replicas["0"] == ReplicaHealth("ok", 0, 1))
+    assert [device.compiled.is_set() for device in devices] == [True, True]
   assert pulse.COMPILING * 20 * MOST_PROGRAMS in waited
 
 

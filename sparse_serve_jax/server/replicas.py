@@ -35,7 +35,7 @@ from sparse_serve_jax.server.limits import STUCK_S
 from sparse_serve_jax.server.pulse import COMPILING, Health, ReplicaHealth
 from sparse_serve_jax.server.routing import Router
 from sparse_serve_jax.server.status import Told
-from sparse_serve_jax.serving.loop import Sink, Stream
+from sparse_serve_jax.serving.loop import Sink, Stream, failure_of
 from sparse_serve_jax.serving.plan import TokenLogprobs
 from sparse_serve_jax.serving.request import Request
 
@@ -207,11 +207,7 @@ class _Remote(Stream):
       self._request = self._mirror
       self._mirror.cached_tokens = ended.cached_tokens
       self._mirror.end(ended.reason, time.monotonic())
-    error = ended.error
-    if self.broken is not None:
-      error = RuntimeError(f"the request has failed: {self.broken!r}")
-      error.__cause__ = self.broken
-    self._end(error)
+    self._end(ended.error if self.broken is None else failure_of("the request", self.broken))
 
 
 @dataclasses.dataclass

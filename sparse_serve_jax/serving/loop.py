@@ -249,7 +249,7 @@ class Loop:
   def _check_failure(self) -> None:
     """Call with the lock held."""
     if self._failure is not None:
-      raise _failed("the engine", self._failure)
+      raise failure_of("the engine", self._failure)
 
   # ------------------------------------------------------------------------------------------------------ the thread
 
@@ -269,11 +269,11 @@ class Loop:
     with self._changed:
       self._draining, self._failure = True, error
       for stream in self._live:
-        stream._end(_failed("the engine", error))
+        stream._end(failure_of("the engine", error))
       self._live.clear()
       for _, future in self._calls:
         if future.running() or future.set_running_or_notify_cancel():
-          future.set_exception(_failed("the engine", error) if error else RuntimeError(_CLOSED))
+          future.set_exception(failure_of("the engine", error) if error else RuntimeError(_CLOSED))
       self._calls.clear()
       self._changed.notify_all()
     self._engine.wait()
@@ -323,7 +323,7 @@ class Loop:
 
   def _finish(self, request: Request) -> None:
     request.on_token = None  # the stream's, which has the request: both would stay until the collector comes
-    self._end(self._streams.pop(request), request.error and _failed("the request", request.error))
+    self._end(self._streams.pop(request), request.error and failure_of("the request", request.error))
 
   def _end(self, stream: Stream, error: BaseException | None) -> None:
     with self._changed:
@@ -340,7 +340,7 @@ def _answer(what: Callable[[], Any], future: Future[Any]) -> None:
       future.set_exception(error)
 
 
-def _failed(what: str, error: BaseException | None) -> RuntimeError:
+def failure_of(what: str, error: BaseException | None) -> RuntimeError:
   """A new one for each that is told, as the error itself may be told to many threads."""
   failed = RuntimeError(f"{what} has failed: {error!r}")
   failed.__cause__ = error
