@@ -16,6 +16,7 @@ from pallas_kernels import triton
 from pallas_kernels.partial import Partial
 
 HIT_PROGRAMS = 512  # for the hits of all lists, if these are long enough: fill every SM several times over
+MISS_PROGRAMS = 64  # for all misses, at most: keep PCIe busy and leave most SMs alone
 CHUNK_BLOCKS = 4  # of a list, for each of the programs that its hits are cut for; fewer are not worth it
 MERGED = 16  # partial results that are merged at a time
 

@@ -27,6 +27,7 @@ ENTERS = (
 STOP = "pallas_kernels/stop.py"
 MAPS, RESIDENT, COMMIT = (f"pallas_kernels/{name}.py" for name in ("maps", "residency", "commit"))
 ATTEND_XLA = f"{ATTEND}::test_attend[group-1-xla]"
+CERTAIN = f"{ATTEND}::test_attend_cuts_what_is_certain[interpret-4-rule1-None]"
 ATTEND_INTERPRET = f"{ATTEND}::test_attend[group-1-interpret]"
 
 MUTATIONS = [
@@ -123,14 +124,14 @@ MUTATIONS = [
   ),
   Mutation(
     "the kernel's keys are values",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/reading.py",
     "triton.dot(of.queries, keys, trans_b=True)",
     "triton.dot(of.queries, values, trans_b=True)",
     (ATTEND_INTERPRET,),
   ),
   Mutation(
     "the kernel sees one token of the tail too many",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/reading.py",
     "jnp.arange(block_tokens) < n)",
     "jnp.arange(block_tokens) <= n)",
     (ATTEND_INTERPRET,),
@@ -156,15 +157,29 @@ MUTATIONS = [
     "group",
     (
       f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",
-      f"{RULES}::test_claims_land_beside_the_threshold[every_head-least-interpret]",
+      f"{RULES}::test_claims_land_beside_the_threshold[every_head-least-xla]",
     ),
   ),
   Mutation(
     "the kernel's sum of a group knows no new maximum",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/reading.py",
     "group = group * old + mass",
     "group = group + mass",
     (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[last_group-interpret]",),
+  ),
+  Mutation(
+    "parts of a group know no new maximum",
+    "pallas_kernels/progressive.py",
+    "acc.group * old + self.of.l[at] * new",
+    "acc.group + self.of.l[at] * new",
+    (CERTAIN,),
+  ),
+  Mutation(
+    "a part of a group's hits leaves out its first block",
+    "pallas_kernels/progressive.py",
+    "jnp.minimum(first + split * share, end)",
+    "jnp.minimum(first + split * share + 1, end)",
+    (CERTAIN,),
   ),
   Mutation(
     "a chunk of the hits leaves out its last block",
@@ -273,7 +288,7 @@ MUTATIONS = [
   ),
   Mutation(
     "lists of different rows take one slot",
-    "pallas_kernels/attend.py",
+    "pallas_kernels/reading.py",
     "triton.atomic_add(self.taken, zone, end - first)",
     "triton.atomic_add(self.taken, zone, 0 * (end - first))",
     (f"{ZONES}::test_progressive_lists_evict_the_least_recently_used[shared-4-interpret]",),

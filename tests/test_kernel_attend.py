@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from typing import NamedTuple
 
 import jax
@@ -275,12 +274,30 @@ def test_attend_cuts_any_lists(seed: int, n_slots: int | None, monkeypatch):
   rng = np.random.default_rng(seed)
   for name, value in dict(HIT_PROGRAMS=2 + 3 * seed, CHUNK_BLOCKS=1 + seed % 2, MERGED=2).items():
     monkeypatch.setattr(chunks, name, value)
-  monkeypatch.setattr(sys.modules[kernels.attend.__module__], "MISS_PROGRAMS", 4)
+  monkeypatch.setattr(chunks, "MISS_PROGRAMS", 4)
   n = 20 + seed  # programs are compiled by shapes
   where = ("hit", "miss", "mixed", "homeless")
   rows = [Row(int(rng.integers(n + 1)), int(rng.integers(9)), str(rng.choice(where))) for _ in range(3)]
   rows += [Row(0, 0, padding=True), Row(n, 3)]
   check_attend(random_case(seed, Shape(5, 8, 16), rows, n, K=3), "interpret", 0, n, None, n_slots)
+
+
+@pytest.mark.parametrize("n_slots", [None, 0])
+@pytest.mark.parametrize(("untested", "rule"), [(0, PSA), (4, kernels.StopRule()), (8, kernels.StopRule("last_group"))])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_attend_cuts_what_is_certain(
+  implementation: str, untested: int, rule: kernels.StopRule, n_slots: int | None, monkeypatch
+):
+  """Several programs for the hits of a group, and a program with the misses of several groups. Some lists end before
+  what is certain does, some at its end, and some go on."""
+  monkeypatch.setattr(chunks, "CHUNK_BLOCKS", 1)
+  monkeypatch.setattr(chunks, "MISS_PROGRAMS", 4)
+  n = 30  # programs are compiled by shapes
+  rows = [Row(n, 2), Row(untested + 4, 8, "hit"), Row(untested + 3, 1, "miss"), Row(5, 3), Row(1, 0, "hit"), Row(0, 3)]
+  rows += [Row(n - 1, 4, "homeless"), Row(0, 0, padding=True)]
+  case = random_case(9, Shape(3, 8, 16), rows, n, K=3)
+  expected = check_attend(case, implementation, untested, 4, 0.6, n_slots, rule)
+  assert (expected.attended[0] > untested + 4).any() and (expected.attended[0] < n).any()
 
 
 @pytest.mark.gpu

@@ -147,6 +147,8 @@ def test_the_heaviest_block_of_a_group_may_come_last(implementation: str, rest: 
   """Its mean is 10.5, of 1 and 20.1. If what came before were not made relative to it, that would be 20.1."""
   case = scored_case([[0.0, 0.0, 0.0, 3.0, *[0.0] * 6], [0.0, 0.0, 3.0, *[0.0] * 7]], 8)
   assert stops_at(case, implementation, 0.2, kernels.StopRule(rest), 2) == [4, 4]
+  later = [[0.0, 0.0, 3.0, 3.0, *last, *[0.0] * 4] for last in ([3.0, 5.0], [5.0, 3.0])]  # a group that is not certain
+  assert stops_at(scored_case(later, 8), implementation, 0.3, kernels.StopRule(rest), 2) == [6, 6]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
