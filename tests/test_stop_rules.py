@@ -148,7 +148,7 @@ def test_the_heaviest_block_of_a_group_may_come_last(implementation: str, rest: 
   case = scored_case([[0.0, 0.0, 0.0, 3.0, *[0.0] * 6], [0.0, 0.0, 3.0, *[0.0] * 7]], 8)
   assert stops_at(case, implementation, 0.2, kernels.StopRule(rest), 2) == [4, 4]
   later = [[0.0, 0.0, 3.0, 3.0, *last, *[0.0] * 4] for last in ([3.0, 5.0], [5.0, 3.0])]  # a group that is not certain
-  assert stops_at(scored_case(later, 8), implementation, 0.3, kernels.StopRule(rest), 2) == [6, 6]
+  assert stops_at(scored_case(3 * later, 8), implementation, 0.3, kernels.StopRule(rest), 6) == [6] * 6
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
