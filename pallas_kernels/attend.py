@@ -17,12 +17,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import chunks, triton
+from pallas_kernels.attend_program import PartialRefs, Program, Refs, launch, misses_first, partial_shapes
+from pallas_kernels.attend_progressive import attend_progressively
 from pallas_kernels.attend_xla import attend_xla
 from pallas_kernels.chunks import Cut, merge_chunks, most_chunks, n_hits
 from pallas_kernels.free import Free
 from pallas_kernels.partial import Partial
-from pallas_kernels.progressive import attend_progressively
-from pallas_kernels.reading import PartialRefs, Program, Refs, call, partial_shapes, split_refs
 from pallas_kernels.residency import Located
 from pallas_kernels.stop import Stop
 
@@ -136,11 +136,12 @@ class Tiling:
 
   chunks: int  # at most
   miss_programs: int
+  has_slots: bool
 
   @classmethod
   def of(cls, n_lists: int, n: int, has_slots: bool) -> Tiling:
     """For `n_lists` = B x K lists of up to `n` blocks."""
-    return cls(most_chunks(n_lists, n), min(chunks.MISS_PROGRAMS, n_lists) if has_slots else 0)
+    return cls(most_chunks(n_lists, n), min(chunks.MISS_PROGRAMS, n_lists) if has_slots else 0, has_slots)
 
   @property
   def programs(self) -> int:
@@ -148,61 +149,55 @@ class Tiling:
 
   def parts(self, n_lists: int) -> int:
     """Partial results: one of each chunk, then one of each list's misses."""
-    return self.chunks + (n_lists if self.miss_programs else 0)
+    return self.chunks + (n_lists if self.has_slots else 0)
 
 
-def _read_chunk(tiling: Tiling, program: Program, to: PartialRefs, chunk: jax.Array) -> None:
-  refs, read = program.refs, program.read_hits if tiling.miss_programs else program.read_pool
-  cut = Cut.of(refs.n_hits, refs.length, tiling.miss_programs > 0)
-  i, part = cut.find(chunk)
-
-  @pl.when(i < refs.n_lists)
-  def _():
-    of, first = program.open(i), part * cut.size
-    end = jnp.minimum(first + cut.size, n_hits(refs.n_hits, refs.length, of.b, of.k, tiling.miss_programs > 0))
-    program.close(to, chunk, read(of, first, end, program.read_tail(of, program.zero, part == 0)))
-
-
-def _whole(tiling: Tiling, *refs) -> None:
+def _whole(tiling: Tiling, refs: Refs, _queue, _more, out) -> None:
   """Lists that are read whole: the first programs have all the misses, the others a chunk of the hits each."""
-  inputs, _queue, (*out, slots) = split_refs(refs, 4)
-  refs, to = Refs(*inputs)._replace(slots=slots), PartialRefs(*out)
-  program, me = Program(refs), pl.program_id(0)
-  if not tiling.miss_programs:
-    return _read_chunk(tiling, program, to, me)
+  program, to, has_slots = Program(refs, tiling.has_slots), PartialRefs(*out), tiling.has_slots
 
-  @pl.when(me < tiling.miss_programs)
-  def _():
-    """The misses of every `miss_programs`-th list."""
+  def read_misses(i) -> None:
+    of = program.open(i)
+    misses = refs.n_hits[of.b, of.k, 0], refs.length[of.b, of.k]
+    program.close(to, tiling.chunks + i, program.read_misses(of, *misses, program.zero))
 
-    def body(j, _):
-      i = me + j * tiling.miss_programs
-      of = program.open(i)
-      misses = refs.n_hits[of.b, of.k, 0], refs.length[of.b, of.k]
-      program.close(to, tiling.chunks + i, program.read_misses(of, *misses, program.zero))
+  def read_hits(chunk) -> None:
+    cut = Cut.of(refs.n_hits, refs.length, has_slots)
+    i, part = cut.find(chunk)
 
-    left = refs.n_lists - me
-    jax.lax.fori_loop(0, jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs), body, None)
+    @pl.when(i < refs.n_lists)
+    def _():
+      of, first = program.open(i), part * cut.size
+      end = jnp.minimum(first + cut.size, n_hits(refs.n_hits, refs.length, of.b, of.k, has_slots))
+      program.close(to, chunk, program.read_hits(of, first, end, program.read_tail(of, program.zero, part == 0)))
 
-  @pl.when(me >= tiling.miss_programs)
-  def _():
-    _read_chunk(tiling, program, to, me - tiling.miss_programs)
+  misses_first(tiling.miss_programs, refs.n_lists, read_misses, read_hits)
 
 
-def _attend_kernel(implementation, q, tails: Tails, pool, slots, layer, located: Located, taking) -> tuple[Any, ...]:
-  """Also places and how many slots have been taken, if there are any to take."""
-  (stop, free), (n_rows, n_heads, n_group, depth) = taking, q.shape
-  n_lists, has_slots = n_rows * n_heads, slots.shape[0] > 0
+def _attend_whole(operands: Refs, has_slots: bool, implementation: str) -> tuple[Partial, jax.Array, Refs, None]:
+  """Attends to whole lists: a partial result, blocks attended [B, K], and the operands with what is written of them."""
+  (n_rows, n_heads, n_group, depth), n = operands.q.shape, operands.blocks.shape[2]
+  tiling = Tiling.of(n_rows * n_heads, n, has_slots)
+  shapes, kernel = partial_shapes(tiling.parts(n_rows * n_heads), n_group, depth), functools.partial(_whole, tiling)
+  parts, operands, _ = launch(kernel, operands, (), shapes, tiling.programs, implementation, "attend")
+  partial = merge_chunks(
+    Partial(*parts), operands.q.shape, operands.n_hits, operands.length, tiling.chunks, implementation
+  )
+  return partial, operands.length, operands, None
+
+
+def _attend_kernel(
+  implementation, q, tails: Tails, pool, slots, layer, located: Located, taking
+) -> tuple[Partial, Any, Any, Any, Any]:
+  """Runs the kernels. Returns partial, attended, slots, places, and how many slots have been taken, None without a
+  queue."""
+  (stop, free), has_slots = taking, slots.shape[0] > 0
   held = slots if has_slots else jnp.zeros((1, *slots.shape[1:]), slots.dtype)
   operands = Refs(jnp.reshape(layer, 1), tails.lanes, tails.tokens, *located, q, tails.kv, pool, held)
-  if stop is not None:
+  if stop is None:
+    partial, attended, operands, free = _attend_whole(operands, has_slots, implementation)
+  else:
     partial, attended, operands, free = attend_progressively(
       operands, stop, located.group, free, has_slots, implementation
     )
-  else:
-    tiling, attended = Tiling.of(n_lists, located.blocks.shape[2], has_slots), located.length
-    shapes, kernel = partial_shapes(tiling.parts(n_lists), n_group, depth), functools.partial(_whole, tiling)
-    parts, operands, _ = call(kernel, operands, (), shapes, tiling.programs, implementation, "attend")
-    parts = Partial(*parts)
-    partial = merge_chunks(parts, q.shape, located.n_hits, located.length, tiling.chunks, implementation)
   return partial, attended, operands.slots if has_slots else slots, operands.place, free and free.taken

@@ -105,7 +105,7 @@ class StopRule:
 
     Args:
       before: what the last call returned, +inf before the first.
-      group: `of_group` of this group, +inf if it is not ranked.
+      group: `of_group` of this group.
       seen: log of the mass that has been read, this group included.
       left: blocks not yet read, float32.
 
@@ -140,14 +140,16 @@ class Stop:
     if self.untested < 0:
       raise ValueError(f"untested={self.untested} blocks")
 
-  def certain(self, size: int) -> int:
-    """The first blocks of a list, in groups of `size`, that are read whatever the test says."""
+  def always_read(self, size: int) -> int:
+    """Blocks of a list that are read whatever they weigh: those untested, and the first ranked group of `size`, as
+    nothing is claimed without it."""
     return self.untested + size
 
   def after(
     self, before: jax.Array, group: jax.Array, start: jax.Array, seen: jax.Array, left: jax.Array, n_heads: int
   ) -> tuple[jax.Array, jax.Array]:
-    """Whether to stop after a group, and what the next call needs: `claim`, then `passes`.
+    """Whether to stop after a group, and what the next call needs: `claim`, then `passes`. Before the first ranked one
+    nothing is claimed, and nothing kept.
 
     Args:
       before: as of `claim`.
@@ -157,5 +159,7 @@ class Stop:
       left: as of `claim`.
       n_heads: query heads whose claims count.
     """
-    claims, known = self.rule.claim(before, jnp.where(start >= self.untested, group, jnp.inf), seen, left)
+    ranked = start >= self.untested
+    claims, known = self.rule.claim(before, group, seen, left)
+    claims, known = jnp.where(ranked, claims, 0.0), jnp.where(ranked, known, jnp.inf)
     return self.rule.passes(claims, self.threshold, n_heads), known

@@ -164,6 +164,9 @@ class _Dispatched:
   def result(self) -> StepResult:
     return self.executor.execute(self.plan)
 
+  def on_delivered(self) -> None:
+    pass
+
 
 SHAPE = CacheShape(
   K=2, L=2, M=32, P=40, R=6, S=S, D=4, E=2, dtype="float32", offload=True, max_context=64, slab_tokens=64

@@ -124,14 +124,14 @@ MUTATIONS = [
   ),
   Mutation(
     "the kernel's keys are values",
-    "pallas_kernels/reading.py",
+    "pallas_kernels/attend_program.py",
     "triton.dot(of.queries, keys, trans_b=True)",
     "triton.dot(of.queries, values, trans_b=True)",
     (ATTEND_INTERPRET,),
   ),
   Mutation(
     "the kernel sees one token of the tail too many",
-    "pallas_kernels/reading.py",
+    "pallas_kernels/attend_program.py",
     "jnp.arange(block_tokens) < n)",
     "jnp.arange(block_tokens) <= n)",
     (ATTEND_INTERPRET,),
@@ -153,8 +153,8 @@ MUTATIONS = [
   Mutation(
     "sinks and window say what is still to come",
     STOP,
-    "jnp.where(start >= self.untested, group, jnp.inf)",
-    "group",
+    "ranked = start >= self.untested",
+    "ranked = start >= 0",
     (
       f"{RULES}::test_claims_land_beside_the_threshold[every_head-last_two_groups-xla]",
       f"{RULES}::test_claims_land_beside_the_threshold[every_head-least-xla]",
@@ -162,21 +162,21 @@ MUTATIONS = [
   ),
   Mutation(
     "the kernel's sum of a group knows no new maximum",
-    "pallas_kernels/reading.py",
+    "pallas_kernels/attend_program.py",
     "group = group * old + mass",
     "group = group + mass",
     (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[last_group-interpret]",),
   ),
   Mutation(
     "parts of a group know no new maximum",
-    "pallas_kernels/progressive.py",
+    "pallas_kernels/attend_progressive.py",
     "acc.group * old + self.of.l[at] * new",
     "acc.group + self.of.l[at] * new",
-    (CERTAIN,),
+    (f"{RULES}::test_the_heaviest_block_of_a_group_may_come_last[last_group-interpret]",),
   ),
   Mutation(
     "a part of a group's hits leaves out its first block",
-    "pallas_kernels/progressive.py",
+    "pallas_kernels/attend_progressive.py",
     "jnp.minimum(first + split * share, end)",
     "jnp.minimum(first + split * share + 1, end)",
     (CERTAIN,),
@@ -197,9 +197,9 @@ MUTATIONS = [
   ),
   Mutation(
     "the misses of some lists are nobody's work",
-    "pallas_kernels/attend.py",
-    "jax.lax.div(left + (tiling.miss_programs - 1), tiling.miss_programs)",
-    "jax.lax.div(left - 1, tiling.miss_programs)",
+    "pallas_kernels/attend_program.py",
+    "jax.lax.div(n - me + (miss_programs - 1), miss_programs)",
+    "jax.lax.div(n - me - 1, miss_programs)",
     (ATTEND_INTERPRET,),
   ),
   Mutation(
@@ -288,7 +288,7 @@ MUTATIONS = [
   ),
   Mutation(
     "lists of different rows take one slot",
-    "pallas_kernels/reading.py",
+    "pallas_kernels/attend_program.py",
     "triton.atomic_add(self.taken, zone, end - first)",
     "triton.atomic_add(self.taken, zone, 0 * (end - first))",
     (f"{ZONES}::test_progressive_lists_evict_the_least_recently_used[shared-4-interpret]",),

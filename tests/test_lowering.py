@@ -72,7 +72,9 @@ def check_attend(shape: Shape, n: int, groups: int, stop: kernels.Stop | None, n
     Int(()),
     located(n, groups),
   )
-  assert all(f'name = "{name}"' in text for name in (["attend"] if stop is None else ["attend_certain", "attend_rest"]))
+  assert all(
+    f'name = "{name}"' in text for name in (["attend"] if stop is None else ["attend_always", "attend_until_stop"])
+  )
 
 
 @pytest.mark.parametrize("of_call", [None, 1, B])
@@ -93,7 +95,7 @@ def test_attend_and_take(of_call: int | None):
     located(N, N // 4),
     free,
   )
-  assert 'name = "attend_certain"' in text and 'name = "attend_rest"' in text
+  assert 'name = "attend_always"' in text and 'name = "attend_until_stop"' in text
 
 
 @pytest.mark.parametrize(("n", "group"), [(64, None), (N, 4), (4096, None), (L, 1)])

@@ -161,16 +161,18 @@ def test_a_save_has_not_landed_when_waiting_for_it_is_interrupted(monkeypatch):
   assert_same_bits(pool[:, 0, 5], np.ones((K, 2, S, D), np.float32))
 
 
-@pytest.mark.parametrize("asks", ["landed", "make_room", "drain", "forget"])
-def test_a_save_begins_when_its_result_is_read_or_somebody_waits_for_it(asks):
+@pytest.mark.parametrize("asks", ["start", "landed", "make_room", "drain", "forget"])
+def test_a_save_begins_when_its_tokens_are_delivered_or_somebody_waits_for_it(asks):
   """So that a first token need not wait for it."""
   pool, writer = saving()
   job = writer._jobs[0]
-  assert writer.landed(2) == 2 and not job.begin.is_set()  # an earlier result
+  writer.start(2)  # an earlier iteration
+  assert writer.landed(3) == 2 and not job.begin.is_set()  # its result is read
   time.sleep(0.05)
   assert not job.placed.done()
   {
-    "landed": lambda: writer.landed(3),
+    "start": lambda: writer.start(3),
+    "landed": lambda: writer.landed(3, wait=True),
     "make_room": lambda: writer.make_room(1),
     "drain": writer.drain,
     "forget": writer.forget,
@@ -179,7 +181,7 @@ def test_a_save_begins_when_its_result_is_read_or_somebody_waits_for_it(asks):
   assert job.begin.is_set() and (np.asarray(pool[:, 0, 5]) == 1).all()
 
 
-def test_a_save_whose_result_nobody_reads_begins_too():
+def test_a_save_whose_tokens_nobody_hands_out_begins_too():
   pool, writer = saving()
   writer._jobs[0].placed.result(timeout=60)
   assert (np.asarray(pool[:, 0, 5]) == 1).all()
@@ -206,7 +208,7 @@ def test_writers_of_two_pools_share_a_buffer(monkeypatch):
   for writer, slab in zip(writers, slabs, strict=True):
     writer.save(1, slab, range(1), np.array([0, 1]), alive=None)
   for writer in writers:
-    writer.landed(1)  # so that both begin
+    writer.start(1)  # both
   for i, writer in enumerate(writers):
     assert writer.landed(1, wait=True) == 1
     assert (pools[i][:, 0, :2] == i + 1).all()

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
-from pallas_kernels.stop import REST, WHEN
+from pallas_kernels.stop import REST, WHEN, Rest
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.config import SparseConfig, override
 from sparse_serve_jax.evaluation import accuracy, replay
-from tests.cases import IMPLEMENTATIONS
+from tests.cases import IMPLEMENTATIONS, Shape
 from tests.test_kernel_attend import (
   ATTEND,
   ON_CPU,
@@ -27,6 +27,7 @@ from tests.test_kernel_attend import (
   TAKEN_FOR,
   TINY,
   N,
+  Row,
   check_attend,
   expect,
   random_case,
@@ -149,6 +150,20 @@ def test_the_heaviest_block_of_a_group_may_come_last(implementation: str, rest: 
   assert stops_at(case, implementation, 0.2, kernels.StopRule(rest), 2) == [4, 4]
   later = [[0.0, 0.0, 3.0, 3.0, *last, *[0.0] * 4] for last in ([3.0, 5.0], [5.0, 3.0])]  # a group that is not certain
   assert stops_at(scored_case(3 * later, 8), implementation, 0.3, kernels.StopRule(rest), 6) == [6] * 6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_rule_keeps_nothing_of_what_is_untested(implementation: str, monkeypatch: pytest.MonkeyPatch):
+  """This one takes an unread block for three times as heavy from the second ranked group on."""
+
+  def taken(before, group, seen):
+    return jnp.where(before == jnp.inf, 1.0, 3.0) * jnp.exp2(group - seen), seen
+
+  monkeypatch.setitem(REST, "wary", Rest("", "mean", taken))
+  monkeypatch.setitem(TAKEN_FOR, "wary", lambda masses, n: (1 if len(masses) == n else 3) * np.mean(masses[-n:], 0))
+  case = random_case(3, Shape(2, 8, 16), [Row(20, 3)] * 4, 20, K=1)
+  expected = check_attend(case, implementation, 4, 2, 0.25, rule=kernels.StopRule("wary"))
+  assert expected.attended.min() == 6 < expected.attended.max() < 20
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -16,6 +16,7 @@ KERNELS = "2026-11-26-h200/kernels.jsonl"
 PREFILL_KERNELS = "2026-11-30-h200/kernels.jsonl", "2026-11-30-prefill/kernels.jsonl"
 LADDER = "2026-11-30-ladder"
 BURSTS = "2026-11-29-ladder"
+LWM = "2026-11-30-lwm"
 FIRST_RUNGS, RUNGS, MORE_RUNGS = "2026-11-30-goodput", "2026-11-30-rungs", "2026-11-30-more-rungs"
 PREFILLS = "2026-11-29-h200/prefill.jsonl"
 REFERENCE = "2026-11-26-reference/summary.json"
@@ -132,12 +133,17 @@ def _cells(folder: str, rung: str) -> dict[float, dict[str, Any]]:
   return {cell["rate"]: cell for cell in cells if cell["rung"] == rung and cell["rate"] is not None}
 
 
-def _first_token() -> Found:
-  """How many times sooner the first token comes than densely, at 1.1 times the rate that dense serves within 2 s."""
-  dense, sparse = (_cells(f"{LADDER}/arrivals", rung) for rung in ("dense", "sparse_serve"))
-  at = min(rate for rate in sparse if dense[rate]["scheduling_delay_mean_s"] > 2)
-  times = dense[at]["ttft_mean_s"] / sparse[at]["ttft_mean_s"]
-  return Found(times, "{:.1f}x less", 9.26, f"NVIDIA H200, the 8B shape, {at:.2f} requests/s, against our dense")
+def _first_token(folder: str, shape: str) -> Callable[[], Found]:
+  """How many times sooner the first token comes than densely, at the lowest rate that dense does not serve within 2 s:
+  at the 8B shape 1.1 times the one that it does."""
+
+  def ours() -> Found:
+    dense, sparse = (_cells(f"{folder}/arrivals", rung) for rung in ("dense", "sparse_serve"))
+    at = min(rate for rate in sparse if dense[rate]["scheduling_delay_mean_s"] > 2)
+    times = dense[at]["ttft_mean_s"] / sparse[at]["ttft_mean_s"]
+    return Found(times, "{:.1f}x less", 9.26, f"NVIDIA H200, {shape}, {at:.2f} requests/s, against our dense")
+
+  return ours
 
 
 def _between_tokens() -> Found:
@@ -158,10 +164,14 @@ def _between_tokens() -> Found:
   return Found((more(low, 0.5), more(rates, at)), "{:+.1f} %", 20, device)
 
 
-def _burst() -> Found:
-  """How many times the tokens/s of dense, of the burst with the lengths of LongBench (W2)."""
-  dense, sparse = (_cells(f"{BURSTS}/W2", rung)[0]["throughput_tok_s"] for rung in ("dense", "sparse_serve"))
-  return Found(sparse / dense, "{:.2f}x", 3.14, "NVIDIA H200, the 8B shape, 64 requests at once, against our dense")
+def _burst(folder: str, shape: str, wanted: float) -> Callable[[], Found]:
+  """How many times the tokens/s of dense, of a burst with the lengths of LongBench."""
+
+  def ours() -> Found:
+    dense, sparse = (_cells(folder, rung)[0]["throughput_tok_s"] for rung in ("dense", "sparse_serve"))
+    return Found(sparse / dense, "{:.2f}x", wanted, f"NVIDIA H200, {shape}, 64 requests at once, against our dense")
+
+  return ours
 
 
 def _goodput(rung: str, before: str, wanted: float, folder: str = RUNGS) -> Callable[[], Found]:
@@ -332,10 +342,26 @@ CLAIMS = (
     "evaluation",
     "mean TTFT against vLLM, LWM-7B, 0.125 requests/s",
     "9.26x less",
-    ARRIVALS,
-    _first_token,
+    "`sparse-serve ladder`, LWM-arrivals",
+    _first_token(LWM, "LWM-7B's shape"),
   ),
-  Claim("SparseServe", "evaluation", "throughput against vLLM; LWM-7B, Llama3-8B", "2.93x, 3.14x", BURST, _burst),
+  Claim("SparseServe", "evaluation", "the same", "the same", ARRIVALS, _first_token(LADDER, "the 8B shape")),
+  Claim(
+    "SparseServe",
+    "evaluation",
+    "throughput against vLLM, LWM-7B",
+    "2.93x",
+    "`sparse-serve ladder`, LWM",
+    _burst(f"{LWM}/burst", "LWM-7B's shape", 2.93),
+  ),
+  Claim(
+    "SparseServe",
+    "evaluation",
+    "throughput against vLLM, Llama3-8B",
+    "3.14x",
+    BURST,
+    _burst(f"{BURSTS}/W2", "the 8B shape", 3.14),
+  ),
   Claim("SparseServe", "evaluation", "throughput against vLLM-S", "2.23x, 2.03x", GOODPUT),
   Claim("SparseServe", "evaluation", "throughput against vLLM-SO", "2.96x, 4.24x", GOODPUT),
   Claim("SparseServe", "evaluation", "mean TBT against vLLM", "within +20 %", LOW, _between_tokens, True),

@@ -1,14 +1,16 @@
 """How the KV of pieces of prompts comes to the pool beside the programs (FlashD2H: SparseServe, section 3.2).
 
 A slab, the KV of some layers of a piece, leaves the device by one asynchronous copy, which runs under what the device
-computes next. Threads of the host then place its blocks in the pool. All that begins when the result of its iteration
-has been read, or when another slab follows: else a first token would wait for Python's lock and the link to the host.
+computes next. Threads of the host then place its blocks in the pool. All that begins when the tokens of its iteration
+have been handed out, or when another slab follows: else a first token would wait for Python's lock and the link to the
+host.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -22,7 +24,7 @@ from sparse_serve_jax.memory import host_pool
 from sparse_serve_jax.memory.host_pool import HostPool
 from sparse_serve_jax.memory.pinned import copy_rows, pinned_buffer
 
-_LONGEST_HELD = 1.0  # seconds: of a result that nobody reads
+_LONGEST_HELD = 1.0  # seconds: of a step whose tokens nobody hands out
 _BUFFER = threading.Lock()  # of the process's pinned buffers, which writers of several pools share
 
 
@@ -45,12 +47,12 @@ class Writer:
 
   def make_room(self, n_bytes: int) -> None:
     """Waits until a slab of so many bytes may be on its way too. All others are, from now on."""
-    self._begin(self._jobs)
+    self.start()
     while self._jobs and sum(job.n_bytes for job in self._jobs) + n_bytes > 2 * self._slab_bytes:
       self._finish_oldest()
 
   def save(self, iteration: int, slab: jax.Array, layers: range, blocks: np.ndarray, alive: Any) -> None:
-    """Will bring the first blocks of a slab to the pool: from when `landed` is asked for its iteration, or sooner.
+    """Will bring the first blocks of a slab to the pool: from `start` on, or when somebody waits for it.
 
     Args:
       iteration: the slab is a result of it.
@@ -66,18 +68,25 @@ class Writer:
   def landed(self, iteration: int, wait: bool = False) -> int:
     """The last iteration up to `iteration` of which, and of all before, the blocks are in the pool.
 
-    Waits for them all if so asked. Raises what failed.
+    Starts them and waits for them all if so asked, else starts nothing. Raises what failed.
     """
-    self._begin(job for job in self._jobs if job.iteration <= iteration)
+    if wait:
+      self.start(iteration)
     while self._jobs and self._jobs[0].iteration <= iteration and (wait or self._jobs[0].placed.done()):
       self._finish_oldest()
     return min(iteration, self._jobs[0].iteration - 1) if self._jobs else iteration
+
+  def start(self, iteration: float = math.inf) -> None:
+    """Starts the saves of all iterations up to this one."""
+    for job in self._jobs:
+      if job.iteration <= iteration:
+        job.begin.set()
 
   def drain(self) -> None:
     """Waits until nothing is written any more; what failed is left to `landed`. Also for a job that is in no list, as
     whoever gave it was interrupted.
     """
-    self._begin(self._jobs)
+    self.start()
     with contextlib.suppress(RuntimeError):  # Python ends, and has waited for the thread
       self._thread.submit(lambda: None).result()
 
@@ -90,10 +99,6 @@ class Writer:
   def lose_pool(self) -> None:
     """Places nothing until `forget`: the pool's memory may be another's from now on."""
     self._pool_is_lost = True
-
-  def _begin(self, jobs: Iterable[_Job]) -> None:
-    for job in jobs:
-      job.begin.set()
 
   def _finish_oldest(self) -> None:
     """Waits for the oldest job. It stays if that is interrupted, and if it has failed."""

@@ -76,7 +76,7 @@ class Engine:
     self._live: dict[str, Request] = {}
     self._ended: list[Request] = []  # since the last step returned
     self._in_flight: deque[_InFlight] = deque()
-    self._to_call: deque[Callable[[], None]] = deque()  # callbacks and observer, of results that have been taken
+    self._to_call: deque[Callable[[], None]] = deque()  # callbacks, observer and step, of results that have been taken
     self._names = (f"request-{i}" for i in itertools.count())
     self._failure: BaseException | None = None  # after which the engine's state is unknown, or its device dead
 
@@ -271,6 +271,7 @@ class Engine:
         if self._observer is not None:
           seen = Observed(flight.plan, result, flight.planned, flight.dispatched, done, flight.pool_blocks)
           self._to_call.append(functools.partial(self._observer, seen))
+        self._to_call.append(flight.step.on_delivered)  # last: what it starts takes Python's lock
 
   def _lose(self, error: Exception) -> None:
     """The device failed: all it held is gone, results on their way too. Tells the requests, and begins anew."""
@@ -294,7 +295,8 @@ class Engine:
     self._ended += requests
 
   def _call_back(self) -> None:
-    """Hands out tokens, after all requests have theirs. What an interrupt keeps from being called is called later."""
+    """Of each result hands out tokens, after all requests have theirs, then tells observer and step. What an interrupt
+    keeps from being called is called later."""
     while self._to_call:
       self._to_call.popleft()()
 

@@ -14,10 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sparse_serve_jax.attention import drawn  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.attention.audit import AuditAt
@@ -32,7 +29,7 @@ from sparse_serve_jax.memory.pinned import pinned_buffer
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.memory.writer import Writer
 from sparse_serve_jax.mesh import make_mesh
-from sparse_serve_jax.models import Model, llama, place_params
+from sparse_serve_jax.models import Model, place_params
 from sparse_serve_jax.programs import check_variants, implementation_of, programs
 from sparse_serve_jax.serving import budget, sizes
 from sparse_serve_jax.serving.plan import (
@@ -135,6 +132,10 @@ class DispatchedStep:
       audit=audit,
     )
 
+  def on_delivered(self) -> None:
+    if self.writer is not None:
+      self.writer.start(self.iteration)
+
 
 def _counts(output: StepOutput) -> StepCounts:
   return StepCounts(*np.asarray(output.counts).tolist())
@@ -198,7 +199,6 @@ class JaxExecutor:
       if executor() is None and last.is_ready():
         _LAST.pop(number, None)
     self.cache: Any = self._create()
-    self._d_model, self._dtype = cfg.d_model, llama.dtype_of(cfg)
     self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
   def begin(self) -> None:
@@ -311,7 +311,7 @@ class JaxExecutor:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
     if isinstance(of, PrefillProgram):
       batch, width = self._prefill_operands(self._no_prompts(of))
-      x = jax.ShapeDtypeStruct((len(batch.tokens), self._d_model), self._dtype, sharding=NamedSharding(self.mesh, P()))
+      x = self.programs.activations_of(len(batch.tokens))
       yield self.programs.prefill.lower(self.params, self.cache, x, batch, width)
       return
     for audit in audits:
@@ -370,7 +370,7 @@ class JaxExecutor:
     padded = len(batch.tokens)
     x = self._activations.pop(key, None)
     if x is None:
-      x = jnp.zeros((padded, self._d_model), self._dtype, device=NamedSharding(self.mesh, P()))
+      x = self.programs.activations(padded)
     if self._writer is not None:
       self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
     self.cache, x, slab, output = self._call(self.programs.prefill, self.params, self.cache, x, batch, width)

@@ -175,6 +175,9 @@ class Dispatched(Protocol):
     then and ever after."""
     ...
 
+  def on_delivered(self) -> None:
+    """Called once the result's tokens have been handed out. Work that would delay them starts here: staged saves."""
+
 
 class Observed(NamedTuple):
   """An iteration that has run. Times are seconds of the engine's clock."""

@@ -35,6 +35,9 @@ class SimulatedStep:
     self.clock.sleep_until(self.done_at)
     return self.produced
 
+  def on_delivered(self) -> None:
+    """Nothing was held back."""
+
 
 class SimulatedExecutor:
   """A device that begins an iteration when it is dispatched and the one before is done, as one with a queue does.

@@ -1,4 +1,4 @@
-"""What programs of a decode step's attention do: they read blocks of a list where these lie, one after the other."""
+"""What the kernels of `attend` share: their refs, the loops over a list's blocks where these lie, and the launch."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ class List(NamedTuple):
 class Program:
   """Loops over ranks [first, end) of a list, each acc -> acc.
 
-  `rule` is that of the stop test, None without one.
+  Without slots every block is read from the pool, and is no miss. `rule` is that of the stop test, None without one.
   """
 
-  def __init__(self, refs: Refs, rule: StopRule | None = None):
+  def __init__(self, refs: Refs, has_slots: bool, rule: StopRule | None = None):
     n_group, depth = refs.q.shape[2:]
     heads = max(triton.LEAST_TILE, pl.next_power_of_2(n_group))
-    self.refs, self.layer, self.scale = refs, refs.layer[0], depth**-0.5
+    self.refs, self.has_slots, self.layer, self.scale = refs, has_slots, refs.layer[0], depth**-0.5
     self.of_head = jnp.minimum(jnp.arange(heads), n_group - 1)  # the last head stands in for those that pad
     self.least = rule is not None and rule.least
     self.sums = rule is not None and not self.least
@@ -153,17 +153,21 @@ class Program:
     return jax.lax.fori_loop(0, (wanted & (n > 0)).astype(jnp.int32), body, acc)
 
   def read_hits(self, of: List, first, end, acc: Acc) -> Acc:
-    slots = self.refs.slots
+    pool, slots = self.refs.pool, self.refs.slots
 
     def body(i, acc):
-      at = self.refs.slot[of.b, of.k, i]
-      return self.update(of, acc, slots[at, 0], slots[at, 1])
+      if self.has_slots:
+        at = self.refs.slot[of.b, of.k, i]
+        return self.update(of, acc, slots[at, 0], slots[at, 1])
+      block = self.refs.blocks[of.b, of.k, i]
+      return self.update(of, acc, pool[of.k, self.layer, block, 0], pool[of.k, self.layer, block, 1])
 
     return jax.lax.fori_loop(first, end, body, acc)
 
-  def read_misses(self, of: List, first, end, acc: Acc, place=None) -> Acc:
-    """Copies the blocks to their places, too; `place` is a function of the rank if these are not the list's own."""
+  def read_misses(self, of: List, first, end, acc: Acc, queue: QueueRefs | None = None, width: int = 0) -> Acc:
+    """Copies the blocks to their places, too: those of the list, or of the queue for at most `width` blocks."""
     pool, slots = self.refs.pool, self.refs.slots
+    place = queue.take(of, first, end, width) if queue else None
 
     def body(i, acc):
       block, to = self.refs.blocks[of.b, of.k, i], place(i) if place else self.refs.place[of.b, of.k, i]
@@ -177,15 +181,22 @@ class Program:
 
     return jax.lax.fori_loop(first, end, body, acc)
 
-  def read_pool(self, of: List, first, end, acc: Acc) -> Acc:
-    """Reads the blocks where there are no slots."""
-    pool = self.refs.pool
 
-    def body(i, acc):
-      block = self.refs.blocks[of.b, of.k, i]
-      return self.update(of, acc, pool[of.k, self.layer, block, 0], pool[of.k, self.layer, block, 1])
+def misses_first(miss_programs: int, n: int, read_misses: Callable, read_hits: Callable) -> None:
+  """The first programs share the misses of `n` units, so that PCIe is busy from the start; the others read hits, each
+  what is its by number."""
+  me = pl.program_id(0)
+  if not miss_programs:
+    return read_hits(me)
 
-    return jax.lax.fori_loop(first, end, body, acc)
+  @pl.when(me < miss_programs)
+  def _():
+    turns = jax.lax.div(n - me + (miss_programs - 1), miss_programs)
+    jax.lax.fori_loop(0, turns, lambda j, _: read_misses(me + j * miss_programs), None)
+
+  @pl.when(me >= miss_programs)
+  def _():
+    read_hits(me - miss_programs)
 
 
 def partial_shapes(n: int, n_group: int, depth: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -193,8 +204,8 @@ def partial_shapes(n: int, n_group: int, depth: int) -> tuple[jax.ShapeDtypeStru
   return tuple(jax.ShapeDtypeStruct((n, n_group, *of), jnp.float32) for of in ((depth,), (), ()))
 
 
-def call(
-  kernel: Callable[..., None],
+def launch(
+  kernel: Callable[[Refs, QueueRefs | None, Sequence, Sequence], None],
   operands: Refs,
   more: Sequence[jax.Array],
   shapes: Sequence[jax.ShapeDtypeStruct],
@@ -203,12 +214,12 @@ def call(
   name: str,
   free: Free | None = None,
 ) -> tuple[tuple, Refs, Free | None]:
-  """Runs a kernel of refs that `split_refs` takes apart.
+  """Runs a kernel.
 
   Args:
-    kernel: its name is `name`, and it has so many programs.
+    kernel: called with refs of the operands, of the queue or None, of `more`, and of the results.
     operands: arrays.
-    more: operands besides.
+    more: further operands.
     shapes: of results besides the slots.
     programs: of its grid.
     implementation: "triton" or "interpret".
@@ -218,15 +229,21 @@ def call(
   Returns:
     Results of those shapes; the operands with the slots and places that it leaves; what is left of `free`.
   """
-  n, fields, queue, written = len(shapes), Refs._fields, (), [operands.slots]
-  aliases = {fields.index("slots"): n}
+  n, n_in, fields, queue, written = len(shapes), len(operands), Refs._fields, (), [operands.slots]
+  n_more, aliases = n_in + len(more), {fields.index("slots"): n}
   if free is not None:
     queue = free.slots, free.made, np.zeros(1, np.int32) if free.zone is None else free.zone, free.taken
     written += [operands.place, free.taken]
-    aliases |= {fields.index("place"): n + 1, len(operands) + len(more) + 3: n + 2}
+    aliases |= {fields.index("place"): n + 1, n_more + 3: n + 2}
+
+  def run(*refs):
+    out = refs[n_more + len(queue) :]
+    of_queue = QueueRefs(*refs[n_more : n_more + 3], *out[n + 1 :]) if queue else None
+    kernel(Refs(*refs[:n_in])._replace(slots=out[n]), of_queue, refs[n_in:n_more], out[:n])
+
   block_bytes = math.prod(operands.pool.shape[3:]) * operands.pool.dtype.itemsize
   results = triton.call(
-    kernel,
+    run,
     out_shape=(*shapes, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written)),
     grid=(programs,),
     input_output_aliases=aliases,
@@ -239,12 +256,3 @@ def call(
   if free is not None:
     operands, free = operands._replace(place=results[n + 1]), free._replace(taken=results[n + 2])
   return results[:n], operands, free
-
-
-def split_refs(refs: tuple, n_out: int, *, n_more: int = 0) -> tuple[tuple, QueueRefs | None, tuple]:
-  """Operands of a kernel, those of `Refs` and `n_more`; the queue that it may have; `n_out` results, the slots last."""
-  n_in = len(Refs._fields) + n_more
-  if len(refs) == n_in + n_out:
-    return refs[:n_in], None, refs[n_in:]
-  slots, made, zone, _ = refs[n_in : n_in + 4]  # the last is of one memory with what it takes
-  return refs[:n_in], QueueRefs(slots, made, zone, *refs[-2:]), refs[n_in + 4 : -2]
