@@ -61,7 +61,7 @@ class Script:
       self.prompts[work.request_id] = self.prompts.get(work.request_id, "") + BYTES.decode(work.tokens.tolist())
     tokens = {work.request_id: self._token(work, 0) for work in plan.works if work.last}
     tokens |= {row.request_id: self._token(row, row.step + 1) for row in plan.decode}
-    return types.SimpleNamespace(result=lambda: StepResult(tokens, {}, StepStats()))
+    return types.SimpleNamespace(result=lambda: StepResult(tokens, {}, StepStats()), on_delivered=lambda: None)
 
   def _token(self, of: PrefillWork | DecodeRow, i: int) -> int:
     said = [*self._answer(of.request_id).encode().replace(b"$", bytes([255]))]
