@@ -55,7 +55,8 @@ def attend(
     slots: P may be 0: every block is then read from the pool.
     layer: of the pool and the tails.
     located: the lists and where their blocks lie, from `residency`: one group for a list that is read whole, by
-      `propose`, groups in descending order of score for a progressive one, by `find`. What lies beyond a list's length is not read.
+      `propose`, groups in descending order of score for a progressive one, by `find`. What lies beyond a list's length
+      is not read.
     stop: when a progressive list ends; the test is made between groups. None: lists are read whole.
     implementation: "xla", "triton" or "interpret".
 
