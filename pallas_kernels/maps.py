@@ -134,11 +134,9 @@ def rest(maps: Maps, blocks: Int32[Array, " n"], since: Int32[Array, ""]) -> Map
 
   `since` is the first stamp of the step: slots that are spare then stay as they are.
   """
-  slots = _slots_of(maps, blocks)
-  spare = is_spare(maps.last_used.at[slots].get(mode="clip"), since)
-  slots = only(~spare, slots, maps.last_used.shape[0])
-  last_used, entered = (x.at[slots].add(SPARE, mode="drop") for x in (maps.last_used, maps.entered))
-  return maps._replace(last_used=last_used, entered=entered)
+  held = jnp.zeros(maps.last_used.shape, bool).at[_slots_of(maps, blocks)].set(True, mode="drop")
+  rests = jnp.where(held & ~is_spare(maps.last_used, since), SPARE, 0)
+  return maps._replace(last_used=maps.last_used + rests, entered=maps.entered + rests)
 
 
 def _slots_of(maps: Maps, blocks: Int32[Array, " n"]) -> jax.Array:

@@ -32,7 +32,7 @@ class Programs:
   """The jitted programs of one setup. Calling one donates the cache it is given.
 
   decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
-  `width` is static. admit(hot, lane, table) and release(hot, freed, idle) also return something to wait for.
+  `width` is static. reassign(hot, freed, idle, lanes, tables) also returns something to wait for.
   activations(n): zeros [n, d_model], the x of a prompt's first segment; n is static. activations_of(n): their shape.
   """
 
@@ -70,9 +70,13 @@ class Programs:
       (1, 2),
       sized=True,
     )
+
+    def reassign(hot, *changes):
+      hot = kv_cache.reassign(hot, *changes)
+      return hot, hot.clock + 0  # is there when it has run
+
     done = (specs.hot, whole), (cache.hot, everywhere)
-    self.admit = program(_and_done(kv_cache.admit), (specs.hot, whole, whole), *done, (0,))
-    self.release = program(_and_done(kv_cache.release), (specs.hot, whole, whole), *done, (0,))
+    self.reassign = program(reassign, (specs.hot, *[whole] * 4), *done, (0,))
     dims, dtype = (setup.model.d_model,), llama.dtype_of(setup.model)
     self.activations_of = lambda n: jax.ShapeDtypeStruct((n, *dims), dtype, sharding=everywhere)
     # Jitted, since jnp.zeros with a sharding costs the host 0.5 ms, before the first token.
@@ -94,16 +98,6 @@ def _mapped(f, mesh: Mesh, in_specs, out_specs, arrays):
 
   operands, in_specs = zip(*((x, s) for x, s in zip(leaves, specs, strict=True) if x.size), strict=True)
   return jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
-
-
-def _and_done(f):
-  """f(hot, ...), and something that is there when it has run."""
-
-  def run(hot, *args):
-    hot = f(hot, *args)
-    return hot, hot.clock + 0
-
-  return run
 
 
 def implementation_of(config: EngineConfig, head_dim: int) -> str:

@@ -293,7 +293,7 @@ def test_nothing_is_compiled_in_steady_state():
   try:
     serve_all([900, 600, 100, *range(20, 27)], seed=0)
     assert compiled
-    count = {name: getattr(executor.programs, name)._cache_size() for name in ("decode", "prefill", "release")}
+    count = {name: getattr(executor.programs, name)._cache_size() for name in ("decode", "prefill", "reassign")}
     programs = set(used)
     assert programs <= set(executor.buckets.programs())
     assert count == {

@@ -67,15 +67,20 @@ def cache_shardings(mesh: Mesh, offload: bool) -> KVCache:
   return shardings.replace(pool=NamedSharding(mesh, P(AXIS), memory_kind=kind))
 
 
-def admit(hot: Hot, lane: Int32[Array, ""], table: Int32[Array, " N"]) -> Hot:
-  """Gives a lane to a request with that block table, -1 beyond its end."""
-  return hot.replace(tables=hot.tables.at[lane].set(table))
+def reassign(
+  hot: Hot, freed: Int32[Array, " n"], idle: Int32[Array, " n"], lanes: Int32[Array, " a"], tables: Int32[Array, "a N"]
+) -> Hot:
+  """Blocks and lanes change their owners.
 
-
-def release(hot: Hot, freed: Int32[Array, " n"], idle: Int32[Array, " n"]) -> Hot:
-  """Forgets that the pool's blocks `freed` (-1: nothing) were in slots; the slots of `idle` ones become spare."""
-  maps = kernels.release(kernels.tidy(hot.maps), freed)
-  return hot.replace(maps=kernels.rest(maps, idle, hot.stamp(0)) if hot.slots.shape[0] else maps)
+  Args:
+    hot: of this device's cache.
+    freed: blocks of the pool (-1: nothing) that were in slots, which is forgotten.
+    idle: blocks (-1: nothing) whose slots become spare.
+    lanes: those that get a request (R: none does).
+    tables: of each lane's request the blocks, -1 beyond the end.
+  """
+  maps = kernels.rest(kernels.release(kernels.tidy(hot.maps), freed), idle, hot.stamp(0))
+  return hot.replace(maps=maps, tables=hot.tables.at[lanes].set(tables, mode="drop"))
 
 
 def working_sets(

@@ -57,9 +57,10 @@ from sparse_serve_jax.step import (
   StepOutput,
 )
 
-RELEASE_WIDTH = 1024  # blocks of one call of the release program
+REASSIGNED = 1024, 8  # blocks that are released and requests that are admitted by one call
 COMPILED_AT_ONCE = min(8, os.cpu_count() or 1)  # programs
 _NOTHING = "nothing"  # a request, for programs that run on none
+_NONE = np.zeros(0, np.int32)  # blocks
 # Of executors, also of those that nobody has any more: a result of the last program, and what that calls on the host.
 _LAST: dict[int, tuple[weakref.ref[JaxExecutor], Any, HostPool | None]] = {}
 _NUMBERS = itertools.count()
@@ -206,7 +207,7 @@ class JaxExecutor:
     if self._writer is not None:
       self._writer.forget()  # whose saves outlive their requests, and are known by the earlier engine's iterations
     if not self._empty:
-      self._release(np.arange(self.shape.M, dtype=np.int32), np.zeros(0, np.int32))
+      self._reassign(np.arange(self.shape.M, dtype=np.int32))
     self._empty = True
 
   def submit(self, plan: Plan) -> DispatchedStep:
@@ -216,9 +217,7 @@ class JaxExecutor:
     self._follow_pool()
     for name in plan.preempt:
       self.forget(name)
-    step.done += self._release(plan.release, plan.idle)
-    for admission in plan.admit:
-      step.done.append(self._admit(admission))
+    step.done += self._reassign(plan.release, plan.idle, plan.admit)
     for piece in plan.prefill:
       step.prefilled.append((piece.works, self._prefill(piece, plan.iteration)))
     if plan.measure:
@@ -283,7 +282,7 @@ class JaxExecutor:
     needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or not of.sampled]
     audits = (None, AuditOf(0, 0)) if self.config.sparse.audit_share else (None,)
     self._follow_pool()
-    self._admit(Admission(_NOTHING, 0, np.full(self.shape.N, -1, np.int32)))
+    self._reassign(admitted=[Admission(_NOTHING, 0, np.full(self.shape.N, -1, np.int32))])
     # XLA takes one core for most of a program, so several are compiled at a time; a call then finds what has been.
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
     try:
@@ -303,9 +302,8 @@ class JaxExecutor:
       for audit in audits:
         self._decode(self._no_rows(of), audit=audit)
     self._measure(self._no_rows(self.buckets.measure))
-    self._update_hot(self.programs.release, *[np.full(RELEASE_WIDTH, -1, np.int32)] * 2)
     self.wait()
-    return len(needed) + 3 + (len(audits) - 1) * sum(isinstance(of, DecodeProgram) for of in needed)
+    return len(needed) + 2 + (len(audits) - 1) * sum(isinstance(of, DecodeProgram) for of in needed)
 
   def _lowered(self, of: Program, audits: Sequence[AuditOf | None]) -> Iterator[jax.stages.Lowered]:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
@@ -336,10 +334,23 @@ class JaxExecutor:
     if self._host is not None:
       self._host.follow(self.cache.pool)
 
-  def _release(self, freed: np.ndarray, idle: np.ndarray) -> list[jax.Array]:
-    starts = range(0, max(len(freed), len(idle)), RELEASE_WIDTH)
-    parts = ((_pad(blocks[i : i + RELEASE_WIDTH], RELEASE_WIDTH, -1) for blocks in (freed, idle)) for i in starts)
-    return [self._update_hot(self.programs.release, *part) for part in parts]
+  def _reassign(
+    self, freed: np.ndarray = _NONE, idle: np.ndarray = _NONE, admitted: Sequence[Admission] = ()
+  ) -> list[jax.Array]:
+    """Blocks that are nobody's any more, or no running request's, and requests that get a lane."""
+    n, a = REASSIGNED
+    done = []
+    for i in range(max(-(-len(freed) // n), -(-len(idle) // n), -(-len(admitted) // a))):
+      released = [_pad(blocks[i * n : (i + 1) * n], n, -1) for blocks in (freed, idle)]
+      now = admitted[i * a : (i + 1) * a]
+      tables = np.full((a, self.shape.N), -1, np.int32)
+      for row, admission in zip(tables, now, strict=False):
+        row[: len(admission.table)] = self._tables[admission.lane] = admission.table
+      lanes = _pad(np.array([admission.lane for admission in now]), a, self.shape.R)
+      hot, ran = self._call(self.programs.reassign, self.cache.hot, *released, lanes, tables)
+      self.cache = self.cache.replace(hot=hot)
+      done.append(ran)
+    return done
 
   def _call(self, program: Any, *operands: Any) -> Any:
     """Results of a program. An interrupt loses none once it has been compiled: no Python runs between the call and the
@@ -354,15 +365,6 @@ class JaxExecutor:
       raise
     _LAST[self._number] = weakref.ref(self), jax.tree.leaves(self._results[0])[-1], self._host
     return self._results[0]
-
-  def _update_hot(self, program, *args) -> jax.Array:
-    hot, done = self._call(program, self.cache.hot, *args)
-    self.cache = self.cache.replace(hot=hot)
-    return done
-
-  def _admit(self, admission: Admission) -> jax.Array:
-    self._tables[admission.lane] = admission.table
-    return self._update_hot(self.programs.admit, np.int32(admission.lane), _pad(admission.table, self.shape.N, -1))
 
   def _prefill(self, piece: PrefillPiece, iteration: int) -> StepOutput:
     work = piece.works[0]
