@@ -299,7 +299,7 @@ def test_nothing_is_compiled_in_steady_state():
     assert count == {
       "decode": sum(isinstance(program, DecodeProgram) for program in programs),
       "prefill": sum(isinstance(program, PrefillProgram) for program in programs),
-      "release": 1,
+      "reassign": 1,
     }
     assert count["decode"] >= 2 and count["prefill"] >= 3
     compiled.clear()

@@ -69,7 +69,7 @@ def test_values_of_a_run(offload: bool):
 
     return call
 
-  originals = {name: getattr(executor.programs, name) for name in ("decode", "prefill", "admit", "release")}
+  originals = {name: getattr(executor.programs, name) for name in ("decode", "prefill", "reassign")}
   try:
     for name in originals:
       setattr(executor.programs, name, checked(name))
