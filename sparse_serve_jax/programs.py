@@ -33,7 +33,8 @@ class Programs:
 
   decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
   `width` is static. reassign(hot, freed, idle, lanes, tables) also returns something to wait for.
-  activations(n): zeros [n, d_model], the x of a prompt's first segment; n is static. activations_of(n): their shape.
+  activations(n): zeros [n, d_model], x of a prompt's first of several segments; n is static. activations_of(n): their
+  shape.
   """
 
   def __init__(self, setup: Setup, mesh: Mesh):

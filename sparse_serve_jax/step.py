@@ -267,19 +267,19 @@ def _next(hot: Hot, lanes: jax.Array, tokens: jax.Array) -> Hot:
 
 
 def prefill_segment(
-  setup: Setup, width: int, params: llama.Params, cache: KVCache, x: jax.Array, batch: PrefillBatch
+  setup: Setup, width: int, params: llama.Params, cache: KVCache, x: jax.Array | None, batch: PrefillBatch
 ) -> tuple[KVCache, jax.Array, jax.Array | None, StepOutput]:
   """Runs some layers of a piece, which `batch` names; `setup`, `params` and `cache` are as of `decode_step`.
 
-  `x` [C, d] are the activations the piece's previous segment returned; layer 0 ignores them and embeds the tokens.
+  `x` [C, d] is what the piece's previous segment returned: layer 0 embeds the tokens. None where all layers are known.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
     The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; what the host is told, the tokens
     that follow the prompts with it: they are meant if the last layer was run, as a branch would make the host wait.
   """
-  cfg, size = setup.model, cache.hot.tail.shape[4]
-  x = jnp.where(batch.first_layer == 0, llama.embed(params, batch.tokens), x)
+  cfg, size, embedded = setup.model, cache.hot.tail.shape[4], llama.embed(params, batch.tokens)
+  x = embedded if x is None else jnp.where(batch.first_layer == 0, embedded, x)
   packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens))
   cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
   before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None

@@ -309,7 +309,7 @@ class JaxExecutor:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
     if isinstance(of, PrefillProgram):
       batch, width = self._prefill_operands(self._no_prompts(of))
-      x = self.programs.activations_of(len(batch.tokens))
+      x = self.programs.activations_of(len(batch.tokens)) if batch.known_layers < self.shape.L else None
       yield self.programs.prefill.lower(self.params, self.cache, x, batch, width)
       return
     for audit in audits:
@@ -371,7 +371,7 @@ class JaxExecutor:
     key, (batch, width) = (work.request_id, work.start), self._prefill_operands(piece)
     padded = len(batch.tokens)
     x = self._activations.pop(key, None)
-    if x is None:
+    if x is None and batch.known_layers < self.shape.L:
       x = self.programs.activations(padded)
     if self._writer is not None:
       self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
