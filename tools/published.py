@@ -18,7 +18,7 @@ LADDER = "2026-11-30-ladder"
 BURSTS = "2026-11-29-ladder"
 LWM = "2026-11-30-lwm"
 FIRST_RUNGS, RUNGS, MORE_RUNGS = "2026-11-30-goodput", "2026-11-30-rungs", "2026-11-30-more-rungs"
-PREFILLS = "2026-11-29-h200/prefill.jsonl"
+PREFILLS = "2026-11-30-prefill/221c08d.jsonl"
 REFERENCE = "2026-11-26-reference/summary.json"
 PRESENT = "2026-11-30-accuracy/reference/summary.json"
 # A command, and the name of its --out in experiments/workloads/README.md, which has the whole line.
