@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from sparse_serve_jax import models
 from sparse_serve_jax.config import ModelConfig, RopeConfig, find_config, read_config
 from sparse_serve_jax.mesh import AXIS, make_mesh
-from sparse_serve_jax.models import ByteTokenizer, llama, sampling
+from sparse_serve_jax.models import ByteTokenizer, initial, llama, sampling
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FAMILIES = sorted(path.parent.name for path in GOLDENS.glob("*/expected.npz"))
@@ -192,6 +192,15 @@ def test_random_parameters(name):
   y = np.sort(run(cfg, params, np.arange(200, dtype=np.int32)), axis=-1)
   assert 3 < y.std() < 5
   assert (y[:, -1] - y[:, -2]).min() > 1e-4  # float32 reordering moves logits by 1e-5
+
+
+def test_pieces_of_a_large_leaf_are_drawn_alike_each_time_and_differ(monkeypatch):
+  cfg = read_config(ModelConfig, find_config("models", "tiny"))
+  whole = models.init_params(cfg, 0)["embed"]
+  monkeypatch.setattr(initial, "_DRAWN", 100 * cfg.d_model)
+  first, second = (models.init_params(cfg, 0)["embed"] for _ in range(2))
+  assert (first == second).all() and (first[:100] == whole[:100]).all()
+  assert len(np.unique(first, axis=0)) == cfg.vocab_size and (first[100:] != whole[100:]).mean() > 0.9
 
 
 # Sampling

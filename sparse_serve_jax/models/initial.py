@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,7 +13,9 @@ import numpy as np
 
 from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
-from sparse_serve_jax.models.leaves import Leaf
+from sparse_serve_jax.models.leaves import AHEAD, Leaf
+
+_DRAWN = 1 << 24  # elements that a random stream draws; the embeddings of a large model are drawn by many threads
 
 
 def init_params(cfg: ModelConfig, seed: int) -> llama.Params:
@@ -35,9 +39,21 @@ def _leaf(cfg: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Lea
 
 
 def _part(cfg: ModelConfig, seed: int, name: str, shape: Any, layer: int) -> np.ndarray:
-  """One layer of a leaf. Each has a random stream of its own, so that they can be made in any order."""
-  rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode()), layer]))
-  w = rng.standard_normal(shape, dtype=np.float32)
+  """One layer of a leaf. Each, and each of its pieces, has a random stream of its own: they are made in any order."""
+  step = max(1, _DRAWN // math.prod(shape[1:]))
+  part = np.empty(shape, llama.dtype_of(cfg))
+
+  def draw(first: int) -> None:
+    stream = seed, zlib.crc32(name.encode()), layer, *([first] if first else [])
+    piece = part[first : first + step]
+    piece[:] = _scaled(cfg, name, np.random.Generator(np.random.SFC64(stream)).standard_normal(piece.shape, np.float32))
+
+  with ThreadPoolExecutor(AHEAD) as pool:
+    list(pool.map(draw, range(0, shape[0], step)))
+  return part
+
+
+def _scaled(cfg: ModelConfig, name: str, w: np.ndarray) -> np.ndarray:
   if name.endswith("norm"):
     w = (1 + 0.1 * w) * (2 if name == "q_norm" else 1)
   elif name == "bqkv":
@@ -49,4 +65,4 @@ def _part(cfg: ModelConfig, seed: int, name: str, shape: Any, layer: int) -> np.
     w *= fan_in**-0.5 * (4 if name == "lm_head" else 1)
   if name == "wqkv":
     w[..., :-2, :] *= 2
-  return w.astype(llama.dtype_of(cfg), copy=False)
+  return w
