@@ -239,9 +239,9 @@ class Buckets:
 
   @property
   def n_programs(self) -> int:
-    """All that an engine can compile unless it tells log probabilities: `programs`, one that measures working sets, one
-    that admits a request and one that releases blocks."""
-    return len(self.programs()) + 3
+    """All that an engine can compile unless it tells log probabilities: `programs`, one that measures working sets and
+    one that releases blocks and admits requests."""
+    return len(self.programs()) + 2
 
   def programs(self) -> list[Program]:
     """Every decode and prefill program there can be. Those that also tell log probabilities are as many again."""

@@ -32,9 +32,9 @@ class Programs:
   """The jitted programs of one setup. Calling one donates the cache it is given.
 
   decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
-  `width` is static. reassign(hot, freed, idle, lanes, tables) also returns something to wait for.
-  activations(n): zeros [n, d_model], x of a prompt's first of several segments; n is static. activations_of(n): their
-  shape.
+  `width` is static. release_and_admit(hot, freed, idle, lanes, tables) also returns something to wait
+  for. activations(n): zeros [n, d_model], the x of a prompt's first segment, if it has several; n is static.
+  activations_of(n): their shape.
   """
 
   def __init__(self, setup: Setup, mesh: Mesh):
@@ -72,12 +72,12 @@ class Programs:
       sized=True,
     )
 
-    def reassign(hot, *changes):
-      hot = kv_cache.reassign(hot, *changes)
+    def release_and_admit(hot, *changes):
+      hot = kv_cache.release_and_admit(hot, *changes)
       return hot, hot.clock + 0  # is there when it has run
 
     done = (specs.hot, whole), (cache.hot, everywhere)
-    self.reassign = program(reassign, (specs.hot, *[whole] * 4), *done, (0,))
+    self.release_and_admit = program(release_and_admit, (specs.hot, *[whole] * 4), *done, (0,))
     dims, dtype = (setup.model.d_model,), llama.dtype_of(setup.model)
     self.activations_of = lambda n: jax.ShapeDtypeStruct((n, *dims), dtype, sharding=everywhere)
     # Jitted, since jnp.zeros with a sharding costs the host 0.5 ms, before the first token.

@@ -271,15 +271,16 @@ def prefill_segment(
 ) -> tuple[KVCache, jax.Array, jax.Array | None, StepOutput]:
   """Runs some layers of a piece, which `batch` names; `setup`, `params` and `cache` are as of `decode_step`.
 
-  `x` [C, d] is what the piece's previous segment returned: layer 0 embeds the tokens. None where all layers are known.
+  `x` [C, d] is what the piece's previous segment returned: layer 0 embeds the tokens. None if all are run.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
     The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; what the host is told, the tokens
     that follow the prompts with it: they are meant if the last layer was run, as a branch would make the host wait.
   """
-  cfg, size, embedded = setup.model, cache.hot.tail.shape[4], llama.embed(params, batch.tokens)
-  x = embedded if x is None else jnp.where(batch.first_layer == 0, embedded, x)
+  cfg, size, first_layer = setup.model, cache.hot.tail.shape[4], 0 if x is None else batch.first_layer
+  embedded = llama.embed(params, batch.tokens)
+  x = embedded if x is None else jnp.where(first_layer == 0, embedded, x)
   packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens))
   cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
   before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None
@@ -317,7 +318,6 @@ def prefill_segment(
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
   carry = x, KVCache(cache.pool, hot), slab, given, jnp.int32(0)
-  first_layer = 0 if batch.known_layers == cfg.n_layers else batch.first_layer
   for first, n, attention in setup.prefill.parts(first_layer, batch.known_layers or batch.n_layers, setup.dense_layers):
     carry = jax.lax.fori_loop(0, n, lambda i, carry, at=first, of=attention: layer(of, at + i, carry), carry)
   x, cache, slab, _, loaded = carry

@@ -293,13 +293,15 @@ def test_nothing_is_compiled_in_steady_state():
   try:
     serve_all([900, 600, 100, *range(20, 27)], seed=0)
     assert compiled
-    count = {name: getattr(executor.programs, name)._cache_size() for name in ("decode", "prefill", "reassign")}
+    count = {
+      name: getattr(executor.programs, name)._cache_size() for name in ("decode", "prefill", "release_and_admit")
+    }
     programs = set(used)
     assert programs <= set(executor.buckets.programs())
     assert count == {
       "decode": sum(isinstance(program, DecodeProgram) for program in programs),
       "prefill": sum(isinstance(program, PrefillProgram) for program in programs),
-      "reassign": 1,
+      "release_and_admit": 1,
     }
     assert count["decode"] >= 2 and count["prefill"] >= 3
     compiled.clear()

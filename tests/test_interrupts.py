@@ -329,7 +329,7 @@ def interrupts(functions: Sequence[Callable], act: Callable[[], object]) -> Iter
 def test_wherever_a_dispatch_is_interrupted_its_results_are_kept():
   """So that whoever ends the process can wait for them, and threads write to memory that is the pool's."""
   staged = LLM("random:tiny", overrides=[*SMALL_SERVING, "cache.save=staged", "cache.hbm_bytes=2MiB"])
-  functions = JaxExecutor._call, JaxExecutor._reassign, JaxExecutor._prefill, JaxExecutor._decode
+  functions = JaxExecutor._call, JaxExecutor._release_and_admit, JaxExecutor._prefill, JaxExecutor._decode
   act = functools.partial(staged.generate, "The", max_tokens=2, ignore_eos=True)
   act()
   executor: Any = staged.engine.executor

@@ -197,7 +197,7 @@ def test_random_parameters(name):
 def test_pieces_of_a_large_leaf_are_drawn_alike_each_time_and_differ(monkeypatch):
   cfg = read_config(ModelConfig, find_config("models", "tiny"))
   whole = models.init_params(cfg, 0)["embed"]
-  monkeypatch.setattr(initial, "_DRAWN", 100 * cfg.d_model)
+  monkeypatch.setattr(initial, "_PIECE", 100 * cfg.d_model)
   first, second = (models.init_params(cfg, 0)["embed"] for _ in range(2))
   assert (first == second).all() and (first[:100] == whole[:100]).all()
   assert len(np.unique(first, axis=0)) == cfg.vocab_size and (first[100:] != whole[100:]).mean() > 0.9

@@ -69,7 +69,7 @@ def test_values_of_a_run(offload: bool):
 
     return call
 
-  originals = {name: getattr(executor.programs, name) for name in ("decode", "prefill", "reassign")}
+  originals = {name: getattr(executor.programs, name) for name in ("decode", "prefill", "release_and_admit")}
   try:
     for name in originals:
       setattr(executor.programs, name, checked(name))

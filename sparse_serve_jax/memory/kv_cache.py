@@ -67,17 +67,17 @@ def cache_shardings(mesh: Mesh, offload: bool) -> KVCache:
   return shardings.replace(pool=NamedSharding(mesh, P(AXIS), memory_kind=kind))
 
 
-def reassign(
+def release_and_admit(
   hot: Hot, freed: Int32[Array, " n"], idle: Int32[Array, " n"], lanes: Int32[Array, " a"], tables: Int32[Array, "a N"]
 ) -> Hot:
-  """Blocks and lanes change their owners.
+  """Releases blocks, and gives lanes to requests.
 
   Args:
     hot: of this device's cache.
     freed: blocks of the pool (-1: nothing) that were in slots, which is forgotten.
     idle: blocks (-1: nothing) whose slots become spare.
-    lanes: those that get a request (R: none does).
-    tables: of each lane's request the blocks, -1 beyond the end.
+    lanes: those that get a request (R: there is none).
+    tables: the block table of each lane's request, -1 beyond its end.
   """
   maps = kernels.rest(kernels.release(kernels.tidy(hot.maps), freed), idle, hot.stamp(0))
   return hot.replace(maps=maps, tables=hot.tables.at[lanes].set(tables, mode="drop"))

@@ -15,7 +15,7 @@ from sparse_serve_jax.config import ModelConfig
 from sparse_serve_jax.models import llama
 from sparse_serve_jax.models.leaves import AHEAD, Leaf
 
-_DRAWN = 1 << 24  # elements that a random stream draws; the embeddings of a large model are drawn by many threads
+_PIECE = 1 << 24  # elements of one random stream
 
 
 def init_params(cfg: ModelConfig, seed: int) -> llama.Params:
@@ -34,21 +34,23 @@ def random_params(cfg: ModelConfig, seed: int) -> llama.Params:
 
 def _leaf(cfg: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Leaf:
   stacked = name.startswith("layers.")
-  read = functools.partial(_part, cfg, seed, name.removeprefix("layers."), shape[stacked:])
+  threads = 1 if stacked else AHEAD  # that read one part; parts of a stacked leaf are read side by side
+  read = functools.partial(_part, cfg, seed, name.removeprefix("layers."), shape[stacked:], threads)
   return Leaf(name, shape, llama.dtype_of(cfg), read, stacked)
 
 
-def _part(cfg: ModelConfig, seed: int, name: str, shape: Any, layer: int) -> np.ndarray:
+def _part(cfg: ModelConfig, seed: int, name: str, shape: Any, threads: int, layer: int) -> np.ndarray:
   """One layer of a leaf. Each, and each of its pieces, has a random stream of its own: they are made in any order."""
-  step = max(1, _DRAWN // math.prod(shape[1:]))
+  step = max(1, _PIECE // math.prod(shape[1:]))
   part = np.empty(shape, llama.dtype_of(cfg))
 
   def draw(first: int) -> None:
+    # The first piece has the stream that all of a leaf once had: what fits one piece has kept its values.
     stream = seed, zlib.crc32(name.encode()), layer, *([first] if first else [])
     piece = part[first : first + step]
     piece[:] = _scaled(cfg, name, np.random.Generator(np.random.SFC64(stream)).standard_normal(piece.shape, np.float32))
 
-  with ThreadPoolExecutor(AHEAD) as pool:
+  with ThreadPoolExecutor(threads) as pool:
     list(pool.map(draw, range(0, shape[0], step)))
   return part
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -57,10 +57,10 @@ from sparse_serve_jax.step import (
   StepOutput,
 )
 
-REASSIGNED = 1024, 8  # blocks that are released and requests that are admitted by one call
+RELEASED_AT_ONCE, ADMITTED_AT_ONCE = 1024, 8  # blocks, and requests, of one call of their program
 COMPILED_AT_ONCE = min(8, os.cpu_count() or 1)  # programs
 _NOTHING = "nothing"  # a request, for programs that run on none
-_NONE = np.zeros(0, np.int32)  # blocks
+_NO_BLOCKS = np.zeros(0, np.int32)
 # Of executors, also of those that nobody has any more: a result of the last program, and what that calls on the host.
 _LAST: dict[int, tuple[weakref.ref[JaxExecutor], Any, HostPool | None]] = {}
 _NUMBERS = itertools.count()
@@ -207,7 +207,7 @@ class JaxExecutor:
     if self._writer is not None:
       self._writer.forget()  # whose saves outlive their requests, and are known by the earlier engine's iterations
     if not self._empty:
-      self._reassign(np.arange(self.shape.M, dtype=np.int32))
+      self._release_and_admit(np.arange(self.shape.M, dtype=np.int32))
     self._empty = True
 
   def submit(self, plan: Plan) -> DispatchedStep:
@@ -217,7 +217,7 @@ class JaxExecutor:
     self._follow_pool()
     for name in plan.preempt:
       self.forget(name)
-    step.done += self._reassign(plan.release, plan.idle, plan.admit)
+    step.done += self._release_and_admit(plan.release, plan.idle, plan.admit)
     for piece in plan.prefill:
       step.prefilled.append((piece.works, self._prefill(piece, plan.iteration)))
     if plan.measure:
@@ -282,7 +282,7 @@ class JaxExecutor:
     needed = [of for of in self.buckets.programs_of(fit, shared) if sampled or not of.sampled]
     audits = (None, AuditOf(0, 0)) if self.config.sparse.audit_share else (None,)
     self._follow_pool()
-    self._reassign(admitted=[Admission(_NOTHING, 0, np.full(self.shape.N, -1, np.int32))])
+    self._release_and_admit(admitted=[Admission(_NOTHING, 0, np.full(self.shape.N, -1, np.int32))])
     # XLA takes one core for most of a program, so several are compiled at a time; a call then finds what has been.
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
     try:
@@ -309,7 +309,7 @@ class JaxExecutor:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
     if isinstance(of, PrefillProgram):
       batch, width = self._prefill_operands(self._no_prompts(of))
-      x = self.programs.activations_of(len(batch.tokens)) if batch.known_layers < self.shape.L else None
+      x = self._first_x(batch, self.programs.activations_of)
       yield self.programs.prefill.lower(self.params, self.cache, x, batch, width)
       return
     for audit in audits:
@@ -334,11 +334,11 @@ class JaxExecutor:
     if self._host is not None:
       self._host.follow(self.cache.pool)
 
-  def _reassign(
-    self, freed: np.ndarray = _NONE, idle: np.ndarray = _NONE, admitted: Sequence[Admission] = ()
+  def _release_and_admit(
+    self, freed: np.ndarray = _NO_BLOCKS, idle: np.ndarray = _NO_BLOCKS, admitted: Sequence[Admission] = ()
   ) -> list[jax.Array]:
-    """Blocks that are nobody's any more, or no running request's, and requests that get a lane."""
-    n, a = REASSIGNED
+    """Several calls if there are many. Their order does not matter: releases change maps, and admissions tables."""
+    n, a = RELEASED_AT_ONCE, ADMITTED_AT_ONCE
     done = []
     for i in range(max(-(-len(freed) // n), -(-len(idle) // n), -(-len(admitted) // a))):
       released = [_pad(blocks[i * n : (i + 1) * n], n, -1) for blocks in (freed, idle)]
@@ -347,7 +347,7 @@ class JaxExecutor:
       for row, admission in zip(tables, now, strict=False):
         row[: len(admission.table)] = self._tables[admission.lane] = admission.table
       lanes = _pad(np.array([admission.lane for admission in now]), a, self.shape.R)
-      hot, ran = self._call(self.programs.reassign, self.cache.hot, *released, lanes, tables)
+      hot, ran = self._call(self.programs.release_and_admit, self.cache.hot, *released, lanes, tables)
       self.cache = self.cache.replace(hot=hot)
       done.append(ran)
     return done
@@ -371,8 +371,8 @@ class JaxExecutor:
     key, (batch, width) = (work.request_id, work.start), self._prefill_operands(piece)
     padded = len(batch.tokens)
     x = self._activations.pop(key, None)
-    if x is None and batch.known_layers < self.shape.L:
-      x = self.programs.activations(padded)
+    if x is None:
+      x = self._first_x(batch, self.programs.activations)
     if self._writer is not None:
       self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
     self.cache, x, slab, output = self._call(self.programs.prefill, self.params, self.cache, x, batch, width)
@@ -382,6 +382,10 @@ class JaxExecutor:
     if work.first_layer + work.n_layers < self.shape.L:
       self._activations[key] = x
     return output
+
+  def _first_x(self, batch: PrefillBatch, make: Callable[[int], Any]) -> Any:
+    """What a piece's first segment is called with: nothing if it runs all layers."""
+    return make(len(batch.tokens)) if batch.known_layers < self.shape.L else None
 
   def _prefill_operands(self, piece: PrefillPiece) -> tuple[PrefillBatch, int]:
     """The batch of a piece, padded, and how many entries of a block table come before it."""

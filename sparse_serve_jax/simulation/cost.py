@@ -27,7 +27,9 @@ class Work(NamedTuple):
   """What an iteration does, in the units that `Seconds` prices. Tokens and rows are padded, as a device runs them."""
 
   iterations: int  # 1
-  programs: int  # that are dispatched besides the decode step: pieces of prompts, admissions, a measurement
+  programs: (
+    int  # that are dispatched besides the decode step: pieces of prompts, a release with admissions, a measurement
+  )
   prefill_tokens: int  # token x layers of the pieces
   prefill_pairs: int  # of these, pairs with what each attends to: half of its piece, and all before that
   decodes: int  # 1 if there is a decode step, which reads all weights
@@ -54,7 +56,7 @@ def work_of(plan: Plan, stats: StepStats, shape: CacheShape, buckets: Buckets) -
     rows, width = program.rows, program.table
   return Work(
     iterations=1,
-    programs=len(plan.prefill) + len(plan.admit) + bool(plan.measure) + bool(plan.release.size or plan.idle.size),
+    programs=len(plan.prefill) + bool(plan.measure) + bool(plan.release.size or plan.idle.size or plan.admit),
     prefill_tokens=tokens,
     prefill_pairs=pairs,
     decodes=int(rows > 0),
