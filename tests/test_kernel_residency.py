@@ -277,6 +277,7 @@ def test_spare_slots_are_those_that_nobody_needs():
     assert spare_of(maps, clock) == ([2, 1, 3, 0, 4], 3)
     assert spare_of(after(kernels.renew, 5, 4, -1), clock) == ([2, 3, 1, 0, 4], 2)
     assert spare_of(after(kernels.rest, 7, 5, -1), clock) == ([2, 1, 3, 4, 0], 4)
+    assert (after(kernels.rest, 7, 5, 7).last_used == after(kernels.rest, 7, 5, -1).last_used).all()
     assert spare_of(after(kernels.touch, 5, -1), clock) == ([2, 3, 0, 4, 1], 2)
     assert spare_of(empty_maps(1, 1, 9, 3), clock) == ([0, 1, 2], 3)
 
@@ -296,6 +297,7 @@ def test_residency_without_slots(implementation: str):
   assert maps.last_selected[:, 0].tolist() == [[NEVER, 8, *[NEVER] * 4], [*[NEVER] * 4, 8, NEVER]]
   maps = release(maps, np.array([1], np.int32))
   assert maps.last_selected[:, 0, 1].tolist() == [NEVER, NEVER]
+  assert jax.jit(kernels.rest)(maps, np.array([1, -1], np.int32), np.int32(4)).last_used.shape == (0,)
 
 
 @every_implementation
