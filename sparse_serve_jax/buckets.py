@@ -240,7 +240,7 @@ class Buckets:
   @property
   def n_programs(self) -> int:
     """All that an engine can compile unless it tells log probabilities: `programs`, one that measures working sets and
-    one that releases blocks and admits requests."""
+    one that releases blocks and admits requests. Not counted: zeros for prompts of several segments, one a size."""
     return len(self.programs()) + 2
 
   def programs(self) -> list[Program]:

@@ -32,9 +32,9 @@ class Programs:
   """The jitted programs of one setup. Calling one donates the cache it is given.
 
   decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
-  `width` is static. release_and_admit(hot, freed, idle, lanes, tables) also returns something to wait
-  for. activations(n): zeros [n, d_model], the x of a prompt's first segment, if it has several; n is static.
-  activations_of(n): their shape.
+  `width` is static. release_and_admit(hot, freed, idle, lanes, tables) also returns something to wait for.
+  activations(n): zeros [n, d_model], the x of a prompt's first segment, if it has several; n is static. It is compiled
+  for each n. activations_of(n): their shape.
   """
 
   def __init__(self, setup: Setup, mesh: Mesh):

@@ -271,7 +271,7 @@ def prefill_segment(
 ) -> tuple[KVCache, jax.Array, jax.Array | None, StepOutput]:
   """Runs some layers of a piece, which `batch` names; `setup`, `params` and `cache` are as of `decode_step`.
 
-  `x` [C, d] is what the piece's previous segment returned: layer 0 embeds the tokens. None if all are run.
+  `x` [C, d] is what the piece's previous segment returned: layer 0 embeds the tokens. None if all layers are run.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:

@@ -27,9 +27,7 @@ class Work(NamedTuple):
   """What an iteration does, in the units that `Seconds` prices. Tokens and rows are padded, as a device runs them."""
 
   iterations: int  # 1
-  programs: (
-    int  # that are dispatched besides the decode step: pieces of prompts, a release with admissions, a measurement
-  )
+  programs: int  # besides the decode step: pieces of prompts, a release with admissions, a measurement
   prefill_tokens: int  # token x layers of the pieces
   prefill_pairs: int  # of these, pairs with what each attends to: half of its piece, and all before that
   decodes: int  # 1 if there is a decode step, which reads all weights
