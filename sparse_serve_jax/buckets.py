@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -237,10 +238,23 @@ class Buckets:
     """Token x layers of the largest piece that one iteration runs, padded."""
     return max(of.tokens * of.n_layers for of in self.programs() if isinstance(of, PrefillProgram))
 
+  @functools.cached_property
+  def kept(self) -> tuple[int, int]:
+    """The most pieces of a prompt that there are between two of its segments, and the most tokens one is padded to."""
+    prefill = [of for of in self.programs() if isinstance(of, PrefillProgram)]
+    sizes = [of.tokens for of in prefill if not of.fixed or of.n_layers < self.n_layers]
+    return (-(-self.tables[-1] * self.block_tokens // self.full), max(sizes)) if sizes else (0, 0)
+
+  def kept_at(self, start: int) -> int:
+    """The first token's place among all that are kept, of the piece of a prompt that begins at `start`. Only its last
+    piece is not full, so that no two have the same."""
+    n, size = self.kept
+    return start // self.full % n * size if n else 0
+
   @property
   def n_programs(self) -> int:
     """All that an engine can compile unless it tells log probabilities: `programs`, one that measures working sets and
-    one that releases blocks and admits requests. Not counted: zeros for prompts of several segments, one a size."""
+    one that releases blocks and admits requests."""
     return len(self.programs()) + 2
 
   def programs(self) -> list[Program]:

@@ -31,10 +31,8 @@ def programs(setup: Setup, mesh: Mesh) -> Programs:
 class Programs:
   """The jitted programs of one setup. Calling one donates the cache it is given.
 
-  decode(params, cache, batch, width), prefill(params, cache, x, batch, width) and working_sets(hot, batch, width): a
+  decode(params, cache, batch, width), prefill(params, cache, kept, batch, width) and working_sets(hot, batch, width): a
   `width` is static. release_and_admit(hot, freed, idle, lanes, tables) also returns something to wait for.
-  activations(n): zeros [n, d_model], the x of a prompt's first segment, if it has several; n is static. It is compiled
-  for each n. activations_of(n): their shape.
   """
 
   def __init__(self, setup: Setup, mesh: Mesh):
@@ -78,10 +76,6 @@ class Programs:
 
     done = (specs.hot, whole), (cache.hot, everywhere)
     self.release_and_admit = program(release_and_admit, (specs.hot, *[whole] * 4), *done, (0,))
-    dims, dtype = (setup.model.d_model,), llama.dtype_of(setup.model)
-    self.activations_of = lambda n: jax.ShapeDtypeStruct((n, *dims), dtype, sharding=everywhere)
-    # Jitted, since jnp.zeros with a sharding costs the host 0.5 ms, before the first token.
-    self.activations = jax.jit(lambda n: jnp.zeros((n, *dims), dtype), static_argnums=0, out_shardings=everywhere)
     self.working_sets = program(working_sets, (specs.hot, whole), whole, everywhere, sized=True)
 
 

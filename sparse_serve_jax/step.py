@@ -144,6 +144,7 @@ class PrefillBatch(flax.struct.PyTreeNode):
   n_tokens: Int32[Array, " B"]
   first_layer: Int32[Scalar, ""]
   n_layers: Int32[Scalar, ""]
+  kept_at: Int32[Scalar, ""]
   lanes: Int32[Array, " B"]  # R of a padding row
   sampling: SamplingRows | None  # None if every prompt's token is its most likely one: a program of its own
   # `n_layers`, if the program knows it. 0: it does not, and the host waits for the device in each layer. If it is all
@@ -215,10 +216,8 @@ def decode_step(
   cos_sin = llama.rope(cfg, batch.positions)
   counts, given, free = Counts.zeros(x.shape[0], hot.tail.shape[0]), turn.given, None
   stopped = batch.audit and Stopped.nowhere(batch.audit, cfg.n_heads // cfg.n_kv_heads, hot)
-  for first, end, attention in (
-    (0, setup.dense_layers, setup.attention.dense),
-    (setup.dense_layers, cfg.n_layers, setup.attention),
-  ):
+  parts = (0, setup.dense_layers, setup.attention.dense), (setup.dense_layers, cfg.n_layers, setup.attention)
+  for first, end, attention in parts:
     if first < end:
       if attention.selector.takes and hot.slots.shape[0]:
         free = kernels.Free.at_first(hot.maps, turn.victims, given)
@@ -237,8 +236,8 @@ def decode_step(
   tokens, of_tokens = _sample(llama.logits(cfg, params, x, AXIS), batch.positions + 1, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
   hot = hot.replace(tables=hot.tables.at[batch.lanes, rows.n_blocks].set(batch.fills, mode="drop"))
-  done = StepCounts(counts.attended.sum(), counts.missed.sum(), counts.loaded.sum(), _slots_used(hot))
-  return KVCache(cache.pool, hot), StepOutput(tokens, jax.lax.psum(jnp.stack(done), AXIS), of_tokens, found)
+  done = _counts(hot, counts.attended.sum(), counts.missed.sum(), counts.loaded.sum())
+  return KVCache(cache.pool, hot), StepOutput(tokens, done, of_tokens, found)
 
 
 def _rows(hot: Hot, batch: DecodeBatch, width: int) -> Rows:
@@ -267,20 +266,20 @@ def _next(hot: Hot, lanes: jax.Array, tokens: jax.Array) -> Hot:
 
 
 def prefill_segment(
-  setup: Setup, width: int, params: llama.Params, cache: KVCache, x: jax.Array | None, batch: PrefillBatch
-) -> tuple[KVCache, jax.Array, jax.Array | None, StepOutput]:
+  setup: Setup, width: int, params: llama.Params, cache: KVCache, kept: jax.Array | None, batch: PrefillBatch
+) -> tuple[KVCache, jax.Array | None, jax.Array | None, StepOutput]:
   """Runs some layers of a piece, which `batch` names; `setup`, `params` and `cache` are as of `decode_step`.
 
-  `x` [C, d] is what the piece's previous segment returned: layer 0 embeds the tokens. None if all layers are run.
+  `kept` [X, d] has what the piece's previous segment has left, from `kept_at` on. None if all layers are run.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
-    The cache; x for the next segment; the slab [K, Ls, n, 2, S, D], if one is wanted; what the host is told, the tokens
-    that follow the prompts with it: they are meant if the last layer was run, as a branch would make the host wait.
+    The cache; `kept`; the slab [K, Ls, n, 2, S, D], if one is wanted; what the host is told, the tokens that follow the
+    prompts with it: they are meant if the last layer was run, as a branch would make the host wait.
   """
-  cfg, size, first_layer = setup.model, cache.hot.tail.shape[4], 0 if x is None else batch.first_layer
-  embedded = llama.embed(params, batch.tokens)
-  x = embedded if x is None else jnp.where(first_layer == 0, embedded, x)
+  cfg, size, first_layer = setup.model, cache.hot.tail.shape[4], 0 if kept is None else batch.first_layer
+  x, at = llama.embed(params, batch.tokens), (batch.kept_at, 0)
+  x = x if kept is None else jnp.where(first_layer == 0, x, jax.lax.dynamic_slice(kept, at, x.shape))
   packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens))
   cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
   before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None
@@ -324,8 +323,8 @@ def prefill_segment(
   last = x.at[batch.begins + batch.n_tokens - 1].get(mode="clip")
   tokens, of_tokens = _sample(llama.logits(cfg, params, last, AXIS), batch.start + batch.n_tokens, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
-  counts = StepCounts(jnp.int32(0), jnp.int32(0), loaded, _slots_used(hot))
-  return KVCache(cache.pool, hot), x, slab, StepOutput(tokens, jax.lax.psum(jnp.stack(counts), AXIS), of_tokens)
+  kept = kept if kept is None else jax.lax.dynamic_update_slice(kept, x, at)
+  return KVCache(cache.pool, hot), kept, slab, StepOutput(tokens, _counts(hot, 0, 0, loaded), of_tokens)
 
 
 def _after(o: jax.Array, places: jax.Array) -> jax.Array:
@@ -343,8 +342,10 @@ def _in_tiles(f, x: jax.Array) -> jax.Array:
   return jax.lax.map(f, padded.reshape(tiles, -1, x.shape[1])).reshape(padded.shape)[:n]
 
 
-def _slots_used(hot: Hot) -> jax.Array:
-  return (hot.maps.block_of >= 0).sum(dtype=jnp.int32)
+def _counts(hot: Hot, attended, missed, loaded) -> jax.Array:
+  """The fields of StepCounts, of all devices."""
+  slots_used = (hot.maps.block_of >= 0).sum()
+  return jax.lax.psum(jnp.array(StepCounts(attended, missed, loaded, slots_used), jnp.int32), AXIS)
 
 
 def _sample(logits, positions, batch: DecodeBatch | PrefillBatch) -> tuple[jax.Array, Logprobs | None]:

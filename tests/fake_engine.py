@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from sparse_serve_jax.buckets import Buckets
 from sparse_serve_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SparseConfig
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving.engine import Engine
@@ -76,7 +77,7 @@ class FakeExecutor:
   def __init__(self, config: EngineConfig, shape: CacheShape, model: FakeModel | None = None):
     self.config, self.shape, self.model = config, shape, model or FakeModel()
     self.plans: list[Plan] = []
-    self.forgotten: list[str] = []
+    self.buckets = Buckets.of(config, shape.L, shape.max_context)
     self.not_finite: set[str] = set()  # requests whose next token is none
     self.resets = -1
     self.most_outstanding = 0
@@ -88,7 +89,7 @@ class FakeExecutor:
     self.tail = np.full((shape.L, shape.R, S), -1)
     self.tables: dict[int, np.ndarray] = {}
     self.last = np.full(shape.R, -1)
-    self.kept: dict[tuple[str, int], int] = {}  # (request, start) -> layers done
+    self.kept: dict[int, tuple[str, int, int]] = {}  # by place: request, start, layers done
     self.outstanding: list[int] = []
     self.resets += 1
 
@@ -108,21 +109,16 @@ class FakeExecutor:
   def wait(self) -> None:
     """Nothing runs here but inside `execute`."""
 
-  def forget(self, request_id: str) -> None:
-    self.forgotten.append(request_id)
-
   def execute(self, plan: Plan) -> StepResult:
     assert self.outstanding.pop(0) == plan.iteration
     self.pool[:, plan.release] = -1
-    for name in plan.preempt:
-      self.kept = {key: layers for key, layers in self.kept.items() if key[0] != name}
     self.tables |= {admission.lane: admission.table for admission in plan.admit}
     tokens = {}
     for work in plan.works:
       layers = slice(work.first_layer, work.first_layer + work.n_layers)
-      assert self.kept.pop((work.request_id, work.start), 0) == work.first_layer
-      if work.first_layer + work.n_layers < self.shape.L:
-        self.kept[work.request_id, work.start] = work.first_layer + work.n_layers
+      at, of = self.buckets.kept_at(work.start), (work.request_id, work.start)
+      assert not work.first_layer or self.kept[at] == (*of, work.first_layer)
+      self.kept[at] = *of, work.first_layer + work.n_layers
       for i, token in enumerate(work.tokens, work.start):
         self._write(layers, work.lane, i, token)
       if work.last:

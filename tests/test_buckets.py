@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -181,12 +182,18 @@ def test_every_plan_has_its_programs(
   buckets = Buckets.of(conf, n_layers, max_context)
   assert buckets.n_programs <= 48
   listed = set(buckets.programs()) & set(buckets.programs_of(prompts))
+  kept: dict[str, dict[int, range]] = {}  # by request, and where a piece begins in its prompt
   for plan in planned(conf, sizes(n_layers, max_context, S), prompts, n_output=2):
     assert programs_of(buckets, plan) <= listed
     for program, work in ((of.program, work) for of in plan.prefill for work in of.works):
       assert len(work.tokens) <= program.tokens and work.start // S <= program.table
       assert prefix or program.packed or program.tokens <= 2048 or program.tokens <= 1.5 * len(work.tokens) + S
       assert work.n_layers == program.n_layers if program.fixed else work.n_layers <= program.n_layers
+      if work.n_layers < n_layers:
+        place = range(at := buckets.kept_at(work.start), at + program.tokens)
+        others = kept.setdefault(work.request_id, {})
+        assert place.stop <= math.prod(buckets.kept) and others.setdefault(work.start, place) == place
+        assert all(start == work.start or at >= of.stop or place.stop <= of.start for start, of in others.items())
 
 
 def test_decode_programs_have_three_numbers_of_rows():
@@ -293,9 +300,9 @@ def test_nothing_is_compiled_in_steady_state():
   try:
     serve_all([900, 600, 100, *range(20, 27)], seed=0)
     assert compiled
-    count = {
-      name: getattr(executor.programs, name)._cache_size() for name in ("decode", "prefill", "release_and_admit")
-    }
+    names = "decode", "prefill", "release_and_admit"
+    count = {name: getattr(executor.programs, name)._cache_size() for name in names}
+    assert len(compiled) == sum(count.values())
     programs = set(used)
     assert programs <= set(executor.buckets.programs())
     assert count == {

@@ -27,7 +27,6 @@ def test_tokens_are_those_of_the_model():
     assert (request.state, request.finish_reason) == (State.FINISHED, "length")
   assert not engine.has_work and engine.run() == []
   assert executor.most_outstanding == 2  # the one just dispatched and the one whose result is read next
-  assert not executor.kept
 
 
 def test_sampling_is_passed_on():
@@ -234,15 +233,14 @@ def test_callbacks_may_cancel_and_add():
   assert a.output_tokens == continuation([1], 3) and later[0].output_tokens == continuation([7, 7], 2)
 
 
-def test_cancel_tells_the_executor_only_in_the_middle_of_a_prompt():
-  engine, executor = fake_engine(SchedulerConfig(max_inject_tokens=12))
+def test_cancel_in_the_middle_of_a_prompt():
+  engine, _ = fake_engine(SchedulerConfig(max_inject_tokens=12))
   engine.add_request([1, 2], 9, request_id="running")
   engine.add_request([1] * 12, 9, request_id="partly")
   engine.add_request([1, 2], 9, request_id="waiting")
   engine.step(), engine.step()
   ids = ["running", "partly", "waiting"]
   assert [engine.cancel(name) for name in [*ids, "running", "never"]] == [True, True, True, False, False]
-  assert executor.forgotten == ["partly"]
   assert [request.id for request in engine.run()] == ids
   assert not engine.has_work
 
@@ -353,7 +351,7 @@ def situations(draw):
 @given(situations())
 def test_neighbours_never_change_a_requests_tokens(situation):
   scheduler, changes, wanted, stops = situation
-  engine, executor = fake_engine(scheduler, **changes)
+  engine, _ = fake_engine(scheduler, **changes)
   ended: list[Request] = []
   requests: dict[int, Request] = {}
   for now in range(2000):
@@ -373,6 +371,3 @@ def test_neighbours_never_change_a_requests_tokens(situation):
       assert cancel is not None and requests[i].output_tokens == expected[: len(requests[i].output_tokens)]
     else:
       assert requests[i].output_tokens == expected
-  assert sorted(name for name, _ in executor.kept) == [] or set(executor.forgotten) >= {
-    name for name, _ in executor.kept
-  }

@@ -215,7 +215,7 @@ def test_a_segment_does_not_make_the_host_wait(n_rows: int, width: int, known_la
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
   one, row = f32((n_rows,)), Int((n_rows,))
   sampling = SamplingRows(one, one, jax.ShapeDtypeStruct((n_rows,), jnp.uint32), Int((n_rows, 8)), row, one)
-  batch = PrefillBatch(Int((128,)), Int(()), row, row, Int(()), Int(()), row, sampling, known_layers)
+  batch = PrefillBatch(Int((128,)), Int(()), row, row, *[Int(())] * 3, row, sampling, known_layers)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
     functools.partial(prefill_segment, setup, width), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False

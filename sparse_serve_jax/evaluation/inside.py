@@ -105,9 +105,6 @@ class Watch:
   def wait(self) -> None:
     self._executor.wait()
 
-  def forget(self, request_id: str) -> None:
-    self._executor.forget(request_id)
-
   def reset(self) -> None:
     self._executor.reset()
 

@@ -43,9 +43,8 @@ class Needs:
     """Of a model and a cache; `cudnn`: prefill attention makes no scores."""
     piece, n_devices = max((*buckets.whole, *buckets.chunks)), config.tp
     rows = max((*buckets.batches, buckets.packed_rows))
-    segmented = config.scheduler.prefill == "layer_segmented"  # all pieces of a prompt are kept from layer to layer
-    kept = max(piece, shape.max_context) if segmented else piece
-    activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # before a segment and after it
+    kept = max(piece, math.prod(buckets.kept))
+    activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # between segments, and within one
     activations += _layer_bytes(cfg, piece, shape.max_context, n_devices, cudnn)
     if config.sparse.prefill != "dense":
       activations += _tile_bytes(cfg, piece, shape, n_devices)

@@ -175,8 +175,6 @@ class Engine:
       return False
     with self._whole():
       del self._live[request_id]
-      if request.state is State.PREFILLING:
-        self._executor.forget(request_id)
       self._scheduler.cancel(request, self.clock.now(), reason)
       self._ended.append(request)
     return True

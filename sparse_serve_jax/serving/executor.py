@@ -6,15 +6,19 @@ import atexit
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sparse_serve_jax.attention import drawn  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.attention.audit import AuditAt
@@ -199,8 +203,8 @@ class JaxExecutor:
     for number, (executor, last, _) in _LAST.copy().items():
       if executor() is None and last.is_ready():
         _LAST.pop(number, None)
+    self._kept: jax.Array | None  # [X, d], of the prompt that is between two segments
     self.cache: Any = self._create()
-    self._activations: dict[tuple[str, int], jax.Array] = {}  # (request_id, start) -> x [C, d]
 
   def begin(self) -> None:
     """Before an engine's first plan, while nothing runs: what an earlier one has left in the cache is forgotten."""
@@ -215,8 +219,6 @@ class JaxExecutor:
     self._empty = False
     step = DispatchedStep(plan.iteration, blocks_saved(plan, self.shape), self._writer, plan.await_saves)
     self._follow_pool()
-    for name in plan.preempt:
-      self.forget(name)
     step.done += self._release_and_admit(plan.release, plan.idle, plan.admit)
     for piece in plan.prefill:
       step.prefilled.append((piece.works, self._prefill(piece, plan.iteration)))
@@ -235,11 +237,6 @@ class JaxExecutor:
       with contextlib.suppress(RuntimeError):  # a program has taken it, or has failed
         array.block_until_ready()
 
-  def forget(self, request_id: str) -> None:
-    """Drops what is kept between segments of the prompt of `request_id`, which was cancelled."""
-    for key in [k for k in self._activations if k[0] == request_id]:
-      del self._activations[key]
-
   def reset(self) -> None:
     """After a failure: an empty cache, and nothing on its way. Raises if the device cannot go on."""
     self.drop()  # whose memory is what the new one takes
@@ -247,13 +244,15 @@ class JaxExecutor:
 
   def drop(self) -> None:
     """Gives up the cache: only `reset` can follow, whoever still has this executor."""
-    self._activations.clear()
     self.wait()  # threads write to the pool's memory until then
     self._results.clear()
-    self.cache = None
+    self.cache = self._kept = None
 
   def _create(self) -> KVCache:
-    """An empty cache, whose pool the host knows if it takes part in moves."""
+    """An empty cache, whose pool the host knows if it takes part in moves; and room for activations."""
+    cfg, everywhere = self.model.config, NamedSharding(self.mesh, P())
+    dims = math.prod(self.buckets.kept), cfg.d_model
+    self._kept = jnp.zeros(dims, cfg.dtype, device=everywhere) if dims[0] else None
     cache = create(self.shape, self.mesh)
     if "staged" not in (self.config.cache.load, self.config.cache.save):
       return cache
@@ -297,7 +296,6 @@ class JaxExecutor:
     for of in needed:
       if isinstance(of, PrefillProgram):
         self._prefill(self._no_prompts(of), iteration=0)
-        self.forget(_NOTHING)
         continue
       for audit in audits:
         self._decode(self._no_rows(of), audit=audit)
@@ -309,8 +307,8 @@ class JaxExecutor:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
     if isinstance(of, PrefillProgram):
       batch, width = self._prefill_operands(self._no_prompts(of))
-      x = self._first_x(batch, self.programs.activations_of)
-      yield self.programs.prefill.lower(self.params, self.cache, x, batch, width)
+      kept = self._kept if batch.known_layers < self.shape.L else None
+      yield self.programs.prefill.lower(self.params, self.cache, kept, batch, width)
       return
     for audit in audits:
       yield self.programs.decode.lower(self.params, self.cache, *self._decode_operands(self._no_rows(of), audit=audit))
@@ -367,25 +365,18 @@ class JaxExecutor:
     return self._results[0]
 
   def _prefill(self, piece: PrefillPiece, iteration: int) -> StepOutput:
-    work = piece.works[0]
-    key, (batch, width) = (work.request_id, work.start), self._prefill_operands(piece)
-    padded = len(batch.tokens)
-    x = self._activations.pop(key, None)
-    if x is None:
-      x = self._first_x(batch, self.programs.activations)
+    work, (batch, width) = piece.works[0], self._prefill_operands(piece)
     if self._writer is not None:
-      self._writer.make_room(padded // self.shape.S * batch.slab_layers * self.shape.K * self.shape.block_bytes)
-    self.cache, x, slab, output = self._call(self.programs.prefill, self.params, self.cache, x, batch, width)
+      blocks = len(batch.tokens) // self.shape.S * batch.slab_layers * self.shape.K
+      self._writer.make_room(blocks * self.shape.block_bytes)
+    some = batch.known_layers < self.shape.L
+    operands = self.params, self.cache, self._kept if some else None, batch, width
+    self.cache, kept, slab, output = self._call(self.programs.prefill, *operands)
+    self._kept = kept if some else self._kept
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)
       self._writer.save(iteration, slab, layers, self._blocks_of(piece.works), alive=self)
-    if work.first_layer + work.n_layers < self.shape.L:
-      self._activations[key] = x
     return output
-
-  def _first_x(self, batch: PrefillBatch, make: Callable[[int], Any]) -> Any:
-    """What a piece's first segment is called with: nothing if it runs all layers."""
-    return make(len(batch.tokens)) if batch.known_layers < self.shape.L else None
 
   def _prefill_operands(self, piece: PrefillPiece) -> tuple[PrefillBatch, int]:
     """The batch of a piece, padded, and how many entries of a block table come before it."""
@@ -402,6 +393,7 @@ class JaxExecutor:
       n_tokens=_pad(np.array([len(w.tokens) for w in works]), rows, 0),
       first_layer=np.int32(work.first_layer),
       n_layers=np.int32(work.n_layers),
+      kept_at=np.int32(self.buckets.kept_at(work.start)),
       lanes=_pad(np.array([w.lane for w in works]), rows, self.shape.R),
       # A draw for one row takes no time that counts, for those of a pack it does.
       sampling=None if program.packed and not program.sampled else _sampling_rows(samplings, rows),

@@ -224,10 +224,6 @@ class Executor(Protocol):
     """Blocks until nothing runs any more."""
     ...
 
-  def forget(self, request_id: str) -> None:
-    """Drops what is kept between segments of a prompt that was cancelled."""
-    ...
-
   def drop(self) -> None:
     """Gives up the cache, for another executor's; only `reset` can follow."""
     ...

@@ -82,9 +82,6 @@ class SimulatedExecutor:
     """Blocks until nothing runs any more."""
     self._clock.sleep_until(self._done_at)
 
-  def forget(self, request_id: str) -> None:
-    """Nothing is kept between segments of a prompt."""
-
   def drop(self) -> None:
     """Nothing is held that another would need."""
 
