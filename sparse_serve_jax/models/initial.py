@@ -16,6 +16,7 @@ from sparse_serve_jax.models import llama
 from sparse_serve_jax.models.leaves import AHEAD, Leaf
 
 _PIECE = 1 << 24  # elements of one random stream
+_AT_ONCE = 1 << 16  # elements that are drawn before the next: a core keeps them in its cache
 
 
 def init_params(cfg: ModelConfig, seed: int) -> llama.Params:
@@ -41,14 +42,16 @@ def _leaf(cfg: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Lea
 
 def _part(cfg: ModelConfig, seed: int, name: str, shape: Any, threads: int, layer: int) -> np.ndarray:
   """One layer of a leaf. Each, and each of its pieces, has a random stream of its own: they are made in any order."""
-  step = max(1, _PIECE // math.prod(shape[1:]))
+  step, few = (max(1, n // math.prod(shape[1:])) for n in (_PIECE, _AT_ONCE))
   part = np.empty(shape, llama.dtype_of(cfg))
 
   def draw(first: int) -> None:
     # The first piece has the stream that all of a leaf once had: what fits one piece has kept its values.
     stream = seed, zlib.crc32(name.encode()), layer, *([first] if first else [])
-    piece = part[first : first + step]
-    piece[:] = _scaled(cfg, name, np.random.Generator(np.random.SFC64(stream)).standard_normal(piece.shape, np.float32))
+    piece, generator = part[first : first + step], np.random.Generator(np.random.SFC64(stream))
+    for at in range(0, len(piece), few):
+      some = piece[at : at + few]
+      some[:] = _scaled(cfg, name, generator.standard_normal(some.shape, np.float32))
 
   with ThreadPoolExecutor(threads) as pool:
     list(pool.map(draw, range(0, shape[0], step)))
