@@ -34,7 +34,7 @@ from pallas_kernels.prefill import Prefix, prefill_attention
 from pallas_kernels.prefill_tiles import Tiling, prefill_tiles
 from pallas_kernels.progress import Rounds, attend_by_block, attend_to_tail
 from pallas_kernels.residency import Located, find, propose
-from pallas_kernels.score import Ranking, score
+from pallas_kernels.score import Ranking, score, tile_scores
 from pallas_kernels.select import Listed, select
 from pallas_kernels.stop import Stop, StopRule
 from pallas_kernels.tiles import Places, TileLists, TileRule, Tiles, tile_lists
@@ -93,6 +93,7 @@ __all__ = [
   "store_each",
   "tidy",
   "tile_lists",
+  "tile_scores",
   "touch",
   "vacate",
   "victims",

@@ -39,9 +39,15 @@ class Linear:
 
   def __call__(self, q: jax.Array, digests: jax.Array) -> jax.Array:
     """q [..., G, D], digests [..., N, E, D], both float32 -> [..., G, N]."""
+    return self._products(lambda e: self.weight(q, e), digests)
 
+  def mean(self, q: jax.Array, digests: jax.Array) -> jax.Array:
+    """q [..., T, G, D], digests [..., N, E, D], both float32 -> [..., T, N], the mean over G."""
+    return self._products(lambda e: self.weight(q, e).mean(-2), digests)
+
+  def _products(self, weights: Callable[[int], jax.Array], digests: jax.Array) -> jax.Array:
     def product(e):
-      return jnp.einsum("...gd,...nd->...gn", self.weight(q, e), digests[..., e, :], precision=_HIGHEST)
+      return jnp.einsum("...gd,...nd->...gn", weights(e), digests[..., e, :], precision=_HIGHEST)
 
     return sum(product(e) for e in range(self.vectors))  # pyright: ignore[reportReturnType]  there is a first
 
@@ -90,6 +96,20 @@ def across_heads(
   # Logs, as shares below 1e-38 would all be equal.
   logits = jnp.where(ranked[..., None, :], by_head * depth**-0.5, -jnp.inf)
   return jax.nn.logsumexp(jax.nn.log_softmax(logits, -1), -2)
+
+
+def tile_scores(
+  rule: Callable[[jax.Array, jax.Array], jax.Array],
+  q: Float32[Array, "K T G D"],
+  digests: Float32[Array, "K N E D"],
+  reduce: str,
+) -> Float32[Array, "K T N"]:
+  """Scores of all blocks for T queries of each of G query heads, by XLA: of the heads the largest if `reduce` is "max",
+  else the mean, for which a `Linear` rule takes one product of all G. `rule` is as in `Ranking`."""
+  if reduce != "max" and isinstance(rule, Linear):
+    return rule.mean(q, digests)
+  by_head = rule(q.reshape(q.shape[0], -1, q.shape[-1]), digests).reshape(*q.shape[:-1], -1)
+  return by_head.max(2) if reduce == "max" else by_head.mean(2)
 
 
 def score(

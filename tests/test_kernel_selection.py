@@ -266,6 +266,18 @@ def test_score_of_long_rows(model: str, rule: str, reduce: str):
   check_score(rule, reduce, "triton", "bfloat16", (8, REAL[model].G, REAL[model].D, 1024), [1024, 1000, 317, 64, 1])
 
 
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("rule", [box, dot, lambda q, digests: box(q, digests) ** 2])
+def test_tile_scores_are_the_mean_or_the_largest_over_query_heads(rule, reduce: str):
+  """Also of a rule that is not linear; of a linear one the mean of the heads' scores is one product's."""
+  rng = np.random.default_rng(0)
+  q, digests = (rng.normal(size=dims).astype(np.float32) for dims in ((2, 3, 4, 16), (2, 5, 2, 16)))
+  scores = np.asarray(kernels.tile_scores(rule, jnp.asarray(q), jnp.asarray(digests), reduce))
+  for head, tile in np.ndindex(2, 3):
+    by_head = np.asarray(rule(jnp.asarray(q[head, tile]), jnp.asarray(digests[head])))  # [G, N]
+    np.testing.assert_allclose(scores[head, tile], getattr(by_head, reduce)(0), rtol=1e-5, atol=1e-5)
+
+
 def test_score_without_sinks_and_window():
   q, digests = jnp.ones((1, 1, 1, 2)), jnp.arange(8, dtype=jnp.float32).reshape(1, 1, 4, 1, 2)
   actual = kernels.score(q, digests, 0, jnp.array([[3, 0, 2]]), jnp.array([2]), Ranking(dot))

@@ -71,12 +71,10 @@ class TileSelector:
     implementation: str,
   ) -> kernels.TileLists:
     """The lists of all tiles; `n_tokens` of the queries are not padding, and every place has a digest or anything."""
-    _, n_heads, n_group, depth = q.shape
-    queries = jnp.moveaxis(tiles.mean(q, n_tokens), 0, 1).reshape(n_heads, -1, depth)  # [K, t * G, D]
-    by_head = self.method.score(queries, digests.astype(jnp.float32))
-    by_head = by_head.reshape(n_heads, tiles.count, n_group, -1)
-    scores = by_head.max(2) if self.reduce == "max" else by_head.mean(2)  # "softmax" is of decode steps
-    scores = jnp.moveaxis(scores, 0, 1) * depth**-0.5
+    queries = jnp.moveaxis(tiles.mean(q, n_tokens), 0, 1)  # [K, t, G, D]
+    # "softmax" is of decode steps: here it is the mean.
+    scores = kernels.tile_scores(self.method.score, queries, digests.astype(jnp.float32), self.reduce)
+    scores = jnp.moveaxis(scores, 0, 1) * q.shape[-1] ** -0.5
     return kernels.tile_lists(scores, tiles, places, self.rule, implementation=implementation)
 
 
