@@ -243,7 +243,9 @@ class Buckets:
     """The most pieces of a prompt that there are between two of its segments, and the most tokens one is padded to."""
     prefill = [of for of in self.programs() if isinstance(of, PrefillProgram)]
     sizes = [of.tokens for of in prefill if not of.fixed or of.n_layers < self.n_layers]
-    return (-(-self.tables[-1] * self.block_tokens // self.full), max(sizes)) if sizes else (0, 0)
+    longest = self.tables[-1] * self.block_tokens
+    n = -(-longest // self.full) if longest > self.allowance else 1  # else no prompt is cut
+    return (n, max(sizes)) if sizes else (0, 0)
 
   def kept_at(self, start: int) -> int:
     """The first token's place among all that are kept, of the piece of a prompt that begins at `start`. Only its last

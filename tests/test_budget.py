@@ -122,7 +122,7 @@ def test_activations_are_what_programs_take(name: str, context: int, prefill: st
   zero, row, one = np.int32(0), np.zeros(1, np.int32), np.zeros(1, np.float32)
   sampling = SamplingRows(one, one, np.zeros(1, np.uint32), np.zeros((1, 8), np.int32), np.zeros(1, np.int32), one)
   batch = PrefillBatch(np.zeros(context, np.int32), zero, row, row, zero, zero, zero, row, sampling)
-  x = array((context, cfg.d_model), jnp.bfloat16)
+  x = array((2 * context, cfg.d_model), jnp.bfloat16)  # of two pieces, which no program may copy
   lowered = programs(Setup.of(cfg, conf, "triton"), mesh).prefill.lower(params, KVCache(pool, hot), x, batch, 0)
   taken = lowered.compile().memory_analysis().temp_size_in_bytes
   estimate = needs_of(cfg, conf, cudnn=True).activations

@@ -94,7 +94,7 @@ class AuditOf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One iteration: preempt, then release, then admit, then prefill, then measure, then decode."""
+  """One iteration: release, then admit, then prefill, then measure, then decode."""
 
   iteration: int
   # int32, pool blocks freed since the last plan, or nobody's until this one: their residency is cleared.
