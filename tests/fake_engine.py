@@ -112,13 +112,16 @@ class FakeExecutor:
   def execute(self, plan: Plan) -> StepResult:
     assert self.outstanding.pop(0) == plan.iteration
     self.pool[:, plan.release] = -1
+    self.kept = {at: of for at, of in self.kept.items() if of[0] not in plan.preempt}
     self.tables |= {admission.lane: admission.table for admission in plan.admit}
     tokens = {}
     for work in plan.works:
       layers = slice(work.first_layer, work.first_layer + work.n_layers)
-      at, of = self.buckets.kept_at(work.start), (work.request_id, work.start)
-      assert not work.first_layer or self.kept[at] == (*of, work.first_layer)
-      self.kept[at] = *of, work.first_layer + work.n_layers
+      at, of, end = self.buckets.kept_at(work.start), (work.request_id, work.start), work.first_layer + work.n_layers
+      *before, done = self.kept.pop(at, (*of, 0))
+      assert work.first_layer == (done if tuple(before) == of else 0)
+      if end < self.shape.L:
+        self.kept[at] = *of, end
       for i, token in enumerate(work.tokens, work.start):
         self._write(layers, work.lane, i, token)
       if work.last:
