@@ -104,8 +104,14 @@ def tile_scores(
   digests: Float32[Array, "K N E D"],
   reduce: str,
 ) -> Float32[Array, "K T N"]:
-  """Scores of all blocks for T queries of each of G query heads, by XLA: of the heads the largest if `reduce` is "max",
-  else the mean, for which a `Linear` rule takes one product of all G. `rule` is as in `Ranking`."""
+  """Scores of all blocks for the mean queries of T tiles, by XLA.
+
+  Args:
+    rule: as in `Ranking`.
+    q: mean queries of the tiles, of each of the G query heads of a KV head.
+    digests: of the N blocks.
+    reduce: "max": the largest of the G scores. Else their mean, for which a `Linear` rule takes one product of all G.
+  """
   if reduce != "max" and isinstance(rule, Linear):
     return rule.mean(q, digests)
   by_head = rule(q.reshape(q.shape[0], -1, q.shape[-1]), digests).reshape(*q.shape[:-1], -1)
