@@ -23,7 +23,7 @@ from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import Audited, AuditOf, DecodeRow, Observed, Plan, Sampling
 from tests.fake_engine import SHAPE, continuation, fake_executor
-from tests.tiny import config, new_engine, poisoned, prompt_of, serve, tiny_model, with_slots
+from tests.tiny import config, new_engine, often, poisoned, prompt_of, serve, tiny_model, with_slots
 
 PROMPTS = [prompt_of(n, seed=n) for n in (150, 37, 96)]
 PSA = ("sparse.policy=psa", "sparse.threshold=0.8", "sparse.group_blocks=2", "scheduler.batch_control=none")
@@ -82,7 +82,7 @@ def by_hand(model, of: AuditOf, row: DecodeRow, token: int, kept) -> tuple[np.nd
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", often(SETTINGS, "interpret", "dense_layer", "two_devices"))
 def test_shares_are_those_of_all_keys_and_nothing_else_changes(device, name):
   """Tokens, blocks read, and what was in slots are those of a run without audits."""
   if name == "two_devices" and jax.device_count() < 2:

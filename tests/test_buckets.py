@@ -29,7 +29,7 @@ from sparse_serve_jax.serving.executor import JaxExecutor
 from sparse_serve_jax.serving.plan import Plan, Sampling, StepResult, StepStats
 from sparse_serve_jax.serving.request import Request
 from sparse_serve_jax.serving.scheduler import Scheduler
-from tests.tiny import config, prompt_of, tiny_model, with_slots
+from tests.tiny import config, often, prompt_of, tiny_model, with_slots
 
 LONGEST = 131072
 MOST_PADDING = 0.125  # of what prompts of any length hold
@@ -411,7 +411,14 @@ PIECES = {
 
 
 @DEVICES
-@pytest.mark.parametrize("kind", PIECES)
+@pytest.mark.parametrize(
+  "kind",
+  often(
+    PIECES,
+    *("chunks, staged", "chunks, sparse", "hybrid, a copy a block"),
+    *("segments after what is shared", "packed", "dense"),
+  ),
+)
 def test_pieces_of_prompts_hold_no_second_cache(kind: str, device: str, monkeypatch):
   """Nor does a piece that reads what comes before it from pool and slots, to which the same layer writes."""
   assignments, prompts, programs = PIECES[kind]

@@ -120,7 +120,10 @@ def of_both(folder: Path) -> str:
   return f"replay:{folder / 'trace.npz'},{folder / 'ends.npz'}"
 
 
-@pytest.mark.parametrize(("method", "policy"), [("held:0.2", "topk"), ("replay", "topk"), ("replay", "psa")])
+@pytest.mark.parametrize(
+  ("method", "policy"),
+  [("held:0.2", "topk"), pytest.param("replay", "topk", marks=pytest.mark.soak), ("replay", "psa")],
+)
 def test_both_implementations_select_alike(method: str, policy: str, tmp_path: Path):
   if method == "replay":
     method = of_both(tmp_path)

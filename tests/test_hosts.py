@@ -49,7 +49,7 @@ def tokens(folder: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["sparse_serve", "psa"])
+@pytest.mark.parametrize("config", ["sparse_serve", pytest.param("psa", marks=pytest.mark.soak)])
 def test_two_processes_have_the_tokens_of_one(config, tmp_path):
   """More requests than lanes, prompts that begin alike, and slots for a part of the blocks."""
   of = ["run", f"--config={config}", "--model=random:tiny", "--prompt_tokens=300", "--limit=6", "--ignore_eos", *SMALL]

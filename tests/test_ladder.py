@@ -177,7 +177,9 @@ def test_what_follows_an_answer_is_not_compared(tmp_path):
   assert made._quality("psa")["tokens_as_first"] == 4 / 6 and made._quality("dense")["tokens_as_first"] == 1
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"min_tokens": 5, "stop_token_ids": [3]}])
+@pytest.mark.parametrize(
+  "options", [pytest.param({"temperature": 0.7}, marks=pytest.mark.soak), {"min_tokens": 5, "stop_token_ids": [3]}]
+)
 def test_what_draws_tokens_is_compiled_before(options, tmp_path):
   """So that no time of it is in a cell."""
   rungs = read_rungs(["sparse_serve"], [*SMALL_SERVING, "sparse.group_blocks=8", "scheduler.working_set_steps=7"])
@@ -191,7 +193,9 @@ def test_what_draws_tokens_is_compiled_before(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "options", [{}, {"stop_token_ids": list(range(512))}, {"min_tokens": 35}], ids=["", "stop", "min"]
+  "options",
+  [{}, {"stop_token_ids": list(range(512))}, pytest.param({"min_tokens": 35}, marks=pytest.mark.soak)],
+  ids=["", "stop", "min"],
 )
 def test_a_rung_alone_runs_for_its_steps_whatever_its_request_asks_for(options, tmp_path):
   """A prompt that leaves no room for so many tokens; a stop token at once, or only after more tokens."""

@@ -17,7 +17,7 @@ from sparse_serve_jax.serving.plan import Plan, StepStats
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.simulation.cost import work_of
 from tests.test_buckets import planned, sizes
-from tests.tiny import config, greedy, poisoned, prompt_of, tiny_model, with_slots
+from tests.tiny import config, greedy, often, poisoned, prompt_of, tiny_model, with_slots
 
 LENGTHS = (5, 16, 33, 64, 100, 31, 1, 57)
 
@@ -79,7 +79,7 @@ RUNGS = {
 }
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", often(RUNGS, "kernels", "psa", "chunked"))
 def test_tokens_are_those_of_prompts_alone(rung: str):
   """In float32, with a budget that some rungs exceed, from a cache full of NaN."""
   conf = config("sparse.token_budget=64", "sparse.group_blocks=4", *RUNGS[rung])

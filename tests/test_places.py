@@ -23,7 +23,7 @@ from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request, State
 from tests.cases import IMPLEMENTATIONS
 from tests.test_exactness import CPU_AND_GPU
-from tests.tiny import check_nothing_is_held, config, greedy, new_engine, prompt_of, tiny_model, with_slots
+from tests.tiny import check_nothing_is_held, config, greedy, new_engine, often, prompt_of, tiny_model, with_slots
 
 K, L, M, R = 2, 4, 24, 3
 SINCE = 100  # the first stamp of the program
@@ -152,7 +152,7 @@ def spare_slots(engine: Engine) -> int:
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", often(RUNGS, "layers", "staged, on two devices", "chunked"))
 def test_prompts_that_share_come_and_go(device, rung: str, monkeypatch):
   """Begun alike, cancelled while they are brought, preempted; saves land late. Every token is the model's."""
   slots, more = RUNGS[rung]

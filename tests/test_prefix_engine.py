@@ -22,7 +22,7 @@ from sparse_serve_jax.memory.prefix import hash_chain
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.serving.request import Request, State
 from tests.fake_engine import EOS, S, Ticks, continuation, fake_engine
-from tests.tiny import check_nothing_is_held, config, greedy, new_engine, prompt_of, tiny_model, with_slots
+from tests.tiny import check_nothing_is_held, config, greedy, new_engine, often, prompt_of, tiny_model, with_slots
 
 # ----------------------------------------------------------------------------------------- a device computed by hand
 
@@ -236,7 +236,7 @@ KEEPING = {
 
 
 @CPU_AND_GPU
-@pytest.mark.parametrize("rung", KEEPING)
+@pytest.mark.parametrize("rung", often(KEEPING, "segments", "split", "kernels"))
 def test_what_a_prompt_shares_is_read_once_and_then_hot(device, rung: str):
   """Slots hold one prompt and half of another, and what enters besides the budget is read from them by later prompts.
 

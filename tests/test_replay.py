@@ -12,7 +12,7 @@ from pallas_kernels import StopRule
 from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.evaluation import replay as replays
 from sparse_serve_jax.evaluation.accuracy import TOLERANCE
-from tests.tiny import config, new_engine, prompt_of, tiny_model
+from tests.tiny import config, new_engine, often, prompt_of, tiny_model
 
 S, N_NEW, LENGTHS = 8, 20, (150, 93, 201)
 POLICIES = {
@@ -45,7 +45,14 @@ def replayed(
   return replays.replay(model.config, model.params, conf, dense, start, n, claims=claims)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+  "policy",
+  often(
+    POLICIES,
+    *("topk, first layer dense", "min-max, best head"),
+    *("psa, last two groups", "psa, last group, mean of heads", "psa of mean", "top-p within a budget"),
+  ),
+)
 def test_the_engines_tokens_and_blocks(policy: str):
   """A step's input is the token before, so n new tokens are n - 1 steps after the prefill."""
   shape = "mha-qknorm" if policy == "psa of mean" else "gqa2"

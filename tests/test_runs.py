@@ -74,7 +74,7 @@ def test_bursts_and_what_their_costs_predict(tmp_path):
 
 
 # Others differ from these by values only: `make soak` runs them.
-ONE_OF_EACH = {"arrivals", "loads", "kernels", "crossover"}
+ONE_OF_EACH = {"arrivals", "kernels", "crossover"}
 
 
 @pytest.mark.slow

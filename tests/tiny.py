@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sparse_serve_jax.config import EngineConfig, ModelConfig, override
 from sparse_serve_jax.memory import host_pool
@@ -57,6 +59,14 @@ SMALL_SERVING = [
 def tiny_model(shape: str = "gqa2", seed: int = 0) -> Model:
   cfg = SHAPES[shape]
   return Model(config=cfg, params=init_params(cfg, seed), tokenizer=ByteTokenizer(), eos_token_ids=(), name=shape)
+
+
+def often(names: Iterable[str], *chosen: str) -> list[Any]:
+  """Names of settings that a test has: all with `make soak`, and with `make test` those which are `chosen`. Each thing
+  that the others set is then set by another test."""
+  names = list(names)
+  assert {*chosen} < {*names}
+  return [name if name in chosen else pytest.param(name, marks=pytest.mark.soak) for name in names]
 
 
 def prompt_of(n: int, seed: int = 0) -> list[int]:
