@@ -25,7 +25,7 @@ class Prefix(NamedTuple):
   pool: Float[Array, "K L M 2 S D"]
   slots: Float[Array, "P 2 S D"]
   layer: Int32[Array, ""]
-  blocks: Int32[Array, "K N"]  # DRAM blocks; those beyond `tokens` may be anything
+  blocks: Int32[Array, "K N"]  # pool blocks; those beyond `tokens` may be anything
   slot: Int32[Array, "K N"]  # -1 where a block is to be read from the pool
   tokens: Int32[Array, ""]  # a multiple of S
 

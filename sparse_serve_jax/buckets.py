@@ -42,8 +42,8 @@ class PrefillProgram(NamedTuple):
   tokens: int  # padded
   table: int  # blocks of the table of what comes before the piece; 0: it begins a prompt
   n_layers: int
-  fixed: bool = True  # it runs just so many layers; else at most so many, and the host waits for the device in each
-  saves: bool = False  # it saves its blocks itself, also where saves are staged
+  static: bool = True  # it runs just so many layers; else at most so many, and the host waits for the device in each
+  unstaged: bool = False  # it writes its blocks to the pool itself, although saves are staged
   packed: bool = False
   sampled: bool = False  # of a pack: not every prompt takes its most likely token
 
@@ -58,16 +58,16 @@ class Buckets:
   block_tokens: int
   full: int  # the largest piece of a prompt that is cut
   unit: int  # an eighth of it: pieces other than a prompt's last are multiples
-  whole: tuple[int, ...]
-  chunks: tuple[int, ...]
+  first_pieces: tuple[int, ...]  # of those that begin a prompt
+  later_pieces: tuple[int, ...]  # of those that go on with one, or begin it after blocks that it shares
   packed: int  # several prompts together; 0 if there is no room for two blocks in all layers
   tables: tuple[int, ...]  # blocks
-  prefixes: tuple[int, ...]  # of `tables`, those that hold what comes before a piece
+  tables_before: tuple[int, ...]  # of `tables`, those that hold what comes before a piece
   batches: tuple[int, ...]  # rows
   n_layers: int
-  allowance: int  # what an iteration may prefill: tokens through all layers if `chunked`, token x layers otherwise
+  allowance: int  # what an iteration may prefill: tokens through all layers if `chunked`, else tokens x layers
   chunked: bool
-  resumes: bool  # whether a prompt may begin after blocks that it shares
+  shares: bool  # whether a prompt may begin after blocks that it shares
   crowded: bool  # whether rows of decode count against what is prefilled, so that a segment may not have room
   late: bool  # whether saves are staged, and land after their programs
 
@@ -89,16 +89,16 @@ class Buckets:
       block_tokens=size,
       full=full,
       unit=unit,
-      whole=(),
-      chunks=(),
+      first_pieces=(),
+      later_pieces=(),
       packed=packed if packed >= 2 * size else 0,
       tables=tables,
-      prefixes=(),
+      tables_before=(),
       batches=_batches(scheduler.max_batch),
       n_layers=n_layers,
-      allowance=allowance,
+      allowance=full if chunked else allowance,
       chunked=chunked,
-      resumes=config.cache.prefix,
+      shares=config.cache.prefix,
       crowded=scheduler.max_tokens > 0,
       late=config.cache.save == "staged",
     )
@@ -123,18 +123,18 @@ class Buckets:
     if cut and not self.chunked and self.at_once(cut[-1]):  # which is no size of a layer's pieces
       cut = [*cut, self.full]
     largest = min(self.full if self.chunked else _round_up(self.allowance, size), context)
-    whole = {
+    first = {
       *_sizes(size, largest, steps),
       *(c for c in (eighths if self.chunked else [self.full]) if cut and c <= context),
     }
-    chunks = {*cut}
-    if self.resumes:
-      least_prefix, chunks = size, {*_sizes(size, largest, coarse), *(cut if self.chunked else ())}
+    later = {*cut}
+    if self.shares:
+      least_prefix, later = size, {*_sizes(size, largest, coarse), *(cut if self.chunked else ())}
     return dataclasses.replace(
       self,
-      whole=tuple(sorted(whole)),
-      chunks=tuple(sorted(chunks)),
-      prefixes=tuple(n for n in prefixes if n * size >= least_prefix),
+      first_pieces=tuple(sorted(first)),
+      later_pieces=tuple(sorted(later)),
+      tables_before=tuple(n for n in prefixes if n * size >= least_prefix),
     )
 
   def decode(self, n_rows: int, n_blocks: int, sampled: bool = False) -> DecodeProgram:
@@ -153,9 +153,11 @@ class Buckets:
     pieces are saved by their own program if others follow, which would wait until they have landed, the device idle.
     """
     tokens = self.padded(n_tokens, start, n_layers)
-    fixed = not start or (n_layers == self.n_layers and self.at_once(tokens))
-    saves = self.late and rest > 0 and tokens == (_up(self.chunks, self.full) if start else self.full)
-    return PrefillProgram(tokens, self._before(start), n_layers if fixed else self._most_layers(tokens), fixed, saves)
+    static = not start or (n_layers == self.n_layers and self.at_once(tokens))
+    unstaged = self.late and rest > 0 and tokens == (_up(self.later_pieces, self.full) if start else self.full)
+    return PrefillProgram(
+      tokens, self._before(start), n_layers if static else self._most_layers(tokens), static, unstaged
+    )
 
   def pack(self, sampled: bool) -> PrefillProgram:
     """What runs several short prompts."""
@@ -163,24 +165,24 @@ class Buckets:
 
   def padded(self, n_tokens: int, start: int, n_layers: int) -> int:
     """Tokens that `n_layers` of a piece of `n_tokens` beginning at `start` are padded to."""
-    sizes = self.chunks if start else self.whole
+    sizes = self.later_pieces if start else self.first_pieces
     if start and n_layers < self.n_layers and not self.crowded:  # programs of all layers run nothing else
       sizes = tuple(n for n in sizes if not self.at_once(n))
     return _fit(sizes, n_tokens, "prompt piece of tokens")
 
   def _before(self, start: int) -> int:
     """Blocks that the table before a piece which begins at `start` is padded to."""
-    return _fit(self.prefixes, start // self.block_tokens, "block table before a piece of") if start else 0
+    return _fit(self.tables_before, start // self.block_tokens, "block table before a piece of") if start else 0
 
-  def begun(self, n_tokens: int) -> int:
+  def in_blocks(self, n_tokens: int) -> int:
     """Tokens that a prompt of `n_tokens` takes in a pack: whole blocks."""
     return _round_up(n_tokens, self.block_tokens)
 
-  def short(self, n_tokens: int) -> bool:
+  def packable(self, n_tokens: int) -> bool:
     """Whether two prompts of so many tokens fit in a pack. None of them is cut unless it must be."""
-    return 2 * self.begun(n_tokens) <= self.packed
+    return 2 * self.in_blocks(n_tokens) <= self.packed
 
-  def pays(self, lengths: Sequence[int]) -> bool:
+  def packing_pays(self, lengths: Sequence[int]) -> bool:
     """Whether whole prompts of so many tokens, which a pack holds, take longer one by one."""
     return self.packed < sum(max(_SMALL[0], self.padded(n, 0, self.n_layers)) for n in lengths)
 
@@ -191,13 +193,51 @@ class Buckets:
 
   def at_once(self, padded: int) -> bool:
     """Whether an iteration has room for all layers of a piece that is padded to so many tokens. Then it runs them all,
-    by a program that runs nothing else."""
+    by a program that runs nothing else, unless rows of decode take of its room (`crowded`)."""
     return self.chunked or padded * self.n_layers <= self.allowance
 
-  def layers(self, n_tokens: int, start: int, first_layer: int) -> int:
-    """Layers of the next segment of a piece that is not cut."""
+  def cut(
+    self, n_tokens: int, cached: int, at: tuple[int, int], left: int, alone: bool, packs: bool
+  ) -> tuple[int, int, int]:
+    """The next piece of a prompt, and how much of it runs at once.
+
+    Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
+    token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
+    A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration. Of a prompt
+    whose beginning is in the pool already, the rest counts as the whole. Segments are not cut for the sake of what
+    others have left: a prompt waits for others to be packed with, and for the program that knows its number of layers.
+
+    Args:
+      n_tokens: of the prompt.
+      cached: of these, the first ones that are in the pool already.
+      at: the token and the layer that are next.
+      left: of the allowance.
+      alone: whether nothing else has been prefilled in the iteration.
+      packs: whether the prompt may be packed with others, if it is short.
+
+    Returns:
+      Tokens, layers and cost, which is of the unit of the allowance; zeros if too little is left.
+    """
+    (start, layer), none = at, (0, 0, 0)
+    rest = n_tokens - start
+    if packs and start == layer == 0 and self.packable(rest):
+      cost = self.in_blocks(rest) * (1 if self.chunked else self.n_layers)
+      if not alone or cost <= left:
+        return (rest, self.n_layers, cost) if cost <= left else none
     if self.chunked:
-      return self.n_layers
+      tokens = rest if rest <= left else left // self.unit * self.unit
+      return tokens, self.n_layers, tokens
+    whole = n_tokens - cached
+    if whole <= self.allowance:
+      n_layers, most = self._layers(whole, cached, layer), left // whole
+      if n_layers > most:
+        n_layers = min(most, 1) if alone else 0
+      return (whole, n_layers, whole * n_layers) if n_layers else none
+    tokens = min(rest, self.full)
+    return (tokens, 1, tokens) if alone or tokens <= left else none
+
+  def _layers(self, n_tokens: int, start: int, first_layer: int) -> int:
+    """Layers of the next segment of a piece that is not cut; not if `chunked`."""
     left, padded = self.n_layers - first_layer, self.padded(n_tokens, start, self.n_layers)
     # After other pieces only what is padded counts: a program that does not know its layers has a slab of so many.
     if (padded if start else n_tokens) * self.n_layers <= self.allowance and not first_layer:
@@ -224,7 +264,7 @@ class Buckets:
     """All numbers of layers that programs of a piece run which begins its prompt."""
     if self.chunked:
       return [self.n_layers]
-    least = max((n for n in self.whole if n < padded), default=0) + 1
+    least = max((n for n in self.first_pieces if n < padded), default=0) + 1
     at_once = {self.n_layers} if least * self.n_layers <= self.allowance else set()
     return sorted(self._segments(padded) | at_once | ({1} if self.crowded else set()))
 
@@ -239,18 +279,18 @@ class Buckets:
     return max(of.tokens * of.n_layers for of in self.programs() if isinstance(of, PrefillProgram))
 
   @functools.cached_property
-  def kept(self) -> tuple[int, int]:
+  def hidden(self) -> tuple[int, int]:
     """The most pieces of a prompt that there are between two of its segments, and the most tokens one is padded to."""
     prefill = [of for of in self.programs() if isinstance(of, PrefillProgram)]
-    sizes = [of.tokens for of in prefill if not of.fixed or of.n_layers < self.n_layers]
+    sizes = [of.tokens for of in prefill if not of.static or of.n_layers < self.n_layers]
     longest = self.tables[-1] * self.block_tokens
     n = -(-longest // self.full) if longest > self.allowance else 1  # else no prompt is cut
     return (n, max(sizes)) if sizes else (0, 0)
 
-  def kept_at(self, start: int) -> int:
+  def hidden_at(self, start: int) -> int:
     """The first token's place among all that are kept, of the piece of a prompt that begins at `start`. Only its last
     piece is not full, so that no two have the same."""
-    n, size = self.kept
+    n, size = self.hidden
     return start // self.full % n * size if n else 0
 
   @property
@@ -262,7 +302,7 @@ class Buckets:
   def programs(self) -> list[Program]:
     """Every decode and prefill program there can be. Those that also tell log probabilities are as many again."""
     longest = self.tables[-1] * self.block_tokens
-    return self._programs(self.whole, self.chunks, self.packed > 0, longest, self.resumes)
+    return self._programs(self.first_pieces, self.later_pieces, self.packed > 0, longest, self.shares)
 
   def programs_of(self, prompts: Iterable[int], shared: bool = True) -> list[Program]:
     """Those of `programs` that prompts of so many tokens can come to, whatever runs beside them; unless `shared`, if no
@@ -272,12 +312,12 @@ class Buckets:
     cut = [n for n in prompts if self.chunked or n > self.allowance]
     longest = min(max(cut, default=0), self.full)  # of a piece
     whole = {self.padded(n, 0, self.n_layers) for n in prompts - set(cut)} | {
-      c for c in self.whole if cut and c <= _up(self.whole, longest)
+      c for c in self.first_pieces if cut and c <= _up(self.first_pieces, longest)
     }
-    shared = shared and self.resumes
+    shared = shared and self.shares
     if shared:  # what is left of one after its first block, or after more
-      longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.whole[-1]))
-    chunks = [c for c in self.chunks if longest > 0 and c <= _up(self.chunks, longest)]
+      longest = max(longest, min(max(prompts, default=0) - self.block_tokens, self.first_pieces[-1]))
+    chunks = [c for c in self.later_pieces if longest > 0 and c <= _up(self.later_pieces, longest)]
     shortest = _round_up(min(prompts, default=0), self.block_tokens)
     return self._programs(sorted(whole), chunks, 0 < 2 * shortest <= self.packed, max(cut, default=0), shared)
 
@@ -301,12 +341,12 @@ class Buckets:
     found: list[Program] = [DecodeProgram(*of, sampled) for of in widths for sampled in (False, True)]
     found += [self.pack(sampled) for sampled in (False, True) if packs]
     found += [PrefillProgram(n, 0, n_layers) for n in whole for n_layers in self._depths(n)]
-    found += [PrefillProgram(self.full, 0, self.n_layers if self.chunked else 1, saves=True)] * cuts
-    for n, table in itertools.product(chunks, self.prefixes):
-      saves = (False, True) if cuts_after and n == _up(chunks, self.full) else (False,)
-      for fixed in (False, True) if of_any_depth and self.at_once(n) else (self.at_once(n),):
-        n_layers = self.n_layers if fixed else self._most_layers(n)
-        found += [PrefillProgram(n, table, n_layers, fixed, saving) for saving in saves]
+    found += [PrefillProgram(self.full, 0, self.n_layers if self.chunked else 1, unstaged=True)] * cuts
+    for n, table in itertools.product(chunks, self.tables_before):
+      unstaged = (False, True) if cuts_after and n == _up(chunks, self.full) else (False,)
+      for static in (False, True) if of_any_depth and self.at_once(n) else (self.at_once(n),):
+        n_layers = self.n_layers if static else self._most_layers(n)
+        found += [PrefillProgram(n, table, n_layers, static, own) for own in unstaged]
     return found
 
 

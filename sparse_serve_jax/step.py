@@ -2,8 +2,9 @@
 
   decode_step      embed -> for each layer: qkv, append to the tail, attend to selected blocks where they lie, MLP
                    -> finished tails go to the pool -> logits, sample
-  prefill_segment  some layers of a piece of a prompt, or of several short prompts in one -> digests made, attention,
-                   its KV into the pool, the newest into slots
+  prefill_segment  some layers of a piece of a prompt, or of several short prompts in one: embed, or what the layers
+                   before have left -> for each layer: qkv, digests, blocks enter slots, attention, KV to the pool or
+                   into a slab, MLP -> logits, sample
 
 Both are per-device code under `shard_map` over the mesh axis "tp": `programs.py` compiles them.
 """
@@ -55,7 +56,7 @@ class Setup:
   attention: DecodeAttention
   prefill: PrefillAttention
   dense_layers: int
-  newest_blocks: int  # at most so many blocks of a piece of a prompt enter slots, where the next piece reads them
+  newest_blocks: int  # of a piece of a prompt, that enter slots in any case; others only enter spare ones
   pins: bool  # whether a piece finds all that comes before it in slots, if these are enough
   keeps: bool  # whether spare slots take what prompts may share
   working_set_steps: int
@@ -144,12 +145,12 @@ class PrefillBatch(flax.struct.PyTreeNode):
   n_tokens: Int32[Array, " B"]
   first_layer: Int32[Scalar, ""]
   n_layers: Int32[Scalar, ""]
-  kept_at: Int32[Scalar, ""]
+  hidden_at: Int32[Scalar, ""]
   lanes: Int32[Array, " B"]  # R of a padding row
   sampling: SamplingRows | None  # None if every prompt's token is its most likely one: a program of its own
   # `n_layers`, if the program knows it. 0: it does not, and the host waits for the device in each layer. If it is all
   # layers the first is known too, and no weights are copied.
-  known_layers: int = flax.struct.field(pytree_node=False, default=0)
+  static_layers: int = flax.struct.field(pytree_node=False, default=0)
   # The blocks' own way to the pool: they leave as a slab of at most so many layers. 0: the program writes them there.
   slab_layers: int = flax.struct.field(pytree_node=False, default=0)
   logprobs: bool = flax.struct.field(pytree_node=False, default=False)
@@ -165,11 +166,11 @@ class StepCounts(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-  """Of the tokens of a program, and of the X most likely ones of each row, most likely first."""
+  """Of the tokens of a program, and of the most likely ones of each row, most likely first."""
 
   token: Float32[Array, " B"]
-  top_ids: Int32[Array, "B X"]
-  top: Float32[Array, "B X"]
+  top_ids: Int32[Array, "B top"]
+  top: Float32[Array, "B top"]
 
 
 class StepOutput(NamedTuple):
@@ -266,20 +267,20 @@ def _next(hot: Hot, lanes: jax.Array, tokens: jax.Array) -> Hot:
 
 
 def prefill_segment(
-  setup: Setup, width: int, params: llama.Params, cache: KVCache, kept: jax.Array | None, batch: PrefillBatch
+  setup: Setup, width: int, params: llama.Params, cache: KVCache, hidden: jax.Array | None, batch: PrefillBatch
 ) -> tuple[KVCache, jax.Array | None, jax.Array | None, StepOutput]:
   """Runs some layers of a piece, which `batch` names; `setup`, `params` and `cache` are as of `decode_step`.
 
-  `kept` [X, d] has what the piece's previous segment has left, from `kept_at` on. None if all layers are run.
+  `hidden` [A, d] has what the piece's previous segment has left, from `hidden_at` on. None if all layers are run.
   `width` entries of the block table hold what comes before the piece; 0: it begins its prompt.
 
   Returns:
-    The cache; `kept`; the slab [K, Ls, n, 2, S, D], if one is wanted; what the host is told, the tokens that follow the
-    prompts with it: they are meant if the last layer was run, as a branch would make the host wait.
+    The cache; `hidden`; the slab [K, Ls, n, 2, S, D], if one is wanted; what the host is told, with it the tokens that
+    follow the prompts: they are meant if the last layer was run, as a branch would make the host wait.
   """
-  cfg, size, first_layer = setup.model, cache.hot.tail.shape[4], 0 if kept is None else batch.first_layer
-  x, at = llama.embed(params, batch.tokens), (batch.kept_at, 0)
-  x = x if kept is None else jnp.where(first_layer == 0, x, jax.lax.dynamic_slice(kept, at, x.shape))
+  cfg, size, first_layer = setup.model, cache.hot.tail.shape[4], 0 if hidden is None else batch.first_layer
+  x, at, n_layers = llama.embed(params, batch.tokens), (batch.hidden_at, 0), batch.static_layers or batch.n_layers
+  x = x if hidden is None else jnp.where(first_layer == 0, x, jax.lax.dynamic_slice(hidden, at, x.shape))
   packed = kernels.Packed(jnp.asarray(batch.begins), jnp.asarray(batch.n_tokens))
   cos_sin = llama.rope(cfg, batch.start + packed.nth(jnp.arange(x.shape[0])))
   before = Before.of(cache.hot.tables[batch.lanes[0], :width], batch.start // size) if width else None
@@ -288,8 +289,8 @@ def prefill_segment(
   hot, turn = setup.turn(cache.hot, 1, blocks if before is None else jnp.concatenate([before.blocks, blocks]))
   given = jnp.zeros(turn.n_zones, jnp.int32)
   # One more share stays: the first misses of a progressive list take what is empty when a decode step begins.
-  shares = 1 + (1 if setup.zones == "layer" else batch.known_layers or batch.n_layers)
-  room = kernels.room(hot.maps, turn.victims, shares) if setup.keeps else given
+  n_shares = 1 + (1 if setup.zones == "layer" else n_layers)
+  room = kernels.room(hot.maps, turn.victims, n_shares) if setup.keeps else given
   own = (rows, batch.lanes) if setup.zones == "lane" else (blocks[None], batch.lanes[:1])
   ids, last_blocks = jnp.arange(blocks.shape[0]), (batch.begins + batch.n_tokens) // size
 
@@ -317,14 +318,14 @@ def prefill_segment(
   slab_dims = hot.tail.shape[0], batch.slab_layers, ids.shape[0], *hot.tail.shape[3:]
   slab = jnp.zeros(slab_dims, hot.tail.dtype) if batch.slab_layers else None
   carry = x, KVCache(cache.pool, hot), slab, given, jnp.int32(0)
-  for first, n, attention in setup.prefill.parts(first_layer, batch.known_layers or batch.n_layers, setup.dense_layers):
+  for first, n, attention in setup.prefill.parts(first_layer, n_layers, setup.dense_layers):
     carry = jax.lax.fori_loop(0, n, lambda i, carry, at=first, of=attention: layer(of, at + i, carry), carry)
   x, cache, slab, _, loaded = carry
   last = x.at[batch.begins + batch.n_tokens - 1].get(mode="clip")
   tokens, of_tokens = _sample(llama.logits(cfg, params, last, AXIS), batch.start + batch.n_tokens, batch)
   hot = _next(cache.hot, batch.lanes, tokens)
-  kept = kept if kept is None else jax.lax.dynamic_update_slice(kept, x, at)
-  return KVCache(cache.pool, hot), kept, slab, StepOutput(tokens, _counts(hot, 0, 0, loaded), of_tokens)
+  hidden = hidden if hidden is None else jax.lax.dynamic_update_slice(hidden, x, at)
+  return KVCache(cache.pool, hot), hidden, slab, StepOutput(tokens, _counts(hot, 0, 0, loaded), of_tokens)
 
 
 def _after(o: jax.Array, places: jax.Array) -> jax.Array:

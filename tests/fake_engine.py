@@ -117,7 +117,7 @@ class FakeExecutor:
     tokens = {}
     for work in plan.works:
       layers = slice(work.first_layer, work.first_layer + work.n_layers)
-      at, of, end = self.buckets.kept_at(work.start), (work.request_id, work.start), work.first_layer + work.n_layers
+      at, of, end = self.buckets.hidden_at(work.start), (work.request_id, work.start), work.first_layer + work.n_layers
       *before, done = self.kept.pop(at, (*of, 0))
       assert work.first_layer == (done if tuple(before) == of else 0)
       if end < self.shape.L:

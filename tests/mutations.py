@@ -473,8 +473,8 @@ MUTATIONS = [
   Mutation(
     "blocks are shared before they have landed",
     "sparse_serve_jax/serving/scheduler.py",
-    "if self._late and (self._written_in",
-    "if not self._late and (self._written_in",
+    "if self._buckets.late and (self._written_in",
+    "if not self._buckets.late and (self._written_in",
     (f"{PREFIX}::test_where_saves_are_staged_the_next_waits_until_they_have_landed",),
   ),
   Mutation(

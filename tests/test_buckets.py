@@ -137,10 +137,10 @@ def test_no_more_than_48_programs(mode: str, S: int):
         buckets = Buckets.of(engine_config(mode, S, max_batch, prefix), n_layers, max_context)
         programs = buckets.programs()
         assert len(set(programs)) == len(programs) <= buckets.n_programs <= 48
-        for sizes in (buckets.whole, buckets.chunks, buckets.tables, buckets.batches):
+        for sizes in (buckets.first_pieces, buckets.later_pieces, buckets.tables, buckets.batches):
           assert list(sizes) == sorted(set(sizes)) and all(size > 0 for size in sizes)
-        assert not any(size % S for size in (*buckets.whole, *buckets.chunks, buckets.packed))
-        assert not buckets.resumes or set(buckets.tables) >= set(buckets.prefixes) > set()
+        assert not any(size % S for size in (*buckets.first_pieces, *buckets.later_pieces, buckets.packed))
+        assert not buckets.shares or set(buckets.tables) >= set(buckets.tables_before) > set()
 
 
 def programs_of(buckets: Buckets, plan: Plan) -> set[Program]:
@@ -188,11 +188,11 @@ def test_every_plan_has_its_programs(
     for program, work in ((of.program, work) for of in plan.prefill for work in of.works):
       assert len(work.tokens) <= program.tokens and work.start // S <= program.table
       assert prefix or program.packed or program.tokens <= 2048 or program.tokens <= 1.5 * len(work.tokens) + S
-      assert work.n_layers == program.n_layers if program.fixed else work.n_layers <= program.n_layers
+      assert work.n_layers == program.n_layers if program.static else work.n_layers <= program.n_layers
       if work.n_layers < n_layers:
-        place = range(at := buckets.kept_at(work.start), at + program.tokens)
+        place = range(at := buckets.hidden_at(work.start), at + program.tokens)
         others = kept.setdefault(work.request_id, {})
-        assert place.stop <= math.prod(buckets.kept) and others.setdefault(work.start, place) == place
+        assert place.stop <= math.prod(buckets.hidden) and others.setdefault(work.start, place) == place
         assert all(start == work.start or at >= of.stop or place.stop <= of.start for start, of in others.items())
 
 
@@ -214,7 +214,7 @@ def test_a_full_chunk_that_another_follows_may_come_after_a_small_one():
   conf = EngineConfig(CacheConfig(save="staged", prefix=False), SparseConfig(token_budget=4096), scheduler)
   buckets, prompts = Buckets.of(conf, 2, max_context=320), [224, 32 + 256 + 1]
   plans = planned(conf, sizes(2, 320, 32), prompts)
-  works = [(len(work.tokens), work.start, of.saves) for plan in plans for of, (work,) in plan.prefill]
+  works = [(len(work.tokens), work.start, of.unstaged) for plan in plans for of, (work,) in plan.prefill]
   assert works == [(224, 0, False), (32, 0, False), (256, 32, True), (1, 288, False)]
   reached = set().union(*(programs_of(buckets, plan) for plan in plans))
   assert reached <= set(buckets.programs()) & set(buckets.programs_of(prompts, shared=False))
@@ -226,7 +226,7 @@ def test_chunked_every_program_knows_its_layers():
   conf = EngineConfig(CacheConfig(save="staged"), SparseConfig(token_budget=4096), scheduler)
   buckets = Buckets.of(conf, 1, max_context=7646)
   prefill = [program for program in buckets.programs() if isinstance(program, PrefillProgram)]
-  assert all(program.fixed and program.n_layers == 1 for program in prefill) and buckets.n_programs <= 48
+  assert all(program.static and program.n_layers == 1 for program in prefill) and buckets.n_programs <= 48
 
 
 @pytest.mark.parametrize("prefix", [False, True])

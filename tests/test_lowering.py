@@ -204,8 +204,8 @@ def test_a_step_asks_the_host_nothing(audit: AuditAt | None):
 
 
 @pytest.mark.parametrize(("n_rows", "width"), [(4, 0), (1, 0), (1, 16)])
-@pytest.mark.parametrize("known_layers", [0, 1, 2])  # 2: all
-def test_a_segment_does_not_make_the_host_wait(n_rows: int, width: int, known_layers: int):
+@pytest.mark.parametrize("static_layers", [0, 1, 2])  # 2: all
+def test_a_segment_does_not_make_the_host_wait(n_rows: int, width: int, static_layers: int):
   """It does in a branch, and in a loop whose trips XLA does not know."""
   model = tiny_model()
   setup = Setup.of(model.config, EngineConfig(CacheConfig(block_tokens=8), SparseConfig(token_budget=512)), "triton")
@@ -215,7 +215,7 @@ def test_a_segment_does_not_make_the_host_wait(n_rows: int, width: int, known_la
   hot = Hot(kv(12), f32((2, 2, 40, 2, 16)), maps, kv(2, 2, 4), Int((4, 16)), Int((4,)), Int(()))
   one, row = f32((n_rows,)), Int((n_rows,))
   sampling = SamplingRows(one, one, jax.ShapeDtypeStruct((n_rows,), jnp.uint32), Int((n_rows, 8)), row, one)
-  batch = PrefillBatch(Int((128,)), Int(()), row, row, *[Int(())] * 3, row, sampling, known_layers)
+  batch = PrefillBatch(Int((128,)), Int(()), row, row, *[Int(())] * 3, row, sampling, static_layers)
   mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,))
   f = jax.shard_map(
     functools.partial(prefill_segment, setup, width), mesh=mesh, in_specs=Spec(), out_specs=Spec(), check_vma=False
@@ -223,8 +223,8 @@ def test_a_segment_does_not_make_the_host_wait(n_rows: int, width: int, known_la
   arguments = model.params, KVCache(kv(2, 2, 40), hot), f32((128, 32)), batch
   control = [e for e in equations(jax.make_jaxpr(f)(*arguments).jaxpr) if e.primitive.name in ("scan", "while", "cond")]
   outermost = next(e for e in control if any("dot_general" in str(p) for p in e.params.values()))
-  assert outermost.params.get("length") == (known_layers or None)
-  assert [e.primitive.name for e in control if e.primitive.name != "scan"] == ["while"] * (not known_layers)
+  assert outermost.params.get("length") == (static_layers or None)
+  assert [e.primitive.name for e in control if e.primitive.name != "scan"] == ["while"] * (not static_layers)
 
 
 def primitives(jaxpr: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 from sparse_serve_jax.buckets import PrefillProgram
 from sparse_serve_jax.memory.shape import CacheShape
 from sparse_serve_jax.serving import metrics
-from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillPiece, PrefillWork, Sampling, StepStats
+from sparse_serve_jax.serving.plan import DecodeRow, Plan, PrefillCall, PrefillWork, Sampling, StepStats
 from sparse_serve_jax.serving.request import Request
 
 SHAPE = CacheShape(
@@ -30,7 +30,7 @@ def request(arrival: float, scheduled: float, times: list[float], n_prompt: int 
 def plan(rows: int, tokens: int, n_layers: int = 2) -> Plan:
   """So many decode rows, and a piece of a prompt through some layers."""
   work = PrefillWork("p", 0, np.zeros(tokens, np.int32), 0, 0, n_layers, False, Sampling())
-  piece = PrefillPiece(PrefillProgram(tokens, 0, n_layers), (work,))
+  piece = PrefillCall(PrefillProgram(tokens, 0, n_layers), (work,))
   row = DecodeRow("d", 0, 0, 0, Sampling())
   return Plan(1, np.zeros(0, np.int32), (), (piece,) if tokens else (), (row,) * rows, ())
 

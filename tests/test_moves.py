@@ -295,7 +295,7 @@ def test_a_request_decodes_and_blocks_are_given_out_when_saves_have_landed():
 
   pieces = [scheduler.schedule(0.0).prefill for _ in range(2)]
   # The second reads the first from the pool, so the first's own program saves it.
-  assert [(work.start, program.saves) for ((program, (work,)),) in pieces] == [(0, True), (32, False)]
+  assert [(work.start, program.unstaged) for ((program, (work,)),) in pieces] == [(0, True), (32, False)]
   scheduler.cancel(first, 0.0)
   assert scheduler.schedule(0.0).release.size == 5
   for _ in range(3):
@@ -314,7 +314,7 @@ def test_a_piece_waits_for_one_that_is_saved_beside_its_program():
   for name, n in (("a", 24), ("b", 60)):
     scheduler.add(Request(name, np.full(n, ord(name), np.int32), 1, 0.0))
   pieces = [scheduler.schedule(0.0).prefill for _ in range(2)]
-  assert [[(work.request_id, len(work.tokens), of.saves) for of, (work,) in found] for found in pieces] == [
+  assert [[(work.request_id, len(work.tokens), of.unstaged) for of, (work,) in found] for found in pieces] == [
     [("a", 24, False), ("b", 8, False)],
     [],
   ]
@@ -322,7 +322,7 @@ def test_a_piece_waits_for_one_that_is_saved_beside_its_program():
   scheduler.update(done(landed=-1), 0.0)
   assert not scheduler.schedule(0.0).prefill
   scheduler.update(done(landed=1), 0.0)
-  assert [(work.request_id, work.start, of.saves) for of, (work,) in scheduler.schedule(0.0).prefill] == [
+  assert [(work.request_id, work.start, of.unstaged) for of, (work,) in scheduler.schedule(0.0).prefill] == [
     ("b", 8, True)
   ]
 
@@ -336,7 +336,7 @@ def test_a_layer_does_not_wait_for_what_the_one_before_it_saves(allowance: int, 
   scheduler = Scheduler(conf, executor.shape)
   scheduler.add(Request("a", np.zeros(2 * full + rest, np.int32), 4, 0.0))
   pieces = [piece for _ in range(6) for piece in scheduler.schedule(0.0).prefill]
-  assert [(work.first_layer, work.start, program.saves) for program, (work,) in pieces] == [
+  assert [(work.first_layer, work.start, program.unstaged) for program, (work,) in pieces] == [
     (layer, start, start < 2 * full) for layer in range(2) for start in (0, full, 2 * full)
   ]
   assert not scheduler.schedule(0.0).decode

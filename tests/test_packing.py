@@ -128,9 +128,9 @@ def test_which_prompts_a_pack_is_for():
   """And is made where they take more one by one."""
   buckets = Buckets.of(EngineConfig(), 32, 131072)
   assert buckets.packed == 2048 and buckets.packed_rows == 32
-  assert buckets.short(1024) and not buckets.short(1025)
-  assert not buckets.pays([1] * 4) and buckets.pays([1] * 5)  # none takes less than 512 tokens
-  assert not buckets.pays([1000, 1000]) and buckets.pays([513, 513, 30])
+  assert buckets.packable(1024) and not buckets.packable(1025)
+  assert not buckets.packing_pays([1] * 4) and buckets.packing_pays([1] * 5)  # none takes less than 512 tokens
+  assert not buckets.packing_pays([1000, 1000]) and buckets.packing_pays([513, 513, 30])
 
 
 def test_a_request_that_ends_or_fails_leaves_the_others_of_its_pack():

@@ -267,7 +267,7 @@ class Late:
     for program, work in ((piece.program, work) for piece in plan.prefill for work in piece.works):
       before = [at for (name, start), at in self.writing.items() if name == work.request_id and start < work.start]
       assert all(at <= self.landed for at in before)
-      if not program.saves:
+      if not program.unstaged:
         self.writing[work.request_id, work.start] = plan.iteration
 
 

@@ -111,7 +111,7 @@ class PrefillAttention:
     """
     before, read = piece.before, None
     prefix = None if before is None else before.prefix(cache, layer)
-    if self.selector is None or piece.packed is not None:
+    if self.selector is None or piece.packed is not None:  # of a pack every query reads all before it anyway
       o = kernels.prefill_attention(q, k, v, prefix, packed=piece.packed, implementation=self.implementation)
     else:
       n_before, width = (0, 0) if before is None else (before.n_blocks, before.blocks.shape[0])

@@ -41,9 +41,9 @@ class Needs:
   @classmethod
   def of(cls, cfg: ModelConfig, config: EngineConfig, shape: CacheShape, buckets: Buckets, cudnn: bool) -> Needs:
     """Of a model and a cache; `cudnn`: prefill attention makes no scores."""
-    piece, n_devices = max((*buckets.whole, *buckets.chunks)), config.tp
+    piece, n_devices = max((*buckets.first_pieces, *buckets.later_pieces)), config.tp
     rows = max((*buckets.batches, buckets.packed_rows))
-    kept = max(piece, math.prod(buckets.kept))
+    kept = max(piece, math.prod(buckets.hidden))
     activations = (kept + piece) * cfg.d_model * ITEM_BYTES[cfg.dtype]  # between segments, and within one
     activations += _layer_bytes(cfg, piece, shape.max_context, n_devices, cudnn)
     if config.sparse.prefill != "dense":

@@ -43,7 +43,7 @@ from sparse_serve_jax.serving.plan import (
   AuditOf,
   DecodeRow,
   Plan,
-  PrefillPiece,
+  PrefillCall,
   PrefillWork,
   Sampling,
   StepResult,
@@ -203,7 +203,7 @@ class JaxExecutor:
     for number, (executor, last, _) in _LAST.copy().items():
       if executor() is None and last.is_ready():
         _LAST.pop(number, None)
-    self._kept: jax.Array | None  # [X, d], of the prompt that is between two segments
+    self._hidden: jax.Array | None  # [A, d], of the prompt that is between two segments
     self.cache: Any = self._create()
 
   def begin(self) -> None:
@@ -246,13 +246,13 @@ class JaxExecutor:
     """Gives up the cache: only `reset` can follow, whoever still has this executor."""
     self.wait()  # threads write to the pool's memory until then
     self._results.clear()
-    self.cache = self._kept = None
+    self.cache = self._hidden = None
 
   def _create(self) -> KVCache:
     """An empty cache, whose pool the host knows if it takes part in moves; and room for activations."""
     cfg, everywhere = self.model.config, NamedSharding(self.mesh, P())
-    dims = math.prod(self.buckets.kept), cfg.d_model
-    self._kept = jnp.zeros(dims, cfg.dtype, device=everywhere) if dims[0] else None
+    dims = math.prod(self.buckets.hidden), cfg.d_model
+    self._hidden = jnp.zeros(dims, cfg.dtype, device=everywhere) if dims[0] else None
     cache = create(self.shape, self.mesh)
     if "staged" not in (self.config.cache.load, self.config.cache.save):
       return cache
@@ -307,20 +307,20 @@ class JaxExecutor:
     """What `compile` runs of a program, and what belongs to it, ready to be compiled."""
     if isinstance(of, PrefillProgram):
       batch, width = self._prefill_operands(self._no_prompts(of))
-      kept = self._kept if batch.known_layers < self.shape.L else None
-      yield self.programs.prefill.lower(self.params, self.cache, kept, batch, width)
+      hidden = self._hidden if batch.static_layers < self.shape.L else None
+      yield self.programs.prefill.lower(self.params, self.cache, hidden, batch, width)
       return
     for audit in audits:
       yield self.programs.decode.lower(self.params, self.cache, *self._decode_operands(self._no_rows(of), audit=audit))
 
-  def _no_prompts(self, of: PrefillProgram) -> PrefillPiece:
+  def _no_prompts(self, of: PrefillProgram) -> PrefillCall:
     """What a prefill program does on nothing."""
     size, sampling = self.shape.S, Sampling(temperature=float(of.sampled))
     lengths = (of.tokens - size, size) if of.packed else (of.tokens,)
-    n_layers = of.n_layers if of.fixed else 0
+    n_layers = of.n_layers if of.static else 0
     tokens = (np.zeros(n, np.int32) for n in lengths)
     works = (PrefillWork(_NOTHING, 0, t, of.table * size, 0, n_layers, False, sampling) for t in tokens)
-    return PrefillPiece(of, tuple(works))
+    return PrefillCall(of, tuple(works))
 
   def _no_rows(self, of: DecodeProgram) -> tuple[DecodeRow, ...]:
     """Rows of a decode program on nothing."""
@@ -364,26 +364,26 @@ class JaxExecutor:
     _LAST[self._number] = weakref.ref(self), jax.tree.leaves(self._results[0])[-1], self._host
     return self._results[0]
 
-  def _prefill(self, piece: PrefillPiece, iteration: int) -> StepOutput:
+  def _prefill(self, piece: PrefillCall, iteration: int) -> StepOutput:
     work, (batch, width) = piece.works[0], self._prefill_operands(piece)
     if self._writer is not None:
       blocks = len(batch.tokens) // self.shape.S * batch.slab_layers * self.shape.K
       self._writer.make_room(blocks * self.shape.block_bytes)
-    some = batch.known_layers < self.shape.L
-    operands = self.params, self.cache, self._kept if some else None, batch, width
-    self.cache, kept, slab, output = self._call(self.programs.prefill, *operands)
-    self._kept = kept if some else self._kept
+    some = batch.static_layers < self.shape.L
+    operands = self.params, self.cache, self._hidden if some else None, batch, width
+    self.cache, hidden, slab, output = self._call(self.programs.prefill, *operands)
+    self._hidden = hidden if some else self._hidden
     if self._writer is not None and slab is not None:
       layers = range(work.first_layer, work.first_layer + work.n_layers)
       self._writer.save(iteration, slab, layers, self._blocks_of(piece.works), alive=self)
     return output
 
-  def _prefill_operands(self, piece: PrefillPiece) -> tuple[PrefillBatch, int]:
+  def _prefill_operands(self, piece: PrefillCall) -> tuple[PrefillBatch, int]:
     """The batch of a piece, padded, and how many entries of a block table come before it."""
     program, works = piece
     work, samplings = works[0], [w.sampling for w in works]
     rows, tokens = self.buckets.packed_rows if program.packed else 1, np.zeros(program.tokens, np.int32)
-    begins = [0, *np.cumsum([self.buckets.begun(len(w.tokens)) for w in works[:-1]])]
+    begins = [0, *np.cumsum([self.buckets.in_blocks(len(w.tokens)) for w in works[:-1]])]
     for begin, w in zip(begins, works, strict=True):
       tokens[begin : begin + len(w.tokens)] = w.tokens
     batch = PrefillBatch(
@@ -393,12 +393,12 @@ class JaxExecutor:
       n_tokens=_pad(np.array([len(w.tokens) for w in works]), rows, 0),
       first_layer=np.int32(work.first_layer),
       n_layers=np.int32(work.n_layers),
-      kept_at=np.int32(self.buckets.kept_at(work.start)),
+      hidden_at=np.int32(self.buckets.hidden_at(work.start)),
       lanes=_pad(np.array([w.lane for w in works]), rows, self.shape.R),
       # A draw for one row takes no time that counts, for those of a pack it does.
       sampling=None if program.packed and not program.sampled else _sampling_rows(samplings, rows),
-      known_layers=program.n_layers if program.fixed else 0,
-      slab_layers=0 if self._writer is None or program.saves else program.n_layers,
+      static_layers=program.n_layers if program.static else 0,
+      slab_layers=0 if self._writer is None or program.unstaged else program.n_layers,
       logprobs=any(of.logprobs for of in samplings) and work.first_layer + work.n_layers == self.shape.L,
     )
     return batch, program.table
@@ -408,7 +408,7 @@ class JaxExecutor:
     parts = []
     for work in works:
       n_full, first = len(work.tokens) // self.shape.S, work.start // self.shape.S
-      n_begun = self.buckets.begun(len(work.tokens)) // self.shape.S
+      n_begun = self.buckets.in_blocks(len(work.tokens)) // self.shape.S
       parts.append(_pad(self._tables[work.lane][first : first + n_full], n_begun, -1))
     return np.concatenate(parts)
 

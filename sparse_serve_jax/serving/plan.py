@@ -56,7 +56,7 @@ class PrefillWork:
   start: int  # a multiple of block_tokens
   first_layer: int
   n_layers: int
-  last: bool  # ends the prompt: its result holds the first output token
+  last: bool  # ends the prompt: its result holds the next output token
   sampling: Sampling
 
   @property
@@ -65,8 +65,8 @@ class PrefillWork:
     return self.start == 0 and self.first_layer == 0 and self.last
 
 
-class PrefillPiece(NamedTuple):
-  """What one call of a program runs: work of one prompt, or of whole short prompts that are packed."""
+class PrefillCall(NamedTuple):
+  """One call of a program: some layers of a piece of one prompt, or whole short prompts that are packed."""
 
   program: PrefillProgram
   works: tuple[PrefillWork, ...]
@@ -100,7 +100,7 @@ class Plan:
   # int32, pool blocks freed since the last plan, or nobody's until this one: their residency is cleared.
   release: np.ndarray
   admit: tuple[Admission, ...]
-  prefill: tuple[PrefillPiece, ...]
+  prefill: tuple[PrefillCall, ...]
   decode: tuple[DecodeRow, ...]
   measure: tuple[DecodeRow, ...]  # requests whose working set is wanted, as it is before this iteration's decode
   await_saves: bool = False  # nothing can be done before saves that are out have landed: the result waits for them

@@ -20,7 +20,7 @@ from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillPiece, PrefillWork, StepResult
+from sparse_serve_jax.serving.plan import Admission, DecodeRow, Plan, PrefillCall, PrefillWork, StepResult
 from sparse_serve_jax.serving.request import Request, State
 from sparse_serve_jax.serving.resident import Resident, Room
 
@@ -90,9 +90,7 @@ class Scheduler:
     """Makes a scheduler of what there is of lanes, blocks and slots."""
     self._sparse, self._config, self._budget_blocks = config.sparse, config.scheduler, config.budget_blocks
     self._buckets = Buckets.of(config, shape.L, shape.max_context)
-    chunked = config.scheduler.prefill == "chunked"
-    self._allowance = self._buckets.full if chunked else config.prefill_allowance(shape.L)
-    self._shape, self._shares = shape, config.cache.prefix
+    self._shape = shape
     # Tokens of a request up to which decode steps attend to all that comes before them.
     fits = (config.budget_blocks + 1) * shape.S if config.sparse.method in WHOLE_BUDGET else 0
     exact = {"dense": sys.maxsize, "topk": fits, "psa": 0}
@@ -103,7 +101,6 @@ class Scheduler:
     self._exact_tokens = min(exact[config.sparse.policy], self._whole_tokens)
     self._tile_blocks = TILE // shape.S
     self._on_demand = config.scheduler.reserve == "on_demand"
-    self._late = config.cache.save == "staged"  # saves land after the programs that they are of
     self._waiting: deque[Request] = deque()
     self._iteration = 0  # the last one planned
     self._clear()
@@ -152,7 +149,7 @@ class Scheduler:
   def add(self, request: Request) -> None:
     """Queues a request that `check` accepts."""
     self.check(request)
-    if self._shares:
+    if self._buckets.shares:
       request.chain = hash_chain(request.prompt, self._shape.S, request.cache_salt)
     self._waiting.append(request)
 
@@ -243,7 +240,7 @@ class Scheduler:
     """Gives back the lane, at once since device programs run in order, and the blocks, by the allocator's rule."""
     self._lanes.append(resident.lane)
     chain, request = resident.request.chain, resident.request
-    if self._shares and resident.layer == self._shape.L and request.state is not State.FAILED:
+    if self._buckets.shares and resident.layer == self._shape.L and request.state is not State.FAILED:
       # The last output token may not have been the input of a step.
       n = min(resident.position, len(request.prompt) + len(request.output_tokens) - 1, self._exact_tokens)
       chain = self._enter(resident, request.tokens[len(chain) * self._shape.S : n])
@@ -302,7 +299,7 @@ class Scheduler:
     else:
       self._decoding.remove(resident)
     request.preemptions += 1
-    request.lost_tokens = resident.computed(self._shape.L, self._config.prefill == "chunked")
+    request.lost_tokens = resident.computed(self._shape.L, self._buckets.chunked)
     self._free(resident)
     request.state, request.pool_blocks = State.WAITING, 0
     self._waiting.appendleft(request)
@@ -310,7 +307,7 @@ class Scheduler:
 
   def _in_pool(self, resident: Resident) -> bool:
     """Whether a program that is planned now finds in the pool what has been prefilled."""
-    return not self._late or resident.prefilled_in <= self._landed
+    return not self._buckets.late or resident.prefilled_in <= self._landed
 
   @property
   def _controlled(self) -> bool:
@@ -352,21 +349,24 @@ class Scheduler:
 
   # --------------------------------------------------------------------------------------------------------- prefill
 
-  def _plan_prefill(self, room: Room, now: float) -> tuple[tuple[PrefillPiece, ...], list[Resident]]:
+  def _plan_prefill(self, room: Room, now: float) -> tuple[tuple[PrefillCall, ...], list[Resident]]:
     """Returns pieces of prompts, oldest first, while allowance and room last, and the requests whose prompts end.
 
     The allowance counts token x layers when layer-segmented and tokens when chunked. Only a single piece of one block
     in one layer may exceed it. A piece waits until those before it, in its layers, are in the pool.
     """
-    left, n_all = self._allowance, self._shape.L
-    of_token = 1 if self._config.prefill == "chunked" else n_all  # allowance that a token of the room is worth
-    pieces: list[PrefillPiece] = []
+    left, n_all = self._buckets.allowance, self._shape.L
+    of_token = 1 if self._buckets.chunked else n_all  # allowance that a token of the room is worth
+    pieces: list[PrefillCall] = []
     ended = []
     while left > 0:
       resident = self._prefilling or self._next_in_line()
-      if resident is None or (self._late and resident.read_from > self._landed):
+      if resident is None or (self._buckets.late and resident.read_from > self._landed):
         break
-      n_tokens, n_layers, cost = self._piece(resident, min(left, room.tokens * of_token), alone=not pieces)
+      packs = len(resident.tokens) <= self._whole_tokens
+      at, n = (resident.start, resident.layer), min(left, room.tokens * of_token)
+      cut = self._buckets.cut(len(resident.tokens), resident.first, at, n, alone=not pieces, packs=packs)
+      n_tokens, n_layers, cost = cut
       tokens = -(-n_tokens * n_layers // n_all)
       if not tokens or not room.take(tokens, self._pinned(resident, n_tokens)):
         break
@@ -382,13 +382,13 @@ class Scheduler:
         resident.request.state = State.DECODING
     return self._packed(pieces), ended
 
-  def _packed(self, pieces: list[PrefillPiece]) -> tuple[PrefillPiece, ...]:
+  def _packed(self, pieces: list[PrefillCall]) -> tuple[PrefillCall, ...]:
     """The pieces; whole prompts that follow each other are packed, as many as fit, where that pays."""
-    groups: list[list[PrefillPiece]] = []
+    groups: list[list[PrefillCall]] = []
     room = rows = 0
     for piece in pieces:
       (work,) = piece.works
-      tokens, may = self._buckets.begun(len(work.tokens)), work.whole and len(work.tokens) <= self._whole_tokens
+      tokens, may = self._buckets.in_blocks(len(work.tokens)), work.whole and len(work.tokens) <= self._whole_tokens
       if not (may and tokens <= room and rows):
         groups.append([])
         room, rows = (self._buckets.packed, self._buckets.packed_rows) if may else (0, 0)
@@ -396,37 +396,9 @@ class Scheduler:
       room, rows = room - tokens, rows - 1
     for group in groups:
       works = tuple(work for piece in group for work in piece.works)
-      if len(group) > 1 and self._buckets.pays([len(work.tokens) for work in works]):
-        group[:] = [PrefillPiece(self._buckets.pack(not all(work.sampling.plain for work in works)), works)]
+      if len(group) > 1 and self._buckets.packing_pays([len(work.tokens) for work in works]):
+        group[:] = [PrefillCall(self._buckets.pack(not all(work.sampling.plain for work in works)), works)]
     return tuple(itertools.chain(*groups))
-
-  def _piece(self, at: Resident, left: int, alone: bool) -> tuple[int, int, int]:
-    """Returns tokens, layers and cost of the next piece of a prompt; zeros if the rest of the allowance is too small.
-
-    Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
-    token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
-    A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration; see
-    Buckets. Of a prompt whose beginning is in the pool already, the rest counts as the whole. Segments are not cut for
-    the sake of what others have left: a prompt waits for others to be packed with, and for the program that knows its
-    number of layers.
-    """
-    rest = len(at.tokens) - at.start
-    if at.start == at.layer == 0 and rest <= self._whole_tokens and self._buckets.short(rest):
-      begun = self._buckets.begun(rest)
-      cost = begun if self._config.prefill == "chunked" else begun * self._shape.L
-      if not alone or cost <= left:
-        return (rest, self._shape.L, cost) if cost <= left else (0, 0, 0)
-    if self._config.prefill == "chunked":
-      n_tokens = rest if rest <= left else left // self._buckets.unit * self._buckets.unit
-      return n_tokens, self._shape.L, n_tokens
-    whole = len(at.tokens) - at.first
-    if whole <= self._allowance:
-      n_layers, most = self._buckets.layers(whole, at.first, at.layer), left // whole
-      if n_layers > most:
-        n_layers = min(most, 1) if alone else 0
-      return (whole, n_layers, whole * n_layers) if n_layers else (0, 0, 0)
-    n_tokens = min(rest, self._buckets.full)
-    return (n_tokens, 1, n_tokens) if alone or n_tokens <= left else (0, 0, 0)
 
   def _pinned(self, at: Resident, n_tokens: int) -> int:
     """The working set of a piece of a prompt: slots that it needs.
@@ -434,7 +406,7 @@ class Scheduler:
     Layer-segmented it is one layer's KV (SparseServe, 3.3), which lies in the slab outside the slots. Chunked it is the
     KV of all chunks before this one in all layers; and this one's, which enters slots while those are read.
     """
-    if self._config.prefill != "chunked":
+    if not self._buckets.chunked:
       return 0
     return (at.start + n_tokens) // self._shape.S * self._shape.L * self._shape.K
 
@@ -450,14 +422,14 @@ class Scheduler:
       return None
     # Output tokens whose decode steps did not attend to everything are decoded again, others prefilled.
     tokens = request.tokens[: max(len(request.prompt), self._exact_tokens)] if request.preemptions else request.prompt
-    if self._shares and not request.chain:
+    if self._buckets.shares and not request.chain:
       request.chain = hash_chain(tokens, size, request.cache_salt)
     blocks = self._prefix.find(request.chain[: (len(tokens) - 1) // size])
     if len(tokens) > self._whole_tokens:
       blocks = blocks[: len(blocks) // self._tile_blocks * self._tile_blocks]
     if not is_worth(len(blocks) * size, len(tokens)):
       blocks = blocks[:0]
-    if self._late and (self._written_in[blocks] > self._landed).any():
+    if self._buckets.late and (self._written_in[blocks] > self._landed).any():
       return None
     first = len(blocks) * size
     return Resident(request, lane=-1, table=blocks, tokens=tokens, first=first, start=first)
@@ -481,11 +453,11 @@ class Scheduler:
     self._admitted.append(resident)
     return True
 
-  def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillPiece:
+  def _advance(self, resident: Resident, n_tokens: int, n_layers: int) -> PrefillCall:
     """Makes the piece and moves on: along the prompt, and at its end to the next layers."""
     request, start, layer = resident.request, resident.start, resident.layer
     program = self._buckets.prefill(n_tokens, start, n_layers, rest=len(resident.tokens) - start - n_tokens)
-    if not program.saves:
+    if not program.unstaged:
       resident.prefilled_in = resident.read_from = self._iteration + 1
     resident.start += n_tokens
     if resident.start == len(resident.tokens):
@@ -495,4 +467,4 @@ class Scheduler:
     tokens, last = resident.tokens[start : start + n_tokens], resident.layer == self._shape.L
     sampling = request.sampling_of(resident.steps)
     work = PrefillWork(request.id, resident.lane, tokens, start, layer, n_layers, last, sampling)
-    return PrefillPiece(program, (work,))
+    return PrefillCall(program, (work,))
