@@ -15,10 +15,9 @@ class Mutation(NamedTuple):
   tests: tuple[str, ...]
 
 
-ATTEND, RESIDENCY, COPIES, SELECTION = (
-  f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection")
+ATTEND, RESIDENCY, COPIES, SELECTION, PREFILL, TILES = (
+  f"tests/test_kernel_{name}.py" for name in ("attend", "residency", "copies", "selection", "prefill", "tiles")
 )
-TILES = "tests/test_kernel_tiles.py"
 ZONES, RULES, PREFIX = "tests/test_zones.py", "tests/test_stop_rules.py", "tests/test_prefix.py"
 AUDIT, ON_DEMAND = "tests/test_audit.py", "tests/test_on_demand.py"
 ENTERS = (
@@ -57,7 +56,7 @@ MUTATIONS = [
     "pallas_kernels/prefill.py",
     "(place[None] - before <= at)",
     "(place[None] - before <= at + 1)",
-    (f"{COPIES}::test_prefill_attention[None-float32-xla]",),
+    (f"{PREFILL}::test_prefill_attention[None-float32-xla]",),
   ),
   Mutation(
     "a packed prompt sees those before it",
@@ -85,7 +84,7 @@ MUTATIONS = [
     "pallas_kernels/prefill.py",
     "(place[None] - before <= at)",
     "(place[None] - before < at)",
-    (f"{COPIES}::test_prefill_attention[2-float32-xla]",),
+    (f"{PREFILL}::test_prefill_attention[2-float32-xla]",),
   ),
   Mutation(
     "a tile sees the next token",

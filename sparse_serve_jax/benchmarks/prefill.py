@@ -1,9 +1,10 @@
 """Times of whole prompts of a model with random weights, from their arrival to their first tokens, on one GPU.
 
 An engine serves requests that ask for one token each, all at once: the time is that of prefill with all that belongs to
-it, saves, slots and host. The floor is what the matrix products and dense attention by cuDNN over contiguous keys take
-when each is timed alone, in the same run. "cached" finds all but a sixteenth (`NEW`) of each prompt in the cache: of
-32,000 tokens 30,000, a long context that is asked a new question. Before 2026-11-29 it left a tenth.
+it, saves, slots and host. The floor of a row is what the matrix products and dense attention by cuDNN over contiguous
+keys take when each is timed alone, in the same run: a reference, and no bound. "cached" finds all but a sixteenth
+(`NEW`) of each prompt in the cache: of 32,000 tokens 30,000, a long context that is asked a new question. Before
+2026-11-29 it left a tenth.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WAYS = {
 HBM_BYTES = 8 << 30  # slots and slabs
 CONTEXT = 4096  # at least; shorter ones have no room for packs of short prompts
 NEW = 1 / 16  # share of a prompt that "cached" does not find
-TILE = 8192  # tokens that products are timed with at most
+PRODUCT_TOKENS = 8192  # tokens that products are timed with at most
 MOST_SECONDS = 15  # of a case's rounds that are timed, unless two take longer
 WEIGHTS = ("wqkv", "wo", "w_gate_up", "w_down")
 SMOKE_SIZES = {"3x40": (3, 40)}
@@ -115,8 +116,8 @@ def serve(case: Case, config: EngineConfig, model: Model, report: Report) -> tup
 
 
 def products_us(cfg: ModelConfig, params: llama.Params, n_tokens: int, effort: Effort) -> float:
-  """us of all matrix products of all layers for so many tokens, at most TILE at a time, of inputs that are there."""
-  n = min(n_tokens, TILE)
+  """us of all matrix products of all layers for so many tokens, in parts of at most PRODUCT_TOKENS."""
+  n = min(n_tokens, PRODUCT_TOKENS)
 
   def op(states, params, x):
     def layer(i, state):
