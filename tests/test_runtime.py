@@ -81,6 +81,12 @@ print(json.dumps({"names": names, "flags": os.environ["XLA_FLAGS"]}))
   assert found["flags"] == f"{FLAG}=false"
 
 
+@pytest.mark.parametrize("module", ["llm", "serving.executor"])
+def test_modules_that_run_a_model_configure_too(module: str):
+  code = f"import sparse_serve_jax.{module}; print(json.dumps(os.environ['XLA_FLAGS']))"
+  assert run(code) == f"{FLAG}=false"
+
+
 def test_unknown_public_name():
   import sparse_serve_jax
 

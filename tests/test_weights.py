@@ -390,3 +390,10 @@ def test_random_models_have_the_byte_tokenizer():
   assert isinstance(model.tokenizer, ByteTokenizer) and model.eos_token_ids == (257,)
   assert model.name == "random:tiny" and model.params["embed"].dtype == ml_dtypes.bfloat16
   assert not np.array_equal(model.params["embed"], models.load_model("random:tiny", dtype="bfloat16").params["embed"])
+
+
+def test_random_weights_of_bfloat16_are_those_of_float32_rounded():
+  cfg = read_config(ModelConfig, find_config("models", "tiny"))
+  wide, narrow = (models.init_params(dataclasses.replace(cfg, dtype=of), 3) for of in ("float32", "bfloat16"))
+  for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
+    np.testing.assert_array_equal(a.astype(ml_dtypes.bfloat16).view(np.uint16), b.view(np.uint16))

@@ -107,7 +107,7 @@ def serve(case: Case, config: EngineConfig, model: Model, report: Report) -> tup
     prompts, usage = case.prompts(model.config.vocab_size, i), engine.usage
     at = usage.iterations, usage.blocks_loaded
     requests = [engine.add_request(prompt, 1) for prompt in prompts]
-    engine.run()  # also until their last blocks are saved, which no first token waits for
+    engine.run()  # their last blocks may still be on their way to the pool when the next round begins
     seconds.append(max(r.first_token_time or math.inf for r in requests) - requests[0].arrival_time)
     steps, loaded = usage.iterations - at[0], usage.blocks_loaded - at[1]
     if wrong := [request.finish_reason for request in requests if request.finish_reason != "length"]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from sparse_serve_jax.config import ModelConfig
@@ -51,11 +52,23 @@ def _part(cfg: ModelConfig, seed: int, name: str, shape: Any, threads: int, laye
     piece, generator = part[first : first + step], np.random.Generator(np.random.SFC64(stream))
     for at in range(0, len(piece), few):
       some = piece[at : at + few]
-      some[:] = _scaled(cfg, name, generator.standard_normal(some.shape, np.float32))
+      _round_to(some, _scaled(cfg, name, generator.standard_normal(some.shape, np.float32)))
 
   with ThreadPoolExecutor(threads) as pool:
     list(pool.map(draw, range(0, shape[0], step)))
   return part
+
+
+def _round_to(out: np.ndarray, w: np.ndarray) -> None:
+  """out[:] = w, of finite numbers. NumPy's own cast to bfloat16 keeps Python's lock: other threads would wait."""
+  if out.dtype != ml_dtypes.bfloat16:
+    out[:] = w
+    return
+  bits = w.view(np.uint32)
+  half = (bits >> 16) & 1  # a tie goes to the even one
+  half += 0x7FFF
+  half += bits
+  out.view(np.uint16)[:] = half >> 16
 
 
 def _scaled(cfg: ModelConfig, name: str, w: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sparse_serve_jax import runtime
 from sparse_serve_jax.attention import drawn  # noqa: F401  benchmarks may name its methods
 from sparse_serve_jax.attention.audit import AuditAt
 from sparse_serve_jax.attention.methods import get_method
@@ -60,6 +61,8 @@ from sparse_serve_jax.step import (
   StepCounts,
   StepOutput,
 )
+
+runtime.configure()  # for who imports this module and not the package's names: without it XLA copies all weights
 
 RELEASED_AT_ONCE, ADMITTED_AT_ONCE = 1024, 8  # blocks, and requests, of one call of their program
 COMPILED_AT_ONCE = min(8, os.cpu_count() or 1)  # programs
