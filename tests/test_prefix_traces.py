@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from sparse_serve_jax.serving.clock import Virtual
 from sparse_serve_jax.serving.engine import Engine
 from sparse_serve_jax.simulation.prefix import hit_shares, prompt_of
 from sparse_serve_jax.workloads import Item, Trace, read_trace
+from tests import jsonl
 from tests.test_simulation import config, executor
 
 BLOCK = 512
@@ -42,8 +45,28 @@ def test_shares_by_hand():
   assert hit_shares(trace_of(*REQUESTS), [3, 2]) == [3 / 13, 0]  # only the third fits two blocks, and is alone there
   repeated = trace_of((1536, [1, 2, 3]), (1536, [4, 5, 6]), (1537, [1, 2, 3, 7]))
   assert hit_shares(repeated, [4, 5, 6, 7, 8]) == [1 / 10, 2 / 10, 3 / 10, 3 / 10, 3 / 10]
+  assert hit_shares(trace_of(*REQUESTS), [13, 10**30]) == [3 / 13] * 2  # a pool without end is one of all blocks
   with pytest.raises(ValueError, match="it has no hash_ids"):
     hit_shares(Trace(np.zeros(1), np.ones(1, int), np.ones(1, int)), [0])
+
+
+@pytest.mark.parametrize(
+  ("pools", "status", "text"),
+  [
+    ("1024,0", 0, '{"all": 0.375, "1024": 0.0}'),
+    ("", 2, "error: --pool_tokens names no pool; 0 is one of all tokens"),
+    ("511", 2, "error: --pool_tokens: 511 is not 0, nor a block of the trace, 512 tokens, or more"),
+  ],
+)
+def test_the_command(tmp_path, pools, status, text):
+  """Two prompts of four blocks, of which the second finds three: neither fits a pool of two."""
+  row = {"timestamp": 0, "input_length": 1537, "output_length": 1, "hash_ids": [1, 2, 3, 4]}
+  jsonl.write(tmp_path / "trace.jsonl", [row, row])
+  command = [sys.executable, "-m", "sparse_serve_jax", "prefix", f"--trace={tmp_path / 'trace.jsonl'}"]
+  done = subprocess.run([*command, f"--pool_tokens={pools}"], capture_output=True, text=True)
+  assert done.returncode == status and text in (done.stderr if status else done.stdout)
+  if not status:
+    assert [line.split()[-1] for line in done.stdout.splitlines()[1:3]] == ["0", "2"]
 
 
 def test_a_simulation_has_the_same_hits():

@@ -82,7 +82,19 @@ def test_azures_trace(tmp_path, end):
     ("{", "not JSON"),
     (
       '{"timestamp": 5, "input_length": 513, "output_length": 1, "hash_ids": [3]}',
-      '"hash_ids" of 2 blocks of 512 tokens are as many numbers, got [3]',
+      '"hash_ids" of 2 blocks of 512 tokens are a list of 2 integers, got 1: [3]',
+    ),
+    (
+      '{"timestamp": 5, "input_length": 5, "output_length": 1, "hash_ids": 3}',
+      '"hash_ids" of 1 blocks of 512 tokens are a list of 1 integers, got 3',
+    ),
+    (
+      '{"timestamp": 5, "input_length": 513, "output_length": 1, "hash_ids": [7, 2147483648]}',
+      '"hash_ids" are integers from 0 to 2147483647, got 2147483648',
+    ),
+    (
+      '{"timestamp": 5, "input_length": 513, "output_length": 1}',
+      '"hash_ids" are lacking, which 1 other lines have',
     ),
   ],
 )

@@ -28,11 +28,12 @@ def prompt_of(ids: np.ndarray, n_tokens: int, vocab_size: int) -> np.ndarray:
 def hit_shares(trace: Trace, pools: Sequence[int]) -> list[float]:
   """Shares of the blocks of all prompts that a cache holds when their turn comes, one for each size of its pool.
 
-  Requests come one after the other, and what a prompt needs beside others is not there. Output is not kept.
+  Requests come one after the other, and what a prompt needs beside others is not there. Output is not kept. Of a prompt
+  that is longer than the pool nothing is found, and nothing is kept.
 
   Args:
     trace: with the ids of blocks.
-    pools: blocks of `HASH_TOKENS` tokens; 0: as many as there are.
+    pools: blocks of `HASH_TOKENS` tokens; 0, or more than there are: as many as there are.
 
   Raises:
     ValueError: the trace does not say which prompts begin alike.
@@ -40,8 +41,8 @@ def hit_shares(trace: Trace, pools: Sequence[int]) -> list[float]:
   if trace.hash_ids is None:
     raise ValueError("the trace does not say which prompts begin alike: it has no hash_ids")
   chains = [hash_chain(ids.astype(np.int32), 1) for ids in trace.hash_ids]
-  n_blocks = -(-trace.prompt_tokens // HASH_TOKENS)
-  return [_hits(trace, chains, n or int(n_blocks.sum())) / int(n_blocks.sum()) for n in pools]
+  n_all = int((-(-trace.prompt_tokens // HASH_TOKENS)).sum())
+  return [_hits(trace, chains, min(n, n_all) or n_all) / n_all for n in pools]
 
 
 def _hits(trace: Trace, chains: Sequence[Sequence[bytes]], n_pool: int) -> int:

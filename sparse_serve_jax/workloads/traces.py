@@ -2,8 +2,9 @@
 
 Two public formats, told apart by what stands in a file:
 - Mooncake's (arXiv 2407.00079), a JSON object a line: {"timestamp": milliseconds, "input_length": tokens,
-  "output_length": tokens}. If every line has "hash_ids", prompts begin alike where these do: the i-th stands for the
-  i-th 512 tokens and all before them. Other keys are not read.
+  "output_length": tokens}. All lines or none have "hash_ids": prompts begin alike where these do. There is one id, 0 to
+  2^31 - 1, for each 512 tokens and for the rest of a prompt; it stands for these and all before them. Other keys are left
+  out.
 - Azure's (arXiv 2311.18677), a table with the columns TIMESTAMP (2023-11-16 18:17:03.9799600), ContextTokens and
   GeneratedTokens.
 """
@@ -46,7 +47,8 @@ def read_trace(path: str | pathlib.Path) -> Trace:
   """Reads a file of one of the two formats.
 
   Raises:
-    ValueError: no such file, no request in it, or a line that is wrong or earlier than the one before; names the line.
+    ValueError: no such file, no request in it, or a line that is wrong, earlier than the one before or the first one
+      without ids of blocks where others have them; names the line.
   """
   text = files.read_text(path)
   rows = list(_mooncake(path) if text.lstrip().startswith("{") else _azure(path, text))
@@ -57,7 +59,10 @@ def read_trace(path: str | pathlib.Path) -> Trace:
   if (earlier := np.flatnonzero(np.diff(elapsed) < 0)).size:
     i = int(earlier[0]) + 1
     raise ValueError(f"{where[i]}: times must ascend, this one is {elapsed[i - 1] - elapsed[i]} s before the last")
-  hash_ids = None if any(of is None for of in ids) else ids
+  without = [at for at, of in zip(where, ids, strict=True) if of is None]
+  if 0 < len(without) < len(ids):
+    raise ValueError(f'{without[0]}: "hash_ids" are lacking, which {len(ids) - len(without)} other lines have')
+  hash_ids = None if without else ids
   return Trace(elapsed, np.array(prompts, np.int64), np.array(outputs, np.int64), hash_ids)
 
 
@@ -110,8 +115,11 @@ def _tokens(name: str, value: Any) -> int:
 
 def _ids(value: Any, n: int) -> np.ndarray:
   """As int64 [n]."""
-  if not isinstance(value, list) or len(value) != n or not all(type(one) is int and 0 <= one < 2**31 for one in value):
-    raise ValueError(f'"hash_ids" of {n} blocks of {HASH_TOKENS} tokens are as many numbers, got {value!r:.80}')
+  if not isinstance(value, list) or len(value) != n:
+    got = f"{len(value)}: {value!r:.80}" if isinstance(value, list) else f"{value!r:.80}"
+    raise ValueError(f'"hash_ids" of {n} blocks of {HASH_TOKENS} tokens are a list of {n} integers, got {got}')
+  if wrong := [one for one in value if type(one) is not int or not 0 <= one < 2**31]:
+    raise ValueError(f'"hash_ids" are integers from 0 to {2**31 - 1}, got {wrong[0]!r:.80}')
   return np.array(value, np.int64)
 
 
