@@ -294,7 +294,8 @@ def test_a_run_goes_on(model, tmp_path):
   made = json.loads((out / "run.json").read_text())
   assert made["setting"]["model"]["dtype"] == "float32" and len(made["parts"]) == 2
   by_head = "psa_retrieval_640", "psa_text_600", "psa_least_mean_of_heads_text_600"
-  for name in (*by_head, "accuracy_retrieval_640", "reuse_recite_640", "reuse_renumber_640", "equal_bytes_text_600"):
+  of_prefills = "prefill_retrieval_640", "prefill_text_600"
+  for name in (*by_head, *of_prefills, "accuracy_retrieval_640", "reuse_recite_640", "reuse_renumber_640", "equal_bytes_text_600"):
     assert (out / f"{name}.png").stat().st_size > 10_000
   traces = {file.stem: selections.Trace.load(file) for file in (out / "traces").iterdir()}
   at = "128", "0.5", "0.9"
@@ -322,6 +323,24 @@ def test_a_run_goes_on(model, tmp_path):
       (out / "results.jsonl").write_text(changed)
     refused = run(wrong)
     assert refused.returncode == 2 and message in refused.stderr.splitlines()[-1], refused.stderr
+
+
+@pytest.mark.parametrize(
+  ("asked", "said"),
+  [
+    ("--steps=8", "error: 8 decode steps end before the answer to a question of 'key_value' begins: that takes "),
+    ("--tasks=key_value,count --lengths=256", "; count takes at least "),
+    ("--methods=cuboid_mean,oracle", "error: --methods: the part prefill has no 'oracle', but cuboid_mean, min_max, "),
+    ("--axes=heads,grid", "error: --axes: the part prefill has no 'grid', but layers, heads"),
+  ],
+)
+def test_what_the_part_prefill_cannot_do_is_told_before_anything_is_measured(model, tmp_path, asked, said):
+  save_hf(model, tmp_path / "model")
+  of = [f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", "--parts=prefill", "--tasks=key_value"]
+  of += ["--lengths=640", "--text_lengths=600", "--instances=2", "--steps=48", *asked.split()]
+  refused = subprocess.run([sys.executable, "-m", "sparse_serve_jax", "accuracy", *of], capture_output=True, text=True)
+  assert refused.returncode == 2 and said in refused.stderr.splitlines()[-1], refused.stderr
+  assert not (tmp_path / "out" / "prefill.jsonl").exists()
 
 
 def test_what_does_not_fit_the_memory_is_refused(monkeypatch):

@@ -29,7 +29,7 @@ import functools
 import itertools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -40,9 +40,9 @@ from sparse_serve_jax.attention import METHODS
 from sparse_serve_jax.commands import cli
 from sparse_serve_jax.evaluation import report, selections
 from sparse_serve_jax.evaluation.accuracy import LEAST_TOKENS, TEXT
-from sparse_serve_jax.evaluation.cases import AXES, Case, cases, prefill_cases
+from sparse_serve_jax.evaluation.cases import AXES, PREFILL_AXES, Case, cases, prefill_cases
 from sparse_serve_jax.evaluation.corpus import Corpus
-from sparse_serve_jax.evaluation.study import Amounts, Bench, Cell, Study
+from sparse_serve_jax.evaluation.study import Amounts, Bench, Cell, Study, check
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.models.here import load_model_for_others, load_model_here
 
@@ -57,18 +57,18 @@ with cli.group("What is asked"):
     "Names of generated tasks, for the parts tasks and prefill; all. Selections are of those with long answers.",
   )
   _LENGTHS = flags.DEFINE_list("lengths", ["16384"], "Tokens of prompt and answer.")
-  _TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Tokens, for the part text.")
+  _TEXT_LENGTHS = flags.DEFINE_list("text_lengths", ["512", "16384"], "Tokens, for the parts text and prefill.")
   _TEXT = flags.DEFINE_list(
     "text",
     None,
     "UTF-8 files, and folders of .txt and .md files, of ordinary text; by default it is generated.",
   )
   _LONGBENCH = flags.DEFINE_string(
-    "longbench_dir", None, "A folder with config/ and data/; contexts of its rows are ordinary text, for the part text."
+    "longbench_dir", None, "A folder with config/ and data/; contexts of its rows are ordinary text."
   )
   _LONGBENCH_TASKS = flags.DEFINE_list("longbench_tasks", None, "Names; by default all whose rows are there.")
   _CHAT = flags.DEFINE_bool(
-    "text_chat", False, "Texts of files and rows are a user's message in the model's chat template, for the part text."
+    "text_chat", False, "Texts of files and rows are a user's message in the model's chat template."
   )
 with cli.group("Settings"):
   _METHODS = flags.DEFINE_list("methods", ["all"], f"Some of {', '.join(METHODS)}, oracle, window; all.")
@@ -114,6 +114,9 @@ def main() -> None:
   asked += lengths if {"tasks", "prefill", "selections"} & set(parts) else []
   if short := [n for n in asked if n < LEAST_TOKENS]:
     raise ValueError(f"{short[0]} tokens are too few to read a part of; at least {LEAST_TOKENS}")
+  if parts == ["prefill"]:
+    _refuse("methods", _METHODS, METHODS)
+    _refuse("axes", _AXES, PREFILL_AXES)
   rests = cli.chosen("rules", _RULES.value, list(REST))
   wanted = list(cases(methods, budgets, cli.numbers(_THRESHOLDS, float), axes, rests, max(asked, default=0)))
   shares = [cli.numbers(flag, float) for flag in (_SHARES, _PREFILL_THRESHOLDS)]
@@ -140,6 +143,12 @@ def main() -> None:
   cli.end_with(report.markdown(told), report.in_short(told) | {"rows": len(rows) + len(prefill), "out": str(out)})
 
 
+def _refuse(name: str, flag: flags.FlagHolder[Any], possible: Collection[str]) -> None:
+  """What is asked for by name and the part prefill has not."""
+  if none := [of for of in flag.value or () if of not in possible and of != "all"]:
+    raise ValueError(f"--{name}: the part prefill has no {none[0]!r}, but {', '.join(possible)}")
+
+
 def _cells(parts: list[str], text_lengths: list[int], lengths: list[int], names: list[str]) -> list[Cell]:
   """The shorter parts first."""
   long_outputs = [task.name for task in tasks.TASKS.values() if task.group == "long_output"]
@@ -156,14 +165,16 @@ def _cells(parts: list[str], text_lengths: list[int], lengths: list[int], names:
 def _measured(model: Model, out: pathlib.Path, wanted: list[Case], amounts: Amounts, cells: list[Cell]) -> Study:
   """With rows of all cells."""
   how = amounts, _TOKENS.value, _WORKERS.value
+  study = Study(model, out, wanted, amounts, cluster.once(results.provenance)["device"] if _RAY.value else None)
+  left = list(filter(study.left, cells))
+  check(model.tokenizer, left, amounts)
   if not _RAY.value:
-    study, bench = Study(model, out, wanted, amounts), Bench(model, *how)
-    for cell in filter(study.left, cells):
+    bench = Bench(model, *how)
+    for cell in left:
       bench.check(cell)
     for cell in cells:
       study.measure(cell, bench.measure)
     return study
-  study = Study(model, out, wanted, amounts, cluster.once(results.provenance)["device"])
   make = functools.partial(_bench, _MODEL.value, _DTYPE.value, *how)
   cluster.spread(make, cells, lambda call, cell: study.measure(cell, functools.partial(call, "measure")))
   return study

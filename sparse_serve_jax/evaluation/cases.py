@@ -32,6 +32,7 @@ AXES = {
   "default ranking, with stops that know the true mass",
   "rules": "PSA's thresholds with every other rule of the stop test (sparse.rest, sparse.stop_when)",
 }
+PREFILL_AXES = ("layers", "heads")  # those that sparse prefill has too
 
 # Series that tables name; those of budgets have their method's name, or the axis's.
 DENSE, WINDOW, PSA, PSA_MIN_MAX, CERTIFIED = "dense", "sinks and window", "psa", "psa, min_max", "certified"
@@ -122,7 +123,7 @@ def prefill_cases(
     names: of methods.
     shares: of blocks.
     thresholds: shares of the mass.
-    axes: of AXES "layers" and "heads" count; they are the default method's.
+    axes: of these PREFILL_AXES count; they are the default method's.
   """
   dense = "sparse.policy=dense"
   yield _case(DENSE_PREFILL, 1, dense, "sparse.prefill=top_k", "sparse.prefill_share=1")

@@ -21,9 +21,11 @@ from sparse_serve_jax.evaluation.accuracy import TEXT, Row, Sample
 from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, PSA, RULES, Case
 from sparse_serve_jax.evaluation.corpus import Corpus
 from sparse_serve_jax.models import Model, place_params
+from sparse_serve_jax.models.tokenizer import Tokenizer
 from sparse_serve_jax.tasks import text as texts
 
 FORMAT = 5  # of rows; raised when they say other things, or the same in another way
+CHECKED = 2  # instances of a task that are made before anything is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,21 @@ class Cell(NamedTuple):
     if self.table == "reuse":
       return [case for case in wanted if case.series in (DEFAULT_METHOD, *RULES)]
     return [case for case in wanted if case.prefills == (self.table == "prefill")]
+
+
+def check(tokenizer: Tokenizer, cells: Iterable[Cell], amounts: Amounts) -> None:
+  """Raises ValueError if answers of the first instances of cells do not fit tokens or steps; names all such tasks."""
+  wrong = []
+  for cell in cells:
+    steps = amounts.trace_steps if cell.table == "reuse" else amounts.steps
+    sample = Sample(cell.task, cell.n_tokens, CHECKED, CHECKED, steps, amounts.files())
+    try:
+      if cell.task != TEXT:
+        sample.batch(tokenizer, 0)
+    except ValueError as error:
+      wrong.append(str(error))
+  if wrong:
+    raise ValueError("; ".join(dict.fromkeys(wrong)))
 
 
 class Bench:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sparse_serve_jax.evaluation import report, selections
 from sparse_serve_jax.evaluation.accuracy import Row
-from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE, PSA
+from sparse_serve_jax.evaluation.cases import DEFAULT_METHOD, DENSE, DENSE_PREFILL, PSA
 from sparse_serve_jax.plots import style
 
 _POINT: dict[str, Any] = dict(marker="*", markersize=9, linestyle="")  # a series with one entry
@@ -29,6 +29,9 @@ def write(folder: pathlib.Path, told: dict[str, list[Row]], reuse_rows: list[Row
   of_psa = [{"series": PSA} | entry for entry in told["psa_by_head"]]  # older summaries had this rule only
   for name, entries in _by(of_psa, "series", "group", "tokens").items():
     blocks_by_head(nearest(entries), folder / f"{name}.png", made_by)
+  for name, entries in _by(told.get("prefill", []), "group", "tokens").items():
+    if len(entries) > 1:
+      prefill_by_share(entries, folder / f"prefill_{name}.png", made_by)
   for name, entries in _by(reuse_rows, "task", "tokens").items():
     reuse(entries, folder / f"reuse_{name}.png", made_by)
 
@@ -65,6 +68,24 @@ def at_equal_bytes(compared: Sequence[Row], file: pathlib.Path, made_by: str = "
     axes.set(xlabel="KiB read a step and layer, digests included")
   figure.suptitle(f"{compared[0]['group']}, {compared[0]['tokens']} tokens")
   figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+  style.save(figure, file, made_by)
+
+
+def prefill_by_share(compared: Sequence[Row], file: pathlib.Path, made_by: str = "") -> None:
+  """Entries of `prefill_report.compared`: nats of the prompt and accuracy, beside those of dense prefill, against the
+  share of earlier blocks that is read, a line for each series.
+  """
+  figure, axes = style.subplots(1, 2, size=(12, 4.5))
+  for series in dict.fromkeys(row["series"] for row in compared if row["series"] != DENSE_PREFILL):
+    of = sorted((row for row in compared if row["series"] == series), key=lambda row: row["read"])
+    look = _POINT if len(of) == 1 else dict(marker="o", markersize=3)
+    for ax, key in zip(axes, ("prompt_nats_more", "accuracy_more"), strict=True):
+      ax.plot([row["read"] for row in of], [row[key] for row in of], label=series, **look)
+  for ax, name in zip(axes, ("nats of the prompt", "accuracy"), strict=True):
+    ax.axhline(0, color="gray", linewidth=1)
+    ax.set(xlabel="share of the earlier blocks that is read", ylabel=f"{name}, more than dense prefill")
+  figure.suptitle(f"{compared[0]['group']}, {compared[0]['tokens']} tokens")
+  figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
   style.save(figure, file, made_by)
 
 

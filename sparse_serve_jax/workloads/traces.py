@@ -3,8 +3,8 @@
 Two public formats, told apart by what stands in a file:
 - Mooncake's (arXiv 2407.00079), a JSON object a line: {"timestamp": milliseconds, "input_length": tokens,
   "output_length": tokens}. All lines or none have "hash_ids": prompts begin alike where these do. There is one id, 0 to
-  2^31 - 1, for each 512 tokens and for the rest of a prompt; it stands for these and all before them. Other keys are left
-  out.
+  2^31 - 1, for each 512 tokens and for the rest of a prompt; it stands for these and all before them. Nothing else is
+  read.
 - Azure's (arXiv 2311.18677), a table with the columns TIMESTAMP (2023-11-16 18:17:03.9799600), ContextTokens and
   GeneratedTokens.
 """
