@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from sparse_serve_jax.config import EngineConfig
 
+TILE = 128  # queries of a prompt that read the same blocks where prefill is sparse: that of `pallas_kernels.tiles`
 MOST_PROGRAMS = 48  # that a workload of any prompts comes to, log probabilities apart
 _SMALL = (512, 1024)  # tokens; below 2k padding is cheap and programs are not
 _PACKED = 2048  # tokens, at most: a longer product of matrices is no faster
@@ -57,7 +58,7 @@ class Buckets:
 
   block_tokens: int
   full: int  # the largest piece of a prompt that is cut
-  unit: int  # an eighth of it: pieces other than a prompt's last are multiples
+  unit: int  # an eighth of it, or more: pieces other than a prompt's last are multiples
   first_pieces: tuple[int, ...]  # of those that begin a prompt
   later_pieces: tuple[int, ...]  # of those that go on with one, or begin it after blocks that it shares
   packed: int  # several prompts together; 0 if there is no room for two blocks in all layers
@@ -80,8 +81,12 @@ class Buckets:
     size, scheduler = config.cache.block_tokens, config.scheduler
     chunked = scheduler.prefill == "chunked"
     allowance, context = config.prefill_allowance(n_layers), _round_up(max_context, size)
-    unit = max(1, allowance // size // 8) * size
-    full = 8 * unit if allowance >= 8 * unit else max(1, allowance // size) * size
+    beside = scheduler.max_tokens - scheduler.max_batch if chunked and scheduler.max_tokens else allowance
+    # A sparse piece is cut where a tile of queries ends, so that what tiles read does not depend on how it is cut. With
+    # less room than a tile beside a full batch it does, since a prompt could not go on otherwise.
+    step = max(size, TILE) if config.sparse.prefills_in_part and min(allowance, beside) >= TILE else size
+    unit = max(1, allowance // step // 8) * step
+    full = 8 * unit if allowance >= 8 * unit else max(1, allowance // step) * step
     blocks, at_once = context // size, full if chunked else allowance // n_layers
     tables = tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks}))
     packed = min(_PACKED, at_once, context) // size * size

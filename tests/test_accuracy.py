@@ -295,7 +295,14 @@ def test_a_run_goes_on(model, tmp_path):
   assert made["setting"]["model"]["dtype"] == "float32" and len(made["parts"]) == 2
   by_head = "psa_retrieval_640", "psa_text_600", "psa_least_mean_of_heads_text_600"
   of_prefills = "prefill_retrieval_640", "prefill_text_600"
-  for name in (*by_head, *of_prefills, "accuracy_retrieval_640", "reuse_recite_640", "reuse_renumber_640", "equal_bytes_text_600"):
+  for name in (
+    *by_head,
+    *of_prefills,
+    "accuracy_retrieval_640",
+    "reuse_recite_640",
+    "reuse_renumber_640",
+    "equal_bytes_text_600",
+  ):
     assert (out / f"{name}.png").stat().st_size > 10_000
   traces = {file.stem: selections.Trace.load(file) for file in (out / "traces").iterdir()}
   at = "128", "0.5", "0.9"

@@ -143,6 +143,24 @@ def test_no_more_than_48_programs(mode: str, S: int):
         assert not buckets.shares or set(buckets.tables) >= set(buckets.tables_before) > set()
 
 
+@pytest.mark.parametrize(
+  ("changes", "unit", "full"),
+  [
+    (["scheduler.prefill=chunked"], 256, 2048),
+    (["scheduler.prefill=chunked", "scheduler.chunk_tokens=512"], 128, 512),  # 64 in dense prefill
+    (["scheduler.prefill=chunked", "scheduler.max_tokens=2000"], 128, 1024),
+    (["scheduler.prefill=chunked", "scheduler.max_tokens=200", "scheduler.max_batch=64"], 128, 128),
+    (["scheduler.prefill=chunked", "scheduler.max_tokens=180", "scheduler.max_batch=64"], 16, 128),  # 116 are left
+    (["scheduler.prefill=chunked", "scheduler.chunk_tokens=64"], 8, 64),
+    (["scheduler.max_inject_tokens=200"], 128, 128),
+  ],
+)
+def test_a_sparse_prompt_is_cut_where_tiles_end(changes: list[str], unit: int, full: int):
+  sparse = ["sparse.prefill=top_k", "sparse.prefill_share=0.25"]
+  buckets = Buckets.of(config(*sparse, *changes, block_tokens=8), 16, LONGEST)
+  assert (buckets.unit, buckets.full) == (unit, full)
+
+
 def programs_of(buckets: Buckets, plan: Plan) -> set[Program]:
   """The programs that a plan runs."""
   used: set[Program] = set()

@@ -12,12 +12,13 @@ import pytest
 
 import pallas_kernels as kernels
 from pallas_kernels.digest import cuboid_mean
+from sparse_serve_jax import buckets
 from sparse_serve_jax.attention.prefill import Before, Piece, PrefillAttention, TileSelector
 from sparse_serve_jax.config import EngineConfig, override
 from sparse_serve_jax.evaluation import replay
 from sparse_serve_jax.memory.kv_cache import Hot, KVCache
 from sparse_serve_jax.memory.shape import CacheShape
-from sparse_serve_jax.serving import budget, scheduler
+from sparse_serve_jax.serving import budget
 from sparse_serve_jax.serving.executor import JaxExecutor
 from tests.cases import assert_same_bits
 from tests.tiny import config, greedy, new_engine, prompt_of, serve, tiny_model, with_slots
@@ -69,7 +70,7 @@ def test_a_share_of_all_is_dense(device, kind: str, by: str):
 
 def test_tokens_do_not_depend_on_what_is_shared():
   """Neither on where in a tile a prompt begins after what it shares, nor on blocks that dense steps have made."""
-  assert kernels.Tiles.of(1024, S).tile == scheduler.TILE
+  assert kernels.Tiles.of(1024, S).tile == buckets.TILE
   conf, stem = sparse(*QUARTER, *PREFILLS["whole"], "sparse.window_tokens=16"), prompt_of(239, seed=1)
   engine, prompts, requests = new_engine(conf, tiny_model()), [stem, [*stem[:200], 7], stem[:155], stem[:9]], []
   for n in (1, 5, 5, 17):
@@ -128,6 +129,21 @@ def test_slots_change_no_token(device):
   many, _ = serve(sparse(*QUARTER, slots=400), tiny_model(), PROMPTS, N)
   in_hbm, _ = serve(sparse(*QUARTER, "cache.offload=false", "cache.hbm_bytes=8MiB", slots=0), tiny_model(), PROMPTS, N)
   assert of_a_quarter() == many == in_hbm
+
+
+def test_tokens_do_not_depend_on_who_prefills_beside():
+  """A chunk is cut where a tile ends, whatever others have left of an iteration."""
+  chunks = "scheduler.prefill=chunked", "scheduler.chunk_tokens=192", "cache.prefix=false", "sparse.window_tokens=16"
+  prompt, conf = prompt_of(230, seed=900), sparse("sparse.prefill_share=0.25", *chunks)
+  (alone,), _ = serve(conf, tiny_model(), [prompt], N)
+  (_, beside), _ = serve(conf, tiny_model(), [prompt_of(60, seed=5), prompt], N)
+  assert alone == beside != greedy("gqa2", tuple(prompt), N)
+
+
+def test_masses_are_estimated_by_products():
+  """Other scores say nothing of a share of the mass."""
+  with pytest.raises(ValueError, match=r"'threshold' takes scores for products .* of method 'top_p' are none"):
+    TileSelector.of(sparse("sparse.prefill=threshold", "sparse.method=top_p"))
 
 
 def test_a_sparse_piece_loads_less():

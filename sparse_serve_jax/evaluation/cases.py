@@ -7,8 +7,9 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 
+from pallas_kernels.score import Linear
 from pallas_kernels.stop import REST, WHEN
-from sparse_serve_jax.attention import get_method
+from sparse_serve_jax.attention import METHODS, get_method
 from sparse_serve_jax.attention.methods import TOP_P
 from sparse_serve_jax.config import EngineConfig, SparseConfig, override
 
@@ -122,7 +123,7 @@ def prefill_cases(
   Args:
     names: of methods.
     shares: of blocks.
-    thresholds: shares of the mass.
+    thresholds: shares of the mass, for methods whose scores estimate it.
     axes: of these PREFILL_AXES count; they are the default method's.
   """
   dense = "sparse.policy=dense"
@@ -132,7 +133,8 @@ def prefill_cases(
   ways = [(name, (f"sparse.method={name}",)) for name in names]
   ways += [(f"{DEFAULT_METHOD}, {name}", changes) for name, changes in varied.items()]
   for (name, changes), (by, at) in itertools.product(ways, (("top_k", shares), ("threshold", thresholds))):
-    for share in at:
+    estimates = not (method := METHODS.get(name)) or isinstance(method.score, Linear)
+    for share in at if by == "top_k" or estimates else ():
       of = f"sparse.prefill={by}", f"sparse.prefill_share={share}"
       yield _case(f"prefill {by}, {name}", share, dense, *of, *changes)
 

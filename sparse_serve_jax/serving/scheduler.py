@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_serve_jax.buckets import Buckets
+from sparse_serve_jax.buckets import TILE, Buckets
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.allocator import BlockAllocator
 from sparse_serve_jax.memory.prefix import PrefixIndex, hash_chain, is_worth
@@ -27,7 +27,6 @@ from sparse_serve_jax.serving.resident import Resident, Room
 GRACE_BLOCKS = 4  # of the pool, that an admission on demand leaves for each request that decodes
 # Methods (`attention.methods`) that attend to everything as long as the budget has room for it.
 WHOLE_BUDGET = frozenset({"cuboid_mean", "min_max", "mean", "representatives", "random"})
-TILE = 128  # queries of a prompt that read the same blocks where prefill is sparse: that of `pallas_kernels.tiles`
 
 
 class _Planned(NamedTuple):
@@ -96,8 +95,7 @@ class Scheduler:
     exact = {"dense": sys.maxsize, "topk": fits, "psa": 0}
     # Tokens of a prompt up to which every query of it reads all before it: it may be packed, and begin anywhere.
     always = (config.sink_blocks + config.window_blocks) * shape.S
-    all_read = config.sparse.prefill == "dense" or config.sparse.prefill_share == 1
-    self._whole_tokens = sys.maxsize if all_read else always
+    self._whole_tokens = always if config.sparse.prefills_in_part else sys.maxsize
     self._exact_tokens = min(exact[config.sparse.policy], self._whole_tokens)
     self._tile_blocks = TILE // shape.S
     self._on_demand = config.scheduler.reserve == "on_demand"
