@@ -102,10 +102,10 @@ def test_bench_kernels_of_some_ops():
 def test_bench_prefill(tmp_path):
   _, results = run("bench_prefill", f"--out={tmp_path}", "--commit=abc", "--ways=quarter,cached")
   check(results, tmp_path / "prefill.jsonl")
-  assert list(results) == ["prefill-3x40 quarter", "prefill-3x40 cached"]
+  assert list(results) == ["prefill-3x300 quarter", "prefill-3x300 cached"]
   for row in results.values():
     assert row["floor_us"] == pytest.approx(sum(row["floors_us"].values()))
-    assert row["tokens_per_s"] == pytest.approx(120e6 / row["us"])
+    assert row["tokens_per_s"] == pytest.approx(900e6 / row["us"])
 
 
 def test_what_a_cached_prompt_has_new():

@@ -50,8 +50,8 @@ NEW = 1 / 16  # share of a prompt that "cached" does not find
 PRODUCT_TOKENS = 8192  # tokens that products are timed with at most
 MOST_SECONDS = 15  # of a case's rounds that are timed, unless two take longer
 WEIGHTS = ("wqkv", "wo", "w_gate_up", "w_down")
-SMOKE_SIZES = {"3x40": (3, 40)}
-SMOKE_CHANGES = step.SMOKE_CHANGES
+SMOKE_SIZES = {"3x300": (3, 300)}  # longer than what a tile of queries reads whole
+SMOKE_CHANGES = (*step.SMOKE_CHANGES, "cache.hbm_bytes=8MiB")
 
 
 @dataclasses.dataclass(frozen=True)
