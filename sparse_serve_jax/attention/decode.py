@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 import pallas_kernels as kernels
-from pallas_kernels.score import Linear
 from pallas_kernels.select import fits
-from sparse_serve_jax.attention.methods import Method, get_method
+from sparse_serve_jax.attention.methods import Method, check_products, get_method
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.eviction import Turn
 from sparse_serve_jax.memory.kv_cache import Hot
@@ -67,11 +66,8 @@ class Selector:
   @classmethod
   def of(cls, config: EngineConfig) -> Selector:
     sparse = config.sparse
-    if sparse.group_reduce == "softmax" and not isinstance(get_method(sparse.method).score, Linear):
-      raise ValueError(
-        f"group_reduce='softmax' takes scores for products of queries and keys, and those of method {sparse.method!r} "
-        "are none"
-      )
+    if sparse.group_reduce == "softmax":
+      check_products(sparse.method, "group_reduce='softmax'")
     return cls(
       method=get_method(sparse.method, sparse.policy),
       limit={"dense": None, "topk": config.budget_blocks, "psa": 1 << 30}[sparse.policy],

@@ -113,3 +113,9 @@ def get_method(name: str, policy: str = "topk") -> Method:
   """
   kind, _, given = name.partition(":")
   return MAKERS[kind](given, policy) if kind in MAKERS else variant(METHODS, name, "selection method")
+
+
+def check_products(name: str, what: str) -> None:
+  """Raises ValueError if scores of a method are no products of queries and keys, for which `what` takes them."""
+  if not isinstance(get_method(name).score, Linear):
+    raise ValueError(f"{what} takes scores for products of queries and keys, and those of method {name!r} are none")

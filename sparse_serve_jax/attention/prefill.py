@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels as kernels
-from pallas_kernels.score import Linear
-from sparse_serve_jax.attention.methods import Method, get_method
+from sparse_serve_jax.attention.methods import Method, check_products, get_method
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.memory.kv_cache import KVCache
 
@@ -59,11 +58,8 @@ class TileSelector:
     sparse = config.sparse
     if sparse.prefill == "dense":
       return None
-    if sparse.prefill == "threshold" and not isinstance(get_method(sparse.method).score, Linear):
-      raise ValueError(
-        f"sparse.prefill='threshold' takes scores for products of queries and keys, and those of method "
-        f"{sparse.method!r} are none"
-      )
+    if sparse.prefill == "threshold":
+      check_products(sparse.method, "sparse.prefill='threshold'")
     rule = kernels.TileRule(sparse.prefill, sparse.prefill_share, config.sink_blocks, config.window_blocks)
     return cls(get_method(sparse.method), sparse.group_reduce, rule)
 
