@@ -130,15 +130,13 @@ class SparseConfig:
   window among them: "top_k" a share of the blocks, "threshold" so many that they hold a share of the attention mass, as
   the scores estimate it. The first `dense_layers` read all."""
   prefill_share: float = 0.5
-  """Of blocks, or of mass, for `prefill` that is not dense; 1 is all."""
+  """Of blocks, or of mass, for `prefill`; 1 is all. A dense one takes no notice, so that both may be compared."""
 
   def __post_init__(self):
     check_fields(self, ("token_budget", "group_blocks"), ("sink_tokens", "window_tokens", "dense_layers"))
     self._check_promise()
     if not 0 < self.prefill_share <= 1:
       raise ValueError(f"sparse.prefill_share={self.prefill_share} is not in (0, 1]")
-    if self.prefill == "dense" and self.prefill_share != SparseConfig.prefill_share:
-      raise ValueError(f"sparse.prefill_share={self.prefill_share} needs sparse.prefill='top_k' or 'threshold'")
     if self.group_blocks & (self.group_blocks - 1):
       raise ValueError(f"sparse.group_blocks={self.group_blocks} is not a power of two")
 
