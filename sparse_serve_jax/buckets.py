@@ -2,10 +2,10 @@
 
 A decode batch is padded to one of `batches` rows and one of `tables` block-table widths. Padding costs little there, a
 tenth of a step where two rows of three are padding, so these are coarse. A piece of a prompt is padded to one of
-`whole` tokens if it begins its prompt, to one of `chunks` if it continues one, and several short prompts together to
-`packed`. What begins a prompt comes in as many sizes as MOST_PROGRAMS leaves: from 2k tokens on an octave has three to
-eight, equally spaced, so that over prompts of any length padding is 4 to 11 % of them. Programs are compiled on first
-use.
+`first_pieces` if it begins its prompt, to one of `later_pieces` if it continues one, and several short prompts together
+to `packed`. What begins a prompt comes in as many sizes as MOST_PROGRAMS leaves: from 2k tokens on an octave has three
+to eight, equally spaced, so that over prompts of any length padding is 4 to 11 % of them. Programs are compiled on
+first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from sparse_serve_jax.config import EngineConfig
 
-TILE = 128  # queries of a prompt that read the same blocks where prefill is sparse: that of `pallas_kernels.tiles`
+TILE = 128  # of `pallas_kernels.tiles`, which needs JAX: queries that read the same blocks where prefill is sparse
 MOST_PROGRAMS = 48  # that a workload of any prompts comes to, log probabilities apart
 _SMALL = (512, 1024)  # tokens; below 2k padding is cheap and programs are not
 _PACKED = 2048  # tokens, at most: a longer product of matrices is no faster
@@ -58,7 +58,7 @@ class Buckets:
 
   block_tokens: int
   full: int  # the largest piece of a prompt that is cut
-  unit: int  # an eighth of it, or more: pieces other than a prompt's last are multiples
+  unit: int  # an eighth of it or so: pieces other than a prompt's last are multiples
   first_pieces: tuple[int, ...]  # of those that begin a prompt
   later_pieces: tuple[int, ...]  # of those that go on with one, or begin it after blocks that it shares
   packed: int  # several prompts together; 0 if there is no room for two blocks in all layers
@@ -81,12 +81,16 @@ class Buckets:
     size, scheduler = config.cache.block_tokens, config.scheduler
     chunked = scheduler.prefill == "chunked"
     allowance, context = config.prefill_allowance(n_layers), _round_up(max_context, size)
+    # A sparse piece is cut where a tile of queries ends, so that what tiles read does not depend on how it is cut; but
+    # one with less room than a tile beside a full batch is cut anywhere, as it could not go on otherwise.
     beside = scheduler.max_tokens - scheduler.max_batch if chunked and scheduler.max_tokens else allowance
-    # A sparse piece is cut where a tile of queries ends, so that what tiles read does not depend on how it is cut. With
-    # less room than a tile beside a full batch it does, since a prompt could not go on otherwise.
-    step = max(size, TILE) if config.sparse.prefills_in_part and min(allowance, beside) >= TILE else size
-    unit = max(1, allowance // step // 8) * step
-    full = 8 * unit if allowance >= 8 * unit else max(1, allowance // step) * step
+    tile = max(size, TILE)
+    if config.sparse.prefills_in_part and min(allowance, beside) >= tile:
+      unit = min(-(-allowance // tile // 8), beside // tile) * tile
+      full = allowance // unit * unit
+    else:
+      unit = max(1, allowance // size // 8) * size
+      full = 8 * unit if allowance >= 8 * unit else max(1, allowance // size) * size
     blocks, at_once = context // size, full if chunked else allowance // n_layers
     tables = tuple(sorted({min(blocks, max(64, -(-blocks // 8))), blocks}))
     packed = min(_PACKED, at_once, context) // size * size
@@ -119,18 +123,18 @@ class Buckets:
     """With pieces of so many sizes an octave: `steps` of those that begin a prompt, `coarse` of those after blocks that
     are shared."""
     size, context = self.block_tokens, _round_up(max_context, self.block_tokens)
-    eighths = range(self.unit, self.full + 1, self.unit)
+    units = range(self.unit, self.full + 1, self.unit)
     # Layer-segmented, only a prompt beyond the allowance is cut, all its pieces full but the last. Chunked, any prompt
     # may begin in what others left of an iteration.
     least_prefix = self.unit if self.chunked else self.full
-    cut = [c for c in eighths if c - self.unit < max_context - least_prefix]
+    cut = [c for c in units if c - self.unit < max_context - least_prefix]
     cut = cut if self.chunked or max_context > self.allowance else []
     if cut and not self.chunked and self.at_once(cut[-1]):  # which is no size of a layer's pieces
       cut = [*cut, self.full]
     largest = min(self.full if self.chunked else _round_up(self.allowance, size), context)
     first = {
       *_sizes(size, largest, steps),
-      *(c for c in (eighths if self.chunked else [self.full]) if cut and c <= context),
+      *(c for c in (units if self.chunked else [self.full]) if cut and c <= context),
     }
     later = {*cut}
     if self.shares:
@@ -208,7 +212,7 @@ class Buckets:
 
     Layer-segmented (SparseServe, 3.4): as many layers of the whole prompt as the allowance holds; if not even one,
     token chunks within the layer, all of a layer before the next one (hybrid). Chunked: tokens through all layers.
-    A prompt is cut into full pieces, or chunked into eighths of one when other prompts share the iteration. Of a prompt
+    A prompt is cut into full pieces, or chunked into multiples of `unit` when others share the iteration. Of a prompt
     whose beginning is in the pool already, the rest counts as the whole. Segments are not cut for the sake of what
     others have left: a prompt waits for others to be packed with, and for the program that knows its number of layers.
 

@@ -49,10 +49,11 @@ def compiled_folder() -> pathlib.Path:
 def _keep_compiled() -> None:
   if _CACHE_DIR in os.environ:
     return
-  log, folder = logging.getLogger(__name__), str(compiled_folder())
+  log = logging.getLogger(__name__)
   try:
+    folder = str(compiled_folder())
     os.makedirs(folder, exist_ok=True)
-  except OSError as error:
+  except (OSError, RuntimeError) as error:  # the latter of who has no home
     log.warning("compiled programs are not kept: %s", error)
     return
   os.environ[_CACHE_DIR] = folder  # of processes that this one starts, too

@@ -148,10 +148,12 @@ def test_no_more_than_48_programs(mode: str, S: int):
   [
     (["scheduler.prefill=chunked"], 256, 2048),
     (["scheduler.prefill=chunked", "scheduler.chunk_tokens=512"], 128, 512),  # 64 in dense prefill
-    (["scheduler.prefill=chunked", "scheduler.max_tokens=2000"], 128, 1024),
+    (["scheduler.prefill=chunked", "scheduler.max_tokens=2000"], 256, 1792),
     (["scheduler.prefill=chunked", "scheduler.max_tokens=200", "scheduler.max_batch=64"], 128, 128),
     (["scheduler.prefill=chunked", "scheduler.max_tokens=180", "scheduler.max_batch=64"], 16, 128),  # 116 are left
     (["scheduler.prefill=chunked", "scheduler.chunk_tokens=64"], 8, 64),
+    (["scheduler.prefill=chunked", "scheduler.chunk_tokens=1280"], 256, 1280),
+    (["scheduler.prefill=chunked", "scheduler.max_tokens=2048", "scheduler.max_batch=1900"], 128, 2048),  # 148 are left
     (["scheduler.max_inject_tokens=200"], 128, 128),
   ],
 )

@@ -48,8 +48,12 @@ class Method:
 
   def runs_on(self, implementation: str) -> str:
     """Where digests and scores are made if `implementation` is asked for: a kernel cannot run any function."""
-    in_kernels = isinstance(self.summarize, digest.Rule) and isinstance(self.score, Linear)
-    return implementation if in_kernels else "xla"
+    return implementation if self.estimates and isinstance(self.summarize, digest.Rule) else "xla"
+
+  @property
+  def estimates(self) -> bool:
+    """Whether scores are products of queries and keys, from which a block's attention mass can be estimated."""
+    return isinstance(self.score, Linear)
 
 
 def _representatives(keys: jax.Array) -> jax.Array:
@@ -66,10 +70,6 @@ def _representatives(keys: jax.Array) -> jax.Array:
 
 def _sum_of_products(q: jax.Array, digests: jax.Array) -> jax.Array:
   return jnp.einsum("...gd,...ned->...gn", q, digests, precision=_HIGHEST)
-
-
-def _scaled_box(q: jax.Array, digests: jax.Array) -> jax.Array:
-  return box(q, digests) * q.shape[-1] ** -0.5
 
 
 def _nucleus(scores: jax.Array, length: jax.Array) -> jax.Array:
@@ -95,7 +95,9 @@ METHODS: dict[str, Method] = {
   "mean": Method(1, digest.mean, dot),
   # To compare with, in XLA only.
   "representatives": Method(REPRESENTATIVES, _representatives, _sum_of_products),  # InfLLM
-  "top_p": Method(2, digest.cuboid_mean, _scaled_box, _nucleus),  # Twilight
+  "top_p": Method(
+    2, digest.cuboid_mean, lambda q, digests: box(q, digests) * q.shape[-1] ** -0.5, _nucleus
+  ),  # Twilight
   "random": Method(1, lambda keys: keys.mean(-2, keepdims=True), _arbitrary),
 }
 MAKERS: dict[str, Callable[[str, str], Method]] = {}  # `attention.drawn` adds those of benchmarks
@@ -117,5 +119,5 @@ def get_method(name: str, policy: str = "topk") -> Method:
 
 def check_products(name: str, what: str) -> None:
   """Raises ValueError if scores of a method are no products of queries and keys, for which `what` takes them."""
-  if not isinstance(get_method(name).score, Linear):
+  if not get_method(name).estimates:
     raise ValueError(f"{what} takes scores for products of queries and keys, and those of method {name!r} are none")

@@ -80,7 +80,9 @@ with cli.group("Settings"):
     "prefill_shares", ["0.125", "0.25", "0.5", "0.75"], "Shares of the blocks before a tile, for the part prefill."
   )
   _PREFILL_THRESHOLDS = flags.DEFINE_list(
-    "prefill_thresholds", ["0.5", "0.8", "0.9", "0.95", "0.98"], "Shares of their estimated mass, for the part prefill."
+    "prefill_thresholds",
+    ["0.5", "0.8", "0.9", "0.95", "0.98"],
+    "Shares of their estimated mass, for the part prefill and methods whose scores estimate it.",
   )
   _AXES = flags.DEFINE_list(
     "axes", None, f"Variations, some of {', '.join(AXES)}; all. By default all with --methods=all, else none."

@@ -7,9 +7,8 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 
-from pallas_kernels.score import Linear
 from pallas_kernels.stop import REST, WHEN
-from sparse_serve_jax.attention import METHODS, get_method
+from sparse_serve_jax.attention import get_method
 from sparse_serve_jax.attention.methods import TOP_P
 from sparse_serve_jax.config import EngineConfig, SparseConfig, override
 
@@ -130,11 +129,10 @@ def prefill_cases(
   yield _case(DENSE_PREFILL, 1, dense, "sparse.prefill=top_k", "sparse.prefill_share=1")
   varied = {name: (f"sparse.dense_layers={n}",) for n, name in DENSE_LAYERS.items() if "layers" in axes}
   varied |= {"best query head": ("sparse.group_reduce=max",)} if "heads" in axes else {}
-  ways = [(name, (f"sparse.method={name}",)) for name in names]
-  ways += [(f"{DEFAULT_METHOD}, {name}", changes) for name, changes in varied.items()]
-  for (name, changes), (by, at) in itertools.product(ways, (("top_k", shares), ("threshold", thresholds))):
-    estimates = not (method := METHODS.get(name)) or isinstance(method.score, Linear)
-    for share in at if by == "top_k" or estimates else ():
+  ways = [(name, name, (f"sparse.method={name}",)) for name in names]
+  ways += [(DEFAULT_METHOD, f"{DEFAULT_METHOD}, {name}", changes) for name, changes in varied.items()]
+  for (method, name, changes), (by, at) in itertools.product(ways, (("top_k", shares), ("threshold", thresholds))):
+    for share in at if by == "top_k" or get_method(method).estimates else ():
       of = f"sparse.prefill={by}", f"sparse.prefill_share={share}"
       yield _case(f"prefill {by}, {name}", share, dense, *of, *changes)
 

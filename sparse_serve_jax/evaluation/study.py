@@ -25,7 +25,7 @@ from sparse_serve_jax.models.tokenizer import Tokenizer
 from sparse_serve_jax.tasks import text as texts
 
 FORMAT = 5  # of rows; raised when they say other things, or the same in another way
-CHECKED = 2  # instances of a task that are made before anything is measured
+CHECKED = 1 << 22  # tokens of a task's instances that are made before anything is measured: some seconds for all tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,16 @@ class Cell(NamedTuple):
 
 
 def check(tokenizer: Tokenizer, cells: Iterable[Cell], amounts: Amounts) -> None:
-  """Raises ValueError if answers of the first instances of cells do not fit tokens or steps; names all such tasks."""
+  """Raises ValueError if answers of cells' instances, of long prompts the first ones, do not fit tokens or steps; names
+  all such tasks."""
   wrong = []
-  for cell in cells:
-    if cell.task == TEXT or cell.table == "reuse":  # which judges no answer
-      continue
+  for table, task, n_tokens in (cell for cell in cells if cell.task != TEXT):
+    asked, steps = amounts.instances, amounts.steps
+    if table == "reuse":
+      asked, steps = amounts.requests, selections.QUESTION + amounts.trace_steps
+    n = min(asked, max(2, CHECKED // n_tokens))
     try:
-      Sample(cell.task, cell.n_tokens, CHECKED, CHECKED, amounts.steps, amounts.files()).batch(tokenizer, 0)
+      Sample(task, n_tokens, n, n, steps, amounts.files()).batch(tokenizer, 0)
     except ValueError as error:
       wrong.append(str(error))
   if wrong:

@@ -83,7 +83,7 @@ def prefill_by_share(compared: Sequence[Row], file: pathlib.Path, made_by: str =
       ax.plot([row["read"] for row in of], [row[key] for row in of], label=series, **look)
   for ax, name in zip(axes, ("nats of the prompt", "accuracy"), strict=True):
     ax.axhline(0, color="gray", linewidth=1)
-    ax.set(xlabel="share of the earlier blocks that is read", ylabel=f"{name}, more than dense prefill")
+    ax.set(xlabel="share of the earlier blocks that is read", ylabel=f"change in {name} from dense prefill")
   figure.suptitle(f"{compared[0]['group']}, {compared[0]['tokens']} tokens")
   figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
   style.save(figure, file, made_by)

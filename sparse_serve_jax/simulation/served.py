@@ -8,6 +8,7 @@ import numpy as np
 
 from sparse_serve_jax import workloads
 from sparse_serve_jax.attention.decode import Selector
+from sparse_serve_jax.attention.prefill import TileSelector
 from sparse_serve_jax.config import EngineConfig
 from sparse_serve_jax.models import Model
 from sparse_serve_jax.serving import run
@@ -73,6 +74,7 @@ def simulate(
     Its summary, and a row for each request (`run.row`, with the number of output tokens instead of the tokens).
   """
   clock, rows = Virtual(), []
+  TileSelector.of(config)  # refuses what an engine does, as the other one does
   executor = SimulatedExecutor(config, model.config, cost, clock, Selector.of(config).method.vectors)
   items, start = asked.without_text(model, of_ladder or executor.shape.max_context), clock.now()
   if of_ladder is not None:
