@@ -95,9 +95,7 @@ METHODS: dict[str, Method] = {
   "mean": Method(1, digest.mean, dot),
   # To compare with, in XLA only.
   "representatives": Method(REPRESENTATIVES, _representatives, _sum_of_products),  # InfLLM
-  "top_p": Method(
-    2, digest.cuboid_mean, lambda q, digests: box(q, digests) * q.shape[-1] ** -0.5, _nucleus
-  ),  # Twilight
+  "top_p": Method(2, digest.cuboid_mean, lambda q, d: box(q, d) * q.shape[-1] ** -0.5, _nucleus),  # Twilight
   "random": Method(1, lambda keys: keys.mean(-2, keepdims=True), _arbitrary),
 }
 MAKERS: dict[str, Callable[[str, str], Method]] = {}  # `attention.drawn` adds those of benchmarks
