@@ -19,6 +19,7 @@ from tests import jsonl
 from tests.test_simulation import config, executor
 
 BLOCK = 512
+WITHOUT = "the trace does not say which prompts begin alike: it has no hash_ids"
 
 
 def trace_of(*requests: tuple[int, list[int]]) -> Trace:
@@ -46,15 +47,17 @@ def test_shares_by_hand():
   repeated = trace_of((1536, [1, 2, 3]), (1536, [4, 5, 6]), (1537, [1, 2, 3, 7]))
   assert hit_shares(repeated, [4, 5, 6, 7, 8]) == [1 / 10, 2 / 10, 3 / 10, 3 / 10, 3 / 10]
   assert hit_shares(trace_of(*REQUESTS), [13, 10**30]) == [3 / 13] * 2  # a pool without end is one of all blocks
-  with pytest.raises(ValueError, match="it has no hash_ids"):
+  with pytest.raises(ValueError, match=WITHOUT):
     hit_shares(Trace(np.zeros(1), np.ones(1, int), np.ones(1, int)), [0])
 
 
 @pytest.mark.parametrize(
   ("pools", "status", "text"),
   [
-    ("1024,0", 0, '{"all": 0.375, "1024": 0.0}'),
+    ("1025,0", 0, '{"all": 0.375, "1025": 0.0}'),
+    ("99999999999999999999", 0, '{"99999999999999999999": 0.375}'),
     ("", 2, "error: --pool_tokens names no pool; 0 is one of all tokens"),
+    ("0,", 2, "error: --pool_tokens: '' is no integer"),
     ("511", 2, "error: --pool_tokens: 511 is not 0, nor a block of the trace, 512 tokens, or more"),
   ],
 )
@@ -65,24 +68,47 @@ def test_the_command(tmp_path, pools, status, text):
   command = [sys.executable, "-m", "sparse_serve_jax", "prefix", f"--trace={tmp_path / 'trace.jsonl'}"]
   done = subprocess.run([*command, f"--pool_tokens={pools}"], capture_output=True, text=True)
   assert done.returncode == status and text in (done.stderr if status else done.stdout)
-  if not status:
+  told = "2 of 2 prompts, of up to 1537 tokens, are longer than a pool of 2 x 512 tokens (--pool_tokens=1025): nothing "
+  if status:
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+  elif "," in pools:
     assert [line.split()[-1] for line in done.stdout.splitlines()[1:3]] == ["0", "2"]
+    assert done.stderr == f"{told}of them is found\n"
+  else:
+    assert done.stderr == ""
+
+
+def test_a_trace_that_does_not_say_what_is_alike(tmp_path):
+  jsonl.write(tmp_path / "trace.jsonl", [{"timestamp": 0, "input_length": 1537, "output_length": 1}])
+  command = [sys.executable, "-m", "sparse_serve_jax", "prefix", f"--trace={tmp_path / 'trace.jsonl'}"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr == f"error: {tmp_path / 'trace.jsonl'}: {WITHOUT}\n"
+
+
+def cached_by_an_engine(trace: Trace, *changes: str) -> tuple[list[int], run.Served]:
+  """Tokens that a simulated engine finds of each prompt, one request after the other, and its summary."""
+  assert trace.hash_ids is not None
+  clock, rows = Virtual(), []
+  device = executor(config("cache.prefix=true", "scheduler.max_context=4096", "cache.hbm_bytes=9MiB", *changes), clock)
+  prompts = [prompt_of(ids, int(n), 97) for ids, n in zip(trace.hash_ids, trace.prompt_tokens, strict=True)]
+  items = [Item(str(i), prompt, 3) for i, prompt in enumerate(prompts)]
+  served = run.serve(Engine(device, clock=clock), items, trace.times, lambda end: rows.append(run.row(end, 0.0)))
+  return [row["cached_tokens"] for row in rows], served
 
 
 def test_a_simulation_has_the_same_hits():
-  """One request after the other, blocks of 8 tokens: the share is of tokens, so that parts of blocks count."""
-  clock = Virtual()
-  device = executor(config("cache.prefix=true", "scheduler.max_context=4096", "cache.hbm_bytes=9MiB"), clock)
-  trace = trace_of(*REQUESTS)
-  assert trace.hash_ids is not None
-  items = [
-    Item(str(i), prompt_of(ids, int(n), 97), 3)
-    for i, (ids, n) in enumerate(zip(trace.hash_ids, trace.prompt_tokens, strict=True))
-  ]
-  rows = []
-  served = run.serve(Engine(device, clock=clock), items, trace.times, lambda end: rows.append(run.row(end, 0.0)))
-  assert [row["cached_tokens"] for row in rows] == [0, 1024, 1016, 0]
+  """Blocks of 8 tokens: the share is of tokens, so that parts of blocks count."""
+  cached, served = cached_by_an_engine(trace_of(*REQUESTS))
+  assert cached == [0, 1024, 1016, 0]
   assert served.summary.cached_tokens == 2040 and served.summary.cached_share == 2040 / 6424
+
+
+def test_where_an_engine_holds_another_share():
+  """More of a prompt's end, with the numbers of docs/prefill.md."""
+  blocks_of_32 = ("cache.block_tokens=32", "sparse.sink_tokens=32", "sparse.window_tokens=32")
+  alike = trace_of((1023, [1, 2]), (1023, [1, 2]))
+  assert hit_shares(alike, [0]) == [0.25] and cached_by_an_engine(alike, *blocks_of_32)[0] == [0, 992]
 
 
 def test_the_published_traces():

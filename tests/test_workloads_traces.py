@@ -37,6 +37,10 @@ def azure(folder: Path, *lines: str, end: str = "\n") -> str:
   return str(folder / "trace.csv")
 
 
+OF_TIME = '"timestamp" is milliseconds, a number from 0 to below 1e+15'
+OF_TOKENS = "is a number of tokens, an integer from 1 to 2147483647"
+
+
 def items_of(source: str, tokenizer: Any = TOKENIZER, **changes: Any) -> list[Any]:
   return workloads.read(WorkloadConfig(source, **changes))(tokenizer, 1 << 20)
 
@@ -68,13 +72,13 @@ def test_azures_trace(tmp_path, end):
   ("row", "message"),
   [
     ('{"timestamp": 5, "input_length": 3}', "the row lacks 'output_length'"),
-    ('{"timestamp": "5", "input_length": 3, "output_length": 1}', "\"timestamp\" is a number of milliseconds, got '5'"),
-    ('{"timestamp": NaN, "input_length": 3, "output_length": 1}', '"timestamp" is a number of milliseconds, got nan'),
-    (
-      '{"timestamp": 5, "input_length": 0, "output_length": 1}',
-      '"input_length" is a number of tokens, 1 or more, got 0',
-    ),
-    ('{"timestamp": 5, "input_length": 3, "output_length": 1.5}', '"output_length" is a number of tokens, 1 or more'),
+    ('{"timestamp": "5", "input_length": 3, "output_length": 1}', f"{OF_TIME}, got '5'"),
+    ('{"timestamp": NaN, "input_length": 3, "output_length": 1}', f"{OF_TIME}, got nan"),
+    ('{"timestamp": -1, "input_length": 3, "output_length": 1}', f"{OF_TIME}, got -1"),
+    ('{"timestamp": 1e15, "input_length": 3, "output_length": 1}', f"{OF_TIME}, got 1000000000000000.0"),
+    ('{"timestamp": 5, "input_length": 0, "output_length": 1}', f'"input_length" {OF_TOKENS}, got 0'),
+    ('{"timestamp": 5, "input_length": 2147483648, "output_length": 1}', f'"input_length" {OF_TOKENS}, got 2147483648'),
+    ('{"timestamp": 5, "input_length": 3, "output_length": 1.5}', f'"output_length" {OF_TOKENS}, got 1.5'),
     (
       '{"timestamp": 3, "input_length": 3, "output_length": 1}',
       "times must ascend, this one is 0.001 s before the las",
@@ -94,7 +98,11 @@ def test_azures_trace(tmp_path, end):
     ),
     (
       '{"timestamp": 5, "input_length": 513, "output_length": 1}',
-      '"hash_ids" are lacking, which 1 other lines have',
+      '"hash_ids" are lacking, which 1 of 2 lines have',
+    ),
+    (
+      '{"timestamp": 5, "input_length": 5, "output_length": 1, "hash_ids": [-1]}',
+      '"hash_ids" are integers from 0 to 2147483647, got -1',
     ),
   ],
 )
@@ -110,14 +118,25 @@ def test_a_wrong_line_of_mooncakes(tmp_path, row, message):
   [
     ("2023-11-16 18:17:03.97,4808", "2 values, the header has 3 columns"),
     ("yesterday,4808,10", "Invalid isoformat string: 'yesterday'"),
-    ("2023-11-16 18:17:03.97,-4,10", "\"ContextTokens\" is a number of tokens, 1 or more, got '-4'"),
-    ("2023-11-16 18:17:03.97,4,0", '"GeneratedTokens" is a number of tokens, 1 or more, got 0'),
+    ("2023-11-16 18:17:03.97,-4,10", f"\"ContextTokens\" {OF_TOKENS}, got '-4'"),
+    ("2023-11-16 18:17:03.97,4,0", f'"GeneratedTokens" {OF_TOKENS}, got 0'),
     ("2023-11-16 18:17:02.5,4,1", "times must ascend, this one is 0.5 s before the last"),
   ],
 )
 def test_a_wrong_line_of_azures(tmp_path, row, message):
   with pytest.raises(ValueError, match=rf"trace\.csv:4: {re.escape(message)}"):
     read_trace(azure(tmp_path, HEADER, "2023-11-16 18:17:03,1,1", "", row))
+
+
+def test_one_line_of_some_without_ids(tmp_path):
+  """The first one that lacks them is told, wherever others have them."""
+  row = {"timestamp": 0, "input_length": 5, "output_length": 1}
+  jsonl.write(tmp_path / "trace.jsonl", [row | {"hash_ids": [3]}, row, row | {"hash_ids": None}, row])
+  with pytest.raises(ValueError, match=r'trace\.jsonl:2: "hash_ids" are lacking, which 1 of 4 lines have'):
+    read_trace(tmp_path / "trace.jsonl")
+  jsonl.write(tmp_path / "trace.jsonl", [row, row | {"hash_ids": [3]}])
+  with pytest.raises(ValueError, match=r'trace\.jsonl:1: "hash_ids" are lacking, which 1 of 2 lines have'):
+    read_trace(tmp_path / "trace.jsonl")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", HEADER, HEADER + "\r\n"])

@@ -2,9 +2,9 @@
 
 Two public formats, told apart by what stands in a file:
 - Mooncake's (arXiv 2407.00079), a JSON object a line: {"timestamp": milliseconds, "input_length": tokens,
-  "output_length": tokens}. All lines or none have "hash_ids": prompts begin alike where these do. There is one id, 0 to
-  2^31 - 1, for each 512 tokens and for the rest of a prompt; it stands for these and all before them. Nothing else is
-  read.
+  "output_length": tokens}. Times begin at 0 or later and ascend; some may be equal. Tokens are 1 to 2^31 - 1. All lines
+  or none have "hash_ids": prompts begin alike where these do. There is one id, 0 to 2^31 - 1, for each 512 tokens and
+  for the rest of a prompt; it stands for these and all before them. Nothing else is read.
 - Azure's (arXiv 2311.18677), a table with the columns TIMESTAMP (2023-11-16 18:17:03.9799600), ContextTokens and
   GeneratedTokens.
 """
@@ -25,6 +25,8 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 HASH_TOKENS = 512  # that an id of Mooncake's stands for
+_MOST = 2**31 - 1  # of tokens and ids
+_MOST_MS = 1e15  # of a time, some 30,000 years
 
 # file:line, microseconds, tokens of the prompt and of the output, ids of its blocks if there are any.
 _Row = tuple[str, float, int, int, np.ndarray | None]
@@ -61,7 +63,7 @@ def read_trace(path: str | pathlib.Path) -> Trace:
     raise ValueError(f"{where[i]}: times must ascend, this one is {elapsed[i - 1] - elapsed[i]} s before the last")
   without = [at for at, of in zip(where, ids, strict=True) if of is None]
   if 0 < len(without) < len(ids):
-    raise ValueError(f'{without[0]}: "hash_ids" are lacking, which {len(ids) - len(without)} other lines have')
+    raise ValueError(f'{without[0]}: "hash_ids" are lacking, which {len(ids) - len(without)} of {len(ids)} lines have')
   hash_ids = None if without else ids
   return Trace(elapsed, np.array(prompts, np.int64), np.array(outputs, np.int64), hash_ids)
 
@@ -71,8 +73,8 @@ def _mooncake(path: str | pathlib.Path) -> Iterator[_Row]:
     where = f"{path}:{line}"
     with files.placed(where):
       time, prompt, output = row["timestamp"], row["input_length"], row["output_length"]
-      if type(time) not in (int, float) or not 0 <= time < 1e15:
-        raise ValueError(f'"timestamp" is a number of milliseconds, got {time!r:.80}')
+      if type(time) not in (int, float) or not 0 <= time < _MOST_MS:
+        raise ValueError(f'"timestamp" is milliseconds, a number from 0 to below {_MOST_MS:g}, got {time!r:.80}')
       n_prompt = _tokens("input_length", prompt)
       ids = None if (given := row.get("hash_ids")) is None else _ids(given, -(-n_prompt // HASH_TOKENS))
       yield where, time * 1000, n_prompt, _tokens("output_length", output), ids
@@ -108,8 +110,8 @@ def _fields(row: Mapping[str, str]) -> tuple[float, int, int]:
 
 
 def _tokens(name: str, value: Any) -> int:
-  if type(value) is not int or not 1 <= value < 2**31:
-    raise ValueError(f'"{name}" is a number of tokens, 1 or more, got {value!r:.80}')
+  if type(value) is not int or not 1 <= value <= _MOST:
+    raise ValueError(f'"{name}" is a number of tokens, an integer from 1 to {_MOST}, got {value!r:.80}')
   return value
 
 
@@ -118,8 +120,8 @@ def _ids(value: Any, n: int) -> np.ndarray:
   if not isinstance(value, list) or len(value) != n:
     got = f"{len(value)}: {value!r:.80}" if isinstance(value, list) else f"{value!r:.80}"
     raise ValueError(f'"hash_ids" of {n} blocks of {HASH_TOKENS} tokens are a list of {n} integers, got {got}')
-  if wrong := [one for one in value if type(one) is not int or not 0 <= one < 2**31]:
-    raise ValueError(f'"hash_ids" are integers from 0 to {2**31 - 1}, got {wrong[0]!r:.80}')
+  if wrong := [one for one in value if type(one) is not int or not 0 <= one <= _MOST]:
+    raise ValueError(f'"hash_ids" are integers from 0 to {_MOST}, got {wrong[0]!r:.80}')
   return np.array(value, np.int64)
 
 
